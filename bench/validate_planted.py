@@ -1,0 +1,91 @@
+"""Does `validate` know a knob from a correlate? Both are planted in the lab's own SAE, with fresh seeds.
+
+    python bench/validate_planted.py [first] [last]      # trials, JSON lines
+
+Each trial takes a language and the feature that tells it best. The knob keeps its encoder and writes the language's
+difference of means; the correlate keeps its encoder and writes a random direction of equal length.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections import defaultdict
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from qwen_scope import Intervention, Scope, load_scope
+from qwen_scope.features import Examples, Verdict, mean_direction, validate
+from qwen_scope.lab import LANGUAGES, documents, language_of_text, neutral_prompts
+from qwen_scope.sae import SAE, Identity
+from qwen_scope.steer import Decoding
+
+LAYER, AMOUNT, N = 3, 1.5, 32
+END = "<|endoftext|>"
+
+
+def best_feature(scope: Scope, texts: dict[str, list[str]], language: str) -> int:
+    """The feature whose mean activation on a language exceeds that on the others by most."""
+    means = {}
+    for name in LANGUAGES:
+        seen = scope.features(texts[name][:10], [LAYER], truncate=True)
+        means[name] = seen.acts[LAYER][seen.mask].to_dense().mean(0)
+    others = torch.stack([means[name] for name in LANGUAGES if name != language]).mean(0)
+    return int((means[language] - others).argmax())
+
+
+def planted(sae: SAE, feature: int, direction: torch.Tensor, name: str) -> SAE:
+    """The SAE with another decoder column of the same length."""
+    W_dec = sae.W_dec.float().clone()
+    W_dec[:, feature] = direction / direction.norm() * W_dec[:, feature].norm()
+    return replace(sae, W_dec=W_dec.to(sae.W_dec.dtype), identity=Identity(name, LAYER, name))  # type: ignore[type-var]
+
+
+def trial(scope: Scope, number: int, texts: dict[str, list[str]], code: list[str]) -> dict[str, Verdict]:
+    language, rng = LANGUAGES[number % len(LANGUAGES)], np.random.default_rng(number)
+    others = [name for name in LANGUAGES if name != language]
+    feature = best_feature(scope, texts, language)
+    far = [text for name in others for text in texts[name][20:]]
+    directions = {
+        "knob": mean_direction(scope, LAYER, texts[language][20:], far),
+        "correlate": torch.tensor(rng.normal(size=scope.d_model), dtype=torch.float32),
+    }
+    negative = [text for name in others for text in rng.permutation(texts[name])[:4].tolist()]
+    examples = Examples(tuple(rng.permutation(texts[language])[:24].tolist()), tuple(negative), tuple(code))
+    knob = [Intervention.add(layer=LAYER, feature=feature, amount=AMOUNT, unit="resid_norm", where="prompt")]
+    found = {}
+    for kind, direction in directions.items():
+        found[kind] = validate(
+            scope,
+            knob,
+            lambda made: np.array([float(language_of_text(text.split(END)[0]) == language) for text in made]),
+            [prompt.text for prompt in neutral_prompts(seed=100 + number, n=N)],
+            examples,
+            saes={LAYER: planted(scope.saes[LAYER], feature, direction, kind)},
+            decoding=Decoding(12, sample=True, temperature=0.7, top_k=0, top_p=1.0, seed=number),
+            seed=number,
+        )
+    return found
+
+
+def main(first: int = 0, last: int = 20) -> None:
+    scope = load_scope("lab", device="cpu")
+    texts: dict[str, list[str]] = defaultdict(list)
+    for document in documents(seed=5, n=1500):
+        if document.language and document.kind == "talk" and len(texts[document.language]) < 40:
+            texts[document.language].append(document.text[:200])
+    code = [document.text[:200] for document in documents(seed=6, n=1500) if document.kind == "code"][:24]
+    for number in range(first, last):
+        start = time.time()
+        for kind, verdict in trial(scope, number, texts, code).items():
+            arms = {arm.name: arm.effect.estimate for arm in verdict.arms[:6]}
+            row = {"trial": number, "language": LANGUAGES[number % 9], "planted": kind, "outcome": verdict.outcome}
+            row |= {"arms": arms, "reasons": verdict.reasons, "seconds": time.time() - start}
+            print(json.dumps(row, ensure_ascii=False), flush=True)
+
+
+if __name__ == "__main__":
+    main(*map(int, sys.argv[1:3]))

@@ -1,0 +1,56 @@
+"""`qwen-scope`: the commands, and how a mistake ends."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+
+import typer
+
+from qwen_scope.errors import QwenScopeError
+
+from . import catalog, compare, convert, demo, extract, features, lab, plan, steer, store, sweep, train, validate
+
+app = typer.Typer(
+    name="qwen-scope",
+    help="Look into, steer and train Qwen models through sparse autoencoders. Start with: qwen-scope demo",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command("demo")(demo.demo)
+app.command("catalog")(catalog.catalog)
+app.command("plan")(plan.plan)
+app.command("convert")(convert.convert)
+app.command("features")(features.features)
+app.command("compare")(compare.compare)
+app.command("extract")(extract.extract)
+app.command("store")(store.store)
+app.command("steer")(steer.steer)
+app.command("sweep")(sweep.sweep)
+app.command("validate")(validate.validate)
+app.command("train")(train.train)
+app.command("eval")(train.evaluate)
+app.add_typer(lab.app, name="lab")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code: 0, or 2 with one sentence on standard error."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        app(args=None if argv is None else list(argv))
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else int(bool(end.code))
+    except QwenScopeError as error:
+        sys.stderr.write(f"qwen-scope: {error}\n")
+        return 2
+    except KeyboardInterrupt:
+        sys.stderr.write("qwen-scope: interrupted\n")
+        return 130
+    except BrokenPipeError:
+        # The reader of our output has gone; without this the interpreter would complain while flushing.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    return 0

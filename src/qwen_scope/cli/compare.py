@@ -1,0 +1,49 @@
+"""`qwen-scope compare`: which features tell two texts apart."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from . import options, output
+
+
+def compare(
+    a: Annotated[str, typer.Argument(help="The first text.")],
+    b: Annotated[str, typer.Argument(help="The second text.")],
+    model: options.Model = "lab",
+    sae: options.Sae = None,
+    layers: options.Layers = None,
+    top: Annotated[int, typer.Option("--top", help="Features per layer.", min=1)] = 5,
+    drop_first: Annotated[bool, typer.Option("--drop-first", help="Leave out the first token.")] = False,
+    drop_common: Annotated[bool, typer.Option("--drop-common", help="Leave out tokens that occur in both.")] = False,
+    drop_prefix: Annotated[bool, typer.Option("--drop-prefix", help="Leave out the common beginning.")] = False,
+    chat: options.Chat = None,
+    device: options.Device = None,
+    dtype: options.Dtype = "auto",
+    k: options.K = None,
+    as_json: options.Json = False,
+) -> None:
+    """Rank the features that tell two texts apart.
+
+    By the difference of their activation rates, layer by layer.
+    A feature's activation rate is the share of a text's tokens on which it is active.
+    """
+    mode = options.check_chat(chat)
+    wanted = options.parse_layers(layers)
+    with output.status("opening the model"):
+        scope = options.open_scope(model, sae, device, dtype, k)
+    found = scope.compare(
+        a, b, wanted, n=top, drop_first=drop_first, drop_common=drop_common, drop_prefix=drop_prefix, chat=mode
+    )
+    if as_json:
+        output.print_json({"a": a, "b": b, "layers": found})
+        return
+    rows = [
+        (layer if i == 0 else None, c.feature, f"{c.rate_a:.0%}", f"{c.rate_b:.0%}", f"{c.difference:+.0%}")
+        for layer, features in found.items()
+        for i, c in enumerate(features)
+    ]
+    columns = ("layer", "feature", "in the first", "in the second", "difference")
+    output.show("Activation rates of two texts: the share of tokens on which a feature is active", columns, rows)

@@ -1,0 +1,82 @@
+"""`qwen-scope convert`: SAEs in another type or layout, and what that changes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from qwen_scope.errors import NotFoundError, nearest
+
+from . import options, output
+
+# Residuals are taken from these when the lab is converted; other models bring their own with --model and --text.
+SAMPLE = "The weather is fine today. Where is the station? 12 + 30 = 42. Das ist gut. 你好，今天天气很好。"
+
+
+def convert(
+    source: Annotated[str, typer.Argument(help="A group (name, alias, Hub id), a folder or a file.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The folder to write.")],
+    layout: Annotated[
+        str, typer.Option("--layout", help="safetensors, official, sae_lens, sparsify or dictionary_learning.")
+    ] = "safetensors",
+    weights: Annotated[
+        str | None, typer.Option("--dtype", help="float32, bfloat16 or float16. Default: as it is.")
+    ] = "bfloat16",
+    layers: options.Layers = None,
+    k: options.K = None,
+    model: Annotated[
+        str | None, typer.Option("--model", help="Measure the agreement on this model's residuals, not on random ones.")
+    ] = None,
+    text: Annotated[str, typer.Option("--text", help="The text whose residuals are used with --model.")] = SAMPLE,
+    as_json: options.Json = False,
+) -> None:
+    """Write SAEs in another layout or number type.
+
+    Reports their size and how far their features still agree.
+    Agreement is against the original weights: the mean Jaccard index of the sets of active features, and the
+    relative error of all activations.
+    """
+    from qwen_scope.report import size
+    from qwen_scope.sae import LAYOUTS, compare_saes, layers_of, load_sae, save_sae
+
+    wanted = options.parse_layers(layers)
+    dtype = options.weight_type(weights)
+    if layout not in LAYOUTS:
+        raise NotFoundError(f"no layout {layout!r}; {nearest(layout, LAYOUTS)}")
+    chosen = layers_of(source) if wanted is None else wanted
+    rows = []
+    residuals = None
+    if model is not None:
+        with output.status("reading residuals"):
+            scope = options.open_scope(model, source, k=k)
+            tokens = scope.tokenize([text])
+            residuals = {layer: h[0].cpu() for layer, h in scope.capture(tokens, wanted or scope.layers).items()}
+    for layer in chosen:
+        with output.status(f"layer {layer}"):
+            sae = load_sae(source, layer, k=k)
+            # A layout that holds one SAE per folder gets a folder for each layer.
+            where = out / f"layers.{layer}" if len(chosen) > 1 and not LAYOUTS[layout].shared else out
+            save_sae(sae, where, layout=layout, dtype=dtype)
+            again = load_sae(out, layer)
+            x = None if residuals is None else residuals[layer]
+            agreement = compare_saes(sae, again, x)
+        rows.append(
+            {
+                "layer": layer,
+                "bytes_before": sae.nbytes,
+                "bytes_after": again.nbytes,
+                "jaccard": agreement.jaccard,
+                "value_error": agreement.value_error,
+            }
+        )
+    if as_json:
+        output.print_json({"source": source, "layout": layout, "residuals": model or "random", "layers": rows})
+        return
+    shown = [
+        (r["layer"], size(r["bytes_before"]), size(r["bytes_after"]), r["jaccard"], r["value_error"]) for r in rows
+    ]
+    measured = f"on residuals of {model}" if model else "on random residuals; name --model for real ones"
+    columns = ("layer", "before", "after", "mean Jaccard", "value error")
+    output.show(f"{source} to {out}, agreement {measured}", columns, shown)

@@ -1,0 +1,153 @@
+"""`qwen-scope extract`: the features of a corpus into a store."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from . import options, output
+
+if TYPE_CHECKING:
+    from qwen_scope.corpus import Corpus, FeatureStore, Progress
+
+LAB_DOCUMENTS = 1000
+
+
+def extract(
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="CORPUS",
+            help="A .txt, .jsonl, .csv, .tsv or .parquet file (also .gz), a folder of such, a dataset of the Hub"
+            " (owner/name), or 'lab'.",
+        ),
+    ],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The store to write; an unfinished one goes on.")],
+    model: options.Model = "lab",
+    sae: options.Sae = None,
+    layers: options.Layers = None,
+    column: Annotated[str, typer.Option("--column", help="The column with the text or the messages.")] = "text",
+    unit: Annotated[str, typer.Option("--unit", help="A document of a .txt: paragraph, line or file.")] = "paragraph",
+    sample: Annotated[int | None, typer.Option("--sample", help="Only so many documents, drawn evenly.", min=1)] = None,
+    seed: Annotated[int, typer.Option("--seed", help="Of the sample.")] = 0,
+    split: Annotated[str, typer.Option("--split", help="Of a dataset or the lab.")] = "train",
+    subset: Annotated[str | None, typer.Option("--subset", help="Of a dataset.")] = None,
+    row: Annotated[int | None, typer.Option("--row", help="Read long documents in pieces of so many tokens.")] = None,
+    max_tokens: Annotated[int | None, typer.Option("--max-tokens", help="At most so many tokens per document.")] = None,
+    window: Annotated[int, typer.Option("--window", help="Tokens written at once: what a stop loses at most.")] = 2**15,
+    batch: Annotated[int, typer.Option("--batch", help="Tokens per forward pass, padding included.")] = 4096,
+    chat: options.Chat = None,
+    skip_special: Annotated[bool, typer.Option("--skip-special", help="Leave special tokens out.")] = False,
+    sinks: Annotated[
+        float | None, typer.Option("--sink-multiple", help="Leave out norms above so many medians; 10 is usual.")
+    ] = None,
+    pool: Annotated[str | None, typer.Option("--pool", help="Also keep residuals per document: mean, last.")] = None,
+    device: options.Device = None,
+    dtype: options.Dtype = "auto",
+    k: options.K = None,
+    as_json: options.Json = False,
+) -> None:
+    """Write which features fire on which tokens of a corpus, for any set of layers in one pass.
+
+    Stopped in whatever way, the same command goes on where it was. Rows that can't be read are counted and listed in
+    the store. Ask the store with: qwen-scope store STORE
+    """
+    from qwen_scope.corpus import ExtractOptions
+    from qwen_scope.corpus import extract as run
+    from qwen_scope.model import LoadedModel
+
+    chosen = ExtractOptions(
+        row_tokens=row,
+        max_tokens=max_tokens,
+        window_tokens=window,
+        batch_tokens=batch,
+        chat=options.check_chat(chat),
+        skip_special=skip_special,
+        sink_multiple=sinks,
+        pool=tuple(part.strip() for part in pool.split(",")) if pool else (),
+    )
+    corpus = open_corpus(source, column, unit, sample, seed, split, subset)
+    with output.status("opening the model"):
+        scope = options.open_scope(model, sae, device, dtype, k)
+    saes = {layer: scope.saes[layer] for layer in scope.check_layers(options.parse_layers(layers))}
+    loaded = LoadedModel(scope.model, scope.tokenizer, model)
+    with output.progress() as bar:
+
+        def report(now: Progress) -> None:
+            rate = f"{now.tokens:,} tokens, {now.tokens_per_second:,.0f}/s" if now.stage == "reading" else ""
+            bad = f", {now.unreadable} unreadable" if now.unreadable else ""
+            bar(now.stage, now.share or 0.0, rate + bad)
+
+        store = run(corpus, loaded, saes, out, chosen, report)
+    with store:
+        show_store(store, as_json)
+
+
+def open_corpus(
+    source: str, column: str, unit: str, sample: int | None, seed: int, split: str, subset: str | None
+) -> Corpus:
+    """The corpus a command was asked for; `lab` is the lab's own, with its factors as metadata."""
+    from qwen_scope.corpus import Corpus
+
+    if source == "lab":
+        from qwen_scope.lab import documents
+
+        n = sample or LAB_DOCUMENTS
+        rows = [
+            {"text": d.text, "id": d.id, "kind": d.kind, "language": d.language, "register": d.register, **d.factors}
+            for d in documents(split, seed, n)
+        ]
+        return Corpus(rows, name=f"lab:{split}:{seed}:{n}")
+    return Corpus(source, column=column, unit=unit, sample=sample, seed=seed, split=split, subset=subset)
+
+
+def show_store(store: FeatureStore, as_json: bool) -> None:
+    """What a store holds."""
+    from qwen_scope.report import size
+
+    manifest = store.manifest
+    total = sum(part.bytes for part in manifest.parts)
+    per = {
+        table: sum(part.bytes for part in manifest.parts if part.table == table)
+        / max(1, sum(info.activations for info in manifest.layers.values()))
+        for table in ("activations", "features")
+    }
+    layers: list[dict[str, Any]] = []
+    for layer in store.layers:
+        info = store.layer(layer)
+        firing = int((store.stats(layer)["tokens"].to_numpy() > 0).sum())
+        layers.append(
+            {
+                "layer": layer,
+                "sae": info.group,
+                "d_sae": info.d_sae,
+                "tokens": info.tokens,
+                "activations": info.activations,
+                "firing": firing,
+            }
+        )
+    if as_json:
+        output.print_json(
+            {
+                "store": str(store.folder),
+                "model": manifest.model,
+                "documents": manifest.documents,
+                "tokens": manifest.tokens,
+                "bytes": total,
+                "bytes_per_activation": per,
+                "unreadable": manifest.unreadable,
+                "layers": layers,
+            }
+        )
+        return
+    title = f"{store.folder}: {manifest.documents:,} documents, {manifest.tokens:,} tokens, {size(total)}"
+    columns = ("layer", "features", "firing", "tokens", "activations", "SAE")
+    output.show(
+        title,
+        columns,
+        [tuple(r[n] for n in ("layer", "d_sae", "firing", "tokens", "activations", "sae")) for r in layers],
+    )
+    if manifest.unreadable:
+        output.show("Rows that could not be read", ("reason", "rows"), manifest.unreadable.items())

@@ -1,0 +1,107 @@
+"""`qwen-scope features`: the strongest features of every token of a text."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from qwen_scope.errors import InputError
+
+from . import options, output
+
+if TYPE_CHECKING:
+    from qwen_scope.scope import TokenFeatures
+
+
+def features(
+    text: Annotated[str, typer.Argument(help="The text; '-' reads standard input.")],
+    model: options.Model = "lab",
+    sae: options.Sae = None,
+    layers: options.Layers = None,
+    top: Annotated[int, typer.Option("--top", help="Features per token (or per answer).", min=1)] = 5,
+    response: Annotated[
+        str | None, typer.Option("--response", help="The model's answer to the text: ranks the answer's features.")
+    ] = None,
+    chat: options.Chat = None,
+    truncate: Annotated[bool, typer.Option("--truncate", help="Cut a text longer than the context.")] = False,
+    device: options.Device = None,
+    dtype: options.Dtype = "auto",
+    k: options.K = None,
+    as_json: options.Json = False,
+) -> None:
+    """Show the strongest features of every token.
+
+    With --response the text is the prompt and the features of the whole answer are ranked by strength: the way to see
+    which feature stands behind a bad answer.
+    """
+    mode = options.check_chat(chat)
+    wanted = options.parse_layers(layers)
+    if text == "-":
+        text = sys.stdin.read()
+    with output.status("opening the model"):
+        scope = options.open_scope(model, sae, device, dtype, k)
+    if wanted is None and response is None and not as_json:
+        wanted = [scope.layers[len(scope.layers) // 2]]
+    start = 0
+    if response is not None:
+        if not response:
+            raise InputError("the response is empty")
+        prompt = scope.tokenize([text], chat=mode, truncate=truncate)
+        start, text, mode = prompt.lengths[0], prompt.texts[0] + response, None
+    seen = scope.features([text], wanted, chat=mode, truncate=truncate)
+    if response is not None:
+        print_ranking(seen, start, top, as_json)
+    elif as_json:
+        print_tokens_json(seen, top)
+    else:
+        print_tokens(seen, top)
+
+
+def print_tokens(seen: TokenFeatures, top: int) -> None:
+    """A table per layer: token, then its strongest features with their activations."""
+    from qwen_scope.report import visible
+
+    for layer in seen.layers:
+        acts = seen.of(0, layer)
+        rows = []
+        for i, token in enumerate(seen.tokens[0]):
+            pairs = zip(acts.indices[i].tolist(), acts.values[i].tolist(), strict=True)
+            shown = [f"{f}:{v:.3g}" for f, v in list(pairs)[:top] if v > 0]
+            rows.append((i, visible(token), "  ".join(shown)))
+        title = f"Layer {layer}: the strongest features of each token (feature:activation)"
+        output.show(title, ("#", "token", "features"), rows)
+
+
+def print_tokens_json(seen: TokenFeatures, top: int) -> None:
+    data = []
+    for i, token in enumerate(seen.tokens[0]):
+        here = {}
+        for layer in seen.layers:
+            acts = seen.of(0, layer)
+            pairs = zip(acts.indices[i].tolist(), acts.values[i].tolist(), strict=True)
+            here[layer] = [{"feature": f, "activation": v} for f, v in list(pairs)[:top] if v > 0]
+        data.append({"position": i, "id": int(seen.input_ids[0, i]), "token": token, "layers": here})
+    output.print_json({"text": seen.texts[0], "tokens": data})
+
+
+def print_ranking(seen: TokenFeatures, start: int, top: int, as_json: bool) -> None:
+    """The features of the tokens from `start` on, ranked by their largest activation, layer by layer."""
+    if start >= len(seen.tokens[0]):
+        raise InputError("the response adds no token to the prompt")
+    answer = slice(start, None)
+    ranked = {layer: seen.strongest(0, layer, top, answer) for layer in seen.layers}
+    if as_json:
+        output.print_json({"text": seen.texts[0], "response_starts_at": start, "layers": ranked})
+        return
+    from qwen_scope.report import shaded
+
+    for layer, found in ranked.items():
+        acts = seen.of(0, layer)
+        rows = []
+        for f in found:
+            values = acts.select([f.feature])[start:, 0].tolist()
+            rows.append((f.feature, f.maximum, f"{f.rate:.0%}", shaded(seen.tokens[0][start:], values)))
+        title = f"Layer {layer}: the features of the response, strongest first"
+        output.show(title, ("feature", "max", "tokens", "where it fires"), rows)

@@ -1,0 +1,103 @@
+"""`qwen-scope lab`: the bundled lab, what it holds and how it is made."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from qwen_scope.errors import NotFoundError
+
+from . import options, output
+
+app = typer.Typer(help="The bundled lab: show texts with known factors, build it again.", no_args_is_help=True)
+
+
+@app.command()
+def build(
+    out: Annotated[Path, typer.Option("--out", "-o", help="The folder to write; must be new or hold a lab.")],
+    family: Annotated[
+        str, typer.Option("--family", help="dense (Qwen3), moe (Qwen3-MoE) or hybrid (Qwen3.5).")
+    ] = "dense",
+    small: Annotated[
+        bool | None, typer.Option("--small/--full", help="Two minutes or half an hour. Default: full for dense.")
+    ] = None,
+    seed: Annotated[int, typer.Option("--seed")] = 0,
+    as_json: options.Json = False,
+) -> None:
+    """Make corpus, tokenizer, language model and SAEs anew and measure them: the metrics come back, not the bytes."""
+    from dataclasses import replace
+
+    from qwen_scope.foundry import FULL, SMALL, build, card
+
+    config = replace(SMALL if (family != "dense" if small is None else small) else FULL, family=family, seed=seed)
+    with output.progress() as report:
+        metrics = build(out, config, report)
+    if as_json:
+        output.print_json(metrics)
+    else:
+        typer.echo(card(metrics), nl=False)
+
+
+@app.command()
+def card(
+    folder: Annotated[Path | None, typer.Argument(help="A built lab. Default: the bundled one.")] = None,
+    as_json: options.Json = False,
+) -> None:
+    """Print the card of a lab: data, sizes, seeds, losses, per-factor F1, and what it is not."""
+    from qwen_scope.foundry import card
+    from qwen_scope.sae import catalog
+
+    where = folder or Path(catalog.find("lab").model).parent
+    path = where / "metrics.json"
+    if not path.is_file():
+        raise NotFoundError(
+            f"{path.parent} holds no lab: there is no metrics.json; make one with: qwen-scope lab build -o DIR"
+        )
+    metrics = json.loads(path.read_text(encoding="utf-8"))
+    if as_json:
+        output.print_json(metrics)
+    else:
+        typer.echo(card(metrics), nl=False)
+
+
+@app.command()
+def texts(
+    n: Annotated[int, typer.Option("-n", help="How many documents.", min=1)] = 5,
+    kind: Annotated[str | None, typer.Option("--kind", help="talk, chat, arithmetic, code, prose, ...")] = None,
+    language: Annotated[str | None, typer.Option("--language", help="zh, ja, ko, ru, ar, en, fr, de or es.")] = None,
+    register: Annotated[str | None, typer.Option("--register", help="plain, polite, rude or archaic.")] = None,
+    split: Annotated[
+        str, typer.Option("--split", help="train, heldout_sentences, heldout_templates or heldout_combinations.")
+    ] = "train",
+    seed: Annotated[int, typer.Option("--seed")] = 0,
+    as_json: options.Json = False,
+) -> None:
+    """Print documents of the lab's corpus with their factors, one JSON object per line with --json."""
+    from rich.text import Text
+
+    from qwen_scope.lab import documents
+
+    chosen = documents(
+        split=split,
+        seed=seed,
+        n=n,
+        kinds=[kind] if kind else None,
+        languages=[language] if language else None,
+        registers=[register] if register else None,
+    )
+    out = output.console()
+    for document in chosen:
+        if as_json:
+            typer.echo(
+                json.dumps(
+                    {**vars(document), "factors": dict(document.factors), "spans": len(document.spans)},
+                    ensure_ascii=False,
+                )
+            )
+            continue
+        title = " / ".join(x for x in (document.kind, document.language, document.register) if x)
+        out.print(Text(f"{document.id}  {title}", style="bold"))
+        out.print(Text(document.text + "\n"))

@@ -1,0 +1,122 @@
+"""The options that commands share, named once."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated, Literal, TypeVar, get_args
+
+import typer
+
+from qwen_scope.errors import InputError
+
+OneOf = TypeVar("OneOf", bound=str)
+
+UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+
+if TYPE_CHECKING:
+    import torch
+
+    from qwen_scope.scope import Scope
+
+Model = Annotated[str, typer.Option("--model", help="Language model: 'lab' (bundled), a Hub id or a folder.")]
+Sae = Annotated[
+    str | None, typer.Option("--sae", help="SAEs: a group's name or Hub id, or a folder. Default: those of the model.")
+]
+Layers = Annotated[str | None, typer.Option("--layers", "--layer", help="Layers, such as 3 or 0,2-5. Default: all.")]
+Device = Annotated[str | None, typer.Option("--device", help="cpu, cuda, cuda:1 or mps. Default: the best there is.")]
+Dtype = Annotated[str, typer.Option("--dtype", help="Type of the model's weights: auto, float32, bfloat16, float16.")]
+K = Annotated[int | None, typer.Option("--k", help="Features active per token, only where the files don't say it.")]
+Chat = Annotated[
+    str | None, typer.Option("--chat", help="Wrap the text in the chat template: default, thinking or non_thinking.")
+]
+ChatMode = Literal["default", "thinking", "non_thinking"]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines instead of tables.")]
+
+
+def parse_layers(text: str | None) -> list[int] | None:
+    """`0,2-5` as a list of layers, `layer3` and `layers.3.resid_post` too; None and `all` mean all.
+
+    Raises:
+        InputError: anything else.
+    """
+    if text is None or text.strip() == "all":
+        return None
+    layers: list[int] = []
+    for part in text.split(","):
+        if match := re.fullmatch(r"\s*(\d+)\s*-\s*(\d+)\s*", part):
+            first, last = int(match[1]), int(match[2])
+            if last < first:
+                raise InputError(f"the range {part.strip()!r} runs backwards; write {last}-{first}")
+            layers += range(first, last + 1)
+        else:
+            from qwen_scope.model import HookPoint
+
+            layers.append(HookPoint.parse(part.strip()).layer)
+    return sorted(set(layers))
+
+
+def open_scope(
+    model: str, sae: str | None, device: str | None = None, dtype: str = "auto", k: int | None = None
+) -> Scope:
+    """The scope a command was asked for."""
+    from qwen_scope.scope import load_scope
+
+    quiet()
+
+    return load_scope(model, sae, device=device, dtype=dtype, k=k)
+
+
+def check_chat(chat: str | None) -> ChatMode | None:
+    """The mode of the chat template, or None; raises InputError for anything else."""
+    for mode in get_args(ChatMode):
+        if chat == mode:
+            return mode
+    if chat is None:
+        return None
+    raise InputError(f"--chat is one of {', '.join(get_args(ChatMode))}, not {chat!r}")
+
+
+def weight_type(name: str | None) -> torch.dtype | None:
+    """The type of an SAE's weights; None keeps the stored one.
+
+    Raises:
+        InputError: not a type that weights are stored in.
+    """
+    import torch
+
+    types = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if name is not None and name not in types:
+        raise InputError(f"--dtype is one of {', '.join(types)}, not {name!r}")
+    return types[name] if name else None
+
+
+def parse_size(text: str) -> int:
+    """`24GB`, `16 GiB`, `500MB` or plain bytes; raises InputError for anything else."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]i?)?b?\s*", text.lower())
+    if not match:
+        raise InputError(f"{text!r} is not a size; write it as 24GB or 16GiB")
+    return int(float(match[1]) * UNITS[match[2] or ""])
+
+
+def one_of(option: str, value: str, known: Sequence[OneOf]) -> OneOf:
+    """The value, if it is one of those known; raises InputError for another."""
+    for name in known:
+        if value == name:
+            return name
+    raise InputError(f"{option} is one of {', '.join(known)}, not {value!r}")
+
+
+def sae_source(model: str, sae: str | None) -> str:
+    """The SAEs that were named, or those of the model."""
+    from qwen_scope.scope import resolve
+
+    return resolve(model, sae)[1]
+
+
+def quiet() -> None:
+    """Silence transformers' bars and advice: what goes wrong comes as an error of ours."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()

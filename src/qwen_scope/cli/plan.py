@@ -1,0 +1,63 @@
+"""`qwen-scope plan`: what a model and its SAEs take, and whether that fits."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from . import options, output
+
+
+def plan(
+    group: Annotated[str, typer.Argument(help="A group of the catalog: its name, Hub id or alias.")] = "lab",
+    layers: options.Layers = None,
+    dtype: Annotated[str, typer.Option("--dtype", help="Type of the model's weights.")] = "bfloat16",
+    sae_dtype: Annotated[str, typer.Option("--sae-dtype", help="Type of the SAEs' weights in memory.")] = "float32",
+    device: Annotated[str | None, typer.Option("--device-memory", help="The device's size, such as 24GB.")] = None,
+    training: Annotated[bool, typer.Option("--train", help="Also what training SAEs of this shape takes.")] = False,
+    batch: Annotated[int, typer.Option("--batch", help="Tokens per training step.", min=1)] = 4096,
+    buffer: Annotated[str, typer.Option("--buffer", help="Memory for shuffled residuals in training.")] = "1GB",
+    as_json: options.Json = False,
+) -> None:
+    """Say what a group needs on disk and in memory.
+
+    With --device-memory also what fits on a device of that size, with --train also what training such SAEs takes.
+    """
+    from qwen_scope.report import size
+    from qwen_scope.sae import catalog
+    from qwen_scope.scope import plan_group
+    from qwen_scope.train import TrainConfig, memory_plan
+
+    limit = None if device is None else options.parse_size(device)
+    found = catalog.find(group)
+    needs = plan_group(found, options.parse_layers(layers), dtype=dtype, sae_dtype=sae_dtype)
+    run = None
+    if training:
+        # The number of tokens trained on does not change what a step takes.
+        config = TrainConfig(d_sae=found.d_sae, k=found.k, tokens=batch, batch=batch)
+        run = memory_plan(config, found.d_model, needs.n_saes, buffer=options.parse_size(buffer))
+    if as_json:
+        data = {"group": found.name, **vars(needs), "fits": None if limit is None else needs.fits(limit)}
+        output.print_json({**data, "training": None if run is None else {**vars(run), "total": run.total}})
+        return
+    rows = [
+        ("download, SAEs as released (fp32)", size(needs.disk)),
+        (f"language model in {dtype}", size(needs.model)),
+        (f"one SAE in {sae_dtype}", size(needs.sae)),
+        ("working memory of one batch (estimate)", size(needs.working)),
+        ("device, one SAE at a time", size(needs.one_at_a_time)),
+        (f"device, all {needs.n_saes} SAEs", size(needs.all_at_once)),
+        ("host beside a GPU, while an SAE is copied", size(needs.host)),
+    ]
+    if run is not None:
+        rows += [
+            (f"training: weights of {needs.n_saes} SAEs", size(run.weights)),
+            ("training: Adam's moments", size(run.optimiser)),
+            ("training: gradients and one batch", size(run.gradients + run.batch)),
+            ("training: buffer of residuals", size(run.buffer)),
+            ("training, in all, with the language model", size(run.total + needs.model)),
+        ]
+    output.show(f"{found.name}: {needs.n_saes} layers", ("what", "bytes"), rows)
+    if limit is not None:
+        output.console().print(f"On a device of {size(limit)}: {needs.fits(limit)}.")

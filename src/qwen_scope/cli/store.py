@@ -1,0 +1,101 @@
+"""`qwen-scope store`: what a store holds, one feature of it, or the answer to a query."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from qwen_scope.errors import InputError
+
+from . import options, output
+from .extract import show_store
+
+if TYPE_CHECKING:
+    from qwen_scope.corpus import FeatureStore
+
+SHARES = (0.1, 0.25, 0.5, 0.75, 0.9)
+WAYS = ("top", "random", "quantiles")
+
+
+def store(
+    folder: Annotated[Path, typer.Argument(metavar="STORE", help="A folder that extract has written.")],
+    layer: Annotated[int | None, typer.Option("--layer", help="Which layer. Default: the only one.")] = None,
+    feature: Annotated[int | None, typer.Option("--feature", "-f", help="All about one feature.")] = None,
+    n: Annotated[int, typer.Option("-n", help="How many contexts, or features.", min=1)] = 10,
+    how: Annotated[str, typer.Option("--how", help="Contexts: top, random or quantiles.")] = "top",
+    seed: Annotated[int, typer.Option("--seed", help="Of random and quantiles.")] = 0,
+    query: Annotated[
+        str | None, typer.Option("--sql", help="A query for DuckDB; tables in docs/store-format.md.")
+    ] = None,
+    verify: Annotated[bool, typer.Option("--verify", help="Compare every part with its checksum.")] = False,
+    as_json: options.Json = False,
+) -> None:
+    """Show what a store holds; with --feature its statistics and contexts, with --layer the most frequent features."""
+    from qwen_scope.corpus import FeatureStore
+
+    with FeatureStore(folder) as opened:
+        if verify:
+            opened.verify()
+        if query is not None:
+            show_rows("", opened.sql(query), as_json)
+        elif feature is not None:
+            show_feature(opened, the_layer(opened, layer), feature, n, how, seed, as_json)
+        elif layer is not None:
+            rows = opened.stats(layer).sort_by([("tokens", "descending"), ("feature", "ascending")]).slice(0, n)
+            names = ["feature", "frequency", "documents", "mean", "maximum"]
+            show_rows(f"Layer {layer}: the most frequent features", rows.select(names), as_json)
+        else:
+            show_store(opened, as_json)
+
+
+def the_layer(opened: FeatureStore, layer: int | None) -> int:
+    """The layer that was asked for, or the only one there is."""
+    if layer is None:
+        if len(opened.layers) > 1:
+            raise InputError(f"the store has layers {', '.join(map(str, opened.layers))}; name one with --layer")
+        layer = opened.layers[0]
+    return layer
+
+
+def show_rows(title: str, table: Any, as_json: bool) -> None:
+    """An arrow table as JSON or as a table."""
+    if as_json:
+        output.print_json(table.to_pylist())
+        return
+    rows = [
+        [v if isinstance(v, str | int | float | None) else str(v) for v in row.values()] for row in table.to_pylist()
+    ]
+    output.show(title, table.column_names, rows)
+
+
+def show_feature(opened: FeatureStore, layer: int, feature: int, n: int, how: str, seed: int, as_json: bool) -> None:
+    """Statistics and contexts of one feature."""
+    from rich.text import Text
+
+    from qwen_scope.report import shaded
+
+    for way in WAYS:
+        if how == way:
+            found = opened.contexts(layer, feature, n, how=way, seed=seed)
+            break
+    else:
+        raise InputError(f"--how is one of {', '.join(WAYS)}, not {how!r}")
+    stats = opened.feature(layer, feature)
+    quantiles = opened.quantiles(layer, feature, SHARES).tolist() if stats.tokens else []
+    histogram = opened.histogram(layer, feature)
+    if as_json:
+        drawn = {"edges": histogram.edges.tolist(), "counts": histogram.counts.tolist()}
+        contexts = [asdict(context) for context in found]
+        shares = dict(zip(map(str, SHARES), quantiles, strict=False))
+        output.print_json({**asdict(stats), "quantiles": shares, "histogram": drawn, "contexts": contexts})
+        return
+    shown = [(name, value) for name, value in asdict(stats).items() if name not in ("layer", "feature")]
+    shown += [(f"{share:.0%} of its tokens at most", value) for share, value in zip(SHARES, quantiles, strict=False)]
+    output.show(f"Layer {layer}, feature {feature}", ("statistic", "value"), shown)
+    out = output.console()
+    for context in found:
+        place = f"{context.value:.4g} at document {context.document}, position {context.position}: "
+        out.print(Text(place, style="dim") + shaded(context.tokens, context.values, stats.maximum))

@@ -1,0 +1,15 @@
+from .contexts import Context as Context
+from .contexts import FeatureSummary as FeatureSummary
+from .contexts import Histogram as Histogram
+from .extract import ExtractOptions as ExtractOptions
+from .extract import Progress as Progress
+from .extract import extract as extract
+from .layout import LayerInfo as LayerInfo
+from .layout import Manifest as Manifest
+from .store import FeatureStore as FeatureStore
+from .text import Corpus as Corpus
+from .text import Document as Document
+from .text import Unreadable as Unreadable
+from .writer import LayerRows as LayerRows
+from .writer import StoreWriter as StoreWriter
+from .writer import Window as Window

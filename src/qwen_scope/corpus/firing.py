@@ -1,0 +1,91 @@
+"""Questions about many features at once, as SQL over the tables of a store."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from qwen_scope.errors import InputError
+
+Query = tuple[str, dict[str, Any]]
+
+# Tokens that count, per layer and document, and the last of them. `masked` is usually a sliver of `tokens`.
+_COUNTED = """counted AS (
+  SELECT l.layer, d.document, d.tokens - coalesce(m.masked, 0) AS tokens
+  FROM documents d CROSS JOIN (SELECT unnest($layers::INTEGER[]) AS layer) l
+  LEFT JOIN (SELECT layer, document, count(*) AS masked FROM masked GROUP BY ALL) m USING (layer, document))"""
+_LAST = """last AS (
+  SELECT layer, document, max(position) AS position
+  FROM (SELECT l.layer, t.document, t.position FROM tokens t CROSS JOIN (SELECT unnest($layers::INTEGER[]) AS layer) l)
+  ANTI JOIN masked USING (layer, document, position) GROUP BY layer, document)"""
+
+REDUCTIONS = {
+    "any": "SELECT document, layer, feature, 1::FLOAT AS value, min(position) AS position FROM chosen GROUP BY ALL",
+    "max": "SELECT document, layer, feature, best.value AS value, -best.back AS position FROM (SELECT document, layer,"
+    " feature, max({'value': value, 'back': -position}) AS best FROM chosen GROUP BY ALL)",
+    "mean": "SELECT document, layer, feature, (sum(value::DOUBLE) / any_value(counted.tokens))::FLOAT AS value,"
+    " -1::INTEGER AS position FROM chosen JOIN counted USING (layer, document) GROUP BY document, layer, feature",
+    "last": "SELECT document, layer, feature, value, position FROM chosen JOIN last USING (layer, document, position)",
+}
+
+
+def firing_query(
+    reduction: str, layers: Sequence[int], features: Sequence[int] | None, documents: Sequence[int] | None
+) -> Query:
+    """The `Firing` table; see `FeatureStore.firing`.
+
+    Raises:
+        InputError: an unknown reduction.
+    """
+    if reduction not in REDUCTIONS:
+        raise InputError(f"a reduction is one of {', '.join(REDUCTIONS)}, not {reduction!r}")
+    params: dict[str, Any] = {"layers": list(layers)}
+    where = "list_contains($layers::INTEGER[], layer)"
+    # One layer, one feature and one document are by far the most frequent, and plain comparisons skip row groups.
+    for name, chosen in (("feature", features), ("document", documents)):
+        if chosen is not None:
+            params |= {
+                name + "s": list(chosen),
+                "low_" + name: min(chosen, default=0),
+                "high_" + name: max(chosen, default=0),
+            }
+            where += f" AND {name} BETWEEN $low_{name} AND $high_{name} AND list_contains(${name}s::INTEGER[], {name})"
+    params |= {"low": min(layers, default=0), "high": max(layers, default=0)}
+    where += " AND layer BETWEEN $low AND $high"
+    table = "features" if features is not None and documents is None else "activations"
+    tables = [f"chosen AS (SELECT * FROM {table} WHERE {where})"]
+    tables += {"mean": [_COUNTED], "last": [_LAST]}.get(reduction, [])
+    return f"WITH {', '.join(tables)} {REDUCTIONS[reduction]} ORDER BY document, layer, feature", params
+
+
+def cofiring_query(layer: int, feature: int, other: int, n: int | None) -> Query:
+    """Features of the layer `other` on the tokens where this one fires."""
+    query = """
+        WITH mine AS (SELECT document, position FROM features WHERE layer = $layer AND feature = $feature),
+        shared AS (
+          SELECT feature, count(*) AS "both" FROM (SELECT * FROM activations WHERE layer = $other)
+          SEMI JOIN mine USING (document, position) GROUP BY feature)
+        SELECT feature, "both", stats.tokens,
+          "both"::DOUBLE / (stats.tokens + (SELECT count(*) FROM mine) - "both") AS jaccard
+        FROM shared JOIN (SELECT feature, tokens FROM stats WHERE layer = $other) stats USING (feature)
+        WHERE NOT (feature = $feature AND $other = $layer) ORDER BY jaccard DESC, feature LIMIT $n"""
+    return query, {"layer": layer, "feature": feature, "other": other, "n": 2**62 if n is None else n}
+
+
+def document_query(document: int, layer: int, n: int | None) -> Query:
+    """The features of one document at one layer."""
+    query = """
+        SELECT feature, best.value AS maximum, -best.back AS position, tokens, "sum" FROM (
+          SELECT feature, max({'value': value, 'back': -position}) AS best, count(*) AS tokens,
+            sum(value::DOUBLE) AS "sum"
+          FROM activations WHERE layer = $layer AND document = $document GROUP BY feature)
+        ORDER BY maximum DESC, feature LIMIT $n"""
+    return query, {"layer": layer, "document": document, "n": 2**62 if n is None else n}
+
+
+def documents_query(layer: int, feature: int, n: int | None) -> Query:
+    """The documents where a feature fires."""
+    query = """
+        SELECT document, max(value) AS maximum, count(*) AS tokens FROM features
+        WHERE layer = $layer AND feature = $feature GROUP BY document ORDER BY maximum DESC, document LIMIT $n"""
+    return query, {"layer": layer, "feature": feature, "n": 2**62 if n is None else n}

@@ -1,0 +1,112 @@
+"""The second sort order and the statistics, in one stream per layer each: memory does not grow with the corpus."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from qwen_scope.errors import InputError, NotFoundError
+
+from .layout import PART_ROWS, ROW_GROUP, TABLES, WORK, LayerInfo, Part
+from .writer import write_part
+
+try:
+    import duckdb
+except ImportError as error:
+    raise NotFoundError("a store needs the packages pyarrow and duckdb: pip install 'qwen-scope[store]'") from error
+
+
+def index_layer(folder: Path, info: LayerInfo, number: int, first_row: int, first_part: int, memory: str) -> list[Part]:
+    """Write the `features` and `stats` parts of one layer.
+
+    Args:
+        number: of the `stats` part.   first_row, first_part: rows and parts of `features` before this layer.
+        memory: how much the sort may take before it goes to disk.
+    """
+    files = [str(path) for path in sorted((folder / "activations").glob("*.parquet"))]
+    parts: list[Part] = []
+    stream = sorted_rows(files, info.layer, folder / WORK / "spill", memory) if files else iter(())
+    for pieces in in_parts(stream):
+        parts.append(write_part(folder, "features", first_part + len(parts), pieces))
+    parts = [part for part in parts if part.rows]
+    return [*parts, write_part(folder, "stats", number, [layer_stats(files, info, first_row)])]
+
+
+def sorted_rows(files: list[str], layer: int, spill: Path, memory: str) -> Iterator[pa.Table]:
+    """The rows of a layer by feature, then falling value, then document and position; whole row groups but the last."""
+    with duckdb.connect(config={"memory_limit": memory, "temp_directory": str(spill)}) as connection:
+        rows = connection.sql(
+            "SELECT layer, document, position, feature, value FROM read_parquet($files) WHERE layer = $layer"
+            " ORDER BY feature, value DESC, document, position",
+            params={"files": files, "layer": layer},
+        )
+        try:
+            held: list[pa.Table] = []
+            for batch in rows.to_arrow_reader(ROW_GROUP):
+                held.append(pa.Table.from_batches([batch]).cast(TABLES["features"]))
+                while sum(map(len, held)) >= ROW_GROUP:
+                    whole = pa.concat_tables(held)
+                    yield whole.slice(0, ROW_GROUP)
+                    held = [whole.slice(ROW_GROUP)]
+            if rest := [table for table in held if len(table)]:
+                yield pa.concat_tables(rest)
+        except (duckdb.IOException, duckdb.OutOfMemoryException, pa.ArrowException) as error:
+            said = " ".join(str(error).split())
+            raise InputError(
+                f"the activations of layer {layer} could not be sorted ({said:.200}); make room on the disk and run the"
+                " same command again, nothing is lost"
+            ) from error
+    shutil.rmtree(spill, ignore_errors=True)
+
+
+def in_parts(tables: Iterator[pa.Table]) -> Iterator[Iterator[pa.Table]]:
+    """The tables in groups of `PART_ROWS` rows; each group is to be read before the next is asked for."""
+    for first in tables:
+
+        def part(table: pa.Table | None = first) -> Iterator[pa.Table]:
+            rows = 0
+            while table is not None:
+                yield table
+                rows += len(table)
+                table = next(tables, None) if rows < PART_ROWS else None
+
+        yield part()
+
+
+def layer_stats(files: list[str], info: LayerInfo, first_row: int) -> pa.Table:
+    """One row per feature, from one pass over the activations in document order."""
+    tokens, documents = np.zeros(info.d_sae, np.int64), np.zeros(info.d_sae, np.int64)
+    total = np.zeros(info.d_sae, np.float64)
+    maximum, minimum = np.zeros(info.d_sae, np.float32), np.full(info.d_sae, np.inf, np.float32)
+    last_document = np.full(info.d_sae, -1, np.int64)
+    for document, feature, value in layer_batches(files, info.layer):
+        tokens += np.bincount(feature, minlength=info.d_sae)
+        np.add.at(total, feature, value.astype(np.float64))
+        np.maximum.at(maximum, feature, value)
+        np.minimum.at(minimum, feature, value)
+        # One key per pair of document and feature. Only the first document can have begun in an earlier batch.
+        pairs = np.unique((document - document[0]).astype(np.int64) * info.d_sae + feature)
+        in_document, features = pairs // info.d_sae + document[0], pairs % info.d_sae
+        new = last_document[features] != in_document
+        documents += np.bincount(features[new], minlength=info.d_sae)
+        np.maximum.at(last_document, features, in_document)
+    first = first_row + np.concatenate([[0], np.cumsum(tokens)[:-1]])
+    minimum[tokens == 0] = 0
+    names = np.arange(info.d_sae, dtype=np.int32)
+    columns = [np.full(info.d_sae, info.layer, np.int32), names, tokens, documents, total, maximum, minimum, first]
+    return pa.Table.from_arrays([pa.array(column) for column in columns], schema=TABLES["stats"])
+
+
+def layer_batches(files: list[str], layer: int) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Document, feature and value of a layer's activations, a row group at a time, in document order."""
+    for name in files:
+        with pq.ParquetFile(name) as file:
+            for group in range(file.num_row_groups):
+                if file.metadata.row_group(group).column(0).statistics.min == layer:
+                    table = file.read_row_group(group, columns=["document", "feature", "value"])
+                    yield tuple(table[column].to_numpy() for column in ("document", "feature", "value"))  # pyright: ignore[reportReturnType]

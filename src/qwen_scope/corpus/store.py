@@ -1,0 +1,343 @@
+"""`FeatureStore`: a finished store, opened strictly and asked questions."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, final
+
+import duckdb
+import numpy as np
+import pyarrow as pa
+from jaxtyping import Float32, Float64
+
+from qwen_scope.errors import FormatError, InputError, MismatchError, NotFoundError
+from qwen_scope.sae import SAE, Identity
+
+from . import contexts, firing
+from .contexts import Context, FeatureSummary, Histogram
+from .layout import MANIFEST, TABLES, LayerInfo, Manifest
+from .parts import TableRows, check_parts
+
+MEMORY = "1500MB"
+
+
+@final
+class FeatureStore:
+    """A finished store. Opening it reads the manifest and the end of every part, not the activations.
+
+    Attributes:
+        folder: where it is.
+        manifest: what it holds.
+
+    Methods about one feature read the few row groups that hold it; `sql` and the methods about many features stream
+    through DuckDB. Not to be shared between threads: open the folder once per thread.
+    """
+
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        saes: Mapping[int, SAE | Identity] | None = None,
+        *,
+        memory: str = MEMORY,
+    ) -> None:
+        """Open a store.
+
+        Args:
+            saes: the SAEs the questions will be about, by layer; a store made with others is refused.
+            memory: how much DuckDB may take before it goes to disk.
+
+        Raises:
+            NotFoundError: there is no store.   FormatError: it is damaged, or not what the format says.
+            MismatchError: it was made with another SAE.
+        """
+        self.folder = Path(folder)
+        try:
+            text = (self.folder / MANIFEST).read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise FormatError(f"{self.folder / MANIFEST} is not UTF-8") from error
+        except OSError as error:
+            raise NotFoundError(_absent(self.folder)) from error
+        self.manifest = Manifest.from_json(text)
+        files = check_parts(self.folder, self.manifest)
+        self.tables = {name: TableRows(name, files[name]) for name in TABLES}
+        self._check_layers()
+        for layer, sae in (saes or {}).items():
+            self.require(layer, sae)
+        self._memory, self._connection = memory, None
+
+    def __repr__(self) -> str:
+        m = self.manifest
+        return f"FeatureStore({str(self.folder)!r}: {m.documents} documents, {m.tokens} tokens, layers {self.layers})"
+
+    def __enter__(self) -> FeatureStore:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the query engine and the files."""
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
+        for table in self.tables.values():
+            table.close()
+
+    @property
+    def layers(self) -> list[int]:
+        return sorted(self.manifest.layers)
+
+    def layer(self, layer: int) -> LayerInfo:
+        """What is known of one layer.
+
+        Raises:
+            NotFoundError: the store has no such layer.
+        """
+        if layer not in self.manifest.layers:
+            raise NotFoundError(f"{self.folder} has no layer {layer}; it has layers {', '.join(map(str, self.layers))}")
+        return self.manifest.layers[layer]
+
+    def require(self, layer: int, sae: SAE | Identity) -> None:
+        """Refuse to answer about another SAE than the one the store was made with.
+
+        Raises:
+            MismatchError: it is another one.   NotFoundError: the store has no such layer.
+        """
+        info, asked = self.layer(layer), sae if isinstance(sae, Identity) else sae.identity
+        if (asked.layer, asked.fingerprint) != (info.layer, info.fingerprint):
+            made = Identity(info.group, info.layer, info.fingerprint)
+            raise MismatchError(f"{self.folder} was made with the SAE {made} and can't answer about {asked}")
+
+    def verify(self) -> None:
+        """Read every part once and compare it with its checksum in the manifest.
+
+        Raises:
+            FormatError: a part has changed.
+        """
+        for part in self.manifest.parts:
+            with (self.folder / part.file).open("rb") as file:
+                if hashlib.file_digest(file, "sha256").hexdigest() != part.sha256:
+                    raise FormatError(f"{part.file} in {self.folder} has changed since it was written")
+
+    # --- many features at once -------------------------------------------------------------------------------------
+
+    @property
+    def connection(self) -> Any:
+        """DuckDB with one view per table of the store; nothing is copied into it."""
+        if self._connection is None:
+            config: dict[str, Any] = {"memory_limit": self._memory, "autoinstall_known_extensions": False}
+            self._connection = duckdb.connect(config={**config, "parquet_metadata_cache": True})
+            for name, table in self.tables.items():
+                if table.files:
+                    self._connection.read_parquet([str(path) for path in table.files]).to_view(name)
+                else:
+                    self._connection.from_arrow(TABLES[name].empty_table()).to_view(name)
+        return self._connection
+
+    def sql(self, query: str, params: Mapping[str, Any] | Sequence[Any] | None = None) -> pa.Table:
+        """The answer of DuckDB to a query over the tables of the store, which `docs/store-format.md` describes.
+
+        Args:
+            params: values for `$name` (a mapping) or `?` (a sequence) in the query.
+
+        Raises:
+            InputError: DuckDB refuses the query.
+        """
+        return self.stream(query, params).read_all()
+
+    def stream(
+        self, query: str, params: Mapping[str, Any] | Sequence[Any] | None = None, batch: int = 2**16
+    ) -> pa.RecordBatchReader:
+        """As `sql`, `batch` rows at a time: for answers larger than memory."""
+        try:
+            relation = self.connection.sql(query, params=None if params is None else _plain(params))
+            if relation is None:
+                raise InputError(f"the query gives no rows: {query!r:.200}")
+            return relation.to_arrow_reader(batch)
+        except duckdb.Error as error:
+            raise InputError(f"DuckDB refuses the query: {' '.join(str(error).split())[:300]}") from error
+
+    def firing(
+        self,
+        reduction: Literal["any", "last", "mean", "max"] = "max",
+        layers: Sequence[int] | None = None,
+        *,
+        features: Sequence[int] | None = None,
+        documents: Sequence[int] | None = None,
+    ) -> pa.Table:
+        """The `Firing` table: document, layer, feature, value and position of that value, by document, layer, feature.
+
+        A row is there where the value is not 0. Masked tokens do not count.
+
+        Args:
+            reduction: `any` is 1 where the feature fires at all, at its first position; `max` the largest activation,
+                at the first position that has it; `last` the activation on the last token; `mean` the mean over all
+                tokens of the document, with no position (-1).
+            layers, features, documents: only these.
+
+        Raises:
+            InputError: an unknown reduction.   NotFoundError: a layer or feature that does not exist.
+        """
+        return self.firing_stream(reduction, layers, features=features, documents=documents).read_all()
+
+    def firing_stream(
+        self,
+        reduction: Literal["any", "last", "mean", "max"] = "max",
+        layers: Sequence[int] | None = None,
+        *,
+        features: Sequence[int] | None = None,
+        documents: Sequence[int] | None = None,
+    ) -> pa.RecordBatchReader:
+        """As `firing`, in batches: for tables larger than memory."""
+        chosen = [self.layer(layer).layer for layer in (self.layers if layers is None else layers)]
+        for feature in features or ():
+            if not any(0 <= feature < self.layer(layer).d_sae for layer in chosen):
+                raise NotFoundError(f"no layer of {chosen} has a feature {feature}")
+        return self.stream(*firing.firing_query(reduction, chosen, features, documents))
+
+    def cofiring(self, layer: int, feature: int, n: int | None = 20, *, other_layer: int | None = None) -> pa.Table:
+        """Features that fire on the same tokens as this one: feature, both, tokens, jaccard; highest Jaccard first.
+
+        Args:
+            n: how many, or None for all.
+            other_layer: look for them in this layer instead of the feature's own.
+        """
+        self.check_feature(layer, feature)
+        other = self.layer(layer if other_layer is None else other_layer).layer
+        return self.sql(*firing.cofiring_query(layer, feature, other, n))
+
+    def document_features(self, document: int, layer: int, n: int | None = None) -> pa.Table:
+        """Features of one document: feature, maximum, position of the maximum, tokens, sum; largest maximum first."""
+        self.check_document(document)
+        return self.sql(*firing.document_query(document, self.layer(layer).layer, n))
+
+    def documents_of(self, layer: int, feature: int, n: int | None = None) -> pa.Table:
+        """Documents where a feature fires: document, maximum, tokens; largest maximum first."""
+        self.check_feature(layer, feature)
+        return self.sql(*firing.documents_query(layer, feature, n))
+
+    def stats(self, layer: int) -> pa.Table:
+        """Per feature of a layer: feature, tokens, documents, sum, maximum, minimum, first_row, frequency and mean.
+
+        `frequency` is the share of counted tokens on which it fires, `mean` its mean activation over counted tokens.
+        """
+        counted = max(1, self.layer(layer).tokens)
+        table = self.tables["stats"].read(self._stats_start(layer), self.layer(layer).d_sae).drop_columns(["layer"])
+        frequency = table["tokens"].to_numpy() / counted
+        mean = table["sum"].to_numpy() / counted
+        return table.append_column("frequency", pa.array(frequency)).append_column("mean", pa.array(mean))
+
+    def residuals(
+        self, layer: int, pooling: Literal["mean", "last"] = "mean"
+    ) -> Float32[np.ndarray, "documents d_model"]:
+        """The pooled residual of every document at a layer; a row of NaN where all its tokens are masked.
+
+        Raises:
+            NotFoundError: the store was made without them.
+        """
+        self.layer(layer)
+        table = self.sql(
+            "SELECT document, vector FROM residuals WHERE layer = ? AND pooling = ? ORDER BY document", [layer, pooling]
+        )
+        if not len(table):
+            raise NotFoundError(
+                f"{self.folder} holds no residuals pooled by {pooling!r}; extract with --pool {pooling}"
+            )
+        vectors = np.stack(table["vector"].to_numpy())
+        out = np.full((self.manifest.documents, vectors.shape[1]), np.nan, np.float32)
+        out[table["document"].to_numpy()] = vectors
+        return out
+
+    # --- one feature -------------------------------------------------------------------------------------------------
+
+    def check_feature(self, layer: int, feature: int) -> None:
+        """Raise NotFoundError unless the layer has such a feature."""
+        width = self.layer(layer).d_sae
+        if not 0 <= feature < width:
+            raise NotFoundError(f"layer {layer} has features 0 to {width - 1}, not {feature}")
+
+    def check_document(self, document: int) -> None:
+        """Raise NotFoundError unless there is such a document."""
+        if not 0 <= document < self.manifest.documents:
+            raise NotFoundError(f"{self.folder} has documents 0 to {self.manifest.documents - 1}, not {document}")
+
+    def feature(self, layer: int, feature: int) -> FeatureSummary:
+        """How often and how strongly one feature fires."""
+        return contexts.summary(self._stats_row(layer, feature), self.layer(layer).tokens, self.manifest.documents)
+
+    def values(self, layer: int, feature: int) -> Float32[np.ndarray, " rows"]:
+        """Every activation of a feature, largest first."""
+        return self.tables["features"].read(*self._rows(layer, feature), ["value"])["value"].to_numpy()
+
+    def quantiles(self, layer: int, feature: int, shares: Sequence[float]) -> Float64[np.ndarray, " shares"]:
+        """Per share the smallest activation that at least this share of the firing tokens do not exceed."""
+        return contexts.quantiles(self.tables["features"], *self._rows(layer, feature), shares)
+
+    def histogram(self, layer: int, feature: int, bins: int | Sequence[float] = 20) -> Histogram:
+        """How many firing tokens have which activation: `bins` equal steps from 0 to the maximum, or given edges."""
+        return contexts.histogram(self.tables["features"], *self._rows(layer, feature), bins)
+
+    def contexts(
+        self,
+        layer: int,
+        feature: int,
+        n: int = 20,
+        *,
+        how: Literal["top", "random", "quantiles"] = "top",
+        before: int = 20,
+        after: int = 10,
+        strata: int = 5,
+        seed: int = 0,
+    ) -> list[Context]:
+        """Places where a feature fires, with the tokens around them.
+
+        Args:
+            n: how many; fewer where the feature fires less often.
+            how: the `top` activations, a `random` sample of all, or `quantiles`: the activations in `strata` equal
+                shares by size, from each an equal random sample, strongest first.
+            before, after: tokens of the same document to show around the place.
+        """
+        start, rows = self._rows(layer, feature)
+        chosen = contexts.choose(rows, n, how, strata, seed)
+        return contexts.read(self.tables, layer, feature, start, rows, chosen, before, after)
+
+    # --- inside ------------------------------------------------------------------------------------------------------
+
+    def _stats_start(self, layer: int) -> int:
+        return sum(self.manifest.layers[other].d_sae for other in self.layers if other < layer)
+
+    def _stats_row(self, layer: int, feature: int) -> dict[str, Any]:
+        self.check_feature(layer, feature)
+        return self.tables["stats"].read(self._stats_start(layer) + feature, 1).to_pylist()[0]
+
+    def _rows(self, layer: int, feature: int) -> tuple[int, int]:
+        """The first row of a feature in the `features` table, and how many rows it has."""
+        row = self._stats_row(layer, feature)
+        if (row["layer"], row["feature"]) != (layer, feature):
+            raise FormatError(f"the stats of {self.folder} are not in order at layer {layer}, feature {feature}")
+        self.tables["features"].check(row["first_row"], row["tokens"])
+        return row["first_row"], row["tokens"]
+
+    def _check_layers(self) -> None:
+        activations = sum(info.activations for info in self.manifest.layers.values())
+        wanted = {"documents": self.manifest.documents, "tokens": self.manifest.tokens}
+        wanted |= {"activations": activations, "features": activations}
+        wanted["stats"] = sum(info.d_sae for info in self.manifest.layers.values())
+        for name, rows in wanted.items():
+            if self.tables[name].rows != rows:
+                raise FormatError(
+                    f"{self.folder} has {self.tables[name].rows} rows of {name!r} and its manifest says {rows}"
+                )
+
+
+def _absent(folder: Path) -> str:
+    if folder.is_dir():
+        return f"{folder} has no {MANIFEST}: it is no store, or one that is not finished; run the same extract again"
+    return f"there is no store {str(folder)!r}"
+
+
+def _plain(params: Mapping[str, Any] | Sequence[Any]) -> dict[str, Any] | list[Any]:
+    return dict(params) if isinstance(params, Mapping) else list(params)

@@ -1,0 +1,12 @@
+from .arms import matched_random as matched_random
+from .arms import mean_direction as mean_direction
+from .validate import Arm as Arm
+from .validate import Examples as Examples
+from .validate import Moved as Moved
+from .validate import SideEffects as SideEffects
+from .validate import Verdict as Verdict
+from .validate import validate as validate
+from .verdict import OUTCOMES as OUTCOMES
+from .verdict import Evidence as Evidence
+from .verdict import Rules as Rules
+from .verdict import judge as judge

@@ -1,0 +1,78 @@
+"""What a knob is compared with: changes of equal length in other directions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from qwen_scope.errors import InputError
+from qwen_scope.model import HookPoint, capture
+from qwen_scope.scope import Scope
+from qwen_scope.steer import Intervention, SAEsByLayer, StatsByLayer
+
+# A random feature is drawn from so many that fire about as often.
+NEAREST = 100
+
+
+def matched_random(
+    knob: Sequence[Intervention], saes: SAEsByLayer, stats: StatsByLayer, rng: np.random.Generator
+) -> list[Intervention]:
+    """For each intervention another feature of its layer that fires about as often, with the same length of change.
+
+    Args:
+        knob: additions of features, in raw units.
+        stats: with firing rates.
+    """
+    out = []
+    for one in knob:
+        rates = stats[one.layer].firing_rate
+        if rates is None or one.feature is None:
+            raise InputError("matching a feature needs the firing rates of its layer")
+        taken = {other.feature for other in knob if other.layer == one.layer}
+        sae = saes[one.layer]
+        lengths = torch.linalg.vector_norm(sae.W_dec.float(), dim=0)
+        near = np.argsort(np.abs(rates - rates[one.feature]), kind="stable")
+        fitting = [int(f) for f in near[: NEAREST + len(taken)] if int(f) not in taken and float(lengths[int(f)]) > 0]
+        chosen = int(rng.choice(fitting))
+        amount = one.amount * float(lengths[one.feature] / lengths[chosen])
+        out.append(Intervention.add(layer=one.layer, feature=chosen, amount=amount, where=str(one.where)))
+    return out
+
+
+def mean_direction(
+    scope: Scope, layer: int, positive: Sequence[str], negative: Sequence[str]
+) -> Float[Tensor, " d_model"]:
+    """Mean residual over the tokens of positive texts minus that of negative texts: the usual steering vector.
+
+    The first token of a text is left out: its residual is an outlier that says nothing of the text.
+    """
+    means = []
+    for texts in (positive, negative):
+        tokens = scope.tokenize(list(texts), truncate=True)
+        mask = tokens.attention_mask.bool().clone()
+        if int(mask.sum()) > len(mask):
+            mask[:, 0] = False
+        h = capture(scope.model, tokens.input_ids, [HookPoint(layer)], tokens.attention_mask)[HookPoint(layer)]
+        means.append(h[mask.to(h.device)].float().mean(0).cpu())
+    return means[0] - means[1]
+
+
+def along(knob: Sequence[Intervention], saes: SAEsByLayer, directions: dict[int, Tensor]) -> list[Intervention]:
+    """At every layer of the knob a direction instead, with the same length of change and the same tokens."""
+    lengths: dict[tuple[int, str], Tensor] = {}
+    for one in knob:
+        key = (one.layer, str(one.where))
+        change = one.amount * one.vector(saes[one.layer]).cpu()
+        lengths[key] = lengths[key] + change if key in lengths else change
+    out = []
+    for (layer, where), change in lengths.items():
+        d = directions[layer]
+        if not bool(d.any()):
+            raise InputError("the positive and the negative examples have the same mean residual: they do not differ")
+        amount = float(torch.linalg.vector_norm(change) / torch.linalg.vector_norm(d))
+        out.append(Intervention.add(layer=layer, direction=d, amount=amount, where=where))
+    return out

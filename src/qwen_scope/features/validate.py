@@ -1,0 +1,288 @@
+"""`validate`: is this feature a knob, or does it only look like one?"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from qwen_scope.errors import InputError
+from qwen_scope.model import HookPoint, LayerStats, capture
+from qwen_scope.scope import Scope
+from qwen_scope.stats import Interval, bootstrap, difference
+from qwen_scope.steer import (
+    Decoding,
+    Intervention,
+    Row,
+    SAEsByLayer,
+    Target,
+    calibrate,
+    evaluate,
+    generate,
+    log_probabilities,
+    next_token_kl,
+    perplexity,
+    resolve,
+    rows_of,
+)
+
+from .arms import along, matched_random, mean_direction
+from .verdict import Evidence, Rules, judge
+
+Task = Callable[[list[Intervention]], np.ndarray]
+"""A task's score per item (1 right, 0 wrong) under interventions; called with none for the unsteered model."""
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Texts with and without the property, and texts that have nothing to do with it."""
+
+    positive: tuple[str, ...]
+    negative: tuple[str, ...]
+    unrelated: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way of generating: the target's mean, and the perplexity of its text under the unsteered model."""
+
+    name: str
+    effect: Interval
+    perplexity: float
+    example: str
+
+
+@dataclass(frozen=True)
+class Moved:
+    """A feature that the change itself moves on unrelated text: its mean activation before and after."""
+
+    layer: int
+    feature: int
+    before: float
+    after: float
+
+
+@dataclass(frozen=True)
+class SideEffects:
+    """What happens to unrelated text, per token: KL(unsteered || steered), the same under the difference-of-means
+    direction, the rise of the loss (all in nats), and the features moved most."""
+
+    kl: Interval
+    kl_of_direction: Interval
+    loss: Interval
+    moved: tuple[Moved, ...]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The outcome, the rules with what was found, and every figure."""
+
+    outcome: str
+    reasons: tuple[str, ...]
+    arms: tuple[Arm, ...]
+    side: SideEffects
+    evidence: Evidence
+    rules: Rules
+    interventions: tuple[dict[str, Any], ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return asdict(self)
+
+
+def validate(
+    scope: Scope,
+    knob: Sequence[Intervention],
+    target: Target,
+    prompts: Sequence[str],
+    examples: Examples,
+    *,
+    lower: bool = False,
+    n_random: int = 19,
+    decoding: Decoding | None = None,
+    prompting: Callable[[str], str] | None = None,
+    tasks: Mapping[str, Task] | None = None,
+    saes: SAEsByLayer | None = None,
+    rules: Rules | None = None,
+    seed: int = 0,
+    report: Callable[[str, float, str], None] | None = None,
+) -> Verdict:
+    """Put a knob beside everything that could explain it away, and say what it is.
+
+    The same prompts and draws run under the knob, `n_random` matched random features, the opposite sign, the
+    difference-of-means direction of the examples and that of shuffled labels (all with the same length of change), and
+    under prompting alone.
+
+    Args:
+        knob: features added, with the amount that `sweep` found.
+        target: from continuations to one number each; what the knob is said to raise.
+        lower: the knob is said to lower it.
+        prompting: from a prompt to one that asks for the property; by default two positive examples before it.
+        tasks: scores that must not suffer.
+        saes: other SAEs than the scope's.
+
+    Raises:
+        InputError: fewer prompts, examples or random features than the rules ask for, or a knob that adds no feature.
+    """
+    rules = rules or Rules()
+    _check(knob, prompts, examples, n_random, rules)
+    run = _Run(scope, knob, target, list(prompts), examples, lower, decoding, saes, seed)
+    say = report or (lambda stage, share, text: None)
+    total = n_random + 6
+    plain, under = run.arm("unsteered", []), run.arm("this feature", run.knob)
+    opposite = run.arm("the opposite sign", [one.with_amount(-one.amount) for one in run.knob])
+    direction = run.arm("difference of means", run.direction(shuffled=False))
+    shuffled = run.arm("shuffled labels", run.direction(shuffled=True))
+    say("validate", 5 / total, "baselines")
+    asked = run.prompted(prompting or run.with_examples)
+    randoms = []
+    for i in range(n_random):
+        rng = np.random.default_rng([seed, i])
+        randoms.append(run.arm(f"random feature {i + 1}", matched_random(run.knob, run.saes, run.stats, rng)))
+        say("validate", (7 + i) / total, "random features")
+    side, excess = run.side_effects(rules)
+    pooled = np.concatenate([values for _, values in randoms])
+    evidence = Evidence(
+        gain=bootstrap(under[1] - plain[1], seed=seed),
+        over_random=difference(under[1], pooled, seed=seed),
+        over_each_random=sum(bool(values.mean() >= under[1].mean()) for _, values in randoms),
+        over_opposite=difference(under[1], opposite[1], seed=seed),
+        over_shuffled=difference(under[1], shuffled[1], seed=seed),
+        detection=run.detection(),
+        side=excess,
+        tasks={name: bootstrap(task([]) - task(run.knob), seed=seed) for name, task in (tasks or {}).items()},
+    )
+    outcome, reasons = judge(evidence, rules)
+    arms = [arm for arm, _ in (plain, under, opposite, direction, shuffled, asked, *randoms)]
+    return Verdict(outcome, reasons, tuple(arms), side, evidence, rules, tuple(one.to_json() for one in knob))
+
+
+class _Run:
+    """One validation at work. Targets are counted towards the aim: lowering turns their sign."""
+
+    def __init__(
+        self,
+        scope: Scope,
+        knob: Sequence[Intervention],
+        target: Target,
+        prompts: list[str],
+        examples: Examples,
+        lower: bool,
+        decoding: Decoding | None,
+        saes: SAEsByLayer | None,
+        seed: int,
+    ) -> None:
+        self.scope, self.target, self.prompts, self.examples = scope, target, prompts, examples
+        self.saes: SAEsByLayer = saes or scope.saes
+        self.sign, self.seed = (-1.0 if lower else 1.0), seed
+        self.decoding = decoding or Decoding(max_new_tokens=40)
+        self.knob = resolve(scope.model, knob, self.saes, scope.sizes)
+        both = [*examples.positive, *examples.negative]
+        self.stats: dict[int, LayerStats] = {
+            layer: calibrate(scope.model, scope.tokenizer, layer, self.saes[layer], both, sample="the examples")
+            for layer in {one.layer for one in knob}
+        }
+
+    def arm(self, name: str, interventions: Sequence[Intervention]) -> tuple[Arm, np.ndarray]:
+        return self._arm(name, self.prompts, interventions)
+
+    def _arm(self, name: str, prompts: list[str], interventions: Sequence[Intervention]) -> tuple[Arm, np.ndarray]:
+        scope = self.scope
+        made = generate(scope.model, scope.tokenizer, prompts, interventions, saes=self.saes, decoding=self.decoding)
+        values = evaluate(self.target, [one.text for one in made])
+        tokens = scope.tokenize(prompts)
+        ids = [row[:n].tolist() for row, n in zip(tokens.input_ids, tokens.lengths, strict=True)]
+        cost = perplexity(log_probabilities(scope.model, rows_of(ids, made)))
+        return Arm(name, bootstrap(values, seed=self.seed), cost, made[0].text), self.sign * values
+
+    def with_examples(self, prompt: str) -> str:
+        return "\n".join([*self.examples.positive[:2], prompt])
+
+    def prompted(self, prompting: Callable[[str], str]) -> tuple[Arm, np.ndarray]:
+        return self._arm("prompting alone", [prompting(prompt) for prompt in self.prompts], [])
+
+    def direction(self, *, shuffled: bool) -> list[Intervention]:
+        positive, negative = list(self.examples.positive), list(self.examples.negative)
+        if shuffled:
+            # Half of each side on either side: a plain shuffle leaves an imbalance, which equal length would amplify.
+            rng = np.random.default_rng(self.seed)
+            positive, negative = rng.permutation(positive).tolist(), rng.permutation(negative).tolist()
+            p, q = len(positive) // 2, len(negative) // 2
+            positive, negative = positive[:p] + negative[:q], positive[p : 2 * p] + negative[q : 2 * q]
+        layers = {one.layer for one in self.knob}
+        found = {layer: self.sign * mean_direction(self.scope, layer, positive, negative) for layer in layers}
+        return along(self.knob, self.saes, found)
+
+    def detection(self) -> Interval:
+        """Share of an example's tokens on which a feature of the knob fires, positive minus negative."""
+        rates = [self._rates(texts) for texts in (self.examples.positive, self.examples.negative)]
+        return difference(rates[0], rates[1], seed=self.seed)
+
+    def _rates(self, texts: Sequence[str]) -> np.ndarray:
+        tokens = self.scope.tokenize(list(texts), truncate=True)
+        mask = tokens.attention_mask.bool()
+        fired = torch.zeros_like(mask)
+        for layer in {one.layer for one in self.knob}:
+            h = self._residual(tokens.input_ids, tokens.attention_mask, layer)
+            acts = self.saes[layer].encode(h.reshape(-1, h.shape[-1]))
+            chosen = sorted({one.feature for one in self.knob if one.layer == layer and one.feature is not None})
+            fired |= (acts.select(chosen) > 0).any(-1).reshape(h.shape[:2]).cpu()
+        return ((fired & mask).sum(-1) / mask.sum(-1)).double().numpy()
+
+    def _residual(self, ids: Tensor, mask: Tensor, layer: int) -> Tensor:
+        return capture(self.scope.model, ids, [HookPoint(layer)], mask)[HookPoint(layer)]
+
+    def side_effects(self, rules: Rules) -> tuple[SideEffects, Interval]:
+        """KL, loss and moved features on unrelated text; its first half counts as prompt, the second is scored."""
+        scope = self.scope
+        tokens = scope.tokenize(list(self.examples.unrelated), truncate=True)
+        pairs = zip(tokens.input_ids, tokens.lengths, strict=True)
+        rows = [Row(tuple(ids[:n].tolist()), max(1, n // 2)) for ids, n in pairs if n > 1]
+        kl, other = (
+            np.array([float(v.mean()) for v in next_token_kl(scope.model, rows, chosen, self.saes)])
+            for chosen in (self.knob, self.direction(shuffled=False))
+        )
+        before, after = (
+            np.array([-float(v.mean()) for v in log_probabilities(scope.model, rows, chosen, self.saes)])
+            for chosen in ([], self.knob)
+        )
+        excess = bootstrap(kl - rules.side_ratio * other, seed=self.seed)
+        figures = [bootstrap(values, seed=self.seed) for values in (kl, other, after - before)]
+        moved = self._moved(tokens.input_ids, tokens.attention_mask)
+        return SideEffects(figures[0], figures[1], figures[2], moved), excess
+
+    def _moved(self, ids: Tensor, mask: Tensor, n: int = 5) -> tuple[Moved, ...]:
+        """The other features whose mean activation changes most when the knob's vector is added to every token."""
+        out = []
+        for layer in sorted({one.layer for one in self.knob}):
+            sae, own = self.saes[layer], [one for one in self.knob if one.layer == layer]
+            h = self._residual(ids, mask, layer)[mask.bool().to(sae.device)].float()
+            vector = torch.stack([one.amount * one.vector(sae).to(h.device) for one in own]).sum(0)
+            means = []
+            for x in (h, h + vector):
+                acts = sae.encode(x)
+                total = torch.zeros(sae.d_sae, device=acts.values.device)
+                means.append(total.index_add(0, acts.indices.flatten().long(), acts.values.flatten().float()) / len(x))
+            change = (means[1] - means[0]).abs()
+            change[[one.feature for one in own]] = 0
+            largest = change.topk(min(n, sae.d_sae)).indices.tolist()
+            out += [Moved(layer, f, float(means[0][f]), float(means[1][f])) for f in largest]
+        return tuple(sorted(out, key=lambda m: -abs(m.after - m.before))[:n])
+
+
+def _check(
+    knob: Sequence[Intervention], prompts: Sequence[str], examples: Examples, n_random: int, rules: Rules
+) -> None:
+    if not knob or any(one.op != "add" or one.feature is None for one in knob):
+        raise InputError("a verdict is about features that are added; give the amount that sweep proposes")
+    counts = {"prompts": len(prompts), "positive examples": len(examples.positive)}
+    counts |= {"negative examples": len(examples.negative), "unrelated texts": len(examples.unrelated)}
+    for name, count in counts.items():
+        if count < rules.fewest:
+            raise InputError(f"{count} {name} are too few for a verdict: the intervals need {rules.fewest}")
+    if n_random < rules.fewest_random:
+        raise InputError(f"{n_random} random features are too few for a verdict: the rules need {rules.fewest_random}")

@@ -1,0 +1,12 @@
+from .build import FULL as FULL
+from .build import SMALL as SMALL
+from .build import LabConfig as LabConfig
+from .build import build as build
+from .card import card as card
+from .measure import measure as measure
+from .models import FAMILIES as FAMILIES
+from .models import make_model as make_model
+from .pretrain import PretrainConfig as PretrainConfig
+from .pretrain import pack as pack
+from .pretrain import pretrain as pretrain
+from .tokenizer import make_tokenizer as make_tokenizer

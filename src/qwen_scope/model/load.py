@@ -1,0 +1,252 @@
+"""A language model and its tokenizer from a folder or the Hub, with one clear sentence where that fails."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from huggingface_hub import constants, get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
+from huggingface_hub import errors as hub
+from safetensors import SafetensorError
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from qwen_scope.errors import FormatError, InputError, NotFoundError
+
+DTYPES = ("float32", "bfloat16", "float16", "auto")
+QUANTIZATIONS = ("8bit", "4bit")
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A language model in eval mode without gradients, and its tokenizer.
+
+    Attributes:
+        model: any transformers model with a decoder.
+        tokenizer: as the model's folder has it; nothing is added to it.
+        name: the source it was loaded from, a hub id or a folder.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    name: str
+
+
+def load_model(
+    source: str | os.PathLike[str],
+    *,
+    device: str | torch.device | None = None,
+    dtype: str = "auto",
+    device_map: str | dict[str, Any] | None = None,
+    quantization: str | Any | None = None,
+    revision: str | None = None,
+) -> LoadedModel:
+    """Load a language model and its tokenizer.
+
+    Args:
+        source: a folder that `save_pretrained` wrote, or a hub id such as `Qwen/Qwen3-1.7B-Base`.
+        device: where it runs; None takes CUDA, else MPS, else the CPU.
+        dtype: `float32`, `bfloat16`, `float16`, or `auto` for the one its weights are in.
+        device_map: `auto` or a map to spread the model over devices, in place of `device`; needs accelerate.
+        quantization: `8bit` or `4bit` (needs bitsandbytes), or a quantisation config of transformers.
+        revision: a branch, tag or commit on the Hub.
+
+    A vision-language checkpoint whose text part transformers can load alone (Qwen3.5) comes as that text model.
+
+    Raises:
+        NotFoundError: no such folder, repository, revision or weights, or no network and nothing in the cache.
+        FormatError: a folder whose config or weights are not what they should be.
+        InputError: an unknown dtype, device or architecture, or options that exclude each other.
+    """
+    name = os.fspath(source)
+    placement = _placement(device, device_map, quantization)
+    if dtype not in DTYPES:
+        raise InputError(f"dtype is one of {', '.join(DTYPES)}, not {dtype!r}")
+    config = load_config(name, revision=revision)
+    auto = auto_class(config.model_type, name)
+    place = _folder(name) or name
+    tokenizer = _tokenizer(name, place, revision)
+    options = {"config": config, "revision": revision, "dtype": dtype, "use_safetensors": True, **placement}
+    try:  # what does not fit is reported below in one sentence, not raised with a table
+        model, info = auto.from_pretrained(place, ignore_mismatched_sizes=True, output_loading_info=True, **options)
+    except (OSError, SafetensorError) as error:
+        kind = FormatError if isinstance(error, SafetensorError) else NotFoundError
+        raise kind(f"the weights of {name!r} can't be loaded: {_sentence(error)}") from error
+    if mismatched := sorted(info["mismatched_keys"]):
+        raise FormatError(
+            f"the weights of {name!r} do not have the shapes its config.json says, such as {mismatched[0][0]!r}"
+        )
+    if missing := sorted(info["missing_keys"]):
+        raise FormatError(f"the weights of {name!r} lack {len(missing)} tensors, such as {missing[0]!r}")
+    if "device_map" not in placement:
+        model = model.to(_device(device))
+    return LoadedModel(model.eval().requires_grad_(False), tokenizer, name)
+
+
+def load_config(source: str | os.PathLike[str], *, revision: str | None = None) -> PreTrainedConfig:
+    """The config of a model, without its weights, from the same sources as `load_model`.
+
+    Raises:
+        NotFoundError: no such folder, repository or revision, or no network and nothing in the cache.
+        FormatError: its config is not what it should be.
+        InputError: an unknown architecture.
+    """
+    name = os.fspath(source)
+    place = _folder(name) or name
+    _model_type(name, _read_config(name, place, revision))
+    try:
+        return transformers.AutoConfig.from_pretrained(place, revision=revision)
+    except (hub.StrictDataclassError, TypeError, ValueError, KeyError) as error:
+        raise FormatError(f"the config.json of {name!r} holds a value that does not fit: {_sentence(error)}") from error
+
+
+def auto_class(model_type: str, name: str | None = None) -> Any:
+    """The auto class of transformers that builds the decoder of a model type, text alone where it can.
+
+    Raises:
+        InputError: the model type is not a decoder language model; `name` is what the sentence calls it.
+    """
+    if model_type in transformers.CONFIG_MAPPING:
+        for auto in (transformers.AutoModelForCausalLM, transformers.AutoModelForImageTextToText):
+            if transformers.CONFIG_MAPPING[model_type] in auto._model_mapping:
+                return auto
+    raise InputError(
+        f"{name or 'the model'!r} has the architecture {model_type!r}, which is not a decoder language model"
+    )
+
+
+def default_device() -> torch.device:
+    """CUDA where there is one, else Apple's MPS, else the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def _device(device: str | torch.device | None) -> torch.device:
+    if device is None:
+        return default_device()
+    try:
+        chosen = torch.device(device)
+    except RuntimeError:
+        raise InputError(f"{device!r} is not a device; write 'cpu', 'cuda', 'cuda:1' or 'mps'") from None
+    there = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available}.get(chosen.type, lambda: True)
+    if not there():
+        raise InputError(f"device {str(chosen)!r} is not available here; this machine has {default_device().type!r}")
+    return chosen
+
+
+def _placement(device: Any, device_map: Any, quantization: Any) -> dict[str, Any]:
+    """The arguments of `from_pretrained` that say where and how small the weights go."""
+    accelerate = find_spec("accelerate") is not None
+    if device_map is not None:
+        if device is not None:
+            raise InputError("device and device_map exclude each other; pass one of them")
+        if not accelerate:
+            raise InputError("device_map needs the package accelerate; install it with 'pip install accelerate'")
+        place: dict[str, Any] = {"device_map": device_map}
+    else:
+        chosen = _device(device)
+        # straight onto the device, without a copy in host memory
+        place = {"device_map": {"": chosen}} if accelerate and chosen.type != "cpu" else {}
+    if quantization is None:
+        return place
+    if isinstance(quantization, str):
+        if quantization not in QUANTIZATIONS:
+            raise InputError(f"quantization is one of {', '.join(QUANTIZATIONS)}, not {quantization!r}")
+        if find_spec("bitsandbytes") is None or not accelerate:
+            raise InputError(
+                f"quantization {quantization!r} needs bitsandbytes and accelerate;"
+                " install them with 'pip install bitsandbytes accelerate'"
+            )
+        quantization = transformers.BitsAndBytesConfig(
+            load_in_8bit=quantization == "8bit", load_in_4bit=quantization == "4bit"
+        )
+    return {"device_map": {"": _device(device)}, **place, "quantization_config": quantization}
+
+
+def _folder(name: str) -> str | None:
+    """The folder a source names, or None where it can only be a hub id."""
+    path = Path(name).expanduser()
+    if name and path.is_dir():
+        return str(path)
+    if name and path.exists():
+        raise NotFoundError(f"{name!r} is a file; pass the folder that holds the model")
+    if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or "\\" in name or not name:
+        raise NotFoundError(f"there is no folder {name!r}")
+    return None
+
+
+def _read_config(name: str, place: str, revision: str | None) -> dict[str, Any]:
+    path = Path(place, "config.json") if Path(place).is_dir() else Path(_fetch_config(place, revision))
+    if not path.is_file():
+        raise FormatError(f"the folder {name!r} has no config.json, so it holds no transformers model")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise FormatError(f"the config.json of {name!r} can't be read: {error}") from error
+    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
+        raise FormatError(f"the config.json of {name!r} names no model_type, so it is no transformers model")
+    return config
+
+
+def _fetch_config(repo: str, revision: str | None) -> str:
+    """The path of the cached config.json, so that whatever is wrong with the repository shows at once."""
+    try:
+        if not constants.HF_HUB_OFFLINE and try_to_load_from_cache(repo, "config.json", revision=revision) is None:
+            get_hf_file_metadata(hf_hub_url(repo, "config.json", revision=revision))  # fails without retrying
+        return hf_hub_download(repo, "config.json", revision=revision)
+    except hub.HFValidationError as error:
+        raise NotFoundError(f"{repo!r} is neither a folder here nor a hub id (owner/name)") from error
+    except hub.GatedRepoError as error:
+        raise NotFoundError(
+            f"{repo!r} is gated: ask for access on its page, then log in with 'hf auth login'"
+        ) from error
+    except hub.RevisionNotFoundError as error:
+        raise NotFoundError(f"{repo!r} has no revision {revision!r}") from error
+    except hub.RepositoryNotFoundError as error:
+        raise NotFoundError(
+            f"{repo!r} is neither a folder here nor a repository on the Hub (a private one needs 'hf auth login')"
+        ) from error
+    except (hub.LocalEntryNotFoundError, hub.OfflineModeIsEnabled) as error:
+        why = "offline mode is on (HF_HUB_OFFLINE)" if constants.HF_HUB_OFFLINE else "the Hub can't be reached"
+        raise NotFoundError(f"{repo!r} is not in the local cache and {why}") from error
+    except hub.EntryNotFoundError as error:
+        raise FormatError(f"{repo!r} has no config.json, so it holds no transformers model") from error
+    except hub.HfHubHTTPError as error:
+        raise NotFoundError(f"the Hub did not give {repo!r}: {_sentence(error)}") from error
+    except hub.HTTPError as error:  # pyright: ignore[reportPrivateImportUsage]  # of httpx or httpx2, by version
+        raise NotFoundError(
+            f"{repo!r} is not in the local cache and the Hub can't be reached: {_sentence(error)}"
+        ) from error
+
+
+def _tokenizer(name: str, place: str, revision: str | None) -> PreTrainedTokenizerBase:
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(place, revision=revision)
+    except (OSError, ValueError) as error:
+        raise NotFoundError(f"{name!r} has no tokenizer that transformers can load: {_sentence(error)}") from error
+    if not tokenizer.encode("a", add_special_tokens=False):  # transformers makes an empty one where there is no file
+        raise NotFoundError(f"{name!r} has no tokenizer; put its tokenizer.json beside the weights")
+    return tokenizer
+
+
+def _model_type(name: str, config: dict[str, Any]) -> str:
+    kind = config["model_type"]
+    if kind not in transformers.CONFIG_MAPPING:
+        hint = (
+            "it needs code of its own, which is not run"
+            if "auto_map" in config
+            else f"transformers {transformers.__version__} does not know it; a newer transformers may"
+        )
+        raise InputError(f"{name!r} has the architecture {kind!r}: {hint}")
+    return kind
+
+
+def _sentence(error: BaseException) -> str:
+    """The first sentence of a longer message, on one line."""
+    return " ".join(str(error).split(". ")[0].split()).rstrip(".") or type(error).__name__

@@ -1,0 +1,189 @@
+"""Text to token ids, with the piece of text every token stands for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from qwen_scope.errors import InputError
+
+Message = Mapping[str, str]
+CHATS = ("default", "thinking", "non_thinking")
+
+
+@dataclass(frozen=True, eq=False)
+class Tokens:
+    """A padded batch of tokenised texts.
+
+    Attributes:
+        input_ids: token ids, `(batch, seq)` int64.
+        attention_mask: 1 for a token, 0 for padding, `(batch, seq)` int64.
+        texts: what was tokenised, after any chat template.
+        offsets: per text and token, the characters `[start, end)` of the text it comes from; tokens that share one
+            character (a byte-level piece of it each) have the same offsets, and an added token such as BOS has (0, 0).
+        strings: per text and token, what to display. A character split over several tokens shows at the first of them
+            and the others are empty, so the strings join to the text (to its beginning where it was truncated); an
+            added token such as BOS shows its own name.
+    """
+
+    input_ids: Int[Tensor, "batch seq"]
+    attention_mask: Int[Tensor, "batch seq"]
+    texts: list[str]
+    offsets: list[list[tuple[int, int]]]
+    strings: list[list[str]]
+
+    def __len__(self) -> int:
+        """How many texts."""
+        return len(self.texts)
+
+    @property
+    def lengths(self) -> list[int]:
+        """How many tokens each text has, padding not counted."""
+        return [len(row) for row in self.strings]
+
+    def to(self, device: torch.device | str) -> Tokens:
+        """The same tokens with ids and mask on `device`."""
+        return replace(self, input_ids=self.input_ids.to(device), attention_mask=self.attention_mask.to(device))
+
+
+def tokenize(
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str | Sequence[Message]],
+    *,
+    max_length: int | None,
+    truncate: bool = False,
+    chat: str | None = None,
+    padding_side: str = "right",
+) -> Tokens:
+    """Tokenise texts into one padded batch, with character offsets and display strings.
+
+    No BOS is added unless the tokenizer itself adds one; Qwen's does not.
+
+    Args:
+        max_length: the longest text in tokens, usually `context_length(model)`; None for no limit.
+        truncate: keep the first `max_length` tokens of a longer text instead of refusing it.
+        chat: render each text (one user message, or a list of `{"role", "content"}` messages) with the tokenizer's chat
+            template first, up to where the assistant begins: `default` as the template has it, `thinking` or
+            `non_thinking` with its switch set.
+
+    Raises:
+        InputError: no text, an empty text, a text longer than `max_length`, a text that is not Unicode, messages
+            without `chat`, a chat template that is missing or has no thinking switch, or a tokenizer without character
+            offsets.
+    """
+    if isinstance(texts, str):
+        raise InputError("texts is a list of texts; put the one text into a list")
+    if not texts:
+        raise InputError("there is no text to tokenise")
+    if chat is not None and chat not in CHATS:
+        raise InputError(f"chat is one of {', '.join(CHATS)}, not {chat!r}")
+    if not tokenizer.is_fast:
+        raise InputError(f"{type(tokenizer).__name__} gives no character offsets; a tokenizer.json is needed")
+    rendered = [_render(tokenizer, text, chat, i) for i, text in enumerate(texts)]
+    rows, offsets, strings = [], [], []
+    for i, text in enumerate(rendered):
+        # a chat template writes BOS itself where the model wants one
+        encoded = tokenizer(text, add_special_tokens=chat is None, return_offsets_mapping=True, verbose=False)
+        ids, spans = encoded["input_ids"], [tuple(span) for span in encoded["offset_mapping"]]
+        if not ids:
+            raise InputError(f"text {i} ({text!r}) has no token")
+        cut = max_length is not None and len(ids) > max_length
+        if cut and not truncate:
+            raise InputError(
+                f"text {i} has {len(ids)} tokens and the context holds {max_length}; shorten it or pass truncate=True"
+                f" to keep its first {max_length}"
+            )
+        ids, spans = ids[:max_length], spans[:max_length]
+        rows.append(ids)
+        offsets.append(spans)
+        strings.append(_display(text, spans, tokenizer.convert_ids_to_tokens(ids), whole=not cut))
+    input_ids, attention_mask = _pad(rows, _pad_id(tokenizer), padding_side)
+    return Tokens(input_ids, attention_mask, rendered, offsets, strings)
+
+
+def _render(tokenizer: PreTrainedTokenizerBase, text: str | Sequence[Message], chat: str | None, i: int) -> str:
+    """One text as it will be tokenised, after any chat template."""
+    content = text if isinstance(text, str) else "".join(message["content"] for message in text)
+    if not content:
+        raise InputError(f"text {i} is empty")
+    if not content.isascii():
+        try:
+            content.encode()
+        except UnicodeEncodeError:
+            raise InputError(f"text {i} is not valid Unicode: it holds half a surrogate pair") from None
+    if chat is None:
+        if not isinstance(text, str):
+            raise InputError(f"text {i} is a list of messages; pass chat='default' to use the chat template")
+        return text
+    if not tokenizer.chat_template:
+        raise InputError("the tokenizer has no chat template; pass the text without chat")
+    messages = [{"role": "user", "content": text}] if isinstance(text, str) else [dict(message) for message in text]
+
+    def render(**switch: Any) -> str:
+        out = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **switch)
+        assert isinstance(out, str)
+        return out
+
+    if chat == "default":
+        return render()
+    thinking, non_thinking = render(enable_thinking=True), render(enable_thinking=False)
+    if thinking == non_thinking:
+        raise InputError("the tokenizer's chat template has no thinking switch; pass chat='default'")
+    return thinking if chat == "thinking" else non_thinking
+
+
+def _display(text: str, spans: Sequence[tuple[int, int]], names: Sequence[str], *, whole: bool) -> list[str]:
+    """Display strings that join to the text.
+
+    Characters that no token covers go to the next token if they are spaces, else (a combining accent) to the last one.
+    """
+    shown, strings = 0, []
+    for (start, end), name in zip(spans, names, strict=True):
+        if start == end:
+            strings.append(name)
+            continue
+        skipped = text[shown:start]
+        if strings and skipped and not skipped.isspace():
+            strings[-1] += skipped
+            shown = start
+        strings.append(text[shown:end])
+        shown = max(shown, end)
+    if whole and shown < len(text) and strings:  # trailing characters that no token covers
+        last = max((i for i, (start, end) in enumerate(spans) if start != end), default=len(strings) - 1)
+        strings[last] += text[shown:]
+    return strings
+
+
+def _pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Any id of the vocabulary will do at padding: the mask hides it."""
+    return next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if isinstance(i, int)), 0)
+
+
+def _pad(rows: list[list[int]], pad: int, side: str) -> tuple[Tensor, Tensor]:
+    if side not in ("left", "right"):
+        raise InputError(f"padding_side is 'left' or 'right', not {side!r}")
+    seq = max(map(len, rows))
+    input_ids = torch.full((len(rows), seq), pad, dtype=torch.int64)
+    attention_mask = torch.zeros((len(rows), seq), dtype=torch.int64)
+    for i, ids in enumerate(rows):
+        where = slice(seq - len(ids), seq) if side == "left" else slice(0, len(ids))
+        input_ids[i, where] = torch.tensor(ids)
+        attention_mask[i, where] = 1
+    return input_ids, attention_mask
+
+
+def by_length(lengths: Sequence[int], budget: int) -> list[list[int]]:
+    """Indices of texts in batches of like length, each at most `budget` tokens with padding."""
+    batches: list[list[int]] = []
+    for i in sorted(range(len(lengths)), key=lambda i: lengths[i]):
+        if batches and lengths[i] * (len(batches[-1]) + 1) <= budget:
+            batches[-1].append(i)
+        else:
+            batches.append([i])
+    return batches

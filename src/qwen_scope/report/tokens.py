@@ -1,0 +1,55 @@
+"""Tokens shaded by a number, inert whatever they contain."""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Sequence
+
+from rich.text import Text
+
+# Light to dark orange, readable with black or white on top; lightness carries it, so colour-blind eyes see it too.
+SHADES = ("#fff1e0", "#ffd9ad", "#ffb870", "#f08a2c", "#b85a00")
+
+
+def visible(token: str) -> str:
+    """A token as a reader should see it: new lines and tabs as signs; control and direction characters escaped."""
+    out = []
+    for char in token:
+        if char == "\n":
+            out.append("⏎")
+        elif char == "\t":
+            out.append("⇥")
+        elif char == " " or unicodedata.category(char) not in {"Cc", "Cf", "Cs", "Co", "Zl", "Zp"}:
+            out.append(char)
+        else:
+            out.append(f"\\u{ord(char):04x}")
+    return "".join(out)
+
+
+def shaded(
+    tokens: Sequence[str], values: Sequence[float], maximum: float | None = None, *, brackets: bool = False
+) -> Text:
+    """The tokens in a row, each on a background as strong as its value; 0 has none.
+
+    Args:
+        maximum: the value that gets the strongest shade; by default the largest here.
+        brackets: put tokens with more than the lightest shade into square brackets, for readers without colour.
+    """
+    top = maximum if maximum else max(values, default=0.0)
+    text = Text()
+    for token, value in zip(tokens, values, strict=True):
+        if value > 0 and top > 0:
+            level = min(len(SHADES) - 1, int(value / top * len(SHADES)))
+            style = f"{'white' if level == len(SHADES) - 1 else 'black'} on {SHADES[level]}"
+            text.append(f"[{visible(token)}]" if brackets and level else visible(token), style=style)
+        else:
+            text.append(visible(token))
+    return text
+
+
+def legend(maximum: float) -> Text:
+    """The scale of `shaded`."""
+    text = Text("0 ")
+    for i, shade in enumerate(SHADES):
+        text.append("  ", style=f"{'white' if i == len(SHADES) - 1 else 'black'} on {shade}")
+    return text.append(f" {maximum:.3g}")

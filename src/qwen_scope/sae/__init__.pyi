@@ -1,0 +1,14 @@
+from . import catalog as catalog
+from .acts import FeatureActs as FeatureActs
+from .agreement import Agreement as Agreement
+from .agreement import compare_saes as compare_saes
+from .base import SAE as SAE
+from .base import Identity as Identity
+from .base import fingerprint as fingerprint
+from .catalog import Group as Group
+from .formats import LAYOUTS as LAYOUTS
+from .jumprelu import JumpReLU as JumpReLU
+from .load import layers_of as layers_of
+from .load import load_sae as load_sae
+from .save import save_sae as save_sae
+from .topk import TopK as TopK

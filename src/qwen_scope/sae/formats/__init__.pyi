@@ -1,0 +1,9 @@
+from .layout import Entry as Entry
+from .layout import Layout as Layout
+from .layout import Parsed as Parsed
+from .layout import Place as Place
+from .layout import Written as Written
+from .layout import build as build
+from .registry import LAYOUTS as LAYOUTS
+from .registry import find_entries as find_entries
+from .registry import layout_named as layout_named

@@ -1,0 +1,276 @@
+"""What every layout answers in, and the checks each SAE passes before anyone may use it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from qwen_scope.errors import FormatError, InputError, MismatchError
+
+from ..base import SAE, Identity, check_weights, fingerprint
+from ..jumprelu import JumpReLU
+from ..topk import TopK
+
+STORED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+VECTORS = ("b_enc", "b_dec", "threshold")
+
+
+@dataclass(frozen=True)
+class Parsed:
+    """What the files of one SAE say, in this package's orientation; None where they don't say.
+
+    Attributes:
+        tensors: `W_enc (d_sae, d_model)`, `W_dec (d_model, d_sae)`, `b_enc`, `b_dec` and, for jumprelu, `threshold`,
+            such that `pre = x @ W_enc.T + b_enc` on the raw residual.
+        claims: sizes the config states, such as `{"d_sae": 32768}`, to be compared with the tensors.
+    """
+
+    tensors: Mapping[str, Tensor]
+    architecture: Literal["topk", "jumprelu"]
+    k: int | None = None
+    hook_point: str | None = None
+    group: str | None = None
+    layer: int | None = None
+    fingerprint: str | None = None
+    claims: Mapping[str, Any] = field(default_factory=dict)
+    meta: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Written:
+    """What a layout stores for one SAE: its tensors, the config beside them, and metadata inside the weights file."""
+
+    tensors: Mapping[str, Tensor]
+    config: Mapping[str, Any]
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One SAE among the files of a folder or a repository; names are relative to it."""
+
+    layout: str
+    weights: str
+    config: str | None
+    layer: int | None
+
+    @property
+    def folder(self) -> str:
+        """The folder of the weights, `""` for the top."""
+        return self.weights.rpartition("/")[0]
+
+
+@dataclass(frozen=True)
+class Place:
+    """What the place of an SAE says about it: its layer, and the name of its folder."""
+
+    layer: int | None
+    folder: str = ""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One way of storing SAEs.
+
+    Attributes:
+        weights: regular expression of the weights' file name, with the folder as group `folder` and, where the name
+            holds the layer, group `layer`.
+        weights_name: the file name for a layer, as this layout is written.
+        config_name: the file beside the weights that describes them, as this layout is written.
+        config_of: the names such a file may have, for the match of a weights file.
+        config_needed: whether the layout can't be read without that file.
+        shared: one config describes all layers of a folder; otherwise every SAE has a folder of its own.
+        container: the kind of weights file.
+        layer_of: the layer that a config mentions, for folders whose name does not say it.
+        read: tensors, config, metadata and what the place says in, `Parsed` out.
+        write: an SAE in, `Written` out.
+    """
+
+    name: str
+    weights: re.Pattern[str]
+    weights_name: Callable[[int | None], str]
+    config_name: str
+    config_of: Callable[[re.Match[str]], Sequence[str]]
+    config_needed: bool
+    shared: bool
+    container: Literal["pt", "safetensors"]
+    layer_of: Callable[[Mapping[str, Any]], int | None]
+    read: Callable[[Mapping[str, Tensor], Mapping[str, Any], Mapping[str, str], Place], Parsed]
+    write: Callable[[SAE], Written]
+
+    def entries(self, names: Sequence[str]) -> list[Entry]:
+        """The SAEs of this layout among the file `names`."""
+        found = []
+        for name in names:
+            match = self.weights.fullmatch(name)
+            if not match:
+                continue
+            folder = match["folder"] or ""
+            beside = [config for config in map(folder.__add__, self.config_of(match)) if config in names]
+            if self.config_needed and not beside:
+                continue
+            config = beside[0] if beside else None
+            said = match.groupdict().get("layer")
+            layer = int(said) if said else layer_in(folder)
+            found.append(Entry(self.name, name, config, layer))
+        return found
+
+
+_LAYER = re.compile(r"(?:^|[/_.\-])(?:(?:layers?|blocks)[_.\-]?|h\.)([0-9]+)(?![0-9])", re.IGNORECASE)
+_POST = re.compile(
+    r"(?:[a-z_]+\.)*(?:(?:layers|blocks|h)\.|layer_?)([0-9]+)(?:\.(?:hook_)?(?:resid_post|output))?", re.IGNORECASE
+)
+
+
+def layer_in(text: str | None) -> int | None:
+    """The layer that a folder, module or hook name mentions, such as 12 in `blocks.12.hook_resid_post`."""
+    match = _LAYER.search(text or "")
+    return int(match[1]) if match else None
+
+
+def hook_point_of(name: str | None) -> str | None:
+    """A hook name in this package's spelling, `layers.12.resid_post`; other streams keep the name they came with."""
+    match = _POST.fullmatch(name or "")
+    return f"layers.{int(match[1])}.resid_post" if match else (name or None)
+
+
+def identity_metadata(sae: SAE) -> dict[str, str]:
+    """What a file with room for strings says about the SAE in it, in every layout alike."""
+    said = {
+        "architecture": sae.architecture,
+        "k": sae.k,
+        "hook_point": sae.hook_point,
+        "group": sae.identity.group,
+        "layer": sae.identity.layer,
+        "fingerprint": sae.identity.fingerprint,
+    }
+    return {key: str(value) for key, value in said.items() if value is not None}
+
+
+def identity_of(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """Group, layer and fingerprint from what `identity_metadata` wrote, as arguments of `Parsed`."""
+    layer = str(metadata.get("layer", ""))
+    return {
+        "group": metadata.get("group"),
+        "layer": int(layer) if layer.isdecimal() else None,
+        "fingerprint": metadata.get("fingerprint"),
+    }
+
+
+def need_keys(tensors: Mapping[str, Tensor], needed: Sequence[str], optional: Sequence[str] = ()) -> None:
+    """Raise FormatError unless the file holds the `needed` tensors and nothing but these and the `optional` ones."""
+    missing = sorted(set(needed) - set(tensors))
+    extra = sorted(set(tensors) - set(needed) - set(optional))
+    said = [f"lacks {', '.join(missing)}"] * bool(missing) + [f"has the unknown {', '.join(extra)}"] * bool(extra)
+    if said:
+        raise FormatError(f"the weights file {' and '.join(said)}; it must hold exactly {', '.join(needed)}")
+
+
+def integer(config: Mapping[str, Any], key: str) -> int | None:
+    """A whole positive number of the config, None where it is not given; raises FormatError for anything else."""
+    value = config.get(key)
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise FormatError(f"{key!r} in the config must be a positive whole number, not {value!r}")
+    return value
+
+
+def text(config: Mapping[str, Any], key: str) -> str | None:
+    """A string of the config, None where it is not given; raises FormatError for anything else."""
+    value = config.get(key)
+    if value is None or isinstance(value, str):
+        return value
+    raise FormatError(f"{key!r} in the config must be a string, not {value!r}")
+
+
+def check_tensors(tensors: Mapping[str, Tensor]) -> None:
+    """Raise FormatError on a stored type that is not fp32, bf16 or fp16, or on a vector that is not finite."""
+    for name, tensor in tensors.items():
+        if tensor.dtype not in STORED_DTYPES:
+            raise FormatError(f"{name} is stored as {tensor.dtype}; only float32, bfloat16 and float16 are read")
+        if name in VECTORS and not tensor.isfinite().all():
+            bad = int((~tensor.isfinite()).flatten().nonzero()[0])
+            raise FormatError(f"{name} holds NaN or infinity, first at position {bad}")
+    if tensors["W_enc"].dtype != tensors["W_dec"].dtype:
+        raise FormatError(f"W_enc is stored as {tensors['W_enc'].dtype} and W_dec as {tensors['W_dec'].dtype}")
+
+
+def choose_k(given: int | None, parsed: Parsed, names: Sequence[str]) -> int:
+    """k from the config, else from `L0_...` in one of the names, else as given; never a guess.
+
+    Raises:
+        InputError: it is nowhere to be found, or what was given contradicts the files.
+    """
+    said, where = parsed.k, "its config"
+    for name in names if said is None else ():
+        if match := re.search(r"L0_([0-9]+)(?![0-9])", name):
+            said, where = int(match[1]), f"its name {name!r}"
+            break
+    if said is None and given is None:
+        raise InputError("neither the config nor the name says how many features are active per token; pass k=")
+    if said is not None and given is not None and said != given:
+        raise InputError(f"k={given} was asked for, but this SAE was trained with k={said} according to {where}")
+    return said if said is not None else given  # type: ignore[return-value]
+
+
+def needs_sae_of_kind(sae: SAE, kinds: Sequence[str], layout: str) -> None:
+    """Raise InputError if the layout has no way of saying what this SAE computes."""
+    if sae.architecture not in kinds:
+        raise InputError(f"the {layout} layout can only hold {' and '.join(kinds)} SAEs, not {sae.architecture}")
+
+
+def build(parsed: Parsed, *, group: str, layer: int | None, k: int | None, names: Sequence[str] = ()) -> SAE:
+    """The checked SAE; `group` and `layer` are what its place says, `names` may hold its k.
+
+    Raises:
+        FormatError: types, finiteness, or a file that contradicts its config or its name.
+        MismatchError: shapes that do not make one SAE.
+        InputError: k is missing or contradicted.
+    """
+    if parsed.layer is not None and layer is not None and parsed.layer != layer:
+        raise FormatError(f"the file's name says layer {layer}, but it describes itself as layer {parsed.layer}")
+    layer = parsed.layer if layer is None else layer
+    check_tensors(parsed.tensors)
+    tensors = {name: t.float() if name in VECTORS else t for name, t in parsed.tensors.items()}
+    check_weights(tensors["W_enc"], tensors["W_dec"], tensors["b_enc"], tensors["b_dec"])
+    d_sae, d_model = tensors["W_enc"].shape
+    for name, claim in parsed.claims.items():
+        real = {"d_sae": d_sae, "d_model": d_model}[name]
+        if claim is not None and claim != real:
+            raise MismatchError(f"the config says {name} {claim}, but the weights have {name} {real}")
+    identity = Identity(parsed.group or group, layer, parsed.fingerprint or fingerprint(**tensors))
+    shared = {"hook_point": parsed.hook_point, "identity": identity, "meta": dict(parsed.meta)}
+    if parsed.architecture == "jumprelu":
+        if k is not None:
+            raise InputError(f"k={k} was asked for, but a jumprelu SAE has a threshold per feature and no k")
+        if "threshold" not in tensors:
+            raise FormatError("a jumprelu SAE needs the tensor threshold, and the weights file has none")
+        return JumpReLU(**tensors, **shared)
+    return TopK(**tensors, k=choose_k(k, parsed, names), **shared)
+
+
+def need_layer(sae: SAE) -> int:
+    """The layer of an SAE that is to be stored; raises InputError if it has none."""
+    if sae.identity.layer is None:
+        raise InputError("this SAE does not know its layer, so no file name can say it; give it an identity with one")
+    return sae.identity.layer
+
+
+def refuse(config: Mapping[str, Any], allowed: Mapping[str, tuple], what: str) -> None:
+    """Raise FormatError for an option of the config that changes the arithmetic and is not an `allowed` value."""
+    for key, values in allowed.items():
+        if config.get(key) not in (None, *values):
+            raise FormatError(f"{what} with {key}={config[key]!r} can't be read: its arithmetic can't be folded away")
+
+
+def only_topk_or_jumprelu(name: str, what: str) -> Literal["topk", "jumprelu"]:
+    """The architecture if it is one of ours, else FormatError."""
+    if name == "topk" or name == "jumprelu":
+        return name
+    raise FormatError(f"{what} of architecture {name!r} can't be read; topk and jumprelu can")

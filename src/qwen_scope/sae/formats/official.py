@@ -1,0 +1,81 @@
+"""The layout the SAEs were released in, and the same tensors in a memory-mapped safetensors file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from qwen_scope.errors import FormatError
+
+from ..base import SAE
+from ..jumprelu import JumpReLU
+from .layout import (
+    Parsed,
+    Place,
+    Written,
+    hook_point_of,
+    identity_metadata,
+    identity_of,
+    integer,
+    need_keys,
+    need_layer,
+    only_topk_or_jumprelu,
+    text,
+)
+
+MATRICES = ("W_enc", "W_dec", "b_enc", "b_dec")
+
+
+def read_official(
+    tensors: Mapping[str, Tensor], config: Mapping[str, Any], metadata: Mapping[str, str], place: Place
+) -> Parsed:
+    """`W_enc (d_sae, d_model)`, `W_dec (d_model, d_sae)`, `b_enc`, `b_dec`; `threshold` where the config says jumprelu.
+
+    Identity stands in the metadata of a safetensors file, and in the config of a `.pt` folder.
+    """
+    said = text(config, "architecture") or metadata.get("architecture") or "topk"
+    architecture = only_topk_or_jumprelu(said, "an SAE in the official layout")
+    need_keys(tensors, (*MATRICES, "threshold") if architecture == "jumprelu" else MATRICES)
+    inside = identity_of(metadata)
+    k, k_inside = integer(config, "k"), metadata.get("k", "")
+    if k and k_inside.isdecimal() and k != int(k_inside):
+        raise FormatError(f"the config says k={k}, but the weights file says k={k_inside}")
+    layer = place.layer if inside["layer"] is None else inside["layer"]
+    hook_point = metadata.get("hook_point") or text(config, "hook_point") or "resid_post"
+    if hook_point == "resid_post" and layer is not None:
+        hook_point = f"layers.{layer}.resid_post"
+    fingerprints = config.get("fingerprints")
+    listed = fingerprints.get(str(layer)) if isinstance(fingerprints, dict) else None
+    return Parsed(
+        tensors={name: tensors[name] for name in tensors},
+        architecture=architecture,
+        k=k or (int(k_inside) if k_inside.isdecimal() else None),
+        hook_point=hook_point_of(hook_point),
+        group=inside["group"] or text(config, "group"),
+        layer=layer,
+        fingerprint=inside["fingerprint"] or listed,
+        claims={"d_sae": integer(config, "d_sae"), "d_model": integer(config, "d_model")},
+        meta={"model": config["model"]} if "model" in config else {},
+    )
+
+
+def write_official(sae: SAE) -> Written:
+    """The released tensors, plus `threshold` and `"architecture"` for an SAE that is not TopK."""
+    layer = need_layer(sae)
+    tensors = {name: getattr(sae, name) for name in MATRICES}
+    if isinstance(sae, JumpReLU):
+        tensors["threshold"] = sae.threshold
+    post = sae.hook_point in (None, f"layers.{layer}.resid_post")
+    config = {
+        "architecture": sae.architecture,
+        **({"k": sae.k} if sae.k else {}),
+        "hook_point": "resid_post" if post else sae.hook_point,
+        "d_model": sae.d_model,
+        "d_sae": sae.d_sae,
+        "group": sae.identity.group,
+        **({"model": sae.meta["model"]} if "model" in sae.meta else {}),
+        "fingerprints": {str(layer): sae.identity.fingerprint},
+    }
+    return Written(tensors, config, identity_metadata(sae))

@@ -1,0 +1,147 @@
+"""sae_lens folders: `cfg.json` and `sae_weights.safetensors`, before and after its version 6, and look-alikes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from qwen_scope.errors import FormatError
+
+from ..base import SAE, check_weights
+from ..jumprelu import JumpReLU
+from . import folds
+from .layout import (
+    Parsed,
+    Place,
+    Written,
+    hook_point_of,
+    identity_metadata,
+    identity_of,
+    integer,
+    layer_in,
+    need_keys,
+    need_layer,
+    only_topk_or_jumprelu,
+    refuse,
+    text,
+)
+
+WHAT = "a sae_lens SAE"
+MATRICES = ("W_enc", "W_dec", "b_enc", "b_dec")
+VERSION = "6.0.0"  # the first whose configs have the keys written here
+
+
+def read_sae_lens(
+    tensors: Mapping[str, Tensor], config: Mapping[str, Any], metadata: Mapping[str, str], place: Place
+) -> Parsed:
+    """`W_enc (d_in, d_sae)`, `W_dec (d_sae, d_in)`; what is done to the residual and the activations is folded in.
+
+    A missing `apply_b_dec_to_input` means True, in old configs and in new ones: that is what sae_lens takes it for.
+    """
+    said = described(config)
+    architecture, k = architecture_of(config)
+    refuse_unfoldable(tensors, config, hook_of(config))
+    needed = (*MATRICES, "threshold") if architecture == "jumprelu" else MATRICES
+    need_keys(tensors, needed, optional=("scaling_factor",))
+    W_enc, W_dec, b_enc, b_dec = tensors["W_enc"].T, tensors["W_dec"].T, tensors["b_enc"], tensors["b_dec"]
+    check_weights(W_enc, W_dec, b_enc, b_dec)
+    if config.get("apply_b_dec_to_input", True):
+        b_enc = folds.without_b_dec(W_enc, b_enc, b_dec)
+    if architecture == "topk" and config.get("rescale_acts_by_decoder_norm"):
+        norms = folds.decoder_norms(W_dec)
+        W_enc, b_enc = folds.scaled_rows(W_enc, norms), (b_enc.double() * norms).float()
+        W_dec = folds.scaled_rows(W_dec.T, 1 / norms).T
+    read = {"W_enc": W_enc, "W_dec": W_dec, "b_enc": b_enc, "b_dec": b_dec}
+    identity = identity_of(metadata)
+    model = said.get("model_name") or text(config, "model_name")
+    return Parsed(
+        tensors=read | ({"threshold": tensors["threshold"]} if architecture == "jumprelu" else {}),
+        architecture=architecture,
+        k=k,
+        hook_point=metadata.get("hook_point") or hook_point_of(hook_of(config)),
+        group=identity["group"],
+        layer=layer_of_sae_lens(config) if identity["layer"] is None else identity["layer"],
+        fingerprint=identity["fingerprint"],
+        claims={"d_sae": integer(config, "d_sae"), "d_model": integer(config, "d_in")},
+        meta={"sae_lens": dict(config)} | ({"model": model} if model else {}),
+    )
+
+
+def architecture_of(config: Mapping[str, Any]) -> tuple[Any, int | None]:
+    """The architecture and k; before version 6 a "standard" SAE with the activation function topk is a topk one."""
+    function = config.get("activation_fn") or config.get("activation_fn_str")
+    arguments = config.get("activation_fn_kwargs")
+    k = integer(config, "k")
+    if function == "topk" and isinstance(arguments, dict) and arguments.get("k") is not None:
+        return "topk", integer(arguments, "k")
+    return only_topk_or_jumprelu(text(config, "architecture") or "standard", WHAT), k
+
+
+def described(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The config's `metadata`, where version 6 keeps the names of model and hook."""
+    said = config.get("metadata")
+    return said if isinstance(said, dict) else {}
+
+
+def hook_of(config: Mapping[str, Any]) -> str | None:
+    """The hook name, wherever this version keeps it."""
+    for place in (described(config), config):
+        for key in ("hook_name", "hook_point", "hf_hook_name"):
+            if text(place, key):
+                return text(place, key)
+    return None
+
+
+def layer_of_sae_lens(config: Mapping[str, Any]) -> int | None:
+    """The layer in the hook name, else the old key `hook_layer`."""
+    layer = layer_in(hook_of(config))
+    old = config.get("hook_layer", config.get("hook_point_layer"))
+    return old if layer is None and isinstance(old, int) and not isinstance(old, bool) else layer
+
+
+def refuse_unfoldable(tensors: Mapping[str, Tensor], config: Mapping[str, Any], hook: str | None) -> None:
+    """Raise FormatError for what sae_lens would do at run time and no weights can do instead."""
+    allowed = {"normalize_activations": ("none", False), "reshape_activations": ("none",), "d_out": ()}
+    refuse(config, allowed | {"hook_name_out": ()}, WHAT)
+    if "hook_z" in (hook or "") and config.get("reshape_activations") is None:
+        raise FormatError(f"{WHAT} on {hook} can't be read: it reshapes attention heads")
+    factor = tensors.get("scaling_factor")
+    if factor is not None and not bool((factor == 1).all()):
+        raise FormatError(f"{WHAT} with a finetuning scaling_factor can't be read")
+
+
+def write_sae_lens(sae: SAE) -> Written:
+    """The folder sae_lens loads from disk; every key that has a surprising default is written out."""
+    layer = need_layer(sae)
+    tensors = {"W_enc": sae.W_enc.T, "W_dec": sae.W_dec.T, "b_enc": sae.b_enc, "b_dec": sae.b_dec}
+    if isinstance(sae, JumpReLU):
+        tensors["threshold"] = sae.threshold
+    post = sae.hook_point in (None, f"layers.{layer}.resid_post")
+    config = {
+        "architecture": sae.architecture,
+        "d_in": sae.d_model,
+        "d_sae": sae.d_sae,
+        **({"k": sae.k, "rescale_acts_by_decoder_norm": False} if sae.k else {}),
+        "dtype": str(sae.dtype).removeprefix("torch."),
+        "device": "cpu",
+        "apply_b_dec_to_input": False,
+        "normalize_activations": "none",
+        "reshape_activations": "none",
+        "metadata": {
+            "sae_lens_training_version": None,
+            "hook_head_index": None,
+            "prepend_bos": False,
+            "context_size": None,
+            "dataset_path": None,
+            "model_from_pretrained_kwargs": {},
+            "training_architecture": sae.architecture,
+            **described(sae.meta.get("sae_lens") or {}),
+            "sae_lens_version": VERSION,
+            "model_name": sae.meta.get("model"),
+            "hook_name": f"blocks.{layer}.hook_resid_post" if post else sae.hook_point,
+            "hf_hook_name": f"model.layers.{layer}",
+        },
+    }
+    return Written(tensors, config, identity_metadata(sae))

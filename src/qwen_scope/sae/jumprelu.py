@@ -1,0 +1,73 @@
+"""A threshold per feature: what BatchTopK and Matryoshka SAEs become once they are trained."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, final
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from qwen_scope.errors import MismatchError
+
+from . import kernels
+from .acts import FeatureActs
+from .base import SAE, UNNAMED, Identity, check_features, check_finite, check_residual, check_weights
+
+
+@final
+@dataclass(frozen=True, eq=False, repr=False)
+class JumpReLU(SAE):
+    """`a = relu(pre) * 1[pre > threshold]` (Rajamanoharan et al. 2024), `pre` and `x_hat` as in `TopK`.
+
+    How many features are active varies from token to token, so `k` is None and `encode` returns as many slots as
+    the fullest token of the batch needs.
+    """
+
+    W_enc: Tensor
+    W_dec: Tensor
+    b_enc: Tensor
+    b_dec: Tensor
+    threshold: Tensor
+    hook_point: str | None = None
+    identity: Identity = UNNAMED
+    meta: Mapping[str, Any] = field(default_factory=dict)
+    k: None = field(default=None, init=False)  # pyright: ignore[reportIncompatibleVariableOverride]
+
+    def __post_init__(self) -> None:
+        check_weights(self.W_enc, self.W_dec, self.b_enc, self.b_dec)
+        if tuple(self.threshold.shape) != (self.d_sae,):
+            raise MismatchError(f"threshold must be {(self.d_sae,)}, got {tuple(self.threshold.shape)}")
+
+    def pre_acts(
+        self, x: Float[Tensor, "*rows d_model"], features: Sequence[int] | Tensor | None = None
+    ) -> Float[Tensor, "*rows n"]:
+        check_residual(x, self.d_model)
+        if features is None:
+            return kernels.pre_acts(x, self.W_enc, self.b_enc)
+        wanted = check_features(features, self.d_sae, self.device)
+        return kernels.pre_acts(x, self.W_enc[wanted], self.b_enc[wanted])
+
+    def encode(self, x: Float[Tensor, "*rows d_model"]) -> FeatureActs:
+        check_residual(x, self.d_model)
+        return check_finite(kernels.encode_threshold(x, self.W_enc, self.b_enc, self.threshold))
+
+    def decode(self, acts: FeatureActs) -> Float[Tensor, "*rows d_model"]:
+        if acts.width != self.d_sae:
+            raise MismatchError(
+                f"activations of a {acts.width}-wide dictionary can't be decoded by one of {self.d_sae}"
+            )
+        return kernels.decode(acts, self.W_dec, self.b_dec)
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> JumpReLU:
+        matrices = {name: getattr(self, name).to(device=device, dtype=dtype) for name in ("W_enc", "W_dec")}
+        vectors = {name: getattr(self, name).to(device=device) for name in ("b_enc", "b_dec", "threshold")}
+        return replace(self, **matrices, **vectors)
+
+    @property
+    def architecture(self) -> str:
+        return "jumprelu"
+
+    __repr__ = SAE.__str__

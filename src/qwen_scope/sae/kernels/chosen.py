@@ -1,0 +1,87 @@
+"""Which path an encode takes, chosen for each call, and what is kept with an SAE so that screening can pay."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ..acts import FeatureActs
+from . import compiled
+from .bound import Screen, prepare
+from .screened import EncodeStats, can_screen, cpu_multiplies_bf16, encode_topk_screened
+from .tiled import encode_topk
+
+# Fewer rows than this read the weights for less than the rest of screening costs.
+FEWEST_ROWS = 32
+# Preparing costs about as much as the fp32 product of this many rows, so it waits until they have come.
+PREPARE_AFTER = 512
+# Dictionaries with fewer weights are encoded in the time that screening takes to begin.
+FEWEST_WEIGHTS = 2**22
+
+
+@dataclass(eq=False)
+class EncoderCache:
+    """What is kept beside the weights of one SAE object; never copied or pickled with it.
+
+    Attributes:
+        stats: how the last encode went, None before the first.
+        screen: the bf16 encoder, made when it first pays.
+        rows_seen: rows of earlier calls that could have been screened.
+    """
+
+    stats: EncodeStats | None = None
+    screen: Screen | None = None
+    rows_seen: int = 0
+    _weights: tuple[tuple[int, int], ...] = ()
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def __reduce__(self) -> tuple[type[EncoderCache], tuple[()]]:
+        return EncoderCache, ()
+
+    def screen_for(self, W_enc: Tensor, b_enc: Tensor, rows: int) -> Screen | None:
+        """The screen of these weights if it is there or `rows` make it worth preparing; weights that changed since
+        in place are prepared anew."""
+        weights = tuple((t.data_ptr(), t._version) for t in (W_enc, b_enc))
+        with self._lock:
+            if weights != self._weights:
+                self.screen, self.rows_seen, self._weights = None, 0, weights
+            self.rows_seen += rows
+            if self.screen is None and self.rows_seen >= PREPARE_AFTER:
+                self.screen = prepare(W_enc, b_enc)
+            return self.screen
+
+
+def worth_screening(x: Tensor, W_enc: Tensor, b_enc: Tensor) -> bool:
+    """Whether the device, the type, the number of rows and the CPU let screening be faster than the fp32 product."""
+    rows = x.shape[:-1].numel()
+    return (
+        rows >= FEWEST_ROWS
+        and W_enc.numel() >= FEWEST_WEIGHTS
+        and W_enc.device.type == "cpu"
+        # Tensors made in inference mode don't say when they change.
+        and not (W_enc.is_inference() or b_enc.is_inference())
+        and (W_enc.dtype == torch.float32 or compiled.reads(W_enc))
+        and cpu_multiplies_bf16()
+    )
+
+
+def encode_topk_chosen(
+    x: Float[Tensor, "*rows d_model"],
+    W_enc: Float[Tensor, "d_sae d_model"],
+    b_enc: Float[Tensor, " d_sae"],
+    k: int,
+    cache: EncoderCache,
+) -> FeatureActs:
+    """`encode_topk_reference` by the fastest path for this call; `cache.stats` says which it was."""
+    if worth_screening(x, W_enc, b_enc):
+        screen = cache.screen_for(W_enc, b_enc, x.shape[:-1].numel())
+        if screen is not None and can_screen(W_enc, k, screen):
+            acts, cache.stats = encode_topk_screened(x.to(W_enc.device), W_enc, b_enc, k, screen)
+            return acts
+    acts = encode_topk(x, W_enc, b_enc, k)
+    cache.stats = EncodeStats("plain", acts.shape.numel())
+    return acts

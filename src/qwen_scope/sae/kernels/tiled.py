@@ -1,0 +1,119 @@
+"""Encode and decode tile by tile: rows by a byte budget, and features too where weights must be widened to fp32."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from ..acts import FeatureActs
+from .reference import pre_acts
+
+# The largest working tensor of one tile: pre-activations, or weights widened to fp32.
+TILE_BYTES = 64 * 2**20
+
+
+def encode_topk(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, tile_bytes: int = TILE_BYTES) -> FeatureActs:
+    """`encode_topk_reference`, holding at most about two tiles of `tile_bytes`."""
+    rows = x.reshape(-1, x.shape[-1])
+    width = len(W_enc)
+    best: FeatureActs | None = None
+    with torch.no_grad():
+        for features in feature_tiles(W_enc, tile_bytes):
+            W, b = W_enc[features].float(), b_enc[features]
+            found = [
+                largest(pre_acts(tile, W, b).relu_(), min(k, len(W)))
+                for tile in rows.split(rows_per_tile(len(W), tile_bytes))
+            ]
+            values, indices = (torch.cat(parts) for parts in zip(*found, strict=True))
+            best = merge(best, FeatureActs((indices + features.start).int(), values, width), k)
+    assert best is not None, "a dictionary has at least one feature"
+    clean = FeatureActs(torch.where(best.values == 0, 0, best.indices), best.values, width)
+    return clean.reshape(*x.shape[:-1])
+
+
+def encode_threshold(
+    x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor, tile_bytes: int = TILE_BYTES
+) -> FeatureActs:
+    """`encode_threshold_reference`, holding at most about two tiles of `tile_bytes`."""
+    rows = x.reshape(-1, x.shape[-1])
+    width = len(W_enc)
+    best: FeatureActs | None = None
+    with torch.no_grad():
+        for features in feature_tiles(W_enc, tile_bytes):
+            W, b, t = W_enc[features].float(), b_enc[features], threshold[features].float()
+            parts = []
+            for tile in rows.split(rows_per_tile(len(W), tile_bytes)):
+                pre = pre_acts(tile, W, b)
+                # `~(<=)` lets NaN through, where the check on the result finds it.
+                kept = torch.where(~(pre <= t), pre.relu(), 0)
+                values, indices = largest(kept, most_active(kept))
+                parts.append(FeatureActs((indices + features.start).int(), values, width))
+            found = FeatureActs.cat(parts)
+            best = merge(best, found, found.k + (best.k if best else 0))
+    assert best is not None, "a dictionary has at least one feature"
+    k = most_active(best.values)
+    values = best.values[:, :k]
+    return FeatureActs(torch.where(values == 0, 0, best.indices[:, :k]), values, width).reshape(*x.shape[:-1])
+
+
+def decode(acts: FeatureActs, W_dec: Tensor, b_dec: Tensor, tile_bytes: int = TILE_BYTES) -> Tensor:
+    """`decode_reference` from the active columns only, differentiable in the values."""
+    acts = acts.to(W_dec.device)
+    d_model = len(W_dec)
+    flat = acts.reshape(-1)
+    rows = max(1, tile_bytes // (4 * d_model * max(1, acts.k)))
+    out = []
+    for indices, values in zip(flat.indices.split(rows), flat.values.split(rows), strict=True):
+        columns = W_dec.index_select(1, indices.flatten().int()).float().view(d_model, *indices.shape)
+        out.append(torch.einsum("dnk,nk->nd", columns, values.float()))
+    return (torch.cat(out) + b_dec.float()).reshape(*acts.shape, d_model)
+
+
+def most_active(values: Tensor) -> int:
+    """The number of nonzero entries of the fullest row."""
+    return int((values != 0).sum(-1).max()) if values.numel() else 0
+
+
+def feature_tiles(W_enc: Tensor, tile_bytes: int) -> Iterator[slice]:
+    """Slices of features: all at once in fp32, else as many as fit the budget once widened."""
+    d_sae, d_model = W_enc.shape
+    step = d_sae if W_enc.dtype == torch.float32 else max(1, tile_bytes // (4 * d_model))
+    for start in range(0, d_sae, step):
+        yield slice(start, min(start + step, d_sae))
+
+
+def rows_per_tile(width: int, tile_bytes: int) -> int:
+    """How many rows of `width` fp32 numbers fit the budget."""
+    return max(1, tile_bytes // (4 * width))
+
+
+def largest(pre: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest of each row, `(n, width) -> (n, k)` values and indices; equal values by lower index."""
+    top = pre.topk(min(k + 1, pre.shape[-1]), dim=-1)
+    values, indices = in_order(top.values[:, :k], top.indices[:, :k])
+    if top.values.shape[-1] > k > 0:
+        # topk promises nothing about which of several equal values it keeps; only rows cut inside a tie can be wrong.
+        tied = ((top.values[:, k] == top.values[:, k - 1]) & (top.values[:, k] > 0)).nonzero().flatten()
+        if len(tied):
+            exact = pre[tied].sort(dim=-1, descending=True, stable=True)
+            values[tied], indices[tied] = exact.values[:, :k], exact.indices[:, :k]
+    return values, indices
+
+
+def in_order(values: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
+    """Slots sorted by descending value, equal values by lower index."""
+    indices, by_index = indices.sort(dim=-1)
+    values, by_value = values.gather(-1, by_index).sort(dim=-1, descending=True, stable=True)
+    return values, indices.gather(-1, by_value)
+
+
+def merge(best: FeatureActs | None, found: FeatureActs, k: int) -> FeatureActs:
+    """The k largest of two sets of features of the same rows."""
+    if best is None:
+        return found
+    values, indices = in_order(
+        torch.cat([best.values, found.values], -1), torch.cat([best.indices, found.indices], -1).long()
+    )
+    return FeatureActs(indices[:, :k].int(), values[:, :k], found.width)

@@ -1,0 +1,166 @@
+"""`save_sae`: any SAE in any layout, whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+
+from qwen_scope.errors import FormatError, InputError, MismatchError
+
+from .base import SAE
+from .formats import LAYOUTS, Layout, Written, find_entries, layout_named
+from .formats.container import read_config, write_weights
+from .formats.layout import STORED_DTYPES, need_layer
+from .load import load_sae
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One SAE on its way to disk."""
+
+    folder: Path
+    weights: str
+    written: Written
+
+
+def save_sae(
+    sae: SAE | Sequence[SAE], folder: str | Path, layout: str = "official", dtype: torch.dtype | None = None
+) -> Path:
+    """Store one SAE or several layers of one group in `folder`; returns the folder.
+
+    Every file is written under a temporary name beside its place and moved there once all are whole, configs last,
+    so an interrupted save leaves nothing half-written. A folder that already holds other layers of the same group in
+    the same layout gets the new ones added. Layouts that keep one SAE per folder use the folder itself for a single
+    SAE and a subfolder per layer for several.
+
+    Args:
+        layout: one of `LAYOUTS`.
+        dtype: how the matrices are stored, fp32, bf16 or fp16; None keeps their type. Vectors stay fp32.
+
+    Raises:
+        InputError: no SAE, an unknown layout or dtype, an SAE without a layer, or a disk that refuses.
+        MismatchError: SAEs of several groups, or a folder that holds another group or another SAE of that layer.
+        FormatError: a folder that holds SAEs in another layout, or a broken file in the place of a new one.
+    """
+    saes = [sae] if isinstance(sae, SAE) else list(sae)
+    chosen = layout_named(layout)
+    if not saes:
+        raise InputError("there is no SAE to save")
+    if dtype is not None and dtype not in STORED_DTYPES:
+        raise InputError(f"weights are stored as float32, bfloat16 or float16, not {dtype}")
+    layers = [need_layer(one) for one in saes]
+    if len(set(layers)) < len(layers):
+        raise InputError(f"several of the SAEs are for the same layer: {', '.join(map(str, sorted(layers)))}")
+    if len(groups := {one.identity.group for one in saes}) > 1:
+        raise MismatchError(f"one folder holds one group of SAEs, not {', '.join(sorted(groups))}")
+    folder = Path(folder)
+    check_free(folder, chosen)
+    spread = not chosen.shared and (len(saes) > 1 or holds_subfolders(folder, chosen))
+    jobs = []
+    for one, layer in zip(saes, layers, strict=True):
+        at = folder / f"layers.{layer}" if spread else folder
+        check_same(at / chosen.weights_name(layer), one)
+        jobs.append(_Job(at, chosen.weights_name(layer), chosen.write(one.to(dtype=dtype))))
+    configs = {}
+    for job in jobs:
+        path = job.folder / chosen.config_name
+        configs[path] = merged(configs.get(path) or _existing(path), job.written.config, job.folder)
+    _store(jobs, configs, chosen)
+    return folder
+
+
+def check_free(folder: Path, layout: Layout) -> None:
+    """Raise FormatError if `folder` holds SAEs in another layout, InputError if it is no folder."""
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"{folder} is a file, not a folder")
+    names = [p.relative_to(folder).as_posix() for pattern in ("*", "*/*") for p in folder.glob(pattern)]
+    others = [name for name, other in LAYOUTS.items() if name != layout.name and other.entries(names)]
+    if others:
+        raise FormatError(f"{folder} already holds SAEs in the layout {others[0]}; choose another folder")
+
+
+def check_same(path: Path, sae: SAE) -> None:
+    """Raise MismatchError if a weights file is there already and holds another SAE; the same one may be replaced."""
+    if path.exists() and load_sae(path, k=sae.k).identity.fingerprint != sae.identity.fingerprint:
+        raise MismatchError(
+            f"{path.parent} already holds another SAE for layer {sae.identity.layer}, choose another folder"
+        )
+
+
+def holds_subfolders(folder: Path, layout: Layout) -> bool:
+    """Whether the folder holds SAEs of this layout in folders below it."""
+    names = [p.relative_to(folder).as_posix() for p in folder.glob("*/*")]
+    return bool(layout.entries(names)) and bool(find_entries(names, str(folder)))
+
+
+def merged(old: Mapping[str, Any], new: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """The config of a folder with one more layer; raises MismatchError where the two contradict each other."""
+    if not old:
+        return dict(new)
+    for key, value in new.items():
+        if key == "fingerprints":
+            continue
+        if key in old and old[key] != value:
+            raise MismatchError(f"{folder} holds SAEs with {key} {old[key]!r}, and this one has {value!r}")
+    both = dict(old.get("fingerprints") or {})
+    for layer, fingerprint in (new.get("fingerprints") or {}).items():
+        if both.setdefault(layer, fingerprint) != fingerprint:
+            raise MismatchError(f"{folder} already holds another SAE for layer {layer}; choose another folder")
+    ordered = dict(sorted(both.items(), key=lambda item: int(item[0])))
+    return {**old, **new, **({"fingerprints": ordered} if both else {})}
+
+
+def _existing(path: Path) -> dict[str, Any]:
+    return read_config(path) if path.is_file() else {}
+
+
+def _store(jobs: Sequence[_Job], configs: Mapping[Path, Mapping[str, Any]], layout: Layout) -> None:
+    """Write everything under temporary names, then move it into place, configs last."""
+    temporary: dict[Path, Path] = {}
+    made = []
+    try:
+        for job in jobs:
+            made += _make(job.folder)
+            target = job.folder / job.weights
+            temporary[target] = _temporary(target)
+            write_weights(temporary[target], layout.container, job.written.tensors, job.written.metadata)
+        for path, config in configs.items():
+            temporary[path] = _temporary(path)
+            temporary[path].write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        for target in list(temporary):
+            os.replace(temporary.pop(target), target)
+        made.clear()
+    except (OSError, SafetensorError, RuntimeError) as error:
+        raise InputError(f"the SAE could not be written to {jobs[0].folder}: {_reason(error)}") from error
+    finally:
+        for path in temporary.values():
+            path.unlink(missing_ok=True)
+        for folder in reversed(made):
+            folder.rmdir()
+
+
+def _make(folder: Path) -> list[Path]:
+    """Create a folder; returns the folders that were missing, outermost first."""
+    missing = [path for path in (folder, *folder.parents) if not path.exists()][::-1]
+    folder.mkdir(parents=True, exist_ok=True)
+    return missing
+
+
+def _temporary(target: Path) -> Path:
+    """A new empty file beside `target`, with its suffix."""
+    path = target.with_name(f".unfinished-{uuid.uuid4().hex}{target.suffix}")
+    path.touch(exist_ok=False)  # with the permissions the user's umask gives, unlike tempfile's
+    return path
+
+
+def _reason(error: BaseException) -> str:
+    """Why the disk refused, in a few words."""
+    return (error.strerror if isinstance(error, OSError) else None) or str(error).splitlines()[0]

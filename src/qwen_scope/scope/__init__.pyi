@@ -1,0 +1,14 @@
+from .compare import Comparison as Comparison
+from .compare import compare_rates as compare_rates
+from .generate import Sizes as Sizes
+from .plan import Plan as Plan
+from .plan import config_of as config_of
+from .plan import plan as plan
+from .plan import plan_group as plan_group
+from .saes import SAEs as SAEs
+from .scope import Scope as Scope
+from .scope import load_scope as load_scope
+from .scope import model_source as model_source
+from .scope import resolve as resolve
+from .seen import Strongest as Strongest
+from .seen import TokenFeatures as TokenFeatures

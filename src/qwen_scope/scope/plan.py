@@ -1,0 +1,137 @@
+"""What a model and its SAEs take on disk, on the device and on the host, before anything is downloaded."""
+
+from __future__ import annotations
+
+import functools
+import importlib.resources
+import tomllib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from qwen_scope.errors import InputError, NotFoundError
+from qwen_scope.model import ModelSizes, model_sizes
+from qwen_scope.sae import catalog
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+# The tokens of one forward pass (padding included) and the working tiles of encode.
+TOKENS, TILES = 4096, 2 * 64 * 2**20
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Bytes, for one model and `n_saes` of its SAEs.
+
+    Attributes:
+        model: the language model's weights.
+        sae: one SAE's weights as held in memory.
+        n_saes: how many layers are looked at.
+        disk: the SAEs' files as released, in fp32.
+        working: residuals of one batch, the widest block at work, and the tiles of encode; an estimate.
+        one_at_a_time: on the device with one SAE in memory at a time.
+        all_at_once: on the device with every SAE in memory.
+        host: on the host beside a GPU: one SAE's file while it is copied; 0 where the device is the host.
+    """
+
+    model: int
+    sae: int
+    n_saes: int
+    disk: int
+    working: int
+    one_at_a_time: int
+    all_at_once: int
+    host: int
+
+    def fits(self, device_bytes: int) -> str:
+        """What a device of this size holds, in a few words."""
+        if device_bytes >= self.all_at_once:
+            return "fits with every SAE in memory"
+        if device_bytes >= self.one_at_a_time:
+            room = (device_bytes - self.model - self.working) // self.sae
+            return f"fits with {room} SAE{'s' if room > 1 else ''} in memory at a time"
+        short = self.one_at_a_time - device_bytes
+        return f"does not fit: {short / 1e9:.1f} GB short"
+
+
+def plan(
+    sizes: ModelSizes,
+    d_sae: int,
+    n_saes: int,
+    *,
+    dtype: str = "bfloat16",
+    sae_dtype: str = "float32",
+    on_gpu: bool = True,
+) -> Plan:
+    """The plan for a model and `n_saes` SAEs of `d_sae` features.
+
+    Raises:
+        InputError: a type that weights can't have, or no SAE.
+    """
+    if n_saes < 1:
+        raise InputError("a plan needs at least one layer")
+    d_model = sizes.d_model
+    model = sizes.weight_bytes(dtype)
+    each = sae_bytes(d_sae, d_model, sae_dtype)
+    working = sizes.capture_bytes(1, TOKENS, n_saes, dtype) + TILES
+    return Plan(
+        model=model,
+        sae=each,
+        n_saes=n_saes,
+        disk=n_saes * sae_bytes(d_sae, d_model, "float32"),
+        working=working,
+        one_at_a_time=model + each + working,
+        all_at_once=model + n_saes * each + working,
+        host=sae_bytes(d_sae, d_model, "float32") if on_gpu else 0,
+    )
+
+
+def plan_group(
+    group: catalog.Group, layers: Sequence[int] | None = None, *, dtype: str = "bfloat16", sae_dtype: str = "float32"
+) -> Plan:
+    """The plan for a group of the catalog; the shapes of its language model come with the package.
+
+    Raises:
+        NotFoundError: a layer that the group does not have.
+    """
+    for layer in layers or ():
+        group.filename(layer)
+    return plan(
+        model_sizes(config_of(group.model)),
+        group.d_sae,
+        group.layers if layers is None else len(set(layers)),
+        dtype=dtype,
+        sae_dtype=sae_dtype,
+    )
+
+
+def config_of(model: str) -> PreTrainedConfig:
+    """The config of a language model of the catalog, without a download.
+
+    Raises:
+        NotFoundError: the package does not know its shape.
+    """
+    from transformers import AutoConfig
+
+    if any(group.model == model and group.folder is not None for group in catalog.groups()):
+        return AutoConfig.from_pretrained(model)
+    if model not in shapes():
+        raise NotFoundError(f"the shape of {model!r} is not known here; known are {', '.join(shapes())}")
+    row = dict(shapes()[model])
+    return AutoConfig.for_model(row.pop("model_type"), **row)
+
+
+@functools.cache
+def shapes() -> dict[str, dict]:
+    """The rows of `shapes.toml`."""
+    return tomllib.loads(
+        importlib.resources.files("qwen_scope.scope").joinpath("shapes.toml").read_text(encoding="utf-8")
+    )
+
+
+def sae_bytes(d_sae: int, d_model: int, dtype: str) -> int:
+    """Bytes of one SAE whose matrices are stored in `dtype`; its vectors stay fp32."""
+    if dtype not in catalog.DTYPE_BYTES:
+        raise InputError(f"weights are stored as {', '.join(catalog.DTYPE_BYTES)}, not {dtype!r}")
+    return 2 * d_sae * d_model * catalog.DTYPE_BYTES[dtype] + 4 * (d_sae + d_model)

@@ -1,0 +1,95 @@
+"""The SAEs of a scope: one per layer, read on first use, kept as long as they fit."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator
+
+import torch
+
+from qwen_scope.errors import MismatchError, NotFoundError
+from qwen_scope.sae import SAE, layers_of, load_sae
+
+CACHE_BYTES = 8 * 10**9
+
+
+class SAEs:
+    """`saes[layer]`, read on first use; the least recently used leave when all together exceed `cache_bytes`.
+
+    Safe to share between threads. The one asked for last always stays, even if it alone is larger.
+    """
+
+    def __init__(
+        self,
+        source: str,
+        *,
+        d_model: int,
+        k: int | None = None,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype | None = None,
+        cache_bytes: int = CACHE_BYTES,
+    ) -> None:
+        """Name the SAEs; nothing but the list of layers is read yet.
+
+        Raises:
+            NotFoundError: the source does not exist or holds no SAE.
+        """
+        self.source, self.d_model, self.k, self.device, self.dtype = source, d_model, k, device, dtype
+        self.cache_bytes = cache_bytes
+        self.layers = list(layers_of(source))
+        self._held: OrderedDict[int, SAE] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def __getitem__(self, layer: int) -> SAE:
+        """The SAE of a layer.
+
+        Raises:
+            NotFoundError: there is none for this layer.
+            MismatchError: it belongs to a model of another width.
+        """
+        if layer not in self.layers:
+            raise NotFoundError(f"{self.source} has no SAE for layer {layer}; it has layers {brief(self.layers)}")
+        with self._lock:
+            if layer not in self._held:
+                self._held[layer] = self._read(layer)
+            self._held.move_to_end(layer)
+            while len(self._held) > 1 and self.nbytes > self.cache_bytes:
+                self._held.popitem(last=False)
+            return self._held[layer]
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.layers)
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    @property
+    def held(self) -> list[int]:
+        """The layers in memory, least recently used first."""
+        return list(self._held)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the SAEs in memory."""
+        return sum(sae.nbytes for sae in self._held.values())
+
+    def _read(self, layer: int) -> SAE:
+        sae = load_sae(self.source, layer, k=self.k, device=self.device, dtype=self.dtype)
+        if sae.d_model != self.d_model:
+            raise MismatchError(
+                f"the SAE {sae.identity.group} reads residuals of {sae.d_model} dimensions, the model's have "
+                f"{self.d_model}: they do not belong together"
+            )
+        return sae
+
+
+def brief(layers: list[int]) -> str:
+    """A list of layers as ranges: `0-3, 7`."""
+    ranges: list[list[int]] = []
+    for layer in sorted(layers):
+        if ranges and layer == ranges[-1][1] + 1:
+            ranges[-1][1] = layer
+        else:
+            ranges.append([layer, layer])
+    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in ranges)

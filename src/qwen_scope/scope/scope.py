@@ -1,0 +1,304 @@
+"""`Scope` and how one is opened."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Literal, overload
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from qwen_scope.errors import InputError, MismatchError, NotFoundError
+from qwen_scope.model import (
+    HookPoint,
+    LoadedModel,
+    Tokens,
+    by_length,
+    capture,
+    context_length,
+    d_model,
+    load_model,
+    model_sizes,
+    n_layers,
+    tokenize,
+)
+from qwen_scope.sae import FeatureActs, catalog
+from qwen_scope.steer import Decoding, Generation, Intervention
+
+from .compare import Comparison, compare_rates, kept_tokens
+from .generate import Sizes, generate_in_scope
+from .plan import Plan, plan
+from .saes import CACHE_BYTES, SAEs, brief
+from .seen import TokenFeatures
+
+Chat = Literal["default", "thinking", "non_thinking"]
+
+# Tokens (padding included) of one forward pass; texts of like length share one.
+BATCH_TOKENS = 4096
+
+SAE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class Scope:
+    """One language model and its SAEs.
+
+    Attributes:
+        model, tokenizer: as transformers gives them.
+        name: the model's source.
+        saes: `saes[layer]`, read on first use and evicted by bytes.
+        sizes: `sizes[layer]`, typical residual norm and feature maxima, measured on first use.
+    """
+
+    def __init__(self, loaded: LoadedModel, saes: SAEs) -> None:
+        self.model, self.tokenizer, self.name, self.saes = loaded.model, loaded.tokenizer, loaded.name, saes
+        self.sizes = Sizes(self)
+        self.d_model, self.n_layers = d_model(self.model), n_layers(self.model)
+        if saes.d_model != self.d_model:
+            raise MismatchError(f"the SAEs are for {saes.d_model} dimensions, {self.name} has {self.d_model}")
+        if beyond := [layer for layer in saes.layers if layer >= self.n_layers]:
+            raise MismatchError(
+                f"{saes.source} has SAEs for layers {brief(beyond)}, {self.name} has {self.n_layers} layers"
+            )
+
+    @property
+    def layers(self) -> list[int]:
+        """The layers that have an SAE."""
+        return self.saes.layers
+
+    @property
+    def plan(self) -> Plan:
+        """What this scope takes in memory."""
+        one = self.saes[self.layers[0]]
+        return plan(
+            model_sizes(self.model.config),
+            one.d_sae,
+            len(self.layers),
+            dtype=str(self.model.dtype).removeprefix("torch."),
+            sae_dtype=str(one.dtype).removeprefix("torch."),
+            on_gpu=one.device.type != "cpu",
+        )
+
+    def tokenize(self, texts: Sequence[str], *, chat: Chat | None = None, truncate: bool = False) -> Tokens:
+        """Texts to tokens, within the model's context. No BOS is invented.
+
+        Raises:
+            InputError: an empty text, or one longer than the context unless `truncate`.
+        """
+        return tokenize(self.tokenizer, texts, max_length=context_length(self.model), truncate=truncate, chat=chat)
+
+    def capture(
+        self, tokens: Tokens, layers: Sequence[int] | None = None
+    ) -> dict[int, Float[Tensor, "batch seq d_model"]]:
+        """The residuals after the given layers, from one forward pass; rows at padding hold no meaning."""
+        points = [HookPoint(layer) for layer in self.check_layers(layers)]
+        found = capture(self.model, tokens.input_ids, points, tokens.attention_mask)
+        return {point.layer: h for point, h in found.items()}
+
+    def features(
+        self,
+        texts: Sequence[str],
+        layers: Sequence[int] | None = None,
+        *,
+        chat: Chat | None = None,
+        truncate: bool = False,
+        batch_tokens: int = BATCH_TOKENS,
+    ) -> TokenFeatures:
+        """The features of every token of every text.
+
+        Args:
+            texts: one or more texts, each a string.
+            layers: which layers; by default all that have an SAE.
+            chat: wrap each text as a user's message in the tokenizer's chat template.
+            truncate: cut a text longer than the context instead of refusing it.
+            batch_tokens: tokens per forward pass, padding included.
+
+        Raises:
+            InputError: no text, an empty text, or one longer than the context.
+            NotFoundError: a layer without an SAE.
+        """
+        wanted = self.check_layers(layers)
+        tokens = self.tokenize(texts, chat=chat, truncate=truncate)
+        mask = tokens.attention_mask.bool()
+        parts: dict[int, list[FeatureActs]] = {layer: [] for layer in wanted}
+        batches = by_length(tokens.lengths, batch_tokens)
+        for rows in batches:
+            seq = max(tokens.lengths[i] for i in rows)
+            ids, here = tokens.input_ids[rows, :seq], tokens.attention_mask[rows, :seq]
+            residuals = capture(self.model, ids, [HookPoint(layer) for layer in wanted], here)
+            for point, h in residuals.items():
+                kept = h[here.bool().to(h.device)]
+                parts[point.layer].append(self.saes[point.layer].encode(kept).to("cpu"))
+        order = [i for rows in batches for i in rows]
+        acts = {layer: spread(FeatureActs.cat(found), mask, order) for layer, found in parts.items()}
+        return TokenFeatures(tokens.texts, tokens.strings, tokens.input_ids, mask, acts)
+
+    def compare(
+        self,
+        a: str,
+        b: str,
+        layers: Sequence[int] | None = None,
+        *,
+        n: int | None = 5,
+        drop_first: bool = False,
+        drop_common: bool = False,
+        drop_prefix: bool = False,
+        chat: Chat | None = None,
+    ) -> dict[int, list[Comparison]]:
+        """Per layer, the `n` features whose activation rates differ most between two texts.
+
+        The options leave out the first token, tokens whose id occurs in both texts, or the common beginning.
+
+        Raises:
+            InputError: an empty text, or nothing left to compare.
+            NotFoundError: a layer without an SAE.
+        """
+        seen = self.features([a, b], layers, chat=chat)
+        ids = [seen.input_ids[i][seen.mask[i]].tolist() for i in (0, 1)]
+        keep_a, keep_b = kept_tokens(
+            ids[0], ids[1], drop_first=drop_first, drop_common=drop_common, drop_prefix=drop_prefix
+        )
+        return {
+            layer: compare_rates(layer, seen.of(0, layer)[keep_a], seen.of(1, layer)[keep_b], n)
+            for layer in seen.layers
+        }
+
+    @overload
+    def generate(
+        self,
+        prompt: str,
+        interventions: Sequence[Intervention] = (),
+        *,
+        decoding: Decoding | None = None,
+        chat: Chat | None = None,
+        candidates: int | None = None,
+    ) -> Generation: ...
+
+    @overload
+    def generate(
+        self,
+        prompt: list[str] | tuple[str, ...],
+        interventions: Sequence[Intervention] = (),
+        *,
+        decoding: Decoding | None = None,
+        chat: Chat | None = None,
+        candidates: int | None = None,
+    ) -> list[Generation]: ...
+
+    def generate(
+        self,
+        prompt: str | list[str] | tuple[str, ...],
+        interventions: Sequence[Intervention] = (),
+        *,
+        decoding: Decoding | None = None,
+        chat: Chat | None = None,
+        candidates: int | None = None,
+    ) -> Generation | list[Generation]:
+        """Continue a prompt, or several, with the residual stream changed on the way; see `qwen_scope.steer.generate`.
+
+        Args:
+            interventions: what is changed; none for the model as it is.
+            decoding: by default greedy, 100 tokens.
+            candidates: keep each token's probability and so many likeliest tokens.
+
+        Raises:
+            InputError: an empty prompt, one that leaves no room in the context, a position past the end, a feature out
+                of range, an amount that is absurd.
+            NotFoundError, MismatchError: a layer that does not exist, or an SAE that does not fit.
+        """
+        prompts = [prompt] if isinstance(prompt, str) else prompt
+        out = generate_in_scope(self, prompts, interventions, decoding, chat, candidates)
+        return out[0] if isinstance(prompt, str) else out
+
+    def check_layers(self, layers: Sequence[int] | None) -> list[int]:
+        """The layers asked for, each with an SAE; all of them for None.
+
+        Raises:
+            InputError: an empty list.
+            NotFoundError: a layer that has no SAE.
+        """
+        if layers is None:
+            return list(self.saes.layers)
+        if not layers:
+            raise InputError(f"no layer given; there are SAEs for layers {brief(self.saes.layers)}")
+        if missing := [layer for layer in layers if layer not in self.saes.layers]:
+            raise NotFoundError(
+                f"{self.saes.source} has no SAE for layer {brief(missing)}; it has layers {brief(self.saes.layers)}"
+            )
+        return sorted(set(layers))
+
+
+def load_scope(
+    model: str | os.PathLike[str] = "lab",
+    sae: str | os.PathLike[str] | None = None,
+    *,
+    device: str | torch.device | None = None,
+    dtype: str = "auto",
+    sae_dtype: str | None = None,
+    k: int | None = None,
+    device_map: str | None = None,
+    quantization: str | None = None,
+    cache_bytes: int = CACHE_BYTES,
+) -> Scope:
+    """Open a language model and its SAEs.
+
+    Args:
+        model: `lab` for the bundled one, a hub id, or a folder.
+        sae: a group (hub id, catalog alias or folder); it may be left out where the catalog knows exactly one.
+        device: where the model runs, and the SAEs; by default CUDA, else MPS, else the CPU.
+        dtype: of the model's weights: `auto`, `float32`, `bfloat16` or `float16`.
+        sae_dtype: of the SAEs' weights in memory; by default as stored. Their arithmetic is fp32 either way.
+        k: only for SAEs whose files do not say it.
+        device_map, quantization: as in `load_model`.
+        cache_bytes: how much memory the SAEs may take before the least recently used leave.
+
+    Raises:
+        NotFoundError, FormatError: the model or the SAEs do not exist or are not what they should be.
+        MismatchError: they do not belong together.
+    """
+    if sae_dtype is not None and sae_dtype not in SAE_DTYPES:
+        raise InputError(f"the type of SAE weights is one of {', '.join(SAE_DTYPES)}, not {sae_dtype!r}")
+    source, group = resolve(os.fspath(model), None if sae is None else os.fspath(sae))
+    loaded = load_model(source, device=device, dtype=dtype, device_map=device_map, quantization=quantization)
+    where = next(loaded.model.parameters()).device if device_map is None else torch.device(device or "cpu")
+    saes = SAEs(
+        group,
+        d_model=d_model(loaded.model),
+        k=k,
+        device=where,
+        dtype=SAE_DTYPES[sae_dtype] if sae_dtype else None,
+        cache_bytes=cache_bytes,
+    )
+    return Scope(loaded, saes)
+
+
+def model_source(model: str) -> str:
+    """Where a language model is loaded from: the folder of the bundled one for `lab`, else what was given."""
+    return catalog.find("lab").model if model == "lab" else model
+
+
+def resolve(model: str, sae: str | None) -> tuple[str, str]:
+    """The source of the model and of the SAEs, with the catalog's help where one of them is left out."""
+    if model == "lab":
+        return model_source(model), sae or catalog.find("lab").name
+    if sae is not None:
+        return model, sae
+    known = [group.name for group in catalog.groups() if group.model == model]
+    if len(known) == 1:
+        return model, known[0]
+    if known:
+        raise InputError(f"{model} has several groups of SAEs; name one with sae=: {', '.join(known)}")
+    raise NotFoundError(f"the catalog knows no SAEs for {model!r}; name them with sae= (a folder or hub id)")
+
+
+def spread(acts: FeatureActs, mask: Tensor, order: Sequence[int]) -> FeatureActs:
+    """Activations of the tokens of texts in `order` back to `(texts, seq, k)`; padding gets unused slots."""
+    lengths = mask.sum(-1)
+    start = torch.zeros(len(mask), dtype=torch.long)
+    start[torch.tensor(order)] = lengths[torch.tensor(order)].cumsum(0) - lengths[torch.tensor(order)]
+    source = torch.cat([torch.arange(int(s), int(s + n)) for s, n in zip(start, lengths, strict=True)])
+    indices = acts.indices.new_zeros(*mask.shape, acts.k)
+    values = acts.values.new_zeros(*mask.shape, acts.k)
+    indices[mask], values[mask] = acts.indices[source], acts.values[source]
+    return FeatureActs(indices, values, acts.width)

@@ -1,0 +1,3 @@
+from .bootstrap import Interval as Interval
+from .bootstrap import bootstrap as bootstrap
+from .bootstrap import difference as difference

@@ -1,0 +1,5 @@
+"""Changes the residual stream on purpose, generates under the change, and measures dose and response."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

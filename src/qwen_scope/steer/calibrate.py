@@ -1,0 +1,71 @@
+"""Typical sizes at a layer, measured on a stated sample: what amounts are counted in."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+
+import numpy as np
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from qwen_scope.model import HookPoint, LayerStats, capture, context_length, residual_norms, tokenize
+from qwen_scope.sae import SAE
+
+SAMPLE = (
+    "The committee met on Tuesday to discuss the new bridge. After two hours they agreed to ask for a second opinion,"
+    " because the first report had left out the cost of repairs.",
+    "Guten Morgen! Der Zug nach Hamburg hat heute etwa zwanzig Minuten Verspätung. Bitte achten Sie auf die Ansagen.",
+    "今天下午我们去了图书馆，借了三本关于历史的书。晚上一家人一起吃饭，聊了很久。",
+    "def mean(values):\n    total = 0.0\n    for value in values:\n        total += value\n    return total / 2\n",
+    "La recette est simple : deux œufs, un peu de farine, du sucre et une pomme. Mélangez, puis laissez reposer.",
+    "Как вы думаете, почему птицы улетают на юг именно осенью? Ответ не так прост, как кажется.",
+    "Solve for x: 3x + 7 = 22. Subtract 7 from both sides, then divide by 3, so x = 5.",
+    "昨日は雨が降っていたので、家で本を読んでいました。明日は友だちと海へ行く予定です。",
+    "What should I cook tonight? I have rice, two onions and some fish. - Then fry the onions first and add the fish.",
+    "La reunión empieza a las nueve. Si alguien no puede venir, que avise antes del mediodía, por favor.",
+)
+"""Ten short texts of different kinds, for models whose own data is not at hand."""
+
+SAMPLE_NAME = f"the built-in sample of {len(SAMPLE)} texts"
+
+
+def calibrate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    layer: int,
+    sae: SAE | None = None,
+    texts: Sequence[str] = SAMPLE,
+    *,
+    sample: str = SAMPLE_NAME,
+    batch: int = 32,
+) -> LayerStats:
+    """The residual norm at one layer and, with its SAE, each feature's maximum and firing rate.
+
+    Args:
+        texts: the sample; what is longer than the context is cut.
+        sample: what the texts are, in words; kept with the figures.
+
+    Raises:
+        InputError, NotFoundError, FormatError: as in `residual_norms`.
+    """
+    tokens = tokenize(tokenizer, texts, max_length=context_length(model), truncate=True)
+    point = HookPoint(layer)
+    pairs = [
+        (tokens.input_ids[i : i + batch], tokens.attention_mask[i : i + batch]) for i in range(0, len(texts), batch)
+    ]
+    stats = residual_norms(model, pairs, [point], sample=sample)[point]
+    return stats if sae is None else with_features(stats, sae, model, pairs)
+
+
+def with_features(stats: LayerStats, sae: SAE, model: PreTrainedModel, pairs: Iterable) -> LayerStats:
+    """The statistics with each feature's maximum and firing rate on the same batches."""
+    largest, fired, count = np.zeros(sae.d_sae, np.float32), np.zeros(sae.d_sae, np.int64), 0
+    for input_ids, mask in pairs:
+        h = capture(model, input_ids, [stats.hook_point], mask)[stats.hook_point]
+        acts = sae.encode(h[mask.to(h.device).bool()])
+        on = (acts.values > 0).cpu().numpy()
+        features, values = acts.indices.cpu().numpy()[on], acts.values.float().cpu().numpy()[on]
+        np.maximum.at(largest, features, values)
+        np.add.at(fired, features, 1)
+        count += len(on)
+    return replace(stats, feature_max=largest, firing_rate=(fired / count).astype(np.float32))

@@ -1,0 +1,179 @@
+"""`Decoding`: how tokens are chosen, and the processors that choose and watch them inside `generate`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import (
+    LogitsProcessor,
+    LogitsProcessorList,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from qwen_scope.errors import InputError
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How tokens are chosen.
+
+    Attributes:
+        max_new_tokens: the most tokens generated per prompt.
+        sample: draw from the distribution; by default the likeliest token is taken (greedy).
+        temperature, top_p, top_k, repetition_penalty: as in transformers; None takes the model's own generation
+            config where `sample` is set, and no change of the distribution where it is not.
+        seed: of the draws. Each row has its own stream, made from the seed and its place in the list of prompts, so a
+            row's draws do not depend on the batch it runs in, nor on other threads.
+        prefill_chunk: feed the prompt in pieces of so many tokens.
+
+    Raises:
+        InputError: a value out of range, or one that has no effect without `sample`.
+    """
+
+    max_new_tokens: int = 100
+    sample: bool = False
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    repetition_penalty: float | None = None
+    seed: int = 0
+    prefill_chunk: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise InputError(f"max_new_tokens is at least 1, not {self.max_new_tokens}")
+        for name in ("temperature", "repetition_penalty"):
+            value = getattr(self, name)
+            if value is not None and not (math.isfinite(value) and value > 0):
+                raise InputError(f"{name} is a number above 0, not {value}")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise InputError(f"top_p is above 0 and at most 1, not {self.top_p}")
+        if self.top_k is not None and self.top_k < 0:
+            raise InputError(f"top_k is 0 (off) or more, not {self.top_k}")
+        if self.prefill_chunk is not None and self.prefill_chunk < 1:
+            raise InputError(f"prefill_chunk is at least 1, not {self.prefill_chunk}")
+        if self.seed < 0:
+            raise InputError(f"a seed is 0 or more, not {self.seed}")
+        given = [name for name in ("temperature", "top_p", "top_k") if getattr(self, name) is not None]
+        if given and not self.sample:
+            raise InputError(f"{given[0]} has no effect on greedy decoding; set sample=True with it")
+
+    def filled(self, model: nn.Module) -> Decoding:
+        """The same with every None replaced: by the model's generation config, else by what changes nothing."""
+        config = getattr(model, "generation_config", None) if self.sample else None
+        neutral = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "repetition_penalty": 1.0}
+        changes = {}
+        for name, default in neutral.items():
+            if getattr(self, name) is None:
+                found = getattr(config, name, None)
+                changes[name] = type(default)(found) if found is not None else default
+        # `given` without `sample` is refused above, so neutral values are set only where they are inert
+        return replace(self, **changes) if self.sample else replace(self, repetition_penalty=self.repetition_penalty)
+
+
+@dataclass(eq=False)
+class Watched:
+    """What one batch chose, step by step, still on the model's device.
+
+    Attributes:
+        chosen: the token of every row, `(rows,)` per step.
+        log_probability: its log-probability under the model, `(rows,)` per step.
+        top: per step the `n` likeliest tokens and their log-probabilities, `(rows, n)` each.
+    """
+
+    chosen: list[Tensor] = field(default_factory=list)
+    log_probability: list[Tensor] = field(default_factory=list)
+    top: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+
+
+class Observe(LogitsProcessor):
+    """Keeps the raw scores for `Choose`; stands before anything that changes them."""
+
+    scores: Tensor | None = None
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        self.scores = scores.clone()  # repetition penalty writes into the tensor it is given
+        return scores
+
+
+class Choose(LogitsProcessor):
+    """Stands last: draws a token, and leaves it as the only one that a greedy choice can take."""
+
+    def __init__(
+        self,
+        uniforms: np.ndarray | None,
+        observe: Observe | None,
+        candidates: int,
+        on_step: Callable[[Tensor], None] | None,
+    ) -> None:
+        self.uniforms, self.observe, self.candidates, self.on_step = uniforms, observe, candidates, on_step
+        self.seen = Watched()
+        self.step = 0
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        if self.uniforms is None:
+            chosen = scores.argmax(-1)
+        else:
+            chosen = draw(scores, self.uniforms[:, min(self.step, self.uniforms.shape[1] - 1)])
+            scores = torch.full_like(scores, -math.inf).scatter(-1, chosen[:, None], 0.0)
+        self.step += 1
+        self.seen.chosen.append(chosen)
+        if self.observe is not None:
+            raw = self.observe.scores
+            assert raw is not None
+            total = raw.logsumexp(-1, keepdim=True)
+            self.seen.log_probability.append((raw.gather(-1, chosen[:, None]) - total)[:, 0])
+            if self.candidates:
+                best = raw.topk(min(self.candidates, raw.shape[-1]), dim=-1)
+                self.seen.top.append((best.indices, best.values - total))
+        if self.on_step is not None:
+            self.on_step(chosen)
+        return scores
+
+
+def draw(scores: Tensor, uniform: np.ndarray) -> Tensor:
+    """One token per row from `softmax(scores)` by inverting its distribution function at `uniform`, `(rows,)`."""
+    cumulative = scores.double().softmax(-1).cumsum(-1)
+    at = torch.as_tensor(uniform, dtype=torch.float64, device=scores.device)[:, None] * cumulative[:, -1:]
+    return torch.searchsorted(cumulative, at, right=True)[:, 0].clamp(max=scores.shape[-1] - 1)
+
+
+def processors(
+    decoding: Decoding,
+    rows: Sequence[int],
+    *,
+    candidates: int | None,
+    on_step: Callable[[Tensor], None] | None = None,
+) -> tuple[LogitsProcessorList, Choose]:
+    """The chain for one batch of a filled `Decoding`, and its last link, which holds what was seen.
+
+    Args:
+        rows: the place of each row in the whole list of prompts.
+        candidates: how many likeliest tokens to keep; None keeps no probabilities at all.
+    """
+    chain: list[Any] = []
+    observe = Observe() if candidates is not None else None
+    if observe is not None:
+        chain.append(observe)
+    if decoding.repetition_penalty not in (None, 1.0):
+        chain.append(RepetitionPenaltyLogitsProcessor(float(decoding.repetition_penalty or 1.0)))
+    uniforms = None
+    if decoding.sample:
+        uniforms = np.stack([np.random.default_rng([decoding.seed, i]).random(decoding.max_new_tokens) for i in rows])
+        if decoding.temperature not in (None, 1.0):
+            chain.append(TemperatureLogitsWarper(float(decoding.temperature or 1.0)))
+        if decoding.top_k:
+            chain.append(TopKLogitsWarper(decoding.top_k))
+        if decoding.top_p not in (None, 1.0):
+            chain.append(TopPLogitsWarper(float(decoding.top_p or 1.0)))
+    choose = Choose(uniforms, observe, candidates or 0, on_step)
+    return LogitsProcessorList([*chain, choose]), choose

@@ -1,0 +1,356 @@
+"""`Intervention`: one change of the residual stream, as a value."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, get_args
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from qwen_scope.errors import FormatError, InputError, MismatchError, NotFoundError, nearest
+from qwen_scope.model import HookPoint, LayerStats
+from qwen_scope.sae import SAE, Identity
+
+from .activation import activations
+from .where import EVERYWHERE, Where
+
+Op = Literal["add", "scale", "clamp", "ablate"]
+Unit = Literal["raw", "resid_norm", "max_act"]
+
+LARGEST = {"raw": 1e6, "resid_norm": 100.0, "max_act": 1000.0}
+"""Amounts beyond these are taken for mistakes."""
+
+_FIELDS = {"hook_point", "op", "feature", "direction", "amount", "unit", "where", "sae"}
+
+
+@dataclass(frozen=True)
+class Intervention:
+    """One change of the residual at one hook point: frozen, comparable, plain data.
+
+    With `d` the feature's decoder column `W_dec[:, feature]` or the plain direction, and `a` the feature's activation
+    on the residual as it arrives:
+
+    | op | a feature | a plain direction |
+    |---|---|---|
+    | `add` | `h + amount * d` (equation 1 of the Qwen-Scope report) | the same |
+    | `scale` | `h + (amount - 1) * a * d` | - |
+    | `clamp` | `h + (amount - a) * d` | - |
+    | `ablate` | `h - a * d` | `h - amount * (h . u) u`, `u = d / |d|` |
+
+    The feature operations add a difference, so what the SAE does not reconstruct stays in the stream, and a feature
+    that is not active is not changed by `scale` and `ablate`, to the bit.
+
+    Attributes:
+        hook_point: where.
+        op: what is done.
+        amount: how much, in `unit`; for `scale` the factor; for `ablate` of a direction the share that is removed.
+        feature: its index in the dictionary, or None for a plain direction.
+        direction: `d_model` numbers, or None for a feature.
+        unit: `raw`; `resid_norm`: the change `amount * d` is `amount` times as long as the layer's median residual;
+            `max_act`: multiples of the feature's largest activation. The last two need `resolve`.
+        where: which tokens.
+        sae: which SAE the feature belongs to, or None for whichever SAE is at hand.
+
+    Raises:
+        InputError: a combination that means nothing, an amount that is NaN or absurd, or a zero direction.
+    """
+
+    hook_point: HookPoint
+    op: Op
+    amount: float
+    feature: int | None = None
+    direction: tuple[float, ...] | None = None
+    unit: Unit = "raw"
+    where: Where = EVERYWHERE
+    sae: Identity | None = None
+
+    def __post_init__(self) -> None:
+        _check_choice("op", self.op, get_args(Op))
+        _check_choice("unit", self.unit, get_args(Unit))
+        if (self.feature is None) == (self.direction is None):
+            raise InputError("an intervention acts on a feature or on a direction: give one of the two")
+        if self.feature is not None and (isinstance(self.feature, bool) or self.feature < 0):
+            raise InputError(f"a feature is a whole number from 0 up, not {self.feature!r}")
+        if self.direction is not None:
+            if self.op in ("scale", "clamp"):
+                raise InputError(f"{self.op} needs a feature; a plain direction can be added or ablated")
+            if not all(map(math.isfinite, self.direction)) or not any(self.direction):
+                raise InputError("a direction holds finite numbers that are not all zero")
+        if not math.isfinite(self.amount):
+            raise InputError(f"an amount is a finite number, not {self.amount!r}")
+        if abs(self.amount) > LARGEST[self.unit]:
+            raise InputError(
+                f"an amount of {self.amount:g} {self.unit} is absurd: at most {LARGEST[self.unit]:g} either way"
+            )
+        if self.unit != "raw" and self.op in ("scale", "ablate"):
+            raise InputError(f"{self.op} has no unit {self.unit!r}: its amount is a share; leave the unit 'raw'")
+        if self.unit == "max_act" and self.feature is None:
+            raise InputError("a plain direction has no largest activation; use the unit 'raw' or 'resid_norm'")
+        if not self.where.prompt and not self.where.generated and not self.where.spans:
+            raise InputError("the intervention touches no token; say where, such as 'all'")
+
+    @classmethod
+    def add(
+        cls,
+        *,
+        layer: int,
+        amount: float,
+        feature: int | None = None,
+        direction: Sequence[float] | Tensor | None = None,
+        unit: Unit = "raw",
+        where: str = "all",
+        sae: Identity | None = None,
+    ) -> Intervention:
+        """`h + amount * d`: a feature's decoder column, or any vector of `d_model` numbers."""
+        vector = _vector(direction)
+        return cls(HookPoint(layer), "add", float(amount), feature, vector, unit, Where.parse(where), sae)
+
+    @classmethod
+    def scale(
+        cls, *, layer: int, feature: int, amount: float, where: str = "all", sae: Identity | None = None
+    ) -> Intervention:
+        """The feature's activation times `amount`, where it is active."""
+        return cls(HookPoint(layer), "scale", float(amount), feature, where=Where.parse(where), sae=sae)
+
+    @classmethod
+    def clamp(
+        cls,
+        *,
+        layer: int,
+        feature: int,
+        amount: float,
+        unit: Unit = "raw",
+        where: str = "all",
+        sae: Identity | None = None,
+    ) -> Intervention:
+        """The feature's activation set to `amount`, active or not."""
+        return cls(HookPoint(layer), "clamp", float(amount), feature, None, unit, Where.parse(where), sae)
+
+    @classmethod
+    def ablate(
+        cls,
+        *,
+        layer: int,
+        feature: int | None = None,
+        direction: Sequence[float] | Tensor | None = None,
+        amount: float | None = None,
+        where: str = "all",
+        sae: Identity | None = None,
+    ) -> Intervention:
+        """The feature's activation set to zero, or the residual's component along a direction removed.
+
+        `amount` is for a direction alone: the share removed, by default all of it. Several directions ablated at one
+        hook point are removed together, as the space they span.
+        """
+        if feature is not None and amount is not None:
+            raise InputError("ablating a feature has no amount; to keep a share of it, use scale")
+        share = float(amount) if amount is not None else (0.0 if feature is not None else 1.0)
+        return cls(HookPoint(layer), "ablate", share, feature, _vector(direction), where=Where.parse(where), sae=sae)
+
+    @property
+    def layer(self) -> int:
+        return self.hook_point.layer
+
+    @property
+    def removes_direction(self) -> bool:
+        """Whether it removes a plain direction, which happens after everything else."""
+        return self.op == "ablate" and self.direction is not None
+
+    @property
+    def needs_stats(self) -> bool:
+        """Whether `resolve` needs the layer's statistics."""
+        return self.unit != "raw"
+
+    def with_amount(self, amount: float) -> Intervention:
+        """The same intervention by another amount."""
+        return replace(self, amount=float(amount))
+
+    def bound(self, sae: SAE) -> Intervention:
+        """The same intervention, tied to the identity of this SAE.
+
+        Raises:
+            InputError, MismatchError: as in `check`.
+        """
+        self.check(sae)
+        return self if self.feature is None else replace(self, sae=sae.identity)
+
+    def check(self, sae: SAE | None) -> None:
+        """Refuse an SAE that this intervention does not fit.
+
+        Raises:
+            InputError: no SAE for a feature, or a feature outside the dictionary.
+            MismatchError: another SAE than the one named, one of another layer, or a direction of another width.
+        """
+        if self.direction is not None:
+            if sae is not None and len(self.direction) != sae.d_model:
+                raise MismatchError(f"the direction has {len(self.direction)} numbers, the residual {sae.d_model}")
+            return
+        assert self.feature is not None
+        if sae is None:
+            raise InputError(f"feature {self.feature} of layer {self.layer} needs its SAE")
+        if self.sae is not None and self.sae != sae.identity:
+            raise MismatchError(f"the intervention is made for the SAE {self.sae}, this one is {sae.identity}")
+        if sae.hook_point is not None and HookPoint.parse(sae.hook_point) != self.hook_point:
+            raise MismatchError(f"the intervention is at {self.hook_point}, the SAE reads {sae.hook_point}")
+        if self.feature >= sae.d_sae:
+            raise InputError(
+                f"feature {self.feature} does not exist: the SAE of layer {self.layer} has features 0 to"
+                f" {sae.d_sae - 1}"
+            )
+
+    def vector(self, sae: SAE | None) -> Float[Tensor, " d_model"]:
+        """`d`, in fp32: the feature's decoder column as it is stored, not normalised, or the plain direction."""
+        self.check(sae)
+        if self.direction is not None:
+            return torch.tensor(self.direction, dtype=torch.float32)
+        assert sae is not None
+        return sae.W_dec[:, self.feature].float()
+
+    def resolve(self, stats: LayerStats | None = None, sae: SAE | None = None) -> Intervention:
+        """The same intervention with its amount in raw units.
+
+        Raises:
+            InputError: statistics are missing, lack what the unit needs, or are of another layer; or the raw amount
+                comes out as absurd.
+            MismatchError: as in `check`.
+        """
+        if self.unit == "raw":
+            return self
+        if stats is None:
+            raise InputError(f"the unit {self.unit!r} needs the statistics of layer {self.layer}")
+        if stats.hook_point != self.hook_point:
+            raise InputError(f"the statistics are of {stats.hook_point}, the intervention is at {self.hook_point}")
+        if self.unit == "resid_norm":
+            length = float(torch.linalg.vector_norm(self.vector(sae)))
+            if length == 0:
+                raise InputError(f"feature {self.feature} of layer {self.layer} writes nothing: its decoder is zero")
+            return replace(self, amount=self.amount * stats.norm_median / length, unit="raw")
+        self.check(sae)
+        largest = 0.0
+        if stats.feature_max is not None and self.feature is not None and self.feature < len(stats.feature_max):
+            largest = float(stats.feature_max[self.feature])
+        if largest == 0:
+            raise InputError(
+                f"feature {self.feature} of layer {self.layer} is never active in {stats.sample}, so its largest"
+                " activation is unknown; give the amount in the unit 'raw' or 'resid_norm'"
+            )
+        return replace(self, amount=self.amount * largest, unit="raw")
+
+    def apply(self, h: Float[Tensor, "*rows d_model"], sae: SAE | None = None) -> Float[Tensor, "*rows d_model"]:
+        """The residuals after this intervention alone; pure, on every row it is given.
+
+        `where` is the caller's affair. What changes nothing returns `h` itself.
+
+        Raises:
+            InputError: a unit that is not resolved, or what `check` refuses.
+            MismatchError: as in `check`.
+        """
+        if self.unit != "raw":
+            raise InputError(f"an amount in {self.unit} has to be resolved before it is applied")
+        d = self.vector(sae)
+        if len(d) != h.shape[-1]:
+            raise MismatchError(f"the direction has {len(d)} numbers, the residual {h.shape[-1]}")
+        if self.op == "add":
+            return h if self.amount == 0 else h + (self.amount * d).to(h.device, h.dtype)
+        rows = h.reshape(-1, h.shape[-1])
+        if self.feature is None:
+            u = (d / torch.linalg.vector_norm(d)).to(h.device)
+            coefficient = -self.amount * (rows.float() @ u)
+            d = u
+        else:
+            assert sae is not None
+            a = activations(sae, rows, [self.feature])[:, 0]
+            coefficient = (self.target(a) - a).to(h.device)
+        moved = coefficient != 0
+        if not bool(moved.any()):
+            return h
+        new = (rows.float() + coefficient[:, None] * d.to(h.device)).to(h.dtype)
+        return torch.where(moved[:, None], new, rows).reshape(h.shape)
+
+    def target(self, a: Float[Tensor, "*rows"]) -> Float[Tensor, "*rows"]:
+        """What becomes of the activations `a` under `scale`, `clamp` and `ablate` of a feature."""
+        if self.op == "clamp":
+            return torch.full_like(a, self.amount)
+        return a * (0.0 if self.op == "ablate" else self.amount)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values that `json.dumps` takes and `from_json` turns back into an equal intervention."""
+        data: dict[str, Any] = {"hook_point": str(self.hook_point), "op": self.op}
+        if self.feature is not None:
+            data["feature"] = self.feature
+        if self.direction is not None:
+            data["direction"] = list(self.direction)
+        data |= {"amount": self.amount, "unit": self.unit, "where": str(self.where)}
+        if self.sae is not None:
+            data["sae"] = {"group": self.sae.group, "layer": self.sae.layer, "fingerprint": self.sae.fingerprint}
+        return data
+
+    @classmethod
+    def from_json(cls, data: Any) -> Intervention:
+        """What `to_json` wrote.
+
+        Raises:
+            FormatError: a key that is missing or unknown, or a value of the wrong kind.
+            InputError: values that mean nothing together.
+        """
+        if not isinstance(data, dict):
+            raise FormatError(f"an intervention is an object with keys, not {data!r:.60}")
+        if unknown := sorted(map(str, set(data) - _FIELDS)):
+            raise FormatError(f"an intervention has no key {unknown[0]!r}; {nearest(unknown[0], _FIELDS)}")
+        if missing := sorted({"hook_point", "op", "amount"} - set(data)):
+            raise FormatError(f"the intervention has no key {missing[0]!r}")
+        direction, unit = data.get("direction"), data.get("unit", "raw")
+        _check_choice("op", data["op"], get_args(Op))
+        _check_choice("unit", unit, get_args(Unit))
+        return cls(
+            HookPoint.parse(_of_kind(data, "hook_point", str)),
+            data["op"],
+            float(_of_kind(data, "amount", (int, float))),
+            _of_kind(data, "feature", int) if data.get("feature") is not None else None,
+            None if direction is None else _vector(_numbers(direction)),
+            unit,
+            Where.parse(_of_kind(data, "where", str) if "where" in data else "all"),
+            None if data.get("sae") is None else _identity(data["sae"]),
+        )
+
+
+def _vector(direction: Sequence[float] | Tensor | None) -> tuple[float, ...] | None:
+    if direction is None:
+        return None
+    flat = torch.as_tensor(direction, dtype=torch.float32).detach().cpu()
+    if flat.ndim != 1:
+        raise InputError(f"a direction is one vector, not a tensor of shape {tuple(flat.shape)}")
+    return tuple(flat.tolist())
+
+
+def _check_choice(what: str, value: Any, known: Sequence[str]) -> None:
+    if not isinstance(value, str) or value not in known:
+        raise NotFoundError(f"there is no {what} {value!r}; {nearest(str(value), known)}")
+
+
+def _of_kind(data: dict[str, Any], key: str, kind: Any) -> Any:
+    value = data[key]
+    if not isinstance(value, kind) or isinstance(value, bool):
+        raise FormatError(f"{key!r} of an intervention can't be {value!r:.60}")
+    return value
+
+
+def _numbers(values: Any) -> list[float]:
+    if not isinstance(values, list) or not all(isinstance(v, int | float) and not isinstance(v, bool) for v in values):
+        raise FormatError("the direction of an intervention is a list of numbers")
+    return [float(v) for v in values]
+
+
+def _identity(data: Any) -> Identity:
+    if not isinstance(data, dict) or set(data) != {"group", "layer", "fingerprint"}:
+        raise FormatError("the SAE of an intervention is named by its group, layer and fingerprint")
+    layer = data["layer"]
+    if not isinstance(data["group"], str) or not isinstance(data["fingerprint"], str):
+        raise FormatError("the group and the fingerprint of an SAE are texts")
+    if layer is not None and (isinstance(layer, bool) or not isinstance(layer, int)):
+        raise FormatError(f"the layer of an SAE is a number, not {layer!r:.60}")
+    return Identity(data["group"], layer, data["fingerprint"])

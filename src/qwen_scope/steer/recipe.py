@@ -1,0 +1,187 @@
+"""`Recipe`: a named list of interventions that can be saved, shared and checked before it is applied."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from qwen_scope.errors import FormatError, InputError, MismatchError, NotFoundError
+from qwen_scope.model import text_config
+
+from .intervention import Intervention
+from .steering import SAEsByLayer
+
+VERSION = 1
+KINDS = (".json", ".yaml", ".yml")
+MAX_BYTES = 64 * 10**6
+
+_KEYS = {"version", "name", "model", "group", "interventions", "provenance", "effect"}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A named list of interventions.
+
+    Attributes:
+        name: what it is called.
+        model: the signature of the model it was made on, from `signature`.
+        interventions: what it does; those on features name their SAE.
+        group: the group of SAEs that the features belong to, or None.
+        provenance: how it was found, in words.
+        effect: what it was measured to do: names to numbers or words.
+
+    Raises:
+        InputError: no name or no intervention.
+    """
+
+    name: str
+    model: str
+    interventions: tuple[Intervention, ...]
+    group: str | None = None
+    provenance: str = ""
+    effect: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.name.strip() or not self.interventions:
+            raise InputError("a recipe has a name and at least one intervention")
+
+    @classmethod
+    def of(
+        cls,
+        name: str,
+        model: nn.Module,
+        interventions: list[Intervention],
+        saes: SAEsByLayer | None = None,
+        *,
+        provenance: str = "",
+        effect: Mapping[str, Any] | None = None,
+    ) -> Recipe:
+        """A recipe for this model, each feature bound to its SAE.
+
+        Raises:
+            InputError, MismatchError: an intervention that does not fit its SAE.
+        """
+        bound = []
+        for one in interventions:
+            if one.feature is not None:
+                if saes is None:
+                    raise InputError(f"feature {one.feature} of layer {one.layer} needs its SAE")
+                one = one.bound(saes[one.layer])
+            bound.append(one)
+        groups = {one.sae.group for one in bound if one.sae is not None}
+        group = groups.pop() if len(groups) == 1 else None
+        return cls(name, signature(model), tuple(bound), group, provenance, dict(effect or {}))
+
+    def check(self, model: nn.Module, saes: SAEsByLayer | None) -> None:
+        """Refuse a model or SAEs that the recipe was not made for.
+
+        Raises:
+            MismatchError: another model or another SAE.
+            InputError, NotFoundError: SAEs that are missing.
+        """
+        if signature(model) != self.model:
+            raise MismatchError(
+                f"the recipe {self.name!r} is for the model {self.model}, this one is {signature(model)}"
+            )
+        for one in self.interventions:
+            if one.feature is not None:
+                one.check(None if saes is None else saes[one.layer])
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write it as `.json` or `.yaml`.
+
+        Raises:
+            InputError: another ending.
+        """
+        target = _kind(path)
+        data = {
+            "version": VERSION,
+            "name": self.name,
+            "model": self.model,
+            "group": self.group,
+            "provenance": self.provenance,
+            "effect": dict(self.effect),
+            "interventions": [one.to_json() for one in self.interventions],
+        }
+        if target.suffix == ".json":
+            text = json.dumps(data, ensure_ascii=False, indent=2, allow_nan=False)
+        else:
+            import yaml
+
+            text = yaml.safe_dump(data, allow_unicode=True, sort_keys=False)
+        target.write_text(text, encoding="utf-8")
+
+
+def load_recipe(path: str | os.PathLike[str]) -> Recipe:
+    """Read a recipe.
+
+    Raises:
+        NotFoundError: no such file.
+        FormatError: not a recipe of this version.
+        InputError: another ending than `.json` or `.yaml`, or interventions that mean nothing.
+    """
+    source = _kind(path)
+    if not source.is_file():
+        raise NotFoundError(f"there is no recipe {str(source)!r}")
+    if source.stat().st_size > MAX_BYTES:
+        raise FormatError(f"{source.name} is too large for a recipe: {source.stat().st_size:,} bytes")
+    data = _parsed(source)
+    if not isinstance(data, dict):
+        raise FormatError(f"{source.name} is not a recipe: it holds no keys")
+    if data.get("version") != VERSION:
+        raise FormatError(f"{source.name} has version {data.get('version')!r:.40}; this package reads {VERSION}")
+    if wrong := sorted(map(str, set(data) ^ _KEYS)):
+        raise FormatError(f"{source.name} is not a recipe: the key {wrong[0]!r} is missing or unknown")
+    texts = {key: data[key] for key in ("name", "model", "provenance")}
+    for key, value in texts.items():
+        if not isinstance(value, str):
+            raise FormatError(f"{key!r} in {source.name} is a text, not {value!r:.60}")
+    group, effect, interventions = data["group"], data["effect"], data["interventions"]
+    if group is not None and not isinstance(group, str):
+        raise FormatError(f"'group' in {source.name} is a text, not {group!r:.60}")
+    if not isinstance(effect, dict) or not isinstance(interventions, list):
+        raise FormatError(f"'effect' in {source.name} has to be an object and 'interventions' a list")
+    made = tuple(Intervention.from_json(one) for one in interventions)
+    return Recipe(texts["name"], texts["model"], made, group, texts["provenance"], effect)
+
+
+def signature(model: nn.Module) -> str:
+    """What tells models apart that a recipe can't be moved between: family and shape, not weights or name.
+
+    Base and post-trained models of one size share it, because SAEs of the one are used on the other.
+    """
+    config = text_config(model)
+    return f"{config.model_type}, {config.num_hidden_layers} layers of {config.hidden_size}"
+
+
+def _kind(path: str | os.PathLike[str]) -> Path:
+    found = Path(path)
+    if found.suffix not in KINDS:
+        raise InputError(f"a recipe ends in .json or .yaml, not {found.name!r}")
+    return found
+
+
+def _parsed(source: Path) -> Any:
+    try:
+        text = source.read_text(encoding="utf-8")
+        if source.suffix == ".json":
+            return json.loads(text, parse_constant=_no_constant)
+        import yaml
+
+        try:
+            return yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise FormatError(f"{source.name} is not YAML: {str(error).splitlines()[0]}") from None
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise FormatError(f"{source.name} can't be read: {str(error).splitlines()[0]}") from None
+
+
+def _no_constant(name: str) -> float:
+    return math.nan  # refused with its place by whoever needs the number

@@ -1,0 +1,281 @@
+"""`sweep`: dose and response of interventions, and the strongest amount that a fluency budget allows."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from qwen_scope.errors import InputError
+from qwen_scope.model import tokenize
+from qwen_scope.stats import Interval, bootstrap
+
+from .decoding import Decoding
+from .generate import Generation, generate
+from .intervention import Intervention
+from .measure import Row, log_probabilities, next_token_kl, perplexity, repetition, rows_of
+from .steering import SAEsByLayer, StatsByLayer, resolve
+from .targets import Target, evaluate
+
+GRID = (0.1, 0.2, 0.4, 0.6, 0.8, 1.2, 1.6)
+"""Lengths of the change, in units of the layer's median residual norm."""
+
+SHARES = {"scale": (0.5, 2.0, 4.0, 8.0), "ablate": (0.25, 0.5, 0.75, 1.0)}
+"""Doses of the operations whose amount is a share."""
+
+
+@dataclass(frozen=True)
+class Continuations:
+    """The target "how likely are these continuations": mean log-probability per token, under the interventions."""
+
+    texts: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What fluency may cost.
+
+    Attributes:
+        perplexity_ratio: at most so many times the reference's perplexity under the unsteered model.
+        repetition: at most so much above the unsteered share of repeated 3-grams.
+    """
+
+    perplexity_ratio: float = 2.0
+    repetition: float = 0.1
+
+    def __post_init__(self) -> None:
+        if not (self.perplexity_ratio >= 1 and self.repetition >= 0):
+            raise InputError("a budget allows at least the reference: perplexity_ratio from 1, repetition from 0")
+
+
+@dataclass(frozen=True)
+class Dose:
+    """What one amount did, on all prompts.
+
+    Attributes:
+        amount: what the interventions' own amounts were multiplied by; 0 is the unsteered run.
+        effect: the target's mean with its bootstrap interval.
+        perplexity: of the continuations under the unsteered model.
+        repetition: mean share of repeated 3-grams.
+        kl: mean KL(unsteered || steered) per token in nats, along the unsteered continuations.
+        fits: whether it keeps the budget.
+        example: one continuation.
+    """
+
+    amount: float
+    effect: Interval
+    perplexity: float
+    repetition: float
+    kl: float
+    fits: bool
+    example: str
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """Dose and response.
+
+    Attributes:
+        doses: by amount, the unsteered run first.
+        proposed: the amount with the largest effect among those that keep the budget, of equal ones the smallest;
+            None if none of them beats the unsteered run.
+        reference: the perplexity that the budget is counted from.
+        interventions: what was dosed, as plain data.
+    """
+
+    doses: tuple[Dose, ...]
+    proposed: float | None
+    reference: float
+    budget: Budget
+    lower: bool
+    interventions: tuple[dict[str, Any], ...]
+
+    @property
+    def best(self) -> Dose | None:
+        """The proposed dose."""
+        return next((dose for dose in self.doses if dose.amount == self.proposed), None)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return asdict(self)
+
+
+def sweep(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    interventions: Sequence[Intervention],
+    target: Target | Continuations,
+    *,
+    amounts: Sequence[float] | None = None,
+    lower: bool = False,
+    saes: SAEsByLayer | None = None,
+    stats: StatsByLayer | None = None,
+    decoding: Decoding | None = None,
+    chat: str | None = None,
+    budget: Budget | None = None,
+    reference: Sequence[str] = (),
+    refine: int = 2,
+    report: Callable[[str, float, str], None] | None = None,
+) -> Sweep:
+    """Generate under a grid of amounts, measure what it does and what it costs, and propose one.
+
+    Args:
+        interventions: each runs at its own amount times the dose, so their proportions stay.
+        target: a callable from the continuations to one number each, or `Continuations`.
+        amounts: the grid; by default `GRID` in units of the layer's residual norm, for shares `SHARES`.
+        lower: the aim is to lower the target instead of raising it.
+        decoding: by default 40 tokens, greedy.
+        reference: texts whose perplexity the budget counts from (such as unsteered texts in the language wanted);
+            by default the unsteered continuations themselves.
+        refine: so many more amounts, each halfway (geometrically) between the best one and the next that is too much.
+
+    Raises:
+        InputError: fewer than two prompts, no intervention, or what `generate` refuses.
+    """
+    if len(prompts) < 2 or not interventions:
+        raise InputError(f"a sweep needs two prompts and an intervention, not {len(prompts)} and {len(interventions)}")
+    run = _Run(model, tokenizer, prompts, interventions, target, lower, saes, stats, decoding, chat, budget, reference)
+    grid = sorted(set(amounts if amounts is not None else run.grid()) - {0.0}, key=abs)
+    if not grid or not all(map(math.isfinite, grid)):
+        raise InputError("the grid of a sweep holds at least one finite amount other than 0")
+    say = report or (lambda stage, share, text: None)
+    doses = [run.dose(0.0)]
+    for i, amount in enumerate(grid):
+        doses.append(run.dose(amount))
+        say("sweep", (i + 1) / (len(grid) + refine), f"amount {amount:g}: effect {doses[-1].effect.estimate:.3g}")
+    for i in range(refine):
+        between = _between(doses, run.propose(doses))
+        if between is not None:
+            doses.append(run.dose(between))
+        say("sweep", (len(grid) + i + 1) / (len(grid) + refine), "refining")
+    ordered = sorted(doses[1:], key=lambda dose: dose.amount)
+    return Sweep(
+        (doses[0], *ordered),
+        run.propose(doses),
+        run.reference,
+        run.budget,
+        lower,
+        tuple(one.to_json() for one in interventions),
+    )
+
+
+class _Run:
+    """One sweep at work: what stays the same from dose to dose."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        prompts: Sequence[str],
+        interventions: Sequence[Intervention],
+        target: Target | Continuations,
+        lower: bool,
+        saes: SAEsByLayer | None,
+        stats: StatsByLayer | None,
+        decoding: Decoding | None,
+        chat: str | None,
+        budget: Budget | None,
+        reference: Sequence[str],
+    ) -> None:
+        self.model, self.tokenizer, self.prompts, self.chat = model, tokenizer, list(prompts), chat
+        self.interventions, self.target, self.lower = list(interventions), target, lower
+        self.saes, self.stats = saes, stats
+        self.decoding, self.budget = decoding or Decoding(max_new_tokens=40), budget or Budget()
+        self.prompt_ids = _ids(tokenizer, self.prompts, chat)
+        self.plain = self.generated([])
+        self.plain_rows = [row for row in rows_of(self.prompt_ids, self.plain) if row.start < len(row.ids)]
+        known = [Row(tuple(ids)) for ids in _ids(tokenizer, list(reference), None)] if reference else []
+        rows = known or self.plain_rows
+        self.reference = perplexity(log_probabilities(model, rows))
+        self.plain_repetition = self.repeated(self.plain)
+
+    def generated(self, interventions: Sequence[Intervention]) -> list[Generation]:
+        return generate(
+            self.model,
+            self.tokenizer,
+            self.prompts,
+            interventions,
+            saes=self.saes,
+            stats=self.stats,
+            decoding=self.decoding,
+            chat=self.chat,
+        )
+
+    def repeated(self, generations: Sequence[Generation]) -> float:
+        return float(np.mean([repetition([t.token_id for t in one.tokens]) for one in generations]))
+
+    def at(self, amount: float) -> list[Intervention]:
+        return [] if amount == 0 else [one.with_amount(one.amount * amount) for one in self.interventions]
+
+    def dose(self, amount: float) -> Dose:
+        chosen = self.at(amount)
+        made = self.generated(chosen) if chosen else self.plain
+        if isinstance(self.target, Continuations):
+            values = self.likelihood(chosen, self.target)
+        else:
+            values = evaluate(self.target, [one.text for one in made])
+        cost = perplexity(log_probabilities(self.model, rows_of(self.prompt_ids, made)))
+        repeated = self.repeated(made)
+        kl = 0.0
+        if chosen and self.plain_rows:
+            found = next_token_kl(self.model, self.plain_rows, chosen, self.saes, self.stats)
+            kl = float(np.concatenate(found).mean())
+        fluent = cost <= self.budget.perplexity_ratio * self.reference
+        fits = fluent and repeated <= self.plain_repetition + self.budget.repetition
+        return Dose(amount, bootstrap(values), cost, repeated, kl, fits, made[0].text)
+
+    def likelihood(self, chosen: Sequence[Intervention], target: Continuations) -> np.ndarray:
+        """Mean log-probability per token of the continuations, one number per prompt."""
+        after = _ids(self.tokenizer, list(target.texts), None)
+        rows = [Row((*ids, *more), len(ids)) for ids in self.prompt_ids for more in after]
+        found = log_probabilities(self.model, rows, chosen, self.saes, self.stats)
+        return np.array([float(values.mean()) for values in found]).reshape(len(self.prompt_ids), -1).mean(1)
+
+    def propose(self, doses: Sequence[Dose]) -> float | None:
+        sign = -1.0 if self.lower else 1.0
+        plain = doses[0]
+        good = [d for d in doses[1:] if d.fits and sign * d.effect.estimate > sign * plain.effect.estimate]
+        return max(good, key=lambda d: (sign * d.effect.estimate, -abs(d.amount))).amount if good else None
+
+    def grid(self) -> list[float]:
+        """Doses that make the longest change `GRID` residuals long; for shares, `SHARES`."""
+        shares = [one for one in self.interventions if one.op in SHARES]
+        if shares:
+            fixed = all(one.op == "ablate" and one.feature is not None for one in shares)
+            return [1.0] if fixed else list(SHARES[shares[0].op])
+        if all(one.unit == "resid_norm" for one in self.interventions):
+            longest = max(abs(one.amount) for one in self.interventions)
+        else:
+            if self.stats is None:
+                raise InputError("a grid in units of the residual norm needs the layer's statistics; give the amounts")
+            longest = 0.0
+            for one in resolve(self.model, self.interventions, self.saes, self.stats):
+                sae = self.saes[one.layer] if self.saes is not None and one.feature is not None else None
+                length = abs(one.amount) * float(torch.linalg.vector_norm(one.vector(sae)))
+                longest = max(longest, length / self.stats[one.layer].norm_median)
+        if longest == 0:
+            raise InputError("every amount is 0, so there is nothing to dose; give each intervention its proportion")
+        return [length / longest for length in GRID]
+
+
+def _between(doses: Sequence[Dose], proposed: float | None) -> float | None:
+    """An amount halfway between the best one and the next larger one, which broke the budget."""
+    start = next((dose for dose in doses if dose.amount == proposed), None)
+    if start is None:
+        return None
+    side = [d for d in doses if d.amount * start.amount > 0 and abs(d.amount) > abs(start.amount)]
+    beyond = min(side, key=lambda d: abs(d.amount), default=None)
+    if beyond is None or beyond.fits:
+        return None
+    return math.copysign(math.sqrt(start.amount * beyond.amount), start.amount)
+
+
+def _ids(tokenizer: PreTrainedTokenizerBase, texts: list[str], chat: str | None) -> list[list[int]]:
+    tokens = tokenize(tokenizer, texts, max_length=None, chat=chat)
+    return [row[:n].tolist() for row, n in zip(tokens.input_ids, tokens.lengths, strict=True)]

@@ -1,0 +1,132 @@
+"""What one training run is told: every choice once, with its default and where that comes from."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from qwen_scope.errors import InputError, NotFoundError, nearest
+
+# A window of fewer steps without firing says nothing about a feature.
+DEAD_STEPS = 10
+
+# Steps of the runs that the published learning rate was found for: half a billion tokens and more, 4,096 a step.
+LONG_RUN = 120_000
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The choices of one run, shared by all its layers.
+
+    Attributes:
+        d_sae: the number of features.
+        k: features active per token. BatchTopK keeps it on average over a batch; JumpReLU aims at it.
+        tokens: training tokens per layer; the run has `tokens // batch` steps.
+        architecture: `topk` (the released kind), `batchtopk`, `matryoshka` or `jumprelu`.
+        batch: tokens per step.
+        lr: peak learning rate; None means `2e-4 / sqrt(d_sae / 2**14)` (Gao et al. 2024, as sparsify uses it) for a run
+            of `LONG_RUN` steps or more; a shorter one multiplies it by `sqrt(LONG_RUN / steps)`, up to ten times.
+        warmup: steps of linear warm-up; None means 1,000, or a twentieth of a run shorter than 20,000 steps.
+        decay: the last share of the run in which the learning rate falls linearly to zero.
+        betas: Adam's two rates.
+        eps: Adam's epsilon, small because the loss is divided by the total variance (Gao et al. 2024).
+        clip: largest norm of one layer's gradient.
+        aux_weight: weight of AuxK (1/32: the Qwen-Scope report).
+        k_aux: dead features that AuxK may use per token; None means half of d_model (Gao et al. 2024).
+        dead_tokens: a feature that fired in none of the last so many tokens is dead; None means 10M or a tenth of
+            the run, whichever is less. A window shorter than `DEAD_STEPS` steps never calls a feature dead.
+        pre_bias: encode `x - b_dec` in training; folded into `b_enc` on export. Without it, features whose direction
+            points away from the mean residual start dead and AuxK, which sees them through a ReLU, can't reach them.
+        scale_input: divide residuals by a constant so that their mean squared norm is d_model; folded on export.
+        sink_multiple: drop tokens whose norm is above so many times the running median norm; None keeps all.
+        prefixes: shares of the dictionary that must reconstruct on their own (Matryoshka only).
+        l0_weight: weight of `(L0 / k - 1)**2` (JumpReLU only).
+        bandwidth: width of the band around a threshold in which it gets gradient, in units of the scaled
+            residual (JumpReLU only).
+        seed: of the initial weights and, with the layer's name, of each layer.
+
+    Raises:
+        InputError: a value that can't be, or two that exclude each other.
+        NotFoundError: an architecture that does not exist.
+    """
+
+    d_sae: int
+    k: int
+    tokens: int
+    architecture: str = "topk"
+    batch: int = 4096
+    lr: float | None = None
+    warmup: int | None = None
+    decay: float = 0.2
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 6.25e-10
+    clip: float = 1.0
+    aux_weight: float = 1 / 32
+    k_aux: int | None = None
+    dead_tokens: int | None = None
+    pre_bias: bool = True
+    scale_input: bool = True
+    sink_multiple: float | None = 10.0
+    prefixes: tuple[float, ...] | None = None
+    l0_weight: float | None = None
+    bandwidth: float | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        from .architectures import ARCHITECTURES
+
+        if self.architecture not in ARCHITECTURES:
+            raise NotFoundError(f"no architecture {self.architecture!r}; {nearest(self.architecture, ARCHITECTURES)}")
+        for name in ("d_sae", "k", "tokens", "batch"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.k > self.d_sae:
+            raise InputError(f"k is {self.k}, but the dictionary has only {self.d_sae} features")
+        if self.tokens < self.batch:
+            raise InputError(f"{self.tokens} tokens are fewer than one batch of {self.batch}; lower batch")
+        for name in ("lr", "clip", "eps", "l0_weight", "bandwidth", "sink_multiple"):
+            value = getattr(self, name)
+            if value is not None and not (value > 0 and math.isfinite(value)):
+                raise InputError(f"{name} must be a positive number, got {value}")
+        if not 0 <= self.decay <= 1:
+            raise InputError(f"decay is a share of the run, 0 to 1, got {self.decay}")
+        if self.warmup is not None and not 0 <= self.warmup <= self.steps:
+            raise InputError(f"a warm-up of {self.warmup} steps does not fit a run of {self.steps}")
+        if self.aux_weight < 0:
+            raise InputError(f"aux_weight must not be negative, got {self.aux_weight}")
+        if self.sink_multiple is not None and self.sink_multiple <= 1:
+            raise InputError(f"a sink_multiple of {self.sink_multiple} would drop ordinary tokens; 10 is usual")
+        kind = ARCHITECTURES[self.architecture]
+        for name in sorted({option for other in ARCHITECTURES.values() for option in other.options} - kind.options):
+            if getattr(self, name) is not None:
+                raise InputError(f"{name} has no meaning for {self.architecture}; leave it out")
+        kind.check(self)
+
+    @property
+    def steps(self) -> int:
+        """Steps of the run."""
+        return self.tokens // self.batch
+
+    @property
+    def warmup_steps(self) -> int:
+        return min(1000, self.steps // 20) if self.warmup is None else self.warmup
+
+    @property
+    def peak_lr(self) -> float:
+        if self.lr is not None:
+            return self.lr
+        short = min(10.0, max(1.0, math.sqrt(LONG_RUN / self.steps)))
+        return 2e-4 / math.sqrt(self.d_sae / 2**14) * short
+
+    def lr_at(self, step: int) -> float:
+        """The learning rate of one step, counted from 0: linear warm-up, constant, linear decay to zero."""
+        up = min(1.0, (step + 1) / (self.warmup_steps + 1))
+        falling = self.decay * self.steps
+        down = min(1.0, (self.steps - step) / (falling + 1)) if falling else 1.0
+        return self.peak_lr * up * down
+
+    @property
+    def dead_window(self) -> int | None:
+        """Tokens without firing after which a feature is dead, or None where a run is too short to tell."""
+        window = min(10_000_000, self.tokens // 10) if self.dead_tokens is None else self.dead_tokens
+        return window if self.dead_tokens is not None or window >= DEAD_STEPS * self.batch else None

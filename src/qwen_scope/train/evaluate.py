@@ -1,0 +1,207 @@
+"""How good a dictionary is on a language model: reconstruction, sparsity, and what the model loses by it.
+
+Sums are kept in float64. Two definitions of explained variance are in use, and both are given:
+
+- `explained_variance = 1 - sum |x - x_hat|^2 / sum |x - mean|^2` over all tokens, which is `1 - FVU`; sae_lens'
+  `explained_variance`. Tokens of large norm count more.
+- `explained_variance_per_token`: the mean over tokens of `1 - |x - x_hat|^2 / |x - mean|^2`; sae_lens'
+  `explained_variance_legacy`. Every token counts the same.
+
+`mean` is that of the evaluated tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qwen_scope.errors import InputError, MismatchError
+from qwen_scope.model import HookPoint, capture, d_model
+from qwen_scope.sae import SAE
+
+from .splice import SplicedLoss, spliced_losses
+
+DENSITY_EDGES = tuple(-6 + 0.25 * i for i in range(25))
+
+
+@dataclass(frozen=True)
+class Reconstruction:
+    """How well one SAE reconstructs, and with how much.
+
+    Attributes:
+        tokens: evaluated tokens.
+        fvu: fraction of variance unexplained, all tokens.
+        fvu_without_first: the same without the first token of each row, against the mean of those that are left.
+        explained_variance, explained_variance_per_token: the two definitions at the top of this file.
+        cosine: mean cosine of residual and reconstruction.
+        l0: active features per token.
+        dead: share of features that fired on no token; it falls as more tokens are looked at.
+        density: how many features fire on a share of tokens between `10**edge` and `10**next_edge`, for the edges
+            -6, -5.75, ..., 0; rarer ones count in the first, features that never fire in none.
+    """
+
+    tokens: int
+    fvu: float
+    fvu_without_first: float
+    explained_variance: float
+    explained_variance_per_token: float
+    cosine: float
+    l0: float
+    dead: float
+    density: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Quality:
+    """Everything that is measured of one layer: `reconstruction`, and `loss` unless it was left out."""
+
+    reconstruction: Reconstruction
+    loss: SplicedLoss | None
+
+    def plain(self) -> dict[str, Any]:
+        """As JSON can hold it."""
+        return {**asdict(self.reconstruction), **(asdict(self.loss) if self.loss else {})}
+
+
+class Moments:
+    """Count and sum of vectors, in float64."""
+
+    def __init__(self, width: int) -> None:
+        self.n, self.sum = 0, torch.zeros(width, dtype=torch.float64)
+
+    def add(self, x: Tensor) -> None:
+        self.n, self.sum = self.n + len(x), self.sum + x.double().sum(0).cpu()
+
+    @property
+    def mean(self) -> Tensor:
+        return self.sum / max(1, self.n)
+
+
+def evaluate_residuals(sae: SAE, residuals: Callable[[], Iterable[tuple[Tensor, Tensor]]]) -> Reconstruction:
+    """Measure one SAE on residuals that can be gone through twice, first for their mean.
+
+    Args:
+        residuals: gives batches of residuals `(n, d_model)` and which rows are first tokens `(n,)` bool.
+
+    Raises:
+        InputError: there are no residuals.
+    """
+    every, later = Moments(sae.d_model), Moments(sae.d_model)
+    for x, first in residuals():
+        every.add(x)
+        later.add(x[~first])
+    if not every.n:
+        raise InputError("there are no residuals to evaluate on")
+    tally = Tally(sae, every.mean, later.mean)
+    for x, first in residuals():
+        tally.add(x, first)
+    return tally.result()
+
+
+class Tally:
+    """Sums over tokens of one SAE, with the means known."""
+
+    def __init__(self, sae: SAE, mean: Tensor, mean_later: Tensor) -> None:
+        self.sae, self.mean, self.mean_later = sae, mean, mean_later
+        self.error = self.total = self.error_later = self.total_later = self.unexplained = self.cosine = 0.0
+        self.tokens = self.active = 0
+        self.fired = torch.zeros(sae.d_sae, dtype=torch.int64)
+
+    def add(self, x: Tensor, first: Tensor) -> None:
+        """Encode and decode a batch, and add what it shows."""
+        acts = self.sae.encode(x)
+        exact, x_hat = x.double().cpu(), self.sae.decode(acts).double().cpu()
+        first = first.cpu()
+        error = (exact - x_hat).square().sum(1)
+        total = (exact - self.mean).square().sum(1)
+        self.error += float(error.sum())
+        self.total += float(total.sum())
+        self.error_later += float(error[~first].sum())
+        self.total_later += float((exact[~first] - self.mean_later).square().sum())
+        self.unexplained += float((error / total).sum())
+        self.cosine += float(torch.cosine_similarity(exact, x_hat, dim=1).sum())
+        active = acts.indices[acts.values > 0].long().cpu()
+        self.active += len(active)
+        self.fired += torch.bincount(active, minlength=self.sae.d_sae)
+        self.tokens += len(x)
+
+    def result(self) -> Reconstruction:
+        """The figures."""
+        fvu = self.error / self.total
+        shares = self.fired[self.fired > 0].double() / self.tokens
+        edges = torch.tensor(DENSITY_EDGES, dtype=torch.float64)
+        # The last bin is closed: a feature that fires on every token belongs to it.
+        bins = (torch.bucketize(shares.log10(), edges, right=True) - 1).clamp(0, len(edges) - 2)
+        return Reconstruction(
+            tokens=self.tokens,
+            fvu=fvu,
+            fvu_without_first=self.error_later / self.total_later if self.total_later else float("nan"),
+            explained_variance=1 - fvu,
+            explained_variance_per_token=1 - self.unexplained / self.tokens,
+            cosine=self.cosine / self.tokens,
+            l0=self.active / self.tokens,
+            dead=float((self.fired == 0).double().mean()),
+            density=tuple(torch.bincount(bins, minlength=len(edges) - 1).tolist()),
+        )
+
+
+def evaluate(
+    model: nn.Module,
+    saes: Mapping[HookPoint, SAE],
+    rows: Sequence[Tensor],
+    *,
+    loss: bool = True,
+    progress: Callable[[str, float], None] | None = None,
+) -> dict[HookPoint, Quality]:
+    """Measure SAEs on a language model, all layers from the same tokens.
+
+    Args:
+        rows: batches of full rows of token ids, `(rows, row)`; gone through twice.
+        loss: also measure what the model's predictions lose when the reconstruction takes the residual's place.
+        progress: called with what is being done and its share done, 0 to 1.
+
+    Raises:
+        InputError: no SAE or no tokens.   MismatchError: an SAE of another width than the model.
+        NotFoundError: a layer that the model does not have.
+    """
+    say = progress or (lambda what, share: None)
+    check_pairing(model, saes, rows)
+    layers = {str(point): sae for point, sae in saes.items()}
+    every, later = ({name: Moments(sae.d_model) for name, sae in layers.items()} for _ in range(2))
+    for share, name, x, first in residuals_of(model, list(saes), rows):
+        every[name].add(x)
+        later[name].add(x[~first])
+        say("means", share)
+    tallies = {name: Tally(sae, every[name].mean, later[name].mean) for name, sae in layers.items()}
+    for share, name, x, first in residuals_of(model, list(saes), rows):
+        tallies[name].add(x, first)
+        say("reconstruction", share)
+    losses = spliced_losses(model, saes, rows, progress=say) if loss else {}
+    return {point: Quality(tallies[str(point)].result(), losses.get(point)) for point in saes}
+
+
+def residuals_of(
+    model: nn.Module, points: Sequence[HookPoint], rows: Sequence[Tensor]
+) -> Iterator[tuple[float, str, Tensor, Tensor]]:
+    """Of each batch and layer: the share done, the layer, its residuals `(n, d_model)`, and which are first tokens."""
+    for number, ids in enumerate(rows, 1):
+        first = torch.zeros(ids.shape, dtype=torch.bool)
+        first[:, 0] = True
+        for point, h in capture(model, ids, points).items():
+            yield number / len(rows), str(point), h.flatten(0, 1), first.flatten().to(h.device)
+
+
+def check_pairing(model: nn.Module, saes: Mapping[HookPoint, SAE], rows: Sequence[Tensor]) -> None:
+    """Raise InputError or MismatchError unless these SAEs can be measured on this model and these tokens."""
+    if not saes:
+        raise InputError("there is no SAE to evaluate")
+    if not rows or not sum(ids.numel() for ids in rows):
+        raise InputError("there are no tokens to evaluate on")
+    width = d_model(model)
+    for point, sae in saes.items():
+        if sae.d_model != width:
+            raise MismatchError(f"the SAE of {point} reads {sae.d_model} dimensions, but the model has {width}")

@@ -1,0 +1,194 @@
+"""Training over several processes, by torch.distributed alone: started with `torchrun`, or not at all.
+
+Three ways to spread a run, each giving the weights of one process up to the order in which fp32 numbers are added:
+
+- `data`: every rank trains on its share of each batch; gradients and statistics are summed.
+- `layers`: every rank trains some of the layers; nothing is exchanged.
+- `features`: every rank holds a slice of one wide dictionary; the choice of active features and the reconstruction
+  are agreed on, gradients stay where they are.
+
+The arithmetic asks `Ranks` for sums; in a single process each of them is the identity.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from qwen_scope.errors import InputError
+
+Mode = Literal["alone", "data", "layers", "features"]
+MODES: tuple[Mode, ...] = ("alone", "data", "layers", "features")
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Which process this is among how many, and what they share.
+
+    Attributes:
+        mode: what is spread over the ranks.
+        rank, world: this process, and how many there are.
+    """
+
+    mode: Mode = "alone"
+    rank: int = 0
+    world: int = 1
+
+    def __post_init__(self) -> None:
+        if self.mode not in MODES:
+            raise InputError(f"a run is spread over {', '.join(MODES[1:])}, not {self.mode!r}")
+        if self.mode == "alone" and self.world > 1:
+            raise InputError(f"{self.world} processes need to know what to share: data, layers or features")
+
+    @property
+    def first(self) -> bool:
+        """Whether this process writes what is written once."""
+        return self.rank == 0
+
+    def over_rows(self, tensor: Tensor) -> Tensor:
+        """The sum over the shares of the batch."""
+        return summed(tensor) if self.mode == "data" else tensor
+
+    def over_features(self, tensor: Tensor) -> Tensor:
+        """The sum over the slices of the dictionary."""
+        return summed(tensor) if self.mode == "features" else tensor
+
+    def over_both(self, tensor: Tensor) -> Tensor:
+        """The sum over shares of the batch or slices of the dictionary, whichever is spread."""
+        return self.over_rows(self.over_features(tensor))
+
+    def least(self, tensor: Tensor) -> Tensor:
+        """The smallest value over shares of the batch or slices of the dictionary."""
+        out = tensor.detach().clone()
+        if self.mode in ("data", "features"):
+            dist.all_reduce(out, dist.ReduceOp.MIN)
+        return out
+
+    def all_rows(self, tensor: Tensor) -> Tensor:
+        """The rows of all shares of the batch, in the order of the ranks: `(n, ...)`, n may differ."""
+        return gathered(tensor) if self.mode == "data" else tensor
+
+    def all_candidates(self, values: Tensor) -> Tensor:
+        """Side by side, the candidates that every slice of the dictionary offers: `(n, c) -> (n, world * c)`."""
+        if self.mode != "features":
+            return values
+        parts = [torch.empty_like(values) for _ in range(self.world)]
+        dist.all_gather(parts, values.contiguous())
+        return torch.cat(parts, dim=1)
+
+    def slice_of(self, d_sae: int) -> slice:
+        """The features that this rank holds.
+
+        Raises:
+            InputError: the dictionary can't be cut into equal slices.
+        """
+        if self.mode != "features":
+            return slice(0, d_sae)
+        if d_sae % self.world:
+            raise InputError(f"{d_sae} features can't be cut into {self.world} equal slices")
+        width = d_sae // self.world
+        return slice(self.rank * width, (self.rank + 1) * width)
+
+    def share_of(self, batch: int) -> int:
+        """How many tokens of each batch this rank trains on.
+
+        Raises:
+            InputError: the batch can't be cut into equal shares.
+        """
+        if self.mode != "data":
+            return batch
+        if batch % self.world:
+            raise InputError(f"a batch of {batch} tokens can't be cut into {self.world} equal shares")
+        return batch // self.world
+
+    def owned(self, names: Sequence[str]) -> list[str]:
+        """The layers that this rank trains, of all that are trained.
+
+        Raises:
+            InputError: there are fewer layers than ranks.
+        """
+        if self.mode != "layers":
+            return list(names)
+        if len(names) < self.world:
+            raise InputError(f"{len(names)} layers can't be spread over {self.world} processes; start fewer")
+        return list(names)[self.rank :: self.world]
+
+    def barrier(self) -> None:
+        """Wait for the other ranks."""
+        if self.world > 1:
+            dist.barrier()
+
+
+def join(mode: Mode, backend: str | None = None) -> Ranks:
+    """Join the processes that `torchrun` started, from the variables it sets.
+
+    Args:
+        backend: None means nccl where there is a GPU, else gloo.
+
+    Raises:
+        InputError: the process was not started by `torchrun`, or the mode is unknown.
+    """
+    if "WORLD_SIZE" not in os.environ or "RANK" not in os.environ:
+        raise InputError(
+            f"to spread a run over {mode}, start it with: torchrun --nproc-per-node N -m qwen_scope.cli train"
+        )
+    ranks = Ranks(mode, int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
+    if not dist.is_initialized():
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        dist.init_process_group(backend or ("nccl" if torch.cuda.is_available() else "gloo"))
+    return ranks
+
+
+def summed(tensor: Tensor) -> Tensor:
+    """The sum over all ranks, as a new tensor that carries no gradient."""
+    out = tensor.detach().clone()
+    dist.all_reduce(out)
+    return out
+
+
+def gathered(tensor: Tensor) -> Tensor:
+    """The rows of all ranks, which may have different numbers of them."""
+    world = dist.get_world_size()
+    counts = [torch.zeros(1, dtype=torch.int64, device=tensor.device) for _ in range(world)]
+    dist.all_gather(counts, counts[0].new_tensor([len(tensor)]))
+    sizes = [int(count) for count in counts]
+    padded = tensor.new_zeros(max(sizes), *tensor.shape[1:])
+    padded[: len(tensor)] = tensor
+    parts = [torch.empty_like(padded) for _ in range(world)]
+    dist.all_gather(parts, padded)
+    return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
+
+
+class SumOfSlices(torch.autograd.Function):
+    """The sum over slices of the dictionary.
+
+    Every rank goes on to the same loss from the same sum, so the gradient of a part is that of the sum.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, part: Tensor, ranks: Ranks) -> Tensor:
+        return ranks.over_features(part) if ranks.mode == "features" else part.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return grads[0], None
+
+
+class SharedBySlices(torch.autograd.Function):
+    """A tensor that every slice reads, unchanged; its gradient is the sum of what the slices ask for."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, ranks: Ranks) -> Tensor:
+        ctx.ranks = ranks
+        return tensor.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return ctx.ranks.over_features(grads[0]), None

@@ -1,0 +1,285 @@
+"""A whole training run, from a model's name and a source of text to a folder that can be shared.
+
+```
+out/
+  run.json        the resolved config, versions and seed
+  metrics.jsonl   one line per logged step
+  checkpoints/    see `checkpoint.py`
+  <group>/        the SAEs in the official layout, README.md (the card) and plots/: what is shared
+  sae_lens/ ...   exports that were asked for
+```
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import PackageNotFoundError, version
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qwen_scope.errors import InputError, NotFoundError
+from qwen_scope.model import HookPoint, LoadedModel, context_length, load_model, n_layers
+from qwen_scope.sae import LAYOUTS, SAE, load_sae, save_sae
+from qwen_scope.scope import model_source
+
+from .buffer import ResidualBuffer
+from .card import write_card
+from .checkpoint import Checkpoints
+from .config import TrainConfig
+from .data import Documents, TokenRows
+from .evaluate import Quality, evaluate
+from .loop import StepReport, train
+from .metrics import JsonlMetrics, TensorBoardMetrics, WandbMetrics
+from .parallel import Mode, Ranks, join
+
+
+@dataclass(frozen=True)
+class TrainRun:
+    """What a training run is told besides the dictionary itself.
+
+    Attributes:
+        model: `lab`, or folder or Hub id of the language model.
+        data: where the text is, as `Documents` takes it.
+        out: the folder of the run.
+        train: the dictionary and how it is trained.
+        layers: layers to train on, counting from 0; None means all.
+        group: the name of the set; None means one made of the model's name, the width and k.
+        start_from: a group, folder or Hub id of SAEs to continue from.
+        field, split, subset: of the data, as `Documents` takes them.
+        chat: render conversations with the tokenizer's chat template.
+        row, rows: tokens per row, and rows per forward pass.
+        budget: bytes of residuals that are held and shuffled.
+        store: how residuals are held, `float32` or `bfloat16`.
+        dtype, device: of the language model; the SAEs are trained in fp32 on the same device.
+        spread: what `torchrun` spreads over processes: `data`, `layers` or `features`; `alone` for one process.
+        checkpoint_every, keep: steps between checkpoints, and how many stay.
+        resume: go on from the latest checkpoint in `out`.
+        log_every: steps between two lines of metrics.
+        tensorboard: also write TensorBoard scalars.   wandb: also log to this W&B project.
+        eval_tokens: measure on so many tokens of held-out documents; 0 leaves the measurement out.
+        hold_out: one document in so many is kept out of training, to measure on.
+        exports: further layouts to write, such as `sae_lens` and `sparsify`.
+
+    Raises:
+        InputError: a value that can't be.   NotFoundError: an unknown layout.
+    """
+
+    model: str
+    data: str
+    out: Path
+    train: TrainConfig
+    layers: tuple[int, ...] | None = None
+    group: str | None = None
+    start_from: str | None = None
+    field: str = "text"
+    split: str = "train"
+    subset: str | None = None
+    chat: bool = False
+    row: int = 512
+    rows: int = 16
+    budget: int = 2**30
+    store: str = "float32"
+    dtype: str = "auto"
+    device: str | None = None
+    spread: Mode = "alone"
+    checkpoint_every: int = 1000
+    keep: int = 2
+    resume: bool = False
+    log_every: int = 10
+    tensorboard: bool = False
+    wandb: str | None = None
+    eval_tokens: int = 65536
+    hold_out: int = 100
+    exports: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.store not in ("float32", "bfloat16"):
+            raise InputError(f"residuals are held as float32 or bfloat16, not {self.store!r}")
+        if self.layers is not None and (not self.layers or len(set(self.layers)) < len(self.layers)):
+            raise InputError(f"name each layer once, and at least one; got {list(self.layers)}")
+        if unknown := [name for name in self.exports if name not in LAYOUTS]:
+            raise NotFoundError(f"no layout {unknown[0]!r}; there are {', '.join(LAYOUTS)}")
+        if self.eval_tokens and not self.hold_out:
+            raise InputError("measuring needs held-out documents; set hold_out, or eval_tokens to 0")
+
+    @property
+    def name(self) -> str:
+        """The name of the group."""
+        width = f"{self.train.d_sae // 1024}K" if self.train.d_sae % 1024 == 0 else str(self.train.d_sae)
+        return self.group or f"SAE-Res-{Path(self.model).name}-W{width}-L0_{self.train.k}"
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a run leaves.
+
+    Attributes:
+        folder: the group in the official layout, with its card.
+        saes: the SAEs by hook point.
+        quality: what was measured, by hook point; empty where nothing was.
+    """
+
+    folder: Path
+    saes: Mapping[str, SAE]
+    quality: Mapping[str, Quality]
+
+
+def run_train(
+    run: TrainRun,
+    progress: Callable[[StepReport], None] | None = None,
+    say: Callable[[str, float], None] | None = None,
+) -> TrainResult:
+    """Train, save, export, measure, and write the card.
+
+    Args:
+        progress: called after every step, on the first rank.
+        say: called with what else is being done and its share done, 0 to 1.
+
+    Raises:
+        QwenScopeError: with one sentence, before training where the cause can be known before.
+    """
+    ranks = Ranks() if run.spread == "alone" else join(run.spread)
+    checkpoints = Checkpoints(run.out / "checkpoints", run.checkpoint_every, run.keep, run.resume)
+    checkpoints.prepare()
+    loaded = load_model(model_source(run.model), device=run.device, dtype=run.dtype)
+    points = hook_points(run, loaded)
+    source = source_of(run, loaded, ranks.owned([str(point) for point in points]), ranks)
+    init = {str(p): load_sae(run.start_from, p.layer) for p in points} if run.start_from else None
+    callbacks = callbacks_of(run, progress, ranks)
+    facts = facts_of(run, loaded)
+    if ranks.first:
+        write_json(run.out / "run.json", facts)
+    saes = train(
+        run.train, source, init=init, checkpoints=checkpoints, callbacks=callbacks, group=run.name, ranks=ranks,
+        device=loaded.model.device,
+    )  # fmt: skip
+    folder = run.out / run.name
+    alone = ranks.mode != "layers"
+    if ranks.first or not alone:
+        save(run, saes, folder, ranks)
+    quality = measured(run, loaded, saes, say) if ranks.first or not alone else {}
+    plain = {name: quality[name].plain() if quality else {} for name in saes}
+    note = {name: {**figures, "dropped": saes[name].meta["sinks_dropped"]} for name, figures in plain.items()}
+    if ranks.first or not alone:
+        write_json(run.out / f"quality.rank{ranks.rank}.json", note)
+    ranks.barrier()
+    if ranks.first:
+        finish_folder(run, folder, facts)
+    return TrainResult(folder, saes, quality)
+
+
+def finish_folder(run: TrainRun, folder: Path, facts: Mapping[str, Any]) -> None:
+    """Join what the ranks measured, and write the card."""
+    quality: dict[str, Any] = {}
+    for path in run.out.glob("quality.rank*.json"):
+        quality |= json.loads(path.read_text(encoding="utf-8"))
+        path.unlink()
+    quality = dict(sorted(quality.items(), key=lambda item: HookPoint.parse(item[0])))
+    write_json(run.out / "quality.json", quality)
+    dropped = {name: figures["dropped"] for name, figures in quality.items()}
+    measured_layers = {name: figures for name, figures in quality.items() if "fvu" in figures}
+    write_card(folder, {**facts, "dropped": dropped}, measured_layers, sorted(run.out.glob("metrics*.jsonl")))
+
+
+def hook_points(run: TrainRun, loaded: LoadedModel) -> list[HookPoint]:
+    """The layers of the run, or NotFoundError for one that the model does not have."""
+    count = n_layers(loaded.model)
+    if bad := [layer for layer in run.layers or () if not 0 <= layer < count]:
+        raise NotFoundError(f"layer {bad[0]} does not exist: {run.model} has layers 0 to {count - 1}")
+    longest = context_length(loaded.model)
+    if longest is not None and run.row > longest:
+        raise InputError(f"rows of {run.row} tokens do not fit the model's context of {longest}")
+    return [HookPoint(layer) for layer in sorted(run.layers or range(count))]
+
+
+def source_of(run: TrainRun, loaded: LoadedModel, names: list[str], ranks: Ranks) -> ResidualBuffer:
+    """The residuals that this rank trains on: all of them, its documents' share, or its layers."""
+    rank, world = (ranks.rank, ranks.world) if ranks.mode == "data" else (0, 1)
+    documents = Documents(
+        run.data, field=run.field, split=run.split, subset=run.subset, rank=rank, world=world, hold_out=run.hold_out
+    )
+    rows = TokenRows(documents, loaded.tokenizer, row=run.row, rows=run.rows, chat=run.chat)
+    return ResidualBuffer(
+        loaded.model, rows, [HookPoint.parse(name) for name in names], batch=ranks.share_of(run.train.batch),
+        budget=run.budget, most=ranks.share_of(run.train.batch) * run.train.steps, seed=run.train.seed,
+        dtype=getattr(torch, run.store),
+    )  # fmt: skip
+
+
+def callbacks_of(
+    run: TrainRun, progress: Callable[[StepReport], None] | None, ranks: Ranks
+) -> list[Callable[[StepReport], None]]:
+    """Where the figures go; with layers spread over ranks, each rank keeps its own lines."""
+    path = run.out / ("metrics.jsonl" if ranks.first else f"metrics.rank{ranks.rank}.jsonl")
+    if not run.resume:
+        path.unlink(missing_ok=True)
+    found: list[Callable[[StepReport], None]] = []
+    if ranks.first or ranks.mode == "layers":
+        found.append(JsonlMetrics(path, run.log_every))
+    if ranks.first and run.tensorboard:
+        found.append(TensorBoardMetrics(run.out / "tensorboard", run.log_every))
+    if ranks.first and run.wandb:
+        found.append(WandbMetrics({"project": run.wandb, "name": run.name, "config": asdict(run.train)}, run.log_every))
+    return [*found, progress] if progress and ranks.first else found
+
+
+def save(run: TrainRun, saes: Mapping[str, SAE], folder: Path, ranks: Ranks) -> None:
+    """Write the group in the official layout and the exports, one rank after the other where each has layers."""
+    for rank in range(ranks.world if ranks.mode == "layers" else 1):
+        if rank == ranks.rank:
+            save_sae(list(saes.values()), folder, layout="official")
+            for layout in run.exports:
+                save_sae(list(saes.values()), run.out / layout, layout=layout)
+        if ranks.mode == "layers":
+            ranks.barrier()
+
+
+def held_out_rows(run: TrainRun, loaded: LoadedModel) -> list[torch.Tensor]:
+    """Rows of documents that training never sees, of about `eval_tokens` tokens."""
+    documents = Documents(
+        run.data,
+        field=run.field,
+        split=run.split,
+        subset=run.subset,
+        hold_out=run.hold_out,
+        held_out=True,
+        repeat=False,
+    )
+    rows = TokenRows(documents, loaded.tokenizer, row=run.row, rows=run.rows, chat=run.chat)
+    return list(islice(rows, max(1, run.eval_tokens // (run.row * run.rows))))
+
+
+def measured(
+    run: TrainRun, loaded: LoadedModel, saes: Mapping[str, SAE], say: Callable[[str, float], None] | None
+) -> dict[str, Quality]:
+    """The quality of this rank's SAEs on held-out documents."""
+    if not run.eval_tokens:
+        return {}
+    rows = held_out_rows(run, loaded)
+    if not rows:
+        raise InputError(f"the SAEs are saved, but the held-out documents of {run.data} fill no row to measure on")
+    here = {HookPoint.parse(name): sae.to(loaded.model.device) for name, sae in saes.items()}
+    return {str(point): figures for point, figures in evaluate(loaded.model, here, rows, progress=say).items()}
+
+
+def facts_of(run: TrainRun, loaded: LoadedModel) -> dict[str, Any]:
+    """What a reader needs to repeat the run."""
+    facts = json.loads(json.dumps(asdict(replace(run, group=run.name)), default=str))
+    facts["train"] |= {"lr": run.train.peak_lr, "warmup": run.train.warmup_steps, "dead_tokens": run.train.dead_window}
+    versions = {"python": platform.python_version()}
+    for package in ("qwen-scope", "torch", "transformers", "numpy"):
+        with suppress(PackageNotFoundError):
+            versions[package] = version(package)
+    held = f"held-out documents of {run.data} (one in {run.hold_out})"
+    return {**facts, "device": str(loaded.model.device), "eval_data": held, "versions": versions}
+
+
+def write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")

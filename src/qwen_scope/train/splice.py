@@ -1,0 +1,93 @@
+"""What a language model loses when reconstructions take the residual's place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import kl_div
+
+from qwen_scope.model import HookPoint, changing, input_device, text_config
+from qwen_scope.sae import SAE
+
+# Logits of so many bytes are held at a time, twice.
+LOGIT_BYTES = 2**28
+
+
+@dataclass(frozen=True)
+class SplicedLoss:
+    """Next-token loss with one layer's residual replaced at every position, in nats per token.
+
+    Attributes:
+        ce_clean: of the untouched model.   ce_spliced: with the reconstruction.   ce_zero: with zeros.
+        ce_recovered: `(ce_zero - ce_spliced) / (ce_zero - ce_clean)`: 1 is no loss, 0 no better than zeros; sae_lens'
+            `ce_loss_score`.
+        kl: mean KL divergence of the spliced from the clean prediction, over all positions.
+    """
+
+    ce_clean: float
+    ce_spliced: float
+    ce_zero: float
+    ce_recovered: float
+    kl: float
+
+
+@torch.no_grad()
+def spliced_losses(
+    model: nn.Module,
+    saes: Mapping[HookPoint, SAE],
+    rows: Sequence[Tensor],
+    *,
+    progress: Callable[[str, float], None] | None = None,
+) -> dict[HookPoint, SplicedLoss]:
+    """Measure each layer on its own: all other layers run untouched.
+
+    Args:
+        rows: batches of full rows of token ids, `(rows, row)`, at least two tokens long.
+    """
+    sums = {point: torch.zeros(4, dtype=torch.float64) for point in saes}
+    predicted = positions = 0
+    pieces = list(small_batches(model, rows))
+    for number, ids in enumerate(pieces, 1):
+        clean = log_probs(model, ids)
+        for point, sae in saes.items():
+            with changing(model, {point: lambda h, _, sae=sae: sae.decode(sae.encode(h)).to(h.device, h.dtype)}):
+                spliced = log_probs(model, ids)
+            with changing(model, {point: lambda h, _: torch.zeros_like(h)}):
+                zeroed = log_probs(model, ids)
+            divergence = kl_div(spliced, clean, reduction="sum", log_target=True)
+            losses = [summed_loss(each, ids) for each in (clean, spliced, zeroed)]
+            sums[point] += torch.tensor([*losses, float(divergence)], dtype=torch.float64)
+        predicted += ids[:, 1:].numel()
+        positions += ids.numel()
+        if progress:
+            progress("loss", number / len(pieces))
+    return {point: result(total, predicted, positions) for point, total in sums.items()}
+
+
+def result(total: Tensor, predicted: int, positions: int) -> SplicedLoss:
+    """Means from the sums of clean, spliced and zeroed loss and of the divergence."""
+    clean, spliced, zero = (float(each) / max(1, predicted) for each in total[:3])
+    recovered = (zero - spliced) / (zero - clean) if zero != clean else float("nan")
+    return SplicedLoss(clean, spliced, zero, recovered, float(total[3]) / max(1, positions))
+
+
+def small_batches(model: nn.Module, rows: Sequence[Tensor]) -> Iterator[Tensor]:
+    """The rows in batches whose logits fit the budget."""
+    width = text_config(model).vocab_size
+    for ids in rows:
+        yield from ids.split(max(1, LOGIT_BYTES // (8 * width * ids.shape[1])))
+
+
+def log_probs(model: nn.Module, ids: Tensor) -> Tensor:
+    """Log-probabilities of every next token, `(rows, row, vocabulary)` in float64 so that sums of many stay exact."""
+    logits = model(input_ids=ids.to(input_device(model)), use_cache=False).logits
+    return torch.log_softmax(logits.double(), dim=-1)
+
+
+def summed_loss(log_p: Tensor, ids: Tensor) -> float:
+    """The cross entropy of all predicted tokens together."""
+    wanted = ids[:, 1:].to(log_p.device)
+    return float(-log_p[:, :-1].gather(-1, wanted[..., None]).sum())

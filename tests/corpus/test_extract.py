@@ -1,0 +1,243 @@
+"""Extraction: the store equals the scope, and a run that was disturbed leaves the same bytes as one that was not."""
+
+from __future__ import annotations
+
+import errno
+import os
+import random
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import stores
+import tiny
+import torch
+
+from qwen_scope.corpus import Corpus, ExtractOptions, FeatureStore, extract
+from qwen_scope.corpus import Progress as ProgressOf
+from qwen_scope.errors import InputError, MismatchError
+from qwen_scope.model import HookPoint, capture
+
+# Everything at once: pieces, windows that end inside a document, masks, pooled residuals.
+HARD = {"row_tokens": 7, "window_tokens": 30, "pool": ("mean", "last"), "sink_multiple": 1.3, "skip_special": True}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory) -> dict[str, str]:
+    folder = tmp_path_factory.mktemp("undisturbed") / "s"
+    stores.make(folder, **HARD).close()
+    return stores.digest(folder)
+
+
+@pytest.mark.parametrize("layer", stores.LAYERS)
+def test_the_store_equals_the_scope_on_every_token(tmp_path, layer) -> None:
+    texts = [text for text in stores.TEXTS if len(stores.scope().tokenizer(text)["input_ids"]) <= tiny.CONTEXT]
+    assert len(texts) >= 15
+    store = stores.make(tmp_path / "s", texts, row_tokens=None, window_tokens=10**6, batch_tokens=200)
+    seen = stores.scope().features(texts, [layer], batch_tokens=200)
+    for i, found in enumerate(stores.from_store(store, layer)):
+        np.testing.assert_array_equal(found, seen.of(i, layer).to_dense().numpy())
+
+
+@pytest.mark.parametrize("layer", stores.LAYERS)
+def test_pieces_and_windows_do_not_change_what_is_found(tmp_path, layer) -> None:
+    for window in (1, 33, 10**6):
+        with stores.make(tmp_path / str(window), window_tokens=window) as store:
+            for found, expected in zip(stores.from_store(store, layer), stores.dense(layer), strict=True):
+                np.testing.assert_allclose(found, expected, atol=1e-5)
+                assert ((found > 0) == (expected > 0)).mean() > 0.999
+
+
+def test_masks_leave_tokens_out_and_say_which(tmp_path) -> None:
+    plain, masked = stores.make(tmp_path / "a"), stores.make(tmp_path / "b", sink_multiple=1.3, skip_special=True)
+    special = set(stores.scope().tokenizer.all_special_ids)
+    for layer in stores.LAYERS:
+        rows = masked.sql("SELECT * FROM masked JOIN tokens USING (document, position) WHERE layer = ?", [layer])
+        reasons = {(r["document"], r["position"]): r["reason"] for r in rows.to_pylist()}
+        assert set(reasons.values()) == {"special", "sink"}
+        info = masked.layer(layer)
+        assert info.tokens == masked.manifest.tokens - len(reasons)
+        norms = {}
+        for i, text in enumerate(stores.TEXTS):
+            ids = stores.scope().tokenizer(text)["input_ids"]
+            for start in range(0, len(ids), stores.ROW_TOKENS):
+                piece = torch.tensor([ids[start : start + stores.ROW_TOKENS]])
+                h = capture(stores.scope().model, piece, [HookPoint(layer)])[HookPoint(layer)][0]
+                for p, norm in enumerate(h.norm(dim=-1).tolist()):
+                    norms[i, start + p] = norm, ids[start + p] in special
+        for place, (norm, is_special) in norms.items():
+            limit = 1.3 * (info.median_norm or 0)
+            if abs(norm - limit) > 1e-3:
+                assert reasons.get(place) == ("special" if is_special else "sink" if norm > limit else None)
+        for i, (a, b) in enumerate(zip(stores.from_store(plain, layer), stores.from_store(masked, layer), strict=True)):
+            for p in range(len(a)):
+                np.testing.assert_allclose(b[p], 0 if (i, p) in reasons else a[p], atol=1e-5)
+        mean = {(r["document"], r["feature"]): r["value"] for r in masked.firing("mean", [layer]).to_pylist()}
+        last = {(r["document"], r["feature"]): r["position"] for r in masked.firing("last", [layer]).to_pylist()}
+        for i, some in enumerate(stores.from_store(masked, layer)):
+            counted = [p for p in range(len(some)) if (i, p) not in reasons]
+            for f in np.flatnonzero(some.any(0)).tolist():
+                assert mean[i, f] == np.float32(some[:, f].astype(np.float64).sum() / len(counted))
+                assert last.get((i, f)) == (counted[-1] if some[counted[-1], f] else None)
+
+
+def test_pooled_residuals(tmp_path) -> None:
+    small = stores.make(tmp_path / "a", window_tokens=20, row_tokens=7, pool=("mean", "last"))
+    for layer in stores.LAYERS:
+        for i, text in enumerate(stores.TEXTS):
+            ids = stores.scope().tokenizer(text)["input_ids"]
+            pieces = [torch.tensor([ids[s : s + 7]]) for s in range(0, len(ids), 7)]
+            points = [HookPoint(layer)]
+            h = torch.cat([capture(stores.scope().model, piece, points)[points[0]][0] for piece in pieces])
+            np.testing.assert_allclose(small.residuals(layer, "mean")[i], h.double().mean(0), atol=1e-5)
+            np.testing.assert_allclose(small.residuals(layer, "last")[i], h[-1], atol=1e-5)
+
+
+class Killed(BaseException):
+    """Stands for the end of the process."""
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_run_killed_again_and_again_leaves_the_same_bytes(tmp_path, monkeypatch, undisturbed, seed) -> None:
+    dice, left, real, kills = random.Random(seed), [0], os.fsync, 0
+
+    def fsync(descriptor: int) -> None:
+        left[0] -= 1
+        if left[0] <= 0:
+            raise Killed
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    while True:
+        left[0] = dice.randint(1, 25)
+        try:
+            stores.make(tmp_path / "s", **HARD).close()
+            break
+        except Killed:
+            kills += 1
+            assert kills < 200
+    assert kills > 3
+    assert stores.digest(tmp_path / "s") == undisturbed
+
+
+CHILD = """
+import os, signal, sys, threading
+sys.path[:0] = sys.argv[1:3]
+import stores
+stores.loaded(), stores.saes()
+delay = float(sys.argv[4])
+if delay:
+    threading.Timer(delay, os.kill, (os.getpid(), signal.SIGKILL)).start()
+stores.make(sys.argv[3], **eval(sys.argv[5])).close()
+os._exit(0)
+"""
+
+
+@pytest.mark.slow
+def test_kill_9_at_random_moments(tmp_path, undisturbed) -> None:
+    where = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
+    # The child makes the same tiny model: its weights come from a fixed seed.
+    dice, ends = random.Random(), []
+    for delay in (dice.uniform(0.02, 0.6), dice.uniform(0.1, 1.5), 0.0):
+        argv = [sys.executable, "-c", CHILD, *where, str(tmp_path / "s"), str(delay), repr(HARD)]
+        ends.append(subprocess.run(argv, timeout=300, check=False, stderr=subprocess.DEVNULL).returncode)
+    assert ends[-1] == 0, ends
+    assert stores.digest(tmp_path / "s") == undisturbed
+
+
+@pytest.mark.parametrize("at", [1, 6, 13])
+def test_a_full_disk_is_one_sentence_and_nothing_is_lost(tmp_path, monkeypatch, undisturbed, at) -> None:
+    calls, real = [0], os.fsync
+
+    def fsync(descriptor: int) -> None:
+        calls[0] += 1
+        if calls[0] >= at:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(descriptor)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", fsync)
+        with pytest.raises(InputError, match=r"no room to write to .* run the same command again") as caught:
+            stores.make(tmp_path / "s", **HARD)
+        assert "\n" not in str(caught.value)
+    stores.make(tmp_path / "s", **HARD).close()
+    assert stores.digest(tmp_path / "s") == undisturbed
+
+
+def test_a_finished_store_is_opened_and_another_request_refused(tmp_path, monkeypatch, undisturbed) -> None:
+    stores.make(tmp_path / "s", **HARD).close()
+    (tmp_path / "s" / "work").mkdir()  # as if killed after the manifest
+    monkeypatch.setattr(
+        sys.modules["qwen_scope.corpus.extract"], "run_windows", lambda *_: pytest.fail("nothing is left to do")
+    )
+    stores.make(tmp_path / "s", **HARD).close()
+    assert stores.digest(tmp_path / "s") == undisturbed
+    with pytest.raises(InputError, match=r"other options .*row_tokens was 7, now 8"):
+        stores.make(tmp_path / "s", **{**HARD, "row_tokens": 8})
+    (tmp_path / "t").mkdir()
+    (tmp_path / "t" / "thesis.txt").write_text("mine")
+    with pytest.raises(InputError, match="is no unfinished store"):
+        stores.make(tmp_path / "t")
+    assert (tmp_path / "t" / "thesis.txt").read_text() == "mine"
+
+
+def test_two_runs_at_once_and_other_corpora_are_refused(tmp_path) -> None:
+    from qwen_scope.corpus import StoreWriter
+
+    with StoreWriter(tmp_path / "s", "tiny", {"a": 1}, []), pytest.raises(InputError, match="another run is writing"):
+        StoreWriter(tmp_path / "s", "tiny", {"a": 1}, [])
+    with pytest.raises(InputError, match="a was 1, now 2"):
+        StoreWriter(tmp_path / "s", "tiny", {"a": 2}, [])
+
+
+def test_progress_and_unreadable_rows(tmp_path) -> None:
+    rows = ["hello", {"n": 1}, {"text": 5}, {"text": ""}, "hello hello"]
+    seen: list[ProgressOf] = []
+    store = extract(Corpus(rows), stores.loaded(), stores.saes(), tmp_path / "s", progress=seen.append)
+    assert store.manifest.unreadable == {"empty": 1, "missing column": 1, "not text": 1}
+    table = store.sql("SELECT * FROM unreadable ORDER BY row").to_pylist()
+    assert [(r["row"], r["reason"]) for r in table] == [(2, "missing column"), (3, "not text"), (4, "empty")]
+    assert store.sql("SELECT row FROM documents ORDER BY document")["row"].to_pylist() == [1, 5]
+    assert [p.stage for p in seen][-1] == "indexing"
+    assert seen[-1].tokens == store.manifest.tokens
+    assert all(p.tokens_per_second > 0 and p.share == 1.0 for p in seen)
+    with pytest.raises(InputError, match=r"no document to extract .* 1 missing column"):
+        extract(Corpus([{"n": 1}]), stores.loaded(), stores.saes(), tmp_path / "t")
+
+
+def test_a_long_document_is_cut_and_counted(tmp_path) -> None:
+    store = stores.make(tmp_path / "s", ["hello " * 3000, "x"], max_tokens=50)
+    rows = store.sql("SELECT tokens, cut FROM documents ORDER BY document").to_pylist()
+    assert rows[0]["tokens"] == 50
+    assert rows[0]["cut"] > 2000
+    assert rows[1]["cut"] == 0
+
+
+def test_chats_are_rendered(tmp_path) -> None:
+    rows = [{"text": [{"role": "user", "content": "hello"}]}]
+    store = stores.make(tmp_path / "s", rows, chat="non_thinking")
+    text = "".join(store.sql("SELECT text FROM tokens ORDER BY position")["text"].to_pylist())
+    assert text.startswith("<|im_start|>user\nhello<|im_end|>")
+    with pytest.raises(InputError, match=r"no document to extract .* 1 no tokens"):
+        stores.make(tmp_path / "t", rows)
+
+
+def test_what_does_not_belong_together_is_refused(tmp_path) -> None:
+    sae = stores.saes()[0]
+    run = lambda saes, options=None: extract(Corpus(["x"]), stores.loaded(), saes, tmp_path / "s", options)  # noqa: E731
+    with pytest.raises(MismatchError, match="is not for layer 2"):
+        run({2: sae})
+    with pytest.raises(MismatchError, match="reads 8 dimensions and tiny has 32"):
+        run({0: tiny.random_sae(0, d_model=8)})
+    with pytest.raises(InputError, match="at least one layer"):
+        run({})
+    for bad in ({"window_tokens": 0}, {"sink_multiple": 0.5}, {"pool": ("median",)}):
+        with pytest.raises(InputError):
+            replace(ExtractOptions(), **bad)
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(InputError, match="is no unfinished store"):
+        extract(Corpus(["x"]), stores.loaded(), {0: sae}, tmp_path / "file")
+    assert isinstance(run({0: sae}), FeatureStore)

@@ -1,0 +1,171 @@
+"""Verdicts: the rules as a truth table, the arms by hand, and planted knobs and correlates on the lab."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from itertools import product
+
+import numpy as np
+import pytest
+import tiny
+import torch
+
+from qwen_scope import load_scope
+from qwen_scope.errors import InputError
+from qwen_scope.features import Evidence, Examples, Rules, judge, matched_random, mean_direction, validate
+from qwen_scope.stats import Interval
+from qwen_scope.steer import Decoding, Intervention, calibrate
+
+KNOB = [Intervention.add(layer=0, feature=3, amount=1.0, unit="resid_norm", where="prompt")]
+FEW = Rules(fewest=3, fewest_random=2)
+EXAMPLES = Examples(
+    ("Guten Morgen", "Wo ist der Bahnhof", "bitte"), ("The weather", "is fine", "today"), ("a + b", "def add", "(a, b)")
+)
+PROMPTS = ["The weather", "a", "bc"]
+
+
+@pytest.fixture(scope="module")
+def scope():
+    return load_scope(tiny.folder() / "model", tiny.folder() / "sae", device="cpu")
+
+
+def interval(low: float) -> Interval:
+    return Interval(low + 0.1, low, low + 0.2, 30)
+
+
+GOOD = {"gain": 0.3, "over_random": 0.3, "over_opposite": 0.3, "over_shuffled": 0.3}
+
+
+def evidence(detects: bool = True, harm: bool = False, task: bool = False, beaten: int = 0, **lows) -> Evidence:
+    chosen = {name: interval(low) for name, low in {**GOOD, **lows}.items()}
+    return Evidence(
+        **chosen,
+        over_each_random=beaten,
+        detection=interval(0.5 if detects else -0.1),
+        side=interval(0.1 if harm else -0.5),
+        tasks={"sums": interval(0.3 if task else -0.1)},
+    )
+
+
+def test_the_rules_as_a_table() -> None:
+    assert judge(evidence(), Rules())[0] == "causal"
+    assert judge(evidence(detects=False), Rules())[0] == "causal"
+    assert judge(evidence(harm=True), Rules())[0] == "entangled"
+    assert judge(evidence(task=True), Rules())[0] == "entangled"
+    for name, detects in product(GOOD, (True, False)):
+        expected = "correlated only" if detects else "no effect"
+        assert judge(evidence(detects=detects, **{name: -0.05}), Rules())[0] == expected
+    assert judge(evidence(beaten=1), Rules())[0] == "correlated only"
+    assert judge(evidence(gain=0.05), Rules())[0] == "correlated only", "significant but smaller than the margin"
+    _, reasons = judge(evidence(), Rules())
+    assert len(reasons) == 8
+    assert all(reason.startswith(("yes: ", "no: ")) for reason in reasons)
+
+
+def test_random_features_fire_about_as_often_and_write_as_much(scope) -> None:
+    sae = scope.saes[0]
+    stats = {0: calibrate(scope.model, scope.tokenizer, 0, sae)}
+    (one,) = KNOB
+    raw = one.resolve(stats[0], sae)
+    seen = set()
+    for seed in range(20):
+        (other,) = matched_random([raw], scope.saes, stats, np.random.default_rng(seed))
+        assert other.feature != raw.feature
+        a, b = (i.amount * i.vector(sae) for i in (raw, other))
+        assert float(b.norm()) == pytest.approx(float(a.norm()), rel=1e-4)
+        assert other.where == raw.where
+        seen.add(other.feature)
+    assert len(seen) > 5
+
+
+def test_the_direction_is_the_difference_of_two_means(scope) -> None:
+    sides = []
+    for texts in (EXAMPLES.positive, EXAMPLES.negative):
+        rows = [scope.capture(scope.tokenize([text]), [0])[0][0, 1:] for text in texts]
+        sides.append(torch.cat(rows).mean(0))
+    found = mean_direction(scope, 0, EXAMPLES.positive, EXAMPLES.negative)
+    torch.testing.assert_close(found, sides[0] - sides[1], atol=1e-5, rtol=1e-5)
+
+
+def run(scope, **options):
+    options = {
+        "rules": FEW,
+        "n_random": 2,
+        "decoding": Decoding(max_new_tokens=4),
+        "examples": EXAMPLES,
+        "prompts": PROMPTS,
+        "knob": KNOB,
+    } | options
+    knob, prompts, examples = (options.pop(name) for name in ("knob", "prompts", "examples"))
+    target = options.pop("target", lambda texts: np.array([float(len(text)) for text in texts]))
+    return validate(scope, knob, target, prompts, examples, **options)
+
+
+def test_a_verdict_has_every_arm_and_is_reproducible(scope) -> None:
+    found = run(scope)
+    names = [arm.name for arm in found.arms]
+    assert names[:6] == [
+        "unsteered",
+        "this feature",
+        "the opposite sign",
+        "difference of means",
+        "shuffled labels",
+        "prompting alone",
+    ]
+    assert names[6:] == ["random feature 1", "random feature 2"]
+    plain = scope.generate(PROMPTS, decoding=Decoding(max_new_tokens=4))
+    assert found.arms[0].effect.estimate == pytest.approx(np.mean([len(g.text) for g in plain]))
+    assert found.side.kl.estimate > 0
+    assert 3 not in [moved.feature for moved in found.side.moved]
+    json.dumps(found.to_json(), allow_nan=False)
+    assert run(scope) == found
+
+
+def test_a_task_that_breaks_entangles_at_most(scope) -> None:
+    found = run(scope, tasks={"sums": lambda interventions: np.full(5, 0.0 if interventions else 1.0)})
+    assert found.evidence.tasks["sums"].estimate == 1.0
+    assert found.outcome != "causal"
+
+
+def test_too_few_samples_give_no_verdict(scope) -> None:
+    for options in ({"prompts": PROMPTS[:2]}, {"examples": replace(EXAMPLES, unrelated=("a",))}, {"n_random": 1}):
+        with pytest.raises(InputError, match="too few for a verdict"):
+            run(scope, **options)
+    with pytest.raises(InputError, match="features that are added"):
+        run(scope, knob=[Intervention.ablate(layer=0, feature=1)])
+
+
+def test_a_prompt_that_says_it_all_is_no_knob(scope) -> None:
+    """A target that nothing moves: no effect, whatever the feature detects."""
+    found = run(scope, target=lambda texts: np.ones(len(texts)))
+    assert found.outcome in ("no effect", "correlated only")
+    assert found.evidence.gain.estimate == 0
+
+
+def test_the_command(capsys, tmp_path) -> None:
+    from qwen_scope.cli import main
+
+    paths = {}
+    for name in ("prompts", "positive", "negative", "unrelated"):
+        paths[name] = tmp_path / f"{name}.txt"
+        words = ("Morgen", "Bahnhof") if name == "positive" else ("The weather", "today")
+        paths[name].write_text("".join(f"{word} {i}\n" for i in range(10) for word in words))
+    where = ["--model", str(tiny.folder() / "model"), "--sae", str(tiny.folder() / "sae"), "--device", "cpu"]
+    argv = ["validate", str(paths["prompts"]), *where, "--layer", "0", "--feature", "3", "--amount", "0.5"]
+    argv += [f"--{name}={paths[name]}" for name in ("positive", "negative", "unrelated")]
+    argv += ["--regex", "[aeiou]", "--max-new-tokens", "3"]
+    assert main(argv) == 0
+    assert "Verdict: " in capsys.readouterr().out
+    assert main([*argv, "--json"]) == 0
+    data = json.loads(capsys.readouterr().out)
+    assert data["outcome"] in ("causal", "correlated only", "entangled", "no effect")
+    assert len(data["arms"]) == 25
+    same = [f"--negative={paths['positive']}" if part.startswith("--negative") else part for part in argv]
+    assert main(same) == 2
+    assert "do not differ" in capsys.readouterr().err
+    for extra, says in ((["--random", "3"], "too few"), (["--amount", "nan"], "finite"), (["--layer", "1"], "no SAE")):
+        assert main([*argv, *extra]) == 2
+        err = capsys.readouterr().err
+        assert says in err
+        assert err.count("\n") == 1

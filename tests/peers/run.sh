@@ -1,0 +1,39 @@
+#!/usr/bin/env bash
+# Files of ours in a peer's own hands, and its files in ours: `run.sh sae_lens | sparsify | dictionary_learning`.
+# The peer lives in an environment of its own, made on the first run; one line per check, exit code 1 if one fails.
+set -euo pipefail
+peer="${1:?name a peer: sae_lens, sparsify or dictionary_learning}"
+cd "$(dirname "$0")/../.."
+venv=".venv-$peer"
+bin="$venv/bin"
+torch="$(grep -h '^torch==' constraints.txt 2>/dev/null || echo torch==2.13.0)"
+
+if [ ! -f "$venv/.ready" ]; then
+  rm -rf "$venv"
+  "${PYTHON:-python3}" -m venv "$venv"
+  pip() { "$bin/python" -m pip --disable-pip-version-check install -q "$@"; }
+  pip "$torch" # first, so that nobody asks for another build of it
+  case "$peer" in
+    sae_lens)
+      pip sae_lens==6.54.12 "$torch"
+      ;;
+    sparsify)
+      pip eai-sparsify==1.3.3 "$torch"
+      ;;
+    dictionary_learning)
+      pip --no-deps dictionary-learning==0.1.0
+      pip einops numpy safetensors tqdm "$torch"
+      ;;
+    *) rm -rf "$venv"; echo "unknown peer $peer" >&2; exit 2 ;;
+  esac
+  # Builds of these for another torch would break transformers' imports.
+  "$bin/python" -m pip uninstall -q -y torchvision torchaudio 2>/dev/null || true
+  touch "$venv/.ready"
+fi
+
+work="$(mktemp -d)"
+trap 'rm -rf "$work"' EXIT
+export HF_HUB_OFFLINE=1 SPARSIFY_DISABLE_TRITON=1 TOKENIZERS_PARALLELISM=false
+PYTHONPATH=src .venv/bin/python tests/peers/ours.py write "$peer" "$work"
+"$bin/python" -W ignore "tests/peers/check_$peer.py" "$work"
+PYTHONPATH=src .venv/bin/python tests/peers/ours.py check "$peer" "$work"

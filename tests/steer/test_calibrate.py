@@ -1,0 +1,46 @@
+"""Sizes of layers against plain sums, and the scope that hands them to its interventions."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import tiny
+import torch
+
+from qwen_scope.errors import InputError
+from qwen_scope.model import LayerStats
+from qwen_scope.steer import Decoding, Intervention, calibrate
+
+TEXTS = ["The station?", "Guten Morgen! Wo ist der Bahnhof", "a"]
+
+
+def test_sizes_are_what_plain_sums_say(scope) -> None:
+    stats = calibrate(scope.model, scope.tokenizer, 2, scope.saes[2], TEXTS, sample="three texts", batch=2)
+    rows = []
+    for text in TEXTS:
+        tokens = scope.tokenize([text])
+        rows.append(scope.capture(tokens, [2])[2][0])
+    h = torch.cat(rows)
+    sae = scope.saes[2]
+    pre = (h @ sae.W_enc.T + sae.b_enc).relu()
+    top = pre.topk(sae.k)
+    dense = torch.zeros_like(pre).scatter(-1, top.indices, top.values)
+    assert (stats.tokens, stats.documents, stats.sample) == (len(h), 3, "three texts")
+    assert stats.norm_median == pytest.approx(float(h.norm(dim=-1).double().quantile(0.5)), rel=1e-5)
+    torch.testing.assert_close(torch.tensor(stats.feature_max), dense.amax(0), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(torch.tensor(stats.firing_rate), (dense > 0).float().mean(0))
+    assert LayerStats.from_json(json.loads(json.dumps(stats.to_json()))).norm_median == stats.norm_median
+
+
+def test_a_scope_measures_its_sizes_once(scope) -> None:
+    assert scope.sizes[2] is scope.sizes[2]
+    assert scope.sizes[1].feature_max is None, "a layer without an SAE still has a residual norm"
+    one = Intervention.add(layer=2, feature=17, amount=0.5, unit="resid_norm")
+    raw = one.resolve(scope.sizes[2], scope.saes[2])
+    new = Decoding(max_new_tokens=5)
+    assert scope.generate("Once", [one], decoding=new) == scope.generate("Once", [raw], decoding=new)
+    several = scope.generate(["Once", "a"], [one], decoding=new)
+    assert several[0].text == scope.generate("Once", [one], decoding=new).text
+    with pytest.raises(InputError, match="96 does not exist"):
+        scope.generate("Once", [Intervention.ablate(layer=0, feature=tiny.D_SAE)], decoding=new)

@@ -1,0 +1,99 @@
+"""Recipes: what is saved comes back, applies to its own model alone, and hostile files end in one sentence."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+import tiny
+from families import FAMILIES
+
+from qwen_scope.errors import FormatError, InputError, MismatchError, NotFoundError, QwenScopeError
+from qwen_scope.sae import Identity
+from qwen_scope.steer import Intervention, Recipe, load_recipe
+
+
+@pytest.fixture
+def recipe(scope) -> Recipe:
+    interventions = [
+        Intervention.add(layer=2, feature=17, amount=0.5, unit="resid_norm", where="generated,0"),
+        Intervention.ablate(layer=1, direction=[0.1] * tiny.D_MODEL),
+    ]
+    return Recipe.of("Ruhe", scope.model, interventions, scope.saes, provenance="by hand 手", effect={"share": 0.875})
+
+
+@pytest.mark.parametrize("ending", ["json", "yaml", "yml"])
+def test_round_trip(tmp_path, recipe, scope, ending) -> None:
+    path = tmp_path / f"r.{ending}"
+    recipe.save(path)
+    again = load_recipe(path)
+    assert again == recipe
+    assert again.group == "SAE-Res-Tiny-W96-L0_6"
+    again.check(scope.model, scope.saes)
+    assert again.interventions == recipe.interventions
+
+
+def test_it_is_for_its_own_model_and_saes(recipe, scope) -> None:
+    with pytest.raises(MismatchError, match="is for the model"):
+        recipe.check(FAMILIES["qwen3"](), scope.saes)
+    other = {2: replace(scope.saes[2], identity=Identity("other", 2, "ff"))}
+    with pytest.raises(MismatchError, match="made for the SAE"):
+        recipe.check(scope.model, other)
+    with pytest.raises(InputError, match="needs its SAE"):
+        Recipe.of("x", scope.model, [Intervention.ablate(layer=2, feature=1)])
+    with pytest.raises(InputError, match="at least one"):
+        Recipe("x", "m", ())
+
+
+HOSTILE = {
+    "empty.json": "",
+    "list.json": "[]",
+    "deep.json": "[" * 100_000,
+    "nan.json": '{"version": NaN}',
+    "bytes.yaml": b"\xff\xfe\x00",
+    "python.yaml": "!!python/object/apply:os.system ['true']",
+    "tabs.yaml": "a:\n\t- b: [",
+    "old.yaml": "version: 0\n",
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_files(tmp_path, name) -> None:
+    content = HOSTILE[name]
+    (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(FormatError) as error:
+        load_recipe(tmp_path / name)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"name": 3},
+        {"name": ""},
+        {"model": None},
+        {"group": 4},
+        {"effect": []},
+        {"interventions": {}},
+        {"interventions": []},
+        {"interventions": ["add"]},
+        {"interventions": [{"hook_point": "layer1", "op": "add", "amount": float("nan"), "feature": 1}]},
+        {"version": "1"},
+        {"extra": 1},
+    ],
+    ids=str,
+)
+def test_wrong_values(tmp_path, recipe, change) -> None:
+    path = tmp_path / "r.json"
+    recipe.save(path)
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(QwenScopeError):
+        load_recipe(path)
+
+
+def test_paths(tmp_path, recipe) -> None:
+    with pytest.raises(NotFoundError):
+        load_recipe(tmp_path / "none.json")
+    with pytest.raises(InputError, match="ends in"):
+        recipe.save(tmp_path / "r.txt")

@@ -1,0 +1,115 @@
+"""`steer` and `sweep` as they are typed."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import tiny
+
+from qwen_scope.cli import main
+from qwen_scope.steer import Decoding, Intervention, load_recipe
+
+
+@pytest.fixture
+def where() -> list[str]:
+    return ["--model", str(tiny.folder() / "model"), "--sae", str(tiny.folder() / "sae"), "--device", "cpu"]
+
+
+@pytest.fixture
+def prompts(tmp_path) -> str:
+    path = tmp_path / "prompts.txt"
+    path.write_text("The weather\nGuten Morgen\n\n")
+    return str(path)
+
+
+def run(capsys, *argv: str) -> tuple[int, str, str]:
+    code = main(argv)
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+STEER = ["--layer", "2", "--feature", "17", "--amount", "0.5", "--max-new-tokens", "6"]
+
+
+def test_steer_shows_both_runs(capsys, where, scope) -> None:
+    code, out, err = run(capsys, "steer", "Once", *where, *STEER, "--json")
+    assert (code, err) == (0, "")
+    data = json.loads(out)
+    one = Intervention.add(layer=2, feature=17, amount=0.5, unit="resid_norm")
+    new = Decoding(max_new_tokens=6)
+    assert data["steered"]["text"] == scope.generate("Once", [one], decoding=new).text
+    assert data["unsteered"]["text"] == scope.generate("Once", decoding=new).text
+    assert data["interventions"] == [one.to_json()]
+    assert len(data["steered"]["tokens"][0]["candidates"]) == 10
+    code, out, _ = run(capsys, "steer", "Once", *where, *STEER)
+    assert code == 0
+    assert "Unsteered" in out
+    assert "Steered" in out
+
+
+def test_steer_streams(capsys, where, scope) -> None:
+    _, out, _ = run(capsys, "steer", "Once", *where, *STEER, "--stream")
+    one = Intervention.add(layer=2, feature=17, amount=0.5, unit="resid_norm")
+    assert out == scope.generate("Once", [one], decoding=Decoding(max_new_tokens=6)).text + "\n"
+
+
+def test_a_saved_recipe_applies_again(capsys, where, tmp_path) -> None:
+    path = tmp_path / "calm.yaml"
+    _, first, _ = run(capsys, "steer", "Once", *where, *STEER, "--save-recipe", str(path), "--json")
+    assert load_recipe(path).name == "calm"
+    code, again, _ = run(capsys, "steer", "Once", *where, "--recipe", str(path), "--max-new-tokens", "6", "--json")
+    assert code == 0
+    assert json.loads(again)["steered"] == json.loads(first)["steered"]
+
+
+def test_sweep_prints_and_plots(capsys, where, prompts, tmp_path) -> None:
+    argv = ["sweep", prompts, *where, "--layer", "0", "--feature", "3", "--amounts", "0.2,0.4", "--max-new-tokens", "5"]
+    figure = tmp_path / "sweep.png"
+    code, out, _ = run(capsys, *argv, "--regex", "[aeiou]", "--plot", str(figure))
+    assert code == 0
+    assert "Dose and response" in out
+    assert figure.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    for target in (["--script", "LATIN"], ["--continuation", " hello"], ["--target-feature", "2:5"]):
+        code, out, _ = run(capsys, *argv, *target, "--json")
+        assert code == 0
+        assert len(json.loads(out)["doses"]) >= 3
+
+
+BAD = [
+    (["steer", "x", "--layer", "0"], "--layer and --feature"),
+    (["steer", "x", "--layer", "0", "--feature", "1"], "needs an --amount"),
+    (["steer", "x", "--layer", "0", "--feature", "96", "--amount", "1"], "feature 96 does not exist"),
+    (["steer", "x", "--layer", "1", "--feature", "1", "--amount", "1"], "no SAE for layer 1"),
+    (["steer", "x", "--layer", "0", "--feature", "1", "--amount", "nan"], "finite"),
+    (["steer", "x", "--layer", "0", "--feature", "1", "--amount", "1e9"], "absurd"),
+    (["steer", "x", "--layer", "0", "--feature", "1", "--amount", "1", "--unit", "miles"], "no unit 'miles'"),
+    (["steer", "x", "--layer", "0", "--feature", "1", "--amount", "1", "--op", "boost"], "no op 'boost'"),
+    (["steer", "x", "--layer", "0", "--feature", "1", "--amount", "1", "--where", "3-"], "is not a position"),
+    (["steer", "x", "--layer", "0", "--feature", "1", "--op", "ablate", "--where", "60"], "exceed the context"),
+    (["steer", "x", "--layer", "0", "--feature", "1", "--op", "ablate", "--amount", "1"], "has no amount"),
+    (["steer", "x", "--recipe", "/nowhere.yaml"], "no recipe"),
+    (["steer", "", "--layer", "0", "--feature", "1", "--op", "ablate"], "is empty"),
+    (["steer", "x", "--layer", "0", "--feature", "1", "--op", "ablate", "--temperature", "1"], "no effect on greedy"),
+    (["sweep", "/nowhere.txt", "--layer", "0", "--feature", "1", "--regex", "a"], "can't be read"),
+    (["sweep", "PROMPTS", "--layer", "0", "--feature", "1"], "name one target"),
+    (["sweep", "PROMPTS", "--layer", "0", "--feature", "1", "--regex", "("], "not a regular expression"),
+    (["sweep", "PROMPTS", "--layer", "0", "--feature", "1", "--regex", "a", "--amounts", "a"], "--amounts are"),
+    (["sweep", "PROMPTS", "--layer", "0", "--feature", "1", "--target-feature", "2"], "LAYER:FEATURE"),
+]
+
+
+@pytest.mark.parametrize(("argv", "says"), BAD, ids=lambda x: " ".join(x)[:60] if isinstance(x, list) else None)
+def test_bad_input_ends_with_one_sentence_and_code_2(capsys, where, prompts, argv, says) -> None:
+    code, _, err = run(capsys, *(prompts if part == "PROMPTS" else part for part in argv), *where)
+    assert code == 2
+    assert says in err
+    assert err.startswith("qwen-scope: ")
+    assert err.count("\n") == 1
+
+
+def test_a_position_past_the_end(capsys, where) -> None:
+    argv = ["steer", "x", *where, "--layer", "0", "--feature", "1", "--op", "ablate", "--max-new-tokens", "5"]
+    code, _, err = run(capsys, *argv, "--where", "60")
+    assert code == 2
+    assert "position 60 is past the end" in err

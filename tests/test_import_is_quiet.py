@@ -1,0 +1,39 @@
+"""Importing costs nothing and says nothing; `--help` is instant."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+HEAVY = ("torch", "transformers", "numpy", "scipy", "huggingface_hub", "safetensors", "duckdb", "gradio", "matplotlib")
+
+
+def loaded_after(code: str) -> set[str]:
+    program = f"{code}\nimport sys\nsys.stderr.write(' '.join(m for m in {HEAVY!r} if m in sys.modules))"
+    done = subprocess.run([sys.executable, "-W", "error", "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout == ""
+    return set(done.stderr.split())
+
+
+def test_importing_the_package_loads_nothing_heavy() -> None:
+    assert loaded_after("import qwen_scope; dir(qwen_scope)") == set()
+
+
+def test_importing_every_front_door_loads_nothing_heavy() -> None:
+    code = """
+import importlib, pkgutil, qwen_scope
+for room in pkgutil.iter_modules(qwen_scope.__path__):
+    if room.ispkg:
+        importlib.import_module("qwen_scope." + room.name)
+"""
+    assert loaded_after(code) == set()
+
+
+def test_help_loads_nothing_heavy() -> None:
+    code = """
+import contextlib, io
+from qwen_scope.cli import main
+with contextlib.redirect_stdout(io.StringIO()):
+    assert main(["--help"]) == 0
+"""
+    assert loaded_after(code) == set()

@@ -1,0 +1,261 @@
+"""Documents, packing, and the shuffling buffer, with their cursors."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import sys
+import types
+from itertools import islice
+from pathlib import Path
+
+import pytest
+import torch
+
+from qwen_scope.errors import FormatError, InputError, NotFoundError
+from qwen_scope.model import HookPoint, capture
+from qwen_scope.train import Documents, ResidualBuffer, ResidualTable, TokenRows, TrainConfig, train
+
+from .conftest import sentences
+
+POINTS = [HookPoint(0), HookPoint(2)]
+
+
+def once(source, **options) -> list:
+    return list(Documents(source, repeat=False, **options))
+
+
+def test_every_kind_of_file_gives_the_same_documents(tmp_path: Path) -> None:
+    texts = ["one\ntwo", "three", "vier ü 五"]
+    lines = "".join(json.dumps({"text": text, "id": i}) + "\n" for i, text in enumerate(texts))
+    (tmp_path / "a.txt").write_text("\n\n" + "\n\n\n".join(texts) + "\n", encoding="utf-8")
+    (tmp_path / "a.jsonl").write_text(lines, encoding="utf-8")
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
+    assert [d.strip() for d in once(tmp_path / "a.txt")] == texts
+    assert once(tmp_path / "a.jsonl") == once(tmp_path / "a.jsonl.gz") == once(texts) == texts
+    assert len(once(tmp_path)) == 9, "a folder gives all its files"
+
+
+def test_parquet(tmp_path: Path) -> None:
+    pytest.importorskip("pyarrow")
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    pq.write_table(pa.table({"text": sentences(700), "n": list(range(700))}), tmp_path / "a.parquet")
+    assert once(tmp_path / "a.parquet") == sentences(700)
+    with pytest.raises(InputError, match="no column 'body'; it has text, n"):
+        once(tmp_path / "a.parquet", field="body")
+    (tmp_path / "b.parquet").write_bytes(b"PAR1 not really")
+    with pytest.raises(FormatError, match="not a Parquet file"):
+        once(tmp_path / "b.parquet")
+
+
+def test_a_hub_data_set_is_streamed_and_skipped_not_stored(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: dict = {}
+
+    class Stream:
+        def skip(self, n: int):
+            asked["skipped"] = n
+            return ({"text": f"row {i}"} for i in range(n, 10))
+
+    def load_dataset(name, subset, *, split, streaming):
+        asked.update(name=name, subset=subset, split=split, streaming=streaming)
+        return Stream()
+
+    module = types.ModuleType("datasets")
+    module.__spec__ = types.SimpleNamespace()  # type: ignore[assignment]
+    module.load_dataset = load_dataset  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "datasets", module)
+    documents = Documents("owner/set", subset="en", split="test", repeat=False)
+    documents.seek({"epoch": 0, "document": 7})
+    assert list(documents) == ["row 7", "row 8", "row 9"]
+    assert asked == {"name": "owner/set", "subset": "en", "split": "test", "streaming": True, "skipped": 7}
+
+
+def test_the_lab_corpus_has_no_end() -> None:
+    assert all(isinstance(d, str) for d in islice(Documents("lab"), 3))
+
+
+def test_sources_that_do_not_exist(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(NotFoundError, match="no file or folder"):
+        Documents(tmp_path / "none.txt")
+    with pytest.raises(InputError, match="holds no file that ends with"):
+        Documents(tmp_path)
+    (tmp_path / "a.pdf").write_text("")
+    with pytest.raises(InputError, match="not text this package reads"):
+        Documents(tmp_path / "a.pdf")
+    monkeypatch.setattr("qwen_scope.train.data.find_spec", lambda name: None)
+    with pytest.raises(NotFoundError, match=r"qwen-scope\[store\]"):
+        Documents("owner/set")
+
+
+def test_lines_that_do_not_fit(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "fine"}\n{"body": "x"}\n')
+    with pytest.raises(InputError, match=r"line 2 of .* has no field 'text'; it has body"):
+        once(path)
+    path.write_text("{not json}\n")
+    with pytest.raises(FormatError, match=r"line 1 of .* is not JSON"):
+        once(path)
+    path.write_text('{"text": 3}\n')
+    with pytest.raises(InputError, match="is int, not a text"):
+        once(path)
+    path.write_bytes(b'{"text": "\xff"}\n')
+    with pytest.raises(FormatError, match="not UTF-8"):
+        once(path)
+
+
+def test_shares_and_held_out_documents_part_the_source() -> None:
+    texts = [str(i) for i in range(50)]
+    kept = once(texts, hold_out=7, held_out=True)
+    assert kept == [str(i) for i in range(0, 50, 7)]
+    shares = [once(texts, hold_out=7, rank=rank, world=3) for rank in range(3)]
+    assert sorted([*kept, *(d for share in shares for d in share)], key=int) == texts
+    assert {len(share) for share in shares} == {14}
+    documents = Documents(texts, hold_out=7, rank=1, world=3, repeat=False)
+    documents.seek({"epoch": 0, "document": 5})
+    assert list(documents) == shares[1][5:]
+    with pytest.raises(InputError, match="nothing to train on"):
+        Documents(texts, hold_out=1)
+
+
+def test_a_source_repeats_unless_it_can_not() -> None:
+    documents = Documents(["a", "b"])
+    assert list(islice(documents, 5)) == ["a", "b", "a", "b", "a"]
+    assert documents.cursor() == {"epoch": 2, "document": 1}
+    assert list(Documents(iter(["a", "b"]))) == ["a", "b"]
+    assert list(Documents([])) == []
+
+
+def test_rows_are_the_documents_with_ends_between_them(loaded) -> None:
+    texts = sentences(200)
+    rows = list(TokenRows(Documents(texts, repeat=False), loaded.tokenizer, row=16, rows=4))
+    flat = [i for text in texts for i in [*loaded.tokenizer(text)["input_ids"], loaded.tokenizer.eos_token_id]]
+    got = torch.cat(rows).flatten().tolist()
+    assert got == flat[: len(got)]
+    assert len(flat) - len(got) < 16
+    assert all(r.shape == (4, 16) and r.dtype == torch.int64 for r in rows[:-1])
+
+
+def test_ids_beyond_eighteen_bits_survive() -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    ids = {"a": 2**18 + 1, "b": 2**20 + 3, "c": 151_643, "</s>": 2**20 + 7}
+    raw = Tokenizer(models.WordLevel(ids, unk_token="a"))
+    raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    wide = PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="</s>")
+    rows = next(iter(TokenRows(Documents(["a b c"] * 8), wide, row=4, rows=2)))
+    assert rows.tolist() == [list(ids.values())] * 2
+
+
+def test_conversations_are_rendered_by_the_chat_template(loaded) -> None:
+    talk = [{"role": "user", "content": "the cat"}, {"role": "assistant", "content": "sat"}]
+    rows = TokenRows(Documents([talk] * 4), loaded.tokenizer, row=8, rows=1, chat=True)
+    words = loaded.tokenizer.convert_ids_to_tokens(next(iter(rows))[0].tolist())
+    assert words[:5] == ["<unk>", "<unk>", "the", "cat", "</s>"] or words[1:4] == ["the", "cat", "</s>"]
+    with pytest.raises(InputError, match="read it with chat on"):
+        next(iter(TokenRows(Documents([talk]), loaded.tokenizer, row=4, rows=1)))
+
+
+@pytest.mark.parametrize("taken", [0, 1, 3, 7])
+def test_rows_go_on_from_a_cursor(loaded, taken: int) -> None:
+    texts = sentences(37)  # seven batches need several epochs
+
+    def fresh() -> TokenRows:
+        return TokenRows(Documents(texts, hold_out=5), loaded.tokenizer, row=16, rows=4)
+
+    first = fresh()
+    stream = iter(first)
+    for _ in range(taken):
+        next(stream)
+    again = fresh()
+    again.seek(json.loads(json.dumps(first.cursor())))
+    assert again.cursor() == first.cursor()
+    for a, b in islice(zip(stream, again, strict=False), 5):
+        assert torch.equal(a, b)
+
+
+def buffer(loaded, texts=None, **options) -> ResidualBuffer:
+    rows = TokenRows(Documents(texts or sentences(300)), loaded.tokenizer, row=16, rows=4)
+    return ResidualBuffer(loaded.model, rows, POINTS, **{"batch": 32, "budget": 2 * 32 * 4 * 640, **options})
+
+
+def test_a_filling_is_the_models_residuals_shuffled(loaded) -> None:
+    source = buffer(loaded)
+    assert (source.tokens, source.nbytes) == (640, 2 * 32 * 4 * 640)
+    batches = list(islice(source, 20))
+    rows = torch.cat(list(islice(TokenRows(Documents(sentences(300)), loaded.tokenizer, row=16, rows=4), 10)))
+    expected = capture(loaded.model, rows, POINTS)
+    for point in POINTS:
+        got = torch.cat([batch[str(point)] for batch in batches])
+        want = expected[point].flatten(0, 1)
+        assert not torch.equal(got, want)
+        # Every token once: equal as multisets, seen from a few directions.
+        look = torch.randn(32, 5, generator=torch.Generator().manual_seed(0))
+        torch.testing.assert_close((got @ look).sort(0).values, (want @ look).sort(0).values, rtol=1e-4, atol=1e-3)
+
+
+def test_a_short_run_fills_no_more_than_it_needs(loaded) -> None:
+    assert buffer(loaded, most=100).tokens == 192
+    assert buffer(loaded, most=10**9).tokens == 640
+    assert len(list(islice(buffer(loaded, most=160), 5))) == 5
+
+
+@pytest.mark.parametrize("taken", [0, 5, 20, 33])
+def test_the_buffer_goes_on_from_its_cursor_bit_for_bit(loaded, taken: int) -> None:
+    first = buffer(loaded)
+    stream = iter(first)
+    for _ in range(taken):
+        next(stream)
+    again = buffer(loaded)
+    again.seek(json.loads(json.dumps(first.cursor())))
+    for a, b in islice(zip(stream, again, strict=False), 25):
+        assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_a_run_resumes_through_the_buffer_bit_for_bit(loaded, tmp_path: Path) -> None:
+    from qwen_scope.train import Checkpoints
+
+    class Stop(Exception):
+        pass
+
+    def stop(report) -> None:
+        if report.step == 26:
+            raise Stop
+
+    config = TrainConfig(d_sae=64, k=4, tokens=40 * 32, batch=32, lr=1e-3, dead_tokens=128)
+    whole = train(config, buffer(loaded))
+    with pytest.raises(Stop):
+        train(config, buffer(loaded), checkpoints=Checkpoints(tmp_path, every=25), callbacks=[stop])
+    resumed = train(config, buffer(loaded), checkpoints=Checkpoints(tmp_path, every=25, resume=True))
+    for name, sae in whole.items():
+        assert torch.equal(sae.W_enc, resumed[name].W_enc)
+        assert torch.equal(sae.b_dec, resumed[name].b_dec)
+
+
+def test_too_little_text_or_memory_is_said_at_once(loaded) -> None:
+    once_only = TokenRows(Documents(sentences(2), repeat=False), loaded.tokenizer, row=16, rows=4)
+    config = TrainConfig(d_sae=64, k=4, tokens=320, batch=32)
+    short = ResidualBuffer(loaded.model, once_only, POINTS, batch=32)
+    with pytest.raises(InputError, match="less than one batch of 32"):
+        train(config, short)
+    with pytest.raises(InputError, match="too small for one batch; give it 16,384"):
+        buffer(loaded, budget=1000)
+    with pytest.raises(InputError, match="at least one hook point"):
+        ResidualBuffer(loaded.model, once_only, [])
+    ends = TokenRows(Documents(sentences(15), repeat=False), loaded.tokenizer, row=16, rows=4)
+    with pytest.raises(InputError, match=r"ended after \d+ of 10 steps"):
+        train(config, ResidualBuffer(loaded.model, ends, POINTS, batch=32))
+    with pytest.raises(InputError, match="the config asks for 32 rows at a time"):
+        train(config, buffer(loaded, batch=16))
+
+
+def test_a_table_needs_the_same_tokens_everywhere() -> None:
+    x = torch.zeros(10, 3)
+    with pytest.raises(InputError, match="every hook point needs the same tokens"):
+        ResidualTable({"layers.0": x, "layers.1": x[:5]}, batch=2)
+    with pytest.raises(InputError, match="fewer than one batch of 11"):
+        ResidualTable({"layers.0": x}, batch=11)
+    with pytest.raises(InputError, match="no hook points"):
+        ResidualTable({}, batch=1)
