@@ -38,7 +38,9 @@ def benjamini_hochberg(
     return adjusted[: array.size].reshape(array.shape)
 
 
-def auroc(positive: Shaped[np.ndarray, "n ..."], negative: Shaped[np.ndarray, "m ..."]) -> Float[np.ndarray, "..."]:
+def auroc(
+    positive: Shaped[np.ndarray, "n ..."], negative: Shaped[np.ndarray, "m ..."]
+) -> Float[np.ndarray, " *columns"]:
     """The chance, per column, that a random positive value exceeds a random negative one, ties counted half.
 
     Raises:
