@@ -1,3 +1,7 @@
+from .markup import Markup as Markup
+from .markup import element as element
+from .markup import escaped as escaped
+from .markup import join as join
 from .table import size as size
 from .table import table as table
 from .tokens import legend as legend
