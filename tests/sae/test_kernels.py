@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from torch.utils._python_dispatch import TorchDispatchMode
+
 from qwen_scope.errors import InputError
 from qwen_scope.sae import FeatureActs, JumpReLU, TopK, kernels
 
@@ -98,3 +100,62 @@ def test_gradients_reach_the_residual_and_the_values() -> None:
     values = acts.values.clone().requires_grad_()
     sae.decode(FeatureActs(acts.indices, values, acts.width)).sum().backward()
     assert torch.equal(values.grad, W_dec.sum(0)[acts.indices.long()])
+
+
+def decoded_and_gradient(decode, acts: FeatureActs, W_dec: torch.Tensor, b_dec: torch.Tensor, *tile: int):
+    values = acts.values.clone().requires_grad_()
+    out = decode(FeatureActs(acts.indices, values, acts.width), W_dec, b_dec, *tile)
+    wanted = torch.arange(out.numel()).reshape(out.shape) % 7 - 3.0
+    (gradient,) = torch.autograd.grad((out * wanted).sum(), values)
+    return out.detach(), gradient
+
+
+@pytest.mark.parametrize("feature_by_feature", [False, True])
+@pytest.mark.parametrize("tile", TILES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("n", "d_model", "d_sae", "k"), [(40, 50, 64, 5), (300, 16, 100, 1), (3, 20, 900, 4)])
+def test_decode_and_its_gradient(
+    n: int, d_model: int, d_sae: int, k: int, dtype: torch.dtype, tile: int, feature_by_feature: bool
+) -> None:
+    W_enc, W_dec, b_enc, b_dec = weights(d_model, d_sae, dtype)
+    W_dec = W_dec.T.contiguous().T if feature_by_feature else W_dec
+    acts = kernels.encode_topk_reference(rows(n, d_model), W_enc, b_enc, k)
+    mine = decoded_and_gradient(kernels.decode, acts, W_dec, b_dec, tile)
+    truth = decoded_and_gradient(kernels.decode_reference, acts, W_dec, b_dec)
+    assert all(torch.equal(a, b) for a, b in zip(mine, truth, strict=True))
+
+
+def test_decode_differentiates_in_a_decoder_that_learns() -> None:
+    W_enc, W_dec, b_enc, b_dec = weights(8, 32, torch.float32)
+    acts = kernels.encode_topk_reference(rows(40, 8), W_enc, b_enc, 3)
+    grads = []
+    for decode in (kernels.decode, kernels.decode_reference):
+        learning, bias = W_dec.clone().requires_grad_(), b_dec.clone().requires_grad_()
+        grads.append(torch.autograd.grad(decode(acts, learning, bias).sum(), (learning, bias)))
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
+class Largest(TorchDispatchMode):
+    """The most numbers any tensor made inside the block has."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        made = out if isinstance(out, tuple | list) else (out,)
+        self.numbers = max([self.numbers, *(t.numel() for t in made if isinstance(t, torch.Tensor))])
+        return out
+
+
+@pytest.mark.parametrize("feature_by_feature", [False, True])
+def test_decode_and_its_gradient_make_nothing_dense(feature_by_feature: bool) -> None:
+    n, d_model, d_sae, k = 600, 64, 2000, 40
+    W_dec = torch.randn(d_model, d_sae)
+    W_dec = W_dec.T.contiguous().T if feature_by_feature else W_dec
+    acts = FeatureActs(torch.randint(0, d_sae, (n, k)).int(), torch.rand(n, k), d_sae)
+    weights_are = d_model * d_sae
+    assert n * k * d_model > 4 * weights_are
+    assert n * d_sae > 4 * weights_are
+    with Largest() as seen:
+        decoded_and_gradient(kernels.decode, acts, W_dec, torch.zeros(d_model))
+    assert seen.numbers <= weights_are

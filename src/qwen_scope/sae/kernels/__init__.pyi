@@ -1,3 +1,4 @@
+from .bags import decode as decode
 from .bound import prepare as prepare
 from .chosen import EncoderCache as EncoderCache
 from .chosen import encode_topk_chosen as encode_topk_chosen
@@ -8,6 +9,5 @@ from .reference import pre_acts as pre_acts
 from .screened import EncodeStats as EncodeStats
 from .screened import encode_topk_screened as encode_topk_screened
 from .tiled import TILE_BYTES as TILE_BYTES
-from .tiled import decode as decode
 from .tiled import encode_threshold as encode_threshold
 from .tiled import encode_topk as encode_topk

@@ -1,4 +1,4 @@
-"""Encode and decode tile by tile: rows by a byte budget, and features too where weights must be widened to fp32."""
+"""Encode tile by tile: rows by a byte budget, and features too where weights must be widened to fp32."""
 
 from __future__ import annotations
 
@@ -56,19 +56,6 @@ def encode_threshold(
     k = most_active(best.values)
     values = best.values[:, :k]
     return FeatureActs(torch.where(values == 0, 0, best.indices[:, :k]), values, width).reshape(*x.shape[:-1])
-
-
-def decode(acts: FeatureActs, W_dec: Tensor, b_dec: Tensor, tile_bytes: int = TILE_BYTES) -> Tensor:
-    """`decode_reference` from the active columns only, differentiable in the values."""
-    acts = acts.to(W_dec.device)
-    d_model = len(W_dec)
-    flat = acts.reshape(-1)
-    rows = max(1, tile_bytes // (4 * d_model * max(1, acts.k)))
-    out = []
-    for indices, values in zip(flat.indices.split(rows), flat.values.split(rows), strict=True):
-        columns = W_dec.index_select(1, indices.flatten().int()).float().view(d_model, *indices.shape)
-        out.append(torch.einsum("dnk,nk->nd", columns, values.float()))
-    return (torch.cat(out) + b_dec.float()).reshape(*acts.shape, d_model)
 
 
 def most_active(values: Tensor) -> int:
