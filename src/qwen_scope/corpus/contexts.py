@@ -153,6 +153,19 @@ def choose(rows: int, n: int, how: str, strata: int, seed: int) -> Int64[np.ndar
     return np.sort(np.concatenate(chosen).astype(np.int64))
 
 
+def first_per_document(features: TableRows, start: int, rows: int, n: int) -> Int64[np.ndarray, " chosen"]:
+    """The strongest row of each of the `n` documents where the feature is strongest."""
+    seen: dict[int, int] = {}
+    for offset in range(0, rows, ROW_GROUP):
+        piece = features.read(start + offset, min(ROW_GROUP, rows - offset), ["document"])["document"].to_numpy()
+        documents, first = np.unique(piece, return_index=True)
+        for at in np.sort(first):
+            seen.setdefault(int(piece[at]), offset + int(at))
+        if len(seen) >= n or len(documents) == 0:
+            break
+    return np.array(list(seen.values())[:n], np.int64)
+
+
 def read(
     tables: Mapping[str, TableRows],
     layer: int,

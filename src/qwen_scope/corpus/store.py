@@ -291,6 +291,7 @@ class FeatureStore:
         after: int = 10,
         strata: int = 5,
         seed: int = 0,
+        per_document: bool = False,
     ) -> list[Context]:
         """Places where a feature fires, with the tokens around them.
 
@@ -299,9 +300,12 @@ class FeatureStore:
             how: the `top` activations, a `random` sample of all, or `quantiles`: the activations in `strata` equal
                 shares by size, from each an equal random sample, strongest first.
             before, after: tokens of the same document to show around the place.
+            per_document: of the top activations only the strongest of each document.
         """
         start, rows = self._rows(layer, feature)
         chosen = contexts.choose(rows, n, how, strata, seed)
+        if per_document and how == "top":
+            chosen = contexts.first_per_document(self.tables["features"], start, rows, n)
         return contexts.read(self.tables, layer, feature, start, rows, chosen, before, after)
 
     # --- inside ------------------------------------------------------------------------------------------------------

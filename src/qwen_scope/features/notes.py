@@ -1,0 +1,286 @@
+"""Labels, notes and verdicts on features: a file beside the parts of a store, only ever added to."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, fields
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, final
+
+from qwen_scope.corpus import FeatureStore
+from qwen_scope.errors import FormatError, InputError, MismatchError, NotFoundError
+from qwen_scope.stats import Interval
+
+FILE = "notes.jsonl"
+KINDS = ("label", "note", "verdict")
+
+
+@dataclass(frozen=True)
+class Label:
+    """A name for a feature with how well it holds; there is no label without its scores.
+
+    Attributes:
+        text: the name.
+        detection: balanced accuracy of telling from the name in which contexts the feature fires.
+        fuzzing: the same of telling whether the right tokens are marked.
+        source: the model that wrote it, or `summary` for the list of typical tokens that no model wrote.
+        scorer: who judged: a model, or `tokens` for the rule that looks for the typical tokens.
+    """
+
+    text: str
+    detection: Interval
+    fuzzing: Interval
+    source: str
+    scorer: str
+
+    @property
+    def by_model(self) -> bool:
+        """Whether a language model wrote it."""
+        return self.source != "summary"
+
+    @property
+    def score(self) -> float:
+        """The mean of both balanced accuracies: 0.5 is chance."""
+        return (self.detection.estimate + self.fuzzing.estimate) / 2
+
+
+@dataclass(frozen=True)
+class Note:
+    """One entry of the file.
+
+    Attributes:
+        kind: `label`, `note` or `verdict`.
+        layer, feature: about which.
+        fingerprint: of the SAE.
+        body: a label's fields, `{"text"}` of a note, or what `validate` found.
+        author: who wrote it.   made: when, in UTC.
+    """
+
+    kind: str
+    layer: int
+    feature: int
+    fingerprint: str
+    body: Mapping[str, Any]
+    author: str = ""
+    made: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="microseconds"))
+
+    @property
+    def id(self) -> str:
+        """A digest of the entry: the same entry has the same id everywhere, which is how files are merged."""
+        return hashlib.sha256(_line(asdict(self)).encode()).hexdigest()[:16]
+
+    @property
+    def label(self) -> Label:
+        """The label of an entry of that kind."""
+        parts = {name: Interval(**self.body[name]) for name in ("detection", "fuzzing")}
+        return Label(**{**self.body, **parts})
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, id first."""
+        return {"id": self.id, **asdict(self)}
+
+    @classmethod
+    def from_json(cls, data: Any) -> Note:
+        """The entry that `to_json` wrote.
+
+        Raises:
+            FormatError: it is not one.
+        """
+        names = {f.name: f.type for f in fields(cls)}
+        if not isinstance(data, dict) or not set(names) <= set(data) <= {"id", *names}:
+            raise FormatError(f"an entry has exactly the keys id, {', '.join(names)}")
+        values = {name: data[name] for name in names}
+        for name, value in values.items():
+            wanted = {"layer": int, "feature": int, "body": dict}.get(name, str)
+            if not isinstance(value, wanted) or isinstance(value, bool):
+                raise FormatError(f"{name!r} of an entry can't be {value!r:.60}")
+        if values["kind"] not in KINDS or min(values["layer"], values["feature"]) < 0:
+            raise FormatError("an entry is a label, note or verdict on a layer and feature counted from 0")
+        _check_body(values["kind"], values["body"])
+        note = cls(**values)
+        if data.get("id", note.id) != note.id:
+            raise FormatError(f"the entry {data['id']!r:.40} has been changed: its content has the id {note.id}")
+        return note
+
+
+def make_label(layer: int, feature: int, fingerprint: str, label: Label, author: str = "") -> Note:
+    """A label as an entry."""
+    return Note("label", layer, feature, fingerprint, asdict(label), author or label.source)
+
+
+@final
+class Notes:
+    """The labels, notes and verdicts of a store, in the order they were made.
+
+    They are lines of JSON in `notes.jsonl` inside the store. An entry is never changed or taken away: a newer label
+    stands beside an older one. Entries have ids made from their content, so joining two files loses and doubles
+    nothing.
+
+    Args:
+        store: the store they belong to; entries about another SAE than its layers' are refused.
+
+    Raises:
+        FormatError: the file is damaged; the message says in which line.
+    """
+
+    def __init__(self, store: FeatureStore) -> None:
+        self.store, self.path = store, store.folder / FILE
+        self._entries = {note.id: note for note in read_notes(self.path)} if self.path.exists() else {}
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __iter__(self) -> Iterable[Note]:
+        return iter(self._entries.values())
+
+    def of(self, layer: int, feature: int, kind: str | None = None) -> list[Note]:
+        """The entries about one feature, oldest first."""
+        return [
+            note
+            for note in self._entries.values()
+            if (note.layer, note.feature) == (layer, feature) and kind in (None, note.kind)
+        ]
+
+    def label(self, layer: int, feature: int) -> Label | None:
+        """The label to show: the best-scored one of a model, else the best-scored summary; None if there is none."""
+        found = [note.label for note in self.of(layer, feature, "label")]
+        return max(found, key=lambda label: (label.by_model, label.score), default=None)
+
+    def labels(self) -> dict[tuple[int, int], Label]:
+        """The label to show for every feature that has one, by layer and feature."""
+        named = sorted({(n.layer, n.feature) for n in self._entries.values() if n.kind == "label"})
+        return {place: label for place in named if (label := self.label(*place)) is not None}
+
+    def add(self, *notes: Note) -> int:
+        """Append entries to the file, each with one write, so that two writers don't mix lines; how many were new.
+
+        Raises:
+            MismatchError, NotFoundError: an entry about another SAE, or a feature the store does not have.
+        """
+        for note in notes:
+            self._check(note)
+        new = {note.id: note for note in notes if note.id not in self._entries}
+        if new:
+            with self.path.open("ab") as file:
+                for note in new.values():
+                    file.write((_line(note.to_json()) + "\n").encode())
+                    file.flush()
+                os.fsync(file.fileno())
+        self._entries |= new
+        return len(new)
+
+    def write(self, layer: int, feature: int, text: str, author: str = "") -> Note:
+        """Add a note in plain words.
+
+        Raises:
+            InputError: an empty note.
+        """
+        if not text.strip():
+            raise InputError("the note is empty")
+        note = Note("note", layer, feature, self.store.layer(layer).fingerprint, {"text": text}, author)
+        self.add(note)
+        return note
+
+    def verdict(self, layer: int, feature: int, found: Mapping[str, Any], author: str = "") -> Note:
+        """Add what `validate` found (`Verdict.to_json()`)."""
+        body = json.loads(json.dumps(found, default=str))
+        note = Note("verdict", layer, feature, self.store.layer(layer).fingerprint, body, author)
+        self.add(note)
+        return note
+
+    def export(self, path: str | os.PathLike[str]) -> int:
+        """Write every entry to a file of its own; how many.
+
+        Raises:
+            InputError: it exists.
+        """
+        try:
+            with Path(path).open("x", encoding="utf-8") as file:
+                file.writelines(_line(note.to_json()) + "\n" for note in self._entries.values())
+        except OSError as error:
+            raise InputError(f"can't write {path}: {error.strerror}") from error
+        return len(self._entries)
+
+    def merge(self, path: str | os.PathLike[str]) -> int:
+        """Add the entries of an exported file that are not here yet; how many.
+
+        Raises:
+            NotFoundError: there is no such file.   FormatError: it is damaged.
+            MismatchError: it holds entries about another SAE; then nothing is added.
+        """
+        return self.add(*read_notes(Path(path)))
+
+    def search(self, words: str, n: int | None = 20) -> list[Note]:
+        """Labels and notes that hold every word (a prefix of a word is enough), best match first.
+
+        A match counts more the rarer the word is among all entries, and less the longer the text is.
+        """
+        wanted = _words(words)
+        if not wanted:
+            raise InputError("search for at least one word")
+        texts = {note.id: _words(str(note.body.get("text", ""))) for note in self._entries.values()}
+        hits = {
+            word: {id for id, found in texts.items() if any(one.startswith(word) for one in found)} for word in wanted
+        }
+        both = set.intersection(*hits.values())
+        weight = sum(math.log(1 + len(texts) / max(1, len(found))) for found in hits.values())
+        ranked = sorted(both, key=lambda id: (-weight / len(texts[id]) ** 0.5, list(self._entries).index(id)))
+        return [self._entries[id] for id in ranked[:n]]
+
+    def _check(self, note: Note) -> None:
+        self.store.check_feature(note.layer, note.feature)
+        if note.fingerprint != self.store.layer(note.layer).fingerprint:
+            raise MismatchError(
+                f"the {note.kind} on layer {note.layer}, feature {note.feature} is about another SAE"
+                f" ({note.fingerprint[:12]}) than the store {self.store.folder}"
+            )
+
+
+def read_notes(path: Path) -> list[Note]:
+    """The entries of a file.
+
+    Raises:
+        NotFoundError: there is no such file.   FormatError: a line is not an entry; a last line that was cut off by a
+        stopped writer is named as such.
+    """
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise NotFoundError(f"there are no notes in {path}: {error.strerror}") from error
+    out = []
+    for number, line in enumerate(data.splitlines(), 1):
+        try:
+            out.append(Note.from_json(json.loads(line.decode("utf-8"))))
+        except (ValueError, RecursionError, FormatError) as error:
+            raise FormatError(f"line {number} of {path} is no entry: {str(error)[:200]}") from error
+    return out
+
+
+def _check_body(kind: str, body: Mapping[str, Any]) -> None:
+    """Refuse a label without its scores and a note without text."""
+    wanted = {"label": {f.name for f in fields(Label)}, "note": {"text"}, "verdict": {"outcome"}}[kind]
+    if not wanted <= set(body) or (kind != "verdict" and set(body) != wanted):
+        raise FormatError(f"a {kind} has {', '.join(sorted(wanted))}, not {', '.join(sorted(body))[:80]}")
+    if not all(isinstance(body[name], str) for name in wanted - {"detection", "fuzzing"}):
+        raise FormatError(f"the texts of a {kind} are strings")
+    for name in wanted & {"detection", "fuzzing"}:
+        score = body[name]
+        known = {f.name for f in fields(Interval)}
+        if not isinstance(score, dict) or set(score) != known:
+            raise FormatError(f"{name} of a label is an interval with {', '.join(sorted(known))}")
+        if not all(isinstance(v, int | float) and not isinstance(v, bool) and math.isfinite(v) for v in score.values()):
+            raise FormatError(f"{name} of a label holds something that is no number")
+
+
+def _line(data: Mapping[str, Any]) -> str:
+    return json.dumps(data, ensure_ascii=True, sort_keys=True, separators=(",", ":"), allow_nan=True)
+
+
+def _words(text: str) -> list[str]:
+    return re.findall(r"\w+", text.casefold())
