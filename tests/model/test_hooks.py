@@ -262,3 +262,21 @@ def test_a_block_held_open_by_a_generator_can_close_elsewhere(qwen3):
     with ThreadPoolExecutor(1) as pool:
         pool.submit(steps.close).result()
     assert hook_count(qwen3) == 0
+
+
+def test_a_generator_resumed_in_another_context_is_refused(qwen3):
+    """Its hooks are not felt there, so that its last figures would pass for changed ones."""
+
+    def stream():
+        with changing(qwen3, {ONE: lambda h, p: h + 1}):
+            for _ in range(2):
+                yield logits(qwen3, ids(1, 2))
+
+    steps = stream()
+    next(steps)
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(next, steps).result()
+        with pytest.raises(InputError, match="another thread or task"):
+            pool.submit(next, steps).result()
+    assert hook_count(qwen3) == 0
+    assert len(list(stream())) == 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextvars
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -276,6 +277,16 @@ def test_pieces_join_to_the_text(scope) -> None:
     for i, one in enumerate(found):
         assert got.get(i, "") == one.text == "".join(t.text for t in one.tokens)
         assert one.text == scope.tokenizer.decode(ids_of(one))
+
+
+def test_a_stream_may_be_read_in_any_context(scope) -> None:
+    """Its generation stays in the context it began in, whoever asks for the next piece."""
+    decoding = Decoding(max_new_tokens=8)
+    whole = run(scope, [PROMPT], mixed_interventions(), decoding=decoding)[0].text
+    pieces = stream(lambda on_text: run(scope, [PROMPT], mixed_interventions(), decoding=decoding, on_text=on_text))
+    with ThreadPoolExecutor(3) as pool:
+        found = [pool.submit(contextvars.Context().run, next, pieces, None).result() for _ in range(20)]
+    assert "".join(piece[1] for piece in found if piece) == whole
 
 
 def test_stream(scope) -> None:

@@ -42,7 +42,8 @@ def reading(
 
     Raises:
         NotFoundError: a hook point names a layer the model does not have.
-        InputError: the model is compiled, or at the end of the block a hook point has never been reached.
+        InputError: the model is compiled, or at the end of the block a hook point has never been reached, or the block
+            ends in another context than it began in.
         FormatError: a block's output is not a residual of shape `(batch, seq, d_model)`.
     """
 
@@ -169,11 +170,17 @@ def _attached(model: nn.Module, callbacks: Mapping[HookPoint, Callable[[Tensor],
             handles.append(layers[point.layer].register_forward_hook(hook, with_kwargs=True))
         _ACTIVE.set(_ACTIVE.get() | {session})
         yield
+        here = session in _ACTIVE.get()
     finally:
         # not reset(token): a generator that holds this block open may be closed in another context
         _ACTIVE.set(_ACTIVE.get() - {session})
         for handle in handles:
             handle.remove()
+    if not here:
+        raise InputError(
+            "the block was opened in another thread or task and ends in this one, where the model ran without its"
+            " hooks; run a whole generator in one context, such as with qwen_scope.steer.stream"
+        )
     missed = [str(point) for point in callbacks if point not in fired]
     if missed:
         raise InputError(
