@@ -10,7 +10,22 @@ import typer
 
 from qwen_scope.errors import QwenScopeError
 
-from . import catalog, compare, convert, demo, extract, features, lab, plan, steer, store, sweep, train, validate
+from . import (
+    catalog,
+    compare,
+    convert,
+    demo,
+    explore,
+    extract,
+    features,
+    lab,
+    plan,
+    steer,
+    store,
+    sweep,
+    train,
+    validate,
+)
 
 app = typer.Typer(
     name="qwen-scope",
@@ -33,6 +48,7 @@ app.command("sweep")(sweep.sweep)
 app.command("validate")(validate.validate)
 app.command("train")(train.train)
 app.command("eval")(train.evaluate)
+app.command("explore")(explore.explore)
 app.add_typer(lab.app, name="lab")
 
 

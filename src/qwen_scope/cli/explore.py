@@ -1,0 +1,81 @@
+"""`qwen-scope explore`: the web page."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from qwen_scope.errors import InputError, NotFoundError
+
+from . import options, output
+
+
+def explore(
+    model: options.Model = "lab",
+    sae: options.Sae = None,
+    stores: Annotated[
+        list[Path] | None, typer.Option("--store", help="A folder that extract has written; may be repeated.")
+    ] = None,
+    host: Annotated[str, typer.Option("--host", help="Where to listen. Default: reachable from this machine only.")] = (
+        "127.0.0.1"
+    ),
+    port: Annotated[int | None, typer.Option("--port", help="Default: the first free one from 7860 on.")] = None,
+    auth: Annotated[
+        list[str] | None, typer.Option("--auth", help="NAME:PASSWORD that may enter; may be repeated.")
+    ] = None,
+    browser: Annotated[bool, typer.Option("--browser/--no-browser", help="Open the page in a browser.")] = False,
+    sae_cache: Annotated[str, typer.Option("--sae-cache", help="Memory for SAEs, such as 8GB.")] = "8GB",
+    device: options.Device = None,
+    dtype: options.Dtype = "auto",
+    k: options.K = None,
+) -> None:
+    """Open the explorer: a web page to read texts, compare them, steer, and look at features and stores.
+
+    The page can reach the model, the SAEs and the stores named here, and no other file of this machine.
+    """
+    named = store_names(stores or [])
+    pairs = [name_and_password(text) for text in auth or []]
+    cache_bytes = options.parse_size(sae_cache)
+    need_gradio()
+    from qwen_scope.explorer import Desk, launch
+    from qwen_scope.scope import load_scope
+
+    options.quiet()
+    with output.status("opening the model"):
+        desk = Desk(load_scope(model, sae, device=device, dtype=dtype, k=k, cache_bytes=cache_bytes), named)
+    page, url = launch(desk, host=host, port=port, auth=pairs, open_browser=browser, block=False)
+    output.console().print(f"The explorer is at {url} (stop it with Ctrl-C)", soft_wrap=True)
+    page.block_thread()
+
+
+def need_gradio() -> None:
+    """Refuse to go on without Gradio, which only the extra brings."""
+    from importlib.util import find_spec
+
+    if find_spec("gradio") is None:
+        raise NotFoundError("the explorer needs the package gradio: pip install 'qwen-scope[explorer]'")
+
+
+def store_names(folders: list[Path]) -> dict[str, Path]:
+    """The stores by the names of their folders.
+
+    Raises:
+        InputError: two of the same name.
+    """
+    named: dict[str, Path] = {}
+    for folder in folders:
+        name = folder.resolve().name
+        if name in named:
+            raise InputError(f"two stores are named {name!r}; rename one of the folders")
+        named[name] = folder.resolve()
+    return named
+
+
+def name_and_password(text: str) -> tuple[str, str]:
+    """`NAME:PASSWORD` as a pair; raises InputError for anything else."""
+    name, colon, password = text.partition(":")
+    if not (name and colon and password):
+        raise InputError("--auth is NAME:PASSWORD, neither of them empty")
+    return name, password

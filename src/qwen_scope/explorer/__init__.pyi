@@ -1,0 +1,4 @@
+from .desk import Desk as Desk
+from .desk import Limits as Limits
+from .page import build as build
+from .page import launch as launch

@@ -1,0 +1,113 @@
+"""The Explore tab: read a text, click through its tokens and features."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import gradio as gr
+
+from . import explore_view as view
+from .desk import Desk
+from .explore_view import Reading
+from .pieces import empty
+from .wiring import on, panel, picked
+
+EXAMPLES = (
+    "Could you wait, please? Shut up, you fool!",
+    "Where is the station? Wo ist der Bahnhof? 车站在哪里？",
+    "def mean(values):\n    return sum(values) / len(values)\n",
+)
+CHAT_CHOICES = [("Plain text", "plain"), ("Chat, thinking", "thinking"), ("Chat, not thinking", "non_thinking")]
+
+START = "Write or paste a text above and press Read: its tokens appear here, shaded by the feature you pick."
+
+
+class ExploreTab:
+    """Builds the tab inside the page that is being built, and answers what happens in it."""
+
+    def __init__(self, desk: Desk) -> None:
+        self.desk = desk
+        self.reading = gr.State(None)
+        with gr.Row(elem_classes="qs-bench"):
+            self.text = gr.Textbox(
+                label="Text", lines=3, max_lines=10, elem_id="explore-text", placeholder="Write or paste a text",
+                max_length=desk.limits.characters, scale=4,
+            )  # fmt: skip
+            with gr.Column(scale=1, min_width=240):
+                self.chat = gr.Dropdown(
+                    CHAT_CHOICES, value="plain", label="Put to the model as", elem_id="explore-chat"
+                )
+                self.read = gr.Button("Read", variant="primary", elem_id="explore-read")
+        gr.Examples([[text] for text in EXAMPLES], [self.text], label="Try", api_visibility="private")
+        self.notice = panel(elem_id="explore-notice")
+        self.layer = gr.Slider(
+            desk.layers[0], desk.layers[-1], value=desk.layers[len(desk.layers) // 2], step=1, label="Layer",
+            elem_id="explore-layer",
+        )  # fmt: skip
+        with gr.Row(equal_height=False):
+            with gr.Column(scale=3, min_width=420):
+                self.tokens = panel(empty(START), elem_id="explore-tokens")
+                self.heat = panel(elem_id="explore-heat")
+                with gr.Row(elem_classes="qs-options", visible=False) as self.heat_options:
+                    self.own_scale = gr.Checkbox(True, label="Scale each row by its own maximum")
+                    self.skip_first = gr.Checkbox(True, label="Leave out the first token")
+            with gr.Column(scale=2, min_width=320):
+                self.of_token = panel(elem_id="explore-token-features")
+                self.of_text = panel(elem_id="explore-text-features")
+        with gr.Accordion("Through depth", open=False) as self.depth_fold:
+            self.depth = panel(elem_id="explore-depth")
+        self.join()
+
+    def join(self) -> None:
+        """Which event calls what."""
+        shown = [self.reading, self.tokens, self.of_token, self.of_text, self.heat, self.heat_options]
+        heat = [self.own_scale, self.skip_first]
+        on(
+            [self.read.click, self.text.submit],
+            self.start, [self.text, self.chat, self.layer, *heat], shown, self.notice, show_progress="minimal",
+            show_progress_on=self.tokens,
+        )  # fmt: skip
+        on(self.layer.release, self.move, [self.reading, self.layer, *heat], shown, self.notice)
+        on([box.input for box in heat], self.move, [self.reading, self.layer, *heat], shown, self.notice)
+        on(
+            [part.pick for part in (self.tokens, self.of_token, self.of_text, self.heat)],
+            self.choose, [self.reading, *heat], shown, self.notice,
+        )  # fmt: skip
+
+    def start(self, text: str, chat: str, layer: int, own_scale: bool, skip_first: bool) -> dict[Any, Any]:
+        """A new text."""
+        return self.show(Reading(text, chat, int(layer)), own_scale, skip_first)
+
+    def move(self, reading: Reading | None, layer: int, own_scale: bool, skip_first: bool) -> dict[Any, Any]:
+        """Another layer, or another way to draw."""
+        if reading is None:
+            return {}
+        feature = reading.feature if int(layer) == reading.layer else -1
+        return self.show(replace(reading, layer=int(layer), feature=feature), own_scale, skip_first)
+
+    def choose(self, reading: Reading | None, own_scale: bool, skip_first: bool, event: gr.EventData) -> dict[Any, Any]:
+        """A token or a feature was clicked."""
+        if reading is None:
+            return {}
+        if (token := picked(event, "token")) >= 0:
+            reading = replace(reading, token=token)
+        if (feature := picked(event, "feature")) >= 0:
+            self.desk.check_feature(reading.layer, feature)
+            reading = replace(reading, feature=feature)
+        return self.show(reading, own_scale, skip_first)
+
+    def show(self, reading: Reading, own_scale: bool, skip_first: bool) -> dict[Any, Any]:
+        """Every panel for what is being looked at."""
+        desk = self.desk
+        seen = desk.seen(reading.text, reading.layer, reading.chat)
+        reading = reading.with_default_choice(seen)
+        label = desk.label
+        return {
+            self.reading: reading,
+            self.tokens: view.tokens_panel(seen, reading, label),
+            self.of_token: view.token_features_panel(seen, reading, label),
+            self.of_text: view.text_features_panel(seen, reading, label),
+            self.heat: view.heat_panel(seen, reading, label, own_scale=own_scale, skip_first=skip_first),
+            self.heat_options: gr.Row(visible=True),
+        }

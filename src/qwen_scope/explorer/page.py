@@ -1,0 +1,99 @@
+"""The page: a header, the tabs, and how they are served."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from importlib.resources import files
+from typing import Any
+
+import gradio as gr
+
+from qwen_scope.report import Markup, element, join
+from qwen_scope.scope import model_source
+
+from . import theme
+from .desk import Desk
+from .explore import ExploreTab
+from .wiring import panel
+
+TITLE = "qwen-scope explorer"
+
+
+def build(desk: Desk) -> gr.Blocks:
+    """The page for this desk, ready to be launched or mounted."""
+    with gr.Blocks(title=TITLE, analytics_enabled=False, fill_width=True, delete_cache=(600, 3600)) as page:
+        panel(header(desk), elem_id="qs-header")
+        with gr.Tabs(elem_id="qs-tabs"), gr.Tab("Explore", id="explore"):
+            ExploreTab(desk)
+    return page
+
+
+def launch(
+    desk: Desk,
+    *,
+    host: str = "127.0.0.1",
+    port: int | None = None,
+    auth: Sequence[tuple[str, str]] | None = None,
+    open_browser: bool = False,
+    block: bool = True,
+) -> tuple[gr.Blocks, str]:
+    """Serve the page, and say where.
+
+    Args:
+        host: where to listen; by default only this machine can reach it.
+        port: by default the first free one from 7860 on.
+        auth: pairs of name and password; without them everybody who reaches the page may use it.
+        block: return only when the page is stopped.
+    """
+    page = build(desk)
+    page.queue(max_size=200, default_concurrency_limit=1)
+    _, url, _ = page.launch(
+        server_name=host,
+        server_port=port,
+        auth=list(auth) if auth else None,
+        inbrowser=open_browser,
+        prevent_thread_lock=not block,
+        **served(desk),
+    )
+    return page, url
+
+
+def served(desk: Desk) -> dict[str, Any]:
+    """How the page looks and what it lets through, for `Blocks.launch`."""
+    here = files("qwen_scope.explorer")
+    css = theme.variables() + here.joinpath("page.css").read_text(encoding="utf-8")
+    script = here.joinpath("page.js").read_text(encoding="utf-8")
+    return {
+        "theme": theme.theme(),
+        "css": css,
+        "head": f"<script>{script}</script>",
+        "quiet": True,
+        "share": False,
+        "ssr_mode": False,
+        "mcp_server": False,
+        "footer_links": [],
+        "enable_monitoring": False,
+        "max_file_size": desk.limits.upload_bytes,
+        "allowed_paths": [],
+    }
+
+
+def header(desk: Desk) -> Markup:
+    """The name of the page and what it looks at."""
+    scope = desk.scope
+    sae = scope.saes[scope.layers[0]]
+    facts = [
+        ("model", "lab" if scope.name == model_source("lab") else os.path.basename(scope.name.rstrip("/"))),
+        ("SAEs", os.path.basename(scope.saes.source.rstrip("/"))),
+        ("features", f"{sae.d_sae:,} in each of {len(scope.layers)} layers"),
+    ]
+    shown = [element("span", element("small", name), " ", value) for name, value in facts]
+    switch = element(
+        "button", "◐", type="button", id="qs-theme", title="Light or dark", aria_label="Switch between light and dark"
+    )
+    return element(
+        "div",
+        join(element("h1", "qwen-scope", element("em", "explorer")), element("div", *shown, class_="qs-facts"), switch),
+        class_="qs-header",
+    )

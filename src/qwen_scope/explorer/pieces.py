@@ -1,0 +1,112 @@
+"""Pieces of HTML that the tabs share: token chips, ranked features, bars. Values in, markup out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from qwen_scope.report import Markup, element, join, visible
+
+
+@dataclass(frozen=True)
+class Named:
+    """A feature's label and how well it scored; a label is never shown without its score."""
+
+    text: str
+    score: float
+
+
+def number(value: float) -> str:
+    """A number to three significant digits."""
+    return f"{value:.3g}"
+
+
+def percent(value: float) -> str:
+    """A share as people say it."""
+    return f"{100 * value:.0f}%" if value >= 0.1 or value == 0 else f"{100 * value:.1f}%"
+
+
+def strength(value: float, top: float) -> str | None:
+    """The style that shades an element by `value / top`; None where nothing is to be shaded."""
+    return f"--v:{min(1.0, value / top):.3f}" if value > 0 and top > 0 else None
+
+
+def chip(
+    token: str,
+    value: float = 0.0,
+    top: float = 1.0,
+    *,
+    pick: str | None = None,
+    pressed: bool = False,
+    title: str | None = None,
+    class_: str = "",
+) -> Markup:
+    """One token, shaded by its value; a button where it can be picked."""
+    shown = visible(token) or "·"
+    attributes = {
+        "class_": f"qs-token {class_}".strip(),
+        "style": strength(value, top),
+        "title": title,
+        "dir": "auto",
+    }
+    if pick is None:
+        made = element("span", shown, **attributes)
+    else:
+        made = element("button", shown, type="button", data_pick=pick, aria_pressed=str(pressed).lower(), **attributes)
+    return join(made, element("br")) if "\n" in token else made
+
+
+def quoted(token: str) -> Markup:
+    """A token in a sentence."""
+    return element("span", visible(token) or "·", class_="qs-token", dir="auto")
+
+
+def chips(made: Sequence[Markup], label: str) -> Markup:
+    """Tokens in the direction their text is read; arrow keys move among those that are buttons."""
+    return element("div", *made, class_="qs-tokens", dir="auto", role="group", aria_label=label, data_roving=True)
+
+
+def bar(value: float, top: float) -> Markup:
+    """A bar as long as `value / top`."""
+    return element("span", element("span", style=strength(value, top)), class_="qs-bar", aria_hidden="true")
+
+
+def name_of(named: Named | None) -> Markup:
+    """A label with its score, or nothing."""
+    if named is None:
+        return Markup("")
+    score = element("span", number(named.score), class_="qs-score", title="score of the label")
+    return element("span", named.text, " ", score, class_="qs-label")
+
+
+def feature_link(layer: int, feature: int) -> Markup:
+    """A link to the page of a feature."""
+    return element(
+        "a",
+        "↗",
+        href=f"?layer={layer}&feature={feature}",
+        class_="qs-open",
+        title=f"Open the page of feature {feature} of layer {layer}",
+        aria_label=f"Open the page of feature {feature} of layer {layer}",
+    )
+
+
+def heading(text: str, note: str | Markup | None = None) -> Markup:
+    """A section's title, with a quieter remark beside it."""
+    quiet = element("span", note, class_="qs-note") if note else None
+    return element("h3", text, quiet, class_="qs-heading")
+
+
+def card(*children: Markup) -> Markup:
+    """A part of the page that stands by itself."""
+    return element("section", *children, class_="qs-card")
+
+
+def empty(text: str) -> Markup:
+    """What to do where there is nothing yet."""
+    return card(element("p", text, class_="qs-empty"))
+
+
+def notice(sentence: str) -> Markup:
+    """An error or a remark as a sentence, announced to screen readers."""
+    return element("div", sentence[:1].upper() + sentence[1:], class_="qs-notice", role="alert")
