@@ -13,5 +13,19 @@ sys.path.insert(0, str(Path(__file__).parent))  # for shapes, tiny, families
 from jaxtyping import install_import_hook
 
 # Not the lab: it has no tensors, and checking every call of its grammar would take most of the suite's time.
-ROOMS = ("cli", "corpus", "explorer", "features", "foundry", "model", "report", "sae", "scope", "stats", "steer", "train")
+ROOMS = (
+    "analysis",
+    "cli",
+    "corpus",
+    "explorer",
+    "features",
+    "foundry",
+    "model",
+    "report",
+    "sae",
+    "scope",
+    "stats",
+    "steer",
+    "train",
+)
 install_import_hook([f"qwen_scope.{room}" for room in ROOMS], "shapes.check")

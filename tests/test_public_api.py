@@ -30,6 +30,7 @@ COMMANDS = {
     "validate",
     "extract",
     "store",
+    "analyze",
     "lab",
     "train",
     "eval",

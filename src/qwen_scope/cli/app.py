@@ -11,6 +11,7 @@ import typer
 from qwen_scope.errors import QwenScopeError
 
 from . import (
+    analyze,
     catalog,
     compare,
     convert,
@@ -50,6 +51,7 @@ app.command("train")(train.train)
 app.command("eval")(train.evaluate)
 app.command("explore")(explore.explore)
 app.add_typer(lab.app, name="lab")
+app.add_typer(analyze.app, name="analyze")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,3 +1,11 @@
+from .figure_html import figure_page as figure_page
+from .figure_png import save_png as save_png
+from .figures import Curves as Curves
+from .figures import Figure as Figure
+from .figures import Heatmap as Heatmap
+from .figures import Line as Line
+from .figures import Points as Points
+from .figures import thinned as thinned
 from .markup import Markup as Markup
 from .markup import element as element
 from .markup import escaped as escaped

@@ -1,0 +1,14 @@
+from .dataset import Dataset as Dataset
+from .dataset import Scores as Scores
+from .dataset import read_scores as read_scores
+from .redundancy import Coverage as Coverage
+from .redundancy import Ranking as Ranking
+from .redundancy import coverage as coverage
+from .redundancy import jackknife as jackknife
+from .redundancy import ranking as ranking
+from .redundancy import redundancy_of as redundancy_of
+from .redundancy import sampled_coverage as sampled_coverage
+from .registry import ANALYSES as ANALYSES
+from .registry import Analysis as Analysis
+from .result import Result as Result
+from .result import Table as Table

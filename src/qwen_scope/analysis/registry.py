@@ -1,0 +1,29 @@
+"""The analyses. One line here gives a new one its command, its tables, its figures and its contract test."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from .redundancy import redundancy_of
+from .result import Result
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """An analysis as commands see it.
+
+    Attributes:
+        run: takes the datasets, and keyword options that are `Annotated` with their help; returns a `Result`.
+        reduction: how the tokens of an item are reduced, unless a user says otherwise.
+        datasets: at least so many.
+    """
+
+    run: Callable[..., Result]
+    reduction: str = "last"
+    datasets: int = 1
+
+
+ANALYSES: dict[str, Analysis] = {
+    "redundancy": Analysis(redundancy_of),
+}
