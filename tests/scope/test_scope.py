@@ -98,6 +98,29 @@ def test_compare_can_leave_tokens_out(scope: Scope) -> None:
         scope.compare("The", "The weather", drop_prefix=True)
 
 
+def test_sets_of_texts_compare_by_their_tokens_together(scope: Scope) -> None:
+    a, b = ["The weather is fine", "The station"], ["The weather is Morgen", "The Morgen", "The fine"]
+    ids = {text: scope.tokenizer(text)["input_ids"] for text in [*a, *b]}
+    of_a, of_b = ({x for text in side for x in ids[text]} for side in (a, b))
+    cases = {
+        "drop_first": lambda i, x: i > 0,
+        "drop_prefix": lambda i, x: i >= len(scope.tokenizer("The")["input_ids"]),
+        "drop_common": lambda i, x: x not in of_a & of_b,
+    }
+    for option, keep in cases.items():
+        rates = []
+        for side in (a, b):
+            rows = [by_hand(scope, text, 0)[[keep(i, x) for i, x in enumerate(ids[text])]] > 0 for text in side]
+            rates.append(torch.cat(rows).double().mean(0))
+        found = scope.compare(a, b, [0], n=None, **{option: True})[0]
+        assert found
+        for c in found:
+            assert c.rate_a == pytest.approx(float(rates[0][c.feature])), option
+            assert c.rate_b == pytest.approx(float(rates[1][c.feature])), option
+    with pytest.raises(InputError, match="leave one side empty"):
+        scope.compare(a, [], [0])
+
+
 def test_equal_differences_rank_by_lower_index() -> None:
     a = FeatureActs(torch.tensor([[5, 2]], dtype=torch.int32), torch.tensor([[2.0, 1.0]]), 8)
     b = FeatureActs(torch.tensor([[7, 0]], dtype=torch.int32), torch.tensor([[1.0, 0.0]]), 8)

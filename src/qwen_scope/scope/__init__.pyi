@@ -1,5 +1,6 @@
 from .compare import Comparison as Comparison
 from .compare import compare_rates as compare_rates
+from .compare import compare_seen as compare_seen
 from .generate import Sizes as Sizes
 from .plan import Plan as Plan
 from .plan import config_of as config_of

@@ -1,4 +1,4 @@
-"""Two texts side by side: which features are active on one and not on the other."""
+"""Two texts, or two sets of them, side by side: which features are active on one and not on the other."""
 
 from __future__ import annotations
 
@@ -12,14 +12,16 @@ from torch import Tensor
 from qwen_scope.errors import InputError
 from qwen_scope.sae import FeatureActs
 
+from .seen import TokenFeatures
+
 
 @dataclass(frozen=True)
 class Comparison:
-    """One feature at one layer in two texts.
+    """One feature at one layer in two texts, or sets of texts.
 
     Attributes:
         layer, feature: which.
-        rate_a, rate_b: the share of each text's kept tokens on which it is active.
+        rate_a, rate_b: the share of each side's kept tokens on which it is active.
         difference: `rate_a - rate_b`.
     """
 
@@ -30,38 +32,77 @@ class Comparison:
     difference: float
 
 
+def compare_seen(
+    seen: TokenFeatures,
+    first: int,
+    *,
+    n: int | None = 5,
+    drop_first: bool = False,
+    drop_common: bool = False,
+    drop_prefix: bool = False,
+) -> dict[int, list[Comparison]]:
+    """Per layer, the `n` features whose activation rates differ most between two sets of texts that were seen together.
+
+    Args:
+        first: how many of the texts, from the first on, are the one set; the others are the other set.
+        drop_first, drop_common, drop_prefix: as in `kept_tokens`.
+
+    Raises:
+        InputError: an empty set, or nothing left to compare.
+    """
+    texts = len(seen.texts)
+    if not 0 < first < texts:
+        raise InputError(f"{first} of {texts} texts leave one side empty; a comparison needs texts on both")
+    ids = [seen.input_ids[i][seen.mask[i]].tolist() for i in range(texts)]
+    kept = kept_tokens(
+        ids[:first], ids[first:], drop_first=drop_first, drop_common=drop_common, drop_prefix=drop_prefix
+    )
+    return {
+        layer: compare_rates(
+            layer,
+            FeatureActs.cat([seen.of(i, layer)[keep] for i, keep in enumerate(kept[:first])]),
+            FeatureActs.cat([seen.of(i, layer)[keep] for i, keep in enumerate(kept[first:], first)]),
+            n,
+        )
+        for layer in seen.layers
+    }
+
+
 def kept_tokens(
-    a: Sequence[int],
-    b: Sequence[int],
+    a: Sequence[Sequence[int]],
+    b: Sequence[Sequence[int]],
     *,
     drop_first: bool = False,
     drop_common: bool = False,
     drop_prefix: bool = False,
-) -> tuple[Bool[Tensor, " a"], Bool[Tensor, " b"]]:
-    """Which tokens of two texts (as ids) count in a comparison.
+) -> list[Bool[Tensor, " _"]]:
+    """Which tokens of two sets of texts (as ids) count in a comparison: one mask per text, those of `a` first.
 
     Args:
-        drop_first: leave out the first token of each, which often carries a huge residual.
-        drop_common: leave out every token whose id occurs in both.
-        drop_prefix: leave out the longest common beginning.
+        drop_first: leave out the first token of each text, which often carries a huge residual.
+        drop_common: leave out every token whose id occurs in both sets.
+        drop_prefix: leave out the longest beginning that all the texts share.
 
     Raises:
         InputError: nothing would be left of one of them.
     """
-    keep_a, keep_b = torch.ones(len(a), dtype=torch.bool), torch.ones(len(b), dtype=torch.bool)
-    if drop_first:
-        keep_a[:1] = keep_b[:1] = False
+    texts = [*a, *b]
+    kept = [torch.ones(len(ids), dtype=torch.bool) for ids in texts]
+    same = 0
     if drop_prefix:
-        same = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
-        keep_a[:same] = keep_b[:same] = False
-    if drop_common:
-        common = set(a) & set(b)
-        keep_a &= torch.tensor([x not in common for x in a])
-        keep_b &= torch.tensor([x not in common for x in b])
-    for name, keep in (("first", keep_a), ("second", keep_b)):
-        if not keep.any():
-            raise InputError(f"nothing is left of the {name} text to compare; drop fewer of its tokens")
-    return keep_a, keep_b
+        shortest = min(map(len, texts))
+        same = next((i for i in range(shortest) if len({ids[i] for ids in texts}) > 1), shortest)
+    start = max(same, int(drop_first))
+    common = {x for ids in a for x in ids} & {x for ids in b for x in ids} if drop_common else set()
+    for ids, keep in zip(texts, kept, strict=True):
+        keep[:start] = False
+        if common:
+            keep &= torch.tensor([x not in common for x in ids])
+    for name, side in (("first", kept[: len(a)]), ("second", kept[len(a) :])):
+        if not any(bool(keep.any()) for keep in side):
+            what = "text" if len(side) == 1 else "set of texts"
+            raise InputError(f"nothing is left of the {name} {what} to compare; drop fewer of its tokens")
+    return kept
 
 
 def rates(acts: FeatureActs) -> Float[Tensor, " width"]:

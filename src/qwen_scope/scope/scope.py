@@ -27,7 +27,7 @@ from qwen_scope.model import (
 from qwen_scope.sae import FeatureActs, catalog
 from qwen_scope.steer import Decoding, Generation, Intervention
 
-from .compare import Comparison, compare_rates, kept_tokens
+from .compare import Comparison, compare_seen
 from .generate import Sizes, generate_in_scope
 from .plan import Plan, plan
 from .saes import CACHE_BYTES, SAEs, brief
@@ -136,8 +136,8 @@ class Scope:
 
     def compare(
         self,
-        a: str,
-        b: str,
+        a: str | Sequence[str],
+        b: str | Sequence[str],
         layers: Sequence[int] | None = None,
         *,
         n: int | None = 5,
@@ -146,23 +146,20 @@ class Scope:
         drop_prefix: bool = False,
         chat: Chat | None = None,
     ) -> dict[int, list[Comparison]]:
-        """Per layer, the `n` features whose activation rates differ most between two texts.
+        """Per layer, the `n` features whose activation rates differ most between two texts, or two sets of texts.
 
-        The options leave out the first token, tokens whose id occurs in both texts, or the common beginning.
+        The options leave out the first token of each text, tokens whose id occurs on both sides, or the beginning that
+        all texts share.
 
         Raises:
             InputError: an empty text, or nothing left to compare.
             NotFoundError: a layer without an SAE.
         """
-        seen = self.features([a, b], layers, chat=chat)
-        ids = [seen.input_ids[i][seen.mask[i]].tolist() for i in (0, 1)]
-        keep_a, keep_b = kept_tokens(
-            ids[0], ids[1], drop_first=drop_first, drop_common=drop_common, drop_prefix=drop_prefix
+        one, other = ([side] if isinstance(side, str) else list(side) for side in (a, b))
+        seen = self.features([*one, *other], layers, chat=chat)
+        return compare_seen(
+            seen, len(one), n=n, drop_first=drop_first, drop_common=drop_common, drop_prefix=drop_prefix
         )
-        return {
-            layer: compare_rates(layer, seen.of(0, layer)[keep_a], seen.of(1, layer)[keep_b], n)
-            for layer in seen.layers
-        }
 
     @overload
     def generate(
