@@ -117,6 +117,37 @@ def test_lowering_and_negative_amounts(scope) -> None:
         assert found.best.effect.estimate < found.doses[0].effect.estimate
 
 
+def test_the_budget_counts_from_the_reference(scope) -> None:
+    ids = [scope.tokenizer(text)["input_ids"] for text in TEXTS]
+    known = [Row(tuple(row), 2) for row in ids]
+    found = run(scope, amounts=[0.2, 0.4, 1.6], reference=known, budget=Budget(1.0, 1.0), refine=0)
+    assert found.reference == perplexity(log_probabilities(scope.model, known))
+    for dose in found.doses:
+        assert dose.fits == (dose.perplexity <= found.reference)
+    assert run(scope, amounts=[0.2], refine=0).reference != found.reference
+
+
+def test_tolerance_proposes_a_smaller_amount_that_does_nearly_as_much(scope) -> None:
+    wide = Budget(1e9, 1.0)
+    found = run(
+        scope, target=Continuations((" hello",)), amounts=[-0.2, -0.4, -0.8, 0.2, 0.4, 0.8], budget=wide, refine=0
+    )
+    plain = found.doses[0].effect.estimate
+    effects = {dose.amount: dose.effect.estimate for dose in found.doses[1:]}
+    best = max(effects.values())
+    assert best > plain
+    for tolerance in (0.0, 1e-3, 0.1, 0.5):
+        close = [a for a, e in effects.items() if e > plain and e >= best - tolerance]
+        proposed = run(
+            scope,
+            target=Continuations((" hello",)),
+            amounts=list(effects),
+            budget=Budget(1e9, 1.0, tolerance),
+            refine=0,
+        ).proposed
+        assert abs(proposed) == min(map(abs, close))
+
+
 def test_the_grid_follows_the_residual_norm_whatever_the_unit(scope) -> None:
     length = float(scope.saes[0].W_dec[:, 3].norm())
     found = run(scope, [Intervention.add(layer=0, feature=3, amount=7.0)], budget=Budget(1e9, 1), refine=0)

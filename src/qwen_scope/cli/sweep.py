@@ -46,6 +46,12 @@ def sweep(
     lower: Annotated[bool, typer.Option("--lower", help="Lower the target instead of raising it.")] = False,
     max_perplexity: Annotated[float, typer.Option("--max-perplexity", help="Budget: times the unsteered.")] = 2.0,
     max_repetition: Annotated[float, typer.Option("--max-repetition", help="Budget: added to the unsteered.")] = 0.1,
+    tolerance: Annotated[
+        float, typer.Option("--tolerance", help="Propose a smaller amount whose effect is this close to the largest.")
+    ] = 0.0,
+    reference: Annotated[
+        Path | None, typer.Option("--reference", help="Texts, one per line, whose perplexity the budget counts from.")
+    ] = None,
     plot: Annotated[Path | None, typer.Option("--plot", help="Write a figure (.png); needs matplotlib.")] = None,
     chat: options.Chat = None,
     max_new_tokens: steer.NewTokens = 40,
@@ -62,20 +68,26 @@ def sweep(
     The grid is in lengths of the layer's typical residual; --amounts multiply the amounts of a recipe. The proposal
     is the amount with the largest effect whose perplexity (under the unsteered model) and repetition keep the budget.
     """
-    from qwen_scope.steer import Budget, Decoding
+    from qwen_scope.steer import Budget, Decoding, Row
     from qwen_scope.steer import sweep as run_sweep
 
     mode = options.check_chat(chat)
     decoding = Decoding(max_new_tokens, sample, temperature, seed=seed)
-    budget = Budget(max_perplexity, max_repetition)
+    budget = Budget(max_perplexity, max_repetition, tolerance)
     grid = None if amounts is None else parse_amounts(amounts)
     amount = None if op == "ablate" else 1.0
     one = None if recipe is not None else steer.one_intervention(layer, feature, op, amount, unit, where)
-    lines = read_prompts(prompts)
+    lines, texts = read_prompts(prompts), read_prompts(reference) if reference is not None else []
     with output.status("opening the model"):
         scope = options.open_scope(model, sae, device, dtype, k)
     target = chosen_target(scope, regex, script, continuation, target_feature)
     interventions = steer.from_recipe(scope, recipe) if recipe is not None else [one] if one is not None else []
+    tokens = scope.tokenize(texts, truncate=True) if texts else None
+    known = (
+        [Row(tuple(ids[:n].tolist())) for ids, n in zip(tokens.input_ids, tokens.lengths, strict=True) if n > 1]
+        if tokens
+        else []
+    )
     with bar() as report:
         found = run_sweep(
             scope.model,
@@ -90,6 +102,7 @@ def sweep(
             decoding=decoding,
             chat=mode,
             budget=budget,
+            reference=known,
             report=report,
         )
     if plot is not None:

@@ -43,14 +43,18 @@ class Budget:
     Attributes:
         perplexity_ratio: at most so many times the reference's perplexity under the unsteered model.
         repetition: at most so much above the unsteered share of repeated 3-grams.
+        tolerance: how much of the largest effect may be given up for a smaller amount.
     """
 
     perplexity_ratio: float = 2.0
     repetition: float = 0.1
+    tolerance: float = 0.0
 
     def __post_init__(self) -> None:
-        if not (self.perplexity_ratio >= 1 and self.repetition >= 0):
-            raise InputError("a budget allows at least the reference: perplexity_ratio from 1, repetition from 0")
+        if not (self.perplexity_ratio >= 1 and self.repetition >= 0 and self.tolerance >= 0):
+            raise InputError(
+                "a budget allows at least the reference: perplexity_ratio from 1, repetition and tolerance from 0"
+            )
 
 
 @dataclass(frozen=True)
@@ -82,8 +86,8 @@ class Sweep:
 
     Attributes:
         doses: by amount, the unsteered run first.
-        proposed: the amount with the largest effect among those that keep the budget, of equal ones the smallest;
-            None if none of them beats the unsteered run.
+        proposed: among the amounts that keep the budget, the smallest whose effect comes within the budget's
+            `tolerance` of the largest; None if none of them beats the unsteered run.
         reference: the perplexity that the budget is counted from.
         interventions: what was dosed, as plain data.
     """
@@ -119,7 +123,7 @@ def sweep(
     decoding: Decoding | None = None,
     chat: str | None = None,
     budget: Budget | None = None,
-    reference: Sequence[str] = (),
+    reference: Sequence[Row] = (),
     refine: int = 2,
     report: Callable[[str, float, str], None] | None = None,
 ) -> Sweep:
@@ -131,8 +135,8 @@ def sweep(
         amounts: the grid; by default `GRID` in units of the layer's residual norm, for shares `SHARES`.
         lower: the aim is to lower the target instead of raising it.
         decoding: by default 40 tokens, greedy.
-        reference: texts whose perplexity the budget counts from (such as unsteered texts in the language wanted);
-            by default the unsteered continuations themselves.
+        reference: tokens whose perplexity the budget counts from, such as unsteered continuations that are in the
+            language wanted (`rows_of`); by default the unsteered continuations of these prompts.
         refine: so many more amounts, each halfway (geometrically) between the best one and the next that is too much.
 
     Raises:
@@ -181,7 +185,7 @@ class _Run:
         decoding: Decoding | None,
         chat: str | None,
         budget: Budget | None,
-        reference: Sequence[str],
+        reference: Sequence[Row],
     ) -> None:
         self.model, self.tokenizer, self.prompts, self.chat = model, tokenizer, list(prompts), chat
         self.interventions, self.target, self.lower = list(interventions), target, lower
@@ -190,9 +194,7 @@ class _Run:
         self.prompt_ids = _ids(tokenizer, self.prompts, chat)
         self.plain = self.generated([])
         self.plain_rows = [row for row in rows_of(self.prompt_ids, self.plain) if row.start < len(row.ids)]
-        known = [Row(tuple(ids)) for ids in _ids(tokenizer, list(reference), None)] if reference else []
-        rows = known or self.plain_rows
-        self.reference = perplexity(log_probabilities(model, rows))
+        self.reference = perplexity(log_probabilities(model, list(reference) or self.plain_rows))
         self.plain_repetition = self.repeated(self.plain)
 
     def generated(self, interventions: Sequence[Intervention]) -> list[Generation]:
@@ -241,7 +243,10 @@ class _Run:
         sign = -1.0 if self.lower else 1.0
         plain = doses[0]
         good = [d for d in doses[1:] if d.fits and sign * d.effect.estimate > sign * plain.effect.estimate]
-        return max(good, key=lambda d: (sign * d.effect.estimate, -abs(d.amount))).amount if good else None
+        if not good:
+            return None
+        enough = max(sign * d.effect.estimate for d in good) - self.budget.tolerance
+        return min((d for d in good if sign * d.effect.estimate >= enough), key=lambda d: abs(d.amount)).amount
 
     def grid(self) -> list[float]:
         """Doses that make the longest change `GRID` residuals long; for shares, `SHARES`."""
