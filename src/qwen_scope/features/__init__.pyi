@@ -5,6 +5,9 @@ from .effects import TokenEffect as TokenEffect
 from .effects import promoting as promoting
 from .effects import token_effects as token_effects
 from .effects import token_ids as token_ids
+from .find import Finding as Finding
+from .find import Findings as Findings
+from .find import find as find
 from .neighbours import Neighbour as Neighbour
 from .neighbours import cofiring as cofiring
 from .neighbours import elsewhere as elsewhere
@@ -13,6 +16,9 @@ from .notes import Label as Label
 from .notes import Note as Note
 from .notes import Notes as Notes
 from .notes import make_label as make_label
+from .pooled import Pooled as Pooled
+from .pooled import pool_store as pool_store
+from .pooled import pool_texts as pool_texts
 from .show import FeaturePage as FeaturePage
 from .show import feature_page as feature_page
 from .validate import Arm as Arm

@@ -1,6 +1,7 @@
 from .bootstrap import Interval as Interval
 from .bootstrap import bootstrap as bootstrap
 from .bootstrap import difference as difference
+from .bootstrap import resample as resample
 from .correlations import coefficient as coefficient
 from .correlations import correlation as correlation
 from .correlations import kendall as kendall

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -54,6 +54,27 @@ def difference(
     first, second = _checked(a), _checked(b)
     low, high = _interval((first, second), _difference, level, seed)
     return Interval(float(first.mean() - second.mean()), low, high, min(len(first), len(second)), level)
+
+
+def resample(
+    a: Float[np.ndarray, " n"],
+    b: Float[np.ndarray, " m"],
+    statistic: Callable[..., np.ndarray],
+    *,
+    level: float = LEVEL,
+    seed: int = 0,
+) -> Interval:
+    """Any statistic of two samples with its percentile bootstrap interval, the two resampled independently.
+
+    Args:
+        statistic: `statistic(a, b, axis=-1)`, over the last axis of arrays `(..., n)` and `(..., m)`.
+
+    Raises:
+        InputError: as in `bootstrap`.
+    """
+    first, second = _checked(a), _checked(b)
+    low, high = _interval((first, second), statistic, level, seed)
+    return Interval(float(statistic(first, second, axis=-1)), low, high, min(len(first), len(second)), level)
 
 
 def _mean(values: np.ndarray, axis: int = -1) -> np.ndarray:

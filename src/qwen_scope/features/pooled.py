@@ -1,0 +1,187 @@
+"""Documents as features: per document and feature the largest activation, the sum, and on how many tokens it fires."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float32, Int64
+from scipy import sparse
+
+from qwen_scope.corpus import FeatureStore
+from qwen_scope.errors import InputError
+from qwen_scope.scope import Scope
+
+REDUCTIONS = ("max", "mean")
+
+# Texts that go through the model at once.
+TEXTS = 64
+
+
+@dataclass(frozen=True, eq=False)
+class Pooled:
+    """The features of some documents at one layer; what does not fire is not kept.
+
+    Attributes:
+        layer: which.   width: how many features the dictionary has.
+        tokens: `(documents,)` how many tokens of each document count.
+        maximum, total, fires: `(documents, width)` sparse by column: the largest activation, the sum over tokens, and
+            on how many tokens the feature fires.
+    """
+
+    layer: int
+    width: int
+    tokens: Int64[np.ndarray, " documents"]
+    maximum: sparse.csc_array
+    total: sparse.csc_array
+    fires: sparse.csc_array
+
+    @property
+    def documents(self) -> int:
+        """How many."""
+        return len(self.tokens)
+
+    def firing(self) -> Int64[np.ndarray, " firing"]:
+        """The features that fire in at least one document, ascending."""
+        return np.flatnonzero(np.diff(self.maximum.indptr)).astype(np.int64)
+
+    def values(
+        self, reduction: str, features: Int64[np.ndarray, " features"] | Sequence[int]
+    ) -> Float32[np.ndarray, "documents features"]:
+        """The activation of some features over each document: its `max` or its `mean` over the tokens that count."""
+        if reduction not in REDUCTIONS:
+            raise InputError(f"a document is reduced by {' or '.join(REDUCTIONS)}, not {reduction!r}")
+        chosen = np.asarray(features, np.int64)
+        if reduction == "max":
+            return self.maximum[:, chosen].toarray().astype(np.float32)
+        return (self.total[:, chosen].toarray() / np.maximum(1, self.tokens)[:, None]).astype(np.float32)
+
+    def rows(self, documents: Int64[np.ndarray, " some"]) -> Pooled:
+        """Only some of the documents, in the order given."""
+        maximum, total, fires = (
+            sparse.csc_array(table.tocsr()[documents]) for table in (self.maximum, self.total, self.fires)
+        )
+        return Pooled(self.layer, self.width, self.tokens[documents], maximum, total, fires)
+
+
+def pool_texts(
+    scope: Scope,
+    texts: Sequence[str],
+    layers: Sequence[int] | None = None,
+    *,
+    chat: str | None = None,
+    skip_first: bool = False,
+    report: object = None,
+) -> dict[int, Pooled]:
+    """The features of texts, by layer, straight from the model; a text longer than the context is cut.
+
+    Args:
+        chat: wrap each text as a user's message in the chat template.
+        skip_first: leave out the first token of each text, which often carries a huge residual.
+        report: called with the number of texts done.
+
+    Raises:
+        InputError: no text, or an empty one.   NotFoundError: a layer without an SAE.
+    """
+    wanted = scope.check_layers(layers)
+    tokens: list[int] = []
+    parts: dict[int, list[tuple[np.ndarray, ...]]] = {layer: [] for layer in wanted}
+    for start in range(0, max(1, len(texts)), TEXTS):
+        seen = scope.features(texts[start : start + TEXTS], wanted, chat=chat, truncate=True)  # pyright: ignore[reportArgumentType]
+        lengths = [len(row) for row in seen.tokens]
+        tokens += [length - skip_first for length in lengths]
+        for layer in wanted:
+            acts = seen.acts[layer]
+            indices, values = acts.indices.numpy(), acts.values.float().numpy()
+            on = values > 0
+            if skip_first:
+                on[:, 0] = False
+            row = np.broadcast_to(np.arange(len(lengths))[:, None, None], on.shape)[on] + start
+            parts[layer].append(_grouped(row, indices[on], values[on], scope.saes[layer].d_sae))
+        if callable(report):
+            report(len(tokens))
+    return {layer: _pooled(layer, scope.saes[layer].d_sae, tokens, found) for layer, found in parts.items()}
+
+
+def pool_store(
+    store: FeatureStore, documents: Sequence[int] | Int64[np.ndarray, " n"], layers: Sequence[int] | None = None
+) -> dict[int, Pooled]:
+    """The features of documents of a store, by layer; masked tokens do not count.
+
+    Raises:
+        InputError: no document.   NotFoundError: a document or layer the store does not have.
+    """
+    chosen = [int(document) for document in documents]
+    if not chosen:
+        raise InputError("there is no document to look at")
+    for edge in (min(chosen), max(chosen)):
+        store.check_document(edge)
+    out = {}
+    for layer in store.layers if layers is None else layers:
+        width = store.layer(layer).d_sae
+        params = {"layer": layer, "documents": chosen}
+        wanted = "WITH wanted AS (SELECT unnest($documents::INTEGER[]) AS document)"
+        found = store.stream(
+            f"{wanted} SELECT document, feature, max(value) AS top, sum(value::DOUBLE) AS total, count(*) AS fires"
+            " FROM (SELECT * FROM activations WHERE layer = $layer) SEMI JOIN wanted USING (document)"
+            " GROUP BY document, feature",
+            params,
+        )
+        counted = store.sql(
+            f"{wanted}, gone AS"
+            " (SELECT document, count(*) AS masked FROM masked WHERE layer = $layer GROUP BY document)"
+            " SELECT document, tokens - coalesce(masked, 0) AS tokens FROM documents SEMI JOIN wanted USING (document)"
+            " LEFT JOIN gone USING (document)",
+            params,
+        )
+        sizes = dict(zip(counted["document"].to_pylist(), counted["tokens"].to_pylist(), strict=True))
+        place = np.full(store.manifest.documents, -1, np.int64)
+        place[chosen] = np.arange(len(chosen))
+        parts = [
+            (
+                place[batch["document"].to_numpy()],
+                *(batch[name].to_numpy() for name in ("feature", "top", "total", "fires")),
+            )
+            for batch in found
+        ]
+        out[layer] = _pooled(layer, width, [sizes[document] for document in chosen], parts)
+    return out
+
+
+def together(parts: Sequence[Mapping[int, Pooled]]) -> dict[int, Pooled]:
+    """The documents of several groups, one after the other."""
+    out = {}
+    for layer in parts[0]:
+        some = [part[layer] for part in parts]
+        maximum, total, fires = (
+            sparse.csc_array(sparse.vstack([getattr(one, name) for one in some]))
+            for name in ("maximum", "total", "fires")
+        )
+        tokens = np.concatenate([one.tokens for one in some])
+        out[layer] = Pooled(layer, some[0].width, tokens, maximum, total, fires)
+    return out
+
+
+def _grouped(row: np.ndarray, feature: np.ndarray, value: np.ndarray, width: int) -> tuple[np.ndarray, ...]:
+    """Activations token by token to one line per document and feature."""
+    key = row.astype(np.int64) * width + feature
+    order = np.argsort(key, kind="stable")
+    key, value = key[order], value[order]
+    first = np.flatnonzero(np.diff(key, prepend=-1))
+    if not len(first):
+        return key, key, value, value.astype(np.float64), key
+    counts = np.diff(np.append(first, len(key)))
+    top, total = np.maximum.reduceat(value, first), np.add.reduceat(value.astype(np.float64), first)
+    return key[first] // width, key[first] % width, top, total, counts
+
+
+def _pooled(layer: int, width: int, tokens: Sequence[int], parts: Iterable[tuple[np.ndarray, ...]]) -> Pooled:
+    found = list(parts)
+    if found:
+        row, feature, top, total, fires = (np.concatenate(column) for column in zip(*found, strict=True))
+    else:
+        row = feature = top = total = fires = np.zeros(0, np.int64)
+    where, shape = (row, feature), (len(tokens), width)
+    tables = [sparse.csc_array(sparse.coo_array((values, where), shape=shape)) for values in (top, total, fires)]
+    return Pooled(layer, width, np.asarray(tokens, np.int64), *tables)
