@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from qwen_scope.errors import InputError
 from qwen_scope.sae import FeatureActs, JumpReLU, TopK, kernels
+from qwen_scope.sae.kernels import product
 
 SHAPES = [(1, 8, 16, 3), (7, 16, 64, 5), (33, 5, 100, 100), (4, 3, 2, 1), (0, 8, 16, 3)]  # rows, d_model, d_sae, k
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -159,3 +159,13 @@ def test_decode_and_its_gradient_make_nothing_dense(feature_by_feature: bool) ->
     with Largest() as seen:
         decoded_and_gradient(kernels.decode, acts, W_dec, torch.zeros(d_model))
     assert seen.numbers <= weights_are
+
+
+@pytest.mark.parametrize("slow", [False, True])
+@pytest.mark.parametrize("n", [0, 1, 16, 33])
+def test_the_fp32_product_is_the_same_by_either_library(monkeypatch: pytest.MonkeyPatch, n: int, slow: bool) -> None:
+    monkeypatch.setattr(product, "mkl_is_slow", lambda: slow and hasattr(torch.ops.mkldnn, "_linear_pointwise"))
+    W, _, b, _ = weights(50, 64, torch.float32)
+    x = rows(n, 50)
+    assert torch.equal(kernels.linear_fp32(x, W, b), torch.nn.functional.linear(x, W, b))
+    assert torch.equal(kernels.linear_fp32(x.double(), W.double(), b.double()).float(), kernels.linear_fp32(x, W, b))

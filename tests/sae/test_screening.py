@@ -299,8 +299,10 @@ def test_preparing_waits_for_enough_rows() -> None:
     for _ in range(8):
         one.encode(randn(100, 64))
         paths.append(one.encode_stats.path)
-    assert paths[:5] == ["plain"] * 5
-    assert all(path.startswith("screened") for path in paths[5:])
+    waited = chosen.PREPARE_AFTER // 100
+    assert 0 < waited < 8
+    assert paths[:waited] == ["plain"] * waited
+    assert all(path.startswith("screened") for path in paths[waited:])
 
 
 @pytest.mark.usefixtures("eager")

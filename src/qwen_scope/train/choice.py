@@ -5,15 +5,20 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from qwen_scope.sae import kernels
+
 from .parallel import Ranks
 from .sparse import Active
 
 # The largest tile of pre-activations: small enough to stay in cache between the product and the choice.
-TILE_BYTES = 8 * 2**20
+TILE_BYTES = 16 * 2**20
 GROUPS = 8
 
+# From so many rows on, a bf16 product and preparing it cost less than the fp32 product.
+SCREEN_ROWS = 512
+
 # Below this share of the dictionary, gathering the rows asked for costs less than masking the full product.
-GATHER_SHARE = 1 / 8
+GATHER_SHARE = 1 / 2
 
 
 def tiles(x: Tensor, d_sae: int, tile_bytes: int) -> tuple[Tensor, ...]:
@@ -26,7 +31,8 @@ def top_entries(
 ) -> tuple[Tensor, Tensor]:
     """The k largest of `relu(x @ W_enc.T + b_enc)` of each row: values and features `(n, k)`, in no order.
 
-    Rows are taken in tiles, so no `(n, d_sae)` tensor exists.
+    Rows are taken in tiles, so no `(n, d_sae)` tensor exists. Where the CPU multiplies bf16, the product only screens,
+    and the values are fp32 ones all the same (`docs/encode.md`).
 
     Args:
         among: only these features count, `(d_sae,)` bool. Where fewer than k do, there are fewer columns.
@@ -41,7 +47,13 @@ def top_entries(
         b_enc = torch.where(among, b_enc, -torch.inf)
     if k == 0:
         return x.new_zeros(len(x), 0), torch.zeros(len(x), 0, dtype=torch.int64, device=x.device)
-    found = [largest(torch.addmm(b_enc, tile, W_enc.T), k) for tile in tiles(x, len(W_enc), tile_bytes)]
+    if len(x) >= SCREEN_ROWS and kernels.worth_screening(x, W_enc, b_enc):
+        # The weights move at every step, so what screening needs is made anew.
+        screen = kernels.prepare(W_enc.detach(), b_enc.detach())
+        if kernels.can_screen(W_enc, k, screen):
+            acts, _ = kernels.encode_topk_screened(x, W_enc.detach(), b_enc.detach(), k, screen)
+            return acts.values, acts.indices
+    found = [largest(kernels.linear_fp32(tile, W_enc, b_enc), k) for tile in tiles(x, len(W_enc), tile_bytes)]
     values, features = (torch.cat(parts) for parts in zip(*found, strict=True))
     return values.relu_(), features
 

@@ -2,11 +2,14 @@ from .bags import decode as decode
 from .bound import prepare as prepare
 from .chosen import EncoderCache as EncoderCache
 from .chosen import encode_topk_chosen as encode_topk_chosen
+from .chosen import worth_screening as worth_screening
+from .product import linear_fp32 as linear_fp32
 from .reference import decode_reference as decode_reference
 from .reference import encode_threshold_reference as encode_threshold_reference
 from .reference import encode_topk_reference as encode_topk_reference
 from .reference import pre_acts as pre_acts
 from .screened import EncodeStats as EncodeStats
+from .screened import can_screen as can_screen
 from .screened import encode_topk_screened as encode_topk_screened
 from .tiled import TILE_BYTES as TILE_BYTES
 from .tiled import encode_threshold as encode_threshold

@@ -75,7 +75,7 @@ class Bags(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         indices, W_dec = ctx.saved_tensors
         n, k = indices.shape
         total = grads[0].new_zeros(n * k)
@@ -106,6 +106,9 @@ def tables(W_dec: Tensor, tile_bytes: int) -> Iterator[tuple[slice, Tensor]]:
         yield slice(0, d_model), W_dec.detach().T
         return
     step = max(LINE, tile_bytes // (4 * d_sae) // LINE * LINE)
+    # One piece of memory for all tables: fresh pages cost as much as filling them.
+    room = torch.empty(d_sae * min(step, d_model), device=W_dec.device)
     for start in range(0, d_model, step):
         dims = slice(start, min(start + step, d_model))
-        yield dims, W_dec.detach()[dims].float().T.contiguous()
+        table = room[: d_sae * (dims.stop - start)].view(d_sae, -1)
+        yield dims, table.copy_(W_dec.detach()[dims].T)

@@ -18,7 +18,7 @@ from .tiled import encode_topk
 # Fewer rows than this read the weights for less than the rest of screening costs.
 FEWEST_ROWS = 32
 # Preparing costs about as much as the fp32 product of this many rows, so it waits until they have come.
-PREPARE_AFTER = 512
+PREPARE_AFTER = 256
 # Dictionaries with fewer weights are encoded in the time that screening takes to begin.
 FEWEST_WEIGHTS = 2**22
 

@@ -84,11 +84,54 @@ def _group_maxima(row: Any, best: Any) -> None:
 group_maxima = jit(_group_maxima)
 
 
+# numpy's own selection and sorting take numba four times as long to compile as all the rest.
 def _kth_largest(values: Any, k: int) -> Any:
-    return np.partition(values, len(values) - k)[len(values) - k]
+    """Hoare's selection, on a copy."""
+    a = values.copy()
+    left, right, wanted = 0, len(a) - 1, k - 1
+    while left < right:
+        pivot = a[(left + right) // 2]
+        i, j = left, right
+        while i <= j:
+            while a[i] > pivot:
+                i += 1
+            while a[j] < pivot:
+                j -= 1
+            if i <= j:
+                a[i], a[j] = a[j], a[i]
+                i += 1
+                j -= 1
+        if wanted <= j:
+            right = j
+        elif wanted >= i:
+            left = i
+        else:
+            break
+    return a[wanted]
 
 
 kth_largest = jit(_kth_largest)
+
+
+def _put_in_order(values: Any, features: Any, n: int) -> None:
+    """Sort the first n by descending value, equal ones by feature: Shell's sort with gaps of thirds."""
+    gap = 1
+    while gap < n // 3:
+        gap = 3 * gap + 1
+    while gap > 0:
+        for i in range(gap, n):
+            value, feature, j = values[i], features[i], i
+            while j >= gap:
+                other = values[j - gap]
+                if other > value or (other == value and features[j - gap] < feature):
+                    break
+                values[j], features[j] = other, features[j - gap]
+                j -= gap
+            values[j], features[j] = value, feature
+        gap //= 3
+
+
+put_in_order = jit(_put_in_order)
 
 
 def _candidates(
@@ -158,12 +201,12 @@ def _choose_rows(
             continue
         # The likeliest first: their fp32 values raise the floor for the rest.
         likely = kth_largest(approx[:n], k) if n > k else -np.inf
-        done = 0
+        first, done = np.int64(0), np.int64(0)
         for i in range(n):
             if approx[i] >= likely:
                 order[done] = which[i]
                 done += 1
-        recompute(x[r], W, W_half, bias, order, 0, done, exact)
+        recompute(x[r], W, W_half, bias, order, first, done, exact)
         floor = max(kth_largest(exact[:done], k), np.float32(0)) if n > k else np.float32(0)
         first = done
         for i in range(n):
@@ -173,12 +216,10 @@ def _choose_rows(
         if done > first:
             recompute(x[r], W, W_half, bias, order, first, done, exact)
         counts[r] = done
-        by_feature = np.argsort(order[:done])
-        by_value = np.argsort(-exact[:done][by_feature], kind="mergesort")
+        put_in_order(exact, order, done)
         for slot in range(min(k, done)):
-            i = by_feature[by_value[slot]]
-            if exact[i] > 0:
-                values[r, slot], features[r, slot] = exact[i], order[i]
+            if exact[slot] > 0:
+                values[r, slot], features[r, slot] = exact[slot], order[slot]
 
 
 choose_rows = jit(_choose_rows)

@@ -85,12 +85,14 @@ def encode_topk_screened(
     candidates = 0
     with screen.lock:
         keep_massive(screen, W_enc, massive_dimensions(rows.float()))
-        step = rows_per_tile(len(screen.low), 2 * tile_bytes)
+        step = min(rows_per_tile(len(screen.low), 2 * tile_bytes), max(1, len(rows)))
+        # One tile for all products: fresh pages would cost a tenth of them.
+        room = torch.empty(step, len(screen.low), dtype=torch.bfloat16)
         for start in range(0, len(rows), step):
             part = slice(start, start + step)
             tile = rows[part].float().contiguous()
             lowered = lower_rows(tile, screen)
-            low = torch.mm(lowered.low, screen.low.T)
+            low = torch.mm(lowered.low, screen.low.T, out=room[: len(tile)])
             found = choose(low, lowered, tile, W_enc, b_enc, k, screen)
             values[part], features[part], certified[part] = found.values, found.features, found.certified
             candidates += found.candidates
@@ -179,9 +181,11 @@ def largest_of(exact: Tensor, row: Tensor, feature: Tensor, certified: Tensor, k
 def cpu_multiplies_bf16() -> bool:
     """Whether this CPU has bf16 instructions and PyTorch's product adds them up in fp32, which the bound rests on.
 
-    The second is tried: 256 plus many halves stays 256 where sums are kept in bf16.
+    The second is tried: 256 plus many halves stays 256 where sums are kept in bf16. A process that was told to do
+    without AVX-512 (`ATEN_CPU_CAPABILITY`) does without these too.
     """
     has = torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled
+    has = has and torch.backends.cpu.get_cpu_capability() == "AVX512"
     has = has and bool(torch.cpu.get_capabilities().get("avx512_bf16", False))
     if not has:
         return False

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..acts import FeatureActs
-from .reference import pre_acts
+from .product import linear_fp32
 
 # The largest working tensor of one tile: pre-activations, or weights widened to fp32.
 TILE_BYTES = 64 * 2**20
@@ -16,14 +16,14 @@ TILE_BYTES = 64 * 2**20
 
 def encode_topk(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, tile_bytes: int = TILE_BYTES) -> FeatureActs:
     """`encode_topk_reference`, holding at most about two tiles of `tile_bytes`."""
-    rows = x.reshape(-1, x.shape[-1])
+    rows = x.reshape(-1, x.shape[-1]).to(W_enc.device)
     width = len(W_enc)
     best: FeatureActs | None = None
     with torch.no_grad():
         for features in feature_tiles(W_enc, tile_bytes):
-            W, b = W_enc[features].float(), b_enc[features]
+            W, b = W_enc[features].float(), b_enc[features].float()
             found = [
-                largest(pre_acts(tile, W, b).relu_(), min(k, len(W)))
+                largest(linear_fp32(tile.float(), W, b).relu_(), min(k, len(W)))
                 for tile in rows.split(rows_per_tile(len(W), tile_bytes))
             ]
             values, indices = (torch.cat(parts) for parts in zip(*found, strict=True))
@@ -37,15 +37,15 @@ def encode_threshold(
     x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor, tile_bytes: int = TILE_BYTES
 ) -> FeatureActs:
     """`encode_threshold_reference`, holding at most about two tiles of `tile_bytes`."""
-    rows = x.reshape(-1, x.shape[-1])
+    rows = x.reshape(-1, x.shape[-1]).to(W_enc.device)
     width = len(W_enc)
     best: FeatureActs | None = None
     with torch.no_grad():
         for features in feature_tiles(W_enc, tile_bytes):
-            W, b, t = W_enc[features].float(), b_enc[features], threshold[features].float()
+            W, b, t = W_enc[features].float(), b_enc[features].float(), threshold[features].float()
             parts = []
             for tile in rows.split(rows_per_tile(len(W), tile_bytes)):
-                pre = pre_acts(tile, W, b)
+                pre = linear_fp32(tile.float(), W, b)
                 # `~(<=)` lets NaN through, where the check on the result finds it.
                 kept = torch.where(~(pre <= t), pre.relu(), 0)
                 values, indices = largest(kept, most_active(kept))

@@ -1,0 +1,35 @@
+"""The fp32 product, by the library that is fast on this CPU."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+# Below so many rows the product reads weights rather than computes, and packing them would cost more.
+FEWEST_ROWS = 16
+
+
+@torch.no_grad()
+def linear_fp32(
+    x: Float[Tensor, "n d_model"], W: Float[Tensor, "d_sae d_model"], b: Float[Tensor, " d_sae"]
+) -> Float[Tensor, "n d_sae"]:
+    """`x @ W.T + b` of fp32 tensors, without a gradient; `torch.nn.functional.linear` is its reference.
+
+    PyTorch's own choice for fp32 on x86 is Intel's MKL, which computes at less than half of what other makers' CPUs
+    can do. There it goes to oneDNN, by the operator that `torch.compile` uses for linear layers.
+    """
+    single = x.dtype == W.dtype == b.dtype == torch.float32
+    if single and x.device.type == "cpu" and len(x) >= FEWEST_ROWS and W.is_contiguous() and mkl_is_slow():
+        return torch.ops.mkldnn._linear_pointwise(x, W.detach(), b.detach(), "none", [], "")
+    return torch.nn.functional.linear(x, W, b)
+
+
+@lru_cache(maxsize=1)
+def mkl_is_slow() -> bool:
+    """Whether products go to MKL on a CPU that is not Intel's, and oneDNN is there to take them."""
+    name = str(torch.cpu.get_capabilities().get("cpu_name", "")).lower()
+    there = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    return torch.backends.mkl.is_available() and there and bool(name) and "intel" not in name and "xeon" not in name
