@@ -143,3 +143,13 @@ def test_parallel_groups_say_one_thing_in_every_language():
         assert set(group.sentences) == set(group.splits) == set(lab.LANGUAGES)
         assert len(set(group.sentences.values())) == 9
         assert all(lab.language_of_text(text) == code for code, text in group.sentences.items())
+
+
+def test_a_talk_has_as_many_sentences_as_the_mixture_says():
+    mixture = replace(lab.default_mixture(), sentences=(6, 7))
+    lengths = {
+        sum("meaning" in span.factors for span in d.spans) for d in lab.documents(n=60, kinds=["talk"], mixture=mixture)
+    }
+    assert lengths == {6, 7}
+    with pytest.raises(InputError, match="8 to 7 sentences"):
+        lab.documents(mixture=replace(mixture, sentences=(8, 7)))

@@ -59,6 +59,9 @@ def _check(mixture: Mixture) -> None:
     ):
         if table:
             check_names(what, table, known)
+    shortest, longest = mixture.sentences
+    if not 1 <= shortest <= longest:
+        raise InputError(f"a talk can't have {shortest} to {longest} sentences; name at least 1, the smaller first")
 
 
 def _among(weights: Mapping[str, float], names: tuple[str, ...], what: str) -> dict[str, float]:
@@ -97,7 +100,7 @@ def make(kind: str, code: str, register: str, split: str, dice: Dice, mixture: M
         language, tone = None, None
         factors = _wordless(page, kind, split, dice)
     elif kind == "talk":
-        chat.talk(page, code, register, split, dice, dice.between(3, 8))
+        chat.talk(page, code, register, split, dice, dice.between(*mixture.sentences))
     elif kind == "neutral":
         form, text = neutral.prefix(dice)
         page.add(text, {"role": "prefix", "form": form})

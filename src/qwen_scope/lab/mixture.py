@@ -14,7 +14,8 @@ class Mixture:
     """Weights per choice; each table is normalised when drawn from.
 
     `drift` maps the language a document starts in to the languages it may switch to; the sum of a row is that
-    language's share of the drifting documents.
+    language's share of the drifting documents. `sentences` is not a table of weights: a talk has at least its first and
+    at most its second number of sentences, all equally often.
     """
 
     kinds: Mapping[str, float]
@@ -23,6 +24,7 @@ class Mixture:
     chat: Mapping[str, float]
     drift: Mapping[str, Mapping[str, float]]
     repetition: Mapping[str, float]
+    sentences: tuple[int, int]
 
 
 @cache
@@ -30,8 +32,9 @@ def default_mixture() -> Mixture:
     """The mixture of `mixture.toml`."""
     raw = (resources.files("qwen_scope.lab") / "mixture.toml").read_text(encoding="utf-8")
     data = tomllib.loads(raw)
-    rows = data.pop("drift")
+    rows, sentences = data.pop("drift"), data.pop("sentences")
     return Mixture(
+        sentences=(sentences["shortest"], sentences["longest"]),
         drift={source: _floats(row) for source, row in rows.items()},
         **{name: _floats(table) for name, table in data.items()},
     )
