@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from huggingface_hub import errors as hub
-from huggingface_hub import scan_cache_dir
+from huggingface_hub import get_hf_file_metadata, hf_hub_url, scan_cache_dir, try_to_load_from_cache
 from huggingface_hub.constants import is_offline_mode
 
 from qwen_scope.errors import InputError, NotFoundError
@@ -40,8 +40,16 @@ def explained(repo: str, revision: str | None, name: str | None = None) -> Itera
         raise Unreachable(f"{what} is not in the local cache and {reason}") from error
     except hub.EntryNotFoundError as error:
         raise NotFoundError(f"{at} has no file {name}") from error
-    except HTTP_ERROR as error:
+    except hub.HfHubHTTPError as error:
         raise Unreachable(f"{what} could not be fetched from the Hub: {type(error).__name__}") from error
+    except HTTP_ERROR as error:
+        raise Unreachable(f"{what} is not in the local cache and the Hub can't be reached") from error
+
+
+def probe(repo: str, name: str, revision: str | None, cache_dir: str | Path | None) -> None:
+    """Ask for a file that the cache lacks once, so that a missing network shows before minutes of retries."""
+    if not is_offline_mode() and try_to_load_from_cache(repo, name, revision=revision, cache_dir=cache_dir) is None:
+        get_hf_file_metadata(hf_hub_url(repo, name, revision=revision))
 
 
 def cached_names(repo: str, revision: str | None, cache_dir: str | Path | None) -> list[str]:

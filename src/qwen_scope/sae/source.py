@@ -97,9 +97,10 @@ class HubSource(Source):
     def fetch(self, name: str) -> Path:
         from huggingface_hub import hf_hub_download
 
-        from .hub import explained
+        from .hub import explained, probe
 
         with explained(self.repo, self.revision, name):
+            probe(self.repo, name, self.revision, self.cache_dir)
             return Path(hf_hub_download(self.repo, name, revision=self.revision, cache_dir=self.cache_dir))
 
     def fetch_optional(self, name: str) -> Path | None:
