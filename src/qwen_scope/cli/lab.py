@@ -64,6 +64,23 @@ def card(
 
 
 @app.command()
+def panel(
+    out: Annotated[Path, typer.Option("--out", "-o", help="The folder to write; a stopped run goes on.")],
+    as_json: options.Json = False,
+) -> None:
+    """Train a panel of small models and score them on the lab's benchmarks: what benchmark analyses are tried on."""
+    from qwen_scope.foundry import build_panel
+
+    with output.progress() as report:
+        made = build_panel(out, report=report)
+    if as_json:
+        output.print_json(made)
+        return
+    rows = [(name, *scores.values()) for name, scores in made["accuracy"].items()]
+    output.show("Accuracy of every checkpoint", ("benchmark", *made["models"]), rows)
+
+
+@app.command()
 def texts(
     n: Annotated[int, typer.Option("-n", help="How many documents.", min=1)] = 5,
     kind: Annotated[str | None, typer.Option("--kind", help="talk, chat, arithmetic, code, prose, ...")] = None,

@@ -1,3 +1,7 @@
+from .benchmarks import BENCHMARKS as BENCHMARKS
+from .benchmarks import Benchmark as Benchmark
+from .benchmarks import Item as Item
+from .benchmarks import items as items
 from .build import FULL as FULL
 from .build import SMALL as SMALL
 from .build import LabConfig as LabConfig
@@ -6,6 +10,10 @@ from .card import card as card
 from .measure import measure as measure
 from .models import FAMILIES as FAMILIES
 from .models import make_model as make_model
+from .panel import PanelConfig as PanelConfig
+from .panel import Run as Run
+from .panel import build_panel as build_panel
+from .panel import score as score
 from .pretrain import PretrainConfig as PretrainConfig
 from .pretrain import pack as pack
 from .pretrain import pretrain as pretrain
