@@ -1,47 +1,50 @@
-"""Encode of each toolkit on the same tensors, alternately in one run; answers are compared before anything is timed.
+"""Encode of each toolkit on the same tensors, at the shapes of the released SAEs, and on a CPU without bf16.
 
-Runs where sae_lens is installed (`tests/peers/run.sh sae_lens` makes that environment), with this package's source on
-the path; sparsify is added from its own environment when there is one: `make bench`.
+    python bench/encode.py [--shapes 0 1 ...] [--rounds 5]
+
+Runs where sae_lens is installed (`tests/peers/run.sh sae_lens` makes that environment); `make bench` does it all.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
-import platform
-import statistics
+import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
-os.environ["SPARSIFY_DISABLE_TRITON"] = "1"
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "src"))
-sys.path += [str(p) for p in ROOT.glob(".venv-sparsify/lib/python*/site-packages")]
+from side_by_side import (
+    PAGE,
+    Way,
+    add_peers,
+    alternate,
+    at_least,
+    at_most,
+    bare_product,
+    memory,
+    ratio,
+    table,
+    tensors,
+    write,
+)
 
-import torch  # noqa: E402
+import torch  # isort: skip
 
-from qwen_scope.sae import FeatureActs, TopK  # noqa: E402
-from qwen_scope.sae.kernels import compiled  # noqa: E402
+from qwen_scope.sae import FeatureActs, TopK  # isort: skip
 
-SHAPES = [(2048, 32768, 100), (2048, 32768, 50), (4096, 65536, 50), (5120, 81920, 50), (2048, 131072, 100)]
-# (d_model, d_sae, k) -> at least this many times faster than sae_lens
+# d_model, d_sae, k, tokens
+SHAPES = [
+    (2048, 32768, 100, 4096), (2048, 32768, 50, 1024), (4096, 65536, 50, 1024), (5120, 81920, 50, 4096),
+    (2048, 131072, 100, 1024),
+]  # fmt: skip
+# The many ways to write the same fp32 product are timed where that takes seconds, not minutes.
+MOST_WORK = 2048 * 32768 * 4096
 GOALS = {(2048, 32768, 100): 2.5, (5120, 81920, 50): 3.0}
-WITHIN = 2.0  # of the bare bf16 product, at the first shape
+ON_GPU = (5120, 81920, 50, 16384)
 MEMORY = 256 * 2**20
-
-Way = Callable[[], tuple[torch.Tensor, torch.Tensor] | None]
-
-
-def tensors(d_model: int, d_sae: int, n: int) -> tuple[torch.Tensor, ...]:
-    """Random features, residuals with two massive dimensions, and a first token of 100 times the norm."""
-    g = torch.Generator().manual_seed(0)
-    W = torch.randn(d_sae, d_model, generator=g).div_(d_model**0.5)
-    x = torch.randn(n, d_model, generator=g)
-    x[:, [11, 1000]] *= 30
-    x[0] *= 100
-    return x, W, torch.randn(d_sae, generator=g) * 0.1
+# What makes a process do without AVX-512 and bf16.
+WITHOUT = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"}
 
 
 def sae_lens_way(x: torch.Tensor, W: torch.Tensor, b: torch.Tensor, k: int) -> Way:
@@ -50,16 +53,11 @@ def sae_lens_way(x: torch.Tensor, W: torch.Tensor, b: torch.Tensor, k: int) -> W
     d_sae, d_model = W.shape
     with torch.device("meta"):
         sae = TopKSAE(TopKSAEConfig(d_in=d_model, d_sae=d_sae, k=k, apply_b_dec_to_input=False))
-    parts = {"W_enc": W.T.contiguous(), "b_enc": b, "b_dec": torch.zeros(d_model)}
-    parts["W_dec"] = torch.zeros(1, 1).expand(d_sae, d_model)  # encode does not read it
+    parts = {"W_enc": W.T.contiguous(), "b_enc": b, "b_dec": b.new_zeros(d_model)}
+    parts["W_dec"] = b.new_zeros(1, 1).expand(d_sae, d_model)  # encode does not read it
     for name, value in parts.items():
         setattr(sae, name, torch.nn.Parameter(value, requires_grad=False))
-
-    def encode() -> tuple[torch.Tensor, torch.Tensor]:
-        dense = sae.encode(x)
-        return dense, torch.empty(0)
-
-    return encode
+    return lambda: (sae.encode(x), None)
 
 
 def sparsify_way(x: torch.Tensor, W: torch.Tensor, b: torch.Tensor, k: int) -> Way:
@@ -69,7 +67,7 @@ def sparsify_way(x: torch.Tensor, W: torch.Tensor, b: torch.Tensor, k: int) -> W
     sae = SparseCoder(d_model, SparseCoderConfig(num_latents=d_sae, k=k), device="meta", decoder=False)
     sae.encoder.weight = torch.nn.Parameter(W, requires_grad=False)
     sae.encoder.bias = torch.nn.Parameter(b, requires_grad=False)
-    sae.b_dec = torch.nn.Parameter(torch.zeros(d_model), requires_grad=False)
+    sae.b_dec = torch.nn.Parameter(b.new_zeros(d_model), requires_grad=False)
 
     def encode() -> tuple[torch.Tensor, torch.Tensor]:
         found = sae.encode(x)
@@ -79,48 +77,33 @@ def sparsify_way(x: torch.Tensor, W: torch.Tensor, b: torch.Tensor, k: int) -> W
 
 
 def demo_way(x: torch.Tensor, W: torch.Tensor, b: torch.Tensor, k: int) -> Way:
-    """The official demo: rectified pre-activations, their k largest."""
+    """The official demo: rectified pre-activations, their k largest, scattered into dense rows."""
+
+    def encode() -> tuple[torch.Tensor, None]:
+        found = torch.relu(x @ W.T + b).topk(k, dim=-1)
+        return torch.zeros(len(x), len(W), device=x.device).scatter_(1, found.indices, found.values), None
+
+    return encode
+
+
+def card_way(x: torch.Tensor, W: torch.Tensor, b: torch.Tensor, k: int) -> Way:
+    """The model card's snippet: the k largest pre-activations."""
 
     def encode() -> tuple[torch.Tensor, torch.Tensor]:
-        found = torch.relu(x @ W.T + b).topk(k, dim=-1)
+        found = (x @ W.T + b).topk(k, dim=-1)
         return found.values, found.indices
 
     return encode
 
 
-def ways(x: torch.Tensor, W: torch.Tensor, b: torch.Tensor, k: int) -> tuple[dict[str, Way], TopK]:
-    ours = TopK(W, W.T, b, torch.zeros(W.shape[1]), k=k)
-    low, W_low = x.bfloat16(), W.bfloat16()
-
-    def encode() -> tuple[torch.Tensor, torch.Tensor]:
-        acts = ours.encode(x)
-        return acts.values, acts.indices
-
-    found: dict[str, Way] = {"qwen-scope": encode}
-    for name, make in {"sae_lens": sae_lens_way, "sparsify": sparsify_way, "official demo": demo_way}.items():
-        try:
-            found[name] = make(x, W, b, k)
-        except ImportError as error:
-            print(f"{name} is left out: {error}", flush=True)
-    found["bare bf16 product"] = lambda: product(low, W_low)
-    return found, ours
-
-
-def product(low: torch.Tensor, W_low: torch.Tensor) -> None:
-    """The floor: the product alone, in tiles of the same size, its results thrown away."""
-    for tile in low.split(512):
-        torch.mm(tile, W_low.T)
-
-
-def agree(name: str, answer: tuple[torch.Tensor, torch.Tensor], ours: FeatureActs, x: torch.Tensor, sae: TopK) -> None:
+def agree(name: str, answer: tuple, ours: FeatureActs, x: torch.Tensor, sae: TopK) -> None:
     """Raise unless the same features are found, but for pre-activations equal within fp32 rounding."""
     values, indices = answer
     for start in range(0, len(x), 256):
         rows = slice(start, start + 256)
-        if indices.numel():
-            theirs = values.new_zeros(len(values[rows]), sae.d_sae).scatter(1, indices[rows].long(), values[rows])
-        else:
-            theirs = values[rows].float()
+        theirs = values[rows].float()
+        if indices is not None:
+            theirs = values.new_zeros(len(theirs), sae.d_sae).scatter(1, indices[rows].long(), values[rows])
         mine = ours[rows].to_dense()
         room = 1e-5 * sae.W_enc.norm(dim=1).max() * x[rows].norm(dim=1, keepdim=True)
         apart = (mine - theirs).abs() > room
@@ -130,94 +113,82 @@ def agree(name: str, answer: tuple[torch.Tensor, torch.Tensor], ours: FeatureAct
                 raise SystemExit(f"{name} and qwen-scope differ in row {start + row}, feature {feature}")
 
 
-def extra_memory(encode: Way) -> int:
-    """Bytes that one call adds to the peak of the resident memory; 0 where the system does not tell."""
-    status, clear = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-    if not clear.exists():
-        return 0
-    clear.write_text("5")
-    read = {line.split(":")[0]: line.split()[1] for line in status.read_text().splitlines() if line.startswith("Vm")}
-    encode()
-    peak = next(line.split()[1] for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-    return (int(peak) - int(read["VmRSS"])) * 1024
-
-
-def measure(shape: tuple[int, int, int], n: int, rounds: int) -> list[str]:
-    """The rows of one shape's table."""
-    d_model, d_sae, k = shape
-    x, W, b = tensors(d_model, d_sae, n)
-    found, sae = ways(x, W, b, k)
+def measure(shape: tuple[int, int, int, int], rounds: int, device: str = "cpu") -> dict:
+    """Times of one shape, with what else its table says."""
+    d_model, d_sae, k, n = shape
+    x, W, b = tensors(d_model, d_sae, n, device)
+    sae = TopK(W, W.T, b, b.new_zeros(d_model), k=k)
+    ways: dict[str, Way] = {"qwen-scope": lambda: sae.encode(x)}
+    makers = {"sae_lens": sae_lens_way}
+    if device != "cpu" or d_model * d_sae * n <= MOST_WORK:
+        makers |= {"sparsify": sparsify_way, "official demo": demo_way, "model card": card_way}
+    add_peers(ways, makers, x, W, b, k)
     ours = sae.encode(x)
     stats = sae.encode_stats
     assert stats is not None
-    small = min(n, 512)
-    for name, way in found.items():
-        if name not in ("qwen-scope", "bare bf16 product"):
-            answer = way()
-            assert answer is not None
-            agree(name, (answer[0][:small], answer[1][:small]), ours[:small], x[:small], sae)
-            del answer
-    extra = extra_memory(found["qwen-scope"])
-    times: dict[str, list[float]] = {name: [] for name in found}
-    for _ in range(rounds):
-        for name, way in found.items():
-            start = time.perf_counter()
-            way()
-            times[name].append(time.perf_counter() - start)
-            print(shape, n, name, f"{times[name][-1]:.3f} s", flush=True)
-    mine = times["qwen-scope"]
-    lines = [f"\n### {n:,} tokens, d_model {d_model:,}, d_sae {d_sae:,}, k {k}\n"]
-    lines.append(f"Path `{stats.path}`: {stats.fallback} of {stats.rows:,} rows fell back, "
-                 f"{stats.candidates / stats.rows:.0f} candidates a row; {extra / 2**20:.0f} MB beyond what was "
-                 f"held{'' if extra <= MEMORY else ' (**misses** 256 MB)'}.\n")  # fmt: skip
-    lines += ["| | median s | min | max | times ours, median of rounds | |", "|---|---|---|---|---|---|"]
-    for name, seconds in times.items():
-        ratio = statistics.median(t / m for t, m in zip(seconds, mine, strict=True))
-        verdict = ""
-        if name == "sae_lens" and shape in GOALS:
-            verdict = f"{'reaches' if ratio >= GOALS[shape] else '**misses**'} {GOALS[shape]}"
-        if name == "bare bf16 product" and shape == SHAPES[0]:
-            verdict = f"{'within' if 1 / ratio <= WITHIN else '**not within**'} {WITHIN:.0f}x ({1 / ratio:.2f}x)"
-        cells = f"{statistics.median(seconds):.3f} | {min(seconds):.3f} | {max(seconds):.3f} | {ratio:.2f}"
-        lines.append(f"| {name} | {cells} | {verdict} |")
-    return lines
+    few = min(n, 512)
+    for name, way in ways.items():
+        if name != "qwen-scope":
+            values, indices = way()
+            agree(name, (values[:few], None if indices is None else indices[:few]), ours[:few], x[:few], sae)
+            del values, indices
+    extra = memory(ways["qwen-scope"]) if device == "cpu" else 0
+    ways["bare bf16 product"] = bare_product(x, W)
+    print(shape, stats, flush=True)
+    return {"shape": shape, "stats": stats.__dict__, "extra": extra, "times": alternate(ways, rounds)}
 
 
-def machine() -> str:
-    cpu = torch.cpu.get_capabilities().get("cpu_name", "unknown CPU")
-    caps = [name for name in ("avx512_bf16", "amx_bf16") if torch.cpu.get_capabilities().get(name)]
-    load = ", ".join(f"{value:.1f}" for value in os.getloadavg())
-    return (
-        f"{cpu}, {torch.get_num_threads()} threads, {' and '.join(caps) or 'no bf16 instructions'}, torch "
-        f"{torch.__version__}, Python {platform.python_version()}, numba {'yes' if compiled.available() else 'no'}; "
-        f"load at the end {load}."
-    )
+def section(found: dict, where: str = "") -> list[str]:
+    d_model, d_sae, k, n = found["shape"]
+    stats, times = found["stats"], found["times"]
+    lines = [f"\n### {n:,} tokens, d_model {d_model:,}, d_sae {d_sae:,}, k {k}{where}\n"]
+    said = f"Path `{stats['path']}`: {stats['fallback']} of {stats['rows']:,} rows fell back, "
+    said += f"{stats['candidates'] / stats['rows']:.0f} candidates a row"
+    if found["extra"]:
+        miss = "" if found["extra"] <= MEMORY else ": **misses**"
+        said += f"; {found['extra'] / 2**20:.0f} MB beyond what was held, wanted at most 256{miss}"
+    verdicts = {}
+    if "sae_lens" in times:
+        slower = ratio(times, "sae_lens", "qwen-scope")
+        goal = 1.0 if "without" in where else 5.0 if "GPU" in where else GOALS.get((d_model, d_sae, k))
+        verdicts["sae_lens"] = at_least(slower, goal) if goal else ""
+    if (d_model, d_sae, k) in GOALS and "without" not in where:
+        goal = 1.5 if "GPU" in where else 2.0
+        verdicts["bare bf16 product"] = at_most(ratio(times, "qwen-scope", "bare bf16 product"), goal)
+    return [*lines, f"{said}.\n", *table(times, "qwen-scope", verdicts)]
+
+
+def without_bf16(rounds: int) -> dict:
+    """The first shape in a process that is told to do without AVX-512."""
+    command = [sys.executable, "-W", "ignore", __file__, "--worker", "--rounds", str(rounds)]
+    done = subprocess.run(command, env={**os.environ, **WITHOUT}, stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--tokens", type=int, help="by default 4,096 for the first shape and 1,024 for the others")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, help="by default 5 for the first shape and 3 for the others")
     parser.add_argument("--shapes", type=int, nargs="*", default=list(range(len(SHAPES))), help="which of SHAPES")
-    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "performance.md")
+    parser.add_argument("--tokens", type=int, help="so many for every shape")
+    parser.add_argument("--out", type=Path, default=PAGE)
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    lines: list[str] = []
     torch.set_grad_enabled(False)
-    for shape in (SHAPES[i] for i in args.shapes):
-        lines += measure(shape, args.tokens or (4096 if shape == SHAPES[0] else 1024), args.rounds)
-        write(args.out, lines)
-
-
-def write(out: Path, lines: list[str]) -> None:
-    """The page so far, so that a long run that is stopped leaves what it measured."""
-    head = [
-        "# Performance\n",
-        "Written by `make bench`. All of a table ran alternately in one process on the same tensors, and the answers",
-        "were compared first. A ratio is the median over rounds of theirs to ours, so other work on the machine weighs",
-        "on both; above 1 is slower than ours.\n",
-        machine(),
-    ]
-    out.write_text("\n".join([*head, *lines]) + "\n")
+    if args.worker:
+        print(json.dumps(measure((2048, 32768, 100, 1024), args.rounds)))
+        return
+    lines: list[str] = []
+    for i in args.shapes:
+        shape = (*SHAPES[i][:3], args.tokens or SHAPES[i][3])
+        lines += section(measure(shape, args.rounds or (3 if i else 5)))
+        write("encode.py", lines, args.out)
+    lines += section(without_bf16(args.rounds or 3), ", without AVX-512 and bf16 instructions")
+    if torch.cuda.is_available():
+        torch.backends.cuda.matmul.allow_tf32 = False
+        lines += section(measure(ON_GPU, args.rounds or 5, "cuda"), ", on a GPU, TF32 off")
+    else:
+        lines += ["\n### 16,384 tokens, d_model 5,120, d_sae 81,920, k 50, on an H200\n", "Not measured: no GPU here."]
+    write("encode.py", lines, args.out)
 
 
 if __name__ == "__main__":
