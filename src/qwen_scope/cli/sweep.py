@@ -175,20 +175,10 @@ def feature_target(scope: Scope, text: str) -> Target:
     """The mean activation of a feature over each text, read from `LAYER:FEATURE`."""
     import re
 
-    import numpy as np
-
     match = re.fullmatch(r"(\d{1,6}):(\d{1,9})", text)
     if not match:
         raise InputError(f"--target-feature is LAYER:FEATURE, such as 4:1028, not {text!r}")
-    layer, feature = int(match[1]), int(match[2])
-    scope.saes[layer].pre_acts(scope.saes[layer].b_dec, [feature])  # refuses a feature that does not exist
-
-    def mean(texts: list[str]) -> np.ndarray:
-        filled = [text or " " for text in texts]
-        seen = scope.features(filled, [layer], truncate=True)
-        return np.array([float(seen.of(i, layer).select([feature]).mean()) for i in range(len(filled))])
-
-    return mean
+    return scope.feature_target(int(match[1]), int(match[2]))
 
 
 def read_prompts(path: Path) -> list[str]:

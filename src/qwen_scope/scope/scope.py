@@ -6,6 +6,7 @@ import os
 from collections.abc import Sequence
 from typing import Literal, overload
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -25,7 +26,7 @@ from qwen_scope.model import (
     tokenize,
 )
 from qwen_scope.sae import FeatureActs, catalog
-from qwen_scope.steer import Decoding, Generation, Intervention
+from qwen_scope.steer import Decoding, Generation, Intervention, Target
 
 from .compare import Comparison, compare_seen
 from .generate import Sizes, generate_in_scope
@@ -160,6 +161,21 @@ class Scope:
         return compare_seen(
             seen, len(one), n=n, drop_first=drop_first, drop_common=drop_common, drop_prefix=drop_prefix
         )
+
+    def feature_target(self, layer: int, feature: int) -> Target:
+        """A target for sweeps and verdicts: the mean activation of a feature over each text.
+
+        Raises:
+            NotFoundError, InputError, MismatchError: no such layer or feature.
+        """
+        self.saes[layer].pre_acts(self.saes[layer].b_dec, [feature])
+
+        def mean(texts: list[str]) -> np.ndarray:
+            filled = [text or " " for text in texts]
+            seen = self.features(filled, [layer], truncate=True)
+            return np.array([float(seen.of(i, layer).select([feature]).mean()) for i in range(len(filled))])
+
+        return mean
 
     @overload
     def generate(
