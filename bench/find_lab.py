@@ -14,17 +14,18 @@ import argparse
 import re
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
 from qwen_scope import load_scope
 from qwen_scope.features import Finding, Pooled, find, pool_texts
-from qwen_scope.lab import LANGUAGES, REGISTERS, Document, documents
+from qwen_scope.lab import LANGUAGES, REGISTERS, Document, default_mixture, documents
 
 EACH, SHUFFLES, AIM, AIM_HARDEST, HARDEST = 100, 40, 0.95, 0.9, 3
 HELD_OUT = ("heldout_sentences", "heldout_templates", "heldout_combinations")
+SENTENCES = (7, 12)  # of a talk; of three sentences, one in eight carries no mark of its register at all
 WORDLESS = ("arithmetic", "code", "prose", "chat")
 RESULTS = Path(__file__).parents[1] / "docs" / "results.md"
 TITLE = "## Finding the lab's factors"
@@ -41,10 +42,12 @@ class Line:
 
 def gather(split: str, seed: int, n: int) -> list[Document]:
     """`n` documents for each language and register, and for each kind that has none."""
+    mixture = replace(default_mixture(), sentences=SENTENCES)
     docs: list[Document] = []
     for language in LANGUAGES:
         for register in REGISTERS:
-            docs += documents(split=split, seed=seed, n=n, kinds=["talk"], languages=[language], registers=[register])
+            only = {"kinds": ["talk"], "languages": [language], "registers": [register]}
+            docs += documents(split=split, seed=seed, n=n, mixture=mixture, **only)
     for kind in WORDLESS:
         docs += documents(split=split, seed=seed, n=n, kinds=[kind])
     return docs
@@ -139,7 +142,7 @@ def written(lines: list[Line], reported: list[int], tests: int, level: float) ->
 `bench/find_lab.py`: the feature that `find` ranks first, over all layers, from {EACH} documents with the factor and
 {EACH} without. Half of them rank the features and set the threshold; F1 with its interval, and AUROC, are measured
 on the other half. The last column is the F1 of the same feature and threshold on other text: sentences, templates
-and combinations that the lab's model never saw in training.
+and combinations that the lab's model never saw in training. Talks have {SENTENCES[0]} to {SENTENCES[1]} sentences.
 
 The aim was {AIM} for every factor and {AIM_HARDEST} for the hardest {HARDEST}; it {held}:
 {met} of {len(lines)} reach {AIM}. {said}
