@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from qwen_scope.analysis import coverage, jackknife, ranking, redundancy_of, sampled_coverage
+from qwen_scope.analysis import expected_coverage, jackknife, ranking, redundancy_of, sampled_coverage
 from qwen_scope.errors import InputError, MismatchError
 
 
@@ -21,7 +21,7 @@ def test_closed_forms_equal_all_subsets(seed: int) -> None:
         np.mean([len(set().union(*(sets[i] for i in chosen))) for chosen in combinations(range(8), n)]) / len(footprint)
         for n in range(1, 9)
     ]
-    found = coverage(made.dataset(sets).counts(), 8)
+    found = expected_coverage(made.dataset(sets).counts(), 8)
     np.testing.assert_allclose(found.curve, curve, rtol=0, atol=1e-12)
     assert found.footprint == len(footprint)
     assert found.redundancy == pytest.approx(sum(curve) / len(footprint), abs=1e-12)
@@ -31,7 +31,7 @@ def test_closed_forms_equal_all_subsets(seed: int) -> None:
 def test_the_curve_stays_exact_for_many_items() -> None:
     rng = np.random.default_rng(0)
     counts = rng.integers(1, 5000, 300)
-    found = coverage(counts, 5000)
+    found = expected_coverage(counts, 5000)
     n = np.array([1, 17, 2500, 4999, 5000])
     exact = 1 - stats.hypergeom.pmf(0, 5000, counts[:, None], n).mean(0)
     np.testing.assert_allclose(found.curve[n - 1], exact, atol=1e-10)
@@ -40,7 +40,7 @@ def test_the_curve_stays_exact_for_many_items() -> None:
 
 def test_the_sampled_estimate_lies_in_its_interval() -> None:
     data = made.dataset(made.random_sets(400, 200, 3, 0.05), 200)
-    exact = coverage(data.counts(), 400)
+    exact = expected_coverage(data.counts(), 400)
     sampled = sampled_coverage(data, 300, seed=1)
     each = sampled.sum(1) / exact.footprint
     assert abs(each.mean() - exact.redundancy) < 3 * each.std(ddof=1) / np.sqrt(300)
@@ -52,7 +52,8 @@ def test_the_sampled_estimate_lies_in_its_interval() -> None:
 def test_jackknife_equals_leaving_out_one_by_one() -> None:
     sets = made.random_sets(9, 14, 4)
     left = [
-        coverage(made.dataset([s for j, s in enumerate(sets) if j != i], 14).counts(), 8).redundancy for i in range(9)
+        expected_coverage(made.dataset([s for j, s in enumerate(sets) if j != i], 14).counts(), 8).redundancy
+        for i in range(9)
     ]
     expected = np.sqrt(8 / 9 * ((np.array(left) - np.mean(left)) ** 2).sum())
     assert jackknife(made.dataset(sets, 14)) == pytest.approx(expected, abs=1e-12)
@@ -61,7 +62,10 @@ def test_jackknife_equals_leaving_out_one_by_one() -> None:
 def test_twice_the_features_is_half_as_redundant() -> None:
     sets = made.random_sets(6, 10, 2)
     doubled = [s | {f + 10 for f in s} for s in sets]
-    one, two = coverage(made.dataset(sets, 10).counts(), 6), coverage(made.dataset(doubled, 20).counts(), 6)
+    one, two = (
+        expected_coverage(made.dataset(sets, 10).counts(), 6),
+        expected_coverage(made.dataset(doubled, 20).counts(), 6),
+    )
     assert two.redundancy == pytest.approx(one.redundancy / 2, abs=1e-12)
     assert two.auc == pytest.approx(one.auc, abs=1e-12)
 

@@ -40,7 +40,7 @@ class Coverage:
     redundancy: float
 
 
-def coverage(counts: Int[np.ndarray, " features"], items: int) -> Coverage:
+def expected_coverage(counts: Int[np.ndarray, " features"], items: int) -> Coverage:
     """The exact curve, without sampling, in the time it takes to read the firings.
 
     `c_n = (1/|F|) sum_j [1 - C(N - m_j, n) / C(N, n)]` and `R-hat = (N + 1) / |F|^2 * sum_j m_j / (m_j + 1)`, where
@@ -158,7 +158,7 @@ def redundancy_of(
         raise InputError(f"a band needs at least 2 random orders, not {draws}")
     rows, lines, taus, data = [], [], [], {}
     for dataset in datasets:
-        exact = coverage(dataset.counts(), len(dataset))
+        exact = expected_coverage(dataset.counts(), len(dataset))
         sampled = sampled_coverage(dataset, draws, seed)
         reference = bootstrap(sampled.sum(1) / exact.footprint, seed=seed)
         error = jackknife(dataset)

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from .coverage import subset_of
+from .drift import drift_of
+from .overlap import overlap_of
 from .redundancy import redundancy_of
 from .result import Result
 
@@ -26,4 +29,7 @@ class Analysis:
 
 ANALYSES: dict[str, Analysis] = {
     "redundancy": Analysis(redundancy_of),
+    "overlap": Analysis(overlap_of, datasets=2),
+    "subset": Analysis(subset_of),
+    "drift": Analysis(drift_of, reduction="max", datasets=2),
 }

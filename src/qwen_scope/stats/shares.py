@@ -54,7 +54,8 @@ def rate_difference(a: Count, n_a: Count, b: Count, n_b: Count, level: float = L
     low_p, high_p = wilson(a, n_a, level)
     low_q, high_q = wilson(b, n_b, level)
     d = p - q
-    return d, d - np.hypot(p - low_p, high_q - q), d + np.hypot(high_p - p, q - low_q)
+    ends = d - np.hypot(p - low_p, high_q - q), d + np.hypot(high_p - p, q - low_q)
+    return tuple(np.asarray(value) for value in (d, *ends))
 
 
 def share(successes: int, n: int, level: float = LEVEL) -> Interval:
