@@ -7,6 +7,8 @@ import os
 import random
 import subprocess
 import sys
+import time
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,10 +18,11 @@ import stores
 import tiny
 import torch
 
-from qwen_scope.corpus import Corpus, ExtractOptions, FeatureStore, extract
+from qwen_scope.corpus import Corpus, ExtractOptions, FeatureStore, batches, extract, turns
 from qwen_scope.corpus import Progress as ProgressOf
 from qwen_scope.errors import InputError, MismatchError
 from qwen_scope.model import HookPoint, capture
+from qwen_scope.sae import TopK
 
 # Everything at once: pieces, windows that end inside a document, masks, pooled residuals.
 HARD = {"row_tokens": 7, "window_tokens": 30, "pool": ("mean", "last"), "sink_multiple": 1.3, "skip_special": True}
@@ -241,3 +244,65 @@ def test_what_does_not_belong_together_is_refused(tmp_path) -> None:
     with pytest.raises(InputError, match="is no unfinished store"):
         extract(Corpus(["x"]), stores.loaded(), {0: sae}, tmp_path / "file")
     assert isinstance(run({0: sae}), FeatureStore)
+
+
+@pytest.mark.parametrize("how", [{"hold_bytes": 1}, {"sae_device": "cpu"}, {"sae_device": "cpu", "hold_bytes": 1}])
+@pytest.mark.parametrize("overlapped", [False, True])
+def test_turns_and_overlap_change_nothing(tmp_path, monkeypatch, how, overlapped) -> None:
+    monkeypatch.setattr(batches, "elsewhere", lambda *_: overlapped)
+    options = ExtractOptions(row_tokens=stores.ROW_TOKENS, window_tokens=60, batch_tokens=20)
+    plain = extract(Corpus(stores.TEXTS, name="texts"), stores.loaded(), stores.saes(), tmp_path / "a", options)
+    other = extract(Corpus(stores.TEXTS, name="texts"), stores.loaded(), stores.saes(), tmp_path / "b", options, **how)
+    with plain, other:
+        for layer in stores.LAYERS:
+            for a, b in zip(stores.from_store(plain, layer), stores.from_store(other, layer), strict=True):
+                np.testing.assert_allclose(a, b, atol=1e-5)
+                assert ((a > 0) == (b > 0)).mean() > 0.999
+
+
+def test_a_sweep_keeps_two_saes_at_most(monkeypatch) -> None:
+    """The next one comes while one is at work; what has had its turn is gone, whatever it kept for encoding."""
+    alive: weakref.WeakSet[TopK] = weakref.WeakSet()
+    most, move = [], TopK.to
+
+    def counted(sae: TopK, *args, **kwargs) -> TopK:
+        moved = move(sae, *args, **kwargs)
+        alive.add(moved)
+        most.append(len(alive))
+        return moved
+
+    monkeypatch.setattr(TopK, "to", counted)
+    weights = torch.randn(64, 8), torch.randn(8, 64), torch.randn(64), torch.randn(8)
+    saes = {layer: TopK(*weights, k=layer + 1) for layer in (3, 0, 2, 1, 5, 4)}
+    seen = []
+    for layer, sae in turns.in_turn(saes, "cpu"):
+        seen.append((layer, sae.k))
+        while len(most) < min(6, len(seen) + 1):
+            time.sleep(0.001)
+        del sae
+    assert seen == [(layer, layer + 1) for layer in range(6)]
+    assert len(most) == 6
+    assert max(most) == 2
+
+
+def test_what_comes_next_is_made_meanwhile_and_errors_arrive() -> None:
+    made = []
+
+    def items():
+        for i in range(4):
+            made.append(i)
+            yield i
+        raise ValueError("the fifth")
+
+    used = []
+
+    def use() -> None:
+        with turns.ahead(items()) as coming:
+            for item in coming:
+                used.append(item)
+                while len(made) < min(4, item + 2):
+                    time.sleep(0.001)
+
+    with pytest.raises(ValueError, match="the fifth"):
+        use()
+    assert used == [0, 1, 2, 3]

@@ -54,6 +54,8 @@ def extract(
     Stopped in whatever way, the same command goes on where it was. Rows that can't be read are counted and listed in
     the store. Ask the store with: qwen-scope store STORE
     """
+    import torch
+
     from qwen_scope.corpus import ExtractOptions
     from qwen_scope.corpus import extract as run
     from qwen_scope.model import LoadedModel
@@ -71,7 +73,11 @@ def extract(
     corpus = open_corpus(source, column, unit, sample, seed, split, subset)
     with output.status("opening the model"):
         scope = options.open_scope(model, sae, device, dtype, k)
-    saes = {layer: scope.saes[layer] for layer in scope.check_layers(options.parse_layers(layers))}
+    wanted = scope.check_layers(options.parse_layers(layers))
+    # Memory-mapped: each comes to the device for its turn.
+    on_disk = type(scope.saes)(scope.saes.source, d_model=scope.d_model, k=k, dtype=scope.saes.dtype)
+    saes = {layer: on_disk[layer] for layer in wanted}
+    place = None if torch.device(scope.saes.device).type == "cpu" else scope.saes.device
     loaded = LoadedModel(scope.model, scope.tokenizer, model)
     with output.progress() as bar:
 
@@ -80,7 +86,7 @@ def extract(
             bad = f", {now.unreadable} unreadable" if now.unreadable else ""
             bar(now.stage, now.share or 0.0, rate + bad)
 
-        store = run(corpus, loaded, saes, out, chosen, report)
+        store = run(corpus, loaded, saes, out, chosen, report, sae_device=place)
     with store:
         show_store(store, as_json)
 

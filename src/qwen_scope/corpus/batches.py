@@ -18,7 +18,11 @@ from qwen_scope.sae import SAE
 
 from .layout import TABLES
 from .text import Corpus, Document, Unreadable, meta_json
+from .turns import ahead, in_turn
 from .writer import LayerRows, Window
+
+# Residuals that wait for their SAEs, together, in bytes.
+HOLD_BYTES = 2**28
 
 
 @dataclass(frozen=True)
@@ -167,6 +171,29 @@ def residuals(
         yield batch, {point.layer: h[mask.bool().to(h.device)] for point, h in found.items()}
 
 
+def held(
+    found: Iterator[tuple[list[int], dict[int, Tensor]]], hold_bytes: int, report: Callable[[int], None]
+) -> Iterator[list[tuple[list[int], dict[int, Tensor]]]]:
+    """Batches in lists whose residuals are together as large as `hold_bytes`, or one batch."""
+    batches, size, done = [], 0, 0
+    for batch, by_layer in found:
+        batches.append((batch, by_layer))
+        size += sum(h.numel() * h.element_size() for h in by_layer.values())
+        done += len(next(iter(by_layer.values())))
+        report(done)
+        if size >= hold_bytes:
+            yield batches
+            batches, size = [], 0
+    if batches:
+        yield batches
+
+
+def elsewhere(model: nn.Module, saes: Mapping[int, SAE], device: torch.device | str | None) -> bool:
+    """Whether model and SAEs work on different devices, so that neither has to wait for the other."""
+    at_work = {next(model.parameters()).device.type}
+    return at_work.isdisjoint({torch.device(device).type} if device else {saes[layer].device.type for layer in saes})
+
+
 def median_norms(model: nn.Module, layers: Sequence[int], pieces: Pieces, batch_tokens: int) -> dict[str, float]:
     """Per layer the median norm of the residuals of a window."""
     norms: dict[int, list[Tensor]] = {layer: [] for layer in layers}
@@ -187,12 +214,16 @@ def encode_window(
     pool: Sequence[str],
     carried: Mapping[str, Any],
     report: Callable[[int], None],
+    device: torch.device | str | None = None,
+    hold_bytes: int = HOLD_BYTES,
 ) -> tuple[Window, dict[str, Any]]:
     """The window as tables, and the pooled residuals of a document that goes on in the next one.
 
     Args:
         special: ids that do not count.   limits: per layer the norm above which a token does not count.
-        report: called with the number of tokens done.
+        report: called with the number of tokens that the model has read.
+        device: where SAEs come for their turn, or None where they are.
+        hold_bytes: about so many bytes of residuals wait for their SAEs, or one batch of them.
     """
     rows = pieces.rows
     lengths = np.array([len(row.ids) for row in rows], np.int64)
@@ -204,23 +235,32 @@ def encode_window(
     is_special = np.isin(ids, list(special))
     layers = {layer: LayerWindow(len(ids)) for layer in saes}
     pools = {layer: Pools(carried.get(str(layer))) for layer in saes} if pool else {}
-    done = 0
-    for batch, found in residuals(model, list(saes), rows, batch_tokens):
-        here = np.concatenate([np.arange(first[i], first[i + 1]) for i in batch])
-        for layer, h in found.items():
+
+    def encode(layer: int, sae: SAE, batches: list[tuple[list[int], dict[int, Tensor]]]) -> None:
+        kept, tokens = [], []
+        for batch, found in batches:
+            h = found.pop(layer)
+            here = np.concatenate([np.arange(first[i], first[i + 1]) for i in batch])
             sink = np.zeros(len(here), bool)
             if layer in limits:
                 sink = (torch.linalg.vector_norm(h.float(), dim=-1) > limits[layer]).cpu().numpy()
             layers[layer].sink[here] = sink
             keep = ~(sink | is_special[here])
-            chosen = h if keep.all() else h[torch.from_numpy(np.flatnonzero(keep)).to(h.device)]
             if keep.any():
-                acts = saes[layer].encode(chosen).to("cpu")
-                layers[layer].add(here[keep], acts.indices.numpy(), acts.values.float().numpy())
+                kept.append(h if keep.all() else h[torch.from_numpy(np.flatnonzero(keep)).to(h.device)])
+                tokens.append(here[keep])
             if pool:
                 pools[layer].add(batch, lengths, h, keep)
-        done += len(here)
-        report(done)
+        if kept:
+            acts = sae.encode(torch.cat(kept)).to("cpu")
+            layers[layer].add(np.concatenate(tokens), acts.indices.numpy(), acts.values.float().numpy())
+
+    made_of = held(residuals(model, list(saes), rows, batch_tokens), hold_bytes, report)
+    with ahead(made_of, lambda: elsewhere(model, saes, device)) as waiting:
+        for batches in waiting:
+            for layer, sae in in_turn(saes, device):
+                encode(layer, sae, batches)
+                del sae
     masked = [masked_rows(layer, document, position, is_special, window.sink) for layer, window in layers.items()]
     tables = {
         "documents": document_table(pieces, first),

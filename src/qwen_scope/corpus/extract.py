@@ -8,11 +8,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
+
 from qwen_scope.errors import InputError, MismatchError
 from qwen_scope.model import HookPoint, LoadedModel, context_length, d_model
 from qwen_scope.sae import SAE
 
-from .batches import Pieces, Reader, State, encode_window, median_norms
+from .batches import HOLD_BYTES, Pieces, Reader, State, encode_window, median_norms
 from .layout import LayerInfo
 from .store import FeatureStore
 from .text import Corpus
@@ -89,6 +91,9 @@ def extract(
     folder: str | os.PathLike[str],
     options: ExtractOptions | None = None,
     progress: Callable[[Progress], None] | None = None,
+    *,
+    sae_device: torch.device | str | None = None,
+    hold_bytes: int = HOLD_BYTES,
 ) -> FeatureStore:
     """Write the features of every token of a corpus into a store, and open it.
 
@@ -100,6 +105,11 @@ def extract(
         saes: the layers to read, each with its SAE.
         folder: where the store goes.
         progress: called after every forward pass.
+        sae_device: where encoding happens. Each SAE comes there for its turn and the next one is on its way meanwhile,
+            so memory-mapped SAEs of all layers can be swept with at most two of them there; None leaves them where
+            they are.
+        hold_bytes: about so many bytes of residuals wait for the turns of their SAEs, or one batch of them: more means
+            fewer turns. Like `batch_tokens`, it moves last digits only.
 
     Raises:
         InputError: no document, options that do not fit, a folder that holds something else, or a full disk.
@@ -117,7 +127,7 @@ def extract(
     request["sae_dtypes"] = sorted({str(sae.dtype).removeprefix("torch.") for sae in saes.values()})
     with StoreWriter(folder, loaded.name, request, infos) as writer:
         if not writer.finished:
-            run_windows(corpus, loaded, saes, options, row_tokens, writer, progress)
+            run_windows(corpus, loaded, saes, options, row_tokens, writer, progress, sae_device, hold_bytes)
     return FeatureStore(folder, saes)
 
 
@@ -129,6 +139,8 @@ def run_windows(
     row_tokens: int,
     writer: StoreWriter,
     progress: Callable[[Progress], None] | None,
+    sae_device: torch.device | str | None,
+    hold_bytes: int,
 ) -> None:
     """Every window that is not in the store yet, then the index."""
     state = State(**writer.state) if writer.state else State(cursor=corpus.cursor())
@@ -161,6 +173,8 @@ def run_windows(
             pool=options.pool,
             carried=reader.state.carried,
             report=lambda tokens, done=done: report("reading", done + tokens),
+            device=sae_device,
+            hold_bytes=hold_bytes,
         )
         reader.state = State(**{**asdict(pieces.after), "medians": medians, "carried": carried})
         writer.add(window, asdict(reader.state))
