@@ -1,19 +1,23 @@
 """What steering costs: tokens per second under `add` and `clamp` beside the unsteered model, in one run.
 
-    python bench/steer_cost.py [--tokens 24] [--rounds 7]
+    python bench/steer_cost.py [--seconds 150] [--tokens 8] [--write]
 
-A random-weight Qwen3 of 8 layers, d_model 1,024 and a vocabulary of 151,936, with an SAE of width 16,384. Rounds run
-every arm in turn; a share compares the fastest round of each, which other work on the machine disturbs least.
-`clamp` is measured on a feature that is almost never active and on one that always is, which costs a full encode.
+A random-weight Qwen3 of 8 layers, d_model 1,024 and a vocabulary of 151,936, with an SAE of width 16,384. Every round
+runs all arms, in an order that rotates; a share compares an arm with the unsteered run of its own round, so that other
+work on the machine, which comes and goes slower than a round, touches both. `clamp` is measured on a feature that is
+almost never active and on one that always is, which costs a full encode.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import time
 
+import numpy as np
 import torch
+from sections import paragraph, table, write_section
 from transformers import GenerationConfig, Qwen3Config, Qwen3ForCausalLM
 
 from qwen_scope.sae import TopK
@@ -39,17 +43,27 @@ def build() -> tuple[Qwen3ForCausalLM, TopK]:
     return Qwen3ForCausalLM(config).eval(), sae
 
 
+def median_interval(values: np.ndarray) -> tuple[float, float, float]:
+    """The median with its bootstrap interval."""
+    draws = np.random.default_rng(0).integers(0, len(values), (2000, len(values)))
+    low, high = np.quantile(np.median(values[draws], 1), (0.025, 0.975))
+    return float(np.median(values)), float(low), float(high)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--tokens", type=int, default=24)
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--tokens", type=int, default=8)
+    parser.add_argument("--seconds", type=float, default=150)
+    parser.add_argument("--write", action="store_true", help="put the table into docs/results.md")
     args = parser.parse_args()
     model, sae = build()
-    ids = torch.randint(0, 1000, (1, 16))
+    ids = torch.randint(0, 1000, (1, 4))
+    config = GenerationConfig(
+        max_new_tokens=args.tokens, min_new_tokens=args.tokens, do_sample=False, pad_token_id=0, eos_token_id=None
+    )
 
-    def seconds(interventions: list[Intervention], tokens: int) -> float:
-        config = GenerationConfig(max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, pad_token_id=0)
-        with steering(model, interventions, {LAYER: sae}, prompt_lengths=[16]):
+    def seconds(interventions: list[Intervention]) -> float:
+        with steering(model, interventions, {LAYER: sae}, prompt_lengths=[4]):
             start = time.perf_counter()
             model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config)
             return time.perf_counter() - start
@@ -60,18 +74,34 @@ def main() -> None:
         "clamp": [Intervention.clamp(layer=LAYER, feature=3, amount=2.0)],
         "clamp, always active": [Intervention.clamp(layer=LAYER, feature=1, amount=2.0)],
     }
-    for interventions in arms.values():
-        seconds(interventions, 2)
+    names = list(arms)
     times: dict[str, list[float]] = {name: [] for name in arms}
-    for _ in range(args.rounds):
-        for name, interventions in arms.items():
-            times[name].append(seconds(interventions, args.tokens))
-    best = {name: min(values) for name, values in times.items()}
-    rows = {
-        name: {"tokens_per_second": args.tokens / value, "share": best["unsteered"] / value}
-        for name, value in best.items()
-    }
-    print(json.dumps({"threads": torch.get_num_threads(), **rows}, indent=2))
+    for interventions in arms.values():
+        seconds(interventions)
+    end = time.monotonic() + args.seconds
+    for turn in range(10**6):
+        for name in names[turn % 4 :] + names[: turn % 4]:
+            times[name].append(seconds(arms[name]))
+        if time.monotonic() > end:
+            break
+    plain = np.array(times["unsteered"])
+    rows = []
+    for name in names:
+        own = np.array(times[name])
+        share, low, high = median_interval(plain / own)
+        aim = {"unsteered": "", "add": "0.97"}.get(name, "0.90")
+        rows.append((name, args.tokens / float(np.median(own)), f"{share:.3f} [{low:.3f}, {high:.3f}]", aim))
+        print(json.dumps({"arm": name, "rounds": len(own), "share": share, "low": low, "high": high}), flush=True)
+    how = f"""
+        `bench/steer_cost.py --write`: a random-weight Qwen3 of 8 layers, d_model {D_MODEL:,} and a vocabulary of
+        151,936 in fp32, an SAE of width {WIDTH:,}, batch 1, {torch.get_num_threads()} threads; {len(plain)} rounds of
+        {args.tokens} tokens, the arms of a round in rotating order. Share of unsteered: the median over rounds of the
+        ratio within a round, with its 95% interval. Load of the machine meanwhile: {os.getloadavg()[0]:.1f}."""
+    columns = ("arm", "tokens per second", "share of unsteered", "aim, at least")
+    body = "\n\n".join([paragraph(how), table(columns, rows)])
+    if args.write:
+        write_section("What steering costs", body)
+    print(body)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
-"""Steer the lab into each language, and out of a drift: shares, fluency, and matched random features beside them.
+"""Steer the lab into each language: shares, fluency, and matched random features beside them.
 
-    python bench/steer_languages.py            # all languages and the drift, JSON on standard output
+    python bench/steer_languages.py [--write] [de fr ...]    # JSON lines; --write: the table in docs/results.md
+    python bench/steer_languages.py --from ROWS.jsonl         # the table from lines printed before
 
-Features are chosen on training documents by the difference of mean activation (the report's contrastive rule), the
-amount by `sweep` on prompts of its own, and both are measured on fresh prompts.
+Features are chosen on training documents by the difference of mean activation (the report's contrastive rule); which
+layers and which amount by `sweep` on prompts of its own; all is measured on fresh prompts.
 """
 
 from __future__ import annotations
@@ -11,19 +12,40 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections import Counter, defaultdict
+from collections import defaultdict
+from pathlib import Path
 
 import numpy as np
 import torch
+from sections import paragraph, table, write_section
 
 from qwen_scope import Intervention, Scope, load_scope
-from qwen_scope.lab import LANGUAGES, documents, drift_prompts, language_of_text, neutral_prompts
-from qwen_scope.steer import Budget, Decoding, generate, log_probabilities, perplexity, rows_of, sweep
+from qwen_scope.features import matched_random
+from qwen_scope.lab import LANGUAGES, documents, language_of_text, neutral_prompts
+from qwen_scope.stats import Interval, bootstrap
+from qwen_scope.steer import (
+    Budget,
+    Decoding,
+    Generation,
+    Row,
+    best_candidate,
+    generate,
+    log_probabilities,
+    perplexity,
+    resolve,
+    rows_of,
+    sweep_candidates,
+)
 
-ALL_LAYERS, LAYERS, PER_LAYER = (0, 1, 2, 3, 4, 5), (1, 2, 3, 4, 5), 5
-N_FIT, N_TEST, N_RANDOM = 48, 100, 5
+LAYERS = ((1, 2, 3, 4, 5), (3, 4, 5))
+FEATURES = 3
+AMOUNTS = (0.2, 0.3, 0.5, 0.8)
+AFTER = 0.25  # the change of generated tokens, as a share of that of the prompt
+BUDGET = Budget(perplexity_ratio=2.0, repetition=0.1, tolerance=0.03)
+N_REFERENCE, N_FIT, N_TEST, N_RANDOM, N_EACH = 1500, 64, 300, 10, 100
 DECODING = Decoding(max_new_tokens=20, sample=True, temperature=0.7, top_k=0, top_p=1.0, seed=1)
 END = "<|endoftext|>"
+TITLE = "Steering the lab into a language"
 
 
 def first(text: str) -> str:
@@ -43,142 +65,177 @@ def language_means(scope: Scope) -> dict[tuple[int, str], torch.Tensor]:
             texts[document.language].append(document.text[:300])
     means = {}
     for language in LANGUAGES:
-        seen = scope.features(texts[language], ALL_LAYERS, truncate=True)
-        for layer in ALL_LAYERS:
-            acts = seen.acts[layer][seen.mask]
-            means[layer, language] = acts.to_dense().mean(0)
+        seen = scope.features(texts[language], truncate=True)
+        for layer in scope.layers:
+            means[layer, language] = seen.acts[layer][seen.mask].to_dense().mean(0)
     return means
 
 
-def knob(scope: Scope, means: dict, language: str, layers: tuple[int, ...] = LAYERS) -> list[Intervention]:
-    """The features of a language, each layer's changes one residual long together, at the prompt alone."""
-    out = []
-    for layer in layers:
-        others = torch.stack([means[layer, other] for other in LANGUAGES if other != language]).mean(0)
-        values, features = (means[layer, language] - others).topk(PER_LAYER)
-        lengths = values * scope.saes[layer].W_dec[:, features].float().norm(dim=0)
-        for feature, length in zip(features.tolist(), (lengths / lengths.sum()).tolist(), strict=True):
-            one = Intervention.add(layer=layer, feature=feature, amount=length, unit="resid_norm", where="prompt")
-            out.append(one)
-    return out
+def features_of(scope: Scope, means: dict, language: str, layer: int, n: int) -> list[tuple[int, float]]:
+    """The n features whose mean on a language exceeds that on the others by most, each with its share of the change."""
+    others = torch.stack([means[layer, other] for other in LANGUAGES if other != language]).mean(0)
+    values, features = (means[layer, language] - others).topk(n)
+    lengths = values * scope.saes[layer].W_dec[:, features].float().norm(dim=0)
+    return list(zip(features.tolist(), (lengths / lengths.sum()).tolist(), strict=True))
 
 
-def matched_random(scope: Scope, interventions: list[Intervention], seed: int) -> list[Intervention]:
-    """For each intervention a random feature of its layer that fires about as often, with the same length of change."""
-    rng = np.random.default_rng(seed)
-    out = []
-    for one in interventions:
-        rates = scope.sizes[one.layer].firing_rate
-        assert rates is not None
-        taken = {other.feature for other in interventions}
-        near = [f for f in np.argsort(np.abs(rates - rates[one.feature])) if int(f) not in taken][:100]
-        chosen = int(rng.choice(near))
-        out.append(Intervention.add(layer=one.layer, feature=chosen, amount=one.amount, unit=one.unit, where="prompt"))
-    return out
+def knob(scope: Scope, means: dict, language: str, layers: tuple[int, ...]) -> list[Intervention]:
+    """At every layer the features of a language: one residual long on the prompt, `AFTER` of it from there on."""
+    return [
+        Intervention.add(layer=layer, feature=feature, amount=part * much, unit="resid_norm", where=where)
+        for layer in layers
+        for feature, part in features_of(scope, means, language, layer, FEATURES)
+        for where, much in (("prompt", 1.0), ("generated", AFTER))
+    ]
 
 
-def run(scope: Scope, prompts: list[str], interventions: list[Intervention]) -> tuple[list[str], float]:
-    """Continuations, and their perplexity under the unsteered model."""
-    tools = {"saes": scope.saes, "stats": scope.sizes, "decoding": DECODING}
-    made = generate(scope.model, scope.tokenizer, prompts, interventions, **tools)
+def random_like(scope: Scope, chosen: list[Intervention], seed: int) -> list[Intervention]:
+    """Each feature replaced by one that fires about as often, with the same length of change and the same tokens."""
+    raw = resolve(scope.model, chosen, scope.saes, scope.sizes)
+    prompt = [one for one in raw if one.where.prompt]
+    drawn = matched_random(prompt, scope.saes, scope.sizes, np.random.default_rng(seed))
+    return [
+        *drawn,
+        *(
+            Intervention.add(layer=o.layer, feature=o.feature, amount=o.amount * AFTER, where="generated")
+            for o in drawn
+        ),
+    ]
+
+
+def run(scope: Scope, prompts: list[str], chosen: list[Intervention]) -> tuple[list[Generation], list[Row]]:
+    made = generate(
+        scope.model, scope.tokenizer, prompts, chosen, saes=scope.saes, stats=scope.sizes, decoding=DECODING
+    )
     ids = [scope.tokenizer(prompt)["input_ids"] for prompt in prompts]
-    return [one.text for one in made], perplexity(log_probabilities(scope.model, rows_of(ids, made)))
+    return made, rows_of(ids, made)
 
 
-def into_languages(scope: Scope, means: dict) -> dict:
+def texts_of(scope: Scope, prompts: list[str], chosen: list[Intervention]) -> list[str]:
+    return [one.text for one in run(scope, prompts, chosen)[0]]
+
+
+def into(scope: Scope, means: dict, language: str, reference: list[Row]) -> dict:
+    """Sweep, then measure."""
     fit = [prompt.text for prompt in neutral_prompts(seed=11, n=N_FIT)]
     test = [prompt.text for prompt in neutral_prompts(seed=12, n=N_TEST)]
-    plain_texts, plain = run(scope, test, [])
-    shares = Counter(language_of_text(first(text)) for text in plain_texts)
-    out: dict = {"unsteered": {str(name): n / N_TEST for name, n in shares.items()}, "perplexity": plain}
-    for language in LANGUAGES:
-        started = time.time()
-        base = knob(scope, means, language)
-        found = sweep(
-            scope.model,
-            scope.tokenizer,
-            fit,
-            base,
-            lambda texts, language=language: share(texts, language),
-            amounts=(0.4, 0.8, 1.2, 1.6, 2.0),
-            saes=scope.saes,
-            stats=scope.sizes,
-            decoding=DECODING,
-            budget=Budget(2.0, 0.1),
-            refine=1,
-        )
-        amount = found.proposed or 0.0
-        chosen = [one.with_amount(one.amount * amount) for one in base]
-        texts, cost = run(scope, test, chosen)
-        was = share(plain_texts, language)
-        own = [i for i in range(N_TEST) if was[i]]
-        in_language = own_perplexity(scope, [test[i] for i in own], [plain_texts[i] for i in own])
-        rows = [share(run(scope, test, matched_random(scope, chosen, seed))[0], language) for seed in range(N_RANDOM)]
-        out[language] = {
-            "amount": amount,
-            "share": float(share(texts, language).mean()),
-            "unsteered_share": float(was.mean()),
-            "perplexity": cost,
-            "unsteered_perplexity_in_language": in_language,
-            "random_share": float(np.mean(rows)),
-            "random_turned": float(np.mean([((row == 1) & (was == 0)).mean() for row in rows])),
-            "example": texts[0],
-            "seconds": time.time() - started,
-        }
-        sys.stderr.write(f"{language} {out[language]}\n")
-    return out
-
-
-def own_perplexity(scope: Scope, prompts: list[str], texts: list[str]) -> float | None:
-    """The perplexity of unsteered continuations that came out in the language by themselves."""
-    from qwen_scope.steer import Row
-
-    rows = []
-    for prompt, text in zip(prompts, texts, strict=True):
-        start, ids = len(scope.tokenizer(prompt)["input_ids"]), scope.tokenizer(prompt + text)["input_ids"]
-        if start < len(ids):
-            rows.append(Row(tuple(ids), start))
-    return perplexity(log_probabilities(scope.model, rows)) if rows else None
-
-
-def out_of_drift(scope: Scope, means: dict, into: str = "zh") -> dict:
-    """Ablate the intruder's features at every token of questions whose answers sometimes drift into it.
-
-    Drift: the answer holds a letter of the intruder's script.
-    """
-    from qwen_scope.steer import matches
-
-    drifted = matches("[\u4e00-\u9fff]")
-    n = 300
-    prompts = [prompt.text for prompt in drift_prompts(seed=21, n=n, into=into)]
-    decoding = Decoding(max_new_tokens=60, sample=True, temperature=1.0, top_k=0, top_p=1.0, seed=2)
-    intruder = knob(scope, means, into, ALL_LAYERS)
-    arms: dict[str, list[Intervention]] = {
-        "unsteered": [],
-        "ablated": [Intervention.ablate(layer=one.layer, feature=one.feature or 0) for one in intruder],
+    candidates = {f"layers {layers[0]}-{layers[-1]}": knob(scope, means, language, layers) for layers in LAYERS}
+    sweeps = sweep_candidates(
+        scope.model,
+        scope.tokenizer,
+        fit,
+        candidates,
+        lambda texts: share(texts, language),
+        amounts=AMOUNTS,
+        saes=scope.saes,
+        stats=scope.sizes,
+        decoding=DECODING,
+        budget=BUDGET,
+        reference=reference,
+        refine=1,
+    )
+    plain = share(texts_of(scope, test, []), language)
+    name = best_candidate(sweeps)
+    if name is None:
+        return {"language": language, "knob": None, "unsteered": bootstrap(plain)}
+    amount = sweeps[name].proposed or 0.0
+    chosen = [one.with_amount(one.amount * amount) for one in candidates[name]]
+    made, rows = run(scope, test, chosen)
+    normal = sweeps[name].reference
+    drawn = [
+        share(texts_of(scope, test[:N_EACH], random_like(scope, chosen, seed)), language) for seed in range(N_RANDOM)
+    ]
+    beyond = [values.mean() - plain[:N_EACH].mean() for values in drawn]
+    return {
+        "language": language,
+        "knob": name,
+        "amount": amount,
+        "share": bootstrap(share([one.text for one in made], language)),
+        "unsteered": bootstrap(plain),
+        "perplexity": perplexity(log_probabilities(scope.model, rows)),
+        "unsteered_perplexity_in_language": normal,
+        "n_reference": len(reference),
+        "random_share": float(np.mean(drawn)),
+        "random_beyond_unsteered": bootstrap(beyond),
+        "example": made[0].text,
     }
-    for seed in range(N_RANDOM):
-        others = matched_random(scope, intruder, seed)
-        arms[f"random {seed + 1} ablated"] = [
-            Intervention.ablate(layer=one.layer, feature=one.feature or 0)
-            for one in {(one.layer, one.feature): one for one in others}.values()
+
+
+def meets(row: dict) -> str:
+    """Which of the three conditions fail."""
+    if row["knob"] is None:
+        return "no proposal"
+    ratio = row["perplexity"] / row["unsteered_perplexity_in_language"]
+    failed = [("share", row["share"].estimate < 0.8), ("perplexity", ratio > 2)]
+    failed.append(("random", row["random_beyond_unsteered"].estimate > 0.05))
+    return ", ".join(name for name, wrong in failed if wrong) or "yes"
+
+
+def section(rows: list[dict]) -> str:
+    cells = []
+    for row in rows:
+        if row["knob"] is None:
+            cells.append((row["language"], "none", "", "", row["unsteered"], "", "", "", meets(row)))
+            continue
+        ratio = row["perplexity"] / row["unsteered_perplexity_in_language"]
+        figures = (f"{row['amount']:.2f}", row["share"], row["unsteered"], ratio, row["random_share"])
+        cells.append((row["language"], row["knob"], *figures, row["random_beyond_unsteered"], meets(row)))
+    columns = (
+        "language",
+        "knob",
+        "amount",
+        "share",
+        "unsteered",
+        "perplexity, times",
+        "random",
+        "random minus unsteered",
+        "all three",
+    )
+    knobs = " or ".join(f"{layers[0]}-{layers[-1]}" for layers in LAYERS)
+    how = f"""
+        `bench/steer_languages.py --write`: the {FEATURES} features per layer whose mean activation on a language
+        exceeds that on the others by most, added at several layers, the amount on the prompt and {AFTER:g} of it on
+        every generated token. `sweep` chose on {N_FIT} prompts between {knobs} as the layers, and the amount, in
+        lengths of the residual. Measured on {N_TEST} fresh neutral prompts, {DECODING.max_new_tokens} tokens,
+        temperature {DECODING.temperature}, with 95% intervals. Fluency is perplexity under the unsteered model, as a
+        multiple of that of unsteered continuations which came out in the language by themselves, of {N_REFERENCE}
+        others. Random: {N_RANDOM} sets of features that fire about as often, with changes of the same length, on
+        {N_EACH} prompts each; sets that by chance hold a feature of the same language are kept."""
+    held = sum(meets(row) == "yes" for row in rows)
+    verdict = f"""
+        The aim: a share of at least 0.8, at most twice the perplexity, and random features that add at most 0.05 to
+        the unsteered share. {held} of {len(rows)} languages meet all three; the aim was six."""
+    return "\n\n".join([paragraph(how), table(columns, cells), paragraph(verdict)])
+
+
+def revived(data: dict) -> dict | Interval:
+    return Interval(**data) if set(data) == {"estimate", "low", "high", "n", "level"} else data
+
+
+def main(arguments: list[str]) -> None:
+    if "--from" in arguments:
+        rows_file = Path(arguments[arguments.index("--from") + 1])
+        rows = [
+            json.loads(line, object_hook=revived) for line in rows_file.read_text().splitlines() if "language" in line
         ]
-    out = {}
-    for name, interventions in arms.items():
-        tools = {"saes": scope.saes, "stats": scope.sizes, "decoding": decoding}
-        made = generate(scope.model, scope.tokenizer, prompts, interventions, **tools)
-        ids = [scope.tokenizer(prompt)["input_ids"] for prompt in prompts]
-        cost = perplexity(log_probabilities(scope.model, rows_of(ids, made)))
-        values = drifted([first(one.text) for one in made])
-        kept = [i for i, prompt in enumerate(prompts) if not drifted([prompt])[0]]
-        out[name] = {"drift": float(values[kept].mean()), "n": len(kept), "perplexity": cost}
-        sys.stderr.write(f"drift {name} {out[name]}\n")
-    return out
+        write_section(TITLE, section(rows))
+        return
+    torch.set_num_threads(1)
+    scope = load_scope("lab", device="cpu")
+    means = language_means(scope)
+    others = [prompt.text for prompt in neutral_prompts(seed=31, n=N_REFERENCE)]
+    made, rows = run(scope, others, [])
+    spoken = [language_of_text(first(one.text)) for one in made]
+    found = []
+    for language in [a for a in arguments if a in LANGUAGES] or list(LANGUAGES):
+        started = time.time()
+        own = [row for row, name in zip(rows, spoken, strict=True) if name == language and row.start < len(row.ids)]
+        found.append(into(scope, means, language, own))
+        print(json.dumps({**found[-1], "seconds": time.time() - started}, ensure_ascii=False, default=vars), flush=True)
+    if "--write" in arguments:
+        write_section(TITLE, section(found))
+    print(section(found))
 
 
 if __name__ == "__main__":
-    opened = load_scope("lab", device="cpu")
-    measured = language_means(opened)
-    results = {"languages": into_languages(opened, measured)} if "drift" not in sys.argv else {}
-    results["drift"] = out_of_drift(opened, measured)
-    print(json.dumps(results, ensure_ascii=False, indent=2))
+    main(sys.argv[1:])

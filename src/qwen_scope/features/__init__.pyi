@@ -8,6 +8,11 @@ from .effects import token_ids as token_ids
 from .find import Finding as Finding
 from .find import Findings as Findings
 from .find import find as find
+from .html import feature_html as feature_html
+from .html import label_text as label_text
+from .html import page_facts as page_facts
+from .languages import LanguageFeature as LanguageFeature
+from .languages import language_features as language_features
 from .neighbours import Neighbour as Neighbour
 from .neighbours import cofiring as cofiring
 from .neighbours import elsewhere as elsewhere
@@ -19,6 +24,13 @@ from .notes import make_label as make_label
 from .pooled import Pooled as Pooled
 from .pooled import pool_store as pool_store
 from .pooled import pool_texts as pool_texts
+from .repeats import RepeatFeature as RepeatFeature
+from .repeats import repeat_features as repeat_features
+from .repeats import repeats_in_store as repeats_in_store
+from .repeats import repeats_in_texts as repeats_in_texts
+from .selectivity import Removal as Removal
+from .selectivity import Selectivity as Selectivity
+from .selectivity import selectivity as selectivity
 from .show import FeaturePage as FeaturePage
 from .show import feature_page as feature_page
 from .validate import Arm as Arm

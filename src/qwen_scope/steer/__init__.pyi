@@ -1,6 +1,8 @@
 from .activation import activations as activations
 from .activation import activations_reference as activations_reference
 from .calibrate import calibrate as calibrate
+from .candidates import best_candidate as best_candidate
+from .candidates import sweep_candidates as sweep_candidates
 from .change import change_reference as change_reference
 from .decoding import Decoding as Decoding
 from .figure import plot_sweep as plot_sweep

@@ -51,7 +51,7 @@ def log_probabilities(
     interventions: Sequence[Intervention] = (),
     saes: SAEsByLayer | None = None,
     stats: StatsByLayer | None = None,
-) -> list[Float[np.ndarray, "_"]]:
+) -> list[Float[np.ndarray, " _"]]:
     """Per row, the log-probability in nats of every token that counts, under the interventions; none if none counts."""
     out: list[np.ndarray] = [np.zeros(0)] * len(rows)
     for some, ids, mask in _padded(model, rows):
@@ -68,7 +68,7 @@ def next_token_kl(
     interventions: Sequence[Intervention],
     saes: SAEsByLayer | None = None,
     stats: StatsByLayer | None = None,
-) -> list[Float[np.ndarray, "_"]]:
+) -> list[Float[np.ndarray, " _"]]:
     """Per row, KL(unsteered || steered) in nats of the distribution of every token that counts, on the same text."""
     out: list[np.ndarray] = [np.zeros(0)] * len(rows)
     for some, ids, mask in _padded(model, rows):
@@ -80,7 +80,7 @@ def next_token_kl(
     return out
 
 
-def perplexity(log_probability: Sequence[Float[np.ndarray, "_"]]) -> float:
+def perplexity(log_probability: Sequence[Float[np.ndarray, " _"]]) -> float:
     """`exp` of the mean negative log-probability over all tokens of all rows; NaN where there is no token."""
     total = np.concatenate([np.zeros(0), *log_probability])
     return float(np.exp(-total.mean())) if len(total) else float("nan")
