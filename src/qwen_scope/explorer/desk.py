@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Any, Generic, Literal, TypeVar
 
+from qwen_scope.corpus import Corpus, FeatureStore, Unreadable
 from qwen_scope.errors import InputError
+from qwen_scope.features import FeaturePage, Label, Notes, feature_page
 from qwen_scope.sae import SAE
-from qwen_scope.scope import Scope, TokenFeatures
+from qwen_scope.scope import Comparison, Scope, TokenFeatures, compare_seen, model_source
+from qwen_scope.steer import Generation
 
+from .jobs import Jobs
 from .pieces import Named
+
+T = TypeVar("T")
 
 ChatMode = Literal["thinking", "non_thinking"]
 
@@ -51,8 +59,10 @@ class Desk:
 
     def __init__(self, scope: Scope, stores: Mapping[str, Path] | None = None, limits: Limits | None = None) -> None:
         self.scope, self.stores, self.limits = scope, dict(stores or {}), limits or Limits()
+        self.jobs, self.unsteered = Jobs(), Lately[Generation](32)
         self._seen: OrderedDict[tuple[str, str, int], TokenFeatures] = OrderedDict()
         self._lock = threading.Lock()
+        self._known_labels: tuple[tuple[tuple[int, int], ...], dict[tuple[int, int], Label]] | None = None
 
     @property
     def layers(self) -> list[int]:
@@ -97,14 +107,131 @@ class Desk:
                 self._seen.popitem(last=False)
         return found
 
+    @cached_property
+    def known(self) -> list[dict[str, Any]]:
+        """Features of the lab that detect a factor of its texts, best first; empty for any other model."""
+        if self.scope.name != model_source("lab"):
+            return []
+        measured = json.loads((Path(model_source("lab")).parent / "metrics.json").read_text(encoding="utf-8"))
+        return sorted(measured["detectors"], key=lambda one: -one["f1"])
+
+    def default_intervention(self) -> dict[str, Any]:
+        """What the Steer tab begins with: the lab's German, or an empty field."""
+        german = next((one for one in self.known if one["factor"] == "de"), {"layer": self.layers[0], "feature": None})
+        chosen = {"layer": german["layer"], "feature": german["feature"]}
+        return {**chosen, "op": "add", "amount": 0.3, "unit": "resid_norm", "where": "all"}
+
+    def default_prompt(self) -> str:
+        """What the Steer tab begins with."""
+        return "[12:30] Anna: " if self.known else ""
+
+    def side(self, text: str, file: str | None, which: str) -> list[str]:
+        """One side of a comparison: the texts of the uploaded file where there is one, else the one text.
+
+        Raises:
+            InputError, FormatError: it is empty, too large, or of another kind.
+        """
+        if file is None:
+            return [self.check_text(text, f"{which} text")]
+        found = []
+        for row in Corpus(file, unit="line").rows():
+            if isinstance(row, Unreadable):
+                raise InputError(f"row {row.row} of the {which} file can't be used: {row.reason} ({row.detail:.80})")
+            if not isinstance(row.text, str):
+                raise InputError(f"row {row.row} of the {which} file is a conversation; give plain texts")
+            found.append(self.check_text(row.text, f"text in row {row.row} of the {which} file"))
+            if len(found) > self.limits.set_texts:
+                raise InputError(f"the {which} file has more than {self.limits.set_texts} texts; upload a sample of it")
+        if not found:
+            raise InputError(f"the {which} file holds no text")
+        return found
+
+    def layer_range(self, first: int, last: int) -> list[int]:
+        """The layers from `first` to `last`; raises InputError if there are none."""
+        chosen = [layer for layer in self.layers if first <= layer <= last]
+        if not chosen:
+            raise InputError(f"there is no layer from {first} to {last}; put the smaller one first")
+        return chosen
+
+    def compare(
+        self, a: list[str], b: list[str], layers: list[int], n: int, options: list[str], chat: str = "plain"
+    ) -> tuple[dict[int, list[Comparison]], TokenFeatures]:
+        """Features ranked by the difference of their rates, and what was seen.
+
+        Args:
+            options: of `first`, `common` and `prefix`, the tokens that are left out.
+
+        Raises:
+            InputError: another option, or as `Scope.compare` does.
+        """
+        if unknown := set(options) - {"first", "common", "prefix"}:
+            raise InputError(f"tokens are left out by first, common or prefix, not {min(unknown)!r}")
+        seen = self.scope.features([*a, *b], layers, chat=self.chat(chat), truncate=len(a) + len(b) > 2)
+        left_out = {f"drop_{name}": name in options for name in ("first", "common", "prefix")}
+        return compare_seen(seen, len(a), n=n, **left_out), seen
+
     @property
     def remembered_bytes(self) -> int:
         """Bytes of the activations that are kept."""
         return sum(size_of(found) for found in self._seen.values())
 
     def label(self, layer: int, feature: int) -> Named | None:
-        """The label of a feature with its score, where one exists."""
-        return None
+        """The label of a feature with its score, where a store knows one for this SAE."""
+        found = self._labels().get((layer, feature))
+        return None if found is None else Named(found.text, found.score)
+
+    def _labels(self) -> dict[tuple[int, int], Label]:
+        """The labels of all stores that fit the SAEs; read again when a file of notes has changed."""
+        stamps = tuple(stamp(folder) for folder in self.stores.values())
+        with self._lock:
+            if self._known_labels is not None and self._known_labels[0] == stamps:
+                return self._known_labels[1]
+        found: dict[tuple[int, int], Label] = {}
+        for name in self.stores:
+            with self.store(name) as store:
+                fits = {layer for layer in store.layers if layer in self.layers and self.fits(store, layer)}
+                labels = Notes(store).labels() if fits else {}
+                found = {**{place: one for place, one in labels.items() if place[0] in fits}, **found}
+        with self._lock:
+            self._known_labels = (stamps, found)
+        return found
+
+    def fits(self, store: FeatureStore, layer: int) -> bool:
+        """Whether a store was made with this scope's SAE of the layer."""
+        return store.layer(layer).fingerprint == self.scope.saes[layer].identity.fingerprint
+
+    def store(self, name: str) -> FeatureStore:
+        """A store that the page was started with, opened; each thread opens its own.
+
+        Raises:
+            InputError: another name.   FormatError: it is damaged.
+        """
+        if name not in self.stores:
+            raise InputError(f"there is no store {name!r} here; the page has {', '.join(self.stores) or 'none'}")
+        return FeatureStore(self.stores[name])
+
+    def feature_page(self, layer: int, feature: int, store: str | None = None) -> FeaturePage:
+        """All about one feature, with a store or without.
+
+        Raises:
+            InputError, NotFoundError: no such layer, feature or store.   MismatchError: the store is of another SAE.
+        """
+        self.check_feature(layer, feature)
+        if store is None:
+            return feature_page(layer, feature, scope=self.scope, layers=self.layers)
+        with self.store(store) as opened:
+            return feature_page(layer, feature, store=opened, scope=self.scope)
+
+    def write_note(self, layer: int, feature: int, store: str, text: str, author: str) -> None:
+        """Keep a note about a feature in the store's own file of notes.
+
+        Raises:
+            InputError: an empty or very long note, or as `feature_page` does.
+        """
+        self.check_text(text, "note")
+        with self.store(store) as opened:
+            opened.require(layer, self.check_feature(layer, feature))
+            Notes(opened).write(layer, feature, text, author.strip()[:100])
 
     def check_feature(self, layer: int, feature: int) -> SAE:
         """The SAE of the layer, if it has such a feature.
@@ -121,10 +248,38 @@ class Desk:
         return sae
 
 
+class Lately(Generic[T]):
+    """The last few values by key; safe to share between threads."""
+
+    def __init__(self, most: int) -> None:
+        self._most, self._held, self._lock = most, OrderedDict[Hashable, T](), threading.Lock()
+
+    def get(self, key: Hashable) -> T | None:
+        """The value, or None if it is no longer known."""
+        with self._lock:
+            return self._held.get(key)
+
+    def put(self, key: Hashable, value: T) -> None:
+        """Remember a value; the oldest leaves where there are too many."""
+        with self._lock:
+            self._held[key] = value
+            while len(self._held) > self._most:
+                self._held.popitem(last=False)
+
+
 def size_of(found: TokenFeatures) -> int:
     """Bytes of the tensors of what was seen."""
     tensors = [t for acts in found.acts.values() for t in (acts.indices, acts.values)]
     return sum(t.numel() * t.element_size() for t in [*tensors, found.input_ids, found.mask])
+
+
+def stamp(folder: Path) -> tuple[int, int]:
+    """When a store's file of notes was last written, and how large it is; zeros where there is none."""
+    try:
+        found = (folder / "notes.jsonl").stat()
+    except OSError:
+        return 0, 0
+    return found.st_mtime_ns, found.st_size
 
 
 def whole_number(value: object, what: str) -> int:

@@ -10,8 +10,8 @@ import gradio as gr
 from . import explore_view as view
 from .desk import Desk
 from .explore_view import Reading
-from .pieces import empty
-from .wiring import on, panel, picked
+from .pieces import empty, examples
+from .wiring import MODEL, on, panel, picked, told
 
 EXAMPLES = (
     "Could you wait, please? Shut up, you fool!",
@@ -39,7 +39,7 @@ class ExploreTab:
                     CHAT_CHOICES, value="plain", label="Put to the model as", elem_id="explore-chat"
                 )
                 self.read = gr.Button("Read", variant="primary", elem_id="explore-read")
-        gr.Examples([[text] for text in EXAMPLES], [self.text], label="Try", api_visibility="private")
+        self.examples = panel(examples(EXAMPLES), elem_id="explore-examples")
         self.notice = panel(elem_id="explore-notice")
         self.layer = gr.Slider(
             desk.layers[0], desk.layers[-1], value=desk.layers[len(desk.layers) // 2], step=1, label="Layer",
@@ -68,6 +68,10 @@ class ExploreTab:
             self.start, [self.text, self.chat, self.layer, *heat], shown, self.notice, show_progress="minimal",
             show_progress_on=self.tokens,
         )  # fmt: skip
+        on(self.examples.pick, self.example, [], [self.text], self.notice, concurrency_id="edit").then(
+            told(self.start, self.notice), [self.text, self.chat, self.layer, *heat], [*shown, self.notice],
+            show_progress="hidden", api_visibility="private", concurrency_id=MODEL, concurrency_limit=1,
+        )  # fmt: skip
         on(self.layer.release, self.move, [self.reading, self.layer, *heat], shown, self.notice)
         on([box.input for box in heat], self.move, [self.reading, self.layer, *heat], shown, self.notice)
         on(
@@ -78,6 +82,10 @@ class ExploreTab:
     def start(self, text: str, chat: str, layer: int, own_scale: bool, skip_first: bool) -> dict[Any, Any]:
         """A new text."""
         return self.show(Reading(text, chat, int(layer)), own_scale, skip_first)
+
+    def example(self, event: gr.EventData) -> dict[Any, Any]:
+        """An example was clicked."""
+        return {self.text: EXAMPLES[picked(event, "example") % len(EXAMPLES)]}
 
     def move(self, reading: Reading | None, layer: int, own_scale: bool, skip_first: bool) -> dict[Any, Any]:
         """Another layer, or another way to draw."""

@@ -13,10 +13,14 @@ from qwen_scope.report import Markup, element, join
 from qwen_scope.scope import model_source
 
 from . import theme
+from .compare import CompareTab
 from .desk import Desk
 from .explore import ExploreTab
-from .wiring import panel
+from .feature import NO_STORE, FeatureTab
+from .steer import SteerTab
+from .wiring import MODEL, panel, told
 
+TABS = ("explore", "compare", "steer", "feature")
 TITLE = "qwen-scope explorer"
 
 
@@ -24,9 +28,36 @@ def build(desk: Desk) -> gr.Blocks:
     """The page for this desk, ready to be launched or mounted."""
     with gr.Blocks(title=TITLE, analytics_enabled=False, fill_width=True, delete_cache=(600, 3600)) as page:
         panel(header(desk), elem_id="qs-header")
-        with gr.Tabs(elem_id="qs-tabs"), gr.Tab("Explore", id="explore"):
-            ExploreTab(desk)
+        with gr.Tabs(elem_id="qs-tabs") as tabs:
+            with gr.Tab("Explore", id="explore"):
+                ExploreTab(desk)
+            with gr.Tab("Compare", id="compare"):
+                CompareTab(desk)
+            with gr.Tab("Steer", id="steer"):
+                SteerTab(desk)
+            with gr.Tab("Feature", id="feature"):
+                feature = FeatureTab(desk)
+        arrive(page, tabs, feature)
     return page
+
+
+def arrive(page: gr.Blocks, tabs: gr.Tabs, feature: FeatureTab) -> None:
+    """A link such as `?layer=3&feature=42` opens that feature's page, `?tab=steer` a tab."""
+
+    def opened(request: gr.Request) -> dict[Any, Any]:
+        asked = request.query_params
+        if "feature" in asked or "layer" in asked:
+            store = next(iter(feature.desk.stores), NO_STORE)
+            shown = told(feature.show, feature.notice)(asked.get("layer", ""), asked.get("feature", ""), store)
+            return {tabs: gr.Tabs(selected="feature"), **shown}
+        if asked.get("tab") in TABS:
+            return {tabs: gr.Tabs(selected=asked.get("tab"))}
+        return {tabs: gr.skip()}
+
+    page.load(
+        opened, None, [tabs, feature.notice, *feature.shown], api_visibility="private", show_progress="hidden",
+        concurrency_id=MODEL, concurrency_limit=1,
+    )  # fmt: skip
 
 
 def launch(

@@ -107,6 +107,15 @@ def empty(text: str) -> Markup:
     return card(element("p", text, class_="qs-empty"))
 
 
+def examples(texts: Sequence[str]) -> Markup:
+    """Things to begin with; each picks its number."""
+    made = [
+        element("button", text, type="button", class_="qs-example", data_pick=f"example:{i}", dir="auto")
+        for i, text in enumerate(texts)
+    ]
+    return element("div", element("span", "Try", class_="qs-note"), *made, class_="qs-examples")
+
+
 def notice(sentence: str) -> Markup:
     """An error or a remark as a sentence, announced to screen readers."""
     return element("div", sentence[:1].upper() + sentence[1:], class_="qs-notice", role="alert")

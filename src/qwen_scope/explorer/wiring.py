@@ -65,12 +65,12 @@ def on(
     outputs: Sequence[Any],
     place: gr.HTML,
     **options: Any,
-) -> list[Any]:
-    """Join events to a handler of the page, which is no part of the HTTP API."""
+) -> Any:
+    """Join events to a handler of the page, which is no part of the HTTP API; the last of the joints."""
     kept = {"queue": True, "show_progress": "hidden", "api_visibility": "private", **options}
     if kept["queue"]:
         kept.setdefault("concurrency_id", MODEL)
         kept.setdefault("concurrency_limit", 1)
     made = told(handler, place)
     listeners = [events] if callable(events) else events
-    return [event(made, list(inputs), [*outputs, place], **kept) for event in listeners]
+    return [event(made, list(inputs), [*outputs, place], **kept) for event in listeners][-1]

@@ -1,0 +1,97 @@
+"""The Compare tab: two texts, or two uploaded sets of texts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import gradio as gr
+
+from . import compare_view as view
+from .desk import Desk
+from .explore import CHAT_CHOICES
+from .pieces import empty, examples
+from .wiring import on, panel, picked
+
+PAIRS = (
+    ("Please come at nine, dear colleague.", "Come at nine, you idiot."),
+    ("Where is the station?", "Wo ist der Bahnhof?"),
+)
+START = (
+    "Give two texts, or upload two sets, and press Compare: features that are active on one side and not on the other."
+)
+OPTIONS = [
+    ("Leave out the first token", "first"),
+    ("Leave out tokens that occur on both sides", "common"),
+    ("Leave out the common beginning", "prefix"),
+]
+SUFFIXES = [".txt", ".jsonl", ".csv"]
+
+
+class CompareTab:
+    """Builds the tab inside the page that is being built, and answers what happens in it."""
+
+    def __init__(self, desk: Desk) -> None:
+        self.desk = desk
+        self.texts, self.files = [], []
+        with gr.Row(equal_height=False):
+            for side in "AB":
+                with gr.Column(min_width=320):
+                    self.texts.append(
+                        gr.Textbox(label=f"Text {side}", lines=3, max_lines=10, elem_id=f"compare-text-{side.lower()}",
+                                   max_length=desk.limits.characters, placeholder="Write or paste a text")
+                    )  # fmt: skip
+                    with gr.Accordion("or upload a set of texts", open=False):
+                        self.files.append(
+                            gr.File(label="A text per line (.txt), or rows with a column text (.jsonl, .csv)",
+                                    file_types=SUFFIXES, height=110, elem_id=f"compare-file-{side.lower()}")
+                        )  # fmt: skip
+        self.examples = panel(examples([" / ".join(pair) for pair in PAIRS]), elem_id="compare-examples")
+        with gr.Row(elem_classes="qs-options", equal_height=False):
+            self.options = gr.CheckboxGroup(
+                OPTIONS, value=[], label="Tokens that count", scale=4, elem_id="compare-options"
+            )
+            self.chat = gr.Dropdown(CHAT_CHOICES, value="plain", label="Read as", min_width=150, scale=1)
+            self.first = gr.Dropdown(desk.layers, value=desk.layers[0], label="From layer", min_width=90, scale=1)
+            self.last = gr.Dropdown(desk.layers, value=desk.layers[-1], label="to layer", min_width=90, scale=1)
+            self.n = gr.Number(
+                5, label="Features per layer", minimum=1, maximum=50, precision=0, min_width=110, scale=1
+            )
+        self.go = gr.Button("Compare", variant="primary", elem_id="compare-go", elem_classes="qs-go")
+        self.notice = panel(elem_id="compare-notice")
+        with gr.Row(equal_height=False):
+            with gr.Column(scale=2, min_width=340, elem_classes="qs-sticky"):
+                self.side_a = panel(elem_id="compare-side-a")
+                self.side_b = panel(elem_id="compare-side-b")
+            with gr.Column(scale=3, min_width=420):
+                self.ranking = panel(empty(START), elem_id="compare-ranking")
+        on(self.examples.pick, self.example, [], self.texts, self.notice, concurrency_id="edit")
+        inputs = [*self.texts, *self.files, self.options, self.chat, self.first, self.last, self.n]
+        on(
+            [self.go.click, *(text.submit for text in self.texts)],
+            self.compare, inputs, [self.side_a, self.side_b, self.ranking], self.notice,
+            show_progress="minimal", show_progress_on=self.ranking,
+        )  # fmt: skip
+
+    def example(self, event: gr.EventData) -> dict[Any, Any]:
+        """An example was clicked."""
+        pair = PAIRS[picked(event, "example") % len(PAIRS)]
+        return dict(zip(self.texts, pair, strict=True))
+
+    def compare(
+        self,
+        text_a: str,
+        text_b: str,
+        file_a: str | None,
+        file_b: str | None,
+        options: list[str],
+        chat: str,
+        first: int,
+        last: int,
+        n: float,
+    ) -> dict[Any, Any]:
+        """Both sides and the ranking."""
+        desk = self.desk
+        sides = [desk.side(text_a, file_a, "first"), desk.side(text_b, file_b, "second")]
+        found, seen = desk.compare(sides[0], sides[1], desk.layer_range(first, last), int(n or 5), options, chat)
+        a, b, ranking = view.compared(found, seen, len(sides[0]), desk.label)
+        return {self.side_a: a, self.side_b: b, self.ranking: ranking}

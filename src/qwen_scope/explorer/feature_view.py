@@ -1,0 +1,141 @@
+"""What the Feature tab shows, as markup: all about one feature, as `features.feature_page` gathered it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from qwen_scope.corpus import Context
+from qwen_scope.features import FeaturePage, Label, Neighbour, TokenEffect, label_text, page_facts
+from qwen_scope.report import Markup, element, join, visible
+
+from .explore_view import Label as LabelOf
+from .pieces import bar, card, chip, heading, name_of, number
+
+Shown = FeaturePage
+
+
+def title_panel(page: FeaturePage, address: str) -> Markup:
+    """Which feature, what it is called, whether it is a knob; and a link to this page."""
+    copy = element("button", "Copy link", type="button", class_="qs-copy", data_copy=address)
+    verdict = None
+    if page.verdict is not None:
+        reasons = [element("li", visible(str(reason))) for reason in page.verdict.get("reasons", ())]
+        outcome = element("b", visible(str(page.verdict.get("outcome"))))
+        verdict = element("div", join("Verdict: ", outcome), element("ul", *reasons), class_="qs-verdict")
+    return card(
+        element(
+            "div",
+            element("h2", f"Feature {page.feature}", element("small", f"layer {page.layer}")),
+            copy,
+            class_="qs-title",
+        ),
+        element("p", label_of(page.label), class_="qs-lead"),
+        verdict or Markup(""),
+        element("span", hidden=True, data_address=address),
+    )
+
+
+def label_of(label: Label | None) -> str:
+    """A label with its scores, or what to do to get one."""
+    return label_text(label) if label is not None else "No label yet; qwen-scope label writes and scores one."
+
+
+def facts_panel(page: FeaturePage) -> Markup:
+    """How often and how strongly it fires, with the histogram of its activations."""
+    facts = [
+        join(element("dt", name), element("dd", f"{value:,}" if isinstance(value, int) else number(value)))
+        for name, value in page_facts(page)
+    ]
+    shown = [heading("How often and how strongly"), element("dl", *facts, class_="qs-facts-list")]
+    if page.histogram is not None and page.histogram.counts.any():
+        shown.append(histogram(page.histogram.edges.tolist(), page.histogram.counts.tolist()))
+    return card(*shown)
+
+
+def histogram(edges: Sequence[float], counts: Sequence[int]) -> Markup:
+    """Bars as high as the square root of their count, so that rare strong values show."""
+    top = max(counts) ** 0.5
+    bars = [
+        element("i", style=f"--v:{count**0.5 / top:.3f}", title=f"{number(low)} to {number(high)}: {count:,}")
+        for low, high, count in zip(edges, edges[1:], counts, strict=False)
+    ]
+    axis = (
+        element("span", "0"),
+        element("span", "activation; heights are square roots"),
+        element("span", number(edges[-1])),
+    )
+    return join(
+        element("div", *bars, class_="qs-histogram", role="img", aria_label="histogram of the activations"),
+        element("div", *axis, class_="qs-axis"),
+    )
+
+
+def contexts_panel(title: str, note: str, contexts: Sequence[Context], maximum: float) -> Markup:
+    """Places where it fires, shaded by one scale."""
+    rows = []
+    for context in contexts:
+        made = [
+            chip(token, value, maximum, title=number(value) if value > 0 else None)
+            for token, value in zip(context.tokens, context.values, strict=True)
+        ]
+        place = element("span", number(context.value), class_="qs-value",
+                        title=f"document {context.document}, position {context.position}")  # fmt: skip
+        rows.append(element("li", place, element("div", *made, class_="qs-tokens qs-small", dir="auto")))
+    return card(heading(title, note), element("ol", *rows, class_="qs-contexts"))
+
+
+def effects_panel(page: FeaturePage) -> Markup:
+    """Tokens it makes likelier and less likely."""
+    sides = [
+        element("div", heading(name), effect_list(effects))
+        for name, effects in (("Promotes", page.promoted), ("Demotes", page.demoted))
+    ]
+    return card(element("div", *sides, class_="qs-halves"))
+
+
+def effect_list(effects: Sequence[TokenEffect]) -> Markup:
+    """Tokens with their change of logit."""
+    top = max((abs(one.effect) for one in effects), default=1.0)
+    rows = [
+        element("li", chip(one.text), bar(abs(one.effect), top), element("span", number(one.effect), class_="qs-value"))
+        for one in effects
+    ]
+    return element("ol", *rows, class_="qs-effects")
+
+
+def neighbours_panel(page: FeaturePage, label: LabelOf) -> Markup:
+    """Features near it, by direction, by firing, and in other layers."""
+    groups = (
+        ("Of like direction", "cosine", page.similar),
+        ("On the same tokens", "Jaccard", page.cofiring),
+        ("In other layers", "cosine", page.elsewhere),
+    )
+    shown = [element("div", heading(name, unit), neighbour_list(some, label)) for name, unit, some in groups if some]
+    return card(element("div", *shown, class_="qs-halves")) if shown else Markup("")
+
+
+def neighbour_list(some: Sequence[Neighbour], label: LabelOf) -> Markup:
+    """Links to the features, with how near they are."""
+    rows = []
+    for one in some:
+        near = one.cosine if one.cosine is not None else one.jaccard
+        link = element(
+            "a", f"{one.layer} / ", element("b", one.feature), " ", name_of(label(one.layer, one.feature)),
+            href=f"?layer={one.layer}&feature={one.feature}", class_="qs-near",
+        )  # fmt: skip
+        figures = number(near) if near is not None else None
+        rows.append(element("li", link, bar(max(0.0, near or 0.0), 1.0), element("span", figures, class_="qs-value")))
+    return element("ol", *rows, class_="qs-effects")
+
+
+def notes_panel(page: FeaturePage) -> Markup:
+    """What has been written about it."""
+    notes = [note for note in page.notes if note.kind == "note"]
+    rows = [
+        element(
+            "li", element("p", visible(str(note.body.get("text", ""))), dir="auto"),
+            element("small", f"{visible(note.author) or 'no name'}, {note.made[:10]}"),
+        )
+        for note in notes
+    ]  # fmt: skip
+    return element("ol", *rows, class_="qs-notes") if rows else Markup("")

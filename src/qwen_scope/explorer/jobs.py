@@ -1,0 +1,89 @@
+"""Long work of one visitor: it tells how far it is, and can be stopped."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from typing import NamedTuple, TypeVar
+
+T = TypeVar("T")
+Report = Callable[[str, float, str], None]
+
+
+class Told(NamedTuple):
+    """How far a piece of work is: the stage, the share of it that is done, and a remark."""
+
+    stage: str
+    share: float
+    text: str
+
+
+class Stopped(BaseException):
+    """The visitor has pressed Stop, or has gone; unwinds the work."""
+
+
+class Jobs:
+    """Who is at work, by visitor: a new piece of work takes the place of an old one."""
+
+    def __init__(self) -> None:
+        self._stops: dict[str, threading.Event] = {}
+        self._lock = threading.Lock()
+
+    def start(self, visitor: str) -> threading.Event:
+        """The event that is set when this visitor's work is to end."""
+        with self._lock:
+            if (old := self._stops.get(visitor)) is not None:
+                old.set()
+            made = self._stops[visitor] = threading.Event()
+            return made
+
+    def end(self, visitor: str, stop: threading.Event) -> None:
+        """The work is done; a newer one stays."""
+        with self._lock:
+            if self._stops.get(visitor) is stop:
+                del self._stops[visitor]
+
+    def stop(self, visitor: str) -> None:
+        """End what this visitor has at work, if anything."""
+        with self._lock:
+            if (found := self._stops.get(visitor)) is not None:
+                found.set()
+
+    @property
+    def running(self) -> int:
+        """How many visitors have work going on."""
+        return len(self._stops)
+
+
+def watched(work: Callable[[Report], T], stop: threading.Event) -> Iterator[Told | T]:
+    """Runs `work` in a thread of its own and gives its reports, then its result.
+
+    Where the event is set, or the iterator closed, the work ends at its next report and there is no result.
+    """
+    reports: queue.Queue[Told | None] = queue.Queue()
+    done: list[T] = []
+
+    def report(stage: str, share: float, text: str) -> None:
+        if stop.is_set():
+            raise Stopped
+        reports.put(Told(stage, share, text))
+
+    def run() -> None:
+        try:
+            with suppress(Stopped):
+                done.append(work(report))
+        finally:
+            reports.put(None)
+
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(run)
+        try:
+            while (told := reports.get()) is not None:
+                yield told
+        finally:
+            stop.set()
+        running.result()
+    yield from done

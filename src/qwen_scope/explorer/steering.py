@@ -1,0 +1,236 @@
+"""What the Steer tab and the HTTP API ask of the steering room: fields in, interventions and continuations out."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from itertools import zip_longest
+from pathlib import Path
+from threading import Event
+from typing import Any
+
+import torch
+
+from qwen_scope.errors import InputError
+from qwen_scope.lab import neutral_prompts
+from qwen_scope.steer import (
+    Continuations,
+    Decoding,
+    Generation,
+    Intervention,
+    Recipe,
+    Sweep,
+    Target,
+    Where,
+    generate,
+    load_recipe,
+    matches,
+    script,
+    stream,
+    sweep,
+)
+
+from .desk import Desk, whole_number
+from .jobs import Report
+
+CANDIDATES = 10
+SWEEP_PROMPTS = 8
+TARGETS = ("feature", "regex", "script", "text")
+
+
+def intervention(fields: Mapping[str, Any]) -> Intervention:
+    """The intervention that the fields describe: layer, feature, op, amount, unit, where.
+
+    Raises:
+        InputError, FormatError: a field is missing, or they mean nothing together.
+    """
+    op = fields.get("op", "add")
+    layer, feature = whole_number(fields.get("layer"), "layer"), whole_number(fields.get("feature"), "feature")
+    amount = fields.get("amount")
+    if op == "ablate":
+        amount = 0.0
+    elif isinstance(amount, bool) or not isinstance(amount, int | float):
+        raise InputError(f"give the amount of feature {feature} as a number, not {amount!r:.40}")
+    unit = "raw" if op in ("scale", "ablate") else fields.get("unit", "resid_norm")
+    if layer < 0:
+        raise InputError(f"layers count from 0; there is no layer {layer}")
+    return Intervention.from_json(
+        {
+            "hook_point": f"layer{layer}",
+            "op": op,
+            "feature": feature,
+            "amount": float(amount),
+            "unit": unit,
+            "where": str(fields.get("where") or "all"),
+        }
+    )
+
+
+def interventions(desk: Desk, rows: Sequence[Mapping[str, Any]]) -> list[Intervention]:
+    """The interventions of all rows, each checked against its SAE."""
+    made = [intervention(row) for row in rows]
+    for one in made:
+        desk.check_feature(one.layer, int(one.feature or 0))
+    return made
+
+
+def preview(
+    desk: Desk, prompt: str, chat: str, rows: Sequence[Mapping[str, Any]]
+) -> tuple[list[str], list[bool], list[Where]]:
+    """The prompt's tokens, which of them any intervention touches, and where each acts.
+
+    Raises:
+        InputError: positions that can't be read.
+    """
+    where = [Where.parse(str(row.get("where") or "all")) for row in rows]
+    tokens = desk.scope.tokenize([desk.check_text(prompt, "prompt")], chat=desk.chat(chat))
+    n = tokens.lengths[0]
+    positions, lengths = torch.arange(n)[None], torch.tensor([[n]])
+    touched = torch.zeros(1, n, dtype=torch.bool)
+    for one in where:
+        touched |= one.mask(positions, lengths)
+    return tokens.strings[0], touched[0].tolist(), where
+
+
+def decoding(desk: Desk, fields: Mapping[str, Any]) -> Decoding:
+    """How tokens are chosen, from fields; an empty one is the model's own.
+
+    Raises:
+        InputError: a value out of range, or more tokens than this page generates.
+    """
+    new = whole_number(fields.get("max_new_tokens", 60), "number of new tokens")
+    if new > desk.limits.new_tokens:
+        raise InputError(f"this page generates up to {desk.limits.new_tokens} tokens at a time, not {new}")
+    sample = bool(fields.get("sample", False))
+    chosen = {
+        name: fields[name]
+        for name in ("temperature", "top_p", "top_k", "repetition_penalty")
+        if fields.get(name) is not None and (sample or name == "repetition_penalty")
+    }
+    if "top_k" in chosen:
+        chosen["top_k"] = whole_number(chosen["top_k"], "top-k")
+    return Decoding(new, sample, seed=whole_number(fields.get("seed") or 0, "seed"), **chosen)
+
+
+def continued(
+    desk: Desk, prompt: str, chat: str, chosen: Sequence[Intervention], how: Decoding, on_text: Any = None
+) -> Generation:
+    """One continuation with probabilities and candidates."""
+    scope = desk.scope
+    (made,) = generate(
+        scope.model, scope.tokenizer, [desk.check_text(prompt, "prompt")], chosen, saes=scope.saes, stats=scope.sizes,
+        decoding=how, chat=desk.chat(chat), candidates=CANDIDATES, on_text=on_text,
+    )  # fmt: skip
+    return made
+
+
+def both(
+    desk: Desk, prompt: str, chat: str, chosen: Sequence[Intervention], how: Decoding, stop: Event
+) -> Iterator[tuple[str, str, Generation | None, Generation | None]]:
+    """The unsteered and the steered continuation as they grow, side by side; finished ones at the end.
+
+    The unsteered one is remembered while prompt and decoding stay the same. Where `stop` is set, both end.
+    """
+    key = (prompt, chat, how)
+    done: dict[str, Generation] = {}
+    if (known := desk.unsteered.get(key)) is not None:
+        done["plain"] = known
+
+    def side(name: str, those: Sequence[Intervention]) -> Iterator[str]:
+        def run(on_text: Callable[[int, str], None]) -> list[Generation]:
+            done[name] = continued(desk, prompt, chat, those, how, on_text)
+            return [done[name]]
+
+        return (piece for _, piece in stream(run))
+
+    steered = side("steered", chosen)
+    plain: Iterator[str] = iter(()) if known is not None else side("plain", ())
+    texts = [known.text if known is not None else "", ""]
+    try:
+        for pieces in zip_longest(plain, steered, fillvalue=""):
+            texts = [text + piece for text, piece in zip(texts, pieces, strict=True)]
+            yield texts[0], texts[1], None, None
+            if stop.is_set():
+                return
+    finally:
+        for growing in (plain, steered):
+            if hasattr(growing, "close"):
+                growing.close()  # pyright: ignore[reportAttributeAccessIssue]
+    desk.unsteered.put(key, done["plain"])
+    yield done["plain"].text, done["steered"].text, done["plain"], done["steered"]
+
+
+def sweep_target(desk: Desk, kind: str, value: str, first: Intervention) -> Target | Continuations:
+    """What a sweep measures.
+
+    Raises:
+        InputError: an unknown kind, or a value it can't use.
+    """
+    if kind == "feature":
+        return desk.scope.feature_target(first.layer, int(first.feature or 0))
+    if kind not in TARGETS:
+        raise InputError(f"a sweep aims at one of {', '.join(TARGETS)}, not {kind!r}")
+    if not value.strip():
+        raise InputError("say what the continuation should be like: fill in the field beside the aim of the sweep")
+    if kind == "regex":
+        return matches(value)
+    return script(value) if kind == "script" else Continuations((value,))
+
+
+def sweep_prompts(prompt: str, more: str) -> list[str]:
+    """The prompts of a sweep: those given, one a line, else the one prompt and prefixes without a language."""
+    lines = [line for line in more.splitlines() if line.strip()]
+    if not lines:
+        lines = [prompt, *(one.text for one in neutral_prompts(0, SWEEP_PROMPTS - 1))]
+    if len(lines) < 2:
+        raise InputError("a sweep needs at least two prompts, one a line")
+    return lines[: 4 * SWEEP_PROMPTS]
+
+
+def dosed(chosen: list[Intervention]) -> tuple[list[Intervention], bool]:
+    """What a sweep multiplies, and whether its doses are lengths: a single `add` is made one typical residual long.
+
+    Several keep their proportions, and a dose is then a factor for all their amounts.
+    """
+    if len(chosen) == 1 and chosen[0].op == "add":
+        return [replace(chosen[0], amount=1.0, unit="resid_norm")], True
+    return chosen, False
+
+
+def swept(
+    desk: Desk, prompts: list[str], chat: str, chosen: list[Intervention], target: Target | Continuations,
+    how: Decoding, report: Report,
+) -> Sweep:  # fmt: skip
+    """Dose and response of the interventions, each counted in its own amount."""
+    scope = desk.scope
+    return sweep(
+        scope.model, scope.tokenizer, prompts, chosen, target, saes=scope.saes, stats=scope.sizes, decoding=how,
+        chat=desk.chat(chat), refine=1, report=report,
+    )  # fmt: skip
+
+
+def recipe_text(desk: Desk, name: str, chosen: list[Intervention]) -> str:
+    """A recipe as the text of a `.json` file."""
+    made = Recipe.of(name.strip() or "recipe", desk.scope.model, chosen, desk.scope.saes, provenance="the explorer")
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "recipe.json"
+        made.save(path)
+        return path.read_text(encoding="utf-8")
+
+
+def rows_of_recipe(desk: Desk, path: str) -> tuple[str, list[dict[str, Any]]]:
+    """The name and the fields of an uploaded recipe that fits the scope.
+
+    Raises:
+        FormatError, MismatchError, InputError: it is none, is for another model, or changes plain directions.
+    """
+    found = load_recipe(path)
+    found.check(desk.scope.model, desk.scope.saes)
+    if any(one.feature is None for one in found.interventions):
+        raise InputError(f"the recipe {found.name!r} changes plain directions, which this page does not show")
+    keys = ("op", "feature", "amount", "unit")
+    return found.name, [
+        {"layer": one.layer, "where": str(one.where), **{key: getattr(one, key) for key in keys}}
+        for one in found.interventions
+    ]
