@@ -30,6 +30,8 @@ COMMANDS = {
     "validate",
     "extract",
     "store",
+    "find",
+    "show",
     "analyze",
     "lab",
     "train",

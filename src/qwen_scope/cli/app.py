@@ -19,8 +19,10 @@ from . import (
     explore,
     extract,
     features,
+    find,
     lab,
     plan,
+    show,
     steer,
     store,
     sweep,
@@ -44,6 +46,8 @@ app.command("features")(features.features)
 app.command("compare")(compare.compare)
 app.command("extract")(extract.extract)
 app.command("store")(store.store)
+app.command("find")(find.find)
+app.command("show")(show.show)
 app.command("steer")(steer.steer)
 app.command("sweep")(sweep.sweep)
 app.command("validate")(validate.validate)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,9 +12,9 @@ from typing import Any, Literal, final
 import duckdb
 import numpy as np
 import pyarrow as pa
-from jaxtyping import Float32, Float64
+from jaxtyping import Float32, Float64, Int64
 
-from qwen_scope.errors import FormatError, InputError, MismatchError, NotFoundError
+from qwen_scope.errors import FormatError, InputError, MismatchError, NotFoundError, nearest
 from qwen_scope.sae import SAE, Identity
 
 from . import contexts, firing
@@ -22,6 +23,9 @@ from .layout import MANIFEST, TABLES, LayerInfo, Manifest
 from .parts import TableRows, check_parts
 
 MEMORY = "1500MB"
+
+Condition = tuple[str, str, bool]
+"""A column of the documents' metadata, a value, and whether they are to be equal."""
 
 
 @final
@@ -251,6 +255,25 @@ class FeatureStore:
         out[table["document"].to_numpy()] = vectors
         return out
 
+    def where(self, *conditions: Condition) -> Int64[np.ndarray, " documents"]:
+        """The documents whose metadata meet every condition, ascending.
+
+        Args:
+            conditions: `(column, value, equal)`: the column is the value or, where `equal` is False, is not (a missing
+                column is not). Numbers and truth values are compared as they are written in JSON.
+
+        Raises:
+            NotFoundError: no document has such a column.
+        """
+        table = self.sql("SELECT document, meta FROM documents ORDER BY document")
+        metas = [json.loads(text) for text in table["meta"].to_pylist()]
+        for column, _, _ in conditions:
+            if not any(column in meta for meta in metas):
+                known = sorted({name for meta in metas for name in meta})
+                raise NotFoundError(f"no document of {self.folder} has a column {column!r}; {nearest(column, known)}")
+        keep = [all((_plain_text(meta.get(c)) == v) is equal for c, v, equal in conditions) for meta in metas]
+        return np.flatnonzero(keep).astype(np.int64)
+
     # --- one feature -------------------------------------------------------------------------------------------------
 
     def check_feature(self, layer: int, feature: int) -> None:
@@ -341,6 +364,10 @@ def _absent(folder: Path) -> str:
     if folder.is_dir():
         return f"{folder} has no {MANIFEST}: it is no store, or one that is not finished; run the same extract again"
     return f"there is no store {str(folder)!r}"
+
+
+def _plain_text(value: Any) -> str | None:
+    return value if isinstance(value, str) or value is None else json.dumps(value, ensure_ascii=False)
 
 
 def _plain(params: Mapping[str, Any] | Sequence[Any]) -> dict[str, Any] | list[Any]:

@@ -33,6 +33,7 @@ from .selectivity import Selectivity as Selectivity
 from .selectivity import selectivity as selectivity
 from .show import FeaturePage as FeaturePage
 from .show import feature_page as feature_page
+from .tasks import answer_task as answer_task
 from .validate import Arm as Arm
 from .validate import Examples as Examples
 from .validate import Moved as Moved

@@ -122,17 +122,17 @@ def pool_store(
         width = store.layer(layer).d_sae
         params = {"layer": layer, "documents": chosen}
         wanted = "WITH wanted AS (SELECT unnest($documents::INTEGER[]) AS document)"
-        found = store.stream(
-            f"{wanted} SELECT document, feature, max(value) AS top, sum(value::DOUBLE) AS total, count(*) AS fires"
-            " FROM (SELECT * FROM activations WHERE layer = $layer) SEMI JOIN wanted USING (document)"
-            " GROUP BY document, feature",
-            params,
-        )
         counted = store.sql(
             f"{wanted}, gone AS"
             " (SELECT document, count(*) AS masked FROM masked WHERE layer = $layer GROUP BY document)"
             " SELECT document, tokens - coalesce(masked, 0) AS tokens FROM documents SEMI JOIN wanted USING (document)"
             " LEFT JOIN gone USING (document)",
+            params,
+        )
+        found = store.stream(
+            f"{wanted} SELECT document, feature, max(value) AS top, sum(value::DOUBLE) AS total, count(*) AS fires"
+            " FROM (SELECT * FROM activations WHERE layer = $layer) SEMI JOIN wanted USING (document)"
+            " GROUP BY document, feature",
             params,
         )
         sizes = dict(zip(counted["document"].to_pylist(), counted["tokens"].to_pylist(), strict=True))

@@ -10,6 +10,10 @@ from .markup import Markup as Markup
 from .markup import element as element
 from .markup import escaped as escaped
 from .markup import join as join
+from .page import html_bars as html_bars
+from .page import html_page as html_page
+from .page import html_table as html_table
+from .page import html_tokens as html_tokens
 from .table import size as size
 from .table import table as table
 from .tokens import legend as legend

@@ -10,11 +10,16 @@ from rich.text import Text
 # Light to dark orange, readable with black or white on top; lightness carries it, so colour-blind eyes see it too.
 SHADES = ("#fff1e0", "#ffd9ad", "#ffb870", "#f08a2c", "#b85a00")
 
+LONGEST = 200
+
 
 def visible(token: str) -> str:
-    """A token as a reader should see it: new lines and tabs as signs; control and direction characters escaped."""
+    """A token as a reader should see it: new lines and tabs as signs; control and direction characters escaped.
+
+    Of a token longer than any real one only the beginning is shown.
+    """
     out = []
-    for char in token:
+    for char in token[:LONGEST]:
         if char == "\n":
             out.append("⏎")
         elif char == "\t":
@@ -23,7 +28,16 @@ def visible(token: str) -> str:
             out.append(char)
         else:
             out.append(f"\\u{ord(char):04x}")
+    if len(token) > LONGEST:
+        out.append(f"… ({len(token) - LONGEST:,} more)")
     return "".join(out)
+
+
+def level(value: float, top: float) -> int | None:
+    """Which of the shades a value gets beside the largest value, or None for none."""
+    if not (value > 0 and top > 0):
+        return None
+    return min(len(SHADES) - 1, int(value / top * len(SHADES)))
 
 
 def shaded(
@@ -38,10 +52,10 @@ def shaded(
     top = maximum if maximum else max(values, default=0.0)
     text = Text()
     for token, value in zip(tokens, values, strict=True):
-        if value > 0 and top > 0:
-            level = min(len(SHADES) - 1, int(value / top * len(SHADES)))
-            style = f"{'white' if level == len(SHADES) - 1 else 'black'} on {SHADES[level]}"
-            text.append(f"[{visible(token)}]" if brackets and level else visible(token), style=style)
+        shade = level(value, top)
+        if shade is not None:
+            style = f"{'white' if shade == len(SHADES) - 1 else 'black'} on {SHADES[shade]}"
+            text.append(f"[{visible(token)}]" if brackets and shade else visible(token), style=style)
         else:
             text.append(visible(token))
     return text

@@ -1,0 +1,252 @@
+"""`qwen-scope find`: features by what they tell apart, promote, are near to, or are called."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from qwen_scope.errors import InputError
+
+from . import documents, options, output, show
+
+if TYPE_CHECKING:
+    from qwen_scope.corpus import FeatureStore
+    from qwen_scope.features import Findings, Pooled
+    from qwen_scope.scope import Scope
+
+SETS = "A text file (a document per line), .jsonl, .csv or .parquet; lab:language=de; with a STORE language=de"
+
+
+def find(
+    folder: Annotated[
+        Path | None, typer.Argument(metavar="[STORE]", help="Look in a store that extract has written.")
+    ] = None,
+    positive: Annotated[str | None, typer.Option("--positive", help=f"Documents with the property. {SETS}.")] = None,
+    negative: Annotated[
+        str | None, typer.Option("--negative", help="Documents without it. Default with a STORE: all others.")
+    ] = None,
+    groups: Annotated[
+        str | None, typer.Option("--groups", help="Features of each value of a metadata column, such as language.")
+    ] = None,
+    repetition: Annotated[
+        str | None, typer.Option("--repetition", help="Features that rise as documents repeat; 'all' with a STORE.")
+    ] = None,
+    promotes: Annotated[str | None, typer.Option("--promotes", help="Features that promote these words.")] = None,
+    near: Annotated[str | None, typer.Option("--near", help="Features near one, named LAYER/FEATURE.")] = None,
+    words: Annotated[str | None, typer.Option("--label", help="Features by words of their labels and notes.")] = None,
+    by: Annotated[str, typer.Option("--by", help="Rank by f1, difference, rate or auroc.")] = "f1",
+    level: Annotated[float, typer.Option("--level", help="False discovery rate.")] = 0.01,
+    n: Annotated[int, typer.Option("-n", help="How many features.", min=1)] = 10,
+    each: Annotated[int, typer.Option("--documents", help="So many documents of the lab.", min=4)] = 100,
+    column: Annotated[str, typer.Option("--column", help="The column with the text.")] = "text",
+    seed: Annotated[int, typer.Option("--seed", help="Of the halves that choose and measure.")] = 0,
+    model: Annotated[
+        str | None,
+        typer.Option("--model", help="Language model. Default: the one the store was made with, or the lab."),
+    ] = None,
+    sae: options.Sae = None,
+    layers: options.Layers = None,
+    device: options.Device = None,
+    dtype: options.Dtype = "auto",
+    k: options.K = None,
+    as_json: options.Json = False,
+) -> None:
+    """Find features: one of --positive, --groups, --repetition, --promotes, --near or --label.
+
+    Two sets of documents are compared over the whole dictionary. Half of each set chooses, the other half measures;
+    q is adjusted for the number of features that were looked at.
+    """
+    from qwen_scope.corpus import FeatureStore
+
+    asked = [positive, groups, repetition, promotes, near, words]
+    if sum(one is not None for one in asked) != 1:
+        raise InputError(
+            "ask one thing: --positive (with --negative), --groups, --repetition, --promotes, --near or --label"
+        )
+    store = FeatureStore(folder) if folder is not None else None
+    wanted = options.parse_layers(layers)
+
+    def scope() -> Scope:
+        with output.status("opening the model"):
+            return show.scope_of(store, model, sae, device, dtype, k)
+
+    if words is not None:
+        print_labels(need(store, "--label"), words, n, as_json)
+    elif promotes is not None:
+        print_promoting(scope(), promotes, wanted, n, as_json)
+    elif near is not None:
+        print_near(near, store, None if store is not None and model is None else scope(), n, as_json)
+    elif repetition is not None:
+        print_repeats(repetition, store, scope, wanted, n, each, column, level, as_json)
+    elif groups is not None:
+        print_groups(need(store, "--groups"), groups, wanted, n, as_json)
+    else:
+        assert positive is not None
+        sets = two_sets(positive, negative, store, scope, wanted, each, column, seed)
+        print_findings(search(sets, n, by, level, seed), as_json)
+
+
+def two_sets(
+    positive: str, negative: str | None, store: FeatureStore | None, scope: Any, layers: list[int] | None, each: int,
+    column: str, seed: int,
+) -> list[dict[int, Pooled]]:  # fmt: skip
+    """Both sets of documents as features."""
+    import numpy as np
+
+    from qwen_scope.features import pool_store, pool_texts
+
+    if store is not None:
+        chosen = documents.documents_of(store, positive)
+        if negative is None:
+            others = np.setdiff1d(np.arange(store.manifest.documents), chosen)
+        else:
+            others = documents.documents_of(store, negative)
+        if len(np.intersect1d(chosen, others)):
+            raise InputError(f"some documents are in both sets: {positive} and {negative}")
+        with output.status("reading the store"):
+            return [pool_store(store, some, layers) for some in (chosen, others)]
+    if negative is None:
+        raise InputError("name documents without the property with --negative")
+    # Another seed, so that sets that overlap by name share no document.
+    texts = [documents.texts_of(p, each, column, seed + i) for i, p in enumerate((positive, negative))]
+    if both := set(texts[0]) & set(texts[1]):
+        raise InputError(f"{len(both)} texts are in both sets, such as {min(both)!r:.60}")
+    opened = scope()
+    out = []
+    with output.progress() as bar:
+        for name, some in zip(("with it", "without it"), texts, strict=True):
+            out.append(
+                pool_texts(
+                    opened, some, layers, report=lambda done, name=name, some=some: bar(name, done / len(some), "")
+                )
+            )
+    return out
+
+
+def search(sets: list[dict[int, Pooled]], n: int, by: str, level: float, seed: int) -> Findings:
+    from qwen_scope.features import find as run
+
+    return run(*sets, n=n, by=options.one_of("--by", by, ("f1", "difference", "rate", "auroc")), level=level, seed=seed)
+
+
+def print_findings(found: Findings, as_json: bool) -> None:
+    """A table of findings, and how many there are in all."""
+    from rich.text import Text
+
+    if as_json:
+        output.print_json(found)
+        return
+    rows = [
+        (
+            one.layer,
+            one.feature,
+            f"{one.reduction} > {one.threshold:.3g}",
+            str(one.f1),
+            str(one.auroc),
+            str(one.difference),
+            one.q,
+            "" if one.significant else "not significant",
+        )
+        for one in found.found
+    ]
+    title = f"{found.positives} documents against {found.negatives}, ranked by {found.by}; measured on the other half"
+    output.show(title, ("layer", "feature", "is above", "F1", "AUROC", "difference", "q", ""), rows)
+    said = f"{found.significant} features pass a false discovery rate of {found.level:g} among {found.tests:,} tests."
+    output.console().print(Text(said if found.significant else f"Nothing is significant: {said}"))
+
+
+def print_groups(store: FeatureStore, column: str, layers: list[int] | None, n: int, as_json: bool) -> None:
+    """The language score for every value of a column."""
+    import json
+
+    from qwen_scope.features import language_features, pool_store
+
+    values = {json.loads(text).get(column) for text in store.sql("SELECT meta FROM documents")["meta"].to_pylist()}
+    names = sorted(value for value in values if isinstance(value, str))
+    if len(names) < 2:
+        raise InputError(f"the column {column!r} has {len(names)} texts as values in {store.folder}; two are needed")
+    with output.status("reading the store"):
+        pooled = {name: pool_store(store, store.where((column, name, True)), layers) for name in names}
+    found = language_features(pooled, n)
+    if as_json:
+        output.print_json(found)
+        return
+    rows = [(one.language, one.layer, one.feature, one.score, one.mean, max(one.others.values())) for one in found]
+    columns = (column, "layer", "feature", "score", "mean here", "highest mean elsewhere")
+    output.show("Mean activation less the mean over the others", columns, rows)
+
+
+def print_repeats(
+    spec: str, store: FeatureStore | None, scope: Any, layers: list[int] | None, n: int, each: int, column: str,
+    level: float, as_json: bool,
+) -> None:  # fmt: skip
+    """Features that rise from the first occurrence of a token to its last repeat."""
+    from qwen_scope.features import repeat_features, repeats_in_store, repeats_in_texts
+
+    if store is not None:
+        chosen = None if spec == "all" else documents.documents_of(store, spec).tolist()
+        changes = repeats_in_store(store, layers, documents=chosen)
+    else:
+        changes = repeats_in_texts(scope(), documents.texts_of(spec, each, column), layers)
+    found = repeat_features(changes, n, level=level)
+    if as_json:
+        output.print_json(found)
+        return
+    rows = [
+        (one.layer, one.feature, str(one.rise), one.q, "" if one.significant else "not significant") for one in found
+    ]
+    title = "Activation at the last repeat of a token less that at its first occurrence"
+    output.show(title, ("layer", "feature", "rise", "q", ""), rows)
+
+
+def print_promoting(scope: Scope, words: str, layers: list[int] | None, n: int, as_json: bool) -> None:
+    from qwen_scope.features import promoting, token_ids
+
+    found = promoting(scope, token_ids(scope, words.split()), layers, n)
+    if as_json:
+        output.print_json(found)
+        return
+    rows = [(one.layer, one.feature, one.score) for one in found]
+    output.show(f"Features that promote {words}", ("layer", "feature", "standard deviations"), rows)
+
+
+def print_near(spec: str, store: FeatureStore | None, scope: Scope | None, n: int, as_json: bool) -> None:
+    from qwen_scope.features import cofiring, elsewhere, similar
+
+    layer, _, feature = spec.partition("/")
+    if not (layer.isdigit() and feature.isdigit()):
+        raise InputError(f"a feature is named LAYER/FEATURE, such as 5/678, not {spec!r}")
+    place = int(layer), int(feature)
+    found = {"similar": similar(scope, *place, n)} if scope is not None else {}
+    if store is not None:
+        found["cofiring"] = cofiring(store, *place, n)
+    layers = store.layers if store is not None else scope.layers if scope is not None else []
+    found["elsewhere"] = elsewhere(*place, layers, scope=scope, store=store)
+    if as_json:
+        output.print_json(found)
+        return
+    for name, some in found.items():
+        rows = [(one.layer, one.feature, one.cosine, one.jaccard) for one in some]
+        output.show(name, ("layer", "feature", "cosine", "Jaccard"), rows)
+
+
+def print_labels(store: FeatureStore, words: str, n: int, as_json: bool) -> None:
+    from qwen_scope.features import Notes, label_text
+
+    found = Notes(store).search(words, n)
+    if as_json:
+        output.print_json([note.to_json() for note in found])
+        return
+    rows = [
+        (note.layer, note.feature, label_text(note.label) if note.kind == "label" else note.body["text"])
+        for note in found
+    ]
+    output.show(f"Labels and notes with {words}", ("layer", "feature", "text"), rows)
+
+
+def need(store: FeatureStore | None, option: str) -> FeatureStore:
+    if store is None:
+        raise InputError(f"{option} looks in a store; name its folder first: qwen-scope find STORE {option} ...")
+    return store

@@ -1,0 +1,151 @@
+"""`qwen-scope show`: all about one feature, in the terminal, as JSON, or as one HTML file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from qwen_scope.errors import InputError
+
+from . import options, output
+from .store import the_layer
+
+if TYPE_CHECKING:
+    from qwen_scope.corpus import Context, FeatureStore
+    from qwen_scope.features import FeaturePage
+    from qwen_scope.scope import Scope
+
+
+def show(
+    folder: Annotated[
+        Path | None, typer.Argument(metavar="[STORE]", help="A store that extract has written: where it fires.")
+    ] = None,
+    layer: Annotated[int | None, typer.Option("--layer", help="Which layer. Default: the only one.")] = None,
+    feature: Annotated[int | None, typer.Option("--feature", "-f", help="Which feature.")] = None,
+    n: Annotated[int, typer.Option("-n", help="How many tokens, neighbours and contexts of each kind.", min=1)] = 10,
+    html: Annotated[Path | None, typer.Option("--html", help="Write one HTML file that opens by itself.")] = None,
+    no_model: Annotated[bool, typer.Option("--no-model", help="Only what the store knows.")] = False,
+    model: Annotated[
+        str | None,
+        typer.Option("--model", help="Language model. Default: the one the store was made with, or the lab."),
+    ] = None,
+    sae: options.Sae = None,
+    device: options.Device = None,
+    dtype: options.Dtype = "auto",
+    k: options.K = None,
+    as_json: options.Json = False,
+) -> None:
+    """Show one feature: contexts, how often and how strongly it fires, tokens it promotes, neighbours, label, verdict.
+
+    Without a STORE only what follows from the weights is known. Labels come from: qwen-scope label STORE
+    """
+    from qwen_scope.corpus import FeatureStore
+    from qwen_scope.features import feature_html, feature_page
+
+    if feature is None:
+        raise InputError("name a feature with --feature; qwen-scope find tells which tell two sets of texts apart")
+    if folder is None and no_model:
+        raise InputError("without a model a feature is shown from a store; name its folder")
+    store = FeatureStore(folder) if folder is not None else None
+    with output.status("opening the model"):
+        scope = None if no_model else scope_of(store, model, sae, device, dtype, k)
+    if store is not None:
+        layer = the_layer(store, layer)
+    elif layer is None:
+        raise InputError("name a layer with --layer")
+    with output.status("reading"):
+        page = feature_page(layer, feature, store=store, scope=scope, n=n, contexts=n)
+    if html is not None:
+        write_new(html, feature_html(page))
+    if as_json:
+        output.print_json(page.to_json())
+    elif html is None:
+        print_page(page)
+    else:
+        typer.echo(f"{html} written")
+
+
+def scope_of(
+    store: FeatureStore | None, model: str | None, sae: str | None, device: str | None, dtype: str, k: int | None
+) -> Scope:
+    """The scope that was asked for; what is left out is taken from the store."""
+    if store is not None and model is None:
+        model = store.manifest.model
+        groups = {info.group for info in store.manifest.layers.values()}
+        sae = sae or (groups.pop() if len(groups) == 1 else None)
+    return options.open_scope(model or "lab", sae, device, dtype, k)
+
+
+def write_new(path: Path, text: str) -> None:
+    """Write a file whole or not at all.
+
+    Raises:
+        InputError: it can't be written.
+    """
+    part = path.with_name(path.name + ".part")
+    try:
+        part.write_text(text, encoding="utf-8")
+        part.replace(path)
+    except OSError as error:
+        raise InputError(f"can't write {path}: {error.strerror}") from error
+
+
+def print_page(page: FeaturePage) -> None:
+    """The page in the terminal."""
+    from rich.text import Text
+
+    from qwen_scope.features import label_text, page_facts
+    from qwen_scope.report import visible
+
+    out = output.console()
+    out.print(Text(f"Layer {page.layer}, feature {page.feature}", style="bold"))
+    out.print(Text(f"{visible(page.group)}, {visible(page.model)}", style="dim"))
+    out.print(Text(label_text(page.label)))
+    if page.verdict is not None:
+        out.print(Text(f"Verdict: {visible(str(page.verdict.get('outcome')))}"))
+    for note in page.notes:
+        if note.kind == "note":
+            out.print(
+                Text(f"Note: {visible(note.body['text'])} ({visible(note.author) or 'no name'}, {note.made[:10]})")
+            )
+    out.print()
+    if page.summary is not None:
+        output.show("How often and how strongly", ("", ""), page_facts(page))
+    if page.histogram is not None and page.histogram.counts.any():
+        output.show("Activations (bars: square roots of counts)", ("from", "tokens", ""), bars(page))
+    for name, effects in (("Promotes", page.promoted), ("Demotes", page.demoted)):
+        if effects:
+            output.show(name, ("token", "logit"), [(visible(one.text), one.effect) for one in effects])
+    near = (("Of like direction", page.similar), ("On the same tokens", page.cofiring))
+    for name, some in (*near, ("In other layers", page.elsewhere)):
+        if some:
+            rows = [(one.layer, one.feature, one.cosine, one.jaccard) for one in some]
+            output.show(name, ("layer", "feature", "cosine", "Jaccard"), rows)
+    print_contexts("Strongest contexts", page.strongest, page.maximum)
+    print_contexts("From weak to strong", page.spread, page.maximum)
+
+
+def bars(page: FeaturePage, width: int = 40) -> list[tuple[float, int, str]]:
+    """The histogram as rows of a table."""
+    assert page.histogram is not None
+    edges, counts = page.histogram.edges.tolist(), page.histogram.counts.tolist()
+    top = max(counts) ** 0.5 or 1.0
+    return [(edge, n, "█" * round(width * n**0.5 / top)) for edge, n in zip(edges, counts, strict=False)]
+
+
+def print_contexts(title: str, some: tuple[Context, ...], maximum: float) -> None:
+    """Lines of shaded tokens."""
+    from rich.text import Text
+
+    from qwen_scope.report import shaded
+
+    if not some:
+        return
+    out = output.console()
+    out.print(Text(title, style="bold"))
+    for context in some:
+        place = f"{context.value:.4g} at document {context.document}, position {context.position}: "
+        out.print(Text(place, style="dim") + shaded(context.tokens, context.values, maximum))
+    out.print()
