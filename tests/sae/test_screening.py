@@ -329,7 +329,7 @@ def test_the_copy_is_dropped_with_the_weights_it_was_made_from() -> None:
 
 @pytest.mark.usefixtures("eager")
 def test_a_cpu_without_bf16_takes_the_plain_path(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chosen, "cpu_multiplies_bf16", lambda: False)
+    monkeypatch.setattr(screened, "cpu_multiplies_bf16", lambda: False)
     one = sae()
     one.encode(randn(600, 64))
     assert one.encode_stats.path == "plain"

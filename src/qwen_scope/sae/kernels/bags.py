@@ -16,9 +16,12 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import embedding_bag
 
 from ..acts import FeatureActs
+from . import on_gpu
 
 # A table that stays in the cache of one core complex while every bag reads from it.
 TABLE_BYTES = 8 * 2**20
+# A GPU's cache is no larger, but its memory is fast enough and each table costs a launch.
+TABLE_BYTES_ON_GPU = 2**28
 # Numbers in a line of cache: a narrower table wastes the rest of each line it reads.
 LINE = 16
 # Below one active slot for so many features, gathering their columns costs less than turning all of them over.
@@ -29,13 +32,18 @@ def decode(
     acts: FeatureActs,
     W_dec: Float[Tensor, "d_model d_sae"],
     b_dec: Float[Tensor, " d_model"],
-    tile_bytes: int = TABLE_BYTES,
+    tile_bytes: int | None = None,
+    use_triton: bool | None = None,
 ) -> Float[Tensor, "*rows d_model"]:
     """`decode_reference` from the active columns only, differentiable in the values.
 
     Args:
         tile_bytes: the size of one table of turned-over columns, or of gathered ones.
+        use_triton: whether Triton sums the bags; by default on CUDA, where it is installed.
     """
+    on_cuda = W_dec.device.type == "cuda"
+    tile_bytes = tile_bytes or (TABLE_BYTES_ON_GPU if on_cuda else TABLE_BYTES)
+    use_triton = on_cuda and on_gpu.available() if use_triton is None else use_triton
     acts = acts.to(W_dec.device)
     flat = acts.reshape(-1)
     values, indices = flat.values.float(), flat.indices
@@ -43,7 +51,7 @@ def decode(
     if learning or indices.numel() * GATHER_SHARE <= acts.width:
         found = gathered(values, indices, W_dec, tile_bytes)
     else:
-        found = Bags.apply(values, indices.contiguous(), W_dec, tile_bytes)
+        found = Bags.apply(values, indices.contiguous(), W_dec, tile_bytes, use_triton)
     return (found + b_dec.float()).reshape(*acts.shape, len(W_dec))
 
 
@@ -62,15 +70,19 @@ class Bags(torch.autograd.Function):
     """`(n, k) -> (n, d_model)` by tables; backward turns the decoder over once more instead of keeping it."""
 
     @staticmethod
-    def forward(ctx: Any, values: Tensor, indices: Tensor, W_dec: Tensor, tile_bytes: int) -> Tensor:
+    def forward(ctx: Any, values: Tensor, indices: Tensor, W_dec: Tensor, tile_bytes: int, use_triton: bool) -> Tensor:
         ctx.save_for_backward(indices, W_dec)
-        ctx.tile_bytes = tile_bytes
+        ctx.tile_bytes, ctx.use_triton = tile_bytes, use_triton
+        values = values.contiguous()
         out = values.new_empty(len(values), len(W_dec))
         starts = row_starts(indices)
         for dims, table in tables(W_dec, tile_bytes):
-            out[:, dims] = embedding_bag(
-                indices.flatten(), table, starts, mode="sum", per_sample_weights=values.flatten()
-            )
+            if ctx.use_triton:
+                out[:, dims] = on_gpu.bags(values, indices, table)
+            else:
+                out[:, dims] = embedding_bag(
+                    indices.flatten(), table, starts, mode="sum", per_sample_weights=values.flatten()
+                )
         return out
 
     @staticmethod
@@ -83,11 +95,14 @@ class Bags(torch.autograd.Function):
         starts = row_starts(indices)
         for dims, table in tables(W_dec, ctx.tile_bytes):
             part = grads[0][:, dims].contiguous()
+            if ctx.use_triton:
+                total += on_gpu.bags_gradient(part, indices, table).flatten()
+                continue
             # What autograd calls for embedding_bag: the product of a bag's gradient with each of its rows.
             total += torch.ops.aten._embedding_bag_per_sample_weights_backward(
                 part, table, indices.flatten(), starts, row_of, 0
             )
-        return total.view(n, k), None, None, None
+        return total.view(n, k), None, None, None, None
 
 
 def row_starts(indices: Tensor) -> Tensor:

@@ -102,7 +102,7 @@ def prepare(W_enc: Float[Tensor, "d_sae d_model"], b_enc: Float[Tensor, " d_sae"
     low[:, d_model:] = 0
     low[d_sae:] = 0
     norms = torch.zeros(width, 4, dtype=torch.float64, device=W_enc.device)
-    step = max(1, PREPARE_NUMBERS // d_model)
+    step = max(1, PREPARE_NUMBERS * (1 if W_enc.device.type == "cpu" else 256) // d_model)
     for start in range(0, d_sae, step):
         rows = slice(start, min(start + step, d_sae))
         exact = W_enc[rows].float()

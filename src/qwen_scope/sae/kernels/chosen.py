@@ -5,14 +5,12 @@ from __future__ import annotations
 import threading
 from dataclasses import dataclass, field
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from ..acts import FeatureActs
-from . import compiled
 from .bound import Screen, prepare
-from .screened import EncodeStats, can_screen, cpu_multiplies_bf16, encode_topk_screened
+from .screened import EncodeStats, can_screen, encode_topk_screened, low_is_fast
 from .tiled import encode_topk
 
 # Fewer rows than this read the weights for less than the rest of screening costs.
@@ -61,11 +59,9 @@ def worth_screening(x: Tensor, W_enc: Tensor, b_enc: Tensor) -> bool:
     return (
         rows >= FEWEST_ROWS
         and W_enc.numel() >= FEWEST_WEIGHTS
-        and W_enc.device.type == "cpu"
         # Tensors made in inference mode don't say when they change.
         and not (W_enc.is_inference() or b_enc.is_inference())
-        and (W_enc.dtype == torch.float32 or compiled.reads(W_enc))
-        and cpu_multiplies_bf16()
+        and low_is_fast(W_enc)
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -13,12 +14,13 @@ from torch import Tensor
 from qwen_scope.errors import InputError
 
 from ..acts import FeatureActs
-from . import compiled
+from . import compiled, on_gpu
 from .bound import ROUND_OUT, Rows, Screen, bound, keep_massive, lower_rows, massive_dimensions
 from .tiled import encode_topk, rows_per_tile
 
 # The bf16 pre-activations of one tile; the rest of a tile's working memory is a few times this.
 SCREEN_BYTES = 32 * 2**20
+SCREEN_BYTES_ON_GPU = 2**30
 # At most this many candidates for each slot, and as many more for the row; beyond, the full product costs less.
 PER_SLOT, PER_ROW = 8, 256
 
@@ -28,7 +30,8 @@ class EncodeStats:
     """Which way a call of encode went.
 
     Attributes:
-        path: `plain` (fp32 products only), `screened` (PyTorch alone) or `screened+compiled`.
+        path: `plain` (fp32 products only), `screened` (PyTorch alone), `screened+compiled` (numba) or
+            `screened+triton`.
         rows: how many rows were encoded.
         fallback: how many of them had no certificate and took the full fp32 product, 0 on the plain path.
         candidates: how many pre-activations were recomputed in fp32, 0 on the plain path.
@@ -60,8 +63,9 @@ def encode_topk_screened(
     b_enc: Float[Tensor, " d_sae"],
     k: int,
     screen: Screen,
-    tile_bytes: int = SCREEN_BYTES,
+    tile_bytes: int | None = None,
     use_compiled: bool | None = None,
+    use_triton: bool | None = None,
 ) -> tuple[FeatureActs, EncodeStats]:
     """`encode_topk_reference` by certified screening; every row comes back exact, screened or not.
 
@@ -69,30 +73,32 @@ def encode_topk_screened(
         screen: `bound.prepare(W_enc, b_enc)`.
         tile_bytes: the size of one tile of bf16 pre-activations.
         use_compiled: whether numba chooses and recomputes; by default where it is installed and reads this type.
+        use_triton: whether Triton does; by default on CUDA.
 
     Raises:
         InputError: the weights or k can't be screened (`can_screen` tells).
     """
-    fast = compiled.reads(W_enc) if use_compiled is None else use_compiled
-    if not can_screen(W_enc, k, screen) or not (fast or W_enc.dtype == torch.float32):
+    name, choose = way_of(W_enc, use_compiled, use_triton)
+    if not can_screen(W_enc, k, screen) or (name == "screened" and W_enc.dtype != torch.float32):
         raise InputError(f"an encoder of shape {tuple(W_enc.shape)} in {W_enc.dtype} with k {k} can't be screened")
-    rows = x.reshape(-1, x.shape[-1])
-    d_sae = len(W_enc)
-    values = torch.zeros(len(rows), k)
-    features = torch.zeros(len(rows), k, dtype=torch.int32)
-    certified = torch.zeros(len(rows), dtype=torch.bool)
-    choose = compiled.choose if fast else choose_candidates
+    device, d_sae = W_enc.device, len(W_enc)
+    rows = x.reshape(-1, x.shape[-1]).to(device)
+    values = torch.zeros(len(rows), k, device=device)
+    features = torch.zeros(len(rows), k, dtype=torch.int32, device=device)
+    certified = torch.zeros(len(rows), dtype=torch.bool, device=device)
+    product = torch.mm if device.type == "cpu" else on_gpu.product
+    tile_bytes = tile_bytes or (SCREEN_BYTES if device.type == "cpu" else SCREEN_BYTES_ON_GPU)
     candidates = 0
     with screen.lock:
         keep_massive(screen, W_enc, massive_dimensions(rows.float()))
         step = min(rows_per_tile(len(screen.low), 2 * tile_bytes), max(1, len(rows)))
         # One tile for all products: fresh pages would cost a tenth of them.
-        room = torch.empty(step, len(screen.low), dtype=torch.bfloat16)
+        room = torch.empty(step, len(screen.low), dtype=torch.bfloat16, device=device)
         for start in range(0, len(rows), step):
             part = slice(start, start + step)
             tile = rows[part].float().contiguous()
             lowered = lower_rows(tile, screen)
-            low = torch.mm(lowered.low, screen.low.T, out=room[: len(tile)])
+            low = product(lowered.low, screen.low.T, out=room[: len(tile)])
             found = choose(low, lowered, tile, W_enc, b_enc, k, screen)
             values[part], features[part], certified[part] = found.values, found.features, found.certified
             candidates += found.candidates
@@ -100,14 +106,30 @@ def encode_topk_screened(
     if len(left):
         plain = encode_topk(rows[left], W_enc, b_enc, k)
         values[left], features[left] = plain.values, plain.indices
-    name = "screened+compiled" if fast else "screened"
     acts = FeatureActs(features, values, d_sae).reshape(*x.shape[:-1])
     return acts, EncodeStats(name, len(rows), len(left), candidates)
 
 
+def way_of(W_enc: Tensor, use_compiled: bool | None, use_triton: bool | None) -> tuple[str, Callable[..., Chosen]]:
+    """What chooses and recomputes, with its name."""
+    if W_enc.is_cuda if use_triton is None else use_triton:
+        return "screened+triton", on_gpu.choose
+    if compiled.reads(W_enc) if use_compiled is None else use_compiled:
+        return "screened+compiled", compiled.choose
+    return "screened", choose_candidates
+
+
 def can_screen(W_enc: Tensor, k: int, screen: Screen) -> bool:
     """Whether the derivation covers these weights and there are groups enough to choose k features by."""
-    return screen.usable and 2 * k <= screen.groups and W_enc.is_contiguous() and W_enc.device.type == "cpu"
+    return screen.usable and 2 * k <= screen.groups and W_enc.is_contiguous() and W_enc.device.type in ("cpu", "cuda")
+
+
+def low_is_fast(W_enc: Tensor) -> bool:
+    """Whether the device of these weights multiplies bf16 much faster than fp32, in the way the bound rests on."""
+    if W_enc.device.type == "cpu":
+        # numba reads bf16 weights, PyTorch alone does not.
+        return (W_enc.dtype == torch.float32 or compiled.reads(W_enc)) and cpu_multiplies_bf16()
+    return W_enc.dtype in (torch.float32, torch.bfloat16) and on_gpu.multiplies_bf16(W_enc.device)
 
 
 def choose_candidates(
