@@ -16,12 +16,17 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 
-# Peers live in environments of their own; the benchmark runs in one of them, with our source on its path.
-bench: $(VENV)/.core
-	tests/peers/run.sh sparsify
-	tests/peers/run.sh sae_lens
+# Peers live in environments of their own; what is timed beside them runs in one of these, with our source on its path.
+BESIDE := .venv-sae_lens/bin/python -W ignore
+
+bench: $(VENV)/.dev
+	for peer in sparsify dictionary_learning sae_lens; do tests/peers/run.sh $$peer || exit 1; done
 	.venv-sae_lens/bin/python -m pip install -q lazy_loader jaxtyping numba
-	.venv-sae_lens/bin/python -W ignore bench/encode.py
+	$(BESIDE) bench/train_step.py
+	$(BESIDE) bench/open.py
+	$(BESIDE) bench/encode_decode.py
+	$(BIN)/python -W ignore bench/extract.py
+	$(BESIDE) bench/encode.py
 
 clean:
 	rm -rf $(VENV) .venv-* build dist

@@ -1,6 +1,6 @@
 """Residuals through an SAE and back: encode and decode, and decode with its gradient, beside the peers' own.
 
-    python bench/encode_decode.py [--tokens 4096] [--rounds 5]
+python bench/encode_decode.py [--tokens 4096] [--rounds 5]
 """
 
 from __future__ import annotations

@@ -121,7 +121,11 @@ def _status(status: Path, name: str) -> int:
 
 def stub_for_dictionary_learning() -> None:
     """What its package imports for collecting activations and reading text, which nothing here does."""
-    for name, member in {"nnsight": "LanguageModel", "datasets": "load_dataset", "zstandard": "ZstdDecompressor"}.items():
+    for name, member in {
+        "nnsight": "LanguageModel",
+        "datasets": "load_dataset",
+        "zstandard": "ZstdDecompressor",
+    }.items():
         if name not in sys.modules:
             sys.modules[name] = types.ModuleType(name)
             setattr(sys.modules[name], member, object)

@@ -1,6 +1,6 @@
 """One training step of each trainer on the same batch and weights: forward, backward, Adam, decoder renormalised.
 
-    python bench/train_step.py [--rounds 7]
+python bench/train_step.py [--rounds 7]
 """
 
 from __future__ import annotations
