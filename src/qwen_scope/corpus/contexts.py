@@ -213,6 +213,39 @@ def read(
     return found
 
 
+def silent(
+    tables: Mapping[str, TableRows],
+    layer: int,
+    feature: int,
+    start: int,
+    rows: int,
+    n: int,
+    before: int,
+    after: int,
+    seed: int,
+) -> list[Context]:
+    """Random stretches of text without the feature, in different documents as far as there are enough."""
+    sizes = tables["documents"].read(0, tables["documents"].rows, ["first_token", "tokens"])
+    first_token, length = (column.to_numpy() for column in sizes.columns)
+    rng = np.random.default_rng(seed)
+    firing = None
+    if rows <= AT_ONCE:
+        firing = [c.to_numpy() for c in tables["features"].read(start, rows, ["document", "position", "value"]).columns]
+    found: list[Context] = []
+    tried = np.concatenate([rng.permutation(len(length)) for _ in range(1 + 20 * n // max(1, len(length)))])
+    for document in tried[: 50 * n].tolist():
+        position = int(rng.integers(length[document]))
+        low, high = max(0, position - before), min(int(length[document]), position + after + 1)
+        where, _ = around(tables["activations"], firing, layer, feature, document)
+        if ((where >= low) & (where < high)).any():
+            continue
+        texts = tables["tokens"].read(int(first_token[document]) + low, high - low, ["text"])["text"].to_pylist()
+        found.append(Context(document, position, 0.0, low, tuple(texts), (0.0,) * (high - low)))
+        if len(found) == n:
+            break
+    return found
+
+
 def around(
     activations: TableRows, everywhere: list[np.ndarray] | None, layer: int, feature: int, document: int
 ) -> tuple[np.ndarray, np.ndarray]:

@@ -331,6 +331,13 @@ class FeatureStore:
             chosen = contexts.first_per_document(self.tables["features"], start, rows, n)
         return contexts.read(self.tables, layer, feature, start, rows, chosen, before, after)
 
+    def silent(
+        self, layer: int, feature: int, n: int = 20, *, before: int = 20, after: int = 10, seed: int = 0
+    ) -> list[Context]:
+        """Random places without the feature, nor in the tokens shown around them; fewer than `n` where it fires nearly
+        everywhere."""
+        return contexts.silent(self.tables, layer, feature, *self._rows(layer, feature), n, before, after, seed)
+
     # --- inside ------------------------------------------------------------------------------------------------------
 
     def _stats_start(self, layer: int) -> int:

@@ -44,3 +44,13 @@ from .verdict import OUTCOMES as OUTCOMES
 from .verdict import Evidence as Evidence
 from .verdict import Rules as Rules
 from .verdict import judge as judge
+from .endpoint import BudgetSpent as BudgetSpent
+from .endpoint import Endpoint as Endpoint
+from .judges import Judge as Judge
+from .judges import ModelJudge as ModelJudge
+from .judges import TokenJudge as TokenJudge
+from .label import LabelOptions as LabelOptions
+from .label import Material as Material
+from .label import label_features as label_features
+from .label import material as material
+from .label import scored_label as scored_label

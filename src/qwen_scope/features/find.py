@@ -275,14 +275,14 @@ def validated_f1(positive: Float32[np.ndarray, "a 1"], negative: Float32[np.ndar
 def f1_of_calls(positive: Shaped[np.ndarray, ...], negative: Shaped[np.ndarray, ...], axis: int = -1) -> np.ndarray:
     """F1 where 1 means called positive: `2 TP / (2 TP + FP + FN)`."""
     hits, false = positive.sum(axis), negative.sum(axis)
-    return 2 * hits / (hits + false + positive.shape[axis])
+    return np.asarray(2 * hits / (hits + false + positive.shape[axis]))
 
 
 def auroc_of(positive: Shaped[np.ndarray, ...], negative: Shaped[np.ndarray, ...], axis: int = -1) -> np.ndarray:
     """AUROC over an axis, as the bootstrap asks for it."""
     n, m = positive.shape[axis], negative.shape[axis]
     ranks = scipy_stats.rankdata(np.concatenate([positive, negative], axis=axis), axis=axis)
-    return (ranks.take(np.arange(n), axis).sum(axis) - n * (n + 1) / 2) / (n * m)
+    return np.asarray((ranks.take(np.arange(n), axis).sum(axis) - n * (n + 1) / 2) / (n * m))
 
 
 def blocks(features: Int64[np.ndarray, " n"], documents: int) -> Iterator[np.ndarray]:

@@ -1,0 +1,154 @@
+"""`qwen-scope label`: names for features, never without their scores; and the notes of a store."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from qwen_scope.errors import InputError
+
+from . import options, output
+from .store import the_layer
+
+if TYPE_CHECKING:
+    from qwen_scope.corpus import FeatureStore
+
+
+def label(
+    folder: Annotated[Path, typer.Argument(metavar="STORE", help="A store that extract has written.")],
+    layer: Annotated[int | None, typer.Option("--layer", help="Which layer. Default: the only one.")] = None,
+    features: Annotated[
+        str | None, typer.Option("--features", "--feature", "-f", help="Which, such as 3,17,40-50.")
+    ] = None,
+    n: Annotated[int | None, typer.Option("-n", help="The so many most frequent features.", min=1)] = None,
+    summary: Annotated[bool, typer.Option("--summary", help="No model: list the typical tokens.")] = False,
+    judge_model: Annotated[str | None, typer.Option("--judge", help="The model to ask. Default: OPENAI_MODEL.")] = None,
+    budget: Annotated[int | None, typer.Option("--max-requests", help="Stop after so many requests.", min=1)] = None,
+    tokens: Annotated[int | None, typer.Option("--max-tokens", help="Stop after so many tokens.", min=1)] = None,
+    concurrency: Annotated[int, typer.Option("--concurrency", help="Requests at a time.", min=1)] = 8,
+    cache: Annotated[
+        Path | None, typer.Option("--cache", help="Where answers are kept. Default: beside the store, STORE.cache.")
+    ] = None,
+    examples: Annotated[int, typer.Option("--examples", help="Contexts a name is made from.", min=2)] = 20,
+    tests: Annotated[int, typer.Option("--tests", help="Contexts of each kind a name is tested on.", min=4)] = 20,
+    again: Annotated[bool, typer.Option("--again", help="Also features that have a label of this judge.")] = False,
+    note: Annotated[str | None, typer.Option("--note", help="Write a note on one feature instead.")] = None,
+    author: Annotated[str, typer.Option("--author", help="Of the note.")] = "",
+    verdict: Annotated[
+        Path | None, typer.Option("--verdict", help="Keep what 'validate --json' printed with one feature.")
+    ] = None,
+    export: Annotated[Path | None, typer.Option("--export", help="Write all labels, notes and verdicts here.")] = None,
+    merge: Annotated[Path | None, typer.Option("--merge", help="Add those of an exported file.")] = None,
+    seed: Annotated[int, typer.Option("--seed", help="Of the contexts.")] = 0,
+    as_json: options.Json = False,
+) -> None:
+    """Name features of a store and score the names on contexts they were not made from.
+
+    The judge is any OpenAI-compatible endpoint: OPENAI_BASE_URL, OPENAI_MODEL and OPENAI_API_KEY. Without one, or with
+    --summary, the name is a list of typical tokens, marked as such. A run that was stopped goes on.
+    """
+    from qwen_scope.corpus import FeatureStore
+    from qwen_scope.features import LabelOptions, ModelJudge, Notes, TokenJudge, label_features
+
+    store = FeatureStore(folder)
+    if export is not None or merge is not None:
+        notes = Notes(store)
+        added = notes.merge(merge) if merge is not None else 0
+        written = notes.export(export) if export is not None else 0
+        output.print_json({"merged": added, "exported": written, "kept": len(notes)})
+        return
+    layer = the_layer(store, layer)
+    if note is not None or verdict is not None:
+        keep(store, layer, one_feature(features), note, verdict, author)
+        return
+    chosen = [(layer, feature) for feature in which(store, layer, features, n)]
+    options_ = LabelOptions(examples, tests, seed)
+    endpoint = None if summary else judge_endpoint(folder, judge_model, budget, tokens, concurrency, cache)
+    judge = TokenJudge() if endpoint is None else ModelJudge(endpoint)
+    with output.progress() as bar:
+        found = label_features(
+            store,
+            chosen,
+            judge,
+            options_,
+            again=again,
+            report=lambda done: bar("labels", done / len(chosen), str(done)),
+        )
+    print_labelled(found, len(chosen), as_json)
+    if endpoint is not None and not as_json:
+        spent = endpoint.spent
+        typer.echo(f"{spent.requests} requests, {spent.tokens:,} tokens, {spent.cached} answers from the cache")
+
+
+def judge_endpoint(
+    folder: Path, model: str | None, requests: int | None, tokens: int | None, concurrency: int, cache: Path | None
+):
+    """The endpoint of the environment, or None where there is none."""
+    from qwen_scope.features import Endpoint
+
+    kept = cache or folder.with_name(folder.name + ".cache")
+    limits = {"max_requests": requests, "max_tokens": tokens, "concurrency": concurrency}
+    return Endpoint.from_environment(model=model, cache=kept, **limits)
+
+
+def which(store: FeatureStore, layer: int, features: str | None, n: int | None) -> list[int]:
+    """The features that were named, or the most frequent ones."""
+    if (features is None) == (n is None):
+        raise InputError("say which features: --features 3,17,40-50, or -n for the most frequent ones")
+    if features is not None:
+        return options.parse_layers(features) or []
+    rows = store.stats(layer).sort_by([("tokens", "descending"), ("feature", "ascending")]).slice(0, n)
+    return rows["feature"].to_pylist()
+
+
+def one_feature(features: str | None) -> int:
+    """The one feature that was named."""
+    if features is None or not features.isdigit():
+        raise InputError("name one feature with --feature")
+    return int(features)
+
+
+def keep(store: FeatureStore, layer: int, feature: int, note: str | None, verdict: Path | None, author: str) -> None:
+    """Add a note or a verdict."""
+    import json
+
+    from qwen_scope.features import Notes
+
+    store.check_feature(layer, feature)
+    notes = Notes(store)
+    if verdict is not None:
+        try:
+            found = json.loads(verdict.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise InputError(f"{verdict} holds no verdict: {error}") from error
+        if not isinstance(found, dict) or "outcome" not in found:
+            raise InputError(f"{verdict} holds no verdict: write it with qwen-scope validate --json")
+        notes.verdict(layer, feature, found, author)
+    if note is not None:
+        notes.write(layer, feature, note, author)
+    output.print_json([entry.to_json() for entry in notes.of(layer, feature)])
+
+
+def print_labelled(found: dict, wanted: int, as_json: bool) -> None:
+    """The labels, each with its scores, and why others have none."""
+    from qwen_scope.report import visible
+
+    labelled = {place: one for place, one in found.items() if not isinstance(one, str)}
+    failed = {place: one for place, one in found.items() if isinstance(one, str)}
+    left = wanted - len(found)
+    if as_json:
+        rows = [{"layer": place[0], "feature": place[1], "label": one} for place, one in labelled.items()]
+        without = [{"layer": place[0], "feature": place[1], "reason": one} for place, one in failed.items()]
+        output.print_json({"labels": rows, "without": without, "left_for_want_of_budget": left})
+        return
+    rows = [
+        (place[1], str(one.detection), str(one.fuzzing), one.source, visible(one.text))
+        for place, one in labelled.items()
+    ]
+    output.show("Labels", ("feature", "detection", "fuzzing", "by", "name"), rows)
+    if failed:
+        output.show("Without a label", ("feature", "reason"), [(place[1], one) for place, one in failed.items()])
+    if left:
+        typer.echo(f"{left} features are left for want of budget; the same command goes on")

@@ -1,0 +1,211 @@
+"""`label`: names for features, each scored on contexts its author has not seen before it may appear."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Shaped
+
+from qwen_scope.corpus import Context, FeatureStore
+from qwen_scope.errors import InputError
+from qwen_scope.stats import Interval, resample
+
+from .endpoint import BudgetSpent
+from .judges import Judge
+from .notes import Label, Notes, make_label
+
+# A context has 32 tokens, as delphi's have.
+BEFORE, AFTER = 20, 11
+FEWEST = 4
+
+
+@dataclass(frozen=True)
+class LabelOptions:
+    """How much is shown and asked.
+
+    Attributes:
+        examples: contexts the name is made from: half the strongest, half from all strengths.
+        tests: held-out contexts where the feature fires, and as many where it does not.
+        seed: of the draws.
+    """
+
+    examples: int = 20
+    tests: int = 20
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.examples < 2 or self.tests < FEWEST:
+            raise InputError(f"a label takes at least 2 examples and {FEWEST} tests, not {self.examples}, {self.tests}")
+
+
+@dataclass(frozen=True)
+class Material:
+    """Contexts of one feature: to make a name from, and, from other documents, to test it with.
+
+    Attributes:
+        examples: where it fires.   firing: held out, where it fires.   silent: where it does not.
+        marked: the silent contexts with as many random tokens marked as fire in a firing one.
+    """
+
+    layer: int
+    feature: int
+    examples: tuple[Context, ...]
+    firing: tuple[Context, ...]
+    silent: tuple[Context, ...]
+    marked: tuple[frozenset[int], ...]
+
+
+def material(store: FeatureStore, layer: int, feature: int, options: LabelOptions | None = None) -> Material:
+    """Draw the contexts of a feature; no document is used both to make a name and to test it.
+
+    Raises:
+        InputError: it fires in too few documents, or in too many to find a place where it is silent.
+    """
+    o = options or LabelOptions()
+    wide = {"before": BEFORE, "after": AFTER}
+    top = store.contexts(layer, feature, o.examples // 2, per_document=True, **wide)  # pyright: ignore[reportArgumentType]
+    drawn = store.contexts(layer, feature, 6 * (o.examples + o.tests), how="quantiles", seed=o.seed, **wide)  # pyright: ignore[reportArgumentType]
+    rng = np.random.default_rng((o.seed, layer, feature))
+    documents = rng.permutation(sorted({context.document for context in drawn} - {context.document for context in top}))
+    # Half the documents beyond the strongest make the name, half test it; one context of each.
+    first = dict.fromkeys(documents)
+    for i in rng.permutation(len(drawn)):
+        if drawn[i].document in first and first[drawn[i].document] is None:
+            first[drawn[i].document] = drawn[i]
+    others = [context for context in first.values() if context is not None]
+    cut = min(o.examples - len(top), len(others) // 2)
+    firing = others[cut : cut + o.tests]
+    silent = store.silent(layer, feature, o.tests, seed=o.seed, **wide)
+    used = {context.document for context in (*top, *others[:cut])}
+    silent = [context for context in silent if context.document not in used] or silent
+    if min(len(firing), len(silent)) < FEWEST:
+        raise InputError(
+            f"layer {layer}, feature {feature} has {len(firing)} contexts left to test a name where it fires and"
+            f" {len(silent)} where it does not; {FEWEST} are the least"
+        )
+    counts = [sum(value > 0 for value in context.values) for context in firing]
+    marked = tuple(
+        frozenset(rng.choice(len(c.tokens), min(len(c.tokens), int(rng.choice(counts))), replace=False).tolist())
+        for c in silent
+    )
+    return Material(layer, feature, (*top, *others[:cut]), tuple(firing), tuple(silent), marked)
+
+
+def scored_label(given: Material, judge: Judge, name: str | None = None) -> Label:
+    """A name with its two scores, as Paulo et al. (2024) define them in words of our own.
+
+    Detection: from the name alone, does the feature fire in this context? Fuzzing: in this context, are the marked
+    tokens the ones it fires on? Both are asked about held-out contexts where it fires, and others where it does not
+    (there, tokens are marked at random). The score is balanced accuracy, the mean of the shares of right answers among
+    firing and among silent contexts, with a bootstrap interval; 0.5 is chance. Questions without an answer don't count.
+
+    Args:
+        name: test this name instead of asking the judge for one.
+
+    Raises:
+        InputError: too few questions were answered to say anything.
+    """
+    text = judge.explain(given.examples) if name is None else name
+    where = [frozenset(i for i, value in enumerate(context.values) if value > 0) for context in given.firing]
+    rng = np.random.default_rng((given.layer, given.feature))
+    asked = [(context, True) for context in given.firing] + [(context, False) for context in given.silent]
+    pairs = list(zip(given.firing, where, strict=True)) + list(zip(given.silent, given.marked, strict=True))
+    order = rng.permutation(len(asked)).tolist()
+    truth = [asked[i][1] for i in order]
+    detected = judge.detect(text, [asked[i][0] for i in order])
+    fuzzed = judge.fuzz(text, [pairs[i] for i in order])
+    return Label(text, balanced(detected, truth), balanced(fuzzed, truth), judge.source, judge.scorer)
+
+
+def balanced(answers: Sequence[bool | None], truth: Sequence[bool]) -> Interval:
+    """Balanced accuracy of the answers that were given; `n` is the smaller class.
+
+    Raises:
+        InputError: fewer than two answers in a class.
+    """
+    right = [
+        np.array(
+            [answer == y for answer, y in zip(answers, truth, strict=True) if y is side and answer is not None], float
+        )
+        for side in (True, False)
+    ]
+    if min(map(len, right)) < 2:
+        raise InputError(
+            f"the judge answered {len(right[0])} and {len(right[1])} questions of each kind; 2 are the least"
+        )
+    return resample(right[0], right[1], _mean_of_means)
+
+
+def label_features(
+    store: FeatureStore,
+    features: Sequence[tuple[int, int]],
+    judge: Judge,
+    options: LabelOptions | None = None,
+    *,
+    again: bool = False,
+    report: Callable[[int], None] | None = None,
+) -> dict[tuple[int, int], Label | str]:
+    """Label features and keep the labels with the store, each as soon as it is scored.
+
+    A run that was stopped goes on: features that have a label of this judge are passed over. When the budget ends the
+    labels made so far stay, and the rest is not there.
+
+    Args:
+        features: (layer, feature) each.
+        again: label also those that have one.
+        report: called with the number of features done.
+
+    Returns:
+        per feature the label, or in words why there is none. Features left for want of budget are missing.
+    """
+    notes = Notes(store)
+    out: dict[tuple[int, int], Label | str] = {}
+    todo = []
+    for place in dict.fromkeys(features):
+        store.check_feature(*place)
+        kept = [note.label for note in notes.of(*place, "label") if note.label.source == judge.source]
+        if kept and not again:
+            out[place] = kept[-1]
+        else:
+            todo.append(place)
+    for place, found in _labelled(store, todo, judge, options or LabelOptions()):
+        if isinstance(found, Label):
+            notes.add(make_label(*place, store.layer(place[0]).fingerprint, found))
+        out[place] = found
+        if report is not None:
+            report(len(out))
+    return out
+
+
+def _labelled(
+    store: FeatureStore, places: Sequence[tuple[int, int]], judge: Judge, options: LabelOptions
+) -> Iterator[tuple[tuple[int, int], Label | str]]:
+    """Labels in order. The store is read here; only questions to the judge go to threads, some features at a time."""
+
+    def one(given: Material) -> Label | str | None:
+        try:
+            return scored_label(given, judge)
+        except BudgetSpent:
+            return None
+        except InputError as error:
+            return str(error)
+
+    with ThreadPoolExecutor(judge.concurrency) as pool:
+        for start in range(0, len(places), 2 * judge.concurrency):
+            some = places[start : start + 2 * judge.concurrency]
+            waiting = []
+            for place in some:
+                try:
+                    waiting.append((place, pool.submit(one, material(store, *place, options))))
+                except InputError as error:
+                    yield place, str(error)
+            for place, task in waiting:
+                if (found := task.result()) is not None:
+                    yield place, found
+
+
+def _mean_of_means(a: Shaped[np.ndarray, ...], b: Shaped[np.ndarray, ...], axis: int = -1) -> np.ndarray:
+    return np.asarray((a.mean(axis) + b.mean(axis)) / 2)

@@ -1,0 +1,286 @@
+"""`find` against brute force on a small store, on planted features, and on the lab."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy import sparse
+
+from qwen_scope import FeatureStore, load_scope
+from qwen_scope.cli import main
+from qwen_scope.corpus import Corpus, extract
+from qwen_scope.errors import InputError, NotFoundError
+from qwen_scope.features import (
+    Pooled,
+    find,
+    language_features,
+    pool_store,
+    pool_texts,
+    repeat_features,
+    repeats_in_store,
+    repeats_in_texts,
+)
+from qwen_scope.features.find import best_f1
+from qwen_scope.lab import documents
+from qwen_scope.model import LoadedModel
+from qwen_scope.scope import Scope
+
+LAYER, OTHER = 5, 2
+
+
+@pytest.fixture(scope="module")
+def scope() -> Scope:
+    return load_scope("lab")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, scope: Scope) -> Path:
+    """A store of talk in three languages and of repetition, layers 2 and 5."""
+    rows = [
+        {"text": d.text, "language": d.language, "kind": d.kind, "n": i}
+        for language in ("de", "en", "zh")
+        for i, d in enumerate(documents(seed=5, n=16, kinds=["talk"], languages=[language]))
+    ]
+    rows += [{"text": d.text, "kind": d.kind} for d in documents(seed=5, n=12, kinds=["repetition"])]
+    out = tmp_path_factory.mktemp("find") / "store"
+    saes = {layer: scope.saes[layer] for layer in (OTHER, LAYER)}
+    extract(Corpus(rows, name="small"), LoadedModel(scope.model, scope.tokenizer, "lab"), saes, out).close()
+    return out
+
+
+@pytest.fixture
+def store(folder: Path):
+    with FeatureStore(folder) as opened:
+        yield opened
+
+
+def texts_of(store: FeatureStore, rows: list[int]) -> list[str]:
+    out = []
+    for document in rows:
+        found = store.sql("SELECT text FROM tokens WHERE document = ? ORDER BY position", [document])
+        out.append("".join(found["text"].to_pylist()))
+    return out
+
+
+def dense_pooled(values: np.ndarray, layer: int = 0) -> Pooled:
+    """Documents of one token each."""
+    table = sparse.csc_array(values.astype(np.float32))
+    return Pooled(layer, values.shape[1], np.ones(len(values), np.int64), table, table, sparse.csc_array(values > 0))
+
+
+def test_a_store_and_the_model_give_the_same_documents(store: FeatureStore, scope: Scope) -> None:
+    rows = [40, 3, 17]
+    stored, direct = pool_store(store, rows), pool_texts(scope, texts_of(store, rows), [OTHER, LAYER])
+    for layer in (OTHER, LAYER):
+        a, b = stored[layer], direct[layer]
+        assert a.tokens.tolist() == b.tokens.tolist()
+        np.testing.assert_allclose(a.maximum.toarray(), b.maximum.toarray(), rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(a.total.toarray(), b.total.toarray(), rtol=1e-4, atol=1e-3)
+
+
+def test_pooling_is_what_it_says(scope: Scope) -> None:
+    texts = ["Wo ist der Bahnhof?", "Where is the station?"]
+    seen, pooled = scope.features(texts, [LAYER]), pool_texts(scope, texts, [LAYER])[LAYER]
+    later = pool_texts(scope, texts, [LAYER], skip_first=True)[LAYER]
+    features = np.arange(pooled.width)
+    for i in range(len(texts)):
+        dense = seen.of(i, LAYER).to_dense().numpy()
+        np.testing.assert_array_equal(pooled.values("max", features)[i], dense.max(0))
+        np.testing.assert_allclose(pooled.values("mean", features)[i], dense.mean(0), rtol=1e-5)
+        np.testing.assert_array_equal(pooled.fires.toarray()[i], (dense > 0).sum(0))
+        np.testing.assert_array_equal(later.values("max", features)[i], dense[1:].max(0))
+        assert (pooled.tokens[i], later.tokens[i]) == (len(dense), len(dense) - 1)
+
+
+def test_the_best_threshold_is_found_among_all() -> None:
+    rng = np.random.default_rng(0)
+    a, b = (np.maximum(0, rng.normal(m, 1, (15, 40))).astype(np.float32) for m in (0.6, 0.0))
+    f1, threshold = best_f1(a, b)
+    for i in range(40):
+        tried = [0.0, *np.concatenate([a[:, i], b[:, i]]).tolist()]
+        scores = [2 * (a[:, i] > t).sum() / ((a[:, i] > t).sum() + (b[:, i] > t).sum() + 15) for t in tried]
+        assert f1[i] == pytest.approx(max(scores))
+        here = (
+            2 * (a[:, i] > threshold[i]).sum() / ((a[:, i] > threshold[i]).sum() + (b[:, i] > threshold[i]).sum() + 15)
+        )
+        assert here == pytest.approx(f1[i])
+
+
+def test_a_planted_feature_comes_first_and_alone_is_believed() -> None:
+    rng = np.random.default_rng(1)
+    values = np.maximum(0, rng.normal(-1, 1, (80, 3000)))
+    values[:40, 1234] = rng.uniform(2, 3, 40)
+    found = find({0: dense_pooled(values[:40])}, {0: dense_pooled(values[40:])}, n=3)
+    first = found.found[0]
+    assert (first.feature, first.significant, found.significant) == (1234, True, 1)
+    assert first.f1.estimate > 0.9
+    assert first.auroc.estimate > 0.9
+    assert first.difference.low > 1
+    assert found.tests == 2 * 3000
+    assert not any(one.significant for one in found.found[1:])
+    for by in ("difference", "rate", "auroc"):
+        assert find({0: dense_pooled(values[:40])}, {0: dense_pooled(values[40:])}, n=1, by=by).found[0].feature == 1234
+
+
+def test_figures_come_from_documents_that_chose_nothing() -> None:
+    """Under noise the best of thousands looks good where it was chosen, and like chance where it was measured."""
+    held = []
+    for seed in range(10):
+        values = np.maximum(0, np.random.default_rng(seed).normal(size=(40, 2000)))
+        found = find({0: dense_pooled(values[:20])}, {0: dense_pooled(values[20:])}, n=1, seed=seed, by="auroc")
+        held.append(found.found[0].auroc.estimate)
+    assert abs(np.mean(held) - 0.5) < 0.12
+
+
+def test_shuffled_labels_report_nothing(store: FeatureStore) -> None:
+    pooled = pool_store(store, range(48))
+    quiet = 0
+    for seed in range(20):
+        rows = np.random.default_rng(seed).permutation(48)
+        sides = [{layer: one.rows(half) for layer, one in pooled.items()} for half in (rows[:24], rows[24:])]
+        quiet += find(*sides, n=1, seed=seed).significant == 0
+    assert quiet >= 19
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("factor", ["de", "zh/rude", "arithmetic"])
+def test_factors_of_the_lab_have_a_feature(scope: Scope, factor: str) -> None:
+    """The small brother of bench/find_lab.py."""
+    language, _, register = factor.partition("/")
+    if factor == "arithmetic":
+        with_it, without = {"kinds": ["arithmetic"]}, {"kinds": ["talk", "code", "prose"]}
+    elif register:
+        with_it = {"kinds": ["talk"], "languages": [language], "registers": [register]}
+        without = {"kinds": ["talk"], "languages": [language], "registers": ["plain", "polite", "archaic"]}
+    else:
+        with_it = {"kinds": ["talk"], "languages": [language]}
+        without = {"kinds": ["talk"], "languages": ["en", "fr", "zh", "ru"]}
+    sets = [pool_texts(scope, [d.text for d in documents(seed=9, n=40, **some)]) for some in (with_it, without)]
+    first = find(*sets, n=1).found[0]
+    assert first.significant
+    assert first.f1.estimate >= 0.95
+
+
+def test_the_language_score_is_the_difference_of_token_means(store: FeatureStore) -> None:
+    pooled = {name: pool_store(store, store.where(("language", name, True)), [LAYER]) for name in ("de", "en", "zh")}
+    mean = {}
+    for name in pooled:
+        rows = store.where(("language", name, True)).tolist()
+        found = store.sql(
+            "SELECT feature, sum(value::DOUBLE) AS s FROM activations WHERE layer = ? AND list_contains(?, document)"
+            " GROUP BY feature",
+            [LAYER, rows],
+        )
+        tokens = store.sql("SELECT sum(tokens) AS n FROM documents WHERE list_contains(?, document)", [rows])["n"][
+            0
+        ].as_py()
+        mean[name] = np.zeros(store.layer(LAYER).d_sae)
+        mean[name][found["feature"].to_numpy()] = found["s"].to_numpy() / int(tokens)
+    for one in language_features(pooled, n=2):
+        others = [mean[name] for name in mean if name != one.language]
+        score = mean[one.language] - np.mean(others, axis=0)
+        assert one.score == pytest.approx(np.sort(score)[::-1][:2].tolist()[0], rel=1e-6) or one.score == pytest.approx(
+            np.sort(score)[::-1][1], rel=1e-6
+        )
+        assert one.score == pytest.approx(score[one.feature], rel=1e-6)
+    with pytest.raises(InputError, match="at least two"):
+        language_features({"de": pooled["de"]})
+
+
+def test_repeats_compare_the_same_token(store: FeatureStore, scope: Scope) -> None:
+    rows = store.where(("kind", "repetition", True)).tolist()
+    stored = repeats_in_store(store, [LAYER], documents=rows)[LAYER]
+    texts = texts_of(store, rows)
+    direct = repeats_in_texts(scope, texts, [LAYER])[LAYER]
+    seen, expected = scope.features(texts, [LAYER]), []
+    for i in range(len(texts)):
+        ids, dense = seen.input_ids[i][seen.mask[i]].tolist(), seen.of(i, LAYER).to_dense().numpy()
+        twice = [one for one in dict.fromkeys(ids) if ids.count(one) >= 2]
+        last = [len(ids) - 1 - ids[::-1].index(one) for one in twice]
+        expected.append(np.mean([dense[b] - dense[ids.index(one)] for one, b in zip(twice, last, strict=True)], axis=0))
+    np.testing.assert_allclose(direct.mean.toarray(), expected, atol=1e-4)
+    np.testing.assert_allclose(stored.mean.toarray(), expected, atol=1e-3)
+    first = repeat_features({LAYER: direct}, 1)[0]
+    assert first.rise.estimate == pytest.approx(np.max(np.mean(expected, axis=0)), rel=1e-4)
+    with pytest.raises(InputError, match="times"):
+        repeats_in_texts(scope, ["Where is it?"], [LAYER], times=9)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ({"level": 0.0}, "false discovery rate"),
+        ({"n": 0}, "at least one"),
+    ],
+)
+def test_searches_that_make_no_sense_are_refused(words: dict, said: str) -> None:
+    some = {0: dense_pooled(np.ones((5, 3)))}
+    with pytest.raises(InputError, match=said):
+        find(some, some, **words)
+    with pytest.raises(InputError, match="same layers"):
+        find(some, {1: some[0]})
+    with pytest.raises(InputError, match="at least 4"):
+        find({0: dense_pooled(np.ones((3, 3)))}, some)
+
+
+def test_metadata_choose_documents(store: FeatureStore) -> None:
+    assert store.where(("language", "de", True)).tolist() == list(range(16))
+    assert store.where(("language", "de", False), ("n", "3", True)).tolist() == [19, 35]
+    with pytest.raises(NotFoundError, match="language"):
+        store.where(("langage", "de", True))
+
+
+def test_the_command_finds_in_a_store_and_in_files(folder: Path, tmp_path: Path, capsys) -> None:
+    layers = ["--layers", str(LAYER)]
+    assert main(["find", str(folder), "--positive", "language=de", *layers, "-n", "2", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["found"][0]["significant"]
+    assert (found["positives"], found["negatives"]) == (16, 44)
+    assert main(["find", str(folder), "--positive", "language=de", "--negative", "language=en", *layers]) == 0
+    assert "false discovery rate" in capsys.readouterr().out
+    for name, language in (("a.txt", "de"), ("b.jsonl", "en")):
+        texts = [d.text.replace("\n", " ") for d in documents(seed=3, n=8, kinds=["talk"], languages=[language])]
+        lines = texts if name.endswith("txt") else [json.dumps({"text": text}) for text in texts]
+        (tmp_path / name).write_text("\n".join(lines), encoding="utf-8")
+    sets = ["--positive", str(tmp_path / "a.txt"), "--negative", str(tmp_path / "b.jsonl")]
+    assert main(["find", *sets, *layers, "-n", "1", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["positives"] == 8
+    for more in (["--groups", "language"], ["--repetition", "kind=repetition"]):
+        assert main(["find", str(folder), *more, *layers, "-n", "1", "--json"]) == 0
+        assert json.loads(capsys.readouterr().out)
+        assert main(["find", str(folder), *more, *layers, "-n", "1"]) == 0
+    capsys.readouterr()
+    for words in (["--promotes", "the"], ["--near", "5/3"]):
+        assert main(["find", *words, *layers, "-n", "2", "--json"]) == 0
+        assert json.loads(capsys.readouterr().out)
+        assert main(["find", *words, *layers, "-n", "2"]) == 0
+    assert main(["find", str(folder), "--near", "5/3", "-n", "2"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--positive", "lab:language=xx", "--negative", "lab:language=de"], "'xx'"),
+        (["--positive", "lab:colour=red", "--negative", "lab:language=de"], "colour"),
+        (["--positive", "nowhere.txt", "--negative", "nowhere.txt"], "nowhere.txt"),
+        (["--positive", "lab:language=de"], "--negative"),
+        (["--promotes", "the", "--near", "5/3"], "ask one thing"),
+        ([], "ask one thing"),
+        (["--groups", "language"], "in a store"),
+        (["--near", "five"], "LAYER/FEATURE"),
+    ],
+)
+def test_bad_questions_end_with_one_sentence(words: list[str], said: str, capsys) -> None:
+    assert main(["find", *words]) == 2
+    caught = capsys.readouterr().err
+    assert said in caught
+    assert caught.count("\n") == 1
+
+
+def test_bad_conditions_on_a_store_end_with_one_sentence(folder: Path, capsys) -> None:
+    for words, said in ((["language"], "column=value"), (["language=xx"], "no document"), (["tongue=de"], "tongue")):
+        assert main(["find", str(folder), "--positive", *words]) == 2
+        assert said in capsys.readouterr().err
