@@ -45,6 +45,7 @@ def explore(
     options.quiet()
     with output.status("opening the model"):
         desk = Desk(load_scope(model, sae, device=device, dtype=dtype, k=k, cache_bytes=cache_bytes), named)
+        desk.warm()
     page, url = launch(desk, host=host, port=port, auth=pairs, open_browser=browser, block=False)
     output.console().print(f"The explorer is at {url} (stop it with Ctrl-C)", soft_wrap=True)
     page.block_thread()

@@ -1,3 +1,4 @@
+from .api import Api as Api
 from .desk import Desk as Desk
 from .desk import Limits as Limits
 from .page import build as build

@@ -13,7 +13,7 @@ from typing import Any, Generic, Literal, TypeVar
 
 from qwen_scope.corpus import Corpus, FeatureStore, Unreadable
 from qwen_scope.errors import InputError
-from qwen_scope.features import FeaturePage, Label, Notes, feature_page
+from qwen_scope.features import FeaturePage, Label, Neighbour, Notes, feature_page, similar
 from qwen_scope.sae import SAE
 from qwen_scope.scope import Comparison, Scope, TokenFeatures, compare_seen, model_source
 from qwen_scope.steer import Generation
@@ -55,10 +55,22 @@ class Desk:
         scope: the model and its SAEs, which are kept by bytes.
         stores: by name, the folders that the page may open; it can reach no other.
         limits: what one visitor may ask for.
+        model_name, sae_name: what the page calls them; never a whole path of this machine.
+        trained_from: the model the SAEs were trained on, where it was said.
     """
 
-    def __init__(self, scope: Scope, stores: Mapping[str, Path] | None = None, limits: Limits | None = None) -> None:
+    def __init__(
+        self,
+        scope: Scope,
+        stores: Mapping[str, Path] | None = None,
+        limits: Limits | None = None,
+        *,
+        model_name: str | None = None,
+        trained_from: str | None = None,
+    ) -> None:
         self.scope, self.stores, self.limits = scope, dict(stores or {}), limits or Limits()
+        self.model_name = model_name or ("lab" if scope.name == model_source("lab") else Path(scope.name).name)
+        self.sae_name, self.trained_from = Path(scope.saes.source).name, trained_from
         self.jobs, self.unsteered = Jobs(), Lately[Generation](32)
         self._seen: OrderedDict[tuple[str, str, int], TokenFeatures] = OrderedDict()
         self._lock = threading.Lock()
@@ -221,6 +233,17 @@ class Desk:
             return feature_page(layer, feature, scope=self.scope, layers=self.layers)
         with self.store(store) as opened:
             return feature_page(layer, feature, store=opened, scope=self.scope)
+
+    def nearest(self, layer: int, feature: int, other: int) -> Neighbour | None:
+        """The feature of another layer whose direction is nearest; in its own layer, itself."""
+        if other == layer:
+            return Neighbour(layer, feature, cosine=1.0)
+        return next(iter(similar(self.scope, layer, feature, 1, other_layer=other)), None)
+
+    def warm(self) -> None:
+        """Do once what the first visitor would wait for: load what is loaded lazily, and compile what is compiled."""
+        self.scope.features(["Hello."], [self.layers[len(self.layers) // 2]])
+        self.known  # noqa: B018
 
     def write_note(self, layer: int, feature: int, store: str, text: str, author: str) -> None:
         """Keep a note about a feature in the store's own file of notes.

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
 import gradio as gr
 
+from qwen_scope.report import join
+
 from . import explore_view as view
 from .desk import Desk
 from .explore_view import Reading
-from .pieces import empty, examples
+from .jobs import Told
+from .pieces import empty, examples, notice, progress_panel
 from .wiring import MODEL, on, panel, picked, told
 
 EXAMPLES = (
@@ -55,13 +59,24 @@ class ExploreTab:
             with gr.Column(scale=2, min_width=320):
                 self.of_token = panel(elem_id="explore-token-features")
                 self.of_text = panel(elem_id="explore-text-features")
-        with gr.Accordion("Through depth", open=False) as self.depth_fold:
-            self.depth = panel(elem_id="explore-depth")
+        with gr.Row(elem_classes="qs-options", visible=False) as self.depth_options:
+            self.through = gr.Button("Through depth", size="sm", elem_id="explore-through", scale=0, min_width=180)
+            self.stop_button = gr.Button("Stop", size="sm", elem_id="explore-stop", scale=0, min_width=90)
+        self.depth = panel(elem_id="explore-depth")
         self.join()
 
     def join(self) -> None:
         """Which event calls what."""
-        shown = [self.reading, self.tokens, self.of_token, self.of_text, self.heat, self.heat_options]
+        shown = [
+            self.reading,
+            self.tokens,
+            self.of_token,
+            self.of_text,
+            self.heat,
+            self.heat_options,
+            self.depth_options,
+            self.depth,
+        ]
         heat = [self.own_scale, self.skip_first]
         on(
             [self.read.click, self.text.submit],
@@ -74,10 +89,34 @@ class ExploreTab:
         )  # fmt: skip
         on(self.layer.release, self.move, [self.reading, self.layer, *heat], shown, self.notice)
         on([box.input for box in heat], self.move, [self.reading, self.layer, *heat], shown, self.notice)
+        on(self.through.click, self.descend, [self.reading], [self.depth], self.notice)
+        stopping = {"queue": False, "api_visibility": "private", "show_progress": "hidden"}
+        self.stop_button.click(self.stop, **stopping)
         on(
             [part.pick for part in (self.tokens, self.of_token, self.of_text, self.heat)],
             self.choose, [self.reading, *heat], shown, self.notice,
         )  # fmt: skip
+
+    def stop(self, request: gr.Request) -> None:
+        """End what this visitor has at work."""
+        self.desk.jobs.stop(str(request.session_hash))
+
+    def descend(self, request: gr.Request, reading: Reading | None) -> Iterator[dict[Any, Any]]:
+        """The chosen token and the chosen feature at every layer."""
+        if reading is None:
+            return
+        layers, seen, near = self.desk.layers, {}, {}
+        with self.desk.jobs.at_work(str(request.session_hash)) as stop:
+            for i, layer in enumerate(layers):
+                if stop.is_set():
+                    yield {self.depth: notice("stopped before the last layer")}
+                    return
+                yield {self.depth: progress_panel(Told("reading", i / len(layers), f"layer {layer}"))}
+                seen[layer] = self.desk.seen(reading.text, layer, reading.chat)
+                if reading.feature >= 0:
+                    near[layer] = self.desk.nearest(reading.layer, reading.feature, layer)
+        shown = view.token_depth_panel(seen, reading, self.desk.label)
+        yield {self.depth: join(view.feature_depth_panel(seen, near, reading, self.desk.label), shown)}
 
     def start(self, text: str, chat: str, layer: int, own_scale: bool, skip_first: bool) -> dict[Any, Any]:
         """A new text."""
@@ -118,4 +157,6 @@ class ExploreTab:
             self.of_text: view.text_features_panel(seen, reading, label),
             self.heat: view.heat_panel(seen, reading, label, own_scale=own_scale, skip_first=skip_first),
             self.heat_options: gr.Row(visible=True),
+            self.depth_options: gr.Row(visible=True),
+            self.depth: "",
         }

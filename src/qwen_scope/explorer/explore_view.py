@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from jaxtyping import Float
 
+from qwen_scope.features import Neighbour
 from qwen_scope.report import Markup, element, join, visible
 from qwen_scope.scope import TokenFeatures
 
@@ -190,6 +191,31 @@ def token_depth_panel(seen: Mapping[int, TokenFeatures], reading: Reading, label
     return card(
         heading("This token through depth", join("token ", reading.token, " ", token)),
         element("div", element("table", element("tbody", *rows), class_="qs-table"), class_="qs-scroll"),
+    )
+
+
+def feature_depth_panel(
+    seen: Mapping[int, TokenFeatures], near: Mapping[int, Neighbour | None], reading: Reading, label: Label
+) -> Markup:
+    """The neighbourhood of the chosen feature through depth: what is nearest to it at every layer, on this text."""
+    rows = []
+    for layer, one in sorted(near.items()):
+        if one is None:
+            continue
+        values = values_of(seen[layer], layer, one.feature)
+        link = element("a", one.feature, href=f"?layer={layer}&feature={one.feature}", class_="qs-near qs-id")
+        cells = (
+            element("th", f"layer {layer}", scope="row"),
+            element("td", link, " ", name_of(label(layer, one.feature))),
+            element("td", number(one.cosine or 0.0), class_="qs-figure qs-value"),
+            element("td", strip(seen[layer].tokens[0], values), class_="qs-wide"),
+            element("td", number(float(values.max())), class_="qs-figure qs-value"),
+        )
+        rows.append(element("tr", *cells, class_="qs-here" if layer == reading.layer else None))
+    note = "per layer the feature of the nearest direction, its cosine, and where it fires in this text"
+    table = element("table", element("tbody", *rows), class_="qs-table")
+    return (
+        card(heading(f"Around feature {reading.feature} of layer {reading.layer}", note), table) if rows else Markup("")
     )
 
 

@@ -6,7 +6,7 @@ import queue
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from typing import NamedTuple, TypeVar
 
 T = TypeVar("T")
@@ -45,6 +45,16 @@ class Jobs:
         with self._lock:
             if self._stops.get(visitor) is stop:
                 del self._stops[visitor]
+
+    @contextmanager
+    def at_work(self, visitor: str) -> Iterator[threading.Event]:
+        """Until the end of the block, `stop` sets the event for this visitor."""
+        stop = self.start(visitor)
+        try:
+            yield stop
+        finally:
+            stop.set()
+            self.end(visitor, stop)
 
     def stop(self, visitor: str) -> None:
         """End what this visitor has at work, if anything."""

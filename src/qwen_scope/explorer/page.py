@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from importlib.resources import files
 from typing import Any
@@ -10,23 +9,25 @@ from typing import Any
 import gradio as gr
 
 from qwen_scope.report import Markup, element, join
-from qwen_scope.scope import model_source
 
 from . import theme
+from .api import Api
 from .compare import CompareTab
+from .datasets import DatasetsTab
 from .desk import Desk
 from .explore import ExploreTab
 from .feature import NO_STORE, FeatureTab
 from .steer import SteerTab
 from .wiring import MODEL, panel, told
 
-TABS = ("explore", "compare", "steer", "feature")
+TABS = ("explore", "compare", "steer", "feature", "datasets")
 TITLE = "qwen-scope explorer"
 
 
 def build(desk: Desk) -> gr.Blocks:
     """The page for this desk, ready to be launched or mounted."""
     with gr.Blocks(title=TITLE, analytics_enabled=False, fill_width=True, delete_cache=(600, 3600)) as page:
+        Api(desk).join()  # first, so that the endpoints get their plain names
         panel(header(desk), elem_id="qs-header")
         with gr.Tabs(elem_id="qs-tabs") as tabs:
             with gr.Tab("Explore", id="explore"):
@@ -37,6 +38,8 @@ def build(desk: Desk) -> gr.Blocks:
                 SteerTab(desk)
             with gr.Tab("Feature", id="feature"):
                 feature = FeatureTab(desk)
+            with gr.Tab("Datasets", id="datasets"):
+                DatasetsTab(desk)
         arrive(page, tabs, feature)
     return page
 
@@ -115,11 +118,12 @@ def header(desk: Desk) -> Markup:
     scope = desk.scope
     sae = scope.saes[scope.layers[0]]
     facts = [
-        ("model", "lab" if scope.name == model_source("lab") else os.path.basename(scope.name.rstrip("/"))),
-        ("SAEs", os.path.basename(scope.saes.source.rstrip("/"))),
+        ("model", desk.model_name),
+        ("SAEs", desk.sae_name),
+        ("trained from", desk.trained_from),
         ("features", f"{sae.d_sae:,} in each of {len(scope.layers)} layers"),
     ]
-    shown = [element("span", element("small", name), " ", value) for name, value in facts]
+    shown = [element("span", element("small", name), " ", value) for name, value in facts if value]
     switch = element(
         "button", "◐", type="button", id="qs-theme", title="Light or dark", aria_label="Switch between light and dark"
     )

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 from qwen_scope.report import Markup, element, join, visible
 
+from .jobs import Told
+
 
 @dataclass(frozen=True)
 class Named:
@@ -119,3 +121,10 @@ def examples(texts: Sequence[str]) -> Markup:
 def notice(sentence: str) -> Markup:
     """An error or a remark as a sentence, announced to screen readers."""
     return element("div", sentence[:1].upper() + sentence[1:], class_="qs-notice", role="alert")
+
+
+def progress_panel(told: Told) -> Markup:
+    """How far long work is."""
+    words = f"{told.stage}: {percent(told.share)} {told.text}".strip()
+    return card(element("div", bar(told.share, 1.0), element("span", words, class_="qs-note"), class_="qs-progress",
+                        role="status"))  # fmt: skip

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
-from threading import Event
 from typing import Any
 
 import gradio as gr
@@ -19,7 +17,7 @@ from . import steering
 from .desk import Desk
 from .explore import CHAT_CHOICES
 from .jobs import Told, watched
-from .pieces import empty, notice
+from .pieces import empty, notice, progress_panel
 from .wiring import on, panel, picked
 
 STEER = "steer"
@@ -230,17 +228,6 @@ class SteerTab:
 
     # --- work --------------------------------------------------------------------------------------------------------
 
-    @contextmanager
-    def at_work(self, request: gr.Request) -> Iterator[Event]:
-        """Until the end of the block, Stop ends what this visitor has at work."""
-        visitor = str(request.session_hash)
-        stop = self.desk.jobs.start(visitor)
-        try:
-            yield stop
-        finally:
-            stop.set()
-            self.desk.jobs.end(visitor, stop)
-
     def stop(self, request: gr.Request) -> None:
         """End what this visitor has at work."""
         self.desk.jobs.stop(str(request.session_hash))
@@ -253,7 +240,7 @@ class SteerTab:
         decoding = steering.decoding(self.desk, dict(zip(DECODING, how, strict=True)))
         shown = {self.rows: rows, self.listed: view.list_panel(rows, selected), self.candidates: "", self.sides: None}
         texts, finished, last = ("", ""), False, 0.0
-        with self.at_work(request) as stop:
+        with self.desk.jobs.at_work(str(request.session_hash)) as stop:
             for left, right, plain, steered in steering.both(self.desk, prompt, chat, chosen, decoding, stop):
                 texts = (left, right)
                 if plain is not None and steered is not None:
@@ -306,8 +293,8 @@ class SteerTab:
         decoding = steering.decoding(self.desk, dict(zip(DECODING, how, strict=True)) | {"max_new_tokens": 40})
         target = steering.sweep_target(self.desk, aim, value, chosen[0])
         prompts = steering.sweep_prompts(prompt, more)
-        with self.at_work(request) as stop:
-            yield {self.doses: view.progress_panel(Told("sweep", 0.0, ""))}
+        with self.desk.jobs.at_work(str(request.session_hash)) as stop:
+            yield {self.doses: progress_panel(Told("sweep", 0.0, ""))}
             work = watched(
                 lambda report: steering.swept(self.desk, prompts, chat, chosen, target, decoding, report), stop
             )
@@ -318,7 +305,7 @@ class SteerTab:
                         found[f"{chosen[0].layer}:{chosen[0].feature}"] = told.proposed
                     yield {self.doses: view.sweep_panel(told, in_lengths), self.presets: found}
                     return
-                yield {self.doses: view.progress_panel(told)}
+                yield {self.doses: progress_panel(told)}
         yield {self.doses: notice("the sweep was stopped before its end")}
 
     # --- recipes -----------------------------------------------------------------------------------------------------

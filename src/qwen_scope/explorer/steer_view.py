@@ -8,7 +8,6 @@ from typing import Any
 from qwen_scope.report import Markup, element, join, visible
 from qwen_scope.steer import Generation, Sweep, Where
 
-from .jobs import Told
 from .pieces import bar, card, chip, heading, number, percent
 
 OPS = {"add": "add", "scale": "scale", "clamp": "hold at", "ablate": "remove"}
@@ -91,13 +90,6 @@ def candidates_panel(title: str, side: Generation, at: int) -> Markup:
     note = join("instead of token ", at, " ", element("span", visible(token.text) or "·", class_="qs-token"))
     table = element("table", element("tbody", *rows), class_="qs-table qs-candidates")
     return card(heading(f"{title}: likeliest tokens", note), table)
-
-
-def progress_panel(told: Told) -> Markup:
-    """How far long work is."""
-    words = f"{told.stage}: {percent(told.share)} {told.text}".strip()
-    return card(element("div", bar(told.share, 1.0), element("span", words, class_="qs-note"), class_="qs-progress",
-                        role="status"))  # fmt: skip
 
 
 def sweep_panel(found: Sweep, in_lengths: bool) -> Markup:

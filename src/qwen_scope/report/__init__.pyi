@@ -1,3 +1,4 @@
+from .figure_html import draw as draw
 from .figure_html import figure_page as figure_page
 from .figure_png import save_png as save_png
 from .figures import Curves as Curves

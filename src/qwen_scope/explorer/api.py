@@ -1,0 +1,166 @@
+"""The HTTP API: what the page shows, as plain JSON. `docs/explorer.md` lists the endpoints."""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any
+
+import gradio as gr
+from gradio.events import api
+
+from qwen_scope.errors import QwenScopeError
+from qwen_scope.report import escaped
+from qwen_scope.steer import Generation
+
+from . import steering
+from .datasets import ANALYSIS, analysed
+from .desk import Desk, whole_number
+from .steer import STEER
+from .wiring import MODEL
+
+
+class Api:
+    """The endpoints; each method is one, under its own name, and can be called from Python just as well."""
+
+    def __init__(self, desk: Desk) -> None:
+        self.desk = desk
+
+    def join(self) -> None:
+        """Add the endpoints to the page that is being built."""
+        for endpoint, queue, limit in (
+            (self.info, MODEL, 1),
+            (self.features, MODEL, 1),
+            (self.compare, MODEL, 1),
+            (self.feature, MODEL, 1),
+            (self.positions, MODEL, 1),
+            (self.steer, STEER, 2),
+            (self.sweep, STEER, 2),
+            (self.analyze, ANALYSIS, 1),
+        ):
+            name = endpoint.__name__
+            api(sentences(endpoint), api_name=name, concurrency_id=queue, concurrency_limit=limit)
+
+    def info(self) -> dict[str, Any]:
+        """What this page looks at: model, SAEs, layers, features, stores, and what one request may ask for."""
+        desk = self.desk
+        sae = desk.scope.saes[desk.layers[0]]
+        return {
+            "model": desk.model_name,
+            "sae": desk.sae_name,
+            "layers": desk.layers,
+            "d_sae": sae.d_sae,
+            "k": sae.k,
+            "stores": list(desk.stores),
+            "limits": asdict(desk.limits),
+        }
+
+    def features(self, text: str, layer: int, chat: str = "plain", n: int = 10) -> dict[str, Any]:
+        """The tokens of a text, the n strongest features of each, and those of the whole text."""
+        layer, n = whole_number(layer, "layer"), whole_number(n, "number of features")
+        seen = self.desk.seen(text, layer, chat)
+        acts = seen.of(0, layer)
+        tokens = []
+        for i, token in enumerate(seen.tokens[0]):
+            pairs = zip(acts.indices[i].tolist(), acts.values[i].float().tolist(), strict=True)
+            tokens.append({"token": token, "features": [[f, v] for f, v in pairs if v > 0][:n]})
+        strongest = [asdict(one) for one in seen.strongest(0, layer, n)]
+        return {"layer": layer, "tokens": tokens, "strongest": strongest}
+
+    def compare(
+        self,
+        a: list[str],
+        b: list[str],
+        layers: list[int] | None = None,
+        n: int = 5,
+        leave_out: list[str] | None = None,
+        chat: str = "plain",
+    ) -> list[dict[str, Any]]:
+        """Features of two lists of texts ranked per layer by the difference of their activation rates.
+
+        leave_out: any of first, common, prefix.
+        """
+        desk = self.desk
+        sides = [[desk.check_text(text) for text in side] for side in (a, b)]
+        chosen = desk.scope.check_layers(layers)
+        found, _ = desk.compare(
+            sides[0], sides[1], chosen, whole_number(n, "number of features"), leave_out or [], chat
+        )
+        return [asdict(one) for ranked in found.values() for one in ranked]
+
+    def feature(self, layer: int, feature: int, store: str | None = None) -> dict[str, Any]:
+        """All about one feature; with the name of a store also where it fires, its label and its notes."""
+        page = self.desk.feature_page(whole_number(layer, "layer"), whole_number(feature, "feature"), store)
+        return {**page.to_json(), "store": store}
+
+    def positions(self, prompt: str, where: str = "all", chat: str = "plain") -> dict[str, Any]:
+        """The tokens of a prompt, and which of them an intervention at these positions changes."""
+        tokens, touched, _ = steering.preview(self.desk, prompt, chat, [{"where": where}])
+        return {"tokens": tokens, "changed": touched}
+
+    def steer(
+        self,
+        prompt: str,
+        interventions: list[dict],
+        decoding: dict | None = None,
+        chat: str = "plain",
+    ) -> dict[str, Any]:
+        """A prompt continued with and without interventions, with the probability of every token.
+
+        interventions: objects with layer, feature, amount, and op (add, scale, clamp, ablate), unit (resid_norm,
+        max_act, raw), where. decoding: max_new_tokens, sample, temperature, top_p, top_k, repetition_penalty, seed.
+        """
+        chosen = steering.interventions(self.desk, interventions)
+        how = steering.decoding(self.desk, decoding or {})
+        for *_, plain, steered in steering.both(self.desk, prompt, chat, chosen, how, threading.Event()):
+            if plain is not None and steered is not None:
+                return {"unsteered": written(plain), "steered": written(steered)}
+        raise AssertionError("a generation that nobody stopped comes to its end")
+
+    def sweep(
+        self,
+        prompts: list[str],
+        interventions: list[dict],
+        aim: str = "feature",
+        value: str = "",
+        decoding: dict | None = None,
+        chat: str = "plain",
+    ) -> dict[str, Any]:
+        """Dose and response of interventions, and a proposed amount. aim: feature, regex, script or text."""
+        chosen, _ = steering.dosed(steering.interventions(self.desk, interventions))
+        target = steering.sweep_target(self.desk, aim, value, chosen[0])
+        how = steering.decoding(self.desk, {"max_new_tokens": 40, **(decoding or {})})
+        texts = steering.sweep_prompts("", "\n".join(self.desk.check_text(text, "prompt") for text in prompts))
+        return steering.swept(self.desk, texts, chat, chosen, target, how, lambda *_: None).to_json()
+
+    def analyze(self, analysis: str, stores: list[str], layer: int) -> dict[str, Any]:
+        """One analysis of stores the page was started with: overlap, redundancy, subset or drift."""
+        return analysed(self.desk, stores, analysis, whole_number(layer, "layer")).data
+
+
+def written(side: Generation) -> dict[str, Any]:
+    """A continuation as plain data."""
+    tokens = [
+        {
+            "token": one.text,
+            "probability": one.probability,
+            "candidates": [[other.text, other.probability] for other in one.candidates],
+        }
+        for one in side.tokens
+    ]
+    return {"text": side.text, "finished": side.finished, "tokens": tokens}
+
+
+def sentences(endpoint: Callable[..., Any]) -> Callable[..., Any]:
+    """The endpoint, with purposeful errors as sentences that a client can read and a browser shows inertly."""
+
+    @functools.wraps(endpoint)
+    def answer(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return endpoint(*args, **kwargs)
+        except QwenScopeError as error:
+            raise gr.Error(escaped(str(error)), print_exception=False) from error
+
+    return answer

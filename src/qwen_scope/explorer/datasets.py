@@ -1,0 +1,181 @@
+"""The Datasets tab: whole stores seen as features, and a classifier's decision traced to tokens."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import gradio as gr
+import numpy as np
+
+from qwen_scope.analysis import ANALYSES, Dataset, Evidence, Result, Rule, Table
+from qwen_scope.errors import InputError, NotFoundError
+from qwen_scope.report import Markup, draw, element, join
+from qwen_scope.scope import TokenFeatures
+
+from .desk import Desk
+from .explore import CHAT_CHOICES
+from .pieces import card, chip, empty, feature_link, heading, name_of, number
+from .wiring import on, panel
+
+ANALYSIS = "analysis"
+"""The queue of analyses, which need no model."""
+
+ROWS = 40
+NAMES = {
+    "overlap": "Overlap between datasets",
+    "redundancy": "Coverage and redundancy",
+    "drift": "Drift from the first to the second",
+    "subset": "Smallest subset with the same features",
+}
+NO_STORES = (
+    "Start the page with --store FOLDER, once for every folder that qwen-scope extract has written, to compare whole"
+    " datasets here."
+)
+START = "Choose stores and an analysis and press Analyse."
+TRACE_START = "Upload a rule (the .json that qwen-scope classify writes), give a text and press Trace."
+
+
+class DatasetsTab:
+    """Builds the tab inside the page that is being built, and answers what happens in it."""
+
+    def __init__(self, desk: Desk) -> None:
+        self.desk = desk
+        names = list(desk.stores)
+        with gr.Row(elem_classes="qs-fields qs-bench"):
+            self.stores = gr.CheckboxGroup(names, value=names[:8], label="Stores", scale=3, elem_id="datasets-stores")
+            self.analysis = gr.Dropdown(
+                [(NAMES.get(name, name), name) for name in ANALYSES], value="overlap", label="Analysis", scale=2,
+                min_width=220, elem_id="datasets-analysis",
+            )  # fmt: skip
+            self.layer = gr.Dropdown(desk.layers, value=desk.layers[-1], label="Layer", scale=1, min_width=90)
+            self.go = gr.Button("Analyse", variant="primary", scale=1, min_width=120, elem_id="datasets-go")
+        self.notice = panel(elem_id="datasets-notice")
+        self.result = panel(empty(START if names else NO_STORES), elem_id="datasets-result")
+        fold = gr.Accordion("Trace a classifier's decision", open=False, elem_id="datasets-trace-fold")
+        with fold, gr.Row(equal_height=False):
+            with gr.Column(scale=2, min_width=320):
+                self.rule = gr.File(label="Rule (.json)", file_types=[".json"], height=110, elem_id="trace-rule")
+                self.text = gr.Textbox(label="Text", lines=3, elem_id="trace-text", max_length=desk.limits.characters)
+                self.chat = gr.Dropdown(CHAT_CHOICES, value="plain", label="Read as")
+                self.trace_button = gr.Button("Trace", elem_id="trace-go")
+            with gr.Column(scale=3, min_width=420):
+                self.trace_notice = panel(elem_id="trace-notice")
+                self.traced = panel(empty(TRACE_START), elem_id="trace-result")
+        on(
+            self.go.click, self.analyse, [self.stores, self.analysis, self.layer], [self.result], self.notice,
+            concurrency_id=ANALYSIS, show_progress="minimal",
+        )  # fmt: skip
+        on(
+            self.trace_button.click, self.trace, [self.rule, self.text, self.chat], [self.traced], self.trace_notice
+        )  # fmt: skip
+
+    def analyse(self, stores: list[str], analysis: str, layer: int) -> dict[Any, Any]:
+        """One analysis of the chosen stores."""
+        started = time.monotonic()
+        found = analysed(self.desk, stores, analysis, int(layer))
+        return {self.result: result_panel(NAMES.get(analysis, analysis), found, time.monotonic() - started)}
+
+    def trace(self, rule: str | None, text: str, chat: str) -> dict[Any, Any]:
+        """Why a rule calls a text positive, or that it does not."""
+        if rule is None:
+            raise InputError("upload a rule first: the .json that qwen-scope classify writes")
+        loaded = Rule.load(rule)
+        seen = {layer: self.desk.seen(text, layer, chat) for layer in self.desk.scope.check_layers(loaded.layers)}
+        evidence = loaded.trace({layer: one_item(self.desk, found, layer) for layer, found in seen.items()}, 0)
+        tokens = next(iter(seen.values())).tokens[0]
+        return {self.traced: trace_panel(self.desk, loaded, tokens, evidence)}
+
+
+def analysed(desk: Desk, stores: list[str], analysis: str, layer: int) -> Result:
+    """The result of one analysis of stores the page was started with.
+
+    Raises:
+        InputError, NotFoundError, MismatchError: unknown names, too few stores, or stores that do not fit together.
+    """
+    if analysis not in ANALYSES:
+        raise NotFoundError(f"there is no analysis {analysis!r}; there are {', '.join(ANALYSES)}")
+    chosen = ANALYSES[analysis]
+    if len(stores) < chosen.datasets:
+        raise InputError(f"{analysis} needs at least {chosen.datasets} stores; {len(stores)} chosen")
+    datasets = []
+    for name in stores:
+        with desk.store(name) as store:
+            texts = analysis == "drift"
+            datasets.append(Dataset.from_store(store, layer, chosen.reduction, name=name, texts=texts))  # pyright: ignore[reportArgumentType]
+    return chosen.run(datasets)
+
+
+def one_item(desk: Desk, seen: TokenFeatures, layer: int) -> Dataset:
+    """What was seen of one text, as a dataset of one item."""
+    best = sorted(seen.strongest(0, layer), key=lambda one: one.feature)
+    sae = desk.scope.saes[layer]
+    columns = ([one.feature for one in best], [one.maximum for one in best], [one.position for one in best])
+    return Dataset(
+        "text", ("0",), layer, sae.d_sae, sae.identity.fingerprint, np.zeros(len(best), np.int32),
+        np.array(columns[0], np.int32), np.array(columns[1], np.float32), np.array(columns[2], np.int32), "max",
+    )  # fmt: skip
+
+
+def result_panel(title: str, found: Result, seconds: float) -> Markup:
+    """Notes, figures and tables of a result."""
+    shown = [heading(title, f"{seconds:.1f} s")]
+    shown += [element("p", note, class_="qs-remarkable") for note in found.notes]
+    for figure in found.figures:
+        shown.append(
+            element("figure", element("figcaption", figure.title), element("div", draw(figure), class_="qs-scroll"))
+        )
+    for table in found.tables:
+        shown.append(table_of(table))
+    return card(element("div", *shown, class_="qs-result"))
+
+
+def table_of(table: Table) -> Markup:
+    """The first rows of a table."""
+    head = element("tr", *(element("th", name, scope="col") for name in table.columns))
+    rows = []
+    for row in list(table.rows)[:ROWS]:
+        cells = [element("td", cell_of(cell), class_="qs-figure" if numeric(cell) else None) for cell in row]
+        rows.append(element("tr", *cells))
+    more = len(table.rows) - ROWS
+    words = f"and {more:,} rows more: qwen-scope analyze shows all"
+    body = element("table", element("thead", head), element("tbody", *rows), class_="qs-table qs-ranked")
+    rest = element("p", words, class_="qs-note") if more > 0 else None
+    return join(heading(table.title), element("div", body, class_="qs-scroll"), rest)
+
+
+def numeric(cell: Any) -> bool:
+    """Whether a cell stands to the right."""
+    return isinstance(cell, int | float)
+
+
+def cell_of(cell: Any) -> str | None:
+    """A cell as text."""
+    return number(cell) if isinstance(cell, float) else None if cell is None else str(cell)
+
+
+def trace_panel(desk: Desk, rule: Rule, tokens: list[str], evidence: list[Evidence]) -> Markup:
+    """The tokens that decided, and the features that fired there."""
+    places = {one.position: one for one in reversed(evidence)}
+    top = max((one.value for one in evidence), default=1.0)
+    made = [
+        chip(token, places[i].value if i in places else 0.0, top,
+             title=f"feature {places[i].feature}: {number(places[i].value)}" if i in places else None)
+        for i, token in enumerate(tokens)
+    ]  # fmt: skip
+    rows = [
+        element(
+            "tr",
+            element("td", element("b", one.feature), " ", name_of(desk.label(one.layer, one.feature))),
+            element("td", f"layer {one.layer}"),
+            element("td", chip(tokens[one.position]), f" token {one.position}"),
+            element("td", number(one.value), class_="qs-figure"),
+            element("td", feature_link(one.layer, one.feature)),
+        )
+        for one in evidence
+    ]
+    verdict = "positive" if evidence else "negative: no feature of the rule exceeds its threshold"
+    table = element("table", element("tbody", *rows), class_="qs-table qs-ranked") if rows else None
+    return card(
+        heading(f"“{rule.name}”", verdict), element("div", *made, class_="qs-tokens", dir="auto"), table or Markup("")
+    )
