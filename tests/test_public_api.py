@@ -33,6 +33,7 @@ COMMANDS = {
     "find",
     "show",
     "analyze",
+    "classify",
     "lab",
     "train",
     "eval",

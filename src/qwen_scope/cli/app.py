@@ -13,6 +13,7 @@ from qwen_scope.errors import QwenScopeError
 from . import (
     analyze,
     catalog,
+    classify,
     compare,
     convert,
     demo,
@@ -56,6 +57,7 @@ app.command("eval")(train.evaluate)
 app.command("explore")(explore.explore)
 app.add_typer(lab.app, name="lab")
 app.add_typer(analyze.app, name="analyze")
+app.add_typer(classify.app, name="classify")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
