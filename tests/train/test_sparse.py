@@ -5,6 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from qwen_scope.sae import kernels
+from qwen_scope.sae.kernels import chosen, screened
+from qwen_scope.train import choice
 from qwen_scope.train.choice import largest, top_entries
 from qwen_scope.train.sparse import Active, Decode, Encode, sampled, weighted_features
 
@@ -90,3 +93,24 @@ def test_tiles_do_not_change_the_choice() -> None:
     tiled = top_entries(s["x"], s["W_enc"], s["b_enc"], 5, tile_bytes=8 * 20 * 4)
     torch.testing.assert_close(whole[0].sort().values, tiled[0].sort().values)
     assert torch.equal(whole[1].sort().values, tiled[1].sort().values)
+
+
+@pytest.mark.skipif(not screened.cpu_multiplies_bf16(), reason="this CPU has no bf16 instructions")
+def test_screening_in_bf16_chooses_what_fp32_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whole numbers, where every order of adding up gives the same; rows with fewer than k above zero among them."""
+    monkeypatch.setattr(chosen, "FEWEST_WEIGHTS", 1)
+    g = torch.Generator().manual_seed(0)
+    x = torch.randint(-3, 4, (choice.SCREEN_ROWS, 24), generator=g).float()
+    x[5] = 0
+    W = torch.randint(-3, 4, (1024, 24), generator=g).float().requires_grad_()
+    b = torch.randint(-40, 0, (1024,), generator=g).float()
+    b[:4] = 3
+    assert kernels.worth_screening(x, W, b)
+    values, features = top_entries(x, W, b, 9)
+    truth = kernels.encode_topk_reference(x, W.detach(), b, 9)
+    assert (truth.active() < 9).any()
+    assert torch.equal(values, truth.values)
+    assert torch.equal(features, truth.indices)
+    assert not values.requires_grad
+    x[3, 1] = torch.nan
+    assert top_entries(x, W, b, 9)[0][3].isnan().any()
