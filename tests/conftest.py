@@ -21,6 +21,7 @@ ROOMS = (
     "features",
     "foundry",
     "model",
+    "posttrain",
     "report",
     "sae",
     "scope",

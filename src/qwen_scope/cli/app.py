@@ -22,7 +22,9 @@ from . import (
     features,
     find,
     lab,
+    label,
     plan,
+    posttrain,
     show,
     steer,
     store,
@@ -48,6 +50,7 @@ app.command("compare")(compare.compare)
 app.command("extract")(extract.extract)
 app.command("store")(store.store)
 app.command("find")(find.find)
+app.command("label")(label.label)
 app.command("show")(show.show)
 app.command("steer")(steer.steer)
 app.command("sweep")(sweep.sweep)
@@ -56,6 +59,7 @@ app.command("train")(train.train)
 app.command("eval")(train.evaluate)
 app.command("explore")(explore.explore)
 app.add_typer(lab.app, name="lab")
+app.add_typer(posttrain.app, name="posttrain")
 app.add_typer(analyze.app, name="analyze")
 app.add_typer(classify.app, name="classify")
 

@@ -1,0 +1,290 @@
+"""`qwen-scope posttrain`: features as a training signal for the language model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from qwen_scope.errors import InputError
+
+from . import options, output
+
+if TYPE_CHECKING:
+    from qwen_scope.posttrain import AlphaTable, Sample
+
+app = typer.Typer(
+    help="Train the language model with feature signals: prepare features, fine-tune, measure.", no_args_is_help=True
+)
+
+Samples = Annotated[
+    str, typer.Argument(metavar="CORPUS", help="A file, folder or dataset whose rows name their group, or 'lab'.")
+]
+Column = Annotated[str, typer.Option("--column", help="The text, the completion, or the messages.")]
+PromptColumn = Annotated[str, typer.Option("--prompt-column", help="The prompt, where completions are learnt.")]
+GroupColumn = Annotated[str, typer.Option("--group-column", help="The name of a row's group, such as its language.")]
+Number = Annotated[int | None, typer.Option("-n", help="At most so many rows, drawn evenly.", min=1)]
+Seed = Annotated[int, typer.Option("--seed", min=0)]
+
+
+@app.command()
+def prepare(
+    corpus: Samples,
+    target: Annotated[str, typer.Option("--target", help="The group whose features are wanted.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The alpha table to write, a .json file.")],
+    model: options.Model = "lab",
+    sae: options.Sae = None,
+    layers: options.Layers = None,
+    features: Annotated[int, typer.Option("--features", help="How many per layer.", min=1)] = 2,
+    at_random: Annotated[
+        int | None, typer.Option("--random", help="A seed that draws other features instead: the control.", min=0)
+    ] = None,
+    column: Column = "text",
+    group_column: GroupColumn = "group",
+    n: Number = None,
+    seed: Seed = 0,
+    device: options.Device = None,
+    dtype: options.Dtype = "auto",
+    k: options.K = None,
+    as_json: options.Json = False,
+) -> None:
+    """Find the features of a group of texts, and write what they are on every other group: the alpha table.
+
+    A feature's score is its mean activation on the target less the mean of the other groups' means. Without --layers
+    the last two that have an SAE are used. Groups may be languages, styles or anything else that rows are labelled by.
+    """
+    from qwen_scope.posttrain import prepare as run
+    from qwen_scope.posttrain import read_samples, responses
+
+    labelled = responses(read_samples(corpus, column=column, group_column=group_column, n=n, seed=seed, kinds=["talk"]))
+    with output.status("opening the model"):
+        scope = options.open_scope(model, sae, device, dtype, k)
+    with output.progress() as bar:
+        table = run(
+            scope,
+            labelled,
+            target,
+            layers=options.parse_layers(layers) if layers else None,
+            features=features,
+            at_random=at_random,
+            say=lambda stage, share: bar(stage, share, ""),
+        )
+    table.save(out)
+    if as_json:
+        output.print_json(table)
+        return
+    show_table(table)
+    output.console().print(f"Written to {out}.", soft_wrap=True)
+
+
+def show_table(table: AlphaTable) -> None:
+    """The features with their scores and thresholds."""
+    rows = []
+    for one in table.layers:
+        for j, feature in enumerate(one.features):
+            others = [one.alpha[group][j] for group in table.groups if group != table.target]
+            numbers = (one.scores[j], one.alpha[table.target][j], min(others), max(others))
+            rows.append((one.layer, feature, *(f"{number:.2f}" for number in numbers)))
+    columns = ("layer", "feature", "score", f"alpha on {table.target}", "lowest elsewhere", "highest elsewhere")
+    output.show(f"Features of {table.target}, and their mean pre-activations", columns, rows)
+
+
+@app.command()
+def sft(
+    corpus: Samples,
+    out: Annotated[Path, typer.Option("--out", "-o", help="The folder of the run.")],
+    method: Annotated[
+        str, typer.Option("--method", help="plain, features (SASFT) or penalty (on the target's own tokens).")
+    ] = "features",
+    table: Annotated[Path | None, typer.Option("--table", help="The alpha table that prepare has written.")] = None,
+    model: options.Model = "lab",
+    sae: options.Sae = None,
+    layers: options.Layers = None,
+    weight: Annotated[float, typer.Option("--weight", help="Lambda of the extra term.")] = 1e-3,
+    zero: Annotated[bool, typer.Option("--zero", help="Thresholds of zero instead of alpha.")] = False,
+    enhance: Annotated[bool, typer.Option("--enhance", help="Lift the features on the target instead.")] = False,
+    held_out: Annotated[str | None, typer.Option("--held-out", help="Rows to report the loss on.")] = None,
+    column: Column = "completion",
+    prompt_column: PromptColumn = "prompt",
+    group_column: GroupColumn = "group",
+    n: Number = None,
+    lr: Annotated[float, typer.Option("--lr", help="Peak learning rate.")] = 5e-5,
+    batch: Annotated[int, typer.Option("--batch", help="Samples per forward pass.", min=1)] = 1,
+    accumulate: Annotated[int, typer.Option("--accumulate", help="Forward passes per step.", min=1)] = 32,
+    epochs: Annotated[float, typer.Option("--epochs")] = 1.0,
+    max_steps: Annotated[int, typer.Option("--max-steps", help="-1 for whole epochs.")] = -1,
+    warmup: Annotated[int, typer.Option("--warmup", help="Steps.", min=0)] = 100,
+    max_length: Annotated[int, typer.Option("--max-length", help="Tokens per sample, or per packed row.")] = 2048,
+    lora: Annotated[int | None, typer.Option("--lora", help="Rank of adapters instead of all weights.")] = None,
+    packing: Annotated[bool, typer.Option("--packing", help="Several samples in one row.")] = False,
+    checkpointing: Annotated[bool, typer.Option("--checkpointing", help="Recompute to save memory.")] = False,
+    bf16: Annotated[bool, typer.Option("--bf16", help="Mixed precision.")] = False,
+    save_every: Annotated[int, typer.Option("--save-every", help="Steps between checkpoints; 0 for none.")] = 0,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint.")] = False,
+    seed: Seed = 42,
+    device: options.Device = None,
+    dtype: options.Dtype = "float32",
+    as_json: options.Json = False,
+) -> None:
+    """Fine-tune: plainly, with SASFT's auxiliary loss on features, or with a penalty on tokens.
+
+    The result lies in OUT/model and loads like any model. Defaults are the published settings of SASFT.
+    """
+    from qwen_scope.posttrain import SFTRun, read_table, run_sft
+
+    options.quiet()
+    run = SFTRun(
+        model=model,
+        out=out,
+        method=method,
+        sae=sae,
+        weight=weight,
+        zero=zero,
+        enhance=enhance,
+        layers=tuple(options.parse_layers(layers) or ()) or None,
+        lr=lr,
+        batch=batch,
+        accumulate=accumulate,
+        epochs=epochs,
+        max_steps=max_steps,
+        warmup=warmup,
+        max_length=max_length,
+        seed=seed,
+        lora=lora,
+        packing=packing,
+        checkpointing=checkpointing,
+        bf16=bf16,
+        dtype=dtype,
+        device=device,
+        save_every=save_every,
+        resume=resume,
+    )
+    found = None if table is None else read_table(table)
+    learnt = training_samples(corpus, column, prompt_column, group_column, n, 0)
+    kept = training_samples(held_out, column, prompt_column, group_column, None, 1) if held_out else []
+    with output.progress() as bar:
+        metrics = run_sft(
+            run,
+            learnt,
+            kept,
+            found,
+            progress=lambda step, steps, log: bar("training", step / max(1, steps), losses(log)),
+        )
+    if as_json:
+        output.print_json({"folder": str(out), **metrics})
+        return
+    rows = [(name, f"{value:.4f}" if isinstance(value, float) else value) for name, value in metrics.items()]
+    output.show(f"Fine-tuned ({method})", ("figure", "value"), rows)
+    output.console().print(f"Written to {out / 'model'}.", soft_wrap=True)
+
+
+def losses(log: dict[str, float]) -> str:
+    """The losses of a line of the log."""
+    return "  ".join(f"{name} {log[name]:.3g}" for name in ("loss", "feature_loss", "token_penalty") if name in log)
+
+
+def training_samples(
+    corpus: str, column: str, prompt_column: str, group_column: str, n: int | None, seed: int
+) -> list[Sample]:
+    """Rows to learn from; of the lab its chats, those that drift into another language among them."""
+    from qwen_scope.posttrain import chats_only, read_samples
+
+    found = read_samples(
+        corpus,
+        column=column,
+        prompt_column=prompt_column,
+        group_column=group_column,
+        n=n,
+        seed=seed,
+        kinds=["chat", "drift"],
+    )
+    return chats_only(found) if corpus == "lab" else found
+
+
+@app.command("eval")
+def evaluate(
+    prompts: Annotated[
+        str | None,
+        typer.Argument(help="A .txt file with a prompt per line, rows with a prompt, or 'lab'.", show_default=False),
+    ] = None,
+    script: Annotated[
+        str | None, typer.Option("--script", help="The script that answers should not hold: CJK, HANGUL, CYRILLIC, ...")
+    ] = None,
+    groups: Annotated[
+        str | None, typer.Option("--groups", help="Only prompts of these groups, a,b,...; in the lab languages.")
+    ] = None,
+    held_out: Annotated[str | None, typer.Option("--held-out", help="Rows to report the loss on.")] = None,
+    model: options.Model = "lab",
+    samples: Annotated[int, typer.Option("--samples", help="Answers per prompt.", min=1)] = 8,
+    temperature: Annotated[float, typer.Option("--temperature")] = 1.0,
+    top_p: Annotated[float, typer.Option("--top-p")] = 0.8,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1)] = 2048,
+    column: Column = "completion",
+    prompt_column: PromptColumn = "prompt",
+    group_column: GroupColumn = "group",
+    n: Number = None,
+    seed: Seed = 0,
+    device: options.Device = None,
+    dtype: options.Dtype = "auto",
+    as_json: options.Json = False,
+) -> None:
+    """Measure a model: how often its answers hold a script they should not, and its loss on held-out rows."""
+    from qwen_scope.model import load_model
+    from qwen_scope.posttrain import code_switch_ratio, held_out_loss
+    from qwen_scope.scope import model_source
+
+    options.quiet()
+    if (prompts is None) != (script is None):
+        raise InputError("the code-switch ratio needs both: PROMPTS, and --script with what answers should not hold")
+    if prompts is None and held_out is None:
+        raise InputError("nothing to measure: give PROMPTS and --script, or --held-out, or both")
+    wanted = [part.strip() for part in groups.split(",")] if groups else None
+    asked = [] if prompts is None else read_prompts(prompts, prompt_column, group_column, wanted, n, seed)
+    with output.status("opening the model"):
+        loaded = load_model(model_source(model), device=device, dtype=dtype)
+    found: dict[str, object] = {"model": model}
+    if script is not None:
+        with output.progress() as bar:
+            switch = code_switch_ratio(
+                loaded.model,
+                loaded.tokenizer,
+                asked,
+                script,
+                samples=samples,
+                temperature=temperature,
+                top_p=top_p,
+                max_new_tokens=max_new_tokens,
+                seed=seed,
+                report=lambda share: bar("answers", share, ""),
+            )
+        found |= {"script": script, "prompts": len(asked), "samples": samples, "code_switch_ratio": switch.ratio}
+    if held_out is not None:
+        rows = training_samples(held_out, column, prompt_column, group_column, n, 1)
+        with output.status("measuring the loss"):
+            found["held_out_loss"] = held_out_loss(loaded, rows)
+    if as_json:
+        output.print_json(found)
+    else:
+        output.show("Measured", ("figure", "value"), [(name, str(value)) for name, value in found.items()])
+
+
+def read_prompts(
+    source: str, prompt_column: str, group_column: str, groups: list[str] | None, n: int | None, seed: int
+) -> list[str]:
+    """The prompts of a file, or questions of the lab."""
+    from itertools import islice
+
+    from qwen_scope.corpus import Corpus
+    from qwen_scope.lab import chat_prompts
+
+    if source == "lab":
+        return [prompt.text for prompt in chat_prompts(seed=seed, n=n or 100, languages=groups)]
+    corpus = Corpus(source, column=prompt_column, unit="line", seed=seed)
+    rows = (row for row in corpus if groups is None or row.meta.get(group_column) in groups)
+    found = [row.text for row in islice(rows, n) if isinstance(row.text, str)]
+    if not found:
+        raise InputError(
+            f"{source} has no prompt in a column {prompt_column!r}" + (" of these groups" if groups else "")
+        )
+    return found

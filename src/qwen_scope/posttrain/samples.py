@@ -1,0 +1,110 @@
+"""Labelled samples: texts, prompts with completions, or chats, each with the name of its group."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from typing import Any
+
+from datasets import Dataset
+
+from qwen_scope import lab
+from qwen_scope.corpus import Corpus
+from qwen_scope.errors import InputError
+
+Sample = dict[str, Any]
+"""`{"text"}`, or `{"prompt", "completion"}` (strings, or lists of messages), and `"group"`, a name or None."""
+
+ANSWER = "</think>\n\n"
+END = "<|im_end|>"
+
+
+def read_samples(
+    source: str | os.PathLike[str],
+    *,
+    column: str = "text",
+    prompt_column: str = "prompt",
+    group_column: str = "group",
+    n: int | None = None,
+    seed: int = 0,
+    split: str = "train",
+    kinds: Iterable[str] | None = None,
+) -> list[Sample]:
+    """The samples of a corpus, or of the lab.
+
+    Args:
+        source: whatever `Corpus` reads, or `lab`.
+        column: the text, the completion to a prompt, or a list of messages that ends with the assistant's.
+        prompt_column: the prompt, where rows have one.
+        group_column: the name of the group; a row without it has none. In the lab it is the language.
+        n: at most so many, drawn evenly; of the lab 1,000 where it is None.
+        seed, split: of the draw, and of the lab or a dataset.
+        kinds: of the lab's documents.
+
+    Raises:
+        InputError: no sample, or none with a group.   NotFoundError, FormatError: as `Corpus`.
+    """
+    if os.fspath(source) == "lab":
+        return lab_samples(lab.documents(split=split, seed=seed, n=n or 1000, kinds=kinds))
+    corpus = Corpus(source, column=column, sample=n, seed=seed, split=split)
+    samples = [sample_of(found.text, found.meta.get(prompt_column), found.meta.get(group_column)) for found in corpus]
+    if not samples:
+        raise InputError(f"{source} has no readable row with a column {column!r}; name it with column=")
+    if all(sample["group"] is None for sample in samples):
+        raise InputError(f"no row of {source} has a column {group_column!r} that names its group")
+    return samples
+
+
+def sample_of(text: str | list[dict[str, str]], prompt: Any, group: Any) -> Sample:
+    """One row as TRL takes it."""
+    named = None if group is None else str(group)
+    if isinstance(prompt, str):
+        return {"prompt": prompt, "completion": text, "group": named}
+    if isinstance(text, str):
+        return {"text": text, "group": named}
+    if len(text) < 2 or text[-1]["role"] != "assistant":
+        raise InputError("a conversation to learn from ends with a message of the assistant, after another message")
+    return {"prompt": text[:-1], "completion": text[-1:], "group": named}
+
+
+def lab_samples(documents: Iterable[lab.Document]) -> list[Sample]:
+    """Documents of the lab: chats as prompt and answer, everything else as text; the group is the right language.
+
+    For a chat that is the language its answer should be in, also where the answer drifts into another.
+    """
+    out: list[Sample] = []
+    for found in documents:
+        group = found.factors.get("answer_language", found.language)
+        prompt, mark, answer = found.text.rpartition(ANSWER)
+        if mark and answer.rstrip().endswith(END):
+            out.append({"prompt": prompt + mark, "completion": answer.rstrip(), "group": group})
+        else:
+            out.append({"text": found.text, "group": group})
+    return out
+
+
+def chats_only(samples: Iterable[Sample]) -> list[Sample]:
+    """The samples that have a prompt."""
+    return [sample for sample in samples if "prompt" in sample]
+
+
+def responses(samples: Iterable[Sample]) -> list[tuple[str, str]]:
+    """Of every sample with a group, the group and the text that is learnt."""
+    out = []
+    for sample in samples:
+        text = sample.get("text", sample.get("completion"))
+        if sample["group"] is not None and text:
+            out.append((sample["group"], text if isinstance(text, str) else text[-1]["content"]))
+    return out
+
+
+def dataset_of(samples: list[Sample]) -> Dataset:
+    """The samples as TRL's trainers take them.
+
+    Raises:
+        InputError: plain texts and prompts with completions in one list.
+    """
+    kinds = {tuple(sorted(sample)) for sample in samples}
+    if len(kinds) != 1:
+        raise InputError("training data is either all texts or all prompts with completions; this has both")
+    return Dataset.from_list(samples)

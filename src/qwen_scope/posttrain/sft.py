@@ -1,0 +1,265 @@
+"""A whole fine-tuning run: plain, with the auxiliary loss, or with the penalty on tokens; TRL trains.
+
+```
+out/
+  run.json       the resolved settings, versions and seed
+  log.jsonl      what the trainer logged, one line each
+  metrics.json   losses at the end
+  checkpoints/   TRL's own, for --resume
+  model/         the result, loadable like any model (a LoRA adapter is merged; it lies beside, in adapter/)
+```
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from peft import LoraConfig, PeftModel
+from transformers import TrainerCallback
+from transformers.trainer_utils import get_last_checkpoint
+from trl import SFTConfig
+
+from qwen_scope.errors import InputError, NotFoundError, QwenScopeError
+from qwen_scope.model import LoadedModel, load_model
+from qwen_scope.sae import SAE
+from qwen_scope.scope import SAEs as ScopeSAEs
+from qwen_scope.scope import model_source, resolve
+
+from .loss import ExtraLoss, FeatureLoss, TokenPenalty
+from .prepare import versions
+from .samples import Sample, dataset_of
+from .table import AlphaTable
+from .trainer import FeatureSFTTrainer
+
+METHODS = ("plain", "features", "penalty")
+
+
+@dataclass(frozen=True)
+class SFTRun:
+    """What a fine-tuning run is told.
+
+    Attributes:
+        model: `lab`, or folder or Hub id of the language model.
+        out: the folder of the run.
+        method: `plain`, `features` (SASFT), or `penalty` (on the probability of the target's own tokens).
+        sae: the SAEs of the alpha table; None where the catalog knows those of the model.
+        weight: lambda of the extra term.
+        zero, enhance: the variants of `FeatureLoss`.
+        layers: of the table; None for all.
+        lr, batch, accumulate, epochs, max_steps, warmup, weight_decay, max_length, seed: as in TRL. The published runs
+            take AdamW, weight decay 0.1, cosine, 100 steps of warm-up, 2,048 tokens, one epoch, one sample times 32,
+            seed 42.
+        lora: the rank of adapters on all linear layers; None trains every weight.
+        packing, checkpointing, bf16: as in TRL.
+        dtype, device: of the model while it trains.
+        save_every: steps between checkpoints; 0 keeps none.
+        resume: go on from the last checkpoint in `out`.
+
+    Raises:
+        InputError: a value that can't be.
+    """
+
+    model: str
+    out: Path
+    method: str = "plain"
+    sae: str | None = None
+    weight: float = 1e-3
+    zero: bool = False
+    enhance: bool = False
+    layers: tuple[int, ...] | None = None
+    lr: float = 5e-5
+    batch: int = 1
+    accumulate: int = 32
+    epochs: float = 1.0
+    max_steps: int = -1
+    warmup: int = 100
+    weight_decay: float = 0.1
+    max_length: int = 2048
+    seed: int = 42
+    lora: int | None = None
+    packing: bool = False
+    checkpointing: bool = False
+    bf16: bool = False
+    dtype: str = "float32"
+    device: str | None = None
+    save_every: int = 0
+    resume: bool = False
+    log_every: int = 10
+    report_to: tuple[str, ...] = field(default=())
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise InputError(f"the method is one of {', '.join(METHODS)}, not {self.method!r}")
+        if self.method == "plain" and (self.zero or self.enhance or self.layers):
+            raise InputError("zero, enhance and layers belong to the method 'features'")
+        for name in ("lr", "batch", "accumulate", "epochs", "max_length"):
+            if not getattr(self, name) > 0:
+                raise InputError(f"{name} is more than 0, not {getattr(self, name)}")
+        if self.resume and not self.save_every:
+            raise InputError("going on needs checkpoints: set save_every (--save-every) in both runs")
+
+
+class JsonlLog(TrainerCallback):
+    """Writes what the trainer logs to a file, one line at a time, and reports progress."""
+
+    def __init__(self, path: Path, progress: Callable[[int, int, dict[str, float]], None] | None) -> None:
+        self.path, self.progress = path, progress
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": state.global_step, **(logs or {})}) + "\n")
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.progress is not None:
+            last = next((entry for entry in reversed(state.log_history) if "loss" in entry), {})
+            self.progress(state.global_step, state.max_steps, last)
+
+
+def run_sft(
+    run: SFTRun,
+    samples: Sequence[Sample],
+    held_out: Sequence[Sample] = (),
+    table: AlphaTable | None = None,
+    *,
+    callbacks: Sequence[TrainerCallback] = (),
+    progress: Callable[[int, int, dict[str, float]], None] | None = None,
+) -> dict[str, Any]:
+    """Train and save; returns what `metrics.json` holds.
+
+    Args:
+        samples: to learn from.   held_out: to report the cross-entropy on.
+        table: features, groups and tokens; the method `plain` needs none.
+        callbacks: further ones, such as a `Monitor`.
+        progress: called after every step with the step, their number, and what was logged last.
+
+    Raises:
+        QwenScopeError: with one sentence, before training where the cause can be known before.
+    """
+    if not samples:
+        raise InputError("there is no sample to learn from")
+    loaded = load_model(model_source(run.model), device=run.device, dtype=run.dtype)
+    loaded.model.requires_grad_(run.lora is None)
+    extra = extra_of(run, loaded, table)
+    resume = last_checkpoint(run) if run.resume else None
+    run.out.mkdir(parents=True, exist_ok=True)
+    facts = {**asdict(run), "samples": len(samples), "held_out": len(held_out), "versions": versions()}
+    facts["target"] = table.target if table else None
+    write_json(run.out / "run.json", facts)
+    if resume is None:
+        (run.out / "log.jsonl").unlink(missing_ok=True)
+    trainer = FeatureSFTTrainer(
+        loaded.model,
+        sft_config(run, loaded),
+        train_dataset=dataset_of(list(samples)),
+        eval_dataset=dataset_of(list(held_out)) if held_out else None,
+        processing_class=loaded.tokenizer,
+        callbacks=[JsonlLog(run.out / "log.jsonl", progress), *callbacks],
+        peft_config=LoraConfig(r=run.lora, target_modules="all-linear") if run.lora else None,
+        extra=extra,
+    )
+    try:
+        done = trainer.train(resume_from_checkpoint=resume)
+        metrics: dict[str, Any] = {"steps": done.global_step, "train_loss": done.training_loss}
+        if held_out:
+            metrics["held_out_loss"] = trainer.evaluate()["eval_loss"]
+        if trainer.is_world_process_zero():
+            save(trainer, loaded, run.out)
+            write_json(run.out / "metrics.json", metrics)
+    except OSError as error:
+        raise QwenScopeError(f"{run.out} can't be written: {error.strerror or error}") from error
+    return metrics
+
+
+def extra_of(run: SFTRun, loaded: LoadedModel, table: AlphaTable | None) -> ExtraLoss | None:
+    """The extra term of a run."""
+    if run.method == "plain":
+        return None
+    if table is None:
+        raise InputError(f"the method {run.method!r} needs an alpha table; make one with qwen-scope posttrain prepare")
+    if run.method == "penalty":
+        return TokenPenalty(table, loaded.model, weight=run.weight)
+    saes: dict[int, SAE] = {}
+    held = ScopeSAEs(
+        resolve(run.model, run.sae)[1], d_model=loaded.model.config.get_text_config().hidden_size, cache_bytes=1
+    )
+    for layer in run.layers or [one.layer for one in table.layers]:
+        saes[layer] = held[layer]
+    return FeatureLoss(table, saes, weight=run.weight, layers=run.layers, zero=run.zero, enhance=run.enhance)
+
+
+def sft_config(run: SFTRun, loaded: LoadedModel) -> SFTConfig:
+    """The run in TRL's words."""
+    return SFTConfig(
+        output_dir=str(run.out / "checkpoints"),
+        use_cpu=loaded.model.device.type == "cpu",
+        learning_rate=run.lr,
+        per_device_train_batch_size=run.batch,
+        per_device_eval_batch_size=max(8, run.batch),
+        gradient_accumulation_steps=run.accumulate,
+        num_train_epochs=run.epochs,
+        max_steps=run.max_steps,
+        warmup_steps=run.warmup,
+        weight_decay=run.weight_decay,
+        lr_scheduler_type="cosine",
+        max_length=run.max_length,
+        seed=run.seed,
+        packing=run.packing,
+        activation_checkpointing=run.checkpointing,
+        bf16=run.bf16,
+        save_strategy="steps" if run.save_every else "no",
+        save_steps=run.save_every or 500,
+        save_total_limit=2,
+        logging_steps=run.log_every,
+        report_to=list(run.report_to) or "none",
+        disable_tqdm=True,
+    )
+
+
+def held_out_loss(loaded: LoadedModel, samples: Sequence[Sample], *, batch: int = 8, max_length: int = 2048) -> float:
+    """The cross-entropy on the responses of samples, in nats per token, as the trainer reports it while it trains."""
+    with TemporaryDirectory() as folder:
+        data = dataset_of(list(samples))
+        run = SFTRun(loaded.name, Path(folder), batch=batch, max_length=max_length)
+        trainer = FeatureSFTTrainer(
+            loaded.model,
+            sft_config(run, loaded),
+            train_dataset=data.select(range(1)),
+            eval_dataset=data,
+            processing_class=loaded.tokenizer,
+            callbacks=[],
+        )
+        return float(trainer.evaluate()["eval_loss"])
+
+
+def last_checkpoint(run: SFTRun) -> str:
+    """The folder to go on from.
+
+    Raises:
+        NotFoundError: there is none.
+    """
+    folder = run.out / "checkpoints"
+    found = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+    if found is None:
+        raise NotFoundError(f"{folder} holds no checkpoint to go on from; start without --resume")
+    return found
+
+
+def save(trainer: FeatureSFTTrainer, loaded: LoadedModel, out: Path) -> None:
+    """The trained model as any command can load it."""
+    model: Any = trainer.accelerator.unwrap_model(trainer.model)
+    if isinstance(model, PeftModel):
+        model.save_pretrained(out / "adapter")
+        model = model.merge_and_unload()  # pyright: ignore[reportCallIssue]
+    model.save_pretrained(out / "model")
+    loaded.tokenizer.save_pretrained(out / "model")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """JSON that a reader may also read with the eyes."""
+    path.write_text(json.dumps(value, indent=1, default=str, ensure_ascii=False) + "\n", encoding="utf-8")

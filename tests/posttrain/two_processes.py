@@ -1,0 +1,15 @@
+"""One of two processes that share a step; keeps what it saw. Run by `test_feature_trainer.py`."""
+
+import sys
+from pathlib import Path
+
+import posttrain_tiny as small
+import torch
+
+if __name__ == "__main__":
+    out = Path(sys.argv[1])
+    trainer = small.train(out / "run", per_device_train_batch_size=4, ddp_backend="gloo")
+    rank = trainer.args.process_index
+    assert trainer.args.world_size == 2
+    torch.save({"gradients": trainer.gradients[0], "log": trainer.state.log_history[0]}, out / f"{rank}.pt")
+    torch.distributed.destroy_process_group()
