@@ -20,7 +20,8 @@ lint: $(VENV)/.dev
 BESIDE := .venv-sae_lens/bin/python -W ignore
 
 bench: $(VENV)/.dev
-	for peer in sparsify dictionary_learning sae_lens; do tests/peers/run.sh $$peer || exit 1; done
+	for peer in sparsify dictionary_learning sae_lens; do \
+	  test -f .venv-$$peer/.ready || tests/peers/run.sh $$peer || exit 1; done
 	.venv-sae_lens/bin/python -m pip install -q lazy_loader jaxtyping numba
 	$(BESIDE) bench/train_step.py
 	$(BESIDE) bench/open.py

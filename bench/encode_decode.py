@@ -1,6 +1,6 @@
 """Residuals through an SAE and back: encode and decode, and decode with its gradient, beside the peers' own.
 
-python bench/encode_decode.py [--tokens 4096] [--rounds 5]
+python bench/encode_decode.py [--tokens 4096] [--rounds 3]
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ def check(name: str, answer: torch.Tensor, ours: torch.Tensor) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tokens", type=int, default=4096)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--out", type=Path, default=PAGE)
     args = parser.parse_args()
     torch.set_grad_enabled(False)
