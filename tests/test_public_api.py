@@ -32,6 +32,8 @@ COMMANDS = {
     "store",
     "find",
     "show",
+    "export",
+    "label",
     "analyze",
     "classify",
     "lab",

@@ -18,6 +18,7 @@ from . import (
     convert,
     demo,
     explore,
+    export,
     extract,
     features,
     find,
@@ -50,6 +51,7 @@ app.command("compare")(compare.compare)
 app.command("extract")(extract.extract)
 app.command("store")(store.store)
 app.command("find")(find.find)
+app.command("export")(export.export)
 app.command("label")(label.label)
 app.command("show")(show.show)
 app.command("steer")(steer.steer)

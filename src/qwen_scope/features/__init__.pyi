@@ -54,3 +54,6 @@ from .label import Material as Material
 from .label import label_features as label_features
 from .label import material as material
 from .label import scored_label as scored_label
+from .export import export_delphi as export_delphi
+from .export import export_neuronpedia as export_neuronpedia
+from .export import export_statistics as export_statistics
