@@ -23,18 +23,18 @@ def in_turn(saes: Mapping[int, SAE], device: torch.device | str | None = None) -
     SAEs of a whole model can be swept this way. With `device` None they are taken as and where they are.
     """
 
+    on_cuda = device is not None and torch.device(device).type == "cuda"
+    # One stream for all copies: they do not wait for the encoding that is under way, and reuse each other's memory.
+    stream = torch.cuda.Stream(device) if on_cuda else None
+
     def fetch(layer: int) -> SAE:
-        sae = saes[layer]
         if device is None:
-            return sae
-        if torch.device(device).type != "cuda":
+            return saes[layer]
+        with torch.cuda.stream(stream):  # does nothing where there is none
             # A new object, so that what encoding keeps beside the weights goes when its turn is over.
-            return sae.to(device)
-        # A stream of its own, so that copying does not wait for the encoding that is under way.
-        with torch.cuda.stream(torch.cuda.Stream(device)) as stream:
-            moved = sae.to(device)
-            if stream is not None:
-                stream.synchronize()
+            moved = saes[layer].to(device)
+        if stream is not None:
+            stream.synchronize()
         return moved
 
     layers = sorted(saes)
