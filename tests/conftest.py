@@ -8,6 +8,9 @@ from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+if not Path("/dev/nvidia0").exists():
+    # Without a GPU Triton's kernels run in its interpreter; it asks when it is first imported, by whomever.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 sys.path.insert(0, str(Path(__file__).parent))  # for shapes, tiny, families
 
 from jaxtyping import install_import_hook

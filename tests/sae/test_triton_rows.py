@@ -1,14 +1,10 @@
-"""The Triton rows equal their references: on a GPU where there is one, else in Triton's own interpreter."""
+"""The Triton rows equal their references: on a GPU where there is one, else in Triton's interpreter (see conftest)."""
 
 from __future__ import annotations
-
-import os
 
 import pytest
 import torch
 
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are first imported
 pytest.importorskip("triton", reason="the extra `gpu` is not installed")
 
 from test_screening import CASES, check_against_float64, quantised, randn
