@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
-from typing import Protocol, final
+from typing import Protocol, final, runtime_checkable
 
 from qwen_scope.corpus import Context
 from qwen_scope.errors import FormatError
@@ -31,6 +31,7 @@ text say whether the marked tokens are those on which the feature is active: 1 f
 list of {n} numbers and nothing else."""
 
 
+@runtime_checkable
 class Judge(Protocol):
     """Writes names and answers questions about them.
 
