@@ -5,6 +5,10 @@ from .loss import FeatureLoss as FeatureLoss
 from .loss import TokenPenalty as TokenPenalty
 from .loss import feature_loss as feature_loss
 from .loss import token_loss as token_loss
+from .monitor import Activity as Activity
+from .monitor import Monitor as Monitor
+from .monitor import monitor_figures as monitor_figures
+from .monitor import read_monitor as read_monitor
 from .prepare import prepare as prepare
 from .samples import Sample as Sample
 from .samples import chats_only as chats_only

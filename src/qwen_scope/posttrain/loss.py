@@ -167,7 +167,8 @@ class FeatureLoss(ExtraLoss):
         total = torch.zeros((), device=labels.device)
         for point, rows in self._rows.items():
             h = residuals[point]
-            W, b, alpha = self._rows[point] = tuple(t.to(h.device) for t in rows)
+            W, b, alpha = rows[0].to(h.device), rows[1].to(h.device), rows[2].to(h.device)
+            self._rows[point] = (W, b, alpha)
             here = counted.to(h.device)
             thresholds = alpha[groups.to(h.device)[here]]
             total = total + feature_loss(h[here], W, b, thresholds, n_tokens, enhance=self.enhance).to(total.device)

@@ -22,7 +22,7 @@ from typing import Any
 from peft import LoraConfig, PeftModel
 from transformers import TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
-from trl import SFTConfig
+from trl.trainer.sft_config import SFTConfig
 
 from qwen_scope.errors import InputError, NotFoundError, QwenScopeError
 from qwen_scope.model import LoadedModel, load_model
@@ -254,7 +254,7 @@ def save(trainer: FeatureSFTTrainer, loaded: LoadedModel, out: Path) -> None:
     """The trained model as any command can load it."""
     model: Any = trainer.accelerator.unwrap_model(trainer.model)
     if isinstance(model, PeftModel):
-        model.save_pretrained(out / "adapter")
+        model.save_pretrained(str(out / "adapter"))
         model = model.merge_and_unload()  # pyright: ignore[reportCallIssue]
     model.save_pretrained(out / "model")
     loaded.tokenizer.save_pretrained(out / "model")

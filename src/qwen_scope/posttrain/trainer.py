@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from datasets import Dataset
 from torch import Tensor
-from trl import SFTTrainer, pack_dataset
-from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+from trl.data_utils import pack_dataset
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling, SFTTrainer
 
 from qwen_scope.errors import InputError, NotFoundError, nearest
 from qwen_scope.model import HookPoint, reading
@@ -62,7 +62,7 @@ class FeatureSFTTrainer(SFTTrainer):
         # TRL's packing would drop the groups; it is done here instead, when every token has its own.
         loose = copy.copy(args)
         loose.max_length = None if packing else args.max_length
-        ready = super()._prepare_dataset(dataset, processing_class, loose, False, formatting_func, dataset_name)
+        ready: Any = super()._prepare_dataset(dataset, processing_class, loose, False, formatting_func, dataset_name)
         if "groups" not in ready.column_names:
             ready = ready.map(lambda row: {"groups": [row["group_id"]] * len(row["input_ids"])})
         ready = ready.select_columns(["input_ids", "labels", "groups"])
@@ -83,15 +83,17 @@ class FeatureSFTTrainer(SFTTrainer):
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
-        if self.extra is not None and "groups" not in (self._signature_columns or []):
-            self._signature_columns = [*(self._signature_columns or []), "groups"]
+        columns = self._signature_columns or []
+        if self.extra is not None and "groups" not in columns:
+            self._signature_columns = [*columns, "groups"]
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
         """The micro-batches of a step; the response tokens in all of them, of every process, are counted here."""
         samples, items = super().get_batch_samples(epoch_iterator, num_batches, device)
         if self.extra is not None and samples:
             here = torch.stack([(batch["labels"] != IGNORED).sum() for batch in samples]).sum().to(device)
-            self._step_tokens = int(self.accelerator.gather(here).sum())
+            gathered: Any = self.accelerator.gather(here)
+            self._step_tokens = int(gathered.sum())
         return samples, items
 
     def compute_loss(
@@ -99,13 +101,14 @@ class FeatureSFTTrainer(SFTTrainer):
     ) -> Any:
         """TRL's loss, and while training `weight * extra` on top."""
         groups = inputs.pop("groups", None)
-        if self.extra is None or not self.model.training:
+        bare: Any = self.model
+        if self.extra is None or not bare.training:
             found = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
             self._check_finite(found[0] if return_outputs else found)
             return found
         labels = inputs["labels"]
         residuals: dict[HookPoint, Tensor] = {}
-        with reading(self.model, self.extra.points, residuals.__setitem__):
+        with reading(bare, self.extra.points, residuals.__setitem__):
             found = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         for point, h in residuals.items():
             if not h.requires_grad:
@@ -115,7 +118,7 @@ class FeatureSFTTrainer(SFTTrainer):
                 )
         n_tokens = int((labels != IGNORED).sum()) if self._step_tokens is None else self._step_tokens
         # DDP averages the gradients of processes, and the term counts the tokens of all of them.
-        term = self.extra(self.model, residuals, labels, groups, n_tokens) * self.accelerator.num_processes
+        term = self.extra(bare, residuals, labels, groups, n_tokens) * self.accelerator.num_processes
         parts = self.current_gradient_accumulation_steps
         self._metrics["train"][self.extra.name].append(float(term.detach()) * parts)
         loss = (found[0] if return_outputs else found) + self.extra.weight * term

@@ -1,0 +1,165 @@
+"""The monitor's numbers equal brute force, its file and logs hold them, and training is the same with and without."""
+
+from __future__ import annotations
+
+import numpy as np
+import posttrain_tiny as small
+import pytest
+import tiny
+import torch
+from transformers import TrainerCallback
+
+from qwen_scope.errors import InputError, NotFoundError
+from qwen_scope.model import HookPoint, capture
+from qwen_scope.posttrain import Activity, Monitor, monitor_figures, read_monitor
+
+PROBE = tiny.TEXTS[:4]
+WATCH = {0: [3, 17], 2: [40]}
+LABELS = {(2, 40): "weather"}
+RUN = {"max_steps": 4, "per_device_train_batch_size": 2, "learning_rate": 0.5}
+
+
+class Logged(TrainerCallback):
+    """A logger of the trainer, as TensorBoard's is one."""
+
+    def __init__(self) -> None:
+        self.lines: list[dict] = []
+
+    def on_log(self, args, state, control, logs=None, **kwargs) -> None:
+        self.lines.append({"step": state.global_step, **logs})
+
+
+def run(tmp_path, monitor=None, **more):
+    """Plain fine-tuning under a monitor, and what a logger saw."""
+    policy, tokenizer = small.model()
+    logged = Logged()
+    trainer = small.FeatureSFTTrainer(
+        policy,
+        small.config(tmp_path / "run", **RUN | more),
+        train_dataset=small.Dataset.from_list([{k: r[k] for k in ("prompt", "completion")} for r in small.ROWS]),
+        processing_class=tokenizer,
+        callbacks=[logged],
+    )
+    if monitor is not None:
+        monitor.attach(trainer)
+    trainer.train()
+    return trainer, logged.lines
+
+
+def make(tmp_path, **more) -> Monitor:
+    return Monitor(small.saes(), small.model()[1], PROBE, tmp_path / "watch", **more)
+
+
+def test_activity_is_brute_force(tmp_path) -> None:
+    policy, tokenizer = small.model()
+    found = make(tmp_path).measure(policy)
+    for layer, sae in small.saes().items():
+        rows = []
+        for text in PROBE:
+            ids = torch.tensor([tokenizer(text)["input_ids"]])
+            rows.append(sae.encode(capture(policy, ids, [HookPoint(layer)])[HookPoint(layer)][0]).to_dense().numpy())
+        tokens = np.concatenate(rows)
+        np.testing.assert_allclose(found[layer].rate, (tokens > 0).mean(0), atol=1e-9)
+        np.testing.assert_allclose(found[layer].mean, tokens.mean(0), atol=1e-4)
+        np.testing.assert_allclose(found[layer].spread, np.std([row.mean(0) for row in rows], axis=0), atol=1e-3)
+
+
+def test_effect_and_drift() -> None:
+    start = Activity(np.array([0.5, 0.5, 0.0]), np.array([3.0, 4.0, 0.0]), np.array([1.0, 3.0, 0.0]))
+    now = Activity(np.array([0.5, 0.5, 0.1]), np.array([5.0, 4.0, 1.0]), np.array([1.0, 3.0, 0.0]))
+    assert start.effect(now).tolist() == [1.0, 0.0, 0.5]  # by the median spread, 2, but for the second
+    assert start.drift(now) == pytest.approx(1 - 31 / (5 * 42**0.5))
+    assert start.drift(start) == pytest.approx(0.0, abs=1e-12)
+
+
+def test_a_run_is_watched_and_left_as_it_is(tmp_path) -> None:
+    monitor = make(tmp_path, watch=WATCH, labels=LABELS, every=2, alarm=0.01, drift_alarm=0.5)
+    watched, lines = run(tmp_path, monitor)
+    plain, _ = run(tmp_path)
+    for a, b in zip(watched.model.parameters(), plain.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+    found = read_monitor(monitor.path)
+    assert [line["step"] for line in found] == [0, 2, 4]
+    assert all(entry["drift"] == pytest.approx(0, abs=1e-9) for entry in found[0]["layers"])
+    assert not found[0]["alarms"]
+    last = found[-1]["layers"]
+    assert [[one["feature"] for one in entry["watched"]] for entry in last] == [[3, 17], [40]]
+    assert last[1]["watched"][0]["label"] == "weather"
+    now = monitor.measure(watched.model)
+    assert last[0]["drift"] == pytest.approx(monitor.start[0].drift(now[0]))
+    assert last[1]["watched"][0]["mean"] == pytest.approx(now[2].mean[40])
+    alarms = [(alarm["layer"], alarm["feature"]) for line in found for alarm in line["alarms"]]
+    assert alarms, "half a unit of learning rate moves something"
+    assert len(set(alarms)) == len(alarms), "an alarm is raised once"
+    logged = {name for line in lines for name in line if name.startswith("monitor/")}
+    assert {"monitor/drift_0", "monitor/drift_2", "monitor/mean_2_40", "monitor/alarms"} <= logged
+    figures = monitor_figures(found)
+    assert [line.name for line in figures[1].lines] == ["layer 0 feature 3", "layer 0 feature 17", "weather"]
+    assert list(figures[0].lines[0].y) == [line["layers"][0]["drift"] for line in found]
+
+
+def test_the_most_moved_come_first_when_all_are_watched(tmp_path) -> None:
+    monitor = make(tmp_path, every=4, top=5)
+    trainer, _ = run(tmp_path, monitor)
+    now = monitor.measure(trainer.model)
+    effect = np.abs(monitor.start[2].effect(now[2]))
+    moved = read_monitor(monitor.path)[-1]["layers"][1]["moved"]
+    assert [abs(one["effect"]) for one in moved] == pytest.approx(np.sort(effect)[::-1][:5])
+
+
+def test_measurements_keep_to_their_share_of_the_time(tmp_path) -> None:
+    """A clock that ticks: a measurement takes 3 ticks here, a step 10; a share of 2% is one in 15 steps or fewer."""
+    now = [0.0]
+
+    def clock() -> float:
+        return now[0]
+
+    monitor = make(tmp_path, share=0.02, clock=clock)
+    policy, _ = small.model()
+    slow, taken = monitor.measure, []
+
+    def measure(model):
+        now[0] += 3.0
+        taken.append(now[0])
+        return slow(model)
+
+    monitor.measure = measure  # type: ignore[method-assign]
+    monitor.out.mkdir(parents=True)
+    monitor._measure(policy, 0)
+    for step in range(1, 101):
+        now[0] += 10.0
+        if monitor._due(step):
+            monitor._measure(policy, step)
+    assert 5 <= len(taken) - 1 <= 7
+    assert 3.0 * (len(taken) - 1) <= 0.02 * now[0]
+
+
+def test_a_run_that_goes_on_keeps_its_step_0(tmp_path) -> None:
+    monitor = make(tmp_path, every=1)
+    run(tmp_path, monitor, save_strategy="steps", save_steps=2, max_steps=2)
+    again = make(tmp_path, every=1)
+    policy, tokenizer = small.model()
+    trainer = small.FeatureSFTTrainer(
+        policy,
+        small.config(tmp_path / "run", **RUN),
+        train_dataset=small.Dataset.from_list([{k: r[k] for k in ("prompt", "completion")} for r in small.ROWS]),
+        processing_class=tokenizer,
+    )
+    again.attach(trainer)
+    trainer.train(resume_from_checkpoint=True)
+    assert [line["step"] for line in read_monitor(again.path)] == [0, 1, 2, 3, 4]
+    np.testing.assert_array_equal(again.start[0].mean, monitor.start[0].mean)
+
+
+def test_what_does_not_fit_is_refused(tmp_path) -> None:
+    _, tokenizer = small.model()
+    with pytest.raises(InputError, match="at least two probe texts"):
+        Monitor(small.saes(), tokenizer, ["one"], tmp_path)
+    with pytest.raises(NotFoundError, match="no SAE for it"):
+        make(tmp_path, watch={1: [0]})
+    with pytest.raises(InputError, match="feature 96 does not exist"):
+        make(tmp_path, watch={0: [96]})
+    with pytest.raises(InputError, match="every step or less often"):
+        make(tmp_path, every=0)
+    with pytest.raises(NotFoundError, match="a Monitor writes it"):
+        read_monitor(tmp_path / "none.jsonl")

@@ -1,0 +1,215 @@
+"""Alpha tables equal brute force; the commands run from a labelled file to a measured model; bad input is refused."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import posttrain_tiny as small
+import pytest
+import tiny
+import torch
+
+from qwen_scope import load_scope
+from qwen_scope.cli import main
+from qwen_scope.errors import FormatError, InputError, MismatchError, NotFoundError
+from qwen_scope.lab import documents
+from qwen_scope.model import HookPoint, capture
+from qwen_scope.posttrain import FeatureLoss, code_switch_ratio, lab_samples, prepare, read_table
+from qwen_scope.posttrain.samples import sample_of
+
+LABELLED = [
+    ("calm", "The weather is fine today."),
+    ("calm", "Where is the station?"),
+    ("loud", "今天天气很好。"),
+    ("loud", "车站在哪里？"),
+    ("code", "def add(a, b): return a + b"),
+]
+
+
+@pytest.fixture(scope="module")
+def scope():
+    return load_scope(tiny.folder() / "model", tiny.folder() / "sae")
+
+
+def dense(scope, layer: int, group: str):
+    """Activations and pre-activations of a group's tokens, first tokens left out, token by feature."""
+    acts, pre = [], []
+    sae = scope.saes[layer]
+    for name, text in LABELLED:
+        if name == group:
+            ids = torch.tensor([scope.tokenizer(text)["input_ids"]])
+            h = capture(scope.model, ids, [HookPoint(layer)])[HookPoint(layer)][0, 1:]
+            acts.append(sae.encode(h).to_dense().numpy())
+            pre.append((h @ sae.W_enc.T + sae.b_enc).numpy())
+    return np.concatenate(acts).mean(0), np.concatenate(pre).mean(0)
+
+
+def test_features_and_thresholds_are_brute_force(scope, tmp_path) -> None:
+    found = prepare(scope, LABELLED, "loud", layers=[0, 2], features=3)
+    for one in found.layers:
+        means = {group: dense(scope, one.layer, group) for group in ("calm", "code", "loud")}
+        score = means["loud"][0] - (means["calm"][0] + means["code"][0]) / 2
+        assert list(one.features) == np.argsort(-score, kind="stable")[:3].tolist()
+        assert list(one.scores) == pytest.approx(score[list(one.features)], abs=1e-3)
+        for group, (_, pre) in means.items():
+            assert list(one.alpha[group]) == pytest.approx(pre[list(one.features)], abs=1e-3)
+    words = {scope.tokenizer.decode([token]) for token in found.tokens}
+    assert words
+    assert all(any(word in text for group, text in LABELLED if group == "loud") for word in words if "�" not in word)
+    found.save(tmp_path / "table.json")
+    assert read_table(tmp_path / "table.json") == found
+
+
+def test_the_control_draws_other_features(scope) -> None:
+    best = prepare(scope, LABELLED, "loud", layers=[2])
+    control = prepare(scope, LABELLED, "loud", layers=[2], at_random=1)
+    assert len(control.layers[0].features) == 2
+    assert not set(control.layers[0].features) & set(best.layers[0].features)
+    assert control == prepare(scope, LABELLED, "loud", layers=[2], at_random=1)
+    assert control.made["features"] == "at random"
+
+
+def test_a_table_of_another_sae_is_refused(scope) -> None:
+    found = prepare(scope, LABELLED, "loud", layers=[0])
+    other = replace(scope.saes[0], identity=replace(scope.saes[0].identity, fingerprint="f" * 64))
+    with pytest.raises(MismatchError, match="the alpha table was made with"):
+        FeatureLoss(found, {0: other}, weight=1.0)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda data: "{", "is not JSON"),
+        (lambda data: [], "is not an alpha table"),
+        (lambda data: {**data, "version": 2}, "has version 2"),
+        (lambda data: {**data, "layers": []}, "has no layer"),
+        (lambda data: {k: v for k, v in data.items() if k != "target"}, "is damaged: KeyError"),
+        (lambda data: {**data, "target": "xx"}, "does not name the same groups"),
+        (lambda data: {**data, "layers": [{**data["layers"][0], "scores": []}]}, "one number per feature"),
+        (lambda data: {**data, "layers": [{**data["layers"][0], "alpha": {"zh": [float("nan")] * 3}}]}, "not finite"),
+    ],
+)
+def test_damaged_tables(change, says, tmp_path) -> None:
+    path = tmp_path / "table.json"
+    small.table().save(path)
+    damaged = change(json.loads(path.read_text()))
+    path.write_text(damaged if isinstance(damaged, str) else json.dumps(damaged))
+    with pytest.raises(FormatError, match=says):
+        read_table(path)
+
+
+def test_what_prepare_refuses(scope) -> None:
+    with pytest.raises(NotFoundError, match="no text belongs to the target 'lout'; did you mean 'loud'"):
+        prepare(scope, LABELLED, "lout")
+    with pytest.raises(InputError, match="texts of other groups"):
+        prepare(scope, LABELLED[:2], "calm")
+
+
+def test_samples_of_chats_and_of_the_lab() -> None:
+    chat = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
+    assert sample_of(chat, None, "en") == {"prompt": chat[:1], "completion": chat[1:], "group": "en"}
+    with pytest.raises(InputError, match="ends with a message of the assistant"):
+        sample_of(chat[:1], None, "en")
+    for document in documents(n=40, kinds=["drift", "chat"], seed=1):
+        (sample,) = lab_samples([document])
+        assert sample["group"] == document.factors.get("answer_language", document.language)
+        if "prompt" in sample:
+            assert sample["prompt"] + sample["completion"] == document.text.rstrip()
+            assert sample["prompt"].endswith("</think>\n\n")
+
+
+def test_code_switching_is_counted_by_script(scope) -> None:
+    found = code_switch_ratio(
+        scope.model, scope.tokenizer, ["The weather", "Where is", "hello"], "CJK", samples=4, max_new_tokens=8, seed=3
+    )
+    flat = [text for row in found.answers for text in row]
+    assert len(flat) == 12
+    assert len(set(flat)) > 6, "samples differ"
+    assert found.switched == [[any("\u4e00" <= c <= "\u9fff" for c in text) for text in row] for row in found.answers]
+    assert found.ratio.estimate == pytest.approx(np.mean(found.switched))
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("corpus")
+    texts = folder / "texts.jsonl"
+    texts.write_text("\n".join(json.dumps({"text": text, "group": group}) for group, text in LABELLED))
+    rows = [
+        {**row, "group": {"en": "calm", "de": "calm", "zh": "loud", None: None}[row["group"]]} for row in small.ROWS
+    ]
+    (folder / "chats.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (folder / "prompts.txt").write_text("The weather\nWhere is\n")
+    return folder
+
+
+def run(capsys, *words: object) -> dict:
+    assert main(["posttrain", *map(str, words), "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft's own
+def test_from_labels_to_a_measured_model(corpus, tmp_path, capsys) -> None:
+    model = ("--model", tiny.folder() / "model")
+    sae = ("--sae", tiny.folder() / "sae")
+    made = run(capsys, "prepare", corpus / "texts.jsonl", "--target", "loud", "-o", tmp_path / "t.json", *model, *sae)
+    assert [one["layer"] for one in made["layers"]] == [0, 2]
+    quick = ("--table", tmp_path / "t.json", "--accumulate", 1, "--batch", 4, "--warmup", 0, "--lr", 1e-2)
+    quick += ("--max-length", 48, "--held-out", corpus / "chats.jsonl")
+    chats = corpus / "chats.jsonl"
+    out = tmp_path / "run"
+    done = run(capsys, "sft", chats, "-o", out, *model, *sae, *quick, "--weight", 0.5, "--lora", 2, "--epochs", 2)
+    assert done["steps"] == 4
+    facts = json.loads((out / "run.json").read_text())
+    assert (facts["method"], facts["weight"], facts["target"], facts["seed"]) == ("features", 0.5, "loud", 42)
+    assert "trl" in facts["versions"]
+    log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert any("eval_loss" in line for line in log)
+    measured = run(capsys, "eval", "--model", out / "model", "--held-out", chats)
+    assert measured["held_out_loss"] == pytest.approx(done["held_out_loss"], abs=1e-4)  # the adapter is merged
+    asked = ("--script", "CJK", "--samples", 2, "--max-new-tokens", 4)
+    measured = run(capsys, "eval", corpus / "prompts.txt", *asked, "--model", out / "model")
+    assert 0 <= measured["code_switch_ratio"]["estimate"] <= 1
+    penalised = run(capsys, "sft", chats, "-o", tmp_path / "p", *model, *quick, "--method", "penalty", "--max-steps", 1)
+    assert penalised["steps"] == 1
+
+
+def test_an_interrupted_run_goes_on(corpus, tmp_path, capsys) -> None:
+    words = ("sft", corpus / "chats.jsonl", "--method", "plain", "--model", tiny.folder() / "model", "--accumulate", 1)
+    words += ("--batch", 4, "--warmup", 0, "--max-length", 48, "--epochs", 3, "--save-every", 2)
+    whole = run(capsys, *words, "-o", tmp_path / "whole")
+    run(capsys, *words, "-o", tmp_path / "part")
+    (tmp_path / "part" / "metrics.json").unlink()
+    for folder in (tmp_path / "part" / "checkpoints").iterdir():
+        if folder.name != "checkpoint-4":
+            [path.unlink() for path in folder.iterdir()]
+            folder.rmdir()
+    again = run(capsys, *words, "-o", tmp_path / "part", "--resume")
+    assert again["steps"] == whole["steps"] == 6
+    weights = [(tmp_path / name / "model" / "model.safetensors").read_bytes() for name in ("whole", "part")]
+    assert weights[0] == weights[1]
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["eval"], "nothing to measure"),
+        (["eval", "lab"], "needs both"),
+        (["eval", "lab", "--script", "KLINGON"], "no letter of Unicode"),
+        (["sft", "lab", "-o", "out"], "needs an alpha table"),
+        (["sft", "lab", "-o", "out", "--method", "magic"], "the method is one of"),
+        (["sft", "lab", "-o", "out", "--method", "plain", "--zero"], "belong to the method"),
+        (["sft", "lab", "-o", "out", "--table", "none.json"], "there is no alpha table"),
+        (
+            ["sft", "lab", "-o", "out", "--method", "plain", "--resume", "--save-every", "5"],
+            "no checkpoint to go on from",
+        ),
+        (["prepare", "lab", "--target", "tlh", "-o", "t.json", "-n", "30"], "no text belongs to the target"),
+    ],
+)
+def test_bad_input_ends_with_one_sentence(words, says, capsys, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["posttrain", *words]) == 2
+    assert says in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
