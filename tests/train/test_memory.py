@@ -24,8 +24,9 @@ def now(what):
     # getrusage would also count what the process that started this one had.
     status = open("/proc/self/status").read()
     return int(status.split(what + ":")[1].split()[0]) * 1024
-small = TrainConfig(d_sae=64, k=8, tokens=3 * batch, batch=batch, dead_tokens=1)
-train(small, batches(batch, 16))
+# Libraries take memory once, and a compiler among them: a small run of the same kind loads them all.
+small = TrainConfig(d_sae=d_sae, k=8, tokens=3 * batch, batch=batch, dead_tokens=1)
+train(small, batches(batch, d_model // 2))
 before = now("VmRSS")
 # Every feature that did not fire in the first step is dead in the second, so AuxK is part of the peak.
 config = TrainConfig(d_sae=d_sae, k=32, tokens=3 * batch, batch=batch, dead_tokens=1)

@@ -47,7 +47,7 @@ def top_entries(
         b_enc = torch.where(among, b_enc, -torch.inf)
     if k == 0:
         return x.new_zeros(len(x), 0), torch.zeros(len(x), 0, dtype=torch.int64, device=x.device)
-    if len(x) >= SCREEN_ROWS and kernels.worth_screening(x, W_enc, b_enc):
+    if among is None and len(x) >= SCREEN_ROWS and kernels.worth_screening(x, W_enc, b_enc):
         # The weights move at every step, so what screening needs is made anew.
         screen = kernels.prepare(W_enc.detach(), b_enc.detach())
         if kernels.can_screen(W_enc, k, screen):

@@ -17,7 +17,8 @@ class MemoryPlan:
     Attributes:
         weights: parameters of all layers.
         optimiser: Adam's two moments of all layers, and the dead counters.
-        gradients: of the one layer that is being updated, and the product that is being added to one of them.
+        gradients: of the one layer that is being updated, and the product that is being added to one of them; or the
+            pre-activations that are chosen from before there is a gradient, where those are larger.
         batch: residuals, reconstruction, errors and activations of one layer's batch.
         buffer: stored residuals.
     """
@@ -53,8 +54,8 @@ def memory_plan(config: TrainConfig, d_model: int, n_layers: int, *, buffer: int
     return MemoryPlan(
         weights=n_layers * parameters,
         optimiser=n_layers * (2 * parameters + 12 * d_sae),
-        gradients=parameters + matrix,
+        gradients=max(parameters + matrix, TILE_BYTES + TILE_BYTES // 2),
         # The whole batch of all layers, then of one layer: scaled, centred, reconstructed, its error and gradients.
-        batch=(n_layers + 6) * row + 24 * entries + 3 * TILE_BYTES,
+        batch=(n_layers + 6) * row + 24 * entries,
         buffer=buffer,
     )
