@@ -50,9 +50,12 @@ def opened(given: argparse.Namespace):
     Raises:
         MismatchError: a flag contradicts the weights.
     """
+    from transformers.utils import logging
+
     from qwen_scope.explorer import Desk
     from qwen_scope.scope import load_scope
 
+    logging.disable_progress_bar()
     scope = load_scope(given.model, given.sae_path, k=given.top_k)
     sae = scope.saes[scope.layers[0]]
     for flag, said, found in (
@@ -62,9 +65,7 @@ def opened(given: argparse.Namespace):
         ("--top-k", given.top_k, sae.k),
     ):
         if said is not None and said != found:
-            raise MismatchError(
-                f"{flag} says {said}, the weights say {found}; leave it out, or name other weights"
-            )
+            raise MismatchError(f"{flag} says {said}, the weights say {found}; leave it out, or name other weights")
     if given.sae_cache_max < 1:
         raise MismatchError(f"--sae-cache-max is at least 1, not {given.sae_cache_max}")
     scope.saes.cache_bytes = given.sae_cache_max * sae.nbytes

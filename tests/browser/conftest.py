@@ -1,35 +1,42 @@
-"""A page that is served, and a browser that looks at it."""
+"""The page, served with two stores, and a browser that visits it."""
 
 from __future__ import annotations
 
 import shutil
-import warnings
 from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
+import explored
 import pytest
 from playwright.sync_api import Browser, BrowserContext, Page, expect, sync_playwright
 
 from qwen_scope import load_scope
-from qwen_scope.explorer import Desk, launch
+from qwen_scope.explorer import Desk
 
 CHROMIUM = shutil.which("chromium")
-PATIENCE = 60_000  # milliseconds; a slow machine is not a wrong page
+PATIENCE = 120_000  # milliseconds; a slow machine is not a wrong page
 
 expect.set_options(timeout=PATIENCE)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Gradio leaves sockets and event loops to the garbage collector, which says so at any time."""
+    for item in items:
+        item.add_marker(pytest.mark.filterwarnings("ignore::ResourceWarning"))
+        item.add_marker(pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"))
+
+
 @pytest.fixture(scope="session")
-def desk() -> Desk:
-    return Desk(load_scope("lab", device="cpu"))
+def desk(tmp_path_factory: pytest.TempPathFactory) -> Desk:
+    scope = load_scope("lab", device="cpu")
+    return Desk(scope, explored.make_stores(scope, tmp_path_factory.mktemp("stores")))
 
 
 @pytest.fixture(scope="session")
 def url(desk: Desk) -> Iterator[str]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of the server's packages, in threads that outlive a test
-        page, address = launch(desk, block=False)
+    with explored.served(desk) as address:
         yield address
-        page.close(verbose=False)
 
 
 @pytest.fixture(scope="session")
@@ -45,12 +52,12 @@ def browser() -> Iterator[Browser]:
 
 @pytest.fixture
 def visit(browser: Browser, url: str) -> Iterator[Callable[..., Page]]:
-    """`visit(path)` opens the page as a new visitor; at the end no visitor may have met an error or left for the net."""
+    """`visit(path)` opens the page as a new visitor; none of them may meet an error or ask another machine."""
     contexts: list[BrowserContext] = []
     wrong: list[str] = []
 
-    def open_page(path: str = "", **options: object) -> Page:
-        context = browser.new_context(viewport={"width": 1280, "height": 900}, **options)  # pyright: ignore
+    def open_page(path: str = "", **options: Any) -> Page:
+        context = browser.new_context(**{"viewport": {"width": 1280, "height": 900}, **options})
         contexts.append(context)
         page = context.new_page()
         page.set_default_timeout(PATIENCE)
@@ -58,9 +65,16 @@ def visit(browser: Browser, url: str) -> Iterator[Callable[..., Page]]:
         page.on("dialog", lambda dialog: (wrong.append(f"dialog: {dialog.message}"), dialog.dismiss()))
         page.on("request", lambda r: None if r.url.startswith((url, "data:", "blob:")) else wrong.append(r.url))
         page.goto(url + path)
+        expect(page.get_by_role("tab", name="Explore")).to_be_visible()
         return page
 
     yield open_page
     for context in contexts:
         context.close()
     assert wrong == []
+
+
+@pytest.fixture(scope="session")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder for what the tests upload and download."""
+    return tmp_path_factory.mktemp("files")

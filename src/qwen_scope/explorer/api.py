@@ -153,13 +153,20 @@ def written(side: Generation) -> dict[str, Any]:
     return {"text": side.text, "finished": side.finished, "tokens": tokens}
 
 
+def plain(value: Any) -> Any:
+    """The same as JSON knows it: keys are text."""
+    if isinstance(value, dict):
+        return {str(key): plain(one) for key, one in value.items()}
+    return [plain(one) for one in value] if isinstance(value, list | tuple) else value
+
+
 def sentences(endpoint: Callable[..., Any]) -> Callable[..., Any]:
     """The endpoint, with purposeful errors as sentences that a client can read and a browser shows inertly."""
 
     @functools.wraps(endpoint)
     def answer(*args: Any, **kwargs: Any) -> Any:
         try:
-            return endpoint(*args, **kwargs)
+            return plain(endpoint(*args, **kwargs))
         except QwenScopeError as error:
             raise gr.Error(escaped(str(error)), print_exception=False) from error
 

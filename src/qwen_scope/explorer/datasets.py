@@ -132,7 +132,9 @@ def result_panel(title: str, found: Result, seconds: float) -> Markup:
 
 def table_of(table: Table) -> Markup:
     """The first rows of a table."""
-    head = element("tr", *(element("th", name, scope="col") for name in table.columns))
+    right = [all(numeric(row[i]) for row in table.rows) for i in range(len(table.columns))]
+    names = zip(table.columns, right, strict=True)
+    head = element("tr", *(element("th", n, scope="col", class_="qs-figure" if r else None) for n, r in names))
     rows = []
     for row in list(table.rows)[:ROWS]:
         cells = [element("td", cell_of(cell), class_="qs-figure" if numeric(cell) else None) for cell in row]

@@ -39,9 +39,7 @@ class ExploreTab:
                 max_length=desk.limits.characters, scale=4,
             )  # fmt: skip
             with gr.Column(scale=1, min_width=240):
-                self.chat = gr.Dropdown(
-                    CHAT_CHOICES, value="plain", label="Put to the model as", elem_id="explore-chat"
-                )
+                self.chat = gr.Dropdown(CHAT_CHOICES, value="plain", label="Read as", elem_id="explore-chat")
                 self.read = gr.Button("Read", variant="primary", elem_id="explore-read")
         self.examples = panel(examples(EXAMPLES), elem_id="explore-examples")
         self.notice = panel(elem_id="explore-notice")

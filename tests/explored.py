@@ -1,0 +1,41 @@
+"""What the tests of the web page share: hostile text, two small stores, and the page being served."""
+
+from __future__ import annotations
+
+import gc
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from qwen_scope.corpus import Corpus, extract
+from qwen_scope.explorer import Desk, launch
+from qwen_scope.model import LoadedModel
+from qwen_scope.scope import Scope
+
+HOSTILE = "<script>window.hit=1</script><img src=x onerror='window.hit=2'> \"q\" ${1} {{x}} `b` \u202eשלום مرحبا 🙂"
+GERMAN = ["Wo ist der Bahnhof?", "Guten Morgen, wie geht es dir?", "Der Zug kommt um neun.", HOSTILE]
+ENGLISH = ["Where is the station?", "Good morning, how are you?", "The train comes at nine."]
+LAYER = 4
+
+
+def make_stores(scope: Scope, folder: Path) -> dict[str, Path]:
+    """Two stores of one layer, by name."""
+    loaded = LoadedModel(scope.model, scope.tokenizer, scope.name)
+    for name, texts in (("german", GERMAN), ("english", ENGLISH)):
+        extract(Corpus(texts, name=name), loaded, {LAYER: scope.saes[LAYER]}, folder / name).close()
+    return {name: folder / name for name in ("german", "english")}
+
+
+@contextmanager
+def served(desk: Desk, **options: Any) -> Iterator[str]:
+    """The address of the page while it is served."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the server's packages, in threads that outlive a test
+        page, address = launch(desk, block=False, **options)
+        try:
+            yield address
+        finally:
+            page.close(verbose=False)
+            gc.collect()  # sockets and loops that the server's packages left, while nobody minds

@@ -1,0 +1,36 @@
+"""A desk on the lab with two stores, and its page served to clients."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import explored
+import pytest
+
+from qwen_scope import load_scope
+from qwen_scope.explorer import Desk, Limits
+
+
+@pytest.fixture(scope="session")
+def stores(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return explored.make_stores(load_scope("lab", device="cpu"), tmp_path_factory.mktemp("stores"))
+
+
+@pytest.fixture(scope="session")
+def desk(stores: dict[str, Path]) -> Desk:
+    return Desk(load_scope("lab", device="cpu"), stores, Limits(upload_bytes=20_000, set_texts=5))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Gradio and its client leave sockets and event loops to the garbage collector, which says so at any time."""
+    for item in items:
+        if Path(__file__).parent in item.path.parents:
+            item.add_marker(pytest.mark.filterwarnings("ignore::ResourceWarning"))
+            item.add_marker(pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"))
+
+
+@pytest.fixture(scope="module")
+def url(desk: Desk) -> Iterator[str]:
+    with explored.served(desk) as address:
+        yield address

@@ -1,0 +1,125 @@
+"""What all visitors share: limits, what is remembered, sides of a comparison, labels and notes."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+from explored import ENGLISH, GERMAN, LAYER
+
+from qwen_scope.errors import InputError, MismatchError, NotFoundError, QwenScopeError
+from qwen_scope.explorer import Desk, Limits
+from qwen_scope.explorer.desk import whole_number
+from qwen_scope.explorer.jobs import Jobs, watched
+from qwen_scope.features import Label, Notes, make_label
+from qwen_scope.stats import Interval
+
+
+def test_what_was_read_lately_is_kept_by_bytes(desk: Desk) -> None:
+    one = Desk(desk.scope)
+    first = one.seen("Hello there", LAYER)
+    assert one.seen("Hello there", LAYER) is first
+    assert one.seen("Hello there", LAYER, "thinking") is not first
+    small = Desk(desk.scope, limits=Limits(remembered_bytes=one.remembered_bytes))
+    for i in range(20):
+        small.seen(f"Hello there, number {i}", LAYER)
+        assert small.remembered_bytes <= small.limits.remembered_bytes
+
+
+def test_texts_that_may_not_be_read(desk: Desk) -> None:
+    small = Desk(desk.scope, limits=dataclasses.replace(desk.limits, characters=10))
+    for text, says in (("", "is empty"), (" \n", "is empty"), ("x" * 11, "11 characters and this page reads up to 10")):
+        with pytest.raises(InputError, match=says):
+            small.check_text(text)
+    with pytest.raises(InputError, match="one of plain, thinking, non_thinking"):
+        desk.seen("Hello", LAYER, "shouting")
+
+
+def test_a_side_is_a_text_or_the_rows_of_a_file(desk: Desk, tmp_path: Path) -> None:
+    assert desk.side("one text", None, "first") == ["one text"]
+    (tmp_path / "a.txt").write_text("one\n\ntwo\n")
+    assert desk.side("ignored", str(tmp_path / "a.txt"), "first") == ["one", "two"]
+    (tmp_path / "b.jsonl").write_text('{"text": "drei"}\n{"text": "vier"}\n')
+    assert desk.side("", str(tmp_path / "b.jsonl"), "first") == ["drei", "vier"]
+    for name, content, says in (
+        ("many.txt", "x\n" * 6, "more than 5 texts"),
+        ("none.txt", "\n", "holds no text"),
+        ("bad.jsonl", "not json\n", "row 1 of the second file can't be used"),
+    ):
+        (tmp_path / name).write_text(content)
+        with pytest.raises(InputError, match=says):
+            desk.side("", str(tmp_path / name), "second")
+
+
+def test_sets_compare_as_the_scope_does(desk: Desk) -> None:
+    found, seen = desk.compare(GERMAN[:2], ENGLISH, [LAYER], 5, ["first"])
+    assert found == desk.scope.compare(GERMAN[:2], ENGLISH, [LAYER], n=5, drop_first=True)
+    assert seen.texts == [*GERMAN[:2], *ENGLISH]
+    with pytest.raises(InputError, match="first, common or prefix"):
+        desk.compare(GERMAN, ENGLISH, [LAYER], 5, ["last"])
+
+
+def test_only_the_stores_named_at_the_start_can_be_opened(desk: Desk, stores: dict[str, Path]) -> None:
+    for name in (str(stores["german"]), "../german", "/etc", ""):
+        with pytest.raises(InputError, match="there is no store"):
+            desk.store(name)
+
+
+def test_labels_come_with_their_score_and_notes_stay(desk: Desk, stores: dict[str, Path]) -> None:
+    assert desk.label(LAYER, 7) is None
+    with desk.store("german") as store:
+        good = Interval(0.9, 0.8, 1.0, 20)
+        label = Label("German words", good, Interval(0.7, 0.6, 0.8, 20), "summary", "tokens")
+        Notes(store).add(make_label(LAYER, 7, store.layer(LAYER).fingerprint, label))
+    named = desk.label(LAYER, 7)
+    assert named is not None
+    assert (named.text, named.score) == ("German words", pytest.approx(0.8))
+
+    desk.write_note(LAYER, 7, "german", "fires on umlauts", "Ada")
+    page = Desk(desk.scope, stores).feature_page(LAYER, 7, "german")
+    assert [note.body["text"] for note in page.notes if note.kind == "note"] == ["fires on umlauts"]
+    with pytest.raises(InputError, match="the note is empty"):
+        desk.write_note(LAYER, 7, "german", " ", "Ada")
+
+
+def test_features_that_do_not_exist(desk: Desk) -> None:
+    for layer, feature, says in ((LAYER, 2048, "features 0 to 2047"), (LAYER, -1, "no feature -1"), (9, 0, "layer 9")):
+        with pytest.raises(QwenScopeError, match=says):
+            desk.feature_page(layer, feature)
+    with pytest.raises((NotFoundError, MismatchError)):
+        desk.feature_page(0, 1, "german")
+
+
+@pytest.mark.parametrize("value", [None, "", "four", 1.5, float("nan"), float("inf"), True])
+def test_fields_that_are_no_whole_number(value: object) -> None:
+    with pytest.raises(InputError, match="whole number"):
+        whole_number(value, "layer")
+    assert whole_number("7", "layer") == whole_number(7.0, "layer") == 7
+
+
+def test_work_reports_and_stops() -> None:
+    jobs = Jobs()
+    with jobs.at_work("ada") as stop:
+        assert jobs.running == 1
+        told = list(watched(lambda report: [report("a", share, "") for share in (0.0, 0.5)] and "result", stop))
+    assert [getattr(one, "share", one) for one in told] == [0.0, 0.5, "result"]
+    assert jobs.running == 0
+
+    def endless(report):
+        while True:
+            report("a", 0.5, "")
+
+    with jobs.at_work("ada") as stop:
+        for count, _ in enumerate(watched(endless, stop)):
+            if count == 3:
+                jobs.stop("bob")
+                assert not stop.is_set()
+                jobs.stop("ada")
+        assert stop.is_set()
+
+    def wrong(report):
+        raise InputError("no")
+
+    with jobs.at_work("ada") as stop, pytest.raises(InputError, match="no"):
+        list(watched(wrong, stop))
