@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import lab_store
 import numpy as np
 import pytest
+from lab_store import LAYER, OTHER
 from scipy import sparse
 
-from qwen_scope import FeatureStore, load_scope
+from qwen_scope import FeatureStore
 from qwen_scope.cli import main
-from qwen_scope.corpus import Corpus, extract
 from qwen_scope.errors import InputError, NotFoundError
 from qwen_scope.features import (
     Pooled,
@@ -25,30 +26,17 @@ from qwen_scope.features import (
 )
 from qwen_scope.features.find import best_f1
 from qwen_scope.lab import documents
-from qwen_scope.model import LoadedModel
 from qwen_scope.scope import Scope
-
-LAYER, OTHER = 5, 2
 
 
 @pytest.fixture(scope="module")
 def scope() -> Scope:
-    return load_scope("lab")
+    return lab_store.scope()
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory, scope: Scope) -> Path:
-    """A store of talk in three languages and of repetition, layers 2 and 5."""
-    rows = [
-        {"text": d.text, "language": d.language, "kind": d.kind, "n": i}
-        for language in ("de", "en", "zh")
-        for i, d in enumerate(documents(seed=5, n=16, kinds=["talk"], languages=[language]))
-    ]
-    rows += [{"text": d.text, "kind": d.kind} for d in documents(seed=5, n=12, kinds=["repetition"])]
-    out = tmp_path_factory.mktemp("find") / "store"
-    saes = {layer: scope.saes[layer] for layer in (OTHER, LAYER)}
-    extract(Corpus(rows, name="small"), LoadedModel(scope.model, scope.tokenizer, "lab"), saes, out).close()
-    return out
+def folder() -> Path:
+    return lab_store.folder()
 
 
 @pytest.fixture
@@ -252,11 +240,13 @@ def test_the_command_finds_in_a_store_and_in_files(folder: Path, tmp_path: Path,
         assert main(["find", str(folder), *more, *layers, "-n", "1", "--json"]) == 0
         assert json.loads(capsys.readouterr().out)
         assert main(["find", str(folder), *more, *layers, "-n", "1"]) == 0
+        assert "layer" in capsys.readouterr().out
     capsys.readouterr()
     for words in (["--promotes", "the"], ["--near", "5/3"]):
         assert main(["find", *words, *layers, "-n", "2", "--json"]) == 0
         assert json.loads(capsys.readouterr().out)
         assert main(["find", *words, *layers, "-n", "2"]) == 0
+        assert "layer" in capsys.readouterr().out
     assert main(["find", str(folder), "--near", "5/3", "-n", "2"]) == 0
 
 

@@ -1,0 +1,41 @@
+"""One store of the lab for the tests of this room: talk in three languages, and repetition, layers 2 and 5."""
+
+from __future__ import annotations
+
+import functools
+import shutil
+import tempfile
+from pathlib import Path
+
+from qwen_scope import load_scope
+from qwen_scope.corpus import Corpus, extract
+from qwen_scope.lab import documents
+from qwen_scope.model import LoadedModel
+from qwen_scope.scope import Scope
+
+LAYER, OTHER = 5, 2
+
+
+@functools.cache
+def scope() -> Scope:
+    return load_scope("lab", device="cpu")
+
+
+@functools.cache
+def folder() -> Path:
+    """Made once per test process; not to be changed."""
+    rows = [
+        {"text": d.text, "language": d.language, "kind": d.kind, "n": i}
+        for language in ("de", "en", "zh")
+        for i, d in enumerate(documents(seed=5, n=16, kinds=["talk"], languages=[language]))
+    ]
+    rows += [{"text": d.text, "kind": d.kind} for d in documents(seed=5, n=12, kinds=["repetition"])]
+    out = Path(tempfile.mkdtemp(prefix="qwen-scope-lab-store-")) / "store"
+    saes = {layer: scope().saes[layer] for layer in (OTHER, LAYER)}
+    extract(Corpus(rows, name="small"), LoadedModel(scope().model, scope().tokenizer, "lab"), saes, out).close()
+    return out
+
+
+def copied(to: Path) -> Path:
+    """A copy that a test may write notes into."""
+    return Path(shutil.copytree(folder(), to / "store"))
