@@ -187,6 +187,22 @@ def measured(x: torch.Tensor, W: torch.Tensor, b: torch.Tensor, screen: bound.Sc
     return low, allowed, x.double() @ W.double().T + b.double()
 
 
+@pytest.mark.parametrize("d_model", [1, 64, 2**14])
+@pytest.mark.parametrize("scale", [1e-44, 1e-38, 1e-30, 1e-20, 1.0, 1e13])
+def test_norms_taken_in_fp32_are_never_below_the_true_ones(d_model: int, scale: float) -> None:
+    W = randn(40, d_model) * scale
+    W[0], W[1] = scale, scale * (1 + 2.0**-9)
+    screen = kernels.prepare(W, torch.zeros(40))
+    lost = (W - W.bfloat16().float()).double()
+    assert screen.usable
+    assert (screen.per_feature[:40, 1].double() >= W.double().norm(dim=1)).all()
+    assert (screen.per_feature[:40, 0].double() >= lost.norm(dim=1)).all()
+
+
+def test_wider_residuals_than_that_are_not_screened() -> None:
+    assert not kernels.prepare(torch.ones(40, 2**14 + 1), torch.zeros(40)).usable
+
+
 def test_the_bound_holds_where_all_rounding_goes_one_way() -> None:
     """Residues parallel to what they multiply: Cauchy-Schwarz becomes an equality, so half of the bound is used."""
     W = torch.full((512, 64), 1 + 2.0**-9 - 2.0**-20)
