@@ -12,7 +12,8 @@ from explored import ENGLISH, GERMAN, HOSTILE, LAYER, served
 from gradio_client import Client
 from gradio_client.exceptions import AppError, AuthenticationError
 
-from qwen_scope.explorer import Api, Desk
+from qwen_scope.errors import InputError
+from qwen_scope.explorer import Api, Desk, launch
 from qwen_scope.steer import Decoding, Intervention
 
 CHANGE = {"layer": LAYER, "feature": 7, "amount": 0.5}
@@ -185,5 +186,8 @@ def test_with_a_password_nobody_else_enters(desk: Desk) -> None:
         assert Client(url, auth=("ada", "secret"), verbose=False).predict(api_name="/info")["model"] == "lab"
 
 
-def test_it_listens_on_this_machine_only(url: str) -> None:
+def test_it_listens_on_this_machine_only(url: str, desk: Desk) -> None:
     assert url.startswith("http://127.0.0.1:")
+    taken = int(url.rstrip("/").rpartition(":")[2])
+    with pytest.raises(InputError, match=f"can't listen at 127.0.0.1, port {taken}"):
+        launch(desk, port=taken, block=False)

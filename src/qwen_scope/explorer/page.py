@@ -8,6 +8,7 @@ from typing import Any
 
 import gradio as gr
 
+from qwen_scope.errors import InputError
 from qwen_scope.report import Markup, element, join
 
 from . import theme
@@ -79,17 +80,24 @@ def launch(
         port: by default the first free one from 7860 on.
         auth: pairs of name and password; without them everybody who reaches the page may use it.
         block: return only when the page is stopped.
+
+    Raises:
+        InputError: the address is taken, or none of this machine's.
     """
     page = build(desk)
     page.queue(max_size=200, default_concurrency_limit=1)
-    _, url, _ = page.launch(
-        server_name=host,
-        server_port=port,
-        auth=list(auth) if auth else None,
-        inbrowser=open_browser,
-        prevent_thread_lock=not block,
-        **served(desk),
-    )
+    try:
+        _, url, _ = page.launch(
+            server_name=host,
+            server_port=port,
+            auth=list(auth) if auth else None,
+            inbrowser=open_browser,
+            prevent_thread_lock=not block,
+            **served(desk),
+        )
+    except OSError as error:
+        place = host if port is None else f"{host}, port {port}"
+        raise InputError(f"the page can't listen at {place}, which may be taken; name another --port") from error
     return page, url
 
 

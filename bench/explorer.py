@@ -1,0 +1,179 @@
+"""How long a visitor of the explorer waits, in a real browser on the lab; and a feature's page from a large store.
+
+    python bench/explorer.py [--rounds 7] [--activations 10000000]
+
+Needs Debian's chromium (tests/browser/run.sh gets it) and Python's playwright.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+import store as made_up
+from playwright.sync_api import Browser, Page, sync_playwright
+from sections import paragraph, table, write_section
+
+from qwen_scope import load_scope
+from qwen_scope.corpus import FeatureStore, LayerInfo, StoreWriter
+from qwen_scope.explorer import Desk, launch
+from qwen_scope.scope import Scope
+
+PERFORMANCE = Path(__file__).parents[1] / "docs" / "performance.md"
+LAYER = 4
+TEXT = "Could you wait, please? Round {i} of the talk about the station, the garden and the letter."
+
+
+def large_store(scope: Scope, folder: Path, activations: int) -> None:
+    """A store of made-up activations that says it was made with the lab's SAE of one layer."""
+    sae = scope.saes[LAYER]
+    made_up.D_SAE, made_up.K = sae.d_sae, int(sae.k or 40)
+    group, fingerprint = sae.identity.group, sae.identity.fingerprint
+    hook_point = f"layers.{LAYER}.resid_post"
+    made_up.INFO = LayerInfo(LAYER, hook_point, group, fingerprint, sae.d_sae, sae.k, "topk")
+    with StoreWriter(folder, "lab", {"activations": activations}, [made_up.INFO]) as writer:
+        for window, done in made_up.windows(activations // made_up.K, seed=0):
+            writer.add(window, {"done": done})
+        writer.finish()
+
+
+def seconds(act: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    act()
+    return time.perf_counter() - started
+
+
+def opened(browser: Browser, url: str) -> tuple[Page, float]:
+    """The page for a new visitor, and how long it took until it can be used."""
+    page = browser.new_context(viewport={"width": 1280, "height": 900}).new_page()
+    page.set_default_timeout(120_000)
+
+    def go() -> None:
+        page.goto(url)
+        page.locator("#explore-text textarea").wait_for()
+
+    return page, seconds(go)
+
+
+def explored(page: Page, i: int) -> float:
+    page.locator("#explore-text textarea").fill(TEXT.format(i=i))
+    want = f"#explore-tokens .qs-tokens:has-text('{i} of')"
+
+    def act() -> None:
+        page.locator("#explore-read").click()
+        page.locator(want).wait_for()
+
+    return seconds(act)
+
+
+def compared(page: Page, i: int) -> float:
+    page.get_by_role("tab", name="Compare").click()
+    page.locator("#compare-text-a textarea").fill(TEXT.format(i=i))
+    page.locator("#compare-text-b textarea").fill("Wo ist der Bahnhof? Bitte warten Sie im Garten.")
+    want = f"#compare-side-a .qs-tokens:has-text('{i} of')"
+
+    def act() -> None:
+        page.locator("#compare-go").click()
+        page.locator(want).wait_for()
+
+    return seconds(act)
+
+
+def steered(page: Page, i: int) -> float:
+    """Until the first of the steered text is seen."""
+    page.get_by_role("tab", name="Steer").click()
+    page.locator("#steer-prompt textarea").fill(f"[12:{10 + i}] Anna: ")
+    page.wait_for_timeout(500)  # the preview of the positions is another question
+    started = page.evaluate(
+        """() => new Promise((done) => {
+          const before = document.querySelector('#steer-steered').textContent, from = performance.now();
+          const look = () => {
+            const now = document.querySelector('#steer-steered').textContent;
+            now !== before && now.length > 12 ? done((performance.now() - from) / 1000) : requestAnimationFrame(look);
+          };
+          document.querySelector('#steer-run').click();
+          look();
+        })"""
+    )
+    page.locator("#steer-steered button.qs-token").first.wait_for()
+    return float(started)
+
+
+def featured(page: Page, feature: int) -> float:
+    page.get_by_role("tab", name="Feature").click()
+    page.locator("#feature-number input").fill(str(feature))
+    want = f"#feature-title h2:has-text('Feature {feature}')"
+
+    def act() -> None:
+        page.locator("#feature-open").click()
+        page.locator(want).wait_for()
+
+    return seconds(act)
+
+
+def measure(rounds: int, activations: int) -> None:
+    """Print the table, and write it into docs/performance.md."""
+    scope = load_scope("lab")
+    with tempfile.TemporaryDirectory() as folder:
+        large_store(scope, Path(folder) / "large", activations)
+        desk = Desk(scope, {"large": Path(folder) / "large"})
+        with FeatureStore(desk.stores["large"]) as store:
+            busy = np.argsort(-store.stats(LAYER)["tokens"].to_numpy(), kind="stable")
+            rows = store.layer(LAYER).activations
+        chosen = [int(f) for f in busy[np.linspace(0, len(busy) - 1, rounds).astype(int)]]
+        desk.feature_page(LAYER, chosen[0], "large")
+        gathered = [seconds(lambda f=f: desk.feature_page(LAYER, f, "large")) for f in chosen]
+        desk.warm()
+        page, url = launch(desk, block=False)
+        with sync_playwright() as tools:
+            chromium = shutil.which("chromium")
+            browser = tools.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu"])
+            first, *later = [opened(browser, url) for _ in range(max(2, rounds // 2))]
+            visitor = first[0]
+            visitor.goto(f"{url}?layer={LAYER}&feature={chosen[0]}")
+            visitor.locator("#feature-title h2").wait_for()
+            shown = [featured(visitor, f) for f in chosen[1:]]
+            visitor = later[0][0]
+            results = [
+                ("first paint, first visitor", 3.0, [first[1]]),
+                ("first paint, later visitors", 3.0, [took for _, took in later]),
+                ("Explore answers", 1.0, [explored(visitor, i) for i in range(rounds)]),
+                ("Compare answers, all layers", 1.0, [compared(visitor, i) for i in range(rounds)]),
+                ("steering shows its first text", 1.0, [steered(visitor, i) for i in range(rounds)]),
+                (f"a feature's page gathered, store of {rows:,} activations", 0.5, gathered),
+                ("the same, click to shown", 0.5, shown),
+            ]
+            browser.close()
+        page.close(verbose=False)
+    tell(results)
+
+
+def tell(results: list[tuple[str, float, list[float]]]) -> None:
+    lines = [
+        (name, median(took), max(took), limit, "yes" if median(took) < limit else "**no**")
+        for name, limit, took in results
+    ]
+    made = table(("what a visitor waits for", "median s", "longest s", "wanted below", "holds"), lines)
+    load = ", ".join(f"{one:.1f}" for one in os.getloadavg())
+    words = (
+        "Written by `python bench/explorer.py`: headless Chromium and the server on the same processors, on the lab."
+        f" Load of the machine at the end, over 1, 5 and 15 minutes: {load}; processors: {os.cpu_count()}."
+    )
+    body = f"{paragraph(words)}\n\n{made}"
+    print(body)
+    write_section("The explorer", body, PERFORMANCE)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--activations", type=int, default=10_000_000)
+    given = parser.parse_args()
+    measure(given.rounds, given.activations)
