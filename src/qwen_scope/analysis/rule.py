@@ -22,7 +22,6 @@ import numpy as np
 from jaxtyping import Bool, Float64
 
 from qwen_scope.errors import FormatError, InputError, MismatchError, NotFoundError
-from qwen_scope.stats import threshold_at
 
 from .dataset import Dataset
 
@@ -112,15 +111,23 @@ class Rule:
         return [one[-1] for one in sorted(found, key=lambda one: one[:3])]
 
     def calibrated(self, negatives: Mapping[int, Dataset], fpr: float) -> Rule:
-        """The rule with thresholds, one common share of every scale, that call at most `fpr` of these positive.
+        """The rule with thresholds that call at most a share `fpr` of these negative documents positive.
+
+        Each feature alone passes the same number of them, the largest for which all features together keep to `fpr`:
+        a feature that fires on many negative documents gets a high threshold and leaves the others alone.
 
         Raises:
             InputError: a rate that is not in [0, 1).
         """
-        cut = threshold_at(self.scores(negatives), fpr)
-        # A hair above, so that the item at the cut stays below whatever rounding does.
-        features = tuple(replace(f, threshold=cut * f.scale * (1 + 1e-9)) for f in self.features)
-        about = {**self.about, "calibrated": {"fpr": fpr, "negatives": len(next(iter(negatives.values())))}}
+        if not 0 <= fpr < 1:
+            raise InputError(f"a false-positive rate lies from 0 to below 1, not at {fpr}")
+        values = self.values(negatives)
+        ranked = -np.sort(-values, axis=0)
+        passing = int(np.floor(fpr * len(values) + 1e-9))
+        while passing and (values > ranked[passing]).any(1).mean() > fpr + 1e-12:
+            passing -= 1
+        features = tuple(replace(f, threshold=float(t)) for f, t in zip(self.features, ranked[passing], strict=True))
+        about = {**self.about, "calibrated": {"fpr": fpr, "negatives": len(values)}}
         return replace(self, features=features, about=about)
 
     def save(self, path: str | os.PathLike[str]) -> None:

@@ -212,21 +212,21 @@ TASKS: dict[str, Callable[[Benchmark, np.random.Generator], Iterator[Question]]]
 }
 
 BENCHMARKS: tuple[Benchmark, ...] = (
-    Benchmark("language", "language", 300, 300),
-    Benchmark("language-repeat", "language", 300, 30, seed=1),
-    Benchmark("register", "register", 360, 360),
-    Benchmark("register-de", "register", 90, 90, ("de",), seed=1),
-    Benchmark("register-repeat", "register", 200, 20, seed=2),
-    Benchmark("order", "order", 240, 240, SPACED),
-    Benchmark("order-en", "order", 80, 80, ("en",), seed=1),
-    Benchmark("order-repeat", "order", 160, 16, ("fr", "es"), ("plain",), seed=2),
-    Benchmark("topic", "topic", 240, 240),
-    Benchmark("topic-en", "topic", 60, 60, ("en",), seed=1),
-    Benchmark("refrain", "refrain", 100, 100),
-    Benchmark("sum", "sum", 200, 200),
-    Benchmark("sum-repeat", "sum", 100, 10, seed=1),
-    Benchmark("code", "code", 160, 160),
-    Benchmark("prose", "prose", 60, 60),
+    Benchmark("language", "language", 200, 200),
+    Benchmark("language-repeat", "language", 200, 20, seed=1),
+    Benchmark("register", "register", 240, 240),
+    Benchmark("register-de", "register", 60, 60, ("de",), seed=1),
+    Benchmark("register-repeat", "register", 120, 12, seed=2),
+    Benchmark("order", "order", 160, 160, SPACED),
+    Benchmark("order-en", "order", 50, 50, ("en",), seed=1),
+    Benchmark("order-repeat", "order", 100, 10, ("fr", "es"), ("plain",), seed=2),
+    Benchmark("topic", "topic", 140, 140),
+    Benchmark("topic-en", "topic", 40, 40, ("en",), seed=1),
+    Benchmark("refrain", "refrain", 60, 60),
+    Benchmark("sum", "sum", 120, 120),
+    Benchmark("sum-repeat", "sum", 60, 6, seed=1),
+    Benchmark("code", "code", 90, 90),
+    Benchmark("prose", "prose", 40, 40),
 )
 
 

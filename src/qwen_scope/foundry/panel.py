@@ -54,8 +54,8 @@ ALIKE = {"talk": 0.42, "chat": 0.28, "arithmetic": 0.06, "code": 0.025, "prose":
 RUNS: tuple[Run, ...] = (
     Run("even", 96, 4, ALIKE),
     Run("talk", 64, 3, {"talk": 0.8, "chat": 0.1, "repetition": 0.1}, seed=1),
-    Run("reason", 96, 3, {"arithmetic": 0.4, "code": 0.15, "prose": 0.1, "chat": 0.35}, seed=2),
-    Run("europe", 64, 4, ALIKE, ("ru", "en", "fr", "de", "es"), seed=3),
+    Run("reason", 96, 3, {"arithmetic": 0.4, "code": 0.15, "prose": 0.1, "chat": 0.35}, tokens=250_000, seed=2),
+    Run("europe", 64, 4, ALIKE, ("ru", "en", "fr", "de", "es"), 250_000, seed=3),
 )
 
 
