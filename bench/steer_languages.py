@@ -216,7 +216,7 @@ def main(arguments: list[str]) -> None:
     if "--from" in arguments:
         rows_file = Path(arguments[arguments.index("--from") + 1])
         rows = [
-            json.loads(line, object_hook=revived) for line in rows_file.read_text().splitlines() if "language" in line
+            json.loads(line, object_hook=revived) for line in rows_file.read_text().splitlines() if line.startswith("{")
         ]
         write_section(TITLE, section(rows))
         return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from itertools import product
 
@@ -13,7 +14,16 @@ import torch
 
 from qwen_scope import load_scope
 from qwen_scope.errors import InputError
-from qwen_scope.features import Evidence, Examples, Rules, judge, matched_random, mean_direction, validate
+from qwen_scope.features import (
+    Evidence,
+    Examples,
+    Rules,
+    answer_task,
+    judge,
+    matched_random,
+    mean_direction,
+    validate,
+)
 from qwen_scope.stats import Interval
 from qwen_scope.steer import Decoding, Intervention, calibrate
 
@@ -128,6 +138,17 @@ def test_a_task_that_breaks_entangles_at_most(scope) -> None:
     assert found.outcome != "causal"
 
 
+def test_a_task_counts_whole_words(scope) -> None:
+    texts = [one.text for one in scope.generate(PROMPTS, decoding=Decoding(max_new_tokens=6))]
+    word = next(part for part in re.findall(r"\w+", " ".join(texts)))
+    expected = [float(re.search(rf"(?<!\w){word}(?!\w)", text) is not None) for text in texts]
+    task = answer_task(scope, [(prompt, word) for prompt in PROMPTS], max_new_tokens=6)
+    assert task([]).tolist() == expected
+    assert any(expected)
+    with pytest.raises(InputError, match="not empty"):
+        answer_task(scope, [("a", "b"), ("c", " ")])
+
+
 def test_too_few_samples_give_no_verdict(scope) -> None:
     for options in ({"prompts": PROMPTS[:2]}, {"examples": replace(EXAMPLES, unrelated=("a",))}, {"n_random": 1}):
         with pytest.raises(InputError, match="too few for a verdict"):
@@ -161,6 +182,18 @@ def test_the_command(capsys, tmp_path) -> None:
     data = json.loads(capsys.readouterr().out)
     assert data["outcome"] in ("causal", "correlated only", "entangled", "no effect")
     assert len(data["arms"]) == 25
+    extras = tmp_path / "tasks.jsonl"
+    extras.write_text("".join(json.dumps({"prompt": f"{i} + 1 =", "answer": str(i + 1)}) + "\n" for i in range(3)))
+    assert main([*argv, "--json", "--chat", "non_thinking", "--tasks", str(extras), "--selectivity"]) == 0
+    chatted = json.loads(capsys.readouterr().out)
+    assert chatted["arms"][0]["example"] != data["arms"][0]["example"]
+    assert chatted["evidence"]["tasks"]["the task"]["n"] == 3
+    assert {"features", "direction", "gap"} <= set(chatted["selectivity"])
+    assert main([*argv, "--selectivity"]) == 0
+    assert "Removal at equal effect" in capsys.readouterr().out
+    extras.write_text("{}\n")
+    assert main([*argv, "--tasks", str(extras)]) == 2
+    assert "line 1 of tasks.jsonl is not" in capsys.readouterr().err
     same = [f"--negative={paths['positive']}" if part.startswith("--negative") else part for part in argv]
     assert main(same) == 2
     assert "do not differ" in capsys.readouterr().err

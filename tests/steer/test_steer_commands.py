@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import tiny
 
+from qwen_scope.analysis import Rule, RuleFeature
 from qwen_scope.cli import main
-from qwen_scope.steer import Decoding, Intervention, load_recipe
+from qwen_scope.steer import Decoding, Intervention, Recipe, load_recipe
 
 
 @pytest.fixture
@@ -76,6 +78,53 @@ def test_sweep_prints_and_plots(capsys, where, prompts, tmp_path) -> None:
         assert len(json.loads(out)["doses"]) >= 3
 
 
+def test_sweep_compares_recipes_and_saves_the_best(capsys, where, prompts, tmp_path, scope) -> None:
+    paths = []
+    for feature in (3, 5):
+        path = tmp_path / f"f{feature}.json"
+        one = Intervention.add(layer=0, feature=feature, amount=1.0, unit="resid_norm")
+        Recipe.of(path.stem, scope.model, [one], scope.saes).save(path)
+        paths += ["--recipe", str(path)]
+    wide = ["--max-perplexity", "1e9", "--max-repetition", "1", "--tolerance", "0.01", "--max-new-tokens", "5"]
+    known, kept = tmp_path / "known.txt", tmp_path / "kept.yaml"
+    known.write_text("Guten Morgen\nThe weather is fine\n")
+    argv = ["sweep", prompts, *where, *paths, "--amounts=-0.4,0.4", "--continuation", " hello", *wide]
+    code, out, err = run(capsys, *argv, "--reference", str(known), "--save-recipe", str(kept), "--json")
+    assert (code, err) == (0, "")
+    data = json.loads(out)
+    best = data["candidates"][data["best"]]
+    assert best["doses"][0]["perplexity"] != best["reference"]
+    saved = load_recipe(kept)
+    assert saved.interventions[0].amount == pytest.approx(best["proposed"])
+    assert saved.interventions[0].feature == int(data["best"][1:])
+    assert saved.effect["target"] > saved.effect["target_unsteered"]
+    code, out, _ = run(capsys, *argv)
+    assert code == 0
+    assert "Best: " in out
+
+
+def test_a_classifiers_rule_is_a_target(capsys, where, prompts, tmp_path, scope) -> None:
+    parts = tuple(
+        RuleFeature(layer, feature, 0.5, 1.0, 0.0, scope.saes[layer].identity.fingerprint)
+        for layer, feature in ((0, 4), (2, 9))
+    )
+    path = tmp_path / "rule.json"
+    Rule("tiny", parts).save(path)
+    argv = ["sweep", prompts, *where, "--layer", "0", "--feature", "3", "--amounts", "0.4", "--max-new-tokens", "4"]
+    code, out, err = run(capsys, *argv, "--rule", str(path), "--json")
+    assert (code, err) == (0, "")
+    texts = [one.text or " " for one in scope.generate(["The weather", "Guten Morgen"], decoding=Decoding(4))]
+    seen = scope.features(texts, [0, 2])
+    expected = [
+        float(any(seen.of(i, p.layer).to_dense()[:, p.feature].max() > p.threshold for p in parts)) for i in (0, 1)
+    ]
+    assert json.loads(out)["doses"][0]["effect"]["estimate"] == sum(expected) / 2
+    Rule("tiny", (replace(parts[0], sae="another"),)).save(path)
+    code, _, err = run(capsys, *argv, "--rule", str(path))
+    assert code == 2
+    assert "is about the SAE another" in err
+
+
 BAD = [
     (["steer", "x", "--layer", "0"], "--layer and --feature"),
     (["steer", "x", "--layer", "0", "--feature", "1"], "needs an --amount"),
@@ -96,6 +145,9 @@ BAD = [
     (["sweep", "PROMPTS", "--layer", "0", "--feature", "1", "--regex", "("], "not a regular expression"),
     (["sweep", "PROMPTS", "--layer", "0", "--feature", "1", "--regex", "a", "--amounts", "a"], "--amounts are"),
     (["sweep", "PROMPTS", "--layer", "0", "--feature", "1", "--target-feature", "2"], "LAYER:FEATURE"),
+    (["sweep", "PROMPTS", "--layer", "0", "--feature", "1", "--rule", "/nowhere.json"], "no file"),
+    (["sweep", "PROMPTS", "--layer", "0", "--feature", "1", "--regex", "a", "--reference", "/no.txt"], "can't be read"),
+    (["sweep", "PROMPTS", "--layer", "0", "--feature", "1", "--regex", "a", "--tolerance", "-1"], "budget"),
 ]
 
 

@@ -12,17 +12,15 @@ import typer
 
 from qwen_scope.errors import InputError
 
-from . import options, output, steer
+from . import options, output, steer, targets
 
 if TYPE_CHECKING:
     from qwen_scope.scope import Scope
-    from qwen_scope.steer import Continuations, Sweep, Target
+    from qwen_scope.steer import Intervention, Row, Sweep
 
 Prompts = Annotated[Path, typer.Argument(help="A text file with one prompt per line.")]
-Regex = Annotated[str | None, typer.Option("--regex", help="Target: the share of texts it is found in.")]
-Script = Annotated[str | None, typer.Option("--script", help="Target: share of letters in a script, such as CYRILLIC.")]
-OtherFeature = Annotated[
-    str | None, typer.Option("--target-feature", help="Target: another feature's mean activation, as LAYER:FEATURE.")
+Recipes = Annotated[
+    list[Path] | None, typer.Option("--recipe", help="A saved recipe instead; of several the best is proposed.")
 ]
 
 
@@ -35,13 +33,14 @@ def sweep(
     op: steer.Op = "add",
     unit: steer.Unit = "resid_norm",
     where: steer.Where = "all",
-    recipe: steer.RecipeFile = None,
-    regex: Regex = None,
-    script: Script = None,
+    recipe: Recipes = None,
+    regex: targets.Regex = None,
+    script: targets.Script = None,
     continuation: Annotated[
         list[str] | None, typer.Option("--continuation", help="Target: log-probability of this; may be repeated.")
     ] = None,
-    target_feature: OtherFeature = None,
+    target_feature: targets.OtherFeature = None,
+    rule: targets.Rule = None,
     amounts: Annotated[str | None, typer.Option("--amounts", help="The grid, such as 0.2,0.5,1.")] = None,
     lower: Annotated[bool, typer.Option("--lower", help="Lower the target instead of raising it.")] = False,
     max_perplexity: Annotated[float, typer.Option("--max-perplexity", help="Budget: times the unsteered.")] = 2.0,
@@ -52,6 +51,7 @@ def sweep(
     reference: Annotated[
         Path | None, typer.Option("--reference", help="Texts, one per line, whose perplexity the budget counts from.")
     ] = None,
+    save_recipe: Annotated[Path | None, typer.Option("--save-recipe", help="Save the proposal (.json, .yaml).")] = None,
     plot: Annotated[Path | None, typer.Option("--plot", help="Write a figure (.png); needs matplotlib.")] = None,
     chat: options.Chat = None,
     max_new_tokens: steer.NewTokens = 40,
@@ -68,32 +68,27 @@ def sweep(
     The grid is in lengths of the layer's typical residual; --amounts multiply the amounts of a recipe. The proposal
     is the amount with the largest effect whose perplexity (under the unsteered model) and repetition keep the budget.
     """
-    from qwen_scope.steer import Budget, Decoding, Row
-    from qwen_scope.steer import sweep as run_sweep
+    from qwen_scope.steer import Budget, Decoding, best_candidate, sweep_candidates
 
     mode = options.check_chat(chat)
     decoding = Decoding(max_new_tokens, sample, temperature, seed=seed)
     budget = Budget(max_perplexity, max_repetition, tolerance)
     grid = None if amounts is None else parse_amounts(amounts)
     amount = None if op == "ablate" else 1.0
-    one = None if recipe is not None else steer.one_intervention(layer, feature, op, amount, unit, where)
+    one = None if recipe else steer.one_intervention(layer, feature, op, amount, unit, where)
     lines, texts = read_prompts(prompts), read_prompts(reference) if reference is not None else []
     with output.status("opening the model"):
         scope = options.open_scope(model, sae, device, dtype, k)
-    target = chosen_target(scope, regex, script, continuation, target_feature)
-    interventions = steer.from_recipe(scope, recipe) if recipe is not None else [one] if one is not None else []
-    tokens = scope.tokenize(texts, truncate=True) if texts else None
-    known = (
-        [Row(tuple(ids[:n].tolist())) for ids, n in zip(tokens.input_ids, tokens.lengths, strict=True) if n > 1]
-        if tokens
-        else []
-    )
+    target = targets.chosen_target(scope, regex, script, continuation, target_feature, rule)
+    candidates = {path.stem: steer.from_recipe(scope, path) for path in recipe or []}
+    if recipe and len(candidates) < len(recipe):
+        raise InputError("two recipes have the same file name, which is what tells them apart")
     with bar() as report:
-        found = run_sweep(
+        found = sweep_candidates(
             scope.model,
             scope.tokenizer,
             lines,
-            interventions,
+            candidates or {"feature": [one] if one else []},
             target,
             amounts=grid,
             lower=lower,
@@ -102,17 +97,59 @@ def sweep(
             decoding=decoding,
             chat=mode,
             budget=budget,
-            reference=known,
+            reference=rows_to_score(scope, texts),
             report=report,
         )
+    best = best_candidate(found)
+    shown = best or next(iter(found))
     if plot is not None:
         from qwen_scope.steer import plot_sweep
 
-        plot_sweep(found, plot)
+        plot_sweep(found[shown], plot)
+    if save_recipe is not None:
+        save_proposal(scope, save_recipe, found[shown], (candidates or {shown: [one] if one else []})[shown])
     if as_json:
-        output.print_json(found.to_json() | {"n_prompts": len(lines)})
-    else:
-        print_sweep(found)
+        several = {"best": best, "candidates": {name: one.to_json() for name, one in found.items()}}
+        output.print_json(
+            (several if recipe and len(recipe) > 1 else found[shown].to_json()) | {"n_prompts": len(lines)}
+        )
+        return
+    for name, one_sweep in found.items():
+        print_sweep(one_sweep, name if len(found) > 1 else "")
+    if len(found) > 1 and best is not None:
+        output.console().print(f"Best: {best}.")
+
+
+def rows_to_score(scope: Scope, texts: list[str]) -> list[Row]:
+    """Texts as tokens whose perplexity counts from the second token on."""
+    from qwen_scope.steer import Row
+
+    if not texts:
+        return []
+    tokens = scope.tokenize(texts, truncate=True)
+    return [Row(tuple(ids[:n].tolist())) for ids, n in zip(tokens.input_ids, tokens.lengths, strict=True) if n > 1]
+
+
+def save_proposal(scope: Scope, path: Path, found: Sweep, interventions: list[Intervention]) -> None:
+    """The interventions at the proposed amount, with what was measured.
+
+    Raises:
+        InputError: nothing was proposed.
+    """
+    from qwen_scope.steer import Recipe
+
+    if found.best is None:
+        raise InputError("no amount inside the budget does better than the unsteered model, so there is no recipe")
+    chosen = [one.with_amount(one.amount * found.best.amount) for one in interventions]
+    effect = {
+        "target": found.best.effect.estimate,
+        "target_unsteered": found.doses[0].effect.estimate,
+        "perplexity": found.best.perplexity,
+        "perplexity_reference": found.reference,
+        "kl": found.best.kl,
+        "prompts": found.best.effect.n,
+    }
+    Recipe.of(path.stem, scope.model, chosen, scope.saes, provenance="qwen-scope sweep", effect=effect).save(path)
 
 
 @contextmanager
@@ -125,7 +162,7 @@ def bar() -> Iterator[Callable[[str, float, str], None] | None]:
         yield None
 
 
-def print_sweep(found: Sweep) -> None:
+def print_sweep(found: Sweep, name: str = "") -> None:
     """The table and the proposal in one sentence."""
     columns = ("amount", "effect", "95% interval", "perplexity", "repetition", "KL", "in budget")
     rows = [
@@ -140,45 +177,13 @@ def print_sweep(found: Sweep) -> None:
         )
         for dose in found.doses
     ]
-    output.show(f"Dose and response; the budget counts from a perplexity of {found.reference:.4g}", columns, rows)
+    title = f"Dose and response{f' of {name}' if name else ''}"
+    output.show(f"{title}; the budget counts from a perplexity of {found.reference:.4g}", columns, rows)
     out = output.console()
     if found.best is None:
         out.print("No amount inside the budget does better than the unsteered model.")
     else:
         out.print(f"Proposed: {found.best.amount:g}, effect {found.best.effect}.")
-
-
-def chosen_target(
-    scope: Scope, regex: str | None, script: str | None, continuation: list[str] | None, feature: str | None
-) -> Target | Continuations:
-    """The one target that was named.
-
-    Raises:
-        InputError: none, or several.
-    """
-    from qwen_scope.steer import Continuations, matches
-    from qwen_scope.steer import script as script_share
-
-    named = [value for value in (regex, script, continuation, feature) if value]
-    if len(named) != 1:
-        raise InputError("name one target: --regex, --script, --continuation or --target-feature")
-    if regex:
-        return matches(regex)
-    if script:
-        return script_share(script)
-    if continuation:
-        return Continuations(tuple(continuation))
-    return feature_target(scope, str(feature))
-
-
-def feature_target(scope: Scope, text: str) -> Target:
-    """The mean activation of a feature over each text, read from `LAYER:FEATURE`."""
-    import re
-
-    match = re.fullmatch(r"(\d{1,6}):(\d{1,9})", text)
-    if not match:
-        raise InputError(f"--target-feature is LAYER:FEATURE, such as 4:1028, not {text!r}")
-    return scope.feature_target(int(match[1]), int(match[2]))
 
 
 def read_prompts(path: Path) -> list[str]:

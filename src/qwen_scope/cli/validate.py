@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from . import options, output, steer, sweep
+from qwen_scope.errors import FormatError
+
+from . import options, output, steer, sweep, targets
 
 if TYPE_CHECKING:
-    from qwen_scope.features import Verdict
+    from qwen_scope.features import Selectivity, Verdict
+    from qwen_scope.scope import Scope
+    from qwen_scope.steer import Target
 
 
 def validate(
@@ -26,11 +31,19 @@ def validate(
     unit: steer.Unit = "resid_norm",
     where: steer.Where = "all",
     recipe: steer.RecipeFile = None,
-    regex: sweep.Regex = None,
-    script: sweep.Script = None,
-    target_feature: sweep.OtherFeature = None,
+    regex: targets.Regex = None,
+    script: targets.Script = None,
+    target_feature: targets.OtherFeature = None,
+    rule: targets.Rule = None,
     lower: Annotated[bool, typer.Option("--lower", help="The feature is said to lower the target.")] = False,
     n_random: Annotated[int, typer.Option("--random", help="How many matched random features.")] = 19,
+    tasks: Annotated[
+        Path | None, typer.Option("--tasks", help='JSON lines {"prompt": ..., "answer": ...} that must not suffer.')
+    ] = None,
+    removal: Annotated[
+        bool, typer.Option("--selectivity", help="Also compare removing the feature with removing a direction.")
+    ] = False,
+    chat: options.Chat = None,
     max_new_tokens: steer.NewTokens = 40,
     sample: steer.Sample = False,
     temperature: steer.Temperature = None,
@@ -45,37 +58,93 @@ def validate(
     The same prompts run under the feature, matched random features, the opposite sign, a difference of means, shuffled
     labels and prompting alone; the rules are printed with what was found.
     """
-    from qwen_scope.errors import InputError
-    from qwen_scope.features import Examples
+    from qwen_scope.features import Examples, answer_task, selectivity
     from qwen_scope.features import validate as run_validate
-    from qwen_scope.steer import Continuations, Decoding
+    from qwen_scope.steer import Decoding
 
+    mode = options.check_chat(chat)
     decoding = Decoding(max_new_tokens, sample, temperature, seed=seed)
     one = None if recipe is not None else steer.one_intervention(layer, feature, "add", amount, unit, where)
     lines = [tuple(sweep.read_prompts(path)) for path in (prompts, positive, negative, unrelated)]
+    questions = None if tasks is None else read_tasks(tasks)
     with output.status("opening the model"):
         scope = options.open_scope(model, sae, device, dtype, k)
-    target = sweep.chosen_target(scope, regex, script, None, target_feature)
-    if isinstance(target, Continuations):
-        raise InputError("a verdict needs a target that reads texts")
+    target = text_target(scope, regex, script, target_feature, rule)
     knob = steer.from_recipe(scope, recipe) if recipe is not None else [one] if one is not None else []
+    examples = Examples(*lines[1:])
+    removed = selectivity(scope, knob, examples, seed=seed) if removal else None
+    asked = {} if questions is None else {"the task": answer_task(scope, questions, chat=mode)}
     with sweep.bar() as report:
         verdict = run_validate(
             scope,
             knob,
             target,
             lines[0],
-            Examples(*lines[1:]),
+            examples,
             lower=lower,
             n_random=n_random,
             decoding=decoding,
+            tasks=asked,
+            chat=mode,
             seed=seed,
             report=report,
         )
     if as_json:
-        output.print_json(verdict.to_json())
+        output.print_json(verdict.to_json() | ({"selectivity": removed.to_json()} if removed else {}))
+        return
+    print_verdict(verdict)
+    if removed is not None:
+        print_selectivity(removed)
+
+
+def text_target(scope: Scope, regex: str | None, script: str | None, feature: str | None, rule: Path | None) -> Target:
+    """The target that was named, of those that read texts."""
+    found = targets.chosen_target(scope, regex, script, None, feature, rule)
+    assert callable(found), "only continuations are not"
+    return found
+
+
+def read_tasks(path: Path) -> list[tuple[str, str]]:
+    """Prompts and answers.
+
+    Raises:
+        FormatError: a line that is not an object with a prompt and an answer.
+    """
+    pairs = []
+    for number, line in enumerate(sweep.read_prompts(path), 1):
+        try:
+            data = json.loads(line)
+        except json.JSONDecodeError:
+            data = None
+        if not isinstance(data, dict) or not all(isinstance(data.get(key), str) for key in ("prompt", "answer")):
+            raise FormatError(f'line {number} of {path.name} is not {{"prompt": "...", "answer": "..."}}')
+        pairs.append((data["prompt"], data["answer"]))
+    return pairs
+
+
+def print_selectivity(found: Selectivity) -> None:
+    """Both ways of removal side by side."""
+    names = {
+        "share": "taken away, share",
+        "effect": f"effect: {found.measured_by}",
+        "full": "effect with all taken away",
+        "kl": "KL on unrelated text",
+        "loss": "loss on unrelated text",
+        "near_kl": "KL on negative examples",
+        "near_loss": "loss on negative examples",
+        "moved": "activation of other features moved there",
+    }
+    rows = [
+        (name, *(str(v) if not isinstance(v, float) else v for v in (getattr(way, key) for way in ways)))
+        for ways in [(found.features, found.direction)]
+        for key, name in names.items()
+    ]
+    output.show("Removal at equal effect", ("", found.features.name, found.direction.name), rows)
+    out = output.console()
+    if not found.comparable:
+        out.print("One of the two has no effect that can be told from zero, so their costs can't be compared.")
     else:
-        print_verdict(verdict)
+        out.print(f"The direction costs {found.extra_kl} more KL than the features, and {found.extra_loss} more loss.")
 
 
 def print_verdict(verdict: Verdict) -> None:

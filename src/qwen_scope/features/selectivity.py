@@ -167,7 +167,7 @@ class _Run:
         self.unrelated = self.rows(examples.unrelated)
         self.plain_losses = {id(rows): self.losses(rows, []) for rows in (self.positive, self.near, self.unrelated)}
         decode = scope.tokenizer.decode
-        self.prompts = [str(decode(row.ids[: row.start])) for row in self.positive]
+        self.prompts = [str(decode(list(row.ids[: row.start]))) for row in self.positive]
         self.plain_target = self.reached([]) if target is not None else None
 
     def rows(self, texts: Sequence[str]) -> list[Row]:

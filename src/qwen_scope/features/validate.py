@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -32,6 +32,8 @@ from qwen_scope.steer import (
 
 from .arms import along, matched_random, mean_direction
 from .verdict import Evidence, Rules, judge
+
+Chat = Literal["default", "thinking", "non_thinking"]
 
 Task = Callable[[list[Intervention]], np.ndarray]
 """A task's score per item (1 right, 0 wrong) under interventions; called with none for the unsteered model."""
@@ -106,6 +108,7 @@ def validate(
     decoding: Decoding | None = None,
     prompting: Callable[[str], str] | None = None,
     tasks: Mapping[str, Task] | None = None,
+    chat: Chat | None = None,
     saes: SAEsByLayer | None = None,
     rules: Rules | None = None,
     seed: int = 0,
@@ -122,7 +125,8 @@ def validate(
         target: from continuations to one number each; what the knob is said to raise.
         lower: the knob is said to lower it.
         prompting: from a prompt to one that asks for the property; by default two positive examples before it.
-        tasks: scores that must not suffer.
+        tasks: scores that must not suffer, such as `answer_task`.
+        chat: wrap each prompt as a user's message.
         saes: other SAEs than the scope's.
 
     Raises:
@@ -130,7 +134,7 @@ def validate(
     """
     rules = rules or Rules()
     _check(knob, prompts, examples, n_random, rules)
-    run = _Run(scope, knob, target, list(prompts), examples, lower, decoding, saes, seed)
+    run = _Run(scope, knob, target, list(prompts), examples, lower, decoding, chat, saes, seed)
     say = report or (lambda stage, share, text: None)
     total = n_random + 6
     plain, under = run.arm("unsteered", []), run.arm("this feature", run.knob)
@@ -173,10 +177,12 @@ class _Run:
         examples: Examples,
         lower: bool,
         decoding: Decoding | None,
+        chat: Chat | None,
         saes: SAEsByLayer | None,
         seed: int,
     ) -> None:
         self.scope, self.target, self.prompts, self.examples = scope, target, prompts, examples
+        self.chat: Chat | None = chat
         self.saes: SAEsByLayer = saes or scope.saes
         self.sign, self.seed = (-1.0 if lower else 1.0), seed
         self.decoding = decoding or Decoding(max_new_tokens=40)
@@ -192,9 +198,10 @@ class _Run:
 
     def _arm(self, name: str, prompts: list[str], interventions: Sequence[Intervention]) -> tuple[Arm, np.ndarray]:
         scope = self.scope
-        made = generate(scope.model, scope.tokenizer, prompts, interventions, saes=self.saes, decoding=self.decoding)
+        tools = {"saes": self.saes, "decoding": self.decoding, "chat": self.chat}
+        made = generate(scope.model, scope.tokenizer, prompts, interventions, **tools)
         values = evaluate(self.target, [one.text for one in made])
-        tokens = scope.tokenize(prompts)
+        tokens = scope.tokenize(prompts, chat=self.chat)
         ids = [row[:n].tolist() for row, n in zip(tokens.input_ids, tokens.lengths, strict=True)]
         cost = perplexity(log_probabilities(scope.model, rows_of(ids, made)))
         return Arm(name, bootstrap(values, seed=self.seed), cost, made[0].text), self.sign * values
