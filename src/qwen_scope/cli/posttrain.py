@@ -133,7 +133,7 @@ def sft(
     """
     from qwen_scope.posttrain import SFTRun, read_table, run_sft
 
-    options.quiet()
+    quiet()
     run = SFTRun(
         model=model,
         out=out,
@@ -177,6 +177,14 @@ def sft(
     rows = [(name, f"{value:.4f}" if isinstance(value, float) else value) for name, value in metrics.items()]
     output.show(f"Fine-tuned ({method})", ("figure", "value"), rows)
     output.console().print(f"Written to {out / 'model'}.", soft_wrap=True)
+
+
+def quiet() -> None:
+    """Silence the bars of transformers and datasets: there is one of ours."""
+    import datasets
+
+    options.quiet()
+    datasets.disable_progress_bars()
 
 
 def losses(log: dict[str, float]) -> str:
@@ -234,7 +242,7 @@ def evaluate(
     from qwen_scope.posttrain import code_switch_ratio, held_out_loss
     from qwen_scope.scope import model_source
 
-    options.quiet()
+    quiet()
     if (prompts is None) != (script is None):
         raise InputError("the code-switch ratio needs both: PROMPTS, and --script with what answers should not hold")
     if prompts is None and held_out is None:

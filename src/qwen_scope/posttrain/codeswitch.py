@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -60,11 +60,11 @@ def code_switch_ratio(
     if len(prompts) < 2:
         raise InputError(f"a ratio needs at least two prompts, not {len(prompts)}")
     share = script(name)
-    decoding = Decoding(max_new_tokens, True, temperature, top_p, top_k=0, repetition_penalty=1.0, seed=seed)
+    decoding = Decoding(max_new_tokens, True, temperature, top_p, top_k=0, repetition_penalty=1.0)
     answers: list[list[str]] = [[] for _ in prompts]
     for turn in range(samples):
-        mine = Decoding(**{**decoding.__dict__, "seed": seed * samples + turn})
-        for row, found in zip(answers, generate(model, tokenizer, list(prompts), decoding=mine), strict=True):
+        mine = replace(decoding, seed=seed * samples + turn)
+        for row, found in zip(answers, generate(model, tokenizer, prompts, decoding=mine), strict=True):
             row.append(found.text)
         if report is not None:
             report((turn + 1) / samples)

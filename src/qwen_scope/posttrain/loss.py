@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from qwen_scope.errors import InputError, NotFoundError
 from qwen_scope.model import HookPoint, final_norm, n_layers, unembedding
-from qwen_scope.sae import SAE
+from qwen_scope.steer import SAEsByLayer
 
 from .table import AlphaTable
 
@@ -115,7 +115,7 @@ class FeatureLoss(ExtraLoss):
     def __init__(
         self,
         table: AlphaTable,
-        saes: Mapping[int, SAE] | object,
+        saes: SAEsByLayer,
         *,
         weight: float,
         layers: Sequence[int] | None = None,
@@ -130,7 +130,7 @@ class FeatureLoss(ExtraLoss):
         self.target = self.groups.index(table.target)
         self._rows: dict[HookPoint, tuple[Tensor, Tensor, Tensor]] = {}
         for layer in sorted({one.layer for one in table.layers} if layers is None else set(layers)):
-            entry, sae = table.layer(layer), saes[layer]  # pyright: ignore[reportIndexIssue]
+            entry, sae = table.layer(layer), saes[layer]
             table.check_sae(layer, sae)
             chosen = torch.tensor(entry.features)
             if bool((chosen < 0).any() or (chosen >= sae.d_sae).any()):

@@ -20,15 +20,14 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from peft import LoraConfig, PeftModel
-from transformers import TrainerCallback
+from safetensors import SafetensorError
+from transformers import PrinterCallback, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 from trl.trainer.sft_config import SFTConfig
 
 from qwen_scope.errors import InputError, NotFoundError, QwenScopeError
-from qwen_scope.model import LoadedModel, load_model
-from qwen_scope.sae import SAE
-from qwen_scope.scope import SAEs as ScopeSAEs
-from qwen_scope.scope import model_source, resolve
+from qwen_scope.model import LoadedModel, d_model, load_model
+from qwen_scope.scope import SAEs, model_source, resolve
 
 from .loss import ExtraLoss, FeatureLoss, TokenPenalty
 from .prepare import versions
@@ -143,16 +142,26 @@ def run_sft(
     """
     if not samples:
         raise InputError("there is no sample to learn from")
+    try:
+        return _run(run, samples, held_out, table, callbacks, progress)
+    except (OSError, SafetensorError) as error:
+        said = getattr(error, "strerror", None) or error
+        raise QwenScopeError(f"{run.out} can't be written: {said}; go on with --resume where there is room") from error
+
+
+def _run(
+    run: SFTRun,
+    samples: Sequence[Sample],
+    held_out: Sequence[Sample],
+    table: AlphaTable | None,
+    callbacks: Sequence[TrainerCallback],
+    progress: Callable[[int, int, dict[str, float]], None] | None,
+) -> dict[str, Any]:
+    """Everything that can be refused comes before the first file."""
     loaded = load_model(model_source(run.model), device=run.device, dtype=run.dtype)
     loaded.model.requires_grad_(run.lora is None)
     extra = extra_of(run, loaded, table)
     resume = last_checkpoint(run) if run.resume else None
-    run.out.mkdir(parents=True, exist_ok=True)
-    facts = {**asdict(run), "samples": len(samples), "held_out": len(held_out), "versions": versions()}
-    facts["target"] = table.target if table else None
-    write_json(run.out / "run.json", facts)
-    if resume is None:
-        (run.out / "log.jsonl").unlink(missing_ok=True)
     trainer = FeatureSFTTrainer(
         loaded.model,
         sft_config(run, loaded),
@@ -163,16 +172,21 @@ def run_sft(
         peft_config=LoraConfig(r=run.lora, target_modules="all-linear") if run.lora else None,
         extra=extra,
     )
-    try:
-        done = trainer.train(resume_from_checkpoint=resume)
-        metrics: dict[str, Any] = {"steps": done.global_step, "train_loss": done.training_loss}
-        if held_out:
-            metrics["held_out_loss"] = trainer.evaluate()["eval_loss"]
-        if trainer.is_world_process_zero():
-            save(trainer, loaded, run.out)
-            write_json(run.out / "metrics.json", metrics)
-    except OSError as error:
-        raise QwenScopeError(f"{run.out} can't be written: {error.strerror or error}") from error
+    trainer.remove_callback(PrinterCallback)
+    facts = {**asdict(run), "samples": len(samples), "held_out": len(held_out), "versions": versions()}
+    facts["target"] = table.target if table else None
+    if trainer.is_world_process_zero():
+        run.out.mkdir(parents=True, exist_ok=True)
+        write_json(run.out / "run.json", facts)
+        if resume is None:
+            (run.out / "log.jsonl").unlink(missing_ok=True)
+    done = trainer.train(resume_from_checkpoint=resume)
+    metrics: dict[str, Any] = {"steps": done.global_step, "train_loss": done.training_loss}
+    if held_out:
+        metrics["held_out_loss"] = trainer.evaluate()["eval_loss"]
+    if trainer.is_world_process_zero():
+        save(trainer, loaded, run.out)
+        write_json(run.out / "metrics.json", metrics)
     return metrics
 
 
@@ -184,12 +198,7 @@ def extra_of(run: SFTRun, loaded: LoadedModel, table: AlphaTable | None) -> Extr
         raise InputError(f"the method {run.method!r} needs an alpha table; make one with qwen-scope posttrain prepare")
     if run.method == "penalty":
         return TokenPenalty(table, loaded.model, weight=run.weight)
-    saes: dict[int, SAE] = {}
-    held = ScopeSAEs(
-        resolve(run.model, run.sae)[1], d_model=loaded.model.config.get_text_config().hidden_size, cache_bytes=1
-    )
-    for layer in run.layers or [one.layer for one in table.layers]:
-        saes[layer] = held[layer]
+    saes = SAEs(resolve(run.model, run.sae)[1], d_model=d_model(loaded.model))
     return FeatureLoss(table, saes, weight=run.weight, layers=run.layers, zero=run.zero, enhance=run.enhance)
 
 
@@ -232,8 +241,8 @@ def held_out_loss(loaded: LoadedModel, samples: Sequence[Sample], *, batch: int 
             train_dataset=data.select(range(1)),
             eval_dataset=data,
             processing_class=loaded.tokenizer,
-            callbacks=[],
         )
+        trainer.remove_callback(PrinterCallback)
         return float(trainer.evaluate()["eval_loss"])
 
 
