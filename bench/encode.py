@@ -161,7 +161,9 @@ def section(found: dict, where: str = "") -> list[str]:
     if (d_model, d_sae, k) in GOALS and "without" not in where:
         goal = 1.5 if "GPU" in where else 2.0
         verdicts["bare bf16 product"] = at_most(ratio(times, "qwen-scope", "bare bf16 product"), goal)
-    return [*lines, f"{said}. The features are the peers' on every row.\n", *table(times, "qwen-scope", verdicts)]
+    if "sae_lens" in times:
+        said += ". The features are sae_lens' on every row"
+    return [*lines, f"{said}.\n", *table(times, "qwen-scope", verdicts)]
 
 
 def without_bf16(rounds: int) -> dict:

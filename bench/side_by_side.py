@@ -11,6 +11,7 @@ import sys
 import time
 import types
 from collections.abc import Callable, Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +97,7 @@ def machine() -> str:
     known = " and ".join(name for name in ("avx512_bf16", "amx_bf16") if caps.get(name)) or "no bf16 instructions"
     gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
     load = ", ".join(f"{value:.1f}" for value in os.getloadavg())
-    numba = "yes" if "numba" in sys.modules else "no"
+    numba = "yes" if find_spec("numba") else "no"
     return (
         f"{cpu}, {torch.get_num_threads()} threads, {known}{gpu}, torch {torch.__version__}, Python "
         f"{platform.python_version()}, numba {numba}; load at the end {load}."
