@@ -19,6 +19,8 @@ from qwen_scope.stats import pair_correlation, partial
 from .dataset import Dataset, check_together
 from .result import Result, Table
 
+FEWEST = 4  # datasets, for a correlation over their pairs
+
 
 def overlaps(datasets: Sequence[Dataset]) -> tuple[Float64[np.ndarray, "n n"], Float64[np.ndarray, "n n"]]:
     """Of footprints F: `|F_i n F_j| / |F_i|`, the share of i that j covers, and `|F_i n F_j| / min(|F_i|, |F_j|)`.
@@ -96,7 +98,6 @@ def overlap_of(
             found[i],
             float(largest[i]),
             rest[i],
-            names[i] in alone or None,
         )
         for i in order
     ]
@@ -122,12 +123,15 @@ def overlap_of(
         Heatmap("Share of the row's footprint that the column covers", shown, shown, covered[grid]),
         Heatmap("Overlap over the smaller footprint", shown, shown, smaller[grid]),
     ]
-    if all(d.scores is not None for d in datasets):
+    notes = [f"{name} shares little with the others: a newcomer to this suite" for name in alone]
+    scored = all(d.scores is not None for d in datasets)
+    if scored and len(datasets) - (general is not None) < FEWEST:
+        notes.append(f"whether overlap goes with scores takes at least {FEWEST} datasets besides the one held fixed")
+    elif scored:
         performance, table, figure = with_performance(datasets, smaller, general, seed)
         data["performance"] = performance
         tables.append(table)
         figures.append(figure)
-    notes = [f"{name} shares little with the others: a newcomer to this suite" for name in alone]
     return Result(data, tuple(tables), tuple(figures), tuple(notes))
 
 

@@ -20,16 +20,18 @@ class Analysis:
         run: takes the datasets, and keyword options that are `Annotated` with their help; returns a `Result`.
         reduction: how the tokens of an item are reduced, unless a user says otherwise.
         datasets: at least so many.
+        texts: it shows documents, so their texts are read too.
     """
 
     run: Callable[..., Result]
     reduction: str = "last"
     datasets: int = 1
+    texts: bool = False
 
 
 ANALYSES: dict[str, Analysis] = {
     "redundancy": Analysis(redundancy_of),
     "overlap": Analysis(overlap_of, datasets=2),
     "subset": Analysis(subset_of),
-    "drift": Analysis(drift_of, reduction="max", datasets=2),
+    "drift": Analysis(drift_of, reduction="max", datasets=2, texts=True),
 }

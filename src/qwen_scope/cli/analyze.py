@@ -123,14 +123,16 @@ def analyze(
     way = options.one_of("--reduction", reduction or analysis.reduction, REDUCTIONS)
     with output.status("reading the stores"):
         tables = scores or [None] * len(stores)
-        datasets = [open_dataset(*one, layer, way) for one in zip(stores, said, tables, strict=True)]
+        datasets = [open_dataset(*one, layer, way, analysis.texts) for one in zip(stores, said, tables, strict=True)]
     with output.status(f"analysing {name}"):
         result = analysis.run(datasets, **chosen)
     show_result(f"{name}: {', '.join(said)}", result, out, as_json)
 
 
-def open_dataset(folder: Path, name: str, scores: Path | None, layer: int | None, reduction: str) -> Dataset:
-    """One store as a dataset, with its texts for examples."""
+def open_dataset(
+    folder: Path, name: str, scores: Path | None, layer: int | None, reduction: str, texts: bool
+) -> Dataset:
+    """One store as a dataset."""
     from qwen_scope.analysis import Dataset
     from qwen_scope.corpus import FeatureStore
 
@@ -139,7 +141,7 @@ def open_dataset(folder: Path, name: str, scores: Path | None, layer: int | None
     way = cast("Literal['any', 'last', 'mean', 'max']", reduction)
     with FeatureStore(folder) as opened:
         where = the_layer(opened, layer)
-        return Dataset.from_store(opened, where, way, name=name, scores=scores, texts=True)
+        return Dataset.from_store(opened, where, way, name=name, scores=scores, texts=texts)
 
 
 def show_result(title: str, result: Result, out: Path | None, as_json: bool) -> None:
