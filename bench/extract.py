@@ -1,6 +1,6 @@
 """Extraction end to end beside the bare forward pass to that layer plus the bare bf16 product.
 
-    python bench/extract.py [--layer 3] [--tokens 4096] [--rounds 3]
+    python bench/extract.py [--layer 3] [--tokens 2048] [--rounds 3]
 
 A model of the shape of Qwen3-1.7B with random weights in bf16, the lab's tokenizer and texts, 32,768 features. Ours
 reads text, tokenizes, captures, encodes and writes a store; the floor has the ids and keeps nothing. The layer is an
@@ -103,7 +103,7 @@ def measure(layers: list[int], rounds: int, tokens: int) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--layer", type=int, default=3)
-    parser.add_argument("--tokens", type=int, default=4096)
+    parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--out", type=Path, default=PAGE)
     args = parser.parse_args()
