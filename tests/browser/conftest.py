@@ -15,7 +15,7 @@ from qwen_scope import load_scope
 from qwen_scope.explorer import Desk
 
 CHROMIUM = shutil.which("chromium")
-PATIENCE = 120_000  # milliseconds; a slow machine is not a wrong page
+PATIENCE = 60_000  # milliseconds; a slow machine is not a wrong page
 
 expect.set_options(timeout=PATIENCE)
 

@@ -171,16 +171,11 @@ def test_links_to_features_that_do_not_exist(visit: Visit) -> None:
 
 def test_stores_are_compared_and_a_decision_is_traced(visit: Visit, desk: Desk, files: Path) -> None:
     page = visit("?tab=datasets")
-    page.locator("#datasets-go").click()
-    expect(page.locator("#datasets-notice [role=alert]")).to_contain_text("has no layer")
-    page.get_by_label("Layer").last.click()
-    page.get_by_role("option", name=str(LAYER), exact=True).click()
-    for name, part in (("overlap", "svg"), ("redundancy", "svg polyline"), ("drift", "table")):
+    for name, part in (("Overlap", "svg"), ("Coverage", "svg polyline"), ("Drift", "table")):
         page.locator("#datasets-analysis input").click()
-        page.get_by_role("option").filter(
-            has_text={"overlap": "Overlap", "redundancy": "Coverage", "drift": "Drift"}[name]
-        ).click()
+        page.get_by_role("option").filter(has_text=name).click()
         page.locator("#datasets-go").click()
+        expect(page.locator("#datasets-result .qs-heading").first).to_contain_text(name)
         expect(page.locator(f"#datasets-result {part}").first).to_be_visible()
 
     best = desk.scope.features([GERMAN[0]], [LAYER]).strongest(0, LAYER, 1)[0]

@@ -48,7 +48,7 @@ class DatasetsTab:
                 [(NAMES.get(name, name), name) for name in ANALYSES], value="overlap", label="Analysis", scale=2,
                 min_width=220, elem_id="datasets-analysis",
             )  # fmt: skip
-            self.layer = gr.Dropdown(desk.layers, value=desk.layers[-1], label="Layer", scale=1, min_width=90)
+            self.layer = gr.Dropdown(desk.layers, value=desk.store_layer, label="Layer", scale=1, min_width=90)
             self.go = gr.Button("Analyse", variant="primary", scale=1, min_width=120, elem_id="datasets-go")
         self.notice = panel(elem_id="datasets-notice")
         self.result = panel(empty(START if names else NO_STORES), elem_id="datasets-result")

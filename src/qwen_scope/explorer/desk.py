@@ -127,6 +127,15 @@ class Desk:
         measured = json.loads((Path(model_source("lab")).parent / "metrics.json").read_text(encoding="utf-8"))
         return sorted(measured["detectors"], key=lambda one: -one["f1"])
 
+    @cached_property
+    def store_layer(self) -> int:
+        """The layer that pages about stores begin with: the last one of the first store."""
+        for name in self.stores:
+            with self.store(name) as store:
+                if here := [layer for layer in store.layers if layer in self.layers]:
+                    return here[-1]
+        return self.layers[-1]
+
     def default_intervention(self) -> dict[str, Any]:
         """What the Steer tab begins with: the lab's German, or an empty field."""
         german = next((one for one in self.known if one["factor"] == "de"), {"layer": self.layers[0], "feature": None})

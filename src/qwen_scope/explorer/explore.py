@@ -85,7 +85,14 @@ class ExploreTab:
             told(self.start, self.notice), [self.text, self.chat, self.layer, *heat], [*shown, self.notice],
             show_progress="hidden", api_visibility="private", concurrency_id=MODEL, concurrency_limit=1,
         )  # fmt: skip
-        on(self.layer.release, self.move, [self.reading, self.layer, *heat], shown, self.notice)
+        on(
+            self.layer.input,
+            self.move,
+            [self.reading, self.layer, *heat],
+            shown,
+            self.notice,
+            trigger_mode="always_last",
+        )
         on([box.input for box in heat], self.move, [self.reading, self.layer, *heat], shown, self.notice)
         on(self.through.click, self.descend, [self.reading], [self.depth], self.notice)
         stopping = {"queue": False, "api_visibility": "private", "show_progress": "hidden"}

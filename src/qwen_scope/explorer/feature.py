@@ -29,7 +29,7 @@ class FeatureTab:
         self.desk = desk
         stores = list(desk.stores) or [NO_STORE]
         with gr.Row(elem_classes="qs-fields qs-bench"):
-            self.layer = gr.Dropdown(desk.layers, value=desk.layers[-1], label="Layer", min_width=90, scale=1)
+            self.layer = gr.Dropdown(desk.layers, value=desk.store_layer, label="Layer", min_width=90, scale=1)
             self.feature = gr.Number(
                 None, label="Feature", precision=0, min_width=120, scale=1, elem_id="feature-number"
             )
