@@ -207,7 +207,7 @@ def cpu_multiplies_bf16() -> bool:
     without AVX-512 (`ATEN_CPU_CAPABILITY`) does without these too.
     """
     has = torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled
-    has = has and torch.backends.cpu.get_cpu_capability() == "AVX512"
+    has = has and torch.backends.cpu.get_cpu_capability() not in ("DEFAULT", "NO AVX", "AVX2")
     has = has and bool(torch.cpu.get_capabilities().get("avx512_bf16", False))
     if not has:
         return False
