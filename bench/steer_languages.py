@@ -156,7 +156,7 @@ def into(scope: Scope, means: dict, language: str, reference: list[Row]) -> dict
         "unsteered_perplexity_in_language": normal,
         "n_reference": len(reference),
         "random_share": float(np.mean(drawn)),
-        "random_beyond_unsteered": bootstrap(beyond),
+        "random_beyond_unsteered": bootstrap([round(float(value), 6) for value in beyond]),
         "example": made[0].text,
     }
 
@@ -201,10 +201,12 @@ def section(rows: list[dict]) -> str:
         multiple of that of unsteered continuations which came out in the language by themselves, of {N_REFERENCE}
         others. Random: {N_RANDOM} sets of features that fire about as often, with changes of the same length, on
         {N_EACH} prompts each; sets that by chance hold a feature of the same language are kept."""
-    held = sum(meets(row) == "yes" for row in rows)
+    held = [row for row in rows if meets(row) == "yes"]
+    raw = [row["language"] for row in held if row["random_share"] <= 0.05]
     verdict = f"""
         The aim: a share of at least 0.8, at most twice the perplexity, and random features that add at most 0.05 to
-        the unsteered share. {held} of {len(rows)} languages meet all three; the aim was six."""
+        the unsteered share. {len(held)} of {len(rows)} languages meet all three; the aim was six. Of these the random
+        share itself, with what comes out in the language unsteered, is at most 0.05 for {", ".join(raw) or "none"}."""
     return "\n\n".join([paragraph(how), table(columns, cells), paragraph(verdict)])
 
 
