@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -83,7 +84,7 @@ def test_a_table_of_another_sae_is_refused(scope) -> None:
     [
         (lambda data: "{", "is not JSON"),
         (lambda data: [], "is not an alpha table"),
-        (lambda data: {**data, "version": 2}, "has version 2"),
+        (lambda data: {**data, "version": 2}, "is version 2"),
         (lambda data: {**data, "layers": []}, "has no layer"),
         (lambda data: {k: v for k, v in data.items() if k != "target"}, "is damaged: KeyError"),
         (lambda data: {**data, "target": "xx"}, "does not name the same groups"),
@@ -181,10 +182,7 @@ def test_an_interrupted_run_goes_on(corpus, tmp_path, capsys) -> None:
     whole = run(capsys, *words, "-o", tmp_path / "whole")
     run(capsys, *words, "-o", tmp_path / "part")
     (tmp_path / "part" / "metrics.json").unlink()
-    for folder in (tmp_path / "part" / "checkpoints").iterdir():
-        if folder.name != "checkpoint-4":
-            [path.unlink() for path in folder.iterdir()]
-            folder.rmdir()
+    shutil.rmtree(tmp_path / "part" / "checkpoints" / "checkpoint-6")
     again = run(capsys, *words, "-o", tmp_path / "part", "--resume")
     assert again["steps"] == whole["steps"] == 6
     weights = [(tmp_path / name / "model" / "model.safetensors").read_bytes() for name in ("whole", "part")]
@@ -205,11 +203,13 @@ def test_an_interrupted_run_goes_on(corpus, tmp_path, capsys) -> None:
             ["sft", "lab", "-o", "out", "--method", "plain", "--resume", "--save-every", "5"],
             "no checkpoint to go on from",
         ),
+        (["sft", "lab", "-o", "file/out", "--method", "plain", "-n", "20"], "can't be written: Not a directory"),
         (["prepare", "lab", "--target", "tlh", "-o", "t.json", "-n", "30"], "no text belongs to the target"),
     ],
 )
 def test_bad_input_ends_with_one_sentence(words, says, capsys, tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
     assert main(["posttrain", *words]) == 2
     assert says in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

@@ -12,7 +12,7 @@ from qwen_scope.errors import InputError
 from . import options, output
 
 if TYPE_CHECKING:
-    from qwen_scope.posttrain import AlphaTable, Sample
+    from qwen_scope.posttrain import AlphaTable, Sample, SFTRun
 
 app = typer.Typer(
     help="Train the language model with feature signals: prepare features, fine-tune, measure.", no_args_is_help=True
@@ -131,7 +131,7 @@ def sft(
 
     The result lies in OUT/model and loads like any model. Defaults are the published settings of SASFT.
     """
-    from qwen_scope.posttrain import SFTRun, read_table, run_sft
+    from qwen_scope.posttrain import SFTRun, read_table
 
     quiet()
     run = SFTRun(
@@ -163,20 +163,29 @@ def sft(
     found = None if table is None else read_table(table)
     learnt = training_samples(corpus, column, prompt_column, group_column, n, 0)
     kept = training_samples(held_out, column, prompt_column, group_column, None, 1) if held_out else []
+    carry_out(run, learnt, kept, found, as_json)
+
+
+def carry_out(
+    run: SFTRun, learnt: list[Sample], held_out: list[Sample], table: AlphaTable | None, as_json: bool
+) -> None:
+    """Train with a progress bar and print what came out."""
+    from qwen_scope.posttrain import run_sft
+
     with output.progress() as bar:
         metrics = run_sft(
             run,
             learnt,
-            kept,
-            found,
+            held_out,
+            table,
             progress=lambda step, steps, log: bar("training", step / max(1, steps), losses(log)),
         )
     if as_json:
-        output.print_json({"folder": str(out), **metrics})
+        output.print_json({"folder": str(run.out), **metrics})
         return
     rows = [(name, f"{value:.4f}" if isinstance(value, float) else value) for name, value in metrics.items()]
-    output.show(f"Fine-tuned ({method})", ("figure", "value"), rows)
-    output.console().print(f"Written to {out / 'model'}.", soft_wrap=True)
+    output.show(f"Fine-tuned ({run.method})", ("figure", "value"), rows)
+    output.console().print(f"Written to {run.out / 'model'}.", soft_wrap=True)
 
 
 def quiet() -> None:
