@@ -18,7 +18,7 @@ from .rule import Rule
 
 SIZES = (5, 10, 20, 50, 100, 200, 500, 1000, 2000)
 
-Pooled = Mapping[int, Float32[np.ndarray, "items d_model"]]
+Pooled = Mapping[int, Float32[np.ndarray, "_ d_model"]]
 
 
 def try_rule(
