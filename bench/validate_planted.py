@@ -1,6 +1,6 @@
 """Does `validate` know a knob from a correlate? Both are planted in the lab's own SAE, with fresh seeds.
 
-    python bench/validate_planted.py [first] [last]      # trials, JSON lines
+    python bench/validate_planted.py [first] [last] [--write]      # trials, JSON lines; --write: docs/results.md
 
 Each trial takes a language and the feature that tells it best. The knob keeps its encoder and writes the language's
 difference of means; the correlate keeps its encoder and writes a random direction of equal length.
@@ -16,9 +16,10 @@ from dataclasses import replace
 
 import numpy as np
 import torch
+from sections import paragraph, table, write_section
 
 from qwen_scope import Intervention, Scope, load_scope
-from qwen_scope.features import Examples, Verdict, mean_direction, validate
+from qwen_scope.features import OUTCOMES, Examples, Verdict, mean_direction, validate
 from qwen_scope.lab import LANGUAGES, documents, language_of_text, neutral_prompts
 from qwen_scope.sae import SAE, Identity
 from qwen_scope.steer import Decoding
@@ -71,21 +72,52 @@ def trial(scope: Scope, number: int, texts: dict[str, list[str]], code: list[str
     return found
 
 
-def main(first: int = 0, last: int = 20) -> None:
+def section(rows: list[dict]) -> str:
+    """How often each was called what."""
+    cells = []
+    for kind, right in (("knob", lambda name: name == "causal"), ("correlate", lambda name: name != "causal")):
+        outcomes = [row["outcome"] for row in rows if row["planted"] == kind]
+        counted = ", ".join(f"{name} {outcomes.count(name)}" for name in OUTCOMES if name in outcomes)
+        cells.append((kind, counted, f"{sum(map(right, outcomes))} of {len(outcomes)}"))
+    how = f"""
+        `bench/validate_planted.py 0 20 --write`: in the SAE of layer {LAYER} of the lab the feature that tells a
+        language best keeps its encoder and gets a new decoder of equal length: the language's difference of means (a
+        knob), or a random direction (a correlate). `validate` judges both, with fresh prompts, examples and seeds in
+        every trial, {N} prompts per arm and 19 matched random features. The aim: at least 19 of 20 right, each."""
+    wrong = [
+        f"{row['planted']} {row['trial']} ({row['language']}): {row['outcome']}" for row in rows if not right_in(row)
+    ]
+    said = f"Wrong: {'; '.join(wrong)}." if wrong else "None is wrong."
+    return "\n\n".join([paragraph(how), table(("planted", "called", "right"), cells), paragraph(said)])
+
+
+def right_in(row: dict) -> bool:
+    return (row["outcome"] == "causal") == (row["planted"] == "knob")
+
+
+def main(arguments: list[str]) -> None:
+    bounds = [int(one) for one in arguments if one.isdigit()]
+    first, last = (*bounds, 0, 20)[:2] if len(bounds) != 1 else (0, bounds[0])
+    torch.set_num_threads(1)
     scope = load_scope("lab", device="cpu")
     texts: dict[str, list[str]] = defaultdict(list)
     for document in documents(seed=5, n=1500):
         if document.language and document.kind == "talk" and len(texts[document.language]) < 40:
             texts[document.language].append(document.text[:200])
     code = [document.text[:200] for document in documents(seed=6, n=1500) if document.kind == "code"][:24]
+    rows = []
     for number in range(first, last):
         start = time.time()
         for kind, verdict in trial(scope, number, texts, code).items():
             arms = {arm.name: arm.effect.estimate for arm in verdict.arms[:6]}
             row = {"trial": number, "language": LANGUAGES[number % 9], "planted": kind, "outcome": verdict.outcome}
             row |= {"arms": arms, "reasons": verdict.reasons, "seconds": time.time() - start}
+            rows.append(row)
             print(json.dumps(row, ensure_ascii=False), flush=True)
+    if "--write" in arguments:
+        write_section("Planted knobs and correlates", section(rows))
+    print(section(rows))
 
 
 if __name__ == "__main__":
-    main(*map(int, sys.argv[1:3]))
+    main(sys.argv[1:])
