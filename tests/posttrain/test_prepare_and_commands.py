@@ -150,6 +150,7 @@ def run(capsys, *words: object) -> dict:
     return json.loads(capsys.readouterr().out)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft's own
 def test_from_labels_to_a_measured_model(corpus, tmp_path, capsys) -> None:
     model = ("--model", tiny.folder() / "model")
@@ -176,6 +177,7 @@ def test_from_labels_to_a_measured_model(corpus, tmp_path, capsys) -> None:
     assert penalised["steps"] == 1
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_goes_on(corpus, tmp_path, capsys) -> None:
     words = ("sft", corpus / "chats.jsonl", "--method", "plain", "--model", tiny.folder() / "model", "--accumulate", 1)
     words += ("--batch", 4, "--warmup", 0, "--max-length", 48, "--epochs", 3, "--save-every", 2)
