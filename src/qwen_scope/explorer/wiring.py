@@ -36,7 +36,7 @@ def told(handler: Callable[..., Any], place: gr.HTML) -> Callable[..., Any]:
 
     It returns (or yields) a dict of components and values; where it fails, everything else on the page stays.
     """
-    if inspect.isgeneratorfunction(handler):
+    if inspect.isgeneratorfunction(inspect.unwrap(handler)):
 
         @functools.wraps(handler)
         def stream(*args: Any, **kwargs: Any) -> Iterator[dict[Any, Any]]:
