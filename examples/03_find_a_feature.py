@@ -14,9 +14,8 @@ german, french = (
 found = find(german, french, n=3)
 print(f"{found.significant} of {found.tests:,} tests pass a false discovery rate of {found.level:g}")
 for one in found.found:
-    print(
-        f"layer {one.layer}, feature {one.feature}: F1 {one.f1} above {one.threshold:.2f} ({one.reduction}), q {one.q:.1e}"
-    )
+    rule = f"{one.reduction} above {one.threshold:.2f}"
+    print(f"layer {one.layer}, feature {one.feature}, {rule}: F1 {one.f1}, q {one.q:.1e}")
 
 page = feature_page(found.found[0].layer, found.found[0].feature, scope=scope, n=5)
 print("promotes", [effect.text for effect in page.promoted])

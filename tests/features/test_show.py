@@ -37,6 +37,7 @@ from qwen_scope.features import (
     token_ids,
 )
 from qwen_scope.model import LoadedModel, final_norm, unembedding
+from qwen_scope.report import html_tokens, shaded
 
 HOSTILE = [
     "<script>alert(1)</script> <img src=x onerror=alert(2)> {{7*7}} ${x} `id`",
@@ -161,10 +162,10 @@ class Elements(HTMLParser):
 
 
 def test_hostile_documents_are_shown_inertly(tmp_path: Path, capsys) -> None:
-    """HTML, scripts, control and direction characters, half a surrogate, invalid UTF-8 and a line of ten megabytes."""
+    """HTML, scripts, control and direction characters, half a surrogate, invalid UTF-8, a long line."""
     source = tmp_path / "bad.txt"
     texts = [text.encode("utf-8", "surrogateescape") for text in HOSTILE]
-    source.write_bytes(b"\n".join([*texts, b"\xff\xfe\xfa", b"a <b>long</b> line " * (10 * 2**20 // 19), b"ok then"]))
+    source.write_bytes(b"\n".join([*texts, b"\xff\xfe\xfa", b"a <b>long</b> line " * 5000, b"ok then"]))
     scope = lab_store.scope()
     options = ExtractOptions(max_tokens=64)
     saes = {LAYER: scope.saes[LAYER]}
@@ -195,6 +196,15 @@ def test_hostile_documents_are_shown_inertly(tmp_path: Path, capsys) -> None:
         shown = capsys.readouterr().out
         assert "\u202e" not in shown
         assert not re.search(r"\x1b\[31m|\x07|\x00", shown)
+
+
+def test_a_token_of_ten_megabytes_is_cut() -> None:
+    token = "<b>\u202e" + "x" * 10 * 2**20
+    html, line = html_tokens([token, "y"], [1.0, 0.0], 1.0), shaded([token, "y"], [1.0, 0.0])
+    assert max(len(html), len(line.plain)) < 1000
+    assert "more)" in html
+    assert "\u202e" not in html + line.plain
+    assert "<b>" not in html
 
 
 def test_the_command_writes_terminal_json_and_html(folder: Path, tmp_path: Path, capsys, store: FeatureStore) -> None:
