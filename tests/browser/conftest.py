@@ -21,10 +21,11 @@ expect.set_options(timeout=PATIENCE)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Gradio leaves sockets and event loops to the garbage collector, which says so at any time."""
+    """Gradio leaves sockets and event loops to the garbage collector, and asks pandas for an option of old."""
     for item in items:
         item.add_marker(pytest.mark.filterwarnings("ignore::ResourceWarning"))
         item.add_marker(pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"))
+        item.add_marker(pytest.mark.filterwarnings("ignore:.*no_silent_downcasting"))
 
 
 @pytest.fixture(scope="session")

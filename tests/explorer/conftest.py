@@ -23,11 +23,12 @@ def desk(stores: dict[str, Path]) -> Desk:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Gradio and its client leave sockets and event loops to the garbage collector, which says so at any time."""
+    """Gradio and its client leave sockets and event loops to the garbage collector, and ask pandas for old options."""
     for item in items:
         if Path(__file__).parent in item.path.parents:
             item.add_marker(pytest.mark.filterwarnings("ignore::ResourceWarning"))
             item.add_marker(pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"))
+            item.add_marker(pytest.mark.filterwarnings("ignore:.*no_silent_downcasting"))
 
 
 @pytest.fixture(scope="module")
