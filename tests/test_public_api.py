@@ -39,6 +39,7 @@ COMMANDS = {
     "lab",
     "train",
     "eval",
+    "explore",
     "posttrain",
 }
 

@@ -54,7 +54,7 @@ def test_a_panel_goes_on_and_its_scores_are_read(tmp_path) -> None:
     weights = (tmp_path / "p" / "models" / "tiny-100" / "model.safetensors").stat().st_mtime_ns
     assert build_panel(tmp_path / "p", config) == made
     assert (tmp_path / "p" / "models" / "tiny-100" / "model.safetensors").stat().st_mtime_ns == weights
-    rows = list(csv.reader((tmp_path / "p" / "scores" / "language.csv").open()))
+    rows = list(csv.reader((tmp_path / "p" / "scores" / "language.csv").read_text().splitlines()))
     assert rows[0] == ["id", "tiny-050", "tiny-100"]
     ids = [
         json.loads(line)["id"] for line in (tmp_path / "p" / "benchmarks" / "language.jsonl").read_text().splitlines()
