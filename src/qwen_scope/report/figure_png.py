@@ -69,5 +69,7 @@ def draw_heatmap(canvas: Any, axes: Any, figure: Heatmap) -> None:
     for i, row in enumerate(figure.values):
         for j, value in enumerate(row):
             if value == value:
-                axes.text(j, i, f"{value:.2f}", ha="center", va="center", fontsize=7, color="k" if value > middle else "w")
+                axes.text(
+                    j, i, f"{value:.2f}", ha="center", va="center", fontsize=7, color="k" if value > middle else "w"
+                )
     canvas.colorbar(image, ax=axes, shrink=0.8)
