@@ -22,6 +22,12 @@ Prompts = Annotated[Path, typer.Argument(help="A text file with one prompt per l
 Recipes = Annotated[
     list[Path] | None, typer.Option("--recipe", help="A saved recipe instead; of several the best is proposed.")
 ]
+Tolerance = Annotated[
+    float, typer.Option("--tolerance", help="Propose a smaller amount whose effect is this close to the largest.")
+]
+Reference = Annotated[
+    Path | None, typer.Option("--reference", help="Texts, one per line, whose perplexity the budget counts from.")
+]
 
 
 def sweep(
@@ -36,21 +42,15 @@ def sweep(
     recipe: Recipes = None,
     regex: targets.Regex = None,
     script: targets.Script = None,
-    continuation: Annotated[
-        list[str] | None, typer.Option("--continuation", help="Target: log-probability of this; may be repeated.")
-    ] = None,
+    continuation: targets.Continuation = None,
     target_feature: targets.OtherFeature = None,
     rule: targets.Rule = None,
     amounts: Annotated[str | None, typer.Option("--amounts", help="The grid, such as 0.2,0.5,1.")] = None,
     lower: Annotated[bool, typer.Option("--lower", help="Lower the target instead of raising it.")] = False,
     max_perplexity: Annotated[float, typer.Option("--max-perplexity", help="Budget: times the unsteered.")] = 2.0,
     max_repetition: Annotated[float, typer.Option("--max-repetition", help="Budget: added to the unsteered.")] = 0.1,
-    tolerance: Annotated[
-        float, typer.Option("--tolerance", help="Propose a smaller amount whose effect is this close to the largest.")
-    ] = 0.0,
-    reference: Annotated[
-        Path | None, typer.Option("--reference", help="Texts, one per line, whose perplexity the budget counts from.")
-    ] = None,
+    tolerance: Tolerance = 0.0,
+    reference: Reference = None,
     save_recipe: Annotated[Path | None, typer.Option("--save-recipe", help="Save the proposal (.json, .yaml).")] = None,
     plot: Annotated[Path | None, typer.Option("--plot", help="Write a figure (.png); needs matplotlib.")] = None,
     chat: options.Chat = None,
@@ -68,7 +68,7 @@ def sweep(
     The grid is in lengths of the layer's typical residual; --amounts multiply the amounts of a recipe. The proposal
     is the amount with the largest effect whose perplexity (under the unsteered model) and repetition keep the budget.
     """
-    from qwen_scope.steer import Budget, Decoding, best_candidate, sweep_candidates
+    from qwen_scope.steer import Budget, Decoding, best_candidate, plot_sweep, sweep_candidates
 
     mode = options.check_chat(chat)
     decoding = Decoding(max_new_tokens, sample, temperature, seed=seed)
@@ -80,15 +80,13 @@ def sweep(
     with output.status("opening the model"):
         scope = options.open_scope(model, sae, device, dtype, k)
     target = targets.chosen_target(scope, regex, script, continuation, target_feature, rule)
-    candidates = {path.stem: steer.from_recipe(scope, path) for path in recipe or []}
-    if recipe and len(candidates) < len(recipe):
-        raise InputError("two recipes have the same file name, which is what tells them apart")
+    candidates = from_recipes(scope, recipe) if recipe else {"feature": [one] if one else []}
     with bar() as report:
         found = sweep_candidates(
             scope.model,
             scope.tokenizer,
             lines,
-            candidates or {"feature": [one] if one else []},
+            candidates,
             target,
             amounts=grid,
             lower=lower,
@@ -103,19 +101,32 @@ def sweep(
     best = best_candidate(found)
     shown = best or next(iter(found))
     if plot is not None:
-        from qwen_scope.steer import plot_sweep
-
         plot_sweep(found[shown], plot)
     if save_recipe is not None:
-        save_proposal(scope, save_recipe, found[shown], (candidates or {shown: [one] if one else []})[shown])
+        save_proposal(scope, save_recipe, found[shown], candidates[shown])
     if as_json:
-        several = {"best": best, "candidates": {name: one.to_json() for name, one in found.items()}}
-        output.print_json(
-            (several if recipe and len(recipe) > 1 else found[shown].to_json()) | {"n_prompts": len(lines)}
-        )
-        return
-    for name, one_sweep in found.items():
-        print_sweep(one_sweep, name if len(found) > 1 else "")
+        several = {"best": best, "candidates": {name: each.to_json() for name, each in found.items()}}
+        output.print_json((several if len(found) > 1 else found[shown].to_json()) | {"n_prompts": len(lines)})
+    else:
+        print_sweeps(found, best)
+
+
+def from_recipes(scope: Scope, paths: list[Path]) -> dict[str, list[Intervention]]:
+    """The interventions of every recipe, by the name of its file.
+
+    Raises:
+        InputError: two of one name.
+    """
+    found = {path.stem: steer.from_recipe(scope, path) for path in paths}
+    if len(found) < len(paths):
+        raise InputError("two recipes have the same file name, which is what tells them apart")
+    return found
+
+
+def print_sweeps(found: dict[str, Sweep], best: str | None) -> None:
+    """The table of every candidate, and which is best."""
+    for name, one in found.items():
+        print_sweep(one, name if len(found) > 1 else "")
     if len(found) > 1 and best is not None:
         output.console().print(f"Best: {best}.")
 

@@ -19,6 +19,9 @@ Script = Annotated[str | None, typer.Option("--script", help="Target: share of l
 OtherFeature = Annotated[
     str | None, typer.Option("--target-feature", help="Target: another feature's mean activation, as LAYER:FEATURE.")
 ]
+Continuation = Annotated[
+    list[str] | None, typer.Option("--continuation", help="Target: log-probability of this; may be repeated.")
+]
 Rule = Annotated[
     Path | None,
     typer.Option("--rule", help="Target: the share of texts that a classifier's rule (JSON) calls positive."),
