@@ -124,7 +124,11 @@ def main(arguments: list[str]) -> None:
         question without a Han letter holds one. 95% intervals over questions; random: as many features that fire about
         as often. The aim: at most half of the drift left."""
     columns = ("questions", "n", "", "drift, unsteered", "drift", "left", "perplexity, times unsteered")
-    body = "\n\n".join([paragraph(how), table(columns, rows)])
+    worst = max(float(row[5].split()[0]) for row in rows if row[2] == "ablated")
+    verdict = (
+        f"At worst {worst:.2f} of the drift is left, so the aim is {'reached' if worst <= 0.5 else 'not reached'}."
+    )
+    body = "\n\n".join([paragraph(how), table(columns, rows), verdict])
     if "--write" in arguments:
         write_section("Out of a drift", body)
     print(body)
