@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Files of ours in a peer's own hands, and its files in ours: `run.sh sae_lens | sparsify | dictionary_learning`.
+# Files of ours in a peer's own hands, and its files in ours: `run.sh sae_lens | sparsify | dictionary_learning | delphi`.
 # The peer lives in an environment of its own, made on the first run; one line per check, exit code 1 if one fails.
 set -euo pipefail
-peer="${1:?name a peer: sae_lens, sparsify or dictionary_learning}"
+peer="${1:?name a peer: sae_lens, sparsify, dictionary_learning or delphi}"
 cd "$(dirname "$0")/../.."
 venv=".venv-$peer"
 bin="$venv/bin"
@@ -24,6 +24,11 @@ if [ ! -f "$venv/.ready" ]; then
       pip --no-deps dictionary-learning==0.1.0
       pip einops numpy safetensors tqdm "$torch"
       ;;
+    delphi) # without vLLM, which only its own explainers need
+      pip --no-deps eai-delphi==0.1.3
+      pip "$torch" transformers datasets orjson safetensors simple_parsing jaxtyping anyio asyncer beartype aiofiles \
+        blobfile flask fire faiss-cpu sentence-transformers
+      ;;
     *) rm -rf "$venv"; echo "unknown peer $peer" >&2; exit 2 ;;
   esac
   # Builds of these for another torch would break transformers' imports.
@@ -34,6 +39,10 @@ fi
 work="$(mktemp -d)"
 trap 'rm -rf "$work"' EXIT
 export HF_HUB_OFFLINE=1 SPARSIFY_DISABLE_TRITON=1 TOKENIZERS_PARALLELISM=false
+if [ "$peer" = delphi ]; then
+  PYTHONPATH=src .venv/bin/python -W ignore tests/peers/ours_delphi.py "$work"
+  exec "$bin/python" -W ignore tests/peers/check_delphi.py "$work"
+fi
 PYTHONPATH=src .venv/bin/python tests/peers/ours.py write "$peer" "$work"
 "$bin/python" -W ignore "tests/peers/check_$peer.py" "$work"
 PYTHONPATH=src .venv/bin/python tests/peers/ours.py check "$peer" "$work"
