@@ -41,7 +41,8 @@ trap 'rm -rf "$work"' EXIT
 export HF_HUB_OFFLINE=1 SPARSIFY_DISABLE_TRITON=1 TOKENIZERS_PARALLELISM=false
 if [ "$peer" = delphi ]; then
   PYTHONPATH=src .venv/bin/python -W ignore tests/peers/ours_delphi.py "$work"
-  exec "$bin/python" -W ignore tests/peers/check_delphi.py "$work"
+  "$bin/python" -W ignore tests/peers/check_delphi.py "$work"
+  exit
 fi
 PYTHONPATH=src .venv/bin/python tests/peers/ours.py write "$peer" "$work"
 "$bin/python" -W ignore "tests/peers/check_$peer.py" "$work"
