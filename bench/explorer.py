@@ -93,10 +93,12 @@ def steered(page: Page, i: int) -> float:
     page.wait_for_timeout(500)  # the preview of the positions is another question
     started = page.evaluate(
         """() => new Promise((done) => {
-          const before = document.querySelector('#steer-steered').textContent, from = performance.now();
+          const text = (what) => [...document.querySelectorAll(`#steer-steered ${what}`)].map((e) => e.textContent).join("");
+          const before = text("button.qs-token"), from = performance.now();
           const look = () => {
-            const now = document.querySelector('#steer-steered').textContent;
-            now !== before && now.length > 12 ? done((performance.now() - from) / 1000) : requestAnimationFrame(look);
+            const now = text("button.qs-token");
+            text(".qs-prose") || (now && now !== before)
+              ? done((performance.now() - from) / 1000) : requestAnimationFrame(look);
           };
           document.querySelector('#steer-run').click();
           look();

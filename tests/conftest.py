@@ -15,7 +15,8 @@ sys.path.insert(0, str(Path(__file__).parent))  # for shapes, tiny, families
 
 from jaxtyping import install_import_hook
 
-# Not the lab: it has no tensors, and checking every call of its grammar would take most of the suite's time.
+# Not the lab: it has no tensors, and checking every call of its grammar would take most of the suite's time. Not the
+# explorer: Gradio asks whether a handler is a generator function, which a checked one no longer says.
 ROOMS = (
     "analysis",
     "cli",
