@@ -215,3 +215,10 @@ def test_bad_input_ends_with_one_sentence(words, says, capsys, tmp_path, monkeyp
     assert main(["posttrain", *words]) == 2
     assert says in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_missing_packages_are_named(monkeypatch, capsys) -> None:
+    monkeypatch.setattr("qwen_scope.cli.posttrain.find_spec", lambda name: None)
+    for command in (["prepare", "lab", "--target", "zh", "-o", "t.json"], ["sft", "lab", "-o", "out"], ["eval", "lab"]):
+        assert main(["posttrain", *command]) == 2
+        assert "pip install 'qwen-scope[posttrain]'" in capsys.readouterr().err

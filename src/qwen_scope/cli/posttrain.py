@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from qwen_scope.errors import InputError
+from qwen_scope.errors import InputError, NotFoundError
 
 from . import options, output
 
@@ -54,6 +55,7 @@ def prepare(
     A feature's score is its mean activation on the target less the mean of the other groups' means. Without --layers
     the last two that have an SAE are used. Groups may be languages, styles or anything else that rows are labelled by.
     """
+    check_packages()
     from qwen_scope.posttrain import prepare as run
     from qwen_scope.posttrain import read_samples, responses
 
@@ -131,6 +133,7 @@ def sft(
 
     The result lies in OUT/model and loads like any model. Defaults are the published settings of SASFT.
     """
+    check_packages()
     from qwen_scope.posttrain import SFTRun, read_table
 
     quiet()
@@ -186,6 +189,16 @@ def carry_out(
     rows = [(name, f"{value:.4f}" if isinstance(value, float) else value) for name, value in metrics.items()]
     output.show(f"Fine-tuned ({run.method})", ("figure", "value"), rows)
     output.console().print(f"Written to {run.out / 'model'}.", soft_wrap=True)
+
+
+def check_packages() -> None:
+    """Refuse to begin without the packages that train.
+
+    Raises:
+        NotFoundError: it says what to install.
+    """
+    if missing := [name for name in ("trl", "peft", "datasets") if find_spec(name) is None]:
+        raise NotFoundError(f"posttrain needs the package {missing[0]}: pip install 'qwen-scope[posttrain]'")
 
 
 def quiet() -> None:
@@ -247,6 +260,7 @@ def evaluate(
     as_json: options.Json = False,
 ) -> None:
     """Measure a model: how often its answers hold a script they should not, and its loss on held-out rows."""
+    check_packages()
     from qwen_scope.model import load_model
     from qwen_scope.posttrain import code_switch_ratio, held_out_loss
     from qwen_scope.scope import model_source
