@@ -93,7 +93,8 @@ def steered(page: Page, i: int) -> float:
     page.wait_for_timeout(500)  # the preview of the positions is another question
     started = page.evaluate(
         """() => new Promise((done) => {
-          const text = (what) => [...document.querySelectorAll(`#steer-steered ${what}`)].map((e) => e.textContent).join("");
+          const all = (what) => [...document.querySelectorAll(`#steer-steered ${what}`)];
+          const text = (what) => all(what).map((e) => e.textContent).join("");
           const before = text("button.qs-token"), from = performance.now();
           const look = () => {
             const now = text("button.qs-token");

@@ -21,7 +21,6 @@ ROOMS = (
     "analysis",
     "cli",
     "corpus",
-    "explorer",
     "features",
     "foundry",
     "model",
