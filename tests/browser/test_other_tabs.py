@@ -88,7 +88,7 @@ def test_a_generation_can_be_stopped(visit: Visit, desk: Desk) -> None:
     tab(page, "Steer")
     page.get_by_role("button", name="Sampling").click()
     page.get_by_label("number input for Most new tokens").fill("300")
-    page.locator("#steer-prompt textarea").fill("1 + 2 = 3\n" * 20)
+    page.locator("#steer-prompt textarea").fill("1 + 2 = 3\n" * 5)
     page.locator("#steer-run").click()
     expect(page.locator("#steer-steered .qs-prose, #steer-steered button.qs-token").first).to_be_visible()
     page.locator("#steer-stop").click()

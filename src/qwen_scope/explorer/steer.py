@@ -139,7 +139,8 @@ class SteerTab:
         state = [self.rows, self.selected, *self.editor]
         listed = [self.rows, self.listed, self.preview]
         on(
-            [field.input for field in (*self.editor, self.prompt, self.chat)], self.edited,
+            [field.change if isinstance(field, gr.Textbox) else field.input for field in
+             (*self.editor, self.prompt, self.chat)], self.edited,
             [*state, self.prompt, self.chat], listed, self.notice, trigger_mode="always_last", concurrency_id="edit",
         )  # fmt: skip
         on(
