@@ -10,7 +10,7 @@ import gradio as gr
 
 from qwen_scope.errors import QwenScopeError
 from qwen_scope.report import Markup
-from qwen_scope.steer import Generation, Sweep
+from qwen_scope.steer import Decoding, Generation, Sweep
 
 from . import steer_view as view
 from . import steering
@@ -100,16 +100,17 @@ class SteerTab:
         self.editor = [self.layer, self.feature, self.op, self.amount, self.unit, self.where]
 
     def build_decoding(self) -> None:
-        """How tokens are chosen, and recipes."""
+        """How tokens are chosen, beginning with the model's own choice, and recipes."""
+        own = Decoding(sample=True).filled(self.desk.scope.model)
         with gr.Accordion("Sampling", open=False):
             with gr.Row(elem_classes="qs-fields"):
                 new = gr.Slider(1, self.desk.limits.new_tokens, value=60, step=1, label="Most new tokens")
                 sample = gr.Checkbox(True, label="Sample (off: greedy)")
             with gr.Row(elem_classes="qs-fields"):
-                temperature = gr.Number(0.7, label="Temperature", minimum=0, min_width=80)
-                top_p = gr.Number(0.95, label="Top-p", minimum=0, maximum=1, min_width=80)
-                top_k = gr.Number(None, label="Top-k", precision=0, minimum=0, min_width=80)
-                penalty = gr.Number(None, label="Repetition penalty", min_width=80)
+                temperature = gr.Number(own.temperature, label="Temperature", minimum=0, min_width=80)
+                top_p = gr.Number(own.top_p, label="Top-p", minimum=0, maximum=1, min_width=80)
+                top_k = gr.Number(own.top_k, label="Top-k (0: off)", precision=0, minimum=0, min_width=80)
+                penalty = gr.Number(own.repetition_penalty, label="Repetition penalty", min_width=80)
                 seed = gr.Number(0, label="Seed", precision=0, minimum=0, min_width=80)
         self.decoding = [new, sample, temperature, top_p, top_k, penalty, seed]
         with gr.Accordion("Recipes", open=False):
