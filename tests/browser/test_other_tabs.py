@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -88,11 +89,15 @@ def test_a_generation_can_be_stopped(visit: Visit, desk: Desk) -> None:
     tab(page, "Steer")
     page.get_by_role("button", name="Sampling").click()
     page.get_by_label("number input for Most new tokens").fill("300")
-    page.locator("#steer-prompt textarea").fill("1 + 2 = 3\n" * 5)
-    page.locator("#steer-run").click()
-    expect(page.locator("#steer-steered .qs-prose, #steer-steered button.qs-token").first).to_be_visible()
-    page.locator("#steer-stop").click()
-    expect(page.locator("#steer-steered .qs-heading")).to_contain_text("stopped")
+    page.locator("#steer-amount input").fill("4")  # so far out that the text never ends by itself
+    slowly = desk.scope.model.register_forward_pre_hook(lambda *_: time.sleep(0.1))
+    try:
+        page.locator("#steer-run").click()
+        expect(page.locator("#steer-steered .qs-prose")).not_to_be_empty()
+        page.locator("#steer-stop").click()
+        expect(page.locator("#steer-steered .qs-heading")).to_contain_text("stopped")
+    finally:
+        slowly.remove()
     for _ in range(100):
         if desk.jobs.running == 0:
             break
