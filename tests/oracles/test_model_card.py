@@ -39,7 +39,8 @@ def test_the_same_features_and_values_as_the_card(weights: tuple, x: torch.Tenso
     assert (values > 0).all(), "with at least k positive pre-activations the two orders of ReLU and top-k agree"
     mine = torch.zeros_like(pre).scatter_(-1, acts.indices.long(), acts.values)
     theirs = torch.zeros_like(pre).scatter_(-1, indices, values)
-    torch.testing.assert_close(mine, theirs.where(mine > 0, 0), rtol=1e-6, atol=1e-6)
+    # Both are fp32 sums of 2,048 products; which library adds them, and in which order, depends on the CPU.
+    torch.testing.assert_close(mine, theirs.where(mine > 0, 0), rtol=1e-5, atol=1e-5)
     # A feature in one set only must tie with the k-th largest within the rounding of an fp32 sum, seen in float64.
     for row, feature in ((mine > 0) != (theirs > 0)).nonzero().tolist():
         exact = x[row].double() @ sae.W_enc.T.double() + sae.b_enc.double()
