@@ -8,7 +8,6 @@ Needs Debian's chromium (tests/browser/run.sh gets it) and Python's playwright.
 from __future__ import annotations
 
 import argparse
-import os
 import shutil
 import tempfile
 import time
@@ -19,14 +18,14 @@ from statistics import median
 import numpy as np
 import store as made_up
 from playwright.sync_api import Browser, Page, sync_playwright
-from sections import paragraph, table, write_section
+from sections import table
+from side_by_side import write
 
 from qwen_scope import load_scope
 from qwen_scope.corpus import FeatureStore, LayerInfo, StoreWriter
 from qwen_scope.explorer import Desk, launch
 from qwen_scope.scope import Scope
 
-PERFORMANCE = Path(__file__).parents[1] / "docs" / "performance.md"
 LAYER = 4
 TEXT = "Could you wait, please? Round {i} of the talk about the station, the garden and the letter."
 
@@ -164,14 +163,9 @@ def tell(results: list[tuple[str, float, list[float]]]) -> None:
         for name, limit, took in results
     ]
     made = table(("what a visitor waits for", "median s", "longest s", "wanted below", "holds"), lines)
-    load = ", ".join(f"{one:.1f}" for one in os.getloadavg())
-    words = (
-        "Written by `python bench/explorer.py`: headless Chromium and the server on the same processors, on the lab."
-        f" Load of the machine at the end, over 1, 5 and 15 minutes: {load}; processors: {os.cpu_count()}."
-    )
-    body = f"{paragraph(words)}\n\n{made}"
-    print(body)
-    write_section("The explorer", body, PERFORMANCE)
+    words = "Headless Chromium and the server on the same processors, on the lab."
+    print(f"{words}\n\n{made}")
+    write("explorer.py", [words, "", made])
 
 
 if __name__ == "__main__":
