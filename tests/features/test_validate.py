@@ -87,6 +87,12 @@ def test_random_features_fire_about_as_often_and_write_as_much(scope) -> None:
         assert other.where == raw.where
         seen.add(other.feature)
     assert len(seen) > 5
+    kept = min(seen)
+    avoided = {0: set(range(sae.d_sae)) - {kept}}
+    (only,) = matched_random([raw], scope.saes, stats, np.random.default_rng(0), avoided)
+    assert only.feature == kept
+    with pytest.raises(InputError, match="no other feature to compare with"):
+        matched_random([raw], scope.saes, stats, np.random.default_rng(0), {0: range(sae.d_sae)})
 
 
 def test_the_direction_is_the_difference_of_two_means(scope) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -19,24 +19,34 @@ NEAREST = 100
 
 
 def matched_random(
-    knob: Sequence[Intervention], saes: SAEsByLayer, stats: StatsByLayer, rng: np.random.Generator
+    knob: Sequence[Intervention],
+    saes: SAEsByLayer,
+    stats: StatsByLayer,
+    rng: np.random.Generator,
+    avoid: Mapping[int, Collection[int]] | None = None,
 ) -> list[Intervention]:
     """For each intervention another feature of its layer that fires about as often, with the same length of change.
 
     Args:
         knob: additions of features, in raw units.
         stats: with firing rates.
+        avoid: by layer, features that are no control: such as others of the same concept.
+
+    Raises:
+        InputError: no firing rates, or no feature that could be compared with.
     """
     out = []
     for one in knob:
         rates = stats[one.layer].firing_rate
         if rates is None or one.feature is None:
             raise InputError("matching a feature needs the firing rates of its layer")
-        taken = {other.feature for other in knob if other.layer == one.layer}
+        taken = {other.feature for other in knob if other.layer == one.layer} | set((avoid or {}).get(one.layer, ()))
         sae = saes[one.layer]
         lengths = torch.linalg.vector_norm(sae.W_dec.float(), dim=0)
         near = np.argsort(np.abs(rates - rates[one.feature]), kind="stable")
         fitting = [int(f) for f in near[: NEAREST + len(taken)] if int(f) not in taken and float(lengths[int(f)]) > 0]
+        if not fitting:
+            raise InputError(f"layer {one.layer} has no other feature to compare with: all are of the concept")
         chosen = int(rng.choice(fitting))
         amount = one.amount * float(lengths[one.feature] / lengths[chosen])
         out.append(Intervention.add(layer=one.layer, feature=chosen, amount=amount, where=str(one.where)))

@@ -33,6 +33,9 @@ from qwen_scope.steer import (
 from .arms import along, matched_random, mean_direction
 from .verdict import Evidence, Rules, judge
 
+# From so many times the firing rate on negative examples, a feature is of the concept itself.
+CONCEPT_RATIO = 2
+
 Chat = Literal["default", "thinking", "non_thinking"]
 
 Task = Callable[[list[Intervention]], np.ndarray]
@@ -118,7 +121,8 @@ def validate(
 
     The same prompts and draws run under the knob, `n_random` matched random features, the opposite sign, the
     difference-of-means direction of the examples and that of shuffled labels (all with the same length of change), and
-    under prompting alone.
+    under prompting alone. A feature that fires over twice as often on the positive examples as on the negative ones is
+    of the concept itself, so it is never drawn as a random one.
 
     Args:
         knob: features added, with the amount that `sweep` found.
@@ -143,10 +147,10 @@ def validate(
     shuffled = run.arm("shuffled labels", run.direction(shuffled=True))
     say("validate", 5 / total, "baselines")
     asked = run.prompted(prompting or run.with_examples)
-    randoms = []
+    randoms, own = [], run.of_concept()
     for i in range(n_random):
-        rng = np.random.default_rng([seed, i])
-        randoms.append(run.arm(f"random feature {i + 1}", matched_random(run.knob, run.saes, run.stats, rng)))
+        other = matched_random(run.knob, run.saes, run.stats, np.random.default_rng([seed, i]), own)
+        randoms.append(run.arm(f"random feature {i + 1}", other))
         say("validate", (7 + i) / total, "random features")
     side, excess = run.side_effects(rules)
     pooled = np.concatenate([values for _, values in randoms])
@@ -223,6 +227,18 @@ class _Run:
         layers = {one.layer for one in self.knob}
         found = {layer: self.sign * mean_direction(self.scope, layer, positive, negative) for layer in layers}
         return along(self.knob, self.saes, found)
+
+    def of_concept(self) -> dict[int, set[int]]:
+        """By layer, the features that fire over CONCEPT_RATIO times as often on positive tokens as on negative ones."""
+        out = {}
+        for layer in {one.layer for one in self.knob}:
+            rates = []
+            for texts in (self.examples.positive, self.examples.negative):
+                stats = calibrate(self.scope.model, self.scope.tokenizer, layer, self.saes[layer], texts)
+                assert stats.firing_rate is not None, "an SAE was given"
+                rates.append(np.asarray(stats.firing_rate))
+            out[layer] = set((rates[0] > CONCEPT_RATIO * rates[1]).nonzero()[0].tolist())
+        return out
 
     def detection(self) -> Interval:
         """Share of an example's tokens on which a feature of the knob fires, positive minus negative."""
