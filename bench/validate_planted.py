@@ -80,7 +80,7 @@ def section(rows: list[dict]) -> str:
         counted = ", ".join(f"{name} {outcomes.count(name)}" for name in OUTCOMES if name in outcomes)
         cells.append((kind, counted, f"{sum(map(right, outcomes))} of {len(outcomes)}"))
     how = f"""
-        `bench/validate_planted.py 0 20 --write`: in the SAE of layer {LAYER} of the lab the feature that tells a
+        `bench/validate_planted.py {rows[0]["trial"]} {rows[-1]["trial"] + 1} --write`: in the SAE of layer {LAYER} of the lab the feature that tells a
         language best keeps its encoder and gets a new decoder of equal length: the language's difference of means (a
         knob), or a random direction (a correlate). `validate` judges both, with fresh prompts, examples and seeds in
         every trial, {N} prompts per arm and 19 matched random features. The aim: at least 19 of 20 right, each."""
