@@ -79,8 +79,9 @@ def section(rows: list[dict]) -> str:
         outcomes = [row["outcome"] for row in rows if row["planted"] == kind]
         counted = ", ".join(f"{name} {outcomes.count(name)}" for name in OUTCOMES if name in outcomes)
         cells.append((kind, counted, f"{sum(map(right, outcomes))} of {len(outcomes)}"))
+    trials = f"{rows[0]['trial']} {rows[-1]['trial'] + 1}"
     how = f"""
-        `bench/validate_planted.py {rows[0]["trial"]} {rows[-1]["trial"] + 1} --write`: in the SAE of layer {LAYER} of the lab the feature that tells a
+        `bench/validate_planted.py {trials} --write`: in the SAE of layer {LAYER} of the lab the feature that tells a
         language best keeps its encoder and gets a new decoder of equal length: the language's difference of means (a
         knob), or a random direction (a correlate). `validate` judges both, with fresh prompts, examples and seeds in
         every trial, {N} prompts per arm and 19 matched random features. The aim: at least 19 of 20 right, each."""
