@@ -12,6 +12,7 @@ The arithmetic asks `Ranks` for sums; in a single process each of them is the id
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -140,10 +141,21 @@ def join(mode: Mode, backend: str | None = None) -> Ranks:
         )
     ranks = Ranks(mode, int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
     if not dist.is_initialized():
+        import torch.distributed.nn
+
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         dist.init_process_group(backend or ("nccl" if torch.cuda.is_available() else "gloo"))
+        # A process that ends with gloo's threads still running is aborted now and then, its work done. They end with
+        # the group, if nothing else holds it: default arguments of torch.distributed.nn do when it comes after.
+        atexit.register(leave)
     return ranks
+
+
+def leave() -> None:
+    """Leave the processes that `join` joined, if that has not been done."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def summed(tensor: Tensor) -> Tensor:
