@@ -87,7 +87,7 @@ def test_offline_and_not_cached_fails_at_once(tmp_path, monkeypatch):
     begin = time.monotonic()
     with pytest.raises(NotFoundError, match=r"'nobody/nothing' is not in the local cache and offline mode is on"):
         load_model("nobody/nothing")
-    assert time.monotonic() - begin < 2
+    assert time.monotonic() - begin < 10
 
 
 def copy(folder, to):
@@ -255,7 +255,7 @@ def test_a_hub_and_its_cache(saved, family, tmp_path, monkeypatch):
     for (outcome, says), (got, words, seconds) in zip(asked.values(), answers, strict=True):
         assert got == outcome
         assert words == expected if got == "loaded" else says in words
-        assert got == "loaded" or seconds < 5
+        assert got == "loaded" or seconds < 15  # the client alone would try for half a minute
 
     # the Hub is gone and offline mode is on: what is cached loads
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))

@@ -333,7 +333,7 @@ def test_no_hook_is_left_after_an_exception(scope) -> None:
 def test_threads_with_different_interventions_do_not_mix(scope) -> None:
     plans = [[], mixed_interventions(), [Intervention.add(layer=0, feature=3, amount=8.0)]]
     expected = [run(scope, [PROMPT], plan, decoding=SAMPLE) for plan in plans]
-    together = threading.Barrier(len(plans), timeout=30)
+    together = threading.Barrier(len(plans), timeout=120)
 
     def work(i: int) -> None:
         for _ in range(4):
