@@ -21,12 +21,11 @@ import numpy as np
 
 from qwen_scope import load_scope
 from qwen_scope.features import Finding, Pooled, find, pool_texts
-from qwen_scope.lab import LANGUAGES, REGISTERS, Document, default_mixture, documents
+from qwen_scope.foundry import HELD_OUT, factors, gather, labelled
+from qwen_scope.lab import Document, default_mixture
 
 EACH, SHUFFLES, AIM, AIM_HARDEST, HARDEST = 100, 40, 0.95, 0.9, 3
-HELD_OUT = ("heldout_sentences", "heldout_templates", "heldout_combinations")
 SENTENCES = (7, 12)  # of a talk; of three sentences, one in eight carries no mark of its register at all
-WORDLESS = ("arithmetic", "code", "prose", "chat")
 RESULTS = Path(__file__).parents[1] / "docs" / "results.md"
 TITLE = "## Finding the lab's factors"
 
@@ -40,38 +39,10 @@ class Line:
     elsewhere: float
 
 
-def gather(split: str, seed: int, n: int) -> list[Document]:
-    """`n` documents for each language and register, and for each kind that has none."""
-    mixture = replace(default_mixture(), sentences=SENTENCES)
-    docs: list[Document] = []
-    for language in LANGUAGES:
-        for register in REGISTERS:
-            only = {"kinds": ["talk"], "languages": [language], "registers": [register]}
-            docs += documents(split=split, seed=seed, n=n, mixture=mixture, **only)
-    for kind in WORDLESS:
-        docs += documents(split=split, seed=seed, n=n, kinds=[kind])
-    return docs
-
-
-def factors() -> dict[str, Callable[[Document], bool | None]]:
-    """Each factor and its label on a document; None where the document does not count."""
-    out: dict[str, Callable[[Document], bool | None]] = {}
-    for language in LANGUAGES:
-        # A chat may hold two languages; it says nothing about one.
-        out[language] = lambda d, lang=language: None if d.kind == "chat" else d.language == lang
-        for register in REGISTERS:
-            out[f"{language}/{register}"] = lambda d, lang=language, r=register: (
-                d.register == r if d.kind == "talk" and d.language == lang else None
-            )
-    for kind in ("arithmetic", "code", "chat"):
-        out[kind] = lambda d, k=kind: d.kind == k
-    return out
-
-
-def labelled(docs: list[Document], label: Callable[[Document], bool | None]) -> tuple[np.ndarray, np.ndarray]:
+def sides(docs: list[Document], label: Callable[[Document], bool | None]) -> tuple[np.ndarray, np.ndarray]:
     """The documents with the factor and those without, as numbers."""
-    labels = [label(d) for d in docs]
-    return (np.array([i for i, y in enumerate(labels) if y is side], np.int64) for side in (True, False))  # pyright: ignore[reportReturnType]
+    use, has = labelled(docs, label)
+    return use[has], use[~has]
 
 
 def some(pooled: dict[int, Pooled], rows: np.ndarray) -> dict[int, Pooled]:
@@ -94,16 +65,17 @@ def main() -> None:
     given = ask.parse_args()
     begun = time.monotonic()
     scope = load_scope(given.model, given.sae)
-    docs = gather("train", given.seed, EACH)
-    other = [d for split in HELD_OUT for d in gather(split, given.seed + 1, EACH // 5)]
+    mixture = replace(default_mixture(), sentences=SENTENCES)
+    docs = gather("train", given.seed, EACH, mixture)
+    other = [d for split in HELD_OUT for d in gather(split, given.seed + 1, EACH // 5, mixture)]
     pooled, pooled_other = (pool_texts(scope, [d.text for d in some_docs]) for some_docs in (docs, other))
     print(f"{len(docs)} + {len(other)} documents read in {time.monotonic() - begun:.0f} s", flush=True)
     rng = np.random.default_rng(given.seed)
     lines = []
-    for factor, label in factors().items():
-        positive, negative = (rng.choice(rows, EACH, replace=False) for rows in labelled(docs, label))
+    for factor, label in factors():
+        positive, negative = (rng.choice(rows, EACH, replace=False) for rows in sides(docs, label))
         first = find(some(pooled, positive), some(pooled, negative), n=1, seed=given.seed).found[0]
-        lines.append(Line(factor, first, f1_elsewhere(pooled_other, first, *labelled(other, label))))
+        lines.append(Line(factor, first, f1_elsewhere(pooled_other, first, *sides(other, label))))
         print(row_of(lines[-1]), flush=True)
     reported = []
     for seed in range(SHUFFLES):

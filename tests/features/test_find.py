@@ -34,17 +34,6 @@ def scope() -> Scope:
     return lab_store.scope()
 
 
-@pytest.fixture(scope="module")
-def folder() -> Path:
-    return lab_store.folder()
-
-
-@pytest.fixture
-def store(folder: Path):
-    with FeatureStore(folder) as opened:
-        yield opened
-
-
 def texts_of(store: FeatureStore, rows: list[int]) -> list[str]:
     out = []
     for document in rows:

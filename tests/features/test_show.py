@@ -47,17 +47,6 @@ HOSTILE = [
 ]
 
 
-@pytest.fixture(scope="module")
-def folder() -> Path:
-    return lab_store.folder()
-
-
-@pytest.fixture
-def store(folder: Path):
-    with FeatureStore(folder) as opened:
-        yield opened
-
-
 def busiest(store: FeatureStore) -> int:
     return int(np.argmax(store.stats(LAYER)["tokens"].to_numpy()))
 

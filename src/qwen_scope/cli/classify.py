@@ -30,9 +30,6 @@ app.info.no_args_is_help = True
 
 WINDOW = 512  # documents read at once: sorted by length, they share passes through the model
 
-Column = Annotated[str, typer.Option("--column", help="The column with the text.")]
-Unit = Annotated[str, typer.Option("--unit", help="A document of a .txt: paragraph, line or file.")]
-
 
 @app.command()
 def fit(
@@ -51,8 +48,8 @@ def fit(
     name: Annotated[str | None, typer.Option("--name", help="Of the property. Default: the positive file's.")] = None,
     seed: Annotated[int, typer.Option("--seed", help="Of the split and the intervals.")] = 0,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder for report.html and PNG figures.")] = None,
-    column: Column = "text",
-    unit: Unit = "line",
+    column: options.Column = "text",
+    unit: options.DocumentUnit = "line",
     model: options.Model = "lab",
     sae: options.Sae = None,
     layers: options.Layers = None,
@@ -137,8 +134,8 @@ def predict(
     classifier: Annotated[Path, typer.Argument(metavar="RULE", help="A rule of classify fit, or a student of distil.")],
     source: Annotated[str, typer.Argument(metavar="CORPUS", help="The documents, as extract reads them.")],
     out: Annotated[Path | None, typer.Option("--out", "-o", help="A .jsonl file. Default: standard output.")] = None,
-    column: Column = "text",
-    unit: Unit = "line",
+    column: options.Column = "text",
+    unit: options.DocumentUnit = "line",
     model: options.Model = "lab",
     sae: options.Sae = None,
     device: options.Device = None,
@@ -258,8 +255,8 @@ def distil(
         str | None, typer.Option("--truth", help="A column with true labels (true/false or 1/0), to measure both.")
     ] = None,
     seed: Annotated[int, typer.Option("--seed", help="Of the fifth that is held out.")] = 0,
-    column: Column = "text",
-    unit: Unit = "line",
+    column: options.Column = "text",
+    unit: options.DocumentUnit = "line",
     model: options.Model = "lab",
     sae: options.Sae = None,
     device: options.Device = None,

@@ -29,7 +29,7 @@ def extract(
     sae: options.Sae = None,
     layers: options.Layers = None,
     column: Annotated[str, typer.Option("--column", help="The column with the text or the messages.")] = "text",
-    unit: Annotated[str, typer.Option("--unit", help="A document of a .txt: paragraph, line or file.")] = "paragraph",
+    unit: options.DocumentUnit = "paragraph",
     sample: Annotated[int | None, typer.Option("--sample", help="Only so many documents, drawn evenly.", min=1)] = None,
     seed: Annotated[int, typer.Option("--seed", help="Of the sample.")] = 0,
     split: Annotated[str, typer.Option("--split", help="Of a dataset or the lab.")] = "train",

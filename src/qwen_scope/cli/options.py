@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from qwen_scope.scope import Scope
 
 Model = Annotated[str, typer.Option("--model", help="Language model: 'lab' (bundled), a Hub id or a folder.")]
+StoreModel = Annotated[
+    str | None, typer.Option("--model", help="Language model. Default: the one the store was made with, or the lab.")
+]
 Sae = Annotated[
     str | None, typer.Option("--sae", help="SAEs: a group's name or Hub id, or a folder. Default: those of the model.")
 ]
@@ -31,6 +34,8 @@ Chat = Annotated[
     str | None, typer.Option("--chat", help="Wrap the text in the chat template: default, thinking or non_thinking.")
 ]
 ChatMode = Literal["default", "thinking", "non_thinking"]
+Column = Annotated[str, typer.Option("--column", help="The column with the text.")]
+DocumentUnit = Annotated[str, typer.Option("--unit", help="A document of a .txt: paragraph, line or file.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines instead of tables.")]
 
 

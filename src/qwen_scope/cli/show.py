@@ -27,10 +27,7 @@ def show(
     n: Annotated[int, typer.Option("-n", help="How many tokens, neighbours and contexts of each kind.", min=1)] = 10,
     html: Annotated[Path | None, typer.Option("--html", help="Write one HTML file that opens by itself.")] = None,
     no_model: Annotated[bool, typer.Option("--no-model", help="Only what the store knows.")] = False,
-    model: Annotated[
-        str | None,
-        typer.Option("--model", help="Language model. Default: the one the store was made with, or the lab."),
-    ] = None,
+    model: options.StoreModel = None,
     sae: options.Sae = None,
     device: options.Device = None,
     dtype: options.Dtype = "auto",

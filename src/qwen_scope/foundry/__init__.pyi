@@ -7,6 +7,10 @@ from .build import SMALL as SMALL
 from .build import LabConfig as LabConfig
 from .build import build as build
 from .card import card as card
+from .detect import HELD_OUT as HELD_OUT
+from .detect import factors as factors
+from .detect import gather as gather
+from .detect import labelled as labelled
 from .measure import measure as measure
 from .models import FAMILIES as FAMILIES
 from .models import make_model as make_model

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from qwen_scope.lab import LANGUAGES, REGISTERS, Document, documents
+from qwen_scope.lab import LANGUAGES, REGISTERS, Document, Mixture, documents
 from qwen_scope.scope import Scope
 
 HELD_OUT = ("heldout_sentences", "heldout_templates", "heldout_combinations")
@@ -73,12 +73,13 @@ def detectors(scope: Scope, seed: int, per_factor: int) -> list[Detector]:
     return found
 
 
-def gather(split: str, seed: int, n: int) -> list[Document]:
+def gather(split: str, seed: int, n: int, mixture: Mixture | None = None) -> list[Document]:
     """`n` documents for each language and register, and for each kind that has no language."""
     docs: list[Document] = []
     for language in LANGUAGES:
         for register in REGISTERS:
-            docs += documents(split=split, seed=seed, n=n, kinds=["talk"], languages=[language], registers=[register])
+            only = {"kinds": ["talk"], "languages": [language], "registers": [register]}
+            docs += documents(split=split, seed=seed, n=n, mixture=mixture, **only)
     for kind in ("arithmetic", "code", "prose", "chat"):
         docs += documents(split=split, seed=seed, n=n, kinds=[kind])
     return docs
