@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ import stores
 import tiny
 import torch
 
-from qwen_scope.corpus import FeatureStore, Manifest
+from qwen_scope.corpus import Corpus, ExtractOptions, FeatureStore, Manifest, extract
 from qwen_scope.corpus.firing import firing_query
 from qwen_scope.errors import InputError, MismatchError, NotFoundError
 from qwen_scope.sae import Identity
@@ -200,6 +201,19 @@ def test_another_sae_is_refused(store, layer) -> None:
         FeatureStore(store.folder, {layer: other})
     with pytest.raises(NotFoundError, match="has no layer 1; it has layers 0, 2"):
         store.require(1, other)
+
+
+def test_an_sae_whose_files_name_no_layer_may_ask_what_it_was_extracted_for(store, layer, tmp_path: Path) -> None:
+    sae = stores.saes()[layer]
+    nameless = replace(sae, identity=replace(sae.identity, layer=None))
+    store.require(layer, nameless)
+    with pytest.raises(MismatchError, match="can't answer about"):
+        store.require(min(set(stores.LAYERS) - {layer}), nameless)
+    options = ExtractOptions(window_tokens=100, batch_tokens=80)
+    with extract(Corpus(stores.TEXTS[:2]), stores.loaded(), {layer: nameless}, tmp_path / "made", options) as made:
+        assert made.layers == [layer]
+        made.require(layer, nameless)
+        made.require(layer, sae)
 
 
 def test_questions_that_make_no_sense(store, layer) -> None:

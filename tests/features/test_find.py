@@ -159,12 +159,40 @@ def test_the_language_score_is_the_difference_of_token_means(store: FeatureStore
     for one in language_features(pooled, n=2):
         others = [mean[name] for name in mean if name != one.language]
         score = mean[one.language] - np.mean(others, axis=0)
-        assert one.score == pytest.approx(np.sort(score)[::-1][:2].tolist()[0], rel=1e-6) or one.score == pytest.approx(
-            np.sort(score)[::-1][1], rel=1e-6
-        )
-        assert one.score == pytest.approx(score[one.feature], rel=1e-6)
+        assert one.score.estimate == pytest.approx(score[one.feature], rel=1e-6)
+        assert one.score.estimate >= np.sort(score)[-2] - 1e-6
+        assert one.score.low < one.score.estimate < one.score.high
+        assert one.score.n == 16
     with pytest.raises(InputError, match="at least two"):
         language_features({"de": pooled["de"]})
+    alone = {LAYER: pooled["de"][LAYER].rows(np.array([0]))}
+    with pytest.raises(InputError, match="at least two documents"):
+        language_features({"de": alone, "en": pooled["en"]})
+
+
+def test_the_interval_of_the_language_score_is_that_of_documents() -> None:
+    """Three languages whose documents differ in length, each resampled on its own."""
+    rng, groups, columns = np.random.default_rng(3), {}, {}
+    for i, name in enumerate("abc"):
+        tokens, total = rng.integers(5, 50, 30), np.zeros((30, 4))
+        total[:, i] = tokens * rng.gamma(2, 1, 30)
+        table = sparse.csc_array(total)
+        groups[name] = {0: Pooled(0, 4, tokens, table, table, sparse.csc_array(total > 0))}
+        columns[name] = np.stack([total[:, 0], tokens])
+    one = language_features(groups, n=1)[0]
+    assert (one.language, one.feature) == ("a", 0)
+
+    drawn = []
+    for _ in range(4000):
+        some = [column[:, rng.integers(0, 30, 30)].sum(1) for column in columns.values()]
+        a, b, c = (total / tokens for total, tokens in some)
+        drawn.append(a - (b + c) / 2)
+    low, high = np.quantile(drawn, [0.025, 0.975])
+    spread = high - low
+    assert one.score.low == pytest.approx(low, abs=0.1 * spread)
+    assert one.score.high == pytest.approx(high, abs=0.1 * spread)
+    assert one.score == language_features(groups, n=1)[0].score, "the seed decides"
+    assert one.score != language_features(groups, n=1, seed=1)[0].score
 
 
 def test_repeats_compare_the_same_token(store: FeatureStore, scope: Scope) -> None:

@@ -41,7 +41,7 @@ def find(
     n: Annotated[int, typer.Option("-n", help="How many features.", min=1)] = 10,
     each: Annotated[int, typer.Option("--documents", help="So many documents of the lab.", min=4)] = 100,
     column: options.Column = "text",
-    seed: Annotated[int, typer.Option("--seed", help="Of the halves that choose and measure.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", help="Of the halves that choose and measure, and of intervals.")] = 0,
     model: options.StoreModel = None,
     sae: options.Sae = None,
     layers: options.Layers = None,
@@ -78,7 +78,7 @@ def find(
     elif repetition is not None:
         print_repeats(repetition, store, scope, wanted, n, each, column, level, as_json)
     elif groups is not None:
-        print_groups(need(store, "--groups"), groups, wanted, n, as_json)
+        print_groups(need(store, "--groups"), groups, wanted, n, seed, as_json)
     else:
         assert positive is not None
         sets = two_sets(positive, negative, store, scope, wanted, each, column, seed)
@@ -154,7 +154,7 @@ def print_findings(found: Findings, as_json: bool) -> None:
     output.console().print(Text(said if found.significant else f"Nothing is significant: {said}"))
 
 
-def print_groups(store: FeatureStore, column: str, layers: list[int] | None, n: int, as_json: bool) -> None:
+def print_groups(store: FeatureStore, column: str, layers: list[int] | None, n: int, seed: int, as_json: bool) -> None:
     """The language score for every value of a column."""
     import json
 
@@ -166,11 +166,11 @@ def print_groups(store: FeatureStore, column: str, layers: list[int] | None, n: 
         raise InputError(f"the column {column!r} has {len(names)} texts as values in {store.folder}; two are needed")
     with output.status("reading the store"):
         pooled = {name: pool_store(store, store.where((column, name, True)), layers) for name in names}
-    found = language_features(pooled, n)
+    found = language_features(pooled, n, seed=seed)
     if as_json:
         output.print_json(found)
         return
-    rows = [(one.language, one.layer, one.feature, one.score, one.mean, max(one.others.values())) for one in found]
+    rows = [(one.language, one.layer, one.feature, str(one.score), one.mean, max(one.others.values())) for one in found]
     columns = (column, "layer", "feature", "score", "mean here", "highest mean elsewhere")
     output.show("Mean activation less the mean over the others", columns, rows)
 

@@ -107,11 +107,13 @@ class FeatureStore:
     def require(self, layer: int, sae: SAE | Identity) -> None:
         """Refuse to answer about another SAE than the one the store was made with.
 
+        An SAE whose files name no layer may stand for any, as in `extract`: its weights decide.
+
         Raises:
             MismatchError: it is another one.   NotFoundError: the store has no such layer.
         """
         info, asked = self.layer(layer), sae if isinstance(sae, Identity) else sae.identity
-        if (asked.layer, asked.fingerprint) != (info.layer, info.fingerprint):
+        if asked.layer not in (None, layer) or asked.fingerprint != info.fingerprint:
             made = Identity(info.group, info.layer, info.fingerprint)
             raise MismatchError(f"{self.folder} was made with the SAE {made} and can't answer about {asked}")
 
