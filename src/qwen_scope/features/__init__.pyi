@@ -1,5 +1,6 @@
 from .arms import matched_random as matched_random
 from .arms import mean_direction as mean_direction
+from .attribution import attribute as attribute
 from .effects import Promoter as Promoter
 from .effects import TokenEffect as TokenEffect
 from .effects import promoting as promoting
@@ -19,6 +20,8 @@ from .html import page_facts as page_facts
 from .judges import Judge as Judge
 from .judges import ModelJudge as ModelJudge
 from .judges import TokenJudge as TokenJudge
+from .judges import excerpt as excerpt
+from .judges import one_line as one_line
 from .label import LabelOptions as LabelOptions
 from .label import Material as Material
 from .label import label_features as label_features
