@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import http.client
 import json
 import os
 import random
@@ -27,6 +28,10 @@ Message = Mapping[str, str]
 
 class BudgetSpent(InputError):
     """The requests or tokens that were allowed are used up; what was answered is kept in the cache."""
+
+
+class CutOff(Exception):
+    """A reply that ends too early; the request is sent again."""
 
 
 @dataclass
@@ -161,6 +166,8 @@ class Endpoint:
             try:
                 with urllib.request.urlopen(request, timeout=self.timeout) as reply:
                     return self._read(reply.read())
+            except CutOff as cut:
+                problem = str(cut)
             except urllib.error.HTTPError as error:
                 said = " ".join(error.read(2000).decode("utf-8", "replace").split())[:200]
                 if error.code not in AGAIN:
@@ -168,8 +175,8 @@ class Endpoint:
                 problem = f"{error.code} {said}"
                 asked = error.headers.get("Retry-After", "")
                 pause = min(LONGEST_WAIT, float(asked)) if asked.replace(".", "", 1).isdigit() else pause
-            except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
-                problem = str(getattr(error, "reason", error))
+            except (urllib.error.URLError, TimeoutError, ConnectionError, http.client.HTTPException) as error:
+                problem = str(getattr(error, "reason", error)) or type(error).__name__
             if attempt + 1 < self.tries:
                 time.sleep(pause)
         raise NotFoundError(f"{url} gave no answer in {self.tries} tries; the last time: {problem}")
@@ -185,9 +192,12 @@ class Endpoint:
     def _read(self, data: bytes) -> str:
         try:
             reply = json.loads(data)
+        except ValueError as error:
+            raise CutOff(f"a reply that is no whole JSON: {data[:80]!r}") from error
+        try:
             answer = reply["choices"][0]["message"]["content"]
             used = (reply.get("usage") or {}).get("total_tokens") or 0
-        except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
+        except (KeyError, IndexError, TypeError, AttributeError) as error:
             raise FormatError(f"{self.base_url} answers no chat completion: {data[:200]!r}") from error
         if not isinstance(answer, str) or not isinstance(used, int):
             raise FormatError(f"{self.base_url} answers no chat completion: {data[:200]!r}")

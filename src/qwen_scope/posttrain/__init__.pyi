@@ -1,5 +1,7 @@
 from .codeswitch import CodeSwitch as CodeSwitch
 from .codeswitch import code_switch_ratio as code_switch_ratio
+from .lab_writer import LabWriter as LabWriter
+from .lab_writer import serving_lab as serving_lab
 from .loss import ExtraLoss as ExtraLoss
 from .loss import FeatureLoss as FeatureLoss
 from .loss import TokenPenalty as TokenPenalty
@@ -20,8 +22,15 @@ from .sft import METHODS as METHODS
 from .sft import SFTRun as SFTRun
 from .sft import held_out_loss as held_out_loss
 from .sft import run_sft as run_sft
+from .synthesize import price as price
+from .synthesize import synthesize as synthesize
 from .table import AlphaTable as AlphaTable
 from .table import LayerTable as LayerTable
 from .table import read_table as read_table
+from .targets import Target as Target
+from .targets import judged_targets as judged_targets
+from .targets import listed_targets as listed_targets
+from .targets import searched_targets as searched_targets
 from .trainer import FeatureSFTTrainer as FeatureSFTTrainer
 from .trainer import GroupCollator as GroupCollator
+from .writer import SynthesisOptions as SynthesisOptions
