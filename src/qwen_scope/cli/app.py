@@ -30,6 +30,7 @@ from . import (
     steer,
     store,
     sweep,
+    synthesize,
     train,
     validate,
 )
@@ -59,6 +60,7 @@ app.command("sweep")(sweep.sweep)
 app.command("validate")(validate.validate)
 app.command("train")(train.train)
 app.command("eval")(train.evaluate)
+app.command("synthesize")(synthesize.synthesize)
 app.command("explore")(explore.explore)
 app.add_typer(lab.app, name="lab")
 app.add_typer(posttrain.app, name="posttrain")

@@ -2,6 +2,12 @@ from .codeswitch import CodeSwitch as CodeSwitch
 from .codeswitch import code_switch_ratio as code_switch_ratio
 from .lab_writer import LabWriter as LabWriter
 from .lab_writer import serving_lab as serving_lab
+from .loops import Answer as Answer
+from .loops import Detector as Detector
+from .loops import Loop as Loop
+from .loops import LoopShare as LoopShare
+from .loops import Sampling as Sampling
+from .loops import loop_share as loop_share
 from .loss import ExtraLoss as ExtraLoss
 from .loss import FeatureLoss as FeatureLoss
 from .loss import TokenPenalty as TokenPenalty
@@ -12,6 +18,16 @@ from .monitor import Monitor as Monitor
 from .monitor import monitor_figures as monitor_figures
 from .monitor import read_monitor as read_monitor
 from .prepare import prepare as prepare
+from .repetition import CausalCheck as CausalCheck
+from .repetition import causal_check as causal_check
+from .repetition import repetition_recipe as repetition_recipe
+from .rewards import REWARDS as REWARDS
+from .rewards import reward_of as reward_of
+from .rl import RL_METHODS as RL_METHODS
+from .rl import RLRun as RLRun
+from .rl import run_rl as run_rl
+from .rollouts import SteeredRollouts as SteeredRollouts
+from .rollouts import SteeredTrainer as SteeredTrainer
 from .samples import Sample as Sample
 from .samples import chats_only as chats_only
 from .samples import dataset_of as dataset_of
@@ -34,3 +50,4 @@ from .targets import searched_targets as searched_targets
 from .trainer import FeatureSFTTrainer as FeatureSFTTrainer
 from .trainer import GroupCollator as GroupCollator
 from .writer import SynthesisOptions as SynthesisOptions
+from .writing import Price as Price

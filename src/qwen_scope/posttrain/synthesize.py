@@ -40,7 +40,7 @@ from qwen_scope.scope import Scope
 
 from .journal import KEPT, OUTCOMES, Attempt, check_folder, room, write_lines, write_whole
 from .targets import Target
-from .writer import Made, Say, SynthesisOptions, Writer, activations, digest
+from .writer import Made, Say, SynthesisOptions, Writer, activations, digest, fire
 from .writing import Price, avoid_prompt, priced, write_prompt
 
 PACKAGES = ("qwen-scope", "torch", "transformers", "pyarrow", "duckdb")
@@ -125,8 +125,18 @@ def check_targets(scope: Scope, targets: Sequence[Target]) -> None:
 
 def seed_counts(store: FeatureStore, targets: Sequence[Target]) -> Int64[np.ndarray, " targets"]:
     """In how many documents of a store each target fires on any token."""
-    documents = {layer: store.stats(layer)["documents"].to_numpy() for layer in {target.layer for target in targets}}
-    return np.array([documents[target.layer][target.feature] for target in targets], np.int64)
+    found = store.sql(
+        "SELECT number, count(DISTINCT document) AS documents FROM features JOIN (SELECT unnest($number::INTEGER[]) AS"
+        " number, unnest($layer::INTEGER[]) AS layer, unnest($feature::INTEGER[]) AS feature,"
+        " unnest($threshold::DOUBLE[]) AS threshold) USING (layer, feature) WHERE value > threshold GROUP BY number",
+        {
+            "number": list(range(len(targets))),
+            **{name: [getattr(target, name) for target in targets] for name in ("layer", "feature", "threshold")},
+        },
+    )
+    counts = np.zeros(len(targets), np.int64)
+    counts[found["number"].to_numpy()] = found["documents"].to_numpy()
+    return counts
 
 
 @contextmanager
@@ -192,7 +202,10 @@ def write_data(out: Path, targets: Sequence[Target], made: Made, model: str, o: 
     kept = Counter(one.place for one in made.kept)
     lines = [
         {
-            **{name: getattr(target, name) for name in ("layer", "feature", "sae", "label", "source", "relevance")},
+            **{
+                name: getattr(target, name)
+                for name in ("layer", "feature", "sae", "label", "source", "relevance", "threshold")
+            },
             "documents": int(made.counts[i]),
             "answers": asked_for[target.place],
             "kept": kept[target.place],
@@ -224,6 +237,7 @@ PROVENANCE = {
     "label": "string",
     "label_source": "string",
     "relevance": "float64",
+    "threshold": "float64",
     "attempt": "int32",
     "activation": "float64",
     "model": "string",
@@ -242,6 +256,7 @@ def provenance(one: Attempt, target: Target, asked: Sequence[Mapping[str, str]],
         "label": target.label,
         "label_source": target.source,
         "relevance": target.relevance,
+        "threshold": target.threshold,
         "attempt": one.attempt,
         "activation": one.activation,
         "model": model,
@@ -269,7 +284,7 @@ def curve_of(
     everything = list(texts)
     for start in range(0, len(everything), step):
         some = everything[start : start + step]
-        covered = covered | (activations(scope, some, targets) > 0).any(0)
+        covered = covered | fire(activations(scope, some, targets), targets).any(0)
         done += len(some)
         out.append((done, int(covered.sum())))
     return out
@@ -318,7 +333,9 @@ def _request(
     scope: Scope, seed: Corpus | FeatureStore, targets: Sequence[Target], endpoint: Endpoint, o: SynthesisOptions
 ) -> dict[str, Any]:
     """What decides the result of a run, as plain data."""
-    named = [[*target.place, target.label, target.relevance, len(target.contexts)] for target in targets]
+    named = [
+        [*target.place, target.threshold, target.label, target.relevance, len(target.contexts)] for target in targets
+    ]
     corpus = seed.manifest.request if isinstance(seed, FeatureStore) else seed.description
     settings = {name: value for name, value in asdict(o).items() if name != "budget"}
     return {

@@ -31,6 +31,7 @@ class Target:
         sae: the fingerprint of its SAE.
         label: what it reacts to, in words or as typical tokens.
         source: who wrote the label: a model, or `summary` for typical tokens.
+        threshold: it counts as firing above this activation; 0 is the report's.
         contexts: where it fires; prompts show some of them.
         relevance: what the judge said, from 0 to 1; None where nobody was asked.
     """
@@ -40,6 +41,7 @@ class Target:
     sae: str
     label: str
     source: str
+    threshold: float = 0.0
     contexts: tuple[Context, ...] = ()
     relevance: float | None = None
 
@@ -49,25 +51,30 @@ class Target:
         return self.layer, self.feature
 
 
-def listed_targets(store: FeatureStore, places: Sequence[tuple[int, int]], seed: int = 0) -> list[Target]:
+def listed_targets(
+    store: FeatureStore, places: Sequence[tuple[int, int]], strength: float = 0.0, seed: int = 0
+) -> list[Target]:
     """The features named, with their label in the store, or their typical tokens where they have none.
 
     Args:
         store: a corpus in which they fire; its contexts go into the prompts.
         places: layer and feature of each.
+        strength: a target counts as firing above this share of its own activations in the store; with 0 on any token
+            that activates it, as in the report. Frequent features want more: any corpus activates them somewhere.
         seed: of the draw of contexts.
 
     Raises:
-        InputError: no feature, or one that has no label and fires nowhere in the store: nothing could be asked for.
+        InputError: no feature, a strength outside 0 to 1, or a feature that has no label and fires nowhere in the
+            store: nothing could be asked for.
         NotFoundError: a layer or feature that the store does not have.
     """
     if not places:
         raise InputError("there is no target: name features, words of labels, or a concept")
     labels = Notes(store).labels()
-    return [_target(store, place, labels.get(place), seed) for place in dict.fromkeys(places)]
+    return [_target(store, place, labels.get(place), strength, seed) for place in dict.fromkeys(places)]
 
 
-def searched_targets(store: FeatureStore, words: str, seed: int = 0) -> list[Target]:
+def searched_targets(store: FeatureStore, words: str, strength: float = 0.0, seed: int = 0) -> list[Target]:
     """The features of a store whose label or note has every word.
 
     Raises:
@@ -76,11 +83,11 @@ def searched_targets(store: FeatureStore, words: str, seed: int = 0) -> list[Tar
     places = sorted({(note.layer, note.feature) for note in Notes(store).search(words, n=None)})
     if not places:
         raise NotFoundError(f"no label in {store.folder} has {words!r}; make labels with qwen-scope label")
-    return listed_targets(store, places, seed)
+    return listed_targets(store, places, strength, seed)
 
 
 def judged_targets(
-    store: FeatureStore, concept: str, endpoint: Endpoint, tau: float = 0.5, seed: int = 0
+    store: FeatureStore, concept: str, endpoint: Endpoint, tau: float = 0.5, strength: float = 0.0, seed: int = 0
 ) -> list[Target]:
     """The labelled features of a store whose relevance to a concept is `tau` or more: T = {f : s_f >= tau}.
 
@@ -117,7 +124,7 @@ def judged_targets(
             f"none of the {len(scores)} labelled features is relevant to {concept!r} at tau {tau}; the highest"
             f" relevance is {max(scores.values()):g}"
         )
-    return [_target(store, place, labels[place], seed, scores[place]) for place in chosen]
+    return [_target(store, place, labels[place], strength, seed, scores[place]) for place in chosen]
 
 
 def relevances(answer: str, n: int) -> list[float] | None:
@@ -138,23 +145,34 @@ def _question(concept: str, labels: Sequence[str]) -> list[dict[str, str]]:
 
 
 def _target(
-    store: FeatureStore, place: tuple[int, int], label: Label | None, seed: int, relevance: float | None = None
+    store: FeatureStore,
+    place: tuple[int, int],
+    label: Label | None,
+    strength: float,
+    seed: int,
+    relevance: float | None = None,
 ) -> Target:
-    """A target with its contexts."""
+    """A target with its threshold and its contexts: the strongest, and, where weak ones count as well, any others."""
+    if not 0 <= strength < 1:
+        raise InputError(f"a strength is from 0 to below 1, not {strength}")
     layer, feature = place
     store.check_feature(layer, feature)
-    wide = {"before": BEFORE, "after": AFTER}
-    top = store.contexts(layer, feature, SHOWN // 2, per_document=True, **wide)  # pyright: ignore[reportArgumentType]
-    drawn = store.contexts(layer, feature, SHOWN // 2, how="random", seed=seed, **wide)  # pyright: ignore[reportArgumentType]
-    contexts = tuple({(c.document, c.position): c for c in (*top, *drawn)}.values())
-    if label is None and not contexts:
+    fires = store.feature(layer, feature).tokens > 0
+    if label is None and not fires:
         raise InputError(
             f"layer {layer}, feature {feature} has no label and fires nowhere in {store.folder}: nothing says what to"
             " write for it; take a store in which it fires"
         )
+    wide = {"before": BEFORE, "after": AFTER}
+    n = SHOWN if strength else SHOWN // 2
+    found = store.contexts(layer, feature, n, per_document=True, **wide) if fires else []  # pyright: ignore[reportArgumentType]
+    if fires and not strength:
+        found += store.contexts(layer, feature, n, how="random", seed=seed, **wide)  # pyright: ignore[reportArgumentType]
+    contexts = tuple({(c.document, c.position): c for c in found}.values())
     text = label.text if label is not None else TokenJudge().explain(contexts)
     source = label.source if label is not None else TokenJudge.source
-    return Target(layer, feature, store.layer(layer).fingerprint, text, source, contexts, relevance)
+    threshold = float(store.quantiles(layer, feature, [strength])[0]) if strength and fires else 0.0
+    return Target(layer, feature, store.layer(layer).fingerprint, text, source, threshold, contexts, relevance)
 
 
 def _out_of_budget(done: int, wanted: int) -> QwenScopeError:

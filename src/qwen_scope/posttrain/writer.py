@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import final
 
 import numpy as np
-from jaxtyping import Float32, Int64
+from jaxtyping import Bool, Float32, Int64
 
 from qwen_scope.errors import InputError, NotFoundError, QwenScopeError
 from qwen_scope.features import Endpoint, pool_texts
@@ -93,6 +93,11 @@ def activations(scope: Scope, texts: Sequence[str], targets: Sequence[Target]) -
             here = np.flatnonzero(layers == layer)
             out[:, here] = pooled.values("max", [targets[int(i)].feature for i in here])
     return out
+
+
+def fire(values: Float32[np.ndarray, "texts targets"], targets: Sequence[Target]) -> Bool[np.ndarray, "texts targets"]:
+    """Which targets fire on which texts, by their largest activations."""
+    return values > np.array([target.threshold for target in targets])
 
 
 def digest(text: str) -> str:
@@ -272,21 +277,17 @@ class Writer:
 
     def _kept(self, bare: Attempt, values: Float32[np.ndarray, " targets"], seen: set[str]) -> Attempt:
         """An attempt with its outcome, by what the targets do in its text."""
-        on = self.number.get(bare.place)
-        value = 0.0 if on is None else float(values[on])
+        on, fires = self.number.get(bare.place), fire(values[None], self.targets)[0]
         outcome = KEPT
         if digest(bare.text) in seen:
             outcome = DUPLICATE
-        elif bare.of and value > 0:
+        elif bare.of and on is not None and fires[on]:
             outcome = FIRING
-        elif on is not None and not bare.of and not value > 0:
+        elif on is not None and not bare.of and not fires[on]:
             outcome = SILENT
-        fires = (
-            ()
-            if outcome != KEPT or bare.of
-            else tuple((*self.targets[i].place, float(values[i])) for i in np.flatnonzero(values > 0))
-        )
-        return replace(bare, outcome=outcome, activation=value, fires=fires)
+        known = np.flatnonzero(fires) if outcome == KEPT and not bare.of else np.zeros(0, np.int64)
+        some = tuple((*self.targets[int(i)].place, float(values[i])) for i in known)
+        return replace(bare, outcome=outcome, activation=0.0 if on is None else float(values[on]), fires=some)
 
     def _spent(self, made: Made) -> str:
         covered = made.curve[-1][1]
