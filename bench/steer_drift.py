@@ -2,13 +2,15 @@
 
     python bench/steer_drift.py [--write]
 
-Features by the contrast of languages, how many by a sweep on prompts of its own; measured on fresh prompts of the
-training split and on held-out ones. Drift: the answer to a question without a Han letter holds one.
+Features by what they add to the first Chinese letter of the model's own drifted answers; which layers and how many by
+a sweep on questions of its own; measured on fresh questions and on held-out ones. Beside them: the features that tell
+Chinese best from other languages, and matched random ones.
 """
 
 from __future__ import annotations
 
 import json
+import re
 import sys
 
 import numpy as np
@@ -17,38 +19,62 @@ from sections import paragraph, table, write_section
 from steer_languages import END, features_of, language_means
 
 from qwen_scope import Intervention, Scope, load_scope
-from qwen_scope.features import matched_random
+from qwen_scope.features import attribute, matched_random
 from qwen_scope.lab import drift_prompts
 from qwen_scope.stats import bootstrap
 from qwen_scope.steer import (
     Budget,
     Decoding,
+    Generation,
     best_candidate,
     generate,
     log_probabilities,
-    matches,
     perplexity,
     rows_of,
     sweep_candidates,
 )
 
-INTO, FEATURES, N_FIT, N_TEST, N_RANDOM = "zh", (1, 3, 5, 10), 200, 600, 3
+INTO, N_CHOOSE, N_FIT, N_TEST, N_RANDOM, N_CONTRAST = "zh", 1500, 300, 900, 3, 10
+LAYERS, FEATURES = ((4, 5), (3, 4, 5)), (1, 2, 3, 5, 8)
 DECODING = Decoding(max_new_tokens=60, sample=True, temperature=1.0, top_k=0, top_p=1.0, seed=2)
-HAN = matches("[\u4e00-\u9fff]")
+HAN, KANA = re.compile("[\u4e00-\u9fff]"), re.compile("[\u3040-\u30ff]")
+SENTENCE_END = re.compile(r"(?<=[。！？.!?؟\n])")
+
+
+def first_chinese(text: str) -> int | None:
+    """Where the first Han letter stands in a sentence without kana, which would make it Japanese."""
+    start = 0
+    for sentence in SENTENCE_END.split(text.split(END)[0]):
+        letter = HAN.search(sentence)
+        if letter and not KANA.search(sentence):
+            return start + letter.start()
+        start += len(sentence)
+    return None
 
 
 def drifted(texts: list[str]) -> np.ndarray:
-    return HAN([text.split(END)[0] for text in texts])
+    return np.array([float(first_chinese(text) is not None) for text in texts])
 
 
 def questions(seed: int, n: int, split: str = "train") -> list[str]:
-    texts = [prompt.text for prompt in drift_prompts(seed=seed, n=n, into=INTO, split=split)]
-    return [text for text, already in zip(texts, HAN(texts), strict=True) if not already]
+    """Questions that hold no Han letter and are not Japanese, whose answers should hold none either."""
+    prompts = drift_prompts(seed=seed, n=n, into=INTO, split=split)
+    return [one.text for one in prompts if one.language != "ja" and not HAN.search(one.text)]
 
 
-def ablations(knob: list[Intervention]) -> list[Intervention]:
-    places = sorted({(one.layer, one.feature or 0) for one in knob})
-    return [Intervention.ablate(layer=layer, feature=feature) for layer, feature in places]
+def up_to_the_switch(scope: Scope, prompt: str, made: Generation) -> list[int] | None:
+    """The prompt and its answer as tokens, up to the one that begins the first Chinese letter."""
+    at = first_chinese(made.text)
+    if at is None:
+        return None
+    # The text of a token is what shows at it, a letter of several tokens at its first.
+    ends = np.cumsum([len(token.text) for token in made.tokens])
+    last = int(np.searchsorted(ends, at, side="right"))
+    return [*scope.tokenizer(prompt)["input_ids"], *(token.token_id for token in made.tokens[: last + 1])]
+
+
+def ablations(features: dict[int, list[int]]) -> list[Intervention]:
+    return [Intervention.ablate(layer=layer, feature=f) for layer, some in features.items() for f in some]
 
 
 def answers(scope: Scope, prompts: list[str], chosen: list[Intervention]) -> tuple[np.ndarray, float]:
@@ -65,23 +91,32 @@ def kept_share(plain: np.ndarray, other: np.ndarray, resamples: int = 2000) -> t
     return float(other.mean() / plain.mean()), float(low), float(high)
 
 
+def causes(scope: Scope) -> tuple[dict[str, dict[int, list[int]]], int]:
+    """The features that add most to the first Chinese letter, by layers and number; and of how many answers."""
+    prompts = questions(31, N_CHOOSE)
+    made = generate(scope.model, scope.tokenizer, prompts, saes=scope.saes, decoding=DECODING)
+    switches = [up_to_the_switch(scope, *pair) for pair in zip(prompts, made, strict=True)]
+    switches = [ids for ids in switches if ids]
+    effects = attribute(scope, switches)
+    found = {
+        f"{n} at layers {', '.join(map(str, layers))}": {
+            layer: effects[layer].topk(n).indices.tolist() for layer in layers
+        }
+        for layers in LAYERS
+        for n in FEATURES
+    }
+    return found, len(switches)
+
+
 def main(arguments: list[str]) -> None:
     torch.set_num_threads(1)
     scope = load_scope("lab", device="cpu")
-    means = language_means(scope)
-    found = {
-        n: [
-            Intervention.add(layer=layer, feature=f, amount=1.0)
-            for layer in scope.layers
-            for f, _ in features_of(scope, means, INTO, layer, n)
-        ]
-        for n in FEATURES
-    }
+    found, switches = causes(scope)
     sweeps = sweep_candidates(
         scope.model,
         scope.tokenizer,
         questions(21, N_FIT),
-        {str(n): ablations(knob) for n, knob in found.items()},
+        {name: ablations(features) for name, features in found.items()},
         drifted,
         lower=True,
         saes=scope.saes,
@@ -89,42 +124,42 @@ def main(arguments: list[str]) -> None:
         decoding=DECODING,
         budget=Budget(2.0, 0.1, tolerance=0.02),
     )
-    n = int(best_candidate(sweeps) or FEATURES[0])
-    chosen, rows = found[n], []
-    for name, split in (
+    name = best_candidate(sweeps) or next(iter(found))
+    chosen = ablations(found[name])
+    print(name, found[name], flush=True)
+    means = language_means(scope)
+    contrast = {layer: [f for f, _ in features_of(scope, means, INTO, layer, N_CONTRAST)] for layer in scope.layers}
+    arms = {"by effect": chosen, "by contrast": ablations(contrast)}
+    additions = [Intervention.add(layer=one.layer, feature=one.feature, amount=1.0) for one in chosen]
+    for seed in range(N_RANDOM):
+        others = matched_random(additions, scope.saes, scope.sizes, np.random.default_rng(seed))
+        arms[f"random {seed + 1}"] = [Intervention.ablate(layer=o.layer, feature=o.feature) for o in others]
+    rows, worst = [], 0.0
+    for questions_of, split in (
         ("fresh questions", "train"),
         ("held-out sentences", "heldout_sentences"),
         ("held-out forms", "heldout_templates"),
     ):
         prompts = questions(22, N_TEST, split)
         plain, normal = answers(scope, prompts, [])
-        arms = {"ablated": ablations(chosen)}
-        for seed in range(N_RANDOM):
-            other = matched_random(chosen, scope.saes, scope.sizes, np.random.default_rng(seed))
-            arms[f"random {seed + 1}"] = ablations(other)
         for arm, interventions in arms.items():
             values, cost = answers(scope, prompts, interventions)
             left, low, high = kept_share(plain, values)
-            rows.append(
-                (
-                    name,
-                    len(prompts),
-                    arm,
-                    bootstrap(plain),
-                    bootstrap(values),
-                    f"{left:.2f} [{low:.2f}, {high:.2f}]",
-                    cost / normal,
-                )
-            )
+            if arm == "by effect":
+                worst = max(worst, left)
+            share = f"{left:.2f} [{low:.2f}, {high:.2f}]"
+            rows.append((questions_of, len(prompts), arm, bootstrap(plain), bootstrap(values), share, cost / normal))
             print(json.dumps(rows[-1], ensure_ascii=False, default=vars), flush=True)
     how = f"""
-        `bench/steer_drift.py --write`: the {n} features per layer that tell Chinese best (how many, by a sweep on
-        other questions), set to zero at every token of chats whose answers in this corpus sometimes drift into
-        Chinese; {DECODING.max_new_tokens} tokens, temperature {DECODING.temperature:g}. Drift: the answer to a
-        question without a Han letter holds one. 95% intervals over questions; random: as many features that fire about
-        as often. The aim: at most half of the drift left."""
+        `bench/steer_drift.py --write`: chats whose answers in this corpus sometimes drift into Chinese;
+        {DECODING.max_new_tokens} tokens, temperature {DECODING.temperature:g}. Drift: the answer to a question that is
+        neither Chinese nor Japanese has a sentence with a Han letter and without kana. By effect: the features that
+        add most to the log-probability of the first Chinese letter in {switches} drifted answers of the model
+        (`qwen_scope.features.attribute`), {name} each, chosen by a sweep on other questions; set to zero at every
+        token. By contrast: the {N_CONTRAST} features per layer that tell Chinese best from the other languages.
+        Random: as many features as the first, which fire about as often. 95% intervals over questions. The aim: at
+        most half of the drift left."""
     columns = ("questions", "n", "", "drift, unsteered", "drift", "left", "perplexity, times unsteered")
-    worst = max(float(row[5].split()[0]) for row in rows if row[2] == "ablated")
     verdict = (
         f"At worst {worst:.2f} of the drift is left, so the aim is {'reached' if worst <= 0.5 else 'not reached'}."
     )

@@ -2,6 +2,7 @@
 
     python bench/steer_languages.py [--write] [de fr ...]    # JSON lines; --write: the table in docs/results.md
     python bench/steer_languages.py --from ROWS.jsonl         # the table from lines printed before
+    python bench/steer_languages.py --sibling moe=FOLDER      # a lab that `qwen-scope lab build --family moe` made
 
 Features are chosen on training documents by the difference of mean activation (the report's contrastive rule); which
 layers and which amount by `sweep` on prompts of its own; all is measured on fresh prompts.
@@ -9,8 +10,8 @@ layers and which amount by `sweep` on prompts of its own; all is measured on fre
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
 import time
 from collections import defaultdict
 from pathlib import Path
@@ -37,7 +38,6 @@ from qwen_scope.steer import (
     sweep_candidates,
 )
 
-LAYERS = ((1, 2, 3, 4, 5), (3, 4, 5))
 FEATURES = 3
 AMOUNTS = (0.2, 0.3, 0.5, 0.8)
 AFTER = 0.25  # the change of generated tokens, as a share of that of the prompt
@@ -79,7 +79,7 @@ def features_of(scope: Scope, means: dict, language: str, layer: int, n: int) ->
     return list(zip(features.tolist(), (lengths / lengths.sum()).tolist(), strict=True))
 
 
-def knob(scope: Scope, means: dict, language: str, layers: tuple[int, ...]) -> list[Intervention]:
+def knob(scope: Scope, means: dict, language: str, layers: list[int]) -> list[Intervention]:
     """At every layer the features of a language: one residual long on the prompt, `AFTER` of it from there on."""
     return [
         Intervention.add(layer=layer, feature=feature, amount=part * much, unit="resid_norm", where=where)
@@ -103,6 +103,15 @@ def random_like(scope: Scope, chosen: list[Intervention], seed: int) -> list[Int
     ]
 
 
+def choices(scope: Scope) -> tuple[list[int], list[int]]:
+    """The layers a knob may act at: all but the first, or the later half."""
+    return scope.layers[1:], scope.layers[len(scope.layers) // 2 :]
+
+
+def named(layers: list[int]) -> str:
+    return f"layers {layers[0]}-{layers[-1]}"
+
+
 def run(scope: Scope, prompts: list[str], chosen: list[Intervention]) -> tuple[list[Generation], list[Row]]:
     made = generate(
         scope.model, scope.tokenizer, prompts, chosen, saes=scope.saes, stats=scope.sizes, decoding=DECODING
@@ -119,7 +128,7 @@ def into(scope: Scope, means: dict, language: str, reference: list[Row]) -> dict
     """Sweep, then measure."""
     fit = [prompt.text for prompt in neutral_prompts(seed=11, n=N_FIT)]
     test = [prompt.text for prompt in neutral_prompts(seed=12, n=N_TEST)]
-    candidates = {f"layers {layers[0]}-{layers[-1]}": knob(scope, means, language, layers) for layers in LAYERS}
+    candidates = {named(layers): knob(scope, means, language, layers) for layers in choices(scope)}
     sweeps = sweep_candidates(
         scope.model,
         scope.tokenizer,
@@ -171,7 +180,7 @@ def meets(row: dict) -> str:
     return ", ".join(name for name, wrong in failed if wrong) or "yes"
 
 
-def section(rows: list[dict]) -> str:
+def section(rows: list[dict], scope: Scope) -> str:
     cells = []
     for row in rows:
         if row["knob"] is None:
@@ -191,7 +200,7 @@ def section(rows: list[dict]) -> str:
         "random minus unsteered",
         "all three",
     )
-    knobs = " or ".join(f"{layers[0]}-{layers[-1]}" for layers in LAYERS)
+    knobs = " or ".join(named(layers).removeprefix("layers ") for layers in choices(scope))
     how = f"""
         `bench/steer_languages.py --write`: the {FEATURES} features per layer whose mean activation on a language
         exceeds that on the others by most, added at several layers, the amount on the prompt and {AFTER:g} of it on
@@ -214,30 +223,35 @@ def revived(data: dict) -> dict | Interval:
     return Interval(**data) if set(data) == {"estimate", "low", "high", "n", "level"} else data
 
 
-def main(arguments: list[str]) -> None:
-    if "--from" in arguments:
-        rows_file = Path(arguments[arguments.index("--from") + 1])
-        rows = [
-            json.loads(line, object_hook=revived) for line in rows_file.read_text().splitlines() if line.startswith("{")
-        ]
-        write_section(TITLE, section(rows))
-        return
+def main() -> None:
+    ask = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    ask.add_argument("languages", nargs="*", choices=[*LANGUAGES, []], metavar="LANGUAGE", help="default: all")
+    ask.add_argument("--write", action="store_true")
+    ask.add_argument("--from", dest="lines", type=Path)
+    ask.add_argument("--sibling", metavar="FAMILY=FOLDER")
+    given = ask.parse_args()
     torch.set_num_threads(1)
-    scope = load_scope("lab", device="cpu")
+    family, _, folder = (given.sibling or "").partition("=")
+    scope = load_scope(f"{folder}/model", f"{folder}/sae", device="cpu") if folder else load_scope("lab", device="cpu")
+    title = f"{TITLE}: the {family} sibling" if folder else TITLE
+    if given.lines:
+        lines = [line for line in given.lines.read_text().splitlines() if line.startswith("{")]
+        write_section(title, section([json.loads(line, object_hook=revived) for line in lines], scope))
+        return
     means = language_means(scope)
     others = [prompt.text for prompt in neutral_prompts(seed=31, n=N_REFERENCE)]
     made, rows = run(scope, others, [])
     spoken = [language_of_text(first(one.text)) for one in made]
     found = []
-    for language in [a for a in arguments if a in LANGUAGES] or list(LANGUAGES):
+    for language in given.languages or LANGUAGES:
         started = time.time()
         own = [row for row, name in zip(rows, spoken, strict=True) if name == language and row.start < len(row.ids)]
         found.append(into(scope, means, language, own))
         print(json.dumps({**found[-1], "seconds": time.time() - started}, ensure_ascii=False, default=vars), flush=True)
-    if "--write" in arguments:
-        write_section(TITLE, section(found))
-    print(section(found))
+    if given.write:
+        write_section(title, section(found, scope))
+    print(section(found, scope))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()
