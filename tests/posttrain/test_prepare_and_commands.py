@@ -17,7 +17,7 @@ from qwen_scope.cli import main
 from qwen_scope.errors import FormatError, InputError, MismatchError, NotFoundError
 from qwen_scope.lab import documents
 from qwen_scope.model import HookPoint, capture
-from qwen_scope.posttrain import FeatureLoss, code_switch_ratio, lab_samples, prepare, read_table
+from qwen_scope.posttrain import FeatureLoss, code_switch_ratio, lab_samples, prepare, read_monitor, read_table
 from qwen_scope.posttrain.samples import sample_of
 
 LABELLED = [
@@ -26,6 +26,7 @@ LABELLED = [
     ("loud", "今天天气很好。"),
     ("loud", "车站在哪里？"),
     ("code", "def add(a, b): return a + b"),
+    ("code", "print(add(1, 2))"),
 ]
 
 
@@ -161,13 +162,22 @@ def test_from_labels_to_a_measured_model(corpus, tmp_path, capsys) -> None:
     quick += ("--max-length", 48, "--held-out", corpus / "chats.jsonl")
     chats = corpus / "chats.jsonl"
     out = tmp_path / "run"
-    done = run(capsys, "sft", chats, "-o", out, *model, *sae, *quick, "--weight", 0.5, "--lora", 2, "--epochs", 2)
+    watched = ("--monitor", corpus / "prompts.txt", "--monitor-every", 2)
+    words = (*model, *sae, *quick, *watched)
+    done = run(capsys, "sft", chats, "-o", out, *words, "--weight", 0.5, "--lora", 2, "--epochs", 2)
     assert done["steps"] == 4
+    seen = read_monitor(out / "monitor.jsonl")
+    assert [line["step"] for line in seen] == [0, 2, 4]
+    chosen = {one["layer"]: set(one["features"]) for one in made["layers"]}
+    assert {entry["layer"]: {one["feature"] for one in entry["watched"]} for entry in seen[-1]["layers"]} == chosen
+    assert {one["label"] for entry in seen[-1]["layers"] for one in entry["watched"]} == {"loud"}
+    assert done["alarms"] == [alarm for line in seen for alarm in line["alarms"]]
     facts = json.loads((out / "run.json").read_text())
     assert (facts["method"], facts["weight"], facts["target"], facts["seed"]) == ("features", 0.5, "loud", 42)
     assert "trl" in facts["versions"]
     log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     assert any("eval_loss" in line for line in log)
+    assert any("monitor/drift_2" in line for line in log)
     measured = run(capsys, "eval", "--model", out / "model", "--held-out", chats)
     assert measured["held_out_loss"] == pytest.approx(done["held_out_loss"], abs=1e-4)  # the adapter is merged
     asked = ("--script", "CJK", "--samples", 2, "--max-new-tokens", 4)
@@ -206,6 +216,8 @@ def test_an_interrupted_run_goes_on(corpus, tmp_path, capsys) -> None:
             "no checkpoint to go on from",
         ),
         (["sft", "lab", "-o", "file/out", "--method", "plain", "-n", "20"], "can't be written: Not a directory"),
+        (["sft", "lab", "-o", "out", "--method", "plain", "-n", "20", "--monitor", "file"], "at least two texts"),
+        (["sft", "lab", "-o", "out", "--method", "plain", "-n", "20", "--monitor", "no.txt"], "no.txt"),
         (["prepare", "lab", "--target", "tlh", "-o", "t.json", "-n", "30"], "no text belongs to the target"),
     ],
 )

@@ -15,6 +15,9 @@ from . import options, output
 if TYPE_CHECKING:
     from qwen_scope.posttrain import AlphaTable, Sample, SFTRun
 
+PROBES = 64
+"""At most so many texts are measured by --monitor."""
+
 app = typer.Typer(
     help="Train the language model with feature signals: prepare features, fine-tune, measure.", no_args_is_help=True
 )
@@ -122,6 +125,13 @@ def sft(
     packing: Annotated[bool, typer.Option("--packing", help="Several samples in one row.")] = False,
     checkpointing: Annotated[bool, typer.Option("--checkpointing", help="Recompute to save memory.")] = False,
     bf16: Annotated[bool, typer.Option("--bf16", help="Mixed precision.")] = False,
+    monitor: Annotated[
+        str | None,
+        typer.Option("--monitor", help="Watch features on a text per line, rows with a text, or 'lab'."),
+    ] = None,
+    monitor_every: Annotated[
+        int | None, typer.Option("--monitor-every", help="Steps between measurements. Default: 2% of the time.", min=1)
+    ] = None,
     save_every: Annotated[int, typer.Option("--save-every", help="Steps between checkpoints; 0 for none.")] = 0,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint.")] = False,
     seed: Seed = 42,
@@ -131,7 +141,8 @@ def sft(
 ) -> None:
     """Fine-tune: plainly, with SASFT's auxiliary loss on features, or with a penalty on tokens.
 
-    The result lies in OUT/model and loads like any model. Defaults are the published settings of SASFT.
+    The result lies in OUT/model and loads like any model. Defaults are the published settings of SASFT. --monitor
+    measures features on texts while training, into OUT/monitor.jsonl, and says when one of the table's moves far.
     """
     check_packages()
     from qwen_scope.posttrain import SFTRun, read_table
@@ -160,17 +171,39 @@ def sft(
         bf16=bf16,
         dtype=dtype,
         device=device,
+        watch_every=monitor_every,
         save_every=save_every,
         resume=resume,
     )
     found = None if table is None else read_table(table)
     learnt = training_samples(corpus, column, prompt_column, group_column, n, 0)
     kept = training_samples(held_out, column, prompt_column, group_column, None, 1) if held_out else []
-    carry_out(run, learnt, kept, found, as_json)
+    probe = probe_texts(monitor) if monitor else []
+    carry_out(run, learnt, kept, found, probe, as_json)
+
+
+def probe_texts(source: str) -> list[str]:
+    """Texts to measure features on: those of a file, or held-out chats of the lab."""
+    from qwen_scope.corpus import Corpus
+    from qwen_scope.lab import documents
+
+    if source == "lab":
+        return [found.text for found in documents(split="heldout_sentences", seed=2, n=PROBES, kinds=["chat"])]
+    found = [row.text for row in Corpus(source, unit="line", sample=PROBES) if isinstance(row.text, str)]
+    if len(found) < 2:
+        raise InputError(
+            f"--monitor needs at least two texts; {source} has {len(found)} in lines or in a column 'text'"
+        )
+    return found
 
 
 def carry_out(
-    run: SFTRun, learnt: list[Sample], held_out: list[Sample], table: AlphaTable | None, as_json: bool
+    run: SFTRun,
+    learnt: list[Sample],
+    held_out: list[Sample],
+    table: AlphaTable | None,
+    probe: list[str],
+    as_json: bool,
 ) -> None:
     """Train with a progress bar and print what came out."""
     from qwen_scope.posttrain import run_sft
@@ -181,13 +214,19 @@ def carry_out(
             learnt,
             held_out,
             table,
+            probe=probe,
             progress=lambda step, steps, log: bar("training", step / max(1, steps), losses(log)),
         )
     if as_json:
         output.print_json({"folder": str(run.out), **metrics})
         return
+    alarms = metrics.pop("alarms", [])
     rows = [(name, f"{value:.4f}" if isinstance(value, float) else value) for name, value in metrics.items()]
+    rows += [("alarms", len(alarms))] if probe else []
     output.show(f"Fine-tuned ({run.method})", ("figure", "value"), rows)
+    for alarm in alarms:
+        place = f"layer {alarm['layer']} feature {alarm['feature']} ({alarm['label']})"
+        output.console().print(f"Alarm at step {alarm['step']}: {place} has moved far.", soft_wrap=True)
     output.console().print(f"Written to {run.out / 'model'}.", soft_wrap=True)
 
 

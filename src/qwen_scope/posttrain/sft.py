@@ -4,7 +4,8 @@
 out/
   run.json       the resolved settings, versions and seed
   log.jsonl      what the trainer logged, one line each
-  metrics.json   losses at the end
+  metrics.json   losses at the end, and the monitor's alarms
+  monitor.jsonl  what the features did on the probe texts, with --monitor
   checkpoints/   TRL's own, for --resume
   model/         the result, loadable like any model (a LoRA adapter is merged; it lies beside, in adapter/)
 ```
@@ -30,6 +31,7 @@ from qwen_scope.model import LoadedModel, d_model, load_model
 from qwen_scope.scope import SAEs, model_source, resolve
 
 from .loss import ExtraLoss, FeatureLoss, TokenPenalty
+from .monitor import Monitor, read_monitor
 from .prepare import versions
 from .samples import Sample, dataset_of
 from .table import AlphaTable
@@ -56,6 +58,7 @@ class SFTRun:
         lora: the rank of adapters on all linear layers; None trains every weight.
         packing, checkpointing, bf16: as in TRL.
         dtype, device: of the model while it trains.
+        watch_every: steps between two measurements of the monitor; None measures as often as 2% of the time allow.
         save_every: steps between checkpoints; 0 keeps none.
         resume: go on from the last checkpoint in `out`.
 
@@ -86,6 +89,7 @@ class SFTRun:
     bf16: bool = False
     dtype: str = "float32"
     device: str | None = None
+    watch_every: int | None = None
     save_every: int = 0
     resume: bool = False
     log_every: int = 10
@@ -126,6 +130,7 @@ def run_sft(
     held_out: Sequence[Sample] = (),
     table: AlphaTable | None = None,
     *,
+    probe: Sequence[str] = (),
     callbacks: Sequence[TrainerCallback] = (),
     progress: Callable[[int, int, dict[str, float]], None] | None = None,
 ) -> dict[str, Any]:
@@ -134,7 +139,9 @@ def run_sft(
     Args:
         samples: to learn from.   held_out: to report the cross-entropy on.
         table: features, groups and tokens; the method `plain` needs none.
-        callbacks: further ones, such as a `Monitor`.
+        probe: texts for a `Monitor`, which watches the features of the table, or else ranks those of the last two
+            layers that have an SAE.
+        callbacks: further ones.
         progress: called after every step with the step, their number, and what was logged last.
 
     Raises:
@@ -143,7 +150,7 @@ def run_sft(
     if not samples:
         raise InputError("there is no sample to learn from")
     try:
-        return _run(run, samples, held_out, table, callbacks, progress)
+        return _run(run, samples, held_out, table, probe, callbacks, progress)
     except (OSError, SafetensorError) as error:
         said = getattr(error, "strerror", None) or error
         raise QwenScopeError(f"{run.out} can't be written: {said}; go on with --resume where there is room") from error
@@ -154,6 +161,7 @@ def _run(
     samples: Sequence[Sample],
     held_out: Sequence[Sample],
     table: AlphaTable | None,
+    probe: Sequence[str],
     callbacks: Sequence[TrainerCallback],
     progress: Callable[[int, int, dict[str, float]], None] | None,
 ) -> dict[str, Any]:
@@ -173,6 +181,7 @@ def _run(
         extra=extra,
     )
     trainer.remove_callback(PrinterCallback)
+    monitor = monitor_of(run, loaded, table, probe).attach(trainer) if probe else None
     facts = {**asdict(run), "samples": len(samples), "held_out": len(held_out), "versions": versions()}
     facts["target"] = table.target if table else None
     if trainer.is_world_process_zero():
@@ -184,6 +193,8 @@ def _run(
     metrics: dict[str, Any] = {"steps": done.global_step, "train_loss": done.training_loss}
     if held_out:
         metrics["held_out_loss"] = trainer.evaluate()["eval_loss"]
+    if monitor is not None and trainer.is_world_process_zero():
+        metrics["alarms"] = [alarm for line in read_monitor(monitor.path) for alarm in line["alarms"]]
     if trainer.is_world_process_zero():
         save(trainer, loaded, run.out)
         write_json(run.out / "metrics.json", metrics)
@@ -200,6 +211,20 @@ def extra_of(run: SFTRun, loaded: LoadedModel, table: AlphaTable | None) -> Extr
         return TokenPenalty(table, loaded.model, weight=run.weight)
     saes = SAEs(resolve(run.model, run.sae)[1], d_model=d_model(loaded.model))
     return FeatureLoss(table, saes, weight=run.weight, layers=run.layers, zero=run.zero, enhance=run.enhance)
+
+
+def monitor_of(run: SFTRun, loaded: LoadedModel, table: AlphaTable | None, probe: Sequence[str]) -> Monitor:
+    """The watch of a run: on the features of its table, where it has one."""
+    saes = SAEs(resolve(run.model, run.sae)[1], d_model=d_model(loaded.model), device=loaded.model.device)
+    watch = None if table is None else {one.layer: one.features for one in table.layers}
+    labels = {}
+    for one in table.layers if table else ():
+        assert table is not None
+        table.check_sae(one.layer, saes[one.layer])
+        labels |= {(one.layer, feature): table.target for feature in one.features}
+    layers = saes.layers[-2:] if watch is None else list(watch)
+    chosen = {layer: saes[layer] for layer in layers}
+    return Monitor(chosen, loaded.tokenizer, probe, run.out, watch=watch, labels=labels, every=run.watch_every)
 
 
 def sft_config(run: SFTRun, loaded: LoadedModel) -> SFTConfig:
