@@ -27,6 +27,7 @@ bench: $(VENV)/.dev
 	$(BESIDE) bench/open.py
 	$(BESIDE) bench/encode_decode.py
 	$(BIN)/python -W ignore bench/extract.py
+	$(BIN)/python -W ignore bench/extract_peers.py
 	$(BESIDE) bench/encode.py
 
 clean:

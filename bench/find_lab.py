@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from qwen_scope import load_scope
-from qwen_scope.features import Finding, Pooled, find, pool_texts
+from qwen_scope.features import Finding, Pooled, f1_of_calls, find, pool_texts
 from qwen_scope.foundry import HELD_OUT, factors, gather, labelled
 from qwen_scope.lab import Document, default_mixture
 
@@ -52,8 +52,7 @@ def some(pooled: dict[int, Pooled], rows: np.ndarray) -> dict[int, Pooled]:
 def f1_elsewhere(pooled: dict[int, Pooled], first: Finding, positive: np.ndarray, negative: np.ndarray) -> float:
     """The F1 of the found feature and threshold on other documents."""
     called = pooled[first.layer].values(first.reduction, [first.feature])[:, 0] > first.threshold
-    hits = int(called[positive].sum())
-    return 2 * hits / max(1, hits + int(called[negative].sum()) + len(positive))
+    return float(f1_of_calls(called[positive], called[negative]))
 
 
 def main() -> None:

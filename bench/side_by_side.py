@@ -32,7 +32,7 @@ the same tensors, and the answers were compared before anything was timed. A rat
 row's time to ours, so other work on the machine weighs on both; above 1 is slower than ours. What misses its goal is
 marked; what was tried stands in [log.md](log.md).
 """
-ORDER = ("encode.py", "encode_decode.py", "train_step.py", "extract.py", "open.py")
+ORDER = ("encode.py", "encode_decode.py", "train_step.py", "extract.py", "extract_peers.py", "open.py")
 
 Way = Callable[[], Any]
 

@@ -14,7 +14,7 @@ import torch
 
 from qwen_scope.errors import InputError, NotFoundError
 from qwen_scope.foundry import SMALL, PretrainConfig, build, card, make_model, make_tokenizer, pack, pretrain
-from qwen_scope.foundry.detect import best_feature, f1
+from qwen_scope.foundry.detect import best_feature
 from qwen_scope.lab import LANGUAGES, documents
 from qwen_scope.sae import catalog
 
@@ -65,12 +65,14 @@ def test_the_best_single_feature_is_found_by_trying_every_threshold() -> None:
     rng = np.random.default_rng(0)
     values = np.maximum(rng.normal(size=(60, 7)).astype(np.float32), 0).round(1)
     y = rng.random(60) < 0.4
-    tried = max(
-        f1(values[:, j] > t, y) for j in range(7) for t in [0.0, *np.unique(values[:, j][values[:, j] > 0])[:-1]]
-    )
+
+    def f1(called: np.ndarray) -> float:
+        return 2 * (called & y).sum() / max(1, called.sum() + y.sum())
+
+    tried = max(f1(values[:, j] > t) for j in range(7) for t in [0.0, *np.unique(values[:, j][values[:, j] > 0])[:-1]])
     score, _, feature, threshold = best_feature(values, y)
     assert score == pytest.approx(tried, abs=0.005), "the best to two digits"
-    assert f1(values[:, feature] > threshold, y) == pytest.approx(score)
+    assert f1(values[:, feature] > threshold) == pytest.approx(score)
 
 
 @pytest.mark.slow

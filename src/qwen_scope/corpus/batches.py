@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from qwen_scope.errors import InputError
-from qwen_scope.model import HookPoint, LoadedModel, by_length, capture, tokenize
+from qwen_scope.model import HookPoint, LoadedModel, by_length, capture, stretches
 from qwen_scope.sae import SAE
 
 from .layout import TABLES
@@ -124,22 +125,29 @@ class Reader:
         return Pieces(rows, entries, list(self.unreadable), after)
 
     def _begin(self, document: Document, entries: list[dict[str, Any]]) -> None:
-        """Tokenise a document; rows that are in the store already are not given out again."""
+        """Tokenise a document, a stretch at a time: beside its text only what is kept of it is held, as numbers.
+
+        Rows that are in the store already are not given out again.
+        """
+        ids, texts, total = array("i"), [], 0
+        same: dict[str, str] = {}
         try:
-            tokens = tokenize(self.tokenizer, [document.text], max_length=None, chat=self.chat)
+            for part in stretches(self.tokenizer, document.text, chat=self.chat):
+                room = len(part.ids) if self.max_tokens is None else max(0, self.max_tokens - len(ids))
+                ids.extend(part.ids[:room])
+                # Most tokens of a long text show what others show.
+                texts += [same.setdefault(text, text) for text in part.strings[:room]]
+                total += len(part.ids)
         except InputError as error:
             self.unreadable.append(Unreadable(document.source, document.row, "no tokens", str(error)[:500]))
             return
-        ids, texts = tokens.input_ids[0].tolist(), tokens.strings[0]
-        cut = 0 if self.max_tokens is None else max(0, len(ids) - self.max_tokens)
-        ids, texts = ids[: len(ids) - cut], texts[: len(ids) - cut]
         skip, self.skip = self.skip, 0
         if not skip:
             entries.append(
                 {
                     "document": self.documents,
                     "tokens": len(ids),
-                    "cut": cut,
+                    "cut": total - len(ids),
                     "source": document.source,
                     "row": document.row,
                     "meta": meta_json(document.meta),
@@ -149,7 +157,11 @@ class Reader:
         starts = range(0, len(ids), self.row_tokens)
         self.waiting = (
             Row(
-                number, s, ids[s : s + self.row_tokens], texts[s : s + self.row_tokens], s + self.row_tokens >= len(ids)
+                number,
+                s,
+                ids[s : s + self.row_tokens].tolist(),
+                texts[s : s + self.row_tokens],
+                s + self.row_tokens >= len(ids),
             )
             for s in starts
             if s >= skip

@@ -13,6 +13,8 @@ from .export import export_neuronpedia as export_neuronpedia
 from .export import export_statistics as export_statistics
 from .find import Finding as Finding
 from .find import Findings as Findings
+from .find import best_f1 as best_f1
+from .find import f1_of_calls as f1_of_calls
 from .find import find as find
 from .html import feature_html as feature_html
 from .html import label_text as label_text

@@ -83,6 +83,7 @@ def feature_page(
     bins: int = 30,
     layers: Sequence[int] | None = None,
     seed: int = 0,
+    company: bool = True,
 ) -> FeaturePage:
     """Gather all about one feature.
 
@@ -95,6 +96,8 @@ def feature_page(
         before, after: tokens around each place.
         bins: of the histogram.
         layers: where to look for the same feature; by default every layer of the store but its own, or none without.
+        company: look for what fires with it. `cofiring`, and with a store `elsewhere`, read every activation of a
+            layer, which takes most of the time; without it they stay empty.
 
     Raises:
         InputError: neither a store nor a scope.   NotFoundError: no such layer or feature.
@@ -111,12 +114,15 @@ def feature_page(
     found: dict[str, Any] = {}
     if store is not None:
         found |= _from_store(store, layer, feature, n, contexts, before, after, bins, seed)
+        if company:
+            found["cofiring"] = cofiring(store, layer, feature, n)
     others = layers if layers is not None else (store.layers if store is not None else [])
     if scope is not None:
         found["promoted"], found["demoted"] = token_effects(scope, layer, feature, n)
         found["similar"] = similar(scope, layer, feature, n)
         others = [other for other in others if other in scope.layers]
-    found["elsewhere"] = elsewhere(layer, feature, others, scope=scope, store=store)
+    if company or store is None:
+        found["elsewhere"] = elsewhere(layer, feature, others, scope=scope, store=store)
     group = store.layer(layer).group if store is not None else scope.saes[layer].identity.group if scope else ""
     model = store.manifest.model if store is not None else scope.name if scope else ""
     return FeaturePage(layer, feature, group, model, **found)
@@ -139,7 +145,6 @@ def _from_store(
         "spread": tuple(
             store.contexts(layer, feature, contexts, how="quantiles", before=before, after=after, seed=seed)
         ),
-        "cofiring": cofiring(store, layer, feature, n),
         "label": notes.label(layer, feature),
         "notes": tuple(notes.of(layer, feature)),
         "verdict": dict(verdicts[-1].body) if verdicts else None,

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from qwen_scope.features import best_f1, f1_of_calls
 from qwen_scope.lab import LANGUAGES, REGISTERS, Document, Mixture, documents
 from qwen_scope.scope import Scope
 
@@ -57,6 +58,7 @@ def detectors(scope: Scope, seed: int, per_factor: int) -> list[Detector]:
         choices = [(*best_feature(values[use_a], y_a), *where) for where, values in pooled_a.items()]
         # Features of almost the same F1 are told apart by how far they keep the classes apart.
         score, _, feature, threshold, layer, reduction = max(choices, key=lambda c: (round(c[0], 2), c[1]))
+        called = pooled_b[layer, reduction][use_b][:, feature] > threshold
         found.append(
             Detector(
                 factor=factor,
@@ -64,7 +66,7 @@ def detectors(scope: Scope, seed: int, per_factor: int) -> list[Detector]:
                 feature=feature,
                 reduction=reduction,
                 threshold=threshold,
-                f1=f1(pooled_b[layer, reduction][use_b][:, feature] > threshold, y_b),
+                f1=float(f1_of_calls(called[y_b], called[~y_b])),
                 f1_train=score,
                 positives=int(y_b.sum()),
                 negatives=int((~y_b).sum()),
@@ -129,26 +131,11 @@ def pooled(scope: Scope, docs: list[Document]) -> Pooled:
 def best_feature(values: np.ndarray, y: np.ndarray) -> tuple[float, float, int, float]:
     """The feature and threshold with the best F1: `(f1, separation, feature, threshold)`.
 
-    Thresholds lie between values. Separation is the difference of the class means in units of the standard deviation;
-    it picks the features that are tried at all, and decides between those whose F1 is the same to two digits.
+    Separation is the difference of the class means in units of the standard deviation; it picks the features that are
+    tried at all, and decides between those whose F1 is the same to two digits.
     """
     separation = (values[y].mean(0) - values[~y].mean(0)) / (values.std(0) + 1e-9)
     tried = np.argsort(-separation, kind="stable")[:TRIED]
-    separation, values = separation[tried], values[:, tried]
-    order = np.argsort(-values, axis=0, kind="stable")
-    ranked = np.take_along_axis(values, order, axis=0)
-    hits = np.cumsum(y[order], axis=0)
-    called = np.arange(1, len(y) + 1)[:, None]
-    score = 2 * hits / (called + y.sum())
-    below = np.vstack([ranked[1:], np.zeros((1, ranked.shape[1]), ranked.dtype)])
-    score[ranked <= below] = -1.0  # a threshold can't part equal values, and never lies below 0
-    best = score.max(0)
-    feature = int(np.lexsort((separation, best.round(2)))[-1])
-    cut = int(score[:, feature].argmax())
-    threshold = float((ranked[cut, feature] + below[cut, feature]) / 2) if below[cut, feature] > 0 else 0.0
-    return float(score[cut, feature]), float(separation[feature]), int(tried[feature]), threshold
-
-
-def f1(called: np.ndarray, y: np.ndarray) -> float:
-    """The F1 score of a decision."""
-    return float(2 * (called & y).sum() / max(1, called.sum() + y.sum()))
+    score, threshold = best_f1(values[y][:, tried], values[~y][:, tried])
+    best = int(np.lexsort((separation[tried], score.round(2)))[-1])
+    return float(score[best]), float(separation[tried[best]]), int(tried[best]), float(threshold[best])

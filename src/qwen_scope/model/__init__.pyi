@@ -22,6 +22,8 @@ from .sizes import ModelSizes as ModelSizes
 from .sizes import model_sizes as model_sizes
 from .stats import LayerStats as LayerStats
 from .stats import residual_norms as residual_norms
+from .stretches import Stretch as Stretch
+from .stretches import stretches as stretches
 from .tokens import Tokens as Tokens
 from .tokens import by_length as by_length
 from .tokens import tokenize as tokenize

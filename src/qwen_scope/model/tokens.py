@@ -81,11 +81,8 @@ def tokenize(
         raise InputError("texts is a list of texts; put the one text into a list")
     if not texts:
         raise InputError("there is no text to tokenise")
-    if chat is not None and chat not in CHATS:
-        raise InputError(f"chat is one of {', '.join(CHATS)}, not {chat!r}")
-    if not tokenizer.is_fast:
-        raise InputError(f"{type(tokenizer).__name__} gives no character offsets; a tokenizer.json is needed")
-    rendered = [_render(tokenizer, text, chat, i) for i, text in enumerate(texts)]
+    check_tokenizer(tokenizer, chat)
+    rendered = [render(tokenizer, text, chat, i) for i, text in enumerate(texts)]
     rows, offsets, strings = [], [], []
     for i, text in enumerate(rendered):
         # a chat template writes BOS itself where the model wants one
@@ -102,12 +99,20 @@ def tokenize(
         ids, spans = ids[:max_length], spans[:max_length]
         rows.append(ids)
         offsets.append(spans)
-        strings.append(_display(text, spans, tokenizer.convert_ids_to_tokens(ids), whole=not cut))
+        strings.append(display(text, spans, tokenizer.convert_ids_to_tokens(ids), whole=not cut))
     input_ids, attention_mask = _pad(rows, _pad_id(tokenizer), padding_side)
     return Tokens(input_ids, attention_mask, rendered, offsets, strings)
 
 
-def _render(tokenizer: PreTrainedTokenizerBase, text: str | Sequence[Message], chat: str | None, i: int) -> str:
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase, chat: str | None) -> None:
+    """Raise InputError for a tokenizer without character offsets, or a mode of the chat template there is not."""
+    if chat is not None and chat not in CHATS:
+        raise InputError(f"chat is one of {', '.join(CHATS)}, not {chat!r}")
+    if not tokenizer.is_fast:
+        raise InputError(f"{type(tokenizer).__name__} gives no character offsets; a tokenizer.json is needed")
+
+
+def render(tokenizer: PreTrainedTokenizerBase, text: str | Sequence[Message], chat: str | None, i: int) -> str:
     """One text as it will be tokenised, after any chat template."""
     content = text if isinstance(text, str) else "".join(message["content"] for message in text)
     if not content:
@@ -138,12 +143,14 @@ def _render(tokenizer: PreTrainedTokenizerBase, text: str | Sequence[Message], c
     return thinking if chat == "thinking" else non_thinking
 
 
-def _display(text: str, spans: Sequence[tuple[int, int]], names: Sequence[str], *, whole: bool) -> list[str]:
-    """Display strings that join to the text.
+def display(
+    text: str, spans: Sequence[tuple[int, int]], names: Sequence[str], *, whole: bool, shown: int = 0
+) -> list[str]:
+    """Display strings that join to the text from the character `shown` on.
 
     Characters that no token covers go to the next token if they are spaces, else (a combining accent) to the last one.
     """
-    shown, strings = 0, []
+    strings: list[str] = []
     for (start, end), name in zip(spans, names, strict=True):
         if start == end:
             strings.append(name)
