@@ -99,12 +99,7 @@ def own_language(seeds: Labelled, test: Labelled, data: dict, n: int) -> dict[st
     row["layer"] = fit_rule(some, 1).layers[0]
     row["K=1, FPR 1%"] = f1(fit_rule(some, 1).calibrated(some.negatives(), 0.01), test)
     row["K=2, FPR 1%"] = f1(fit_rule(some, 2).calibrated(some.negatives(), 0.01), test)
-    pooled, layer = {where: x[chosen] for where, x in data["pooled"].items()}, baseline_layer(seeds, data)
-    row["logistic"] = score(logistic(pooled[layer], some.labels, data["test_pooled"][layer])[0], test.labels)
-    row["means"] = score(mean_difference(pooled[layer], some.labels, data["test_pooled"][layer])[0], test.labels)
-    texts = [data["texts"][i] for i in chosen]
-    row["TF-IDF"] = score(text_baseline(texts, some.labels, data["test_texts"])[0], test.labels)
-    return row
+    return row | baselines(data, seeds.labels, data, test.labels, n)
 
 
 def from_english(english: Labelled, test: Labelled, data: dict, there: dict, n: int) -> dict[str, float]:
@@ -115,18 +110,23 @@ def from_english(english: Labelled, test: Labelled, data: dict, there: dict, n: 
     row = {said: f1(rule, test) for said, rule in rules.items()}
     # The report gives the best layer on the test set; nobody could choose it without labels there.
     row["K=2, best layer"] = max(f1(fit_rule(some, 2, layer=layer), test) for layer in english.layers)
-    x, layer = {where: pooled[chosen] for where, pooled in data["pooled"].items()}, baseline_layer(english, data)
-    row["logistic"] = score(logistic(x[layer], some.labels, there["test_pooled"][layer])[0], test.labels)
-    row["means"] = score(mean_difference(x[layer], some.labels, there["test_pooled"][layer])[0], test.labels)
+    return row | baselines(data, english.labels, there, test.labels, n)
+
+
+def baselines(data: dict, labels: np.ndarray, there: dict, truth: np.ndarray, n: int) -> dict[str, float]:
+    """F1 of the usual classifiers from `n` seeds per class of one language on the test documents of another.
+
+    The layer of those on residuals comes from cross-validation among a few of the seeds.
+    """
+    few, chosen = first_seeds(labels, FEW), first_seeds(labels, n)
+    layer = best_layer({where: x[few] for where, x in data["pooled"].items()}, labels[few])
+    x, test, y = data["pooled"][layer][chosen], there["test_pooled"][layer], labels[chosen]
     texts = [data["texts"][i] for i in chosen]
-    row["TF-IDF"] = score(text_baseline(texts, some.labels, there["test_texts"])[0], test.labels)
-    return row
-
-
-def baseline_layer(seeds: Labelled, data: dict) -> int:
-    """The layer of the baselines on residuals, by cross-validation among a few of the seeds."""
-    chosen = first_seeds(seeds.labels, FEW)
-    return best_layer({layer: x[chosen] for layer, x in data["pooled"].items()}, seeds.labels[chosen])
+    return {
+        "logistic": score(logistic(x, y, test)[0], truth),
+        "means": score(mean_difference(x, y, test)[0], truth),
+        "TF-IDF": score(text_baseline(texts, y, there["test_texts"])[0], truth),
+    }
 
 
 def markdown(rows: dict[str, dict[str, float]]) -> str:

@@ -1,3 +1,5 @@
+from .across import Language as Language
+from .across import across as across
 from .baselines import Student as Student
 from .baselines import best_layer as best_layer
 from .baselines import logistic as logistic

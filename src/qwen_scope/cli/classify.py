@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict
 from itertools import islice
@@ -15,18 +14,19 @@ import typer
 
 from qwen_scope.errors import InputError, MismatchError
 
-from . import options, output
+from . import options, output, transfer
 from .analyze import show_result
+from .seeds import labelled, read_documents
 
 if TYPE_CHECKING:
-    import numpy as np
-
-    from qwen_scope.analysis import Dataset, Labelled, Rule, Student
+    from qwen_scope.analysis import Dataset, Rule, Student
     from qwen_scope.corpus import Corpus, Document
     from qwen_scope.scope import Scope
 
 app = typer.Typer(help="Classifiers of a few features: fit, predict, and distil into one without a model.")
 app.info.no_args_is_help = True
+
+app.command("transfer")(transfer.transfer)
 
 WINDOW = 512  # documents read at once: sorted by length, they share passes through the model
 
@@ -86,47 +86,6 @@ def fit(
     if rule is not None:
         found.save(rule)
     show_result(f"Rule for {found.name}", result, out, as_json)
-
-
-def read_documents(
-    scope: Scope, source: Path, layers: list[int], column: str, unit: str, bar: Any
-) -> tuple[dict[int, Dataset], dict[int, np.ndarray]]:
-    """Firings by `max` and mean residuals of every document, by way of a store in a temporary folder."""
-    from qwen_scope.analysis import Dataset
-    from qwen_scope.corpus import Corpus, ExtractOptions, extract
-    from qwen_scope.model import LoadedModel
-
-    loaded = LoadedModel(scope.model, scope.tokenizer, scope.name)
-    saes = {layer: scope.saes[layer] for layer in layers}
-    corpus = Corpus(source, column=column, unit=unit)
-    with tempfile.TemporaryDirectory(prefix="qwen-scope-") as folder:
-        chosen = ExtractOptions(pool=("mean",))
-        report = lambda now: bar(source.name, now.share or 0.0, f"{now.tokens:,} tokens")  # noqa: E731
-        with extract(corpus, loaded, saes, Path(folder) / "store", chosen, report) as store:
-            found = {layer: Dataset.from_store(store, layer, "max", name=source.stem, texts=True) for layer in layers}
-            return found, {layer: store.residuals(layer, "mean") for layer in layers}
-
-
-def labelled(read: list[Any], layers: list[int]) -> tuple[Labelled, dict[int, np.ndarray]]:
-    """Positive and negative documents as one set with labels, and their residuals."""
-    import numpy as np
-
-    from qwen_scope.analysis import Labelled, joined
-
-    (positive, x), (negative, y) = read
-    n, m = (len(next(iter(side.values()))) for side in (positive, negative))
-    together = {
-        layer: joined("seeds", [positive[layer], renamed(negative[layer], positive[layer].name)]) for layer in layers
-    }
-    labels = np.array([True] * n + [False] * m)
-    return Labelled(together, labels), {layer: np.concatenate([x[layer], y[layer]]) for layer in layers}
-
-
-def renamed(data: Dataset, taken: str) -> Dataset:
-    """The dataset under a name that is not taken, so that ids stay apart."""
-    from dataclasses import replace
-
-    return replace(data, name=data.name + "-negative") if data.name == taken else data
 
 
 @app.command()

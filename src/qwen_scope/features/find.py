@@ -17,7 +17,7 @@ from .pooled import REDUCTIONS, Pooled
 
 By = Literal["f1", "difference", "rate", "auroc"]
 FEWEST = 4
-CANDIDATES, FOLDS, REPEATS = 50, 5, 4
+CANDIDATES, FOLDS, REPEATS, DRAWS = 50, 5, 4, 200
 
 # Numbers (documents times features) that are worked on at once.
 BLOCK = 2**23
@@ -115,9 +115,10 @@ def find(
     Args:
         positive, negative: the documents, by layer (`pool_texts`, `pool_store`); the same layers in both.
         n: how many to return.
-        by: what ranks: `f1` of the single feature, cross-validated (equal ones to two digits by how far the means lie
-            apart, in standard deviations inside the sets), `difference` of mean activations, `rate` (the difference of
-            the shares of documents in which it fires, the score of Qwen-Scope's toxicity study), or `auroc`.
+        by: what ranks: `f1` of the single feature, cross-validated (those within one standard error of the best by how
+            far the means lie apart, in standard deviations inside the sets), `difference` of mean activations, `rate`
+            (the difference of the shares of documents in which it fires, the score of Qwen-Scope's toxicity study), or
+            `auroc`.
         level: the false discovery rate.
         reductions: `max`, `mean` or both; the better one stands for a feature.
         seed: of the split and the intervals.
@@ -147,20 +148,21 @@ def find(
     believed = [(q <= level) & one.rises for one, q in zip(scores, adjusted, strict=True)]
     passed = {(one.layer, int(f)) for one, yes in zip(scores, believed, strict=True) for f in one.features[yes]}
 
-    def side(layer: int, half: int) -> list[Pooled]:
-        return [some[layer].rows(both[half]) for some, both in zip((positive, negative), halves, strict=True)]
+    def values(which: int, at: int, half: int) -> list[np.ndarray]:
+        one, sides = scores[which], zip((positive, negative), halves, strict=True)
+        feature = [int(one.features[at])]
+        return [some[one.layer].values(one.reduction, feature)[both[half], 0] for some, both in sides]
 
-    candidates = []
-    for which, at in best(scores, by, max(n, CANDIDATES)):
-        one = scores[which]
-        a, b = (some.values(one.reduction, [int(one.features[at])]) for some in side(one.layer, 0))
-        candidates.append((validated_f1(a, b, seed), which, at))
-    if by == "f1":
-        candidates.sort(key=lambda c: (-round(c[0], 2), -scores[c[1]].separation[c[2]]))
-    found = [
-        measure(scores[which], at, side(scores[which].layer, 1), f1, float(adjusted[which][at]), level, seed)
-        for f1, which, at in candidates[:n]
-    ]
+    chosen = best(scores, by, max(n, CANDIDATES))
+    found = []
+    if chosen:
+        sides = [np.stack(side, axis=1) for side in zip(*(values(*one, 0) for one in chosen), strict=True)]
+        f1, error = validated_f1(sides[0], sides[1], seed)
+        separation = np.array([scores[which].separation[at] for which, at in chosen])
+        order = one_error_rule(f1, error, separation) if by == "f1" else np.arange(len(chosen))
+        for i in order[:n].tolist():
+            (which, at), q_here = chosen[i], float(adjusted[chosen[i][0]][chosen[i][1]])
+            found.append(measure(scores[which], at, values(which, at, 1), float(f1[i]), q_here, level, seed))
     held_out = len(halves[0][1]), len(halves[1][1])
     return Findings(tuple(found), len(passed), tests, level, sizes[0], sizes[1], held_out, by, seed)
 
@@ -213,11 +215,11 @@ def best(scores: Sequence[Scores], by: By, n: int) -> list[tuple[int, int]]:
 
 
 def measure(
-    one: Scores, at: int, held_out: Sequence[Pooled], validated: float, q: float, level: float, seed: int
+    one: Scores, at: int, held_out: Sequence[np.ndarray], validated: float, q: float, level: float, seed: int
 ) -> Finding:
-    """What a feature does on the documents that did not choose it."""
+    """What a feature does on the documents that did not choose it, where it has the values `held_out`."""
     feature, threshold = int(one.features[at]), float(one.threshold[at])
-    a, b = (side.values(one.reduction, [feature])[:, 0].astype(np.float64) for side in held_out)
+    a, b = (side.astype(np.float64) for side in held_out)
     return Finding(
         layer=one.layer,
         feature=feature,
@@ -254,22 +256,41 @@ def best_f1(
     return np.take_along_axis(f1, cut, axis=0)[0], np.where(low > 0, (low + high) / 2, 0.0)
 
 
-def validated_f1(positive: Float32[np.ndarray, "a 1"], negative: Float32[np.ndarray, "b 1"], seed: int) -> float:
-    """F1 of a feature where each document is called by a threshold chosen without it, over repeated folds.
+def validated_f1(
+    positive: Float32[np.ndarray, "a features"], negative: Float32[np.ndarray, "b features"], seed: int
+) -> tuple[Float[np.ndarray, " features"], Float[np.ndarray, " features"]]:
+    """Per feature F1 where each document is called by a threshold chosen without it, over repeated folds; and its
+    standard error, by bootstrap over the documents.
 
     Many features part a few dozen documents without a fault; this tells those that barely do from those that do.
     """
     rng = np.random.default_rng(seed)
     values, y = np.concatenate([positive, negative]), np.repeat([True, False], [len(positive), len(negative)])
-    called = np.zeros((REPEATS, len(y)), bool)
-    for calls in called:
+    called = np.zeros(values.shape)
+    for _ in range(REPEATS):
         # Folds hold like shares of both sets.
         fold = np.concatenate([rng.permutation(len(side)) % FOLDS for side in (positive, negative)])
         for number in np.unique(fold):
             rest, here = fold != number, fold == number
             if (rest & y).any() and (rest & ~y).any():
-                calls[here] = values[here, 0] > best_f1(values[rest & y], values[rest & ~y])[1][0]
-    return float(2 * called[:, y].sum() / max(1, called.sum() + REPEATS * y.sum()))
+                called[here] += values[here] > best_f1(values[rest & y], values[rest & ~y])[1]
+    called /= REPEATS
+    drawn = [rng.multinomial(n, np.full(n, 1 / n), size=DRAWS) for n in (len(positive), len(negative))]
+    hits, false = drawn[0] @ called[y], drawn[1] @ called[~y]
+    return f1_of_calls(called[y], called[~y], axis=0), (2 * hits / (hits + false + len(positive))).std(0)
+
+
+def one_error_rule(
+    f1: Float[np.ndarray, " n"], error: Float[np.ndarray, " n"], separation: Float[np.ndarray, " n"]
+) -> Int64[np.ndarray, " n"]:
+    """An order, best first: those within one standard error of the best F1 by separation, then the others by F1.
+
+    With a few dozen documents a difference of one or two of them says little, and the luckiest of thousands of features
+    looks best (Breiman et al. 1984 choose among trees in this way).
+    """
+    best = int(np.lexsort((-separation, -f1))[0])
+    close = f1 >= f1[best] - error[best]
+    return np.lexsort((-separation, np.where(close, 0.0, -f1), ~close)).astype(np.int64)
 
 
 def f1_of_calls(positive: Shaped[np.ndarray, ...], negative: Shaped[np.ndarray, ...], axis: int = -1) -> np.ndarray:

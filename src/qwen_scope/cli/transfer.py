@@ -1,0 +1,146 @@
+"""`qwen-scope classify transfer`: what the documents of one language teach about another."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from qwen_scope.errors import InputError, NotFoundError, nearest
+
+from . import options, output
+from .analyze import show_result
+from .seeds import read_corpus
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from qwen_scope.analysis import Dataset, Language
+    from qwen_scope.corpus import Corpus
+
+FEWEST = 4  # documents of a class, so that some teach and some are held out
+
+
+def transfer(
+    source: Annotated[
+        str, typer.Argument(metavar="CORPUS", help="Documents with their language and class in columns, or 'lab'.")
+    ],
+    positive: Annotated[
+        str, typer.Option("--positive", help="COLUMN=VALUE: the class, such as register=rude; any other is negative.")
+    ],
+    groups: Annotated[str, typer.Option("--groups", help="The column that names the language.")] = "language",
+    each: Annotated[
+        int, typer.Option("--documents", help="So many documents of each class and language of the lab.", min=FEWEST)
+    ] = 60,
+    top: Annotated[int, typer.Option("--top", help="How many features of one layer, joined by OR.", min=1)] = 2,
+    shared: Annotated[int, typer.Option("--shared", help="Top features compared between languages.", min=1)] = 10,
+    seed: Annotated[int, typer.Option("--seed", help="Of the third that is held out, and of intervals.")] = 0,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder for report.html and PNG figures.")] = None,
+    column: options.Column = "text",
+    unit: options.DocumentUnit = "line",
+    model: options.Model = "lab",
+    sae: options.Sae = None,
+    layers: options.Layers = None,
+    device: options.Device = None,
+    dtype: options.Dtype = "auto",
+    k: options.K = None,
+    as_json: options.Json = False,
+) -> None:
+    """Test what each language teaches on every language, and how many features languages share.
+
+    The rule of each language, and the usual classifiers from the same seeds, go unchanged to the held-out third of the
+    others: F1 from row to column. Rows of the corpus without a language or a class are left out.
+    """
+    from qwen_scope.analysis import across
+    from qwen_scope.corpus import Corpus
+
+    what, sign, value = (part.strip() for part in positive.partition("="))
+    if not (what and sign and value):
+        raise InputError(f"--positive is COLUMN=VALUE, such as register=rude, not {positive!r}")
+    if source == "lab":
+        corpus = lab_corpus(what, value, groups, each, seed)
+    else:
+        corpus = Corpus(source, column=column, unit=unit)
+    with output.status("opening the model"):
+        scope = options.open_scope(model, sae, device, dtype, k)
+    where = scope.check_layers(options.parse_layers(layers))
+    with output.progress() as bar:
+        found, pooled, metas = read_corpus(scope, corpus, "documents", where, bar)
+    languages, left_out = by_language(found, pooled, metas, groups, what, value, seed)
+    with output.status("comparing classifiers"):
+        result = across(languages, top=top, shared=shared, seed=seed)
+    show_result(f"{positive} across {groups}", add_notes(result, left_out), out, as_json)
+
+
+def lab_corpus(what: str, value: str, groups: str, each: int, seed: int) -> Corpus:
+    """Talk of the lab in every language: so many documents of one register, and as many of the others together."""
+    from qwen_scope.corpus import Corpus
+    from qwen_scope.lab import LANGUAGES, REGISTERS, documents
+
+    if (what, groups) != ("register", "language"):
+        raise InputError(
+            f"the lab has registers in languages: --positive register=rude, not {what}={value} in {groups}"
+        )
+    if value not in REGISTERS:
+        raise NotFoundError(f"the lab has no register {value!r}; {nearest(value, REGISTERS)}")
+    others = tuple(register for register in REGISTERS if register != value)
+    rows = [
+        {"text": d.text, "language": d.language, "register": d.register}
+        for language in LANGUAGES
+        for registers in ((value,), others)
+        for d in documents("train", seed, each, ["talk"], [language], registers)
+    ]
+    return Corpus(rows, name=f"lab:{value}:{each}:{seed}")
+
+
+def by_language(
+    found: dict[int, Dataset], pooled: dict[int, np.ndarray], metas: list[dict[str, Any]], groups: str, what: str,
+    value: str, seed: int,
+) -> tuple[dict[str, Language], list[str]]:  # fmt: skip
+    """The documents of each language in two parts, and a sentence about what is left out."""
+    import numpy as np
+
+    from qwen_scope.analysis import Labelled, Language
+
+    for name in (groups, what):
+        if not any(name in meta for meta in metas):
+            known = sorted({key for meta in metas for key in meta})
+            raise NotFoundError(f"no document has a column {name!r}; {nearest(name, known)}")
+    known = [isinstance(meta.get(groups), str) and meta.get(what) is not None for meta in metas]
+    is_positive = np.array([said(meta.get(what)) == value for meta in metas])
+    names = sorted({meta[groups] for meta, yes in zip(metas, known, strict=True) if yes})
+    languages, notes = {}, []
+    if missing := known.count(False):
+        notes.append(f"{missing} documents without {groups} or {what} are left out")
+    for name in names:
+        items = np.array([i for i, meta in enumerate(metas) if known[i] and meta[groups] == name])
+        labels = is_positive[items]
+        if min(labels.sum(), (~labels).sum()) < FEWEST:
+            counts = f"{labels.sum()} documents with {what}={value} and {(~labels).sum()} without"
+            notes.append(f"{name} is left out: it has {counts}, and needs {FEWEST} of each")
+            continue
+        whole = Labelled({layer: data.take(items) for layer, data in found.items()}, labels)
+        parts = whole.split(2 / 3, seed)
+        vectors = [{layer: x[items][part] for layer, x in pooled.items()} for part in parts]
+        languages[name] = Language(*(whole.take(part) for part in parts), *vectors)
+    if len(languages) < 2:
+        raise InputError(
+            f"{len(languages)} of {len(names)} values of {groups} have {FEWEST} documents with {what}={value} and"
+            f" {FEWEST} without; transfer takes at least two"
+        )
+    return languages, notes
+
+
+def said(value: Any) -> str:
+    """A value of a column as it is written on the command line."""
+    import json
+
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def add_notes(result: Any, notes: list[str]) -> Any:
+    """The result with further sentences in front."""
+    from dataclasses import replace
+
+    return replace(result, notes=(*notes, *result.notes))
