@@ -10,11 +10,12 @@ import hashlib
 import json
 import math
 import re
+import sys
 import threading
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, final
 
@@ -23,6 +24,7 @@ import numpy as np
 from qwen_scope import lab
 
 LIBRARY, DRAWN, GRAM, AROUND = 4000, 48, 3, 8
+Library = tuple[dict[str, np.ndarray], dict[str, float], list[tuple[str, str | None, str | None]]]
 """Documents the writer has read; drafts it makes of a text; letters of a piece; letters read around a marked token."""
 
 MARK = re.compile(r"<<(.*?)>>(?: (\d+))?")
@@ -102,20 +104,23 @@ class LabWriter:
         votes = Counter(factors[i] for i in np.argsort(-score, kind="stable")[:5].tolist())
         return max(votes, key=lambda one: (votes[one], str(one)))
 
-    @cached_property
-    def library(self) -> tuple[dict[str, np.ndarray], dict[str, float], list[Factors]]:
-        """Where each piece of text occurs, what it weighs, and the factors of every document."""
-        documents = list(lab.documents(seed=self.seed + 7919, n=LIBRARY))
-        places: dict[str, list[int]] = {}
-        lengths = []
-        for i, document in enumerate(documents):
-            found = grams(document.text)
-            lengths.append(len(found))
-            for piece in found:
-                places.setdefault(piece, []).append(i)
-        index = {piece: np.array(some) for piece, some in places.items()}
-        weights = {piece: math.log(len(documents) / len(some)) for piece, some in places.items()}
-        return index, weights, [(d.kind, d.language, d.register) for d in documents]
+    @property
+    def library(self) -> Library:
+        """What it has read."""
+        return read_library(self.seed + 7919)
+
+
+@cache
+def read_library(seed: int) -> Library:
+    """Of documents of the lab: where each piece of text occurs, what it weighs, and the factors of every document."""
+    documents = list(lab.documents(seed=seed, n=LIBRARY))
+    places: dict[str, list[int]] = {}
+    for i, document in enumerate(documents):
+        for piece in grams(document.text):
+            places.setdefault(piece, []).append(i)
+    index = {piece: np.array(some) for piece, some in places.items()}
+    weights = {piece: math.log(len(documents) / len(some)) for piece, some in places.items()}
+    return index, weights, [(d.kind, d.language, d.register) for d in documents]
 
 
 def drawn(kind: str, language: str | None, register: str | None, number: int) -> list[lab.Document]:
@@ -177,6 +182,12 @@ class LabServer(ThreadingHTTPServer):
     def __init__(self, writer: LabWriter) -> None:
         super().__init__(("127.0.0.1", 0), LabHandler)
         self.writer = writer
+        _ = writer.library  # read before the first question, which would wait for it
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A client that did not wait for its answer is no error of the server's."""
+        if not isinstance(sys.exception(), ConnectionError):
+            super().handle_error(request, client_address)
 
     @property
     def url(self) -> str:

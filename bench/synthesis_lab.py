@@ -1,0 +1,345 @@
+"""Does writing for missing features cover them where more of the same data does not, and does it help a classifier?
+
+    .venv/bin/python bench/synthesis_lab.py [--write] [--seeds 1,2,3]
+
+The seed corpus is a web in small: one or two sentences each, half of them English, a few in Korean, one in twenty rude.
+Targets are the features that fire on rude speech in any of the nine languages, chosen on another, balanced corpus that
+also gives their contexts. Three ways to add as many texts: more of the same corpus; texts by a writer that sees texts
+of the seed corpus; texts by the same writer that is told the target, kept where it fires. The writer answers over HTTP
+from the lab's grammar; it sees only the prompt, and one text in ten is a mistake. Then a rude classifier is trained on
+each data set, with the grammar as annotator, and tested on templates and combinations never seen in training.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from sections import paragraph, table, write_section
+
+from qwen_scope import FeatureStore, Scope, load_scope
+from qwen_scope.analysis import Dataset, Labelled, fit_rule, logistic, text_baseline
+from qwen_scope.corpus import Corpus, extract
+from qwen_scope.features import Endpoint, pool_texts
+from qwen_scope.lab import LANGUAGES, Document, Mixture, default_mixture, documents
+from qwen_scope.model import LoadedModel
+from qwen_scope.posttrain import SynthesisOptions, Target, listed_targets, serving_lab, synthesize
+from qwen_scope.stats import bootstrap
+
+LAYER, REFERENCE, SEED_TEXTS, BUDGET, WANT, TEST = 5, 3000, 200, 400, 4, 40
+STRENGTHS, CLASSIFIED = (0.0, 0.95, 0.99), 0.95
+SHARES = {code: 1 / (i + 1) ** 1.5 for i, code in enumerate(("en", "zh", "es", "de", "fr", "ru", "ja", "ar", "ko"))}
+REGISTERS = {"plain": 0.75, "polite": 0.15, "archaic": 0.05, "rude": 0.05}
+DELTA = 0.1
+"""A target fires on so much larger a share of a language's rude texts than of its others."""
+SIZES = (25, 50, 100, 200)
+ERRORS = 0.1
+HELD_OUT = ("heldout_templates", "heldout_combinations")
+ARMS = ("natural", "untargeted", "targeted")
+CLASSIFIERS = ("logistic", "TF-IDF", "rule of 5 features")
+AIM = 0.99
+TITLE = "Writing data for missing features"
+
+
+def web() -> Mixture:
+    """The mixture of the seed corpus."""
+    return replace(default_mixture(), languages=SHARES, registers=REGISTERS, sentences=(1, 2))
+
+
+def balanced() -> Mixture:
+    """Every language and register alike."""
+    return replace(default_mixture(), sentences=(1, 2))
+
+
+def talks(seed: int, n: int, mixture: Mixture, split: str = "train", **only: list[str]) -> list[Document]:
+    return list(documents(split, seed, n, ["talk"], mixture=mixture, **only))
+
+
+def corpus_of(found: Sequence[Document], name: str) -> Corpus:
+    return Corpus([{"text": d.text} for d in found], name=name)
+
+
+def reference(scope: Scope, folder: Path) -> tuple[FeatureStore, list[Document]]:
+    """The balanced corpus as a store, and its documents."""
+    found = talks(1, REFERENCE, balanced())
+    loaded = LoadedModel(scope.model, scope.tokenizer, scope.name)
+    return extract(corpus_of(found, "reference"), loaded, {LAYER: scope.saes[LAYER]}, folder), found
+
+
+def targets_of(store: FeatureStore, found: Sequence[Document], strength: float) -> list[Target]:
+    """Features that fire on more of the rude texts than of the others, in any language, at this strength."""
+    table_ = store.firing("max", [LAYER])
+    d, f, value = (table_[name].to_numpy() for name in ("document", "feature", "value"))
+    width = store.layer(LAYER).d_sae
+    above = np.array([store.quantiles(LAYER, i, [strength])[0] if strength else 0.0 for i in range(width)])
+    fires = np.zeros((len(found), width), bool)
+    strong = value > above[f]
+    fires[d[strong], f[strong]] = True
+    language = np.array([one.language for one in found])
+    rude = np.array([one.register == "rude" for one in found])
+    chosen: set[int] = set()
+    for code in LANGUAGES:
+        here = language == code
+        more = fires[here & rude].mean(0) - fires[here & ~rude].mean(0)
+        chosen |= set(np.flatnonzero(more >= DELTA).tolist())
+    return listed_targets(store, [(LAYER, i) for i in sorted(chosen)], strength)
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """What one run covered."""
+
+    strength: float
+    seed: int
+    targets: int
+    before: float
+    answers: int
+    kept: int
+    outcomes: dict[str, int]
+    curves: dict[str, list[tuple[int, float]]]
+    data: dict[str, list[tuple[str, bool]]]
+
+
+def cover(scope: Scope, targets: list[Target], strength: float, seed: int) -> Coverage:
+    """One synthesis with its controls."""
+    seeds = talks(100 + seed, SEED_TEXTS, web())
+    more = talks(200 + seed, BUDGET, web())
+    with tempfile.TemporaryDirectory() as folder, serving_lab(ERRORS, seed) as server:
+        out = Path(folder) / "run"
+        found = synthesize(
+            scope,
+            corpus_of(seeds, "seed"),
+            targets,
+            Endpoint(server.url, "lab-writer", concurrency=4),
+            out,
+            SynthesisOptions(want=WANT, budget=BUDGET, tries=12, seed=seed, batch=16),
+            natural=corpus_of(more, "more"),
+        )
+        kept = [json.loads(line)["text"] for line in (out / "data.jsonl").read_text(encoding="utf-8").splitlines()]
+        curves = json.loads((out / "curves.json").read_text())
+        free = [
+            json.loads(line)
+            for path in sorted((out / "untargeted").glob("*.jsonl"))
+            for line in path.read_text(encoding="utf-8").splitlines()
+        ]
+        written = server.writer.written
+        rude = {text: document.register == "rude" for text, document in written.items()}
+    data = {
+        "seed": [(d.text, d.register == "rude") for d in seeds],
+        "natural": [(d.text, d.register == "rude") for d in more],
+        "untargeted": [(one["text"], rude[one["text"]]) for one in free if one["outcome"] == "kept"],
+        "targeted": [(text, rude[text]) for text in kept],
+    }
+    n = len(targets)
+    return Coverage(
+        strength,
+        seed,
+        n,
+        found["coverage_before"],
+        found["answers"],
+        len(kept),
+        found["outcomes"],
+        {name: [(texts, covered / n) for texts, covered in curve] for name, curve in curves.items()},
+        data,
+    )
+
+
+def test_set(seed: int) -> tuple[list[str], np.ndarray]:
+    """Rude and other sentences of every language, held out from the grammar's training texts."""
+    texts, labels = [], []
+    for split in HELD_OUT:
+        for code in LANGUAGES:
+            for registers in (["rude"], ["plain", "polite", "archaic"]):
+                found = talks(300 + seed, TEST // 2, balanced(), split, languages=[code], registers=registers)
+                texts += [d.text for d in found]
+                labels += [registers == ["rude"]] * len(found)
+    return texts, np.array(labels)
+
+
+def encoded(scope: Scope, texts: list[str]) -> tuple[np.ndarray, Dataset]:
+    """Mean residuals, and the largest activations of every feature."""
+    residuals = []
+    for start in range(0, len(texts), 128):
+        tokens = scope.tokenize(texts[start : start + 128], truncate=True)
+        mask = tokens.attention_mask.bool()[..., None]
+        h = scope.capture(tokens, [LAYER])[LAYER]
+        residuals.append(((h * mask).sum(1) / mask.sum(1)).numpy())
+    most = pool_texts(scope, texts, [LAYER])[LAYER].maximum.tocsr()
+    most.sort_indices()
+    item = np.repeat(np.arange(len(texts), dtype=np.int32), np.diff(most.indptr))
+    columns = (item, most.indices.astype(np.int32), most.data.astype(np.float32), np.full(len(item), -1, np.int32))
+    sae = scope.saes[LAYER]
+    name = tuple(map(str, range(len(texts))))
+    return np.concatenate(residuals), Dataset("texts", name, LAYER, sae.d_sae, sae.identity.fingerprint, *columns)
+
+
+def f1(called: np.ndarray, labels: np.ndarray) -> float:
+    return float(2 * (called & labels).sum() / max(1, called.sum() + labels.sum()))
+
+
+def classify(scope: Scope, run: Coverage) -> list[dict]:
+    """F1 of three classifiers trained on the seed corpus with so many texts of each arm."""
+    texts, labels = test_set(run.seed)
+    x_test, fires_test = encoded(scope, texts)
+    base = run.data["seed"]
+    sizes = [n for n in SIZES if n <= min(len(run.data[arm]) for arm in ARMS)]
+    rows = []
+    for arm, n in [("seed", 0), *((arm, n) for n in sizes for arm in ARMS)]:
+        rng = np.random.default_rng(run.seed)
+        # Of every arm texts at random, not the first: the targeted ones come in an order.
+        added = [run.data[arm][i] for i in rng.permutation(len(run.data[arm]))[:n]] if n else []
+        some = [*base, *added]
+        words, y = [text for text, _ in some], np.array([label for _, label in some])
+        x, fires = encoded(scope, words)
+        rule = fit_rule(Labelled({LAYER: fires}, y), 5)
+        scores = {
+            "logistic": f1(logistic(x, y, x_test)[0], labels),
+            "TF-IDF": f1(text_baseline(words, y, texts)[0], labels),
+            "rule of 5 features": f1(rule.decide({LAYER: fires_test}), labels),
+        }
+        rows.append({"arm": arm, "n": n, "seed": run.seed, "rude": float(y.mean()), **scores})
+    return rows
+
+
+def spread(values: Sequence[float], percent: bool = True) -> str:
+    """Mean and interval over seeds."""
+    found = bootstrap(list(values)) if len(values) > 1 else None
+    style = "{:.1%}" if percent else "{:.3f}"
+    mean = style.format(float(np.mean(values)))
+    return f"{mean} ({style.format(found.low)} to {style.format(found.high)})" if found else mean
+
+
+def reached(curve: Sequence[tuple[int, float]], share: float) -> int | None:
+    """After how many texts a curve reaches a share."""
+    return next((n for n, covered in curve if covered >= share), None)
+
+
+def covered_at(curve: Sequence[tuple[int, float]], n: int) -> float:
+    """What a curve has covered after `n` texts."""
+    return [covered for texts, covered in curve if texts <= n][-1]
+
+
+def coverage_rows(runs: list[Coverage]) -> tuple[list[tuple], list[str]]:
+    """The lines of the first table, and whether the aim is met at each strength."""
+    cells, verdicts = [], []
+    for strength in sorted({run.strength for run in runs}):
+        some = [run for run in runs if run.strength == strength]
+        aims = [reached(run.curves["targeted"], AIM) for run in some]
+        ends = [aim if aim is not None else run.answers for run, aim in zip(some, aims, strict=True)]
+        arms = {a: [covered_at(run.curves[a], n) for run, n in zip(some, ends, strict=True)] for a in ARMS}
+        last = {a: [run.curves[a][-1][1] for run in some] for a in ARMS}
+        met = [aim is not None and max(arms["natural"][i], arms["untargeted"][i]) < AIM for i, aim in enumerate(aims)]
+        verdicts.append(f"strength {strength:g}: {sum(met)} of {len(met)} seeds")
+        budgets = ", ".join("never" if aim is None else str(aim) for aim in aims)
+        at_end = " / ".join(f"{np.mean(last[arm]):.1%}" for arm in ARMS)
+        answers = f"{min(run.answers for run in some)} to {max(run.answers for run in some)}"
+        before = spread([run.before for run in some])
+        measured = (spread(arms[arm]) for arm in ARMS)
+        cells.append((f"{strength:g}", some[0].targets, before, budgets, *measured, answers, at_end))
+    return cells, verdicts
+
+
+def classifier_rows(rows: list[dict]) -> tuple[list[tuple], list[tuple]]:
+    """F1 by arm and number of texts, and the gain per 100 texts."""
+    base = {name: {row["seed"]: row[name] for row in rows if row["arm"] == "seed"} for name in CLASSIFIERS}
+    lines, gains = [], []
+    for arm, n in dict.fromkeys((row["arm"], row["n"]) for row in rows):
+        some = [row for row in rows if (row["arm"], row["n"]) == (arm, n)]
+        scores = (spread([row[name] for row in some], False) for name in CLASSIFIERS)
+        lines.append((arm, n, f"{np.mean([row['rude'] for row in some]):.1%}", *scores))
+        if n:
+            per = [[(row[name] - base[name][row["seed"]]) / n * 100 for row in some] for name in CLASSIFIERS]
+            gains.append((arm, n, *(spread(values, False) for values in per)))
+    return lines, gains
+
+
+def written(runs: list[Coverage], rows: list[dict]) -> str:
+    """The section of docs/results.md."""
+    cells, verdicts = coverage_rows(runs)
+    lines, gains = classifier_rows(rows)
+    seeds, total = len({run.seed for run in runs}), sum(SHARES.values())
+    held_out = len(HELD_OUT) * len(LANGUAGES) * TEST
+    setting = f"""`bench/synthesis_lab.py --write`, layer {LAYER} of the bundled lab, {seeds} seeds. Seed corpus:
+        {SEED_TEXTS} talks of one or two sentences, languages by a power law ({SHARES["en"] / total:.0%} English,
+        {SHARES["ko"] / total:.0%} Korean), {REGISTERS["rude"]:.0%} rude. Targets: features that fire on a share of a
+        language's rude talks that is larger by {DELTA:g} or more than of its others, by {REFERENCE:,} balanced talks,
+        which also give the contexts in the prompts. A target fires where it exceeds a share of its own activations
+        there (the strength; 0 is the report's rule: on any token at all). Three ways to add as many texts: more of the
+        same corpus (natural); the writer imitating texts of the seed corpus (untargeted); the writer told label and
+        contexts of a target, its text kept where the target fires (targeted). The writer answers over HTTP from the
+        lab's grammar, sees only the prompt, and {ERRORS:.0%} of its texts are drawn at random from the whole grammar.
+        Targeted answers count whether they were kept or not. Up to {BUDGET} answers were asked for, until each
+        target fires in {WANT} texts. Intervals are over seeds."""
+    classified = f"""A rude classifier from the seed corpus and texts of each arm (strength {CLASSIFIED:g}, drawn at
+        random from what the arm made; targeted texts are the kept ones), with the grammar as annotator. F1 on
+        {held_out} talks of all nine languages, half of them rude, of templates and combinations that no arm may use:"""
+    columns = ("strength", "targets", "seed corpus", f"answers to {AIM:.0%}", *ARMS, "answers in all", "then")
+    return "\n\n".join(
+        (
+            paragraph(setting),
+            table(columns, cells),
+            paragraph(
+                f"The arms are compared at the texts in 'answers to {AIM:.0%}'; 'then' is natural / untargeted"
+                f" / targeted at the end. The report prints 99.74% at its matched budget. {AIM:.0%} with both others"
+                f" below: {'; '.join(verdicts)}."
+            ),
+            paragraph(classified),
+            table(("texts added", "number", "rude in training", *CLASSIFIERS), lines),
+            "Gain in F1 over the seed corpus alone, per 100 texts added:",
+            table(("texts added", "number", *CLASSIFIERS), gains),
+            outcomes(runs),
+        )
+    )
+
+
+def outcomes(runs: list[Coverage]) -> str:
+    """What became of the targeted answers."""
+    notes = []
+    for strength in sorted({run.strength for run in runs}):
+        some = [run for run in runs if run.strength == strength]
+        names = sorted({name for run in some for name in run.outcomes})
+        answers = max(1, sum(run.answers for run in some))
+        shares = [f"{sum(run.outcomes.get(name, 0) for run in some) / answers:.0%} {name}" for name in names]
+        left = ", ".join(str(round((1 - run.curves["targeted"][-1][1]) * run.targets)) for run in some)
+        said = f"Strength {strength:g}: of the answers {', '.join(shares) or 'none'}; targets left: {left}."
+        notes.append("- " + paragraph(said))
+    return "\n".join(notes)
+
+
+def main() -> None:
+    ask = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    ask.add_argument("--seeds", default="1,2,3")
+    ask.add_argument("--strengths", default=",".join(map(str, STRENGTHS)))
+    ask.add_argument("--write", action="store_true", help="write the section of docs/results.md")
+    given = ask.parse_args()
+    scope, begun = load_scope("lab", device="cpu"), time.monotonic()
+    strengths = [float(s) for s in given.strengths.split(",")]
+    runs: list[Coverage] = []
+    rows: list[dict] = []
+    with tempfile.TemporaryDirectory() as folder:
+        store, found = reference(scope, Path(folder) / "reference")
+        with store:
+            for strength in strengths:
+                targets = targets_of(store, found, strength)
+                for seed in map(int, given.seeds.split(",")):
+                    runs.append(cover(scope, targets, strength, seed))
+                    run = runs[-1]
+                    told = {k: (curve[-1], reached(curve, AIM)) for k, curve in run.curves.items()}
+                    print(strength, seed, run.targets, run.answers, run.outcomes, told, run.before, flush=True)
+                    if strength == CLASSIFIED:
+                        rows += classify(scope, run)
+                    print(f"{time.monotonic() - begun:.0f} s", flush=True)
+    text = written(runs, rows)
+    print(text)
+    if given.write:
+        write_section(TITLE, text)
+
+
+if __name__ == "__main__":
+    main()
