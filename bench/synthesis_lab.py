@@ -32,13 +32,13 @@ from qwen_scope.model import LoadedModel
 from qwen_scope.posttrain import SynthesisOptions, Target, listed_targets, serving_lab, synthesize
 from qwen_scope.stats import bootstrap
 
-LAYER, REFERENCE, SEED_TEXTS, BUDGET, WANT, TEST = 5, 3000, 200, 400, 4, 40
-STRENGTHS, CLASSIFIED = (0.0, 0.95, 0.99), 0.95
+LAYER, REFERENCE, SEED_TEXTS, BUDGET, WANT, TEST = 5, 2000, 200, 160, 3, 20
+STRENGTHS, CLASSIFIED = (0.95, 0.0), 0.95
 SHARES = {code: 1 / (i + 1) ** 1.5 for i, code in enumerate(("en", "zh", "es", "de", "fr", "ru", "ja", "ar", "ko"))}
 REGISTERS = {"plain": 0.75, "polite": 0.15, "archaic": 0.05, "rude": 0.05}
 DELTA = 0.1
 """A target fires on so much larger a share of a language's rude texts than of its others."""
-SIZES = (25, 50, 100, 200)
+SIZES = (25, 50, 100)
 ERRORS = 0.1
 HELD_OUT = ("heldout_templates", "heldout_combinations")
 ARMS = ("natural", "untargeted", "targeted")
@@ -187,23 +187,24 @@ def classify(scope: Scope, run: Coverage) -> list[dict]:
     """F1 of three classifiers trained on the seed corpus with so many texts of each arm."""
     texts, labels = test_set(run.seed)
     x_test, fires_test = encoded(scope, texts)
-    base = run.data["seed"]
+    everything = [one for part in ("seed", *ARMS) for one in run.data[part]]
+    places = np.cumsum([0, *(len(run.data[part]) for part in ("seed", *ARMS))])
+    words, y = [text for text, _ in everything], np.array([label for _, label in everything])
+    x, fires = encoded(scope, words)
     sizes = [n for n in SIZES if n <= min(len(run.data[arm]) for arm in ARMS)]
     rows = []
     for arm, n in [("seed", 0), *((arm, n) for n in sizes for arm in ARMS)]:
-        rng = np.random.default_rng(run.seed)
         # Of every arm texts at random, not the first: the targeted ones come in an order.
-        added = [run.data[arm][i] for i in rng.permutation(len(run.data[arm]))[:n]] if n else []
-        some = [*base, *added]
-        words, y = [text for text, _ in some], np.array([label for _, label in some])
-        x, fires = encoded(scope, words)
-        rule = fit_rule(Labelled({LAYER: fires}, y), 5)
+        start, end = places[("seed", *ARMS).index(arm)], places[("seed", *ARMS).index(arm) + 1]
+        added = np.random.default_rng(run.seed).permutation(np.arange(start, end))[:n]
+        use = np.concatenate([np.arange(places[1]), added])
+        rule = fit_rule(Labelled({LAYER: fires.take(use)}, y[use]), 5)
         scores = {
-            "logistic": f1(logistic(x, y, x_test)[0], labels),
-            "TF-IDF": f1(text_baseline(words, y, texts)[0], labels),
+            "logistic": f1(logistic(x[use], y[use], x_test)[0], labels),
+            "TF-IDF": f1(text_baseline([words[i] for i in use], y[use], texts)[0], labels),
             "rule of 5 features": f1(rule.decide({LAYER: fires_test}), labels),
         }
-        rows.append({"arm": arm, "n": n, "seed": run.seed, "rude": float(y.mean()), **scores})
+        rows.append({"arm": arm, "n": n, "seed": run.seed, "rude": float(y[use].mean()), **scores})
     return rows
 
 
