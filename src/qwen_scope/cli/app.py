@@ -26,6 +26,7 @@ from . import (
     label,
     plan,
     posttrain,
+    posttrain_rl,
     show,
     steer,
     store,
@@ -63,6 +64,8 @@ app.command("eval")(train.evaluate)
 app.command("synthesize")(synthesize.synthesize)
 app.command("explore")(explore.explore)
 app.add_typer(lab.app, name="lab")
+posttrain.app.command("repetition")(posttrain_rl.repetition)
+posttrain.app.command("rl")(posttrain_rl.rl)
 app.add_typer(posttrain.app, name="posttrain")
 app.add_typer(analyze.app, name="analyze")
 app.add_typer(classify.app, name="classify")

@@ -22,9 +22,11 @@ from .repetition import CausalCheck as CausalCheck
 from .repetition import causal_check as causal_check
 from .repetition import repetition_recipe as repetition_recipe
 from .rewards import REWARDS as REWARDS
+from .rewards import lab_rows as lab_rows
 from .rewards import reward_of as reward_of
 from .rl import RL_METHODS as RL_METHODS
 from .rl import RLRun as RLRun
+from .rl import Row as Row
 from .rl import run_rl as run_rl
 from .rollouts import SteeredRollouts as SteeredRollouts
 from .rollouts import SteeredTrainer as SteeredTrainer

@@ -15,6 +15,9 @@ Reward = Callable[..., list[float]]
 """As TRL calls it: `reward(prompts=, completions=, completion_ids=, **columns)` is one number per completion."""
 
 REWARDS = ("lab", "answer", "language")
+NEEDS = {"lab": ("language", "expected"), "answer": ("answer",)}
+"""The columns that a reward asks for."""
+
 _MARKS = re.compile(r"<\|\w+\|>(?:user|assistant|system)?|</?think>")
 _NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
 JAPANESE = frozenset({"HIRAGANA", "KATAKANA", "CJK"})
@@ -96,6 +99,13 @@ def scripts(text: str) -> frozenset[str]:
 def script_of(char: str) -> str:
     """The first word of a letter's Unicode name, such as LATIN, CJK or CYRILLIC."""
     return unicodedata.name(char, "?").split(" ", 1)[0].split("-", 1)[0]
+
+
+def lab_rows(n: int, seed: int = 0, *, split: str = "train", sums: float = 0.4) -> list[dict[str, Any]]:
+    """Questions of the lab for `lab_reward`: prompts, the language asked in, and of a share of sums the result."""
+    some = round(n * sums)
+    asked = [*lab.chat_prompts(seed, n - some, split=split), *lab.arithmetic_prompts(seed, some, split=split)]
+    return [{"prompt": one.text, "language": one.language, "expected": one.expected} for one in asked]
 
 
 def holds(text: str, wanted: str) -> bool:

@@ -23,7 +23,7 @@ import numpy as np
 from datasets import Dataset
 from peft import LoraConfig, PeftModel
 from safetensors import SafetensorError
-from transformers import PrinterCallback, TrainerCallback
+from transformers import PreTrainedModel, PrinterCallback, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 from trl.trainer.grpo_config import GRPOConfig
 
@@ -35,7 +35,7 @@ from qwen_scope.steer import Recipe, calibrate
 
 from .loops import Detector, Sampling, loop_share
 from .prepare import versions
-from .rewards import reward_of
+from .rewards import NEEDS, reward_of
 from .rollouts import FiniteWeights, SteeredRollouts, SteeredTrainer
 from .sft import JsonlLog, write_json
 
@@ -147,6 +147,8 @@ def run_rl(
         raise InputError("there is no prompt to learn on")
     if len(rows) < run.prompts:
         raise InputError(f"a step takes {run.prompts} prompts, and there are {len(rows)}")
+    if missing := [name for name in NEEDS.get(run.reward, ()) if name not in rows[0]]:
+        raise InputError(f"the reward {run.reward!r} needs a column {missing[0]!r} beside the prompts")
     try:
         return _run(run, rows, held_out, recipe, callbacks, progress)
     except (OSError, SafetensorError) as error:
@@ -181,15 +183,14 @@ def _run(
     with expected_warnings():
         done = trainer.train(resume_from_checkpoint=resume)
     metrics: dict[str, Any] = {"steps": done.global_step, **last_rewards(trainer.state.log_history)}
-    model: Any = trainer.accelerator.unwrap_model(trainer.model).eval()
-    for name, found in (
-        ("before", before),
-        ("after", loop_share(model, loaded.tokenizer, held_out, run.sampling) if held_out else None),
-    ):
+    policy = plain_policy(trainer, run.out)
+    after = loop_share(policy, loaded.tokenizer, held_out, run.sampling) if held_out else None
+    for name, found in (("before", before), ("after", after)):
         if found is not None:
             metrics |= {f"loop_share_{name}": asdict(found.share), f"finished_{name}": found.finished}
     if trainer.is_world_process_zero():
-        save_policy(trainer, loaded, run.out)
+        policy.save_pretrained(run.out / "model")
+        loaded.tokenizer.save_pretrained(run.out / "model")
         write_json(run.out / "metrics.json", metrics)
     return metrics
 
@@ -314,11 +315,11 @@ def newest_checkpoint(folder: Path) -> str:
     return found
 
 
-def save_policy(trainer: SteeredTrainer, loaded: LoadedModel, out: Path) -> None:
-    """The trained model as any command can load it."""
+def plain_policy(trainer: SteeredTrainer, out: Path) -> PreTrainedModel:
+    """The trained model without a wrapper; an adapter is saved and merged."""
     model: Any = trainer.accelerator.unwrap_model(trainer.model)
     if isinstance(model, PeftModel):
-        model.save_pretrained(str(out / "adapter"))
+        if trainer.is_world_process_zero():
+            model.save_pretrained(str(out / "adapter"))
         model = model.merge_and_unload()  # pyright: ignore[reportCallIssue]
-    model.save_pretrained(out / "model")
-    loaded.tokenizer.save_pretrained(out / "model")
+    return model.eval()
