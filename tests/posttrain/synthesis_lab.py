@@ -71,9 +71,9 @@ def strongest(some: list[str]) -> np.ndarray:
 
 
 class Failing(LabServer):
-    """The lab's server, where some requests fail the first time: which, and how, is decided by their content.
+    """The lab's server, where the first requests fail, each in one of the ways named; asked again they are answered.
 
-    `seen` counts requests by digest; `answers` replaces answers by digest order; `after` is called at a request count.
+    `seen` counts requests by digest; what `after` holds for a number is called when so many requests have come.
     """
 
     def __init__(self, failures: tuple[str, ...], error_rate: float = 0.1) -> None:
@@ -96,9 +96,7 @@ class FailingHandler(LabHandler):
             server.seen[digest] += 1
             first = server.seen[digest] == 1
             way = server.left.pop(0) if first and server.left else ""
-            call = server.after.pop(sum(server.seen.values()), None)
-        if call is not None:
-            call()
+            server.after.pop(sum(server.seen.values()), lambda: None)()
         if server.gone:
             self.reply(503, b"{}")
             return

@@ -37,8 +37,6 @@ from qwen_scope.posttrain import (
 )
 from qwen_scope.stats import Interval
 
-SAME = ("data.jsonl", "data.parquet", "metrics.json", "targets.jsonl")
-
 
 def run(server: Any, out: Path, options: SynthesisOptions = SMALL, **more: Any) -> dict[str, Any]:
     endpoint = Endpoint(server.url, "lab", timeout=more.pop("timeout", 30), tries=8, wait=0.01, concurrency=3)
@@ -50,8 +48,19 @@ def rows(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def content(out: Path) -> dict[str, bytes]:
-    return {name: (out / name).read_bytes() for name in SAME}
+def content(out: Path) -> list[Any]:
+    """Everything a run made; activations to three digits, as another process may add in another order."""
+    found = [rows(out / "data.jsonl"), Dataset.from_parquet(str(out / "data.parquet")).to_list()]
+    for row in (*found[0], *found[1]):
+        row["activation"] = round(row["activation"], 3)
+    return [*found, rows(out / "targets.jsonl"), json.loads((out / "metrics.json").read_text())]
+
+
+def bounds(values: np.ndarray) -> list[tuple[int, int]]:
+    """Per target in how many texts it fires, at least and at most, for values known to a thousandth."""
+    return [
+        tuple(int((values[:, t.feature] > t.threshold + slack).sum()) for slack in (1e-3, -1e-3)) for t in lab.targets()
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -78,11 +87,11 @@ def test_what_is_kept_fires_and_says_where_it_comes_from(clean: Path) -> None:
         assert target.label in row["asked"]
     assert len({" ".join(row["text"].casefold().split()) for row in kept}) == len(kept)
     before = lab.strongest(lab.texts(2, 12))
-    now = np.concatenate([before, values])
-    fires = [(now[:, t.feature] > t.threshold).sum() for t in lab.targets()]
-    assert metrics["coverage"] == np.mean(np.array(fires) > 0)
+    fires = bounds(np.concatenate([before, values]))
+    for row, (low, high) in zip(rows(clean / "targets.jsonl"), fires, strict=True):
+        assert low <= row["documents"] <= high
+    assert metrics["coverage"] == np.mean([row["documents"] > 0 for row in rows(clean / "targets.jsonl")])
     assert metrics["coverage_before"] == 0
-    assert [row["documents"] for row in rows(clean / "targets.jsonl")] == fires
     assert Dataset.from_parquet(str(clean / "data.parquet")).to_list() == kept
     outcomes = metrics["outcomes"]
     assert sum(outcomes.values()) == metrics["answers"] == sum(row["answers"] for row in rows(clean / "targets.jsonl"))
@@ -176,7 +185,7 @@ def test_a_server_that_is_gone_ends_the_run_with_what_there_is(clean: Path, tmp_
         server.after[9] = lambda: setattr(server, "gone", True)
         with pytest.raises(NotFoundError, match="the same command goes on"):
             run(server, out)
-        assert len(list((out / "rounds").iterdir())) == 1
+        assert len(list((out / "rounds").iterdir())) == 2
         server.gone = False
         run(server, out)
     assert content(out) == content(clean)
@@ -225,9 +234,9 @@ def test_a_damaged_journal_is_named(clean: Path, tmp_path: Path) -> None:
 
 
 def test_pairs_differ_in_the_feature_and_weak_targets_are_filled(tmp_path: Path) -> None:
-    options = replace(SMALL, budget=60, want=2, pairs=True, instruction="Say something.")
+    options = replace(SMALL, budget=60, pairs=True, instruction="Say something.")
     with lab.failing(error_rate=0.0) as server:
-        found = run(server, tmp_path / "out", options, targets=lab.targets()[:4])
+        found = run(server, tmp_path / "out", options)
     pairs = rows(tmp_path / "out" / "pairs.jsonl")
     assert len(pairs) == found["pairs"]["pairs"] > 0
     kept = {row["text"] for row in rows(tmp_path / "out" / "data.jsonl")}
@@ -242,7 +251,7 @@ def test_pairs_differ_in_the_feature_and_weak_targets_are_filled(tmp_path: Path)
         "rejected",
     ]
     assert found["answers"] + found["pairs"]["answers"] <= 60
-    assert max(row["kept"] for row in rows(tmp_path / "out" / "targets.jsonl")) >= 2
+    assert found["answers"] > len(lab.targets())
 
 
 def test_controls_get_as_many_texts(tmp_path: Path) -> None:
@@ -252,7 +261,8 @@ def test_controls_get_as_many_texts(tmp_path: Path) -> None:
     assert set(curves) == {"targeted", "untargeted", "natural"}
     assert {curve[-1][0] for curve in curves.values()} == {found["answers"]}
     now = lab.strongest(lab.texts(3, 40)[: found["answers"]])
-    assert curves["natural"][-1][1] == sum((now[:, t.feature] > t.threshold).any() for t in lab.targets())
+    low, high = (sum(n > 0 for n in side) for side in zip(*bounds(now), strict=True))
+    assert low <= curves["natural"][-1][1] <= high
     for curve in curves.values():
         assert [n for n, _ in curve] == sorted({n for n, _ in curve})
         assert [covered for _, covered in curve] == sorted(covered for _, covered in curve)
@@ -276,24 +286,25 @@ def test_targets_are_listed_searched_and_judged(tmp_path: Path) -> None:
         assert [t.feature for t in searched_targets(store, "german")] == [some[0]]
         with pytest.raises(NotFoundError, match="no label"):
             searched_targets(store, "nothing")
-        silent = int(np.argmin(store.stats(LAYER)["tokens"].to_numpy()))
-        if not store.feature(LAYER, silent).tokens:
-            with pytest.raises(InputError, match="nothing says what to"):
-                listed_targets(store, [(LAYER, silent)])
         with pytest.raises(InputError, match="strength"):
             listed_targets(store, [(LAYER, some[0])], 1.0)
+    loaded = LoadedModel(lab.scope().model, lab.scope().tokenizer, "lab")
+    with extract(lab.corpus(n=1), loaded, {LAYER: lab.scope().saes[LAYER]}, tmp_path / "one") as store:
+        silent = int(np.argmin(store.stats(LAYER)["tokens"].to_numpy()))
+        with pytest.raises(InputError, match="nothing says what to"):
+            listed_targets(store, [(LAYER, silent)])
 
 
 def test_a_price_is_arithmetic_and_asks_nothing(tmp_path: Path) -> None:
     found, counts = price(lab.scope(), lab.corpus(), lab.targets(), tmp_path / "out", SMALL, per_million=(2.0, 8.0))
     assert counts == {"targets": 10, "missing": 10, "open": 10}
-    assert found.requests == (10, 40)
+    assert found.requests == (20, 30)
     assert found.cost is not None
     for which in (0, 1):
         asked, given = found.prompt_tokens[which], found.answer_tokens[which]
         assert found.cost[which] == pytest.approx((2 * asked + 8 * given) / 1e6)
-    assert found.answer_tokens[1] == 40 * SMALL.max_answer_tokens
-    assert found.prompt_tokens[1] == pytest.approx(4 * found.prompt_tokens[0], abs=4)
+    assert found.answer_tokens[1] == 30 * SMALL.max_answer_tokens
+    assert found.prompt_tokens[1] == pytest.approx(1.5 * found.prompt_tokens[0], abs=4)
     with serving_lab() as server:
         run(server, tmp_path / "out")
 

@@ -117,7 +117,7 @@ class Endpoint:
         if kept is not None:
             kept.parent.mkdir(parents=True, exist_ok=True)
             part = kept.with_suffix(f".{threading.get_ident()}.part")
-            part.write_text(json.dumps({"request": body, "answer": answer}, ensure_ascii=False), encoding="utf-8")
+            part.write_text(json.dumps({"request": body, "answer": answer}), encoding="utf-8")
             part.replace(kept)
         return answer
 

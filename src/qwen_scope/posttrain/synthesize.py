@@ -25,6 +25,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from importlib.metadata import version
+from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ from qwen_scope.corpus import Corpus, FeatureStore, extract
 from qwen_scope.errors import InputError, MismatchError
 from qwen_scope.features import Endpoint
 from qwen_scope.model import LoadedModel
+from qwen_scope.report import Curves, Line, save_png
 from qwen_scope.scope import Scope
 
 from .journal import KEPT, OUTCOMES, Attempt, check_folder, room, write_lines, write_whole
@@ -99,6 +101,8 @@ def synthesize(
             curves = {"targeted": made.curve, "untargeted": control.curve}
             curves["natural"] = curve_of(scope, more, targets, counts, o.batch)
             write_whole(out / "curves.json", _json(curves))
+            if find_spec("matplotlib") is not None:
+                save_png(coverage_figure(curves, len(targets)), out / "coverage.png")
             metrics["controls"] = {name: curve[-1] for name, curve in curves.items()}
         write_whole(out / "metrics.json", _json(metrics))
     return {**metrics, "spent": asdict(asked.spent)}
@@ -288,6 +292,14 @@ def curve_of(
         done += len(some)
         out.append((done, int(covered.sum())))
     return out
+
+
+def coverage_figure(curves: Mapping[str, Sequence[tuple[int, int]]], targets: int) -> Curves:
+    """Coverage against texts added, one line per way to add them."""
+    lines = [
+        Line(name, [n for n, _ in curve], [covered / targets for _, covered in curve]) for name, curve in curves.items()
+    ]
+    return Curves("Targets that fire in some text", "texts added (targeted: answers asked for)", "share", lines)
 
 
 def price(

@@ -236,10 +236,9 @@ class Writer:
         A round is sealed only when it is whole, so that a run with a larger budget goes on as if nothing had stopped.
         """
         if number < len(journal.rounds):
-            done = journal.rounds[number]
-            if [(one.place, one.attempt) for one in done] != [(place, attempt) for place, attempt, _ in wanted][
-                : len(done)
-            ]:
+            done = journal.rounds[number][: len(wanted)]
+            asked = [(place, attempt) for place, attempt, _ in wanted[: len(done)]]
+            if [(one.place, one.attempt) for one in done] != asked:
                 raise InputError(f"{journal.folder} belongs to another run; name another folder to begin anew")
             return done
         found = answers(
@@ -309,6 +308,9 @@ def check_server(found: Sequence[Answer], nothing_yet: bool) -> None:
     Raises:
         QwenScopeError: the first failure.
     """
-    failed = [one for one in found if isinstance(one, QwenScopeError)]
-    if failed and len(failed) == len(found) and (nothing_yet or all(isinstance(one, NotFoundError) for one in failed)):
+    failed = [one for one in found if isinstance(one, NotFoundError | InputError)]
+    if not failed or len(failed) < len(found):
+        return
+    # One request may be refused for what it says; a whole round of them is the key, the name of the model or the like.
+    if nothing_yet or len(failed) > 1 or isinstance(failed[0], NotFoundError):
         raise type(failed[0])(f"{failed[0]}; what was answered before is kept: the same command goes on")
