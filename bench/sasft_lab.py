@@ -284,42 +284,50 @@ def written(runs: Sequence[Run], weight: float) -> str:
     targets, arms = list(dict.fromkeys(r.target for r in runs)), list(dict.fromkeys(r.arm for r in runs))
     seeds = len({r.seed for r in runs})
 
-    def of(target: str, arm: str, name: str) -> np.ndarray:
-        return np.array([getattr(r, name) for r in runs if (r.target, r.arm) == (target, arm)])
+    def of(target: str, arm: str, name: str, like: str) -> np.ndarray:
+        """Of the seeds that both arms have."""
+        known = {r.seed for r in runs if (r.target, r.arm) == (target, like)}
+        return np.array([getattr(r, name) for r in runs if (r.target, r.arm) == (target, arm) and r.seed in known])
 
     rows = []
     for target in targets:
-        plain, base = of(target, "plain", "ratio"), of(target, "plain", "loss")
-        for arm in arms:
-            ratio, loss = of(target, arm, "ratio"), of(target, arm, "loss")
+        for arm in (arm for arm in arms if any((r.target, r.arm) == (target, arm) for r in runs)):
+            plain, base = of(target, "plain", "ratio", arm), of(target, "plain", "loss", arm)
+            ratio, loss = of(target, arm, "ratio", "plain"), of(target, arm, "loss", "plain")
             spread = bootstrap(ratio) if len(ratio) > 1 else None
             interval = f"{spread.low:.1%} to {spread.high:.1%}" if spread else ""
             cut = "" if arm == "plain" else f"{1 - ratio.mean() / plain.mean():.0%}"
             moved = "" if arm == "plain" else f"{loss.mean() / base.mean() - 1:+.2%}"
             published = PUBLISHED[arm].get(target) if arm in PUBLISHED else None
             said = f"{published:.2f}%" if published is not None else ""
-            rows.append((target, arm, f"{ratio.mean():.1%}", interval, cut, f"{loss.mean():.4f}", moved, said))
+            cells = (target, arm, len(ratio), f"{ratio.mean():.1%}", interval, cut, f"{loss.mean():.4f}", moved, said)
+            rows.append(cells)
 
-    def holds(target: str) -> bool:
-        plain = of(target, "plain", "ratio").mean()
-        halved = {arm: of(target, arm, "ratio").mean() <= 0.5 * plain for arm in ("features", "random")}
-        near = abs(of(target, "features", "loss").mean() / of(target, "plain", "loss").mean() - 1) <= 0.01
-        return bool(halved["features"] and near and not halved["random"])
+    def halved(target: str, arm: str) -> bool:
+        return bool(of(target, arm, "ratio", "plain").mean() <= 0.5 * of(target, "plain", "ratio", arm).mean())
+
+    def near(target: str) -> bool:
+        moved = of(target, "features", "loss", "plain").mean() / of(target, "plain", "loss", "features").mean()
+        return bool(abs(moved - 1) <= 0.01)
 
     verdict = ""
     if {"plain", "features", "random"} <= set(arms):
-        verdict = f"All three hold for {sum(map(holds, targets))} of {len(targets)} targets. "
+        cured, control = [t for t in targets if halved(t, "features")], [t for t in targets if halved(t, "random")]
+        kept = [t for t in targets if near(t)]
+        verdict = f"""Halved: {", ".join(cured) or "none"}; by random features: {", ".join(control) or "none"}; loss
+        within 1%: {", ".join(kept) or "none"}. """
     threshold = "zero" if ZERO else "the group's mean"
     head = f"""`bench/sasft_lab.py`: the bundled model fine-tuned on {SAMPLES:,} chats, {DRIFT:.0%} of them drawn from
-        documents whose answers drift into the target language ({seeds} seeds; lr {LR:g}, batches of 16, one epoch). The
-        auxiliary loss: {FEATURES} features at each of the layers {", ".join(map(str, LAYERS))}, threshold {threshold},
-        weight {weight:g}, on response tokens up to the switch; what comes after it is text of the target. The penalty
-        has weight {PENALTY:g}. The ratio is the share of answers with any letter of the target's script, {PROMPTS}
-        questions in other scripts times {TURNS} samples at T = 1.0 and top-p 0.8, {NEW_TOKENS} tokens; intervals are
-        over seeds. The loss is on {HELD_OUT} held-out chats without drift. The aim: the ratio at most half of plain
-        fine-tuning's, the loss within 1%, and random features not doing the same. {verdict}Beside them what the report
-        prints for Qwen3-1.7B-Base on 210k samples (its Table 4), another scale altogether."""
-    columns = ("target", "trained", "code-switch ratio", "95% interval", "less than plain by", "held-out loss")
+        documents whose answers drift into the target language (up to {seeds} seeds; lr {LR:g}, batches of 16, one
+        epoch). The auxiliary loss: {FEATURES} features at each of the layers {", ".join(map(str, LAYERS))}, threshold
+        {threshold}, weight {weight:g}, on response tokens up to the switch; what comes after it is text of the target.
+        The penalty has weight {PENALTY:g}. The ratio is the share of answers with any letter of the target's script,
+        {PROMPTS} questions in other scripts times {TURNS} samples at T = 1.0 and top-p 0.8, {NEW_TOKENS} tokens;
+        intervals are over seeds, and an arm is compared with plain fine-tuning on the same seeds. The loss is on
+        {HELD_OUT} held-out chats without drift. The aim: the ratio at most half of plain fine-tuning's, the loss within
+        1%, and random features not doing the same. {verdict}Beside them what the report prints for Qwen3-1.7B-Base on
+        210k samples (its Table 4), another scale altogether."""
+    columns = ("target", "trained", "seeds", "code-switch ratio", "95% interval", "less than plain by", "held-out loss")
     return f"{paragraph(head)}\n\n{table((*columns, 'against plain', 'published'), rows)}"
 
 
