@@ -140,7 +140,7 @@ def causal_check(
     begun = []
     for one in loops:
         assert one.loop is not None
-        kept = one.ids[: one.loop.start + KEPT_TURNS * one.loop.period]
+        kept = list(one.ids[: one.loop.start + KEPT_TURNS * one.loop.period])
         begun.append(prompts[one.prompt] + str(scope.tokenizer.decode(kept)))
     sides: list[LoopShare] = []
     for i, (asked, steered) in enumerate(((prompts, ()), (prompts, knob), (begun, ()), (begun, against))):

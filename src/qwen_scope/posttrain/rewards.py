@@ -11,7 +11,7 @@ from typing import Any
 from qwen_scope import lab
 from qwen_scope.errors import InputError, NotFoundError, nearest
 
-Reward = Callable[..., list[float]]
+Reward = Callable[..., Any]
 """As TRL calls it: `reward(prompts=, completions=, completion_ids=, **columns)` is one number per completion."""
 
 REWARDS = ("lab", "answer", "language")

@@ -235,8 +235,9 @@ def trainer_of(
     callbacks: Sequence[TrainerCallback],
 ) -> SteeredTrainer:
     """TRL's trainer with the run's settings, reward and rollouts."""
-    ends = loaded.model.generation_config.eos_token_id if loaded.model.generation_config else None
-    ends = {*(ends if isinstance(ends, list) else [ends]), loaded.tokenizer.eos_token_id} - {None}
+    ends: Any = loaded.model.generation_config.eos_token_id if loaded.model.generation_config else None
+    last: Any = loaded.tokenizer.eos_token_id
+    ends = {*(ends if isinstance(ends, list) else [ends]), last} - {None}
     with expected_warnings():
         trainer = SteeredTrainer(
             loaded.model,

@@ -98,7 +98,8 @@ class SteeredTrainer(GRPOTrainer):
         # `rewards` are of all processes, the marks of this one
         here = slice(len(marks) * self.accelerator.process_index, len(marks) * (self.accelerator.process_index + 1))
         own, chosen = rewards[here].nansum(1), torch.tensor(marks, device=rewards.device)
-        mode = "train" if self.model.training else "eval"
+        bare: Any = self.model
+        mode = "train" if bare.training else "eval"
         for name, some in (("steered", own[chosen]), ("ordinary", own[~chosen])):
             if len(some):
                 self._metrics[mode][f"{name}/reward"].append(float(some.mean()))
