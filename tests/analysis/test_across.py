@@ -70,8 +70,8 @@ def test_what_makes_no_sense_is_refused() -> None:
         across({"a": one})
     bare = Language(
         *(Labelled({0: dataset([{1}, {2}] * 4)}, np.arange(8) % 2 == 0) for _ in range(2)),
-        {0: np.eye(8)},
-        {0: np.eye(8)},
+        {0: np.eye(8, dtype=np.float32)},
+        {0: np.eye(8, dtype=np.float32)},
     )
     with pytest.raises(InputError, match="with their texts"):
         across({"a": bare, "b": bare})
@@ -150,6 +150,5 @@ def test_the_command_knows_the_lab(capsys) -> None:
 def test_mistakes_end_in_one_sentence(words: list[str], said: str, corpus: Path, capsys, monkeypatch) -> None:
     monkeypatch.chdir(corpus.parent)
     assert main(["classify", "transfer", *words, *WHERE]) == 2
-    caught = capsys.readouterr().err
-    assert said in caught
-    assert caught.count("\n") == 1
+    # A bar may stand above it: some mistakes show only once the documents are read.
+    assert said in capsys.readouterr().err.splitlines()[-1]
