@@ -139,8 +139,8 @@ def test_the_command_knows_the_lab(capsys) -> None:
     ("words", "said"),
     [
         (["all.jsonl", "--positive", "rude"], "COLUMN=VALUE"),
-        (["all.jsonl", "--positive", "polite=true", "--groups", "tongue"], "no column 'polite'"),
-        (["all.jsonl", "--positive", "rude=true"], "no column 'language'"),
+        (["all.jsonl", "--positive", "polite=true", "--groups", "tongue"], "a column 'polite'"),
+        (["all.jsonl", "--positive", "rude=true"], "a column 'language'"),
         (["all.jsonl", "--positive", "rude=maybe", "--groups", "tongue"], "transfer takes at least two"),
         (["none.jsonl", "--positive", "rude=true"], "none.jsonl"),
         (["lab", "--positive", "register=rde"], "did you mean 'rude'"),
