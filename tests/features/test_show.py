@@ -187,44 +187,6 @@ def test_hostile_documents_are_shown_inertly(tmp_path: Path, capsys) -> None:
         assert not re.search(r"\x1b\[31m|\x07|\x00", shown)
 
 
-@pytest.mark.slow
-def test_a_line_of_ten_megabytes_is_read_in_stretches_and_shown_inertly(tmp_path: Path, capsys, monkeypatch) -> None:
-    """Never more of it than a stretch goes through the tokenizer at once, and only what is kept is held."""
-    source, unit = tmp_path / "long.txt", "<script>alert(1)</script>\u202e <b>long</b> line "
-    line = unit * (10_000_000 // len(unit.encode()) + 1)
-    source.write_text(f"{line}\nok then", encoding="utf-8")
-    tokenizer = type(lab_store.scope().tokenizer)
-    asked, call = [], tokenizer.__call__
-
-    def watched(self, text, *rest, **options):
-        asked.append(len(text))
-        return call(self, text, *rest, **options)
-
-    monkeypatch.setattr(tokenizer, "__call__", watched)
-    words = ["extract", str(source), "-o", str(tmp_path / "store"), "--unit", "line", "--max-tokens", "200"]
-    assert main([*words, "--layer", str(LAYER), "--device", "cpu"]) == 0
-    assert max(asked) <= 2**16
-    per_unit = len(lab_store.scope().tokenizer(unit * 11)["input_ids"]) - len(
-        lab_store.scope().tokenizer(unit * 10)["input_ids"]
-    )
-    with FeatureStore(tmp_path / "store") as store:
-        rows = store.sql("SELECT tokens, cut FROM documents ORDER BY document").to_pylist()
-        assert rows[0]["tokens"] == 200
-        assert rows[0]["tokens"] + rows[0]["cut"] == pytest.approx(per_unit * (len(line) // len(unit)), abs=2)
-        assert rows[1]["cut"] == 0
-        kept = store.sql("SELECT text FROM tokens WHERE document = 0 ORDER BY position")["text"].to_pylist()
-        assert line.startswith("".join(kept))
-        feature = busiest(store)
-        html = feature_html(feature_page(LAYER, feature, store=store, n=3, contexts=5))
-    seen = Elements()
-    seen.feed(html)
-    assert "script" not in seen.names
-    assert "\u202e" not in html
-    capsys.readouterr()
-    assert main(["show", str(tmp_path / "store"), "-f", str(feature), "--no-model", "-n", "5"]) == 0
-    assert "\u202e" not in capsys.readouterr().out
-
-
 def test_a_token_of_ten_megabytes_is_cut() -> None:
     token = "<b>\u202e" + "x" * 10 * 2**20
     html, line = html_tokens([token, "y"], [1.0, 0.0], 1.0), shaded([token, "y"], [1.0, 0.0])
