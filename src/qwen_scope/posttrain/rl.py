@@ -236,12 +236,11 @@ def trainer_of(
 ) -> SteeredTrainer:
     """TRL's trainer with the run's settings, reward and rollouts."""
     ends: Any = loaded.model.generation_config.eos_token_id if loaded.model.generation_config else None
-    last: Any = loaded.tokenizer.eos_token_id
-    ends = {*(ends if isinstance(ends, list) else [ends]), last} - {None}
+    ends = [*(ends if isinstance(ends, list) else [ends]), loaded.tokenizer.eos_token_id]
     with expected_warnings():
         trainer = SteeredTrainer(
             loaded.model,
-            reward_of(run.reward, sorted(ends)),
+            reward_of(run.reward, [one for one in ends if isinstance(one, int)]),
             grpo_config(run, loaded),
             train_dataset=Dataset.from_list(list(rows)),
             processing_class=loaded.tokenizer,
