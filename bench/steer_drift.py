@@ -34,8 +34,8 @@ from qwen_scope.steer import (
     sweep_candidates,
 )
 
-INTO, N_CHOOSE, N_FIT, N_TEST, N_RANDOM, N_CONTRAST = "zh", 1500, 300, 900, 3, 10
-LAYERS, FEATURES = ((4, 5), (3, 4, 5)), (1, 2, 3, 5, 8)
+INTO, N_CHOOSE, N_FIT, N_TEST, N_RANDOM, N_CONTRAST = "zh", 1500, 900, 1500, 3, 10
+LAYERS, FEATURES, FACTORS = (3, 4, 5), (4, 8, 16), (0.0, -1.0)
 DECODING = Decoding(max_new_tokens=60, sample=True, temperature=1.0, top_k=0, top_p=1.0, seed=2)
 HAN, KANA = re.compile("[\u4e00-\u9fff]"), re.compile("[\u3040-\u30ff]")
 SENTENCE_END = re.compile(r"(?<=[。！？.!?؟\n])")
@@ -73,8 +73,8 @@ def up_to_the_switch(scope: Scope, prompt: str, made: Generation) -> list[int] |
     return [*scope.tokenizer(prompt)["input_ids"], *(token.token_id for token in made.tokens[: last + 1])]
 
 
-def ablations(features: dict[int, list[int]]) -> list[Intervention]:
-    return [Intervention.ablate(layer=layer, feature=f) for layer, some in features.items() for f in some]
+def scaled(features: dict[int, list[int]], factor: float = 0.0) -> list[Intervention]:
+    return [Intervention.scale(layer=layer, feature=f, amount=factor) for layer, some in features.items() for f in some]
 
 
 def answers(scope: Scope, prompts: list[str], chosen: list[Intervention]) -> tuple[np.ndarray, float]:
@@ -91,19 +91,19 @@ def kept_share(plain: np.ndarray, other: np.ndarray, resamples: int = 2000) -> t
     return float(other.mean() / plain.mean()), float(low), float(high)
 
 
-def causes(scope: Scope) -> tuple[dict[str, dict[int, list[int]]], int]:
-    """The features that add most to the first Chinese letter, by layers and number; and of how many answers."""
+def knobs(scope: Scope) -> tuple[dict[str, list[Intervention]], int]:
+    """The features that add most to the first Chinese letter, turned down; and in how many answers."""
     prompts = questions(31, N_CHOOSE)
     made = generate(scope.model, scope.tokenizer, prompts, saes=scope.saes, decoding=DECODING)
     switches = [up_to_the_switch(scope, *pair) for pair in zip(prompts, made, strict=True)]
     switches = [ids for ids in switches if ids]
-    effects = attribute(scope, switches)
+    effects = attribute(scope, switches, LAYERS)
     found = {
-        f"{n} at layers {', '.join(map(str, layers))}": {
-            layer: effects[layer].topk(n).indices.tolist() for layer in layers
-        }
-        for layers in LAYERS
+        f"{n} per layer, times {factor:g}": scaled(
+            {layer: effects[layer].topk(n).indices.tolist() for layer in LAYERS}, factor
+        )
         for n in FEATURES
+        for factor in FACTORS
     }
     return found, len(switches)
 
@@ -111,36 +111,41 @@ def causes(scope: Scope) -> tuple[dict[str, dict[int, list[int]]], int]:
 def main(arguments: list[str]) -> None:
     torch.set_num_threads(1)
     scope = load_scope("lab", device="cpu")
-    found, switches = causes(scope)
+    found, switches = knobs(scope)
     sweeps = sweep_candidates(
         scope.model,
         scope.tokenizer,
         questions(21, N_FIT),
-        {name: ablations(features) for name, features in found.items()},
+        found,
         drifted,
+        amounts=(1.0,),
         lower=True,
         saes=scope.saes,
         stats=scope.sizes,
         decoding=DECODING,
-        budget=Budget(2.0, 0.1, tolerance=0.02),
+        budget=Budget(2.0, 0.1),
     )
     name = best_candidate(sweeps) or next(iter(found))
-    chosen = ablations(found[name])
-    print(name, found[name], flush=True)
+    chosen = found[name]
+    print(name, sorted((one.layer, one.feature) for one in chosen), flush=True)
     means = language_means(scope)
     contrast = {layer: [f for f, _ in features_of(scope, means, INTO, layer, N_CONTRAST)] for layer in scope.layers}
-    arms = {"by effect": chosen, "by contrast": ablations(contrast)}
+    arms = {"by effect": chosen, "by contrast": scaled(contrast)}
     additions = [Intervention.add(layer=one.layer, feature=one.feature, amount=1.0) for one in chosen]
     for seed in range(N_RANDOM):
         others = matched_random(additions, scope.saes, scope.sizes, np.random.default_rng(seed))
-        arms[f"random {seed + 1}"] = [Intervention.ablate(layer=o.layer, feature=o.feature) for o in others]
+        arms[f"random {seed + 1}"] = [
+            Intervention.scale(layer=o.layer, feature=o.feature, amount=chosen[0].amount)
+            for o in others
+            if o.feature is not None
+        ]
     rows, worst = [], 0.0
     for questions_of, split in (
         ("fresh questions", "train"),
         ("held-out sentences", "heldout_sentences"),
         ("held-out forms", "heldout_templates"),
     ):
-        prompts = questions(22, N_TEST, split)
+        prompts = questions(24, N_TEST, split)
         plain, normal = answers(scope, prompts, [])
         for arm, interventions in arms.items():
             values, cost = answers(scope, prompts, interventions)
@@ -153,12 +158,12 @@ def main(arguments: list[str]) -> None:
     how = f"""
         `bench/steer_drift.py --write`: chats whose answers in this corpus sometimes drift into Chinese;
         {DECODING.max_new_tokens} tokens, temperature {DECODING.temperature:g}. Drift: the answer to a question that is
-        neither Chinese nor Japanese has a sentence with a Han letter and without kana. By effect: the features that
-        add most to the log-probability of the first Chinese letter in {switches} drifted answers of the model
-        (`qwen_scope.features.attribute`), {name} each, chosen by a sweep on other questions; set to zero at every
-        token. By contrast: the {N_CONTRAST} features per layer that tell Chinese best from the other languages.
-        Random: as many features as the first, which fire about as often. 95% intervals over questions. The aim: at
-        most half of the drift left."""
+        neither Chinese nor Japanese has a sentence with a Han letter and without kana. By effect: at layers
+        {", ".join(map(str, LAYERS))} the features that add most to the log-probability of the first Chinese letter in
+        {switches} drifted answers of the model (`qwen_scope.features.attribute`); {name}, as a sweep on other questions
+        chose, at every token where they are active. By contrast: the {N_CONTRAST} features per layer that tell Chinese
+        best from the other languages, set to zero. Random: as many features as the first, which fire about as often,
+        times as much. 95% intervals over questions. The aim: at most half of the drift left."""
     columns = ("questions", "n", "", "drift, unsteered", "drift", "left", "perplexity, times unsteered")
     verdict = (
         f"At worst {worst:.2f} of the drift is left, so the aim is {'reached' if worst <= 0.5 else 'not reached'}."

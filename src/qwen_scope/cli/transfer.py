@@ -121,9 +121,9 @@ def by_language(
             notes.append(f"{name} is left out: it has {counts}, and needs {FEWEST} of each")
             continue
         whole = Labelled({layer: data.take(items) for layer, data in found.items()}, labels)
-        parts = whole.split(2 / 3, seed)
-        vectors = [{layer: x[items][part] for layer, x in pooled.items()} for part in parts]
-        languages[name] = Language(*(whole.take(part) for part in parts), *vectors)
+        fit, test = whole.split(2 / 3, seed)
+        fit_vectors, test_vectors = ({layer: x[items][part] for layer, x in pooled.items()} for part in (fit, test))
+        languages[name] = Language(whole.take(fit), whole.take(test), fit_vectors, test_vectors)
     if len(languages) < 2:
         raise InputError(
             f"{len(languages)} of {len(names)} values of {groups} have {FEWEST} documents with {what}={value} and"
