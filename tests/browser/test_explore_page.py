@@ -114,3 +114,26 @@ def test_light_and_dark_and_a_tablet(visit: Visit) -> None:
     before = page.evaluate("document.body.classList.contains('dark')")
     page.locator("#qs-theme").click()
     assert page.evaluate("document.body.classList.contains('dark')") is not before
+
+
+def test_a_text_outlives_a_reload(visit: Visit) -> None:
+    page = visit()
+    read(page, "Hallo & <b>?=#%")
+    slider = page.locator("#explore-layer input[type=range]")
+    slider.focus()
+    slider.press("ArrowRight")
+    page.wait_for_function("new URLSearchParams(location.search).get('layer') === '4'")
+    page.reload()
+    expect(page.locator("#explore-heat table")).to_be_visible()
+    expect(page.locator("#explore-text textarea")).to_have_value("Hallo & <b>?=#%")
+    expect(page.locator("#explore-layer input[type=number]")).to_have_value("4")
+    assert "".join(page.locator("#explore-tokens button.qs-token").all_text_contents()) == "Hallo & <b>?=#%"
+
+
+def test_links_to_texts_that_can_not_be_read(visit: Visit) -> None:
+    for query, says in (
+        ("?text=Hi&layer=99", "no SAE for layer 99"),
+        ("?text=Hi&layer=x", "The layer is a whole number"),
+        ("?text=%20", "The text is empty"),
+    ):
+        expect(visit(query).locator("#explore-notice [role=alert]")).to_contain_text(says)

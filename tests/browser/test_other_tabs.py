@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import json
 import re
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 from explored import ENGLISH, GERMAN, LAYER
 from playwright.sync_api import Page, expect
 
 from qwen_scope.analysis import Rule, RuleFeature
+from qwen_scope.corpus import FeatureStore
 from qwen_scope.explorer import Desk
 
 Visit = Callable[..., Page]
+PATIENCE_S = 60
 
 
 def tab(page: Page, name: str) -> None:
@@ -196,3 +200,84 @@ def test_stores_are_compared_and_a_decision_is_traced(visit: Visit, desk: Desk, 
     page.locator("#trace-go").click()
     expect(page.locator("#trace-result .qs-heading")).to_contain_text("“about <i>trains</i>”positive")
     expect(page.locator("#trace-result tbody tr").first).to_contain_text(f"token {best.position}")
+
+
+def test_an_analysis_shows_progress_and_can_be_stopped(
+    visit: Visit, desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    go_on, opened = threading.Event(), desk.store
+
+    def slowly(name: str) -> FeatureStore:
+        assert go_on.wait(PATIENCE_S)
+        return opened(name)
+
+    page = visit("?tab=datasets")
+    expect(page.locator("#datasets-go")).to_be_visible()
+    monkeypatch.setattr(desk, "store", slowly)
+    try:
+        page.locator("#datasets-go").click()
+        result = page.locator("#datasets-result")
+        expect(result.locator("[role=status]")).to_contain_text("reading")
+        page.locator("#datasets-stop").click()
+        expect(result.locator("[role=status]")).to_contain_text("stopping")
+    finally:
+        go_on.set()
+    expect(result).to_contain_text("The analysis was stopped before its end")
+    page.locator("#datasets-go").click()
+    expect(result.locator("svg").first).to_be_visible()
+
+
+CONTROLS = {
+    "explore": ("#explore-text textarea", "#explore-read", "#explore-chat input", "#explore-layer input[type=range]"),
+    "compare": ("#compare-text-a textarea", "#compare-text-b textarea", "#compare-go"),
+    "steer": ("#steer-prompt textarea", "#steer-feature input", "#steer-amount input", "#steer-run", "#steer-stop"),
+    "feature": ("#feature-number input", "#feature-open"),
+    "datasets": ("#datasets-analysis input", "#datasets-go", "#datasets-stop"),
+}
+
+
+def fill(page: Page, name: str, desk: Desk) -> None:
+    """Something to look at on a tab."""
+    if name == "explore":
+        page.locator("#explore-text textarea").fill(" ".join(GERMAN))
+        page.locator("#explore-read").click()
+        expect(page.locator("#explore-heat table")).to_be_visible()
+    elif name == "compare":
+        for side, text in zip("ab", (GERMAN[1], ENGLISH[1]), strict=True):
+            page.locator(f"#compare-text-{side} textarea").fill(text)
+        page.locator("#compare-go").click()
+        expect(page.locator("#compare-ranking tr[data-shade]").first).to_be_visible()
+    elif name == "feature":
+        best = desk.scope.features([GERMAN[0]], [LAYER]).strongest(0, LAYER, 1)[0]
+        page.locator("#feature-number input").fill(str(best.feature))
+        page.locator("#feature-open").click()
+        expect(page.locator("#feature-contexts li").first).to_be_visible()
+    elif name == "datasets":
+        page.locator("#datasets-go").click()
+        expect(page.locator("#datasets-result svg").first).to_be_visible()
+
+
+@pytest.mark.parametrize("name", CONTROLS)
+def test_on_a_tablet_nothing_hangs_over_and_the_keyboard_reaches_every_control(
+    visit: Visit, desk: Desk, name: str
+) -> None:
+    page = visit(f"?tab={name}", viewport={"width": 820, "height": 1180})
+    controls = [page.locator(control) for control in CONTROLS[name]]
+    expect(controls[0]).to_be_visible()
+    fill(page, name, desk)
+    assert page.evaluate("document.documentElement.scrollWidth") <= 820
+    for control in controls:
+        box = control.bounding_box()
+        assert box is not None
+        assert box["x"] >= 0
+        assert box["x"] + box["width"] <= 820
+
+    selectors = list(CONTROLS[name])
+    missing = set(selectors)
+    page.evaluate("document.body.tabIndex = -1; document.body.focus()")
+    for _ in range(150):
+        page.keyboard.press("Tab")
+        missing -= set(page.evaluate("all => all.filter((one) => document.activeElement.matches(one))", selectors))
+        if not missing:
+            break
+    assert missing == set()

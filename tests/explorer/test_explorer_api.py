@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -13,7 +15,8 @@ from gradio_client import Client
 from gradio_client.exceptions import AppError, AuthenticationError
 
 from qwen_scope.errors import InputError
-from qwen_scope.explorer import Api, Desk, launch
+from qwen_scope.explorer import Api, Desk, Limits, launch
+from qwen_scope.scope import TokenFeatures
 from qwen_scope.steer import Decoding, Intervention
 
 CHANGE = {"layer": LAYER, "feature": 7, "amount": 0.5}
@@ -113,16 +116,50 @@ def test_errors_are_sentences(client: Client, endpoint: str, arguments: tuple, s
     assert "Traceback" not in str(error.value)
 
 
-def test_a_burst_is_answered_in_order_and_forgotten(url: str, desk: Desk) -> None:
-    client = Client(url, verbose=False)
-    texts = [f"Number {i} of the queue" for i in range(50)]
-    jobs = [client.submit(text, LAYER, api_name="/features") for text in texts]
-    answers = [job.result(timeout=300) for job in jobs]
-    for text, told in zip(texts, answers, strict=True):
-        assert "".join(one["token"] for one in told["tokens"]) == text
-    assert desk.remembered_bytes <= desk.limits.remembered_bytes
-    assert desk.jobs.running == 0
-    assert desk.scope.saes.nbytes <= desk.scope.saes.cache_bytes
+def burst(url: str, texts: list[str]) -> list[str]:
+    """Queue all texts before the first answer is fetched; what the answers are about, in the order of the texts."""
+    route, answers = f"{url}gradio_api/call/features", []
+    with httpx.Client(timeout=300) as visitor:
+        events = [visitor.post(route, json={"data": [text, LAYER, "plain", 1]}).json()["event_id"] for text in texts]
+        for event in events:
+            told = visitor.get(f"{route}/{event}").text
+            data = next(line for line in told.splitlines() if line.startswith("data: [{"))
+            answers.append("".join(one["token"] for one in json.loads(data.removeprefix("data: "))[0]["tokens"]))
+    return answers
+
+
+def resident_bytes() -> int:
+    """Memory of this process, in which the server runs too."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def test_bursts_are_answered_in_order_without_growth(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = Desk(desk.scope, limits=Limits(remembered_bytes=100_000))
+    done, seen = [], own.seen
+
+    def watched(text: str, layer: int, chat: str) -> TokenFeatures:
+        done.append(("begun", text))
+        found = seen(text, layer, chat)
+        done.append(("ended", text))
+        return found
+
+    monkeypatch.setattr(own, "seen", watched)
+    sizes, kept, memory = [], [], []
+    with served(own) as url:
+        for number in range(4):
+            texts = [f"Burst {number}, request {i}: where is the station, please?" for i in range(50)]
+            done.clear()
+            assert burst(url, texts) == texts
+            assert done == [(what, text) for text in texts for what in ("begun", "ended")]
+            gc.collect()
+            sizes.append(own.remembered_bytes)
+            kept.append(sum(isinstance(one, TokenFeatures) for one in gc.get_objects()))
+            memory.append(resident_bytes())
+    assert max(sizes) <= own.limits.remembered_bytes
+    assert max(kept[1:]) <= kept[0] + 5  # 50 more where a request stays
+    assert max(memory[1:]) - memory[0] < 200 * 2**20
+    assert own.jobs.running == 0
+    assert own.scope.saes.nbytes <= own.scope.saes.cache_bytes
 
 
 def test_visitors_at_once_get_their_own_answers(url: str) -> None:
@@ -170,11 +207,44 @@ def test_a_path_is_no_upload(url: str) -> None:
         assert '"success":true' not in told.replace(" ", "") or "notice" in told
 
 
+def uploaded(url: str, name: str, content: bytes) -> httpx.Response:
+    return httpx.post(f"{url}gradio_api/upload", files={"files": (name, content)}, timeout=60)
+
+
 def test_uploads_are_limited_in_size(url: str, desk: Desk) -> None:
-    small = httpx.post(url + "gradio_api/upload", files={"files": ("a.txt", b"x" * 100)})
-    assert small.status_code == 200
-    large = httpx.post(url + "gradio_api/upload", files={"files": ("a.txt", b"x" * (desk.limits.upload_bytes * 2))})
-    assert large.status_code >= 400
+    assert uploaded(url, "a.txt", b"x" * 100).status_code == 200
+    large = uploaded(url, "a.txt", b"x" * (desk.limits.upload_bytes * 2))
+    assert large.status_code == 413
+    assert "exceeded maximum" in large.text
+
+
+def told_about(url: str, upload: str, kind: str, label: str) -> str:
+    """What a handler that takes a file answers about an upload: everything that the server sends."""
+    config = httpx.get(f"{url}config").json()
+    files = [
+        part["id"] for part in config["components"] if part["type"] == kind and label in part["props"].get("label", "")
+    ]
+    asked = next(d for d in config["dependencies"] if files[0] in d["inputs"])
+    file = {"path": upload, "meta": {"_type": "gradio.FileData"}}
+    data = [file if part in files else None for part in asked["inputs"]]
+    body = {"fn_index": asked["id"], "data": data, "session_hash": "guest", "trigger_id": None}
+    joined = httpx.post(f"{url}gradio_api/queue/join", json=body, timeout=60)
+    told = joined.text
+    with httpx.stream("GET", f"{url}gradio_api/queue/data?session_hash=guest", timeout=60) as stream:
+        for line in stream.iter_lines():
+            told += line
+            if "process_completed" in line or "close_stream" in line:
+                break
+    return told
+
+
+@pytest.mark.parametrize(("kind", "label"), [("file", "A text per line"), ("file", "Rule"), ("uploadbutton", "Load")])
+def test_uploads_of_another_type_are_refused_with_a_sentence(url: str, kind: str, label: str) -> None:
+    upload = uploaded(url, "program.exe", b"MZ\x00\x01").json()[0]
+    told = told_about(url, upload, kind, label)
+    assert "Invalid file type" in told
+    assert "Traceback" not in told
+    assert "/" not in told.split("Invalid file type", 1)[1].split('"')[0]
 
 
 def test_with_a_password_nobody_else_enters(desk: Desk) -> None:

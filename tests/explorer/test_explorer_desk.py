@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
+import threading
 from pathlib import Path
+from urllib.parse import parse_qs, urlsplit
 
 import pytest
 from explored import ENGLISH, GERMAN, LAYER
 
 from qwen_scope.errors import InputError, MismatchError, NotFoundError, QwenScopeError
 from qwen_scope.explorer import Desk, Limits
+from qwen_scope.explorer.datasets import analysed
 from qwen_scope.explorer.desk import whole_number
-from qwen_scope.explorer.jobs import Jobs, watched
+from qwen_scope.explorer.explore_view import Reading, address
+from qwen_scope.explorer.feature_view import passage
+from qwen_scope.explorer.jobs import Jobs, Stopped, watched
+from qwen_scope.explorer.shelf import Shelf
 from qwen_scope.features import Label, Notes, make_label
 from qwen_scope.stats import Interval
 
@@ -123,3 +130,86 @@ def test_work_reports_and_stops() -> None:
 
     with jobs.at_work("ada") as stop, pytest.raises(InputError, match="no"):
         list(watched(wrong, stop))
+
+
+def test_silent_work_tells_that_it_is_stopping() -> None:
+    jobs, go_on = Jobs(), threading.Event()
+
+    def silent(report):
+        report("reading", 0.5, "")
+        go_on.wait()
+        report("comparing", 0.9, "")
+        return "result"
+
+    told = []
+    with jobs.at_work("ada") as stop:
+        for one in watched(silent, stop):
+            told.append(one)
+            jobs.stop("ada")
+            if one.stage == "stopping":
+                go_on.set()
+    assert [one.stage for one in told] == ["reading", "stopping"]
+
+
+@pytest.mark.parametrize("stopped_at", [0, 1])
+def test_an_analysis_tells_its_steps_and_stops_between_them(desk: Desk, stopped_at: int) -> None:
+    names = list(desk.stores)
+    steps = []
+    found = analysed(desk, names, "overlap", LAYER, lambda *told: steps.append(told))
+    assert [(stage, share) for stage, share, _ in steps] == [("reading", 0), ("reading", 1 / 3), ("comparing", 2 / 3)]
+    assert found.notes == analysed(desk, names, "overlap", LAYER).notes
+
+    reached = []
+
+    def report(*told):
+        reached.append(told)
+        if len(reached) > stopped_at:
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        analysed(desk, names, "overlap", LAYER, report)
+    assert len(reached) == stopped_at + 1
+
+
+def test_opened_stores_are_lent_to_one_at_a_time_and_few_are_kept(stores: dict[str, Path], tmp_path: Path) -> None:
+    shelf, folder = Shelf(), tmp_path / "own"
+    shutil.copytree(stores["german"], folder)
+    with shelf.lent(folder) as first, shelf.lent(folder) as second:
+        assert first is not second
+    with shelf.lent(folder) as again:
+        assert again in (first, second)
+    (folder / "manifest.json").touch()
+    with shelf.lent(folder) as anew:
+        assert anew not in (first, second)
+    for other in (*stores.values(), folder):
+        with shelf.lent(other):
+            pass
+    assert len(shelf) == 2
+    with pytest.raises(InputError, match="no"), shelf.lent(folder) as failed:
+        raise InputError("no")
+    with shelf.lent(folder) as last:
+        assert last is not failed
+
+
+def test_what_fires_with_a_feature_can_follow_its_page(desk: Desk) -> None:
+    feature = desk.scope.features(GERMAN, [LAYER]).strongest(0, LAYER, 1)[0].feature
+    whole = desk.feature_page(LAYER, feature, "german")
+    quick = desk.feature_page(LAYER, feature, "german", company=False)
+    assert whole.cofiring
+    assert quick.cofiring == ()
+    assert desk.with_company(quick, "german").to_json() == whole.to_json()
+
+
+def test_silent_tokens_of_a_context_are_one_piece() -> None:
+    made = passage(["a", " b\n", "<i>", "d", "", "e"], [0, 0, 2.0, 1.0, 0, 0], 2.0)
+    assert made[0] == '<bdi class="qs-silent">a b⏎<br></bdi>'
+    assert [one.startswith("<span") and "--v:" in one for one in made] == [False, True, True, False]
+    assert "<i>" not in "".join(made)
+    assert made[3] == '<bdi class="qs-silent">e</bdi>'
+
+
+def test_a_link_carries_a_reading_unless_it_is_long() -> None:
+    text = "Hallo & <b>?=#%\n🙂"
+    asked = parse_qs(urlsplit(address(Reading(text, "thinking", 3))).query)
+    assert asked == {"tab": ["explore"], "layer": ["3"], "chat": ["thinking"], "text": [text]}
+    assert address(Reading("x" * 5000, "plain", 3)) == "?tab=explore"

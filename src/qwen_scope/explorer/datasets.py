@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import gradio as gr
@@ -15,8 +16,9 @@ from qwen_scope.scope import TokenFeatures
 
 from .desk import Desk
 from .explore import CHAT_CHOICES
-from .pieces import card, chip, empty, feature_link, heading, name_of, number
-from .wiring import on, panel
+from .jobs import Report, watched
+from .pieces import card, chip, empty, feature_link, heading, name_of, notice, number, progress_panel
+from .wiring import on, panel, stops
 
 ANALYSIS = "analysis"
 """The queue of analyses, which need no model."""
@@ -50,6 +52,7 @@ class DatasetsTab:
             )  # fmt: skip
             self.layer = gr.Dropdown(desk.layers, value=desk.store_layer, label="Layer", scale=1, min_width=90)
             self.go = gr.Button("Analyse", variant="primary", scale=1, min_width=120, elem_id="datasets-go")
+            self.stop_button = gr.Button("Stop", scale=0, min_width=90, elem_id="datasets-stop")
         self.notice = panel(elem_id="datasets-notice")
         self.result = panel(empty(START if names else NO_STORES), elem_id="datasets-result")
         fold = gr.Accordion("Trace a classifier's decision", open=False, elem_id="datasets-trace-fold")
@@ -64,17 +67,24 @@ class DatasetsTab:
                 self.traced = panel(empty(TRACE_START), elem_id="trace-result")
         on(
             self.go.click, self.analyse, [self.stores, self.analysis, self.layer], [self.result], self.notice,
-            concurrency_id=ANALYSIS, show_progress="minimal",
+            concurrency_id=ANALYSIS,
         )  # fmt: skip
+        stops(self.stop_button, desk.jobs)
         on(
             self.trace_button.click, self.trace, [self.rule, self.text, self.chat], [self.traced], self.trace_notice
         )  # fmt: skip
 
-    def analyse(self, stores: list[str], analysis: str, layer: int) -> dict[Any, Any]:
+    def analyse(self, request: gr.Request, stores: list[str], analysis: str, layer: int) -> Iterator[dict[Any, Any]]:
         """One analysis of the chosen stores."""
         started = time.monotonic()
-        found = analysed(self.desk, stores, analysis, int(layer))
-        return {self.result: result_panel(NAMES.get(analysis, analysis), found, time.monotonic() - started)}
+        with self.desk.jobs.at_work(str(request.session_hash)) as stop:
+            for told in watched(lambda report: analysed(self.desk, stores, analysis, int(layer), report), stop):
+                if isinstance(told, Result):
+                    title, took = NAMES.get(analysis, analysis), time.monotonic() - started
+                    yield {self.result: result_panel(title, told, took)}
+                    return
+                yield {self.result: progress_panel(told)}
+        yield {self.result: notice("the analysis was stopped before its end")}
 
     def trace(self, rule: str | None, text: str, chat: str) -> dict[Any, Any]:
         """Why a rule calls a text positive, or that it does not."""
@@ -87,8 +97,8 @@ class DatasetsTab:
         return {self.traced: trace_panel(self.desk, loaded, tokens, evidence)}
 
 
-def analysed(desk: Desk, stores: list[str], analysis: str, layer: int) -> Result:
-    """The result of one analysis of stores the page was started with.
+def analysed(desk: Desk, stores: list[str], analysis: str, layer: int, report: Report = lambda *_: None) -> Result:
+    """The result of one analysis of stores the page was started with; it reports before each store, and before the end.
 
     Raises:
         InputError, NotFoundError, MismatchError: unknown names, too few stores, or stores that do not fit together.
@@ -99,10 +109,12 @@ def analysed(desk: Desk, stores: list[str], analysis: str, layer: int) -> Result
     if len(stores) < chosen.datasets:
         raise InputError(f"{analysis} needs at least {chosen.datasets} stores; {len(stores)} chosen")
     datasets = []
-    for name in stores:
+    for i, name in enumerate(stores):
+        report("reading", i / (len(stores) + 1), name)
         with desk.store(name) as store:
             texts = analysis == "drift"
             datasets.append(Dataset.from_store(store, layer, chosen.reduction, name=name, texts=texts))  # pyright: ignore[reportArgumentType]
+    report("comparing", len(stores) / (len(stores) + 1), NAMES.get(analysis, analysis))
     return chosen.run(datasets)
 
 

@@ -6,20 +6,21 @@ import json
 import threading
 from collections import OrderedDict
 from collections.abc import Hashable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
 
 from qwen_scope.corpus import Corpus, FeatureStore, Unreadable
 from qwen_scope.errors import InputError
-from qwen_scope.features import FeaturePage, Label, Neighbour, Notes, feature_page, similar
+from qwen_scope.features import FeaturePage, Label, Neighbour, Notes, cofiring, elsewhere, feature_page, similar
 from qwen_scope.sae import SAE
 from qwen_scope.scope import Comparison, Scope, TokenFeatures, compare_seen, model_source
 from qwen_scope.steer import Generation
 
 from .jobs import Jobs
 from .pieces import Named
+from .shelf import Shelf, stamp
 
 T = TypeVar("T")
 
@@ -27,6 +28,9 @@ ChatMode = Literal["thinking", "non_thinking"]
 
 CHATS: dict[str, ChatMode | None] = {"plain": None, "thinking": "thinking", "non_thinking": "non_thinking"}
 """How a text is put to the model, by the name the page and the API use."""
+
+COMPANY = 10
+"""Features that fire with another, as many as a page shows of each kind."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +75,7 @@ class Desk:
         self.scope, self.stores, self.limits = scope, dict(stores or {}), limits or Limits()
         self.model_name = model_name or ("lab" if scope.name == model_source("lab") else Path(scope.name).name)
         self.sae_name, self.trained_from = Path(scope.saes.source).name, trained_from
-        self.jobs, self.unsteered = Jobs(), Lately[Generation](32)
+        self.jobs, self.unsteered, self.shelf = Jobs(), Lately[Generation](32), Shelf()
         self._seen: OrderedDict[tuple[str, str, int], TokenFeatures] = OrderedDict()
         self._lock = threading.Lock()
         self._known_labels: tuple[tuple[tuple[int, int], ...], dict[tuple[int, int], Label]] | None = None
@@ -203,7 +207,7 @@ class Desk:
 
     def _labels(self) -> dict[tuple[int, int], Label]:
         """The labels of all stores that fit the SAEs; read again when a file of notes has changed."""
-        stamps = tuple(stamp(folder) for folder in self.stores.values())
+        stamps = tuple(stamp(folder / "notes.jsonl") for folder in self.stores.values())
         with self._lock:
             if self._known_labels is not None and self._known_labels[0] == stamps:
                 return self._known_labels[1]
@@ -227,12 +231,19 @@ class Desk:
         Raises:
             InputError: another name.   FormatError: it is damaged.
         """
+        return FeatureStore(self.folder(name))
+
+    def folder(self, name: str) -> Path:
+        """Where a store lies; raises InputError for one that the page was not started with."""
         if name not in self.stores:
             raise InputError(f"there is no store {name!r} here; the page has {', '.join(self.stores) or 'none'}")
-        return FeatureStore(self.stores[name])
+        return self.stores[name]
 
-    def feature_page(self, layer: int, feature: int, store: str | None = None) -> FeaturePage:
+    def feature_page(self, layer: int, feature: int, store: str | None = None, *, company: bool = True) -> FeaturePage:
         """All about one feature, with a store or without.
+
+        Args:
+            company: look for what fires with it, which reads the whole store; else `with_company` can later.
 
         Raises:
             InputError, NotFoundError: no such layer, feature or store.   MismatchError: the store is of another SAE.
@@ -240,8 +251,18 @@ class Desk:
         self.check_feature(layer, feature)
         if store is None:
             return feature_page(layer, feature, scope=self.scope, layers=self.layers)
-        with self.store(store) as opened:
-            return feature_page(layer, feature, store=opened, scope=self.scope)
+        with self.shelf.lent(self.folder(store)) as opened:
+            return feature_page(layer, feature, store=opened, scope=self.scope, company=company)
+
+    def with_company(self, page: FeaturePage, store: str) -> FeaturePage:
+        """The page with the features that fire on the same tokens, in its own layer and in the others."""
+        with self.shelf.lent(self.folder(store)) as opened:
+            others = [layer for layer in opened.layers if layer in self.layers]
+            return replace(
+                page,
+                cofiring=cofiring(opened, page.layer, page.feature, COMPANY),
+                elsewhere=elsewhere(page.layer, page.feature, others, scope=self.scope, store=opened),
+            )
 
     def nearest(self, layer: int, feature: int, other: int) -> Neighbour | None:
         """The feature of another layer whose direction is nearest; in its own layer, itself."""
@@ -303,15 +324,6 @@ def size_of(found: TokenFeatures) -> int:
     """Bytes of the tensors of what was seen."""
     tensors = [t for acts in found.acts.values() for t in (acts.indices, acts.values)]
     return sum(t.numel() * t.element_size() for t in [*tensors, found.input_ids, found.mask])
-
-
-def stamp(folder: Path) -> tuple[int, int]:
-    """When a store's file of notes was last written, and how large it is; zeros where there is none."""
-    try:
-        found = (folder / "notes.jsonl").stat()
-    except OSError:
-        return 0, 0
-    return found.st_mtime_ns, found.st_size
 
 
 def whole_number(value: object, what: str) -> int:

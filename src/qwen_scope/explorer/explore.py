@@ -11,11 +11,11 @@ import gradio as gr
 from qwen_scope.report import join
 
 from . import explore_view as view
-from .desk import Desk
+from .desk import Desk, whole_number
 from .explore_view import Reading
 from .jobs import Told
 from .pieces import empty, examples, notice, progress_panel
-from .wiring import MODEL, on, panel, picked, told
+from .wiring import MODEL, on, panel, picked, stops, told
 
 EXAMPLES = (
     "Could you wait, please? Shut up, you fool!",
@@ -61,20 +61,16 @@ class ExploreTab:
             self.through = gr.Button("Through depth", size="sm", elem_id="explore-through", scale=0, min_width=180)
             self.stop_button = gr.Button("Stop", size="sm", elem_id="explore-stop", scale=0, min_width=90)
         self.depth = panel(elem_id="explore-depth")
+        self.shown = [
+            self.reading, self.tokens, self.of_token, self.of_text, self.heat, self.heat_options, self.depth_options,
+            self.depth,
+        ]  # fmt: skip
+        self.fields = [self.text, self.chat, self.layer]
         self.join()
 
     def join(self) -> None:
         """Which event calls what."""
-        shown = [
-            self.reading,
-            self.tokens,
-            self.of_token,
-            self.of_text,
-            self.heat,
-            self.heat_options,
-            self.depth_options,
-            self.depth,
-        ]
+        shown = self.shown
         heat = [self.own_scale, self.skip_first]
         on(
             [self.read.click, self.text.submit],
@@ -95,16 +91,11 @@ class ExploreTab:
         )
         on([box.input for box in heat], self.move, [self.reading, self.layer, *heat], shown, self.notice)
         on(self.through.click, self.descend, [self.reading], [self.depth], self.notice)
-        stopping = {"queue": False, "api_visibility": "private", "show_progress": "hidden"}
-        self.stop_button.click(self.stop, **stopping)
+        stops(self.stop_button, self.desk.jobs)
         on(
             [part.pick for part in (self.tokens, self.of_token, self.of_text, self.heat)],
             self.choose, [self.reading, *heat], shown, self.notice,
         )  # fmt: skip
-
-    def stop(self, request: gr.Request) -> None:
-        """End what this visitor has at work."""
-        self.desk.jobs.stop(str(request.session_hash))
 
     def descend(self, request: gr.Request, reading: Reading | None) -> Iterator[dict[Any, Any]]:
         """The chosen token and the chosen feature at every layer."""
@@ -126,6 +117,11 @@ class ExploreTab:
     def start(self, text: str, chat: str, layer: int, own_scale: bool, skip_first: bool) -> dict[Any, Any]:
         """A new text."""
         return self.show(Reading(text, chat, int(layer)), own_scale, skip_first)
+
+    def arrive(self, text: str, chat: str, layer: Any) -> dict[Any, Any]:
+        """The text of a link, or of the address when the page is loaded again."""
+        layer = whole_number(layer, "layer")
+        return {**dict(zip(self.fields, (text, chat, layer), strict=True)), **self.start(text, chat, layer, True, True)}
 
     def example(self, event: gr.EventData) -> dict[Any, Any]:
         """An example was clicked."""

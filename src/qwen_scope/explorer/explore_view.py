@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from urllib.parse import quote, urlencode
 
 import numpy as np
 from jaxtyping import Float
@@ -17,6 +18,9 @@ from .pieces import Named, bar, card, chip, chips, feature_link, heading, name_o
 RANKED = 12
 HEAT_ROWS = 24
 DEPTH_FEATURES = 5
+
+ADDRESS = 2000
+"""Characters of an address that every browser and proxy lets through."""
 
 Label = Callable[[int, int], Named | None]
 
@@ -44,6 +48,13 @@ class Reading:
             token=token if token >= 0 else best[0].position,
             feature=self.feature if self.feature >= 0 else best[0].feature,
         )
+
+
+def address(reading: Reading) -> str:
+    """The link to a reading; a long text is left out of it."""
+    asked = {"tab": "explore", "layer": str(reading.layer), "chat": reading.chat, "text": reading.text}
+    found = f"?{urlencode(asked, quote_via=quote)}"
+    return found if len(found) <= ADDRESS else "?tab=explore"
 
 
 def values_of(seen: TokenFeatures, layer: int, feature: int) -> Float[np.ndarray, " tokens"]:
@@ -77,7 +88,8 @@ def tokens_panel(seen: TokenFeatures, reading: Reading, label: Label) -> Markup:
             element("b", f"feature {reading.feature}", class_="qs-id"), " ", named, " ", where, " ", scale, " ",
             feature_link(reading.layer, reading.feature),
         )  # fmt: skip
-    return card(heading(f"{len(seen.tokens[0])} tokens", note), chips(made, "Tokens of the text"))
+    link = element("span", hidden=True, data_address=address(reading))
+    return card(heading(f"{len(seen.tokens[0])} tokens", note), chips(made, "Tokens of the text"), link)
 
 
 def ranked_row(

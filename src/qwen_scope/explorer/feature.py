@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import gradio as gr
 
 from qwen_scope.errors import InputError
+from qwen_scope.features import FeaturePage
 from qwen_scope.report import join
 
 from . import feature_view as view
@@ -58,23 +60,30 @@ class FeatureTab:
             self.layer, self.feature,
         ]  # fmt: skip
         fields = [self.layer, self.feature, self.store]
-        on([self.open.click, self.feature.submit], self.show, fields, self.shown, self.notice)
-        on(self.examples.pick, self.example, [self.store], self.shown, self.notice)
+        newest = {"trigger_mode": "always_last"}
+        on([self.open.click, self.feature.submit], self.show, fields, self.shown, self.notice, **newest)
+        on(self.examples.pick, self.example, [self.store], self.shown, self.notice, **newest)
         on(
             self.write.click, self.keep, [*fields, self.note, self.author], [*self.shown, self.note], self.notice
         )  # fmt: skip
 
-    def example(self, event: gr.EventData, store: str) -> dict[Any, Any]:
+    def example(self, event: gr.EventData, store: str) -> Iterator[dict[Any, Any]]:
         """A known feature was clicked."""
         one = self.known[picked(event, "example") % len(self.known)]
-        return self.show(one["layer"], one["feature"], store)
+        yield from self.show(one["layer"], one["feature"], store)
 
-    def show(self, layer: Any, feature: Any, store: str) -> dict[Any, Any]:
-        """The page of one feature."""
+    def show(self, layer: Any, feature: Any, store: str) -> Iterator[dict[Any, Any]]:
+        """The page of one feature; what fires with it, which takes a look at the whole store, comes a moment later."""
         layer, feature = whole_number(layer, "layer"), whole_number(feature, "feature")
         name = None if store == NO_STORE else store
-        page = self.desk.feature_page(layer, feature, name)
-        label = self.desk.label
+        page = self.desk.feature_page(layer, feature, name, company=False)
+        yield self.drawn(page, name)
+        if name is not None:
+            page = self.desk.with_company(page, name)
+            yield {self.near: view.neighbours_panel(page, self.desk.label)}
+
+    def drawn(self, page: FeaturePage, name: str | None) -> dict[Any, Any]:
+        """Every panel for a feature; `name` is that of the store."""
         contexts = [
             view.contexts_panel(title, note, some, page.maximum)
             for title, note, some in (
@@ -88,21 +97,22 @@ class FeatureTab:
         elif not contexts:
             contexts = [card(view.element("p", f"It never fires in the store {name}.", class_="qs-note"))]
         return {
-            self.layer: layer,
-            self.feature: feature,
-            self.title: view.title_panel(page, f"?layer={layer}&feature={feature}"),
+            self.layer: page.layer,
+            self.feature: page.feature,
+            self.title: view.title_panel(page, f"?layer={page.layer}&feature={page.feature}"),
             self.contexts: join(*contexts),
             self.facts: view.facts_panel(page) if page.summary is not None else "",
             self.effects: view.effects_panel(page) if page.promoted else "",
-            self.near: view.neighbours_panel(page, label),
+            self.near: view.neighbours_panel(page, self.desk.label, searching=name is not None),
             self.note_box: gr.Column(visible=name is not None),
             self.notes: view.notes_panel(page),
         }
 
-    def keep(self, layer: Any, feature: Any, store: str, text: str, author: str) -> dict[Any, Any]:
+    def keep(self, layer: Any, feature: Any, store: str, text: str, author: str) -> Iterator[dict[Any, Any]]:
         """A note is written into the store."""
         if store == NO_STORE:
             raise InputError("notes are kept in a store; start the page with --store FOLDER")
         number = whole_number(feature, "feature")
         self.desk.write_note(whole_number(layer, "layer"), number, store, text, author)
-        return {**self.show(layer, feature, store), self.note: ""}
+        for update in self.show(layer, feature, store):
+            yield {self.note: "", **update}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import groupby
 
 from qwen_scope.corpus import Context
 from qwen_scope.features import FeaturePage, Label, Neighbour, TokenEffect, label_text, page_facts
@@ -74,14 +75,24 @@ def contexts_panel(title: str, note: str, contexts: Sequence[Context], maximum: 
     """Places where it fires, shaded by one scale."""
     rows = []
     for context in contexts:
-        made = [
-            chip(token, value, maximum, title=number(value) if value > 0 else None)
-            for token, value in zip(context.tokens, context.values, strict=True)
-        ]
         place = element("span", number(context.value), class_="qs-value",
                         title=f"document {context.document}, position {context.position}")  # fmt: skip
+        made = passage(context.tokens, context.values, maximum)
         rows.append(element("li", place, element("div", *made, class_="qs-tokens qs-small", dir="auto")))
     return card(heading(title, note), element("ol", *rows, class_="qs-contexts"))
+
+
+def passage(tokens: Sequence[str], values: Sequence[float], maximum: float) -> list[Markup]:
+    """A text whose firing tokens are shaded chips; what stands between two of them is one piece, as it is read."""
+    made: list[Markup] = []
+    for fires, group in groupby(zip(tokens, values, strict=True), lambda pair: pair[1] > 0):
+        if fires:
+            made += [chip(token, value, maximum, title=number(value)) for token, value in group]
+            continue
+        lines = "".join(visible(token) + ("\0" if "\n" in token else "") for token, _ in group).split("\0")
+        pieces = [part for line in lines for part in (element("br"), line)][1:]
+        made.append(element("bdi", *pieces, class_="qs-silent"))
+    return made
 
 
 def effects_panel(page: FeaturePage) -> Markup:
@@ -103,14 +114,16 @@ def effect_list(effects: Sequence[TokenEffect]) -> Markup:
     return element("ol", *rows, class_="qs-effects")
 
 
-def neighbours_panel(page: FeaturePage, label: LabelOf) -> Markup:
-    """Features near it, by direction, by firing, and in other layers."""
+def neighbours_panel(page: FeaturePage, label: LabelOf, *, searching: bool = False) -> Markup:
+    """Features near it, by direction, by firing, and in other layers; `searching` says that the latter two follow."""
     groups = (
         ("Of like direction", "cosine", page.similar),
         ("On the same tokens", "Jaccard", page.cofiring),
         ("In other layers", "cosine", page.elsewhere),
     )
     shown = [element("div", heading(name, unit), neighbour_list(some, label)) for name, unit, some in groups if some]
+    if searching:
+        shown.append(element("div", heading("On the same tokens"), element("p", "counting …", class_="qs-note")))
     return card(element("div", *shown, class_="qs-halves")) if shown else Markup("")
 
 

@@ -9,6 +9,9 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from typing import NamedTuple, TypeVar
 
+GLANCE = 0.2
+"""Seconds between two looks at whether work that says nothing is to stop."""
+
 T = TypeVar("T")
 Report = Callable[[str, float, str], None]
 
@@ -71,7 +74,8 @@ class Jobs:
 def watched(work: Callable[[Report], T], stop: threading.Event) -> Iterator[Told | T]:
     """Runs `work` in a thread of its own and gives its reports, then its result.
 
-    Where the event is set, or the iterator closed, the work ends at its next report and there is no result.
+    Where the event is set, or the iterator closed, the work ends at its next report and there is no result; until then
+    it is told that the work is stopping.
     """
     reports: queue.Queue[Told | None] = queue.Queue()
     done: list[T] = []
@@ -90,8 +94,19 @@ def watched(work: Callable[[Report], T], stop: threading.Event) -> Iterator[Told
 
     with ThreadPoolExecutor(1) as pool:
         running = pool.submit(run)
+        share, said = 0.0, False
         try:
-            while (told := reports.get()) is not None:
+            while True:
+                try:
+                    told = reports.get(timeout=GLANCE)
+                except queue.Empty:
+                    if stop.is_set() and not said:
+                        said = True
+                        yield Told("stopping", share, "at the end of this step")
+                    continue
+                if told is None:
+                    break
+                share = told.share
                 yield told
         finally:
             stop.set()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib.resources import files
 from typing import Any
 
@@ -32,7 +32,7 @@ def build(desk: Desk) -> gr.Blocks:
         panel(header(desk), elem_id="qs-header")
         with gr.Tabs(elem_id="qs-tabs") as tabs:
             with gr.Tab("Explore", id="explore"):
-                ExploreTab(desk)
+                explore = ExploreTab(desk)
             with gr.Tab("Compare", id="compare"):
                 CompareTab(desk)
             with gr.Tab("Steer", id="steer"):
@@ -41,25 +41,32 @@ def build(desk: Desk) -> gr.Blocks:
                 feature = FeatureTab(desk)
             with gr.Tab("Datasets", id="datasets"):
                 DatasetsTab(desk)
-        arrive(page, tabs, feature)
+        arrive(page, tabs, explore, feature)
     return page
 
 
-def arrive(page: gr.Blocks, tabs: gr.Tabs, feature: FeatureTab) -> None:
-    """A link such as `?layer=3&feature=42` opens that feature's page, `?tab=steer` a tab."""
+def arrive(page: gr.Blocks, tabs: gr.Tabs, explore: ExploreTab, feature: FeatureTab) -> None:
+    """What a link opens: `?layer=3&feature=42` a feature's page, `?layer=3&text=Hello` a text, `?tab=steer` a tab."""
 
-    def opened(request: gr.Request) -> dict[Any, Any]:
+    def opened(request: gr.Request) -> Iterator[dict[Any, Any]]:
         asked = request.query_params
-        if "feature" in asked or "layer" in asked:
+        if "text" in asked:
+            read = told(explore.arrive, explore.notice)
+            layer = asked.get("layer", explore.desk.layers[len(explore.desk.layers) // 2])
+            yield {tabs: gr.Tabs(selected="explore"), **read(asked["text"], asked.get("chat", "plain"), layer)}
+        elif "feature" in asked or "layer" in asked:
             store = next(iter(feature.desk.stores), NO_STORE)
-            shown = told(feature.show, feature.notice)(asked.get("layer", ""), asked.get("feature", ""), store)
-            return {tabs: gr.Tabs(selected="feature"), **shown}
-        if asked.get("tab") in TABS:
-            return {tabs: gr.Tabs(selected=asked.get("tab"))}
-        return {tabs: gr.skip()}
+            look = told(feature.show, feature.notice)
+            for update in look(asked.get("layer", ""), asked.get("feature", ""), store):
+                yield {tabs: gr.Tabs(selected="feature"), **update}
+        elif asked.get("tab") in TABS:
+            yield {tabs: gr.Tabs(selected=asked.get("tab"))}
+        else:
+            yield {tabs: gr.skip()}
 
+    shown = [*explore.fields, explore.notice, *explore.shown, feature.notice, *feature.shown]
     page.load(
-        opened, None, [tabs, feature.notice, *feature.shown], api_visibility="private", show_progress="hidden",
+        opened, None, [tabs, *shown], api_visibility="private", show_progress="hidden",
         concurrency_id=MODEL, concurrency_limit=1,
     )  # fmt: skip
 

@@ -18,7 +18,7 @@ from .desk import Desk
 from .explore import CHAT_CHOICES
 from .jobs import Told, watched
 from .pieces import empty, notice, progress_panel
-from .wiring import on, panel, picked
+from .wiring import on, panel, picked, stops
 
 STEER = "steer"
 """The queue of generations: apart from the model's, so that nobody waits for somebody's long text to read theirs."""
@@ -159,7 +159,7 @@ class SteerTab:
             [self.run_button.click, self.prompt.submit], self.run, run,
             [self.rows, self.listed, self.plain, self.steered, self.candidates, self.sides], self.notice, **work,
         )  # fmt: skip
-        self.stop_button.click(self.stop, queue=False, api_visibility="private", show_progress="hidden")
+        stops(self.stop_button, self.desk.jobs)
         for side in ("plain", "steered"):
             on(getattr(self, side).pick, self.token(side), [self.sides],
                [self.plain, self.steered, self.candidates], self.notice, concurrency_id="edit")  # fmt: skip
@@ -229,10 +229,6 @@ class SteerTab:
         return press
 
     # --- work --------------------------------------------------------------------------------------------------------
-
-    def stop(self, request: gr.Request) -> None:
-        """End what this visitor has at work."""
-        self.desk.jobs.stop(str(request.session_hash))
 
     def run(self, request: gr.Request, rows: list[dict], selected: int, *values: Any) -> Iterator[dict[Any, Any]]:
         """Both continuations, growing."""

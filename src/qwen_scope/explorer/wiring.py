@@ -11,6 +11,7 @@ import gradio as gr
 
 from qwen_scope.errors import QwenScopeError
 
+from .jobs import Jobs
 from .pieces import notice
 
 MODEL = "model"
@@ -74,3 +75,12 @@ def on(
     made = told(handler, place)
     listeners = [events] if callable(events) else events
     return [event(made, list(inputs), [*outputs, place], **kept) for event in listeners][-1]
+
+
+def stops(button: gr.Button, jobs: Jobs) -> None:
+    """The button ends at once what its visitor has at work; it waits in no queue."""
+
+    def stop(request: gr.Request) -> None:
+        jobs.stop(str(request.session_hash))
+
+    button.click(stop, queue=False, api_visibility="private", show_progress="hidden")

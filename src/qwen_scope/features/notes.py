@@ -7,9 +7,11 @@ import json
 import math
 import os
 import re
+import time
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from datetime import UTC, datetime
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, final
 
@@ -18,6 +20,7 @@ from qwen_scope.errors import FormatError, InputError, MismatchError, NotFoundEr
 from qwen_scope.stats import Interval
 
 FILE = "notes.jsonl"
+SETTLED = 2_000_000_000  # nanoseconds; a file written just now may change again and keep its time and size
 KINDS = ("label", "note", "verdict")
 
 
@@ -131,7 +134,7 @@ class Notes:
 
     def __init__(self, store: FeatureStore) -> None:
         self.store, self.path = store, store.folder / FILE
-        self._entries = {note.id: note for note in read_notes(self.path)} if self.path.exists() else {}
+        self._entries = _entries_of(self.path)
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -260,6 +263,23 @@ def read_notes(path: Path) -> list[Note]:
         except (ValueError, RecursionError, FormatError) as error:
             raise FormatError(f"line {number} of {path} is no entry: {str(error)[:200]}") from error
     return out
+
+
+def _entries_of(path: Path) -> dict[str, Note]:
+    """The entries by id, none where there is no file. Parsed once while the file stays the same."""
+    try:
+        found = path.stat()
+    except OSError:
+        return {}
+    if time.time_ns() - found.st_mtime_ns < SETTLED:
+        return {note.id: note for note in read_notes(path)}
+    return dict(_settled_entries(path, found.st_mtime_ns, found.st_size))
+
+
+@lru_cache(maxsize=4)
+def _settled_entries(path: Path, written: int, size: int) -> Mapping[str, Note]:
+    """The entries of a file of this age and size."""
+    return {note.id: note for note in read_notes(path)}
 
 
 def _check_body(kind: str, body: Mapping[str, Any]) -> None:
