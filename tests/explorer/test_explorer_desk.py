@@ -17,7 +17,7 @@ from qwen_scope.explorer.datasets import analysed
 from qwen_scope.explorer.desk import whole_number
 from qwen_scope.explorer.explore_view import Reading, address
 from qwen_scope.explorer.feature_view import passage
-from qwen_scope.explorer.jobs import Jobs, Stopped, watched
+from qwen_scope.explorer.jobs import Jobs, Stopped, Told, watched
 from qwen_scope.explorer.shelf import Shelf
 from qwen_scope.features import Label, Notes, make_label
 from qwen_scope.stats import Interval
@@ -144,11 +144,12 @@ def test_silent_work_tells_that_it_is_stopping() -> None:
     told = []
     with jobs.at_work("ada") as stop:
         for one in watched(silent, stop):
-            told.append(one)
+            assert isinstance(one, Told), "stopped work has no result"
+            told.append(one.stage)
             jobs.stop("ada")
             if one.stage == "stopping":
                 go_on.set()
-    assert [one.stage for one in told] == ["reading", "stopping"]
+    assert told == ["reading", "stopping"]
 
 
 @pytest.mark.parametrize("stopped_at", [0, 1])
