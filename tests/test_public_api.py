@@ -41,6 +41,7 @@ COMMANDS = {
     "eval",
     "explore",
     "posttrain",
+    "synthesize",
 }
 
 

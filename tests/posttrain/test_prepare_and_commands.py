@@ -216,7 +216,7 @@ def test_an_interrupted_run_goes_on(corpus, tmp_path, capsys) -> None:
             "no checkpoint to go on from",
         ),
         (["sft", "lab", "-o", "file/out", "--method", "plain", "-n", "20"], "can't be written: Not a directory"),
-        (["sft", "lab", "-o", "out", "--method", "plain", "-n", "20", "--monitor", "file"], "at least two texts"),
+        (["sft", "lab", "-o", "out", "--method", "plain", "-n", "20", "--monitor", "one.txt"], "at least two texts"),
         (["sft", "lab", "-o", "out", "--method", "plain", "-n", "20", "--monitor", "no.txt"], "no.txt"),
         (["prepare", "lab", "--target", "tlh", "-o", "t.json", "-n", "30"], "no text belongs to the target"),
     ],
@@ -224,6 +224,7 @@ def test_an_interrupted_run_goes_on(corpus, tmp_path, capsys) -> None:
 def test_bad_input_ends_with_one_sentence(words, says, capsys, tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").touch()
+    (tmp_path / "one.txt").write_text("Guten Morgen.")
     assert main(["posttrain", *words]) == 2
     assert says in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated, Literal, TypeVar, get_args
+from dataclasses import fields
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_args
 
 import typer
 
@@ -125,3 +126,8 @@ def quiet() -> None:
 
     logging.disable_progress_bar()
     logging.set_verbosity_error()
+
+
+def same_named(kind: type, given: dict[str, Any]) -> dict[str, Any]:
+    """Of a command's parameters those that a dataclass of settings has by the same name."""
+    return {field.name: given[field.name] for field in fields(kind) if field.name in given}

@@ -144,36 +144,14 @@ def sft(
     The result lies in OUT/model and loads like any model. Defaults are the published settings of SASFT. --monitor
     measures features on texts while training, into OUT/monitor.jsonl, and says when one of the table's moves far.
     """
+    given = locals()
     check_packages()
     from qwen_scope.posttrain import SFTRun, read_table
 
     quiet()
     run = SFTRun(
-        model=model,
-        out=out,
-        method=method,
-        sae=sae,
-        weight=weight,
-        zero=zero,
-        enhance=enhance,
-        layers=tuple(options.parse_layers(layers) or ()) or None,
-        lr=lr,
-        batch=batch,
-        accumulate=accumulate,
-        epochs=epochs,
-        max_steps=max_steps,
-        warmup=warmup,
-        max_length=max_length,
-        seed=seed,
-        lora=lora,
-        packing=packing,
-        checkpointing=checkpointing,
-        bf16=bf16,
-        dtype=dtype,
-        device=device,
-        watch_every=monitor_every,
-        save_every=save_every,
-        resume=resume,
+        **options.same_named(SFTRun, given)
+        | {"layers": tuple(options.parse_layers(layers) or ()) or None, "watch_every": monitor_every}
     )
     found = None if table is None else read_table(table)
     learnt = training_samples(corpus, column, prompt_column, group_column, n, 0)

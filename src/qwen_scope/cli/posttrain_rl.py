@@ -137,6 +137,7 @@ def rl(
 
     The reward is the ordinary one and the policy that scores the answers is unsteered. The result lies in OUT/model.
     """
+    given = locals()
     check_packages()
     from qwen_scope.posttrain import Detector, RLRun, run_rl
     from qwen_scope.steer import load_recipe
@@ -144,31 +145,8 @@ def rl(
     quiet()
     reward = reward or ("lab" if prompts == "lab" else "answer")
     run = RLRun(
-        model=model,
-        out=out,
-        method=method,
-        reward=reward,
-        sae=sae,
-        unchecked=unchecked,
-        group=group,
-        prompts=per_step,
-        micro=micro,
-        steps=steps,
-        updates=updates,
-        lr=lr,
-        warmup=warmup,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_p=top_p,
-        detector=Detector(longest, times, least),
-        lora=lora,
-        checkpointing=checkpointing,
-        bf16=bf16,
-        dtype=dtype,
-        device=device,
-        save_every=save_every,
-        resume=resume,
-        seed=seed,
+        **options.same_named(RLRun, given)
+        | {"reward": reward, "prompts": per_step, "detector": Detector(longest, times, least)}
     )
     found = None if recipe is None else load_recipe(recipe)
     rows = read_rows(prompts, prompt_column, answer_column if reward == "answer" else None, n, 0)
