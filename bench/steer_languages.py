@@ -180,7 +180,7 @@ def meets(row: dict) -> str:
     return ", ".join(name for name, wrong in failed if wrong) or "yes"
 
 
-def section(rows: list[dict], scope: Scope) -> str:
+def section(rows: list[dict], scope: Scope, remark: str = "") -> str:
     cells = []
     for row in rows:
         if row["knob"] is None:
@@ -209,7 +209,7 @@ def section(rows: list[dict], scope: Scope) -> str:
         temperature {DECODING.temperature}, with 95% intervals. Fluency is perplexity under the unsteered model, as a
         multiple of that of unsteered continuations which came out in the language by themselves, of {N_REFERENCE}
         others. Random: {N_RANDOM} sets of features that fire about as often, with changes of the same length, on
-        {N_EACH} prompts each; sets that by chance hold a feature of the same language are kept."""
+        {N_EACH} prompts each; sets that by chance hold a feature of the same language are kept. {remark}"""
     held = [row for row in rows if meets(row) == "yes"]
     raw = [row["language"] for row in held if row["random_share"] <= 0.05]
     verdict = f"""
@@ -233,10 +233,15 @@ def main() -> None:
     torch.set_num_threads(1)
     family, _, folder = (given.sibling or "").partition("=")
     scope = load_scope(f"{folder}/model", f"{folder}/sae", device="cpu") if folder else load_scope("lab", device="cpu")
-    title = f"{TITLE}: the {family} sibling" if folder else TITLE
+    title, remark = TITLE, ""
+    if folder:
+        measured = json.loads(Path(folder, "metrics.json").read_text())
+        title = f"{TITLE}: the {family} sibling"
+        remark = f"""This model saw {measured["config"]["pretrain"]["tokens"]:,} tokens; its loss on held-out sentences
+            is {measured["loss"]["heldout_sentences"]:.2f} nats per token."""
     if given.lines:
         lines = [line for line in given.lines.read_text().splitlines() if line.startswith("{")]
-        write_section(title, section([json.loads(line, object_hook=revived) for line in lines], scope))
+        write_section(title, section([json.loads(line, object_hook=revived) for line in lines], scope, remark))
         return
     means = language_means(scope)
     others = [prompt.text for prompt in neutral_prompts(seed=31, n=N_REFERENCE)]
@@ -249,8 +254,8 @@ def main() -> None:
         found.append(into(scope, means, language, own))
         print(json.dumps({**found[-1], "seconds": time.time() - started}, ensure_ascii=False, default=vars), flush=True)
     if given.write:
-        write_section(title, section(found, scope))
-    print(section(found, scope))
+        write_section(title, section(found, scope, remark))
+    print(section(found, scope, remark))
 
 
 if __name__ == "__main__":
