@@ -178,8 +178,8 @@ def test_kill_at_any_moment_leaves_a_checkpoint_that_goes_on(tmp_path: Path) -> 
         state = load(config, where, Ranks())
         assert state.step > before
         reached = state.step
-    # What the killed runs reached is what an undisturbed run reaches.
-    undisturbed = {}
+    # What the killed runs reached is what an undisturbed run reaches, but for the order in which another number of
+    # threads adds; a step more or less would be three thousand times as far.
 
     def keep(report) -> None:
         if report.step == reached:
@@ -189,4 +189,4 @@ def test_kill_at_any_moment_leaves_a_checkpoint_that_goes_on(tmp_path: Path) -> 
         train(config, table(), checkpoints=Checkpoints(tmp_path / "other", every=reached), callbacks=[keep])
     undisturbed = load(config, Checkpoints(tmp_path / "other"), Ranks())
     for name, layer in state.layers.items():
-        assert torch.equal(layer.weights.W_enc, undisturbed.layers[name].weights.W_enc)
+        torch.testing.assert_close(layer.weights.W_enc, undisturbed.layers[name].weights.W_enc, atol=1e-6, rtol=1e-5)
