@@ -146,7 +146,9 @@ def test_kill_9_at_random_moments(tmp_path, undisturbed) -> None:
     dice, ends = random.Random(), []
     for delay in (dice.uniform(0.02, 0.6), dice.uniform(0.1, 1.5), 0.0):
         argv = [sys.executable, "-c", CHILD, *where, str(tmp_path / "s"), str(delay), repr(HARD)]
-        ends.append(subprocess.run(argv, timeout=300, check=False, stderr=subprocess.DEVNULL).returncode)
+        # Another number of threads would add in another order.
+        env = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+        ends.append(subprocess.run(argv, timeout=300, check=False, stderr=subprocess.DEVNULL, env=env).returncode)
     assert ends[-1] == 0, ends
     assert stores.digest(tmp_path / "s") == undisturbed
 
