@@ -21,13 +21,10 @@ from typing import Any
 
 import numpy as np
 from datasets import Dataset
-from peft import LoraConfig, PeftModel
-from safetensors import SafetensorError
-from transformers import PreTrainedModel, PrinterCallback, TrainerCallback
-from transformers.trainer_utils import get_last_checkpoint
+from transformers import PrinterCallback, TrainerCallback
 from trl.trainer.grpo_config import GRPOConfig
 
-from qwen_scope.errors import InputError, NotFoundError, QwenScopeError
+from qwen_scope.errors import InputError
 from qwen_scope.features import matched_random
 from qwen_scope.model import LoadedModel, d_model, load_model
 from qwen_scope.scope import SAEs, model_source, resolve
@@ -37,7 +34,7 @@ from .loops import Detector, Sampling, loop_share
 from .prepare import versions
 from .rewards import NEEDS, reward_of
 from .rollouts import FiniteWeights, SteeredRollouts, SteeredTrainer
-from .sft import JsonlLog, write_json
+from .runs import JsonlLog, adapters, last_checkpoint, save_model, trained_model, trl_settings, write_json, writing_to
 
 RL_METHODS = ("vanilla", "steered", "random")
 Row = dict[str, Any]
@@ -149,11 +146,8 @@ def run_rl(
         raise InputError(f"a step takes {run.prompts} prompts, and there are {len(rows)}")
     if missing := [name for name in NEEDS.get(run.reward, ()) if name not in rows[0]]:
         raise InputError(f"the reward {run.reward!r} needs a column {missing[0]!r} beside the prompts")
-    try:
+    with writing_to(run.out):
         return _run(run, rows, held_out, recipe, callbacks, progress)
-    except (OSError, SafetensorError) as error:
-        said = getattr(error, "strerror", None) or error
-        raise QwenScopeError(f"{run.out} can't be written: {said}; go on with --resume where there is room") from error
 
 
 def _run(
@@ -167,7 +161,7 @@ def _run(
     """Everything that can be refused comes before the first file."""
     loaded = load_model(model_source(run.model), device=run.device, dtype=run.dtype)
     rollouts = rollouts_of(run, loaded, recipe)
-    resume = newest_checkpoint(run.out / "checkpoints") if run.resume else None
+    resume = last_checkpoint(run.out) if run.resume else None
     before = None
     if held_out and resume is None:
         before = loop_share(loaded.model, loaded.tokenizer, held_out, run.sampling)
@@ -183,14 +177,13 @@ def _run(
     with expected_warnings():
         done = trainer.train(resume_from_checkpoint=resume)
     metrics: dict[str, Any] = {"steps": done.global_step, **last_rewards(trainer.state.log_history)}
-    policy = plain_policy(trainer, run.out)
+    policy = trained_model(trainer, run.out).eval()
     after = loop_share(policy, loaded.tokenizer, held_out, run.sampling) if held_out else None
     for name, found in (("before", before), ("after", after)):
         if found is not None:
             metrics |= {f"loop_share_{name}": asdict(found.share), f"finished_{name}": found.finished}
     if trainer.is_world_process_zero():
-        policy.save_pretrained(run.out / "model")
-        loaded.tokenizer.save_pretrained(run.out / "model")
+        save_model(policy, loaded, run.out)
         write_json(run.out / "metrics.json", metrics)
     return metrics
 
@@ -245,7 +238,7 @@ def trainer_of(
             train_dataset=Dataset.from_list(list(rows)),
             processing_class=loaded.tokenizer,
             callbacks=[FiniteWeights(), *callbacks],
-            peft_config=LoraConfig(r=run.lora, target_modules="all-linear") if run.lora else None,
+            peft_config=adapters(run.lora),
             rollout_func=rollouts,
         )
     trainer.remove_callback(PrinterCallback)
@@ -265,8 +258,7 @@ def grpo_config(run: RLRun, loaded: LoadedModel) -> GRPOConfig:
     """The run in TRL's words: DAPO's loss and clipping, no KL term, no dynamic sampling."""
     answers = run.prompts * run.group
     return GRPOConfig(
-        output_dir=str(run.out / "checkpoints"),
-        use_cpu=loaded.model.device.type == "cpu",
+        **trl_settings(run, loaded),
         loss_type="dapo",
         beta=0.0,
         epsilon=run.epsilon_low,
@@ -278,19 +270,9 @@ def grpo_config(run: RLRun, loaded: LoadedModel) -> GRPOConfig:
         max_completion_length=run.max_new_tokens,
         temperature=run.temperature,
         top_p=run.top_p,
-        learning_rate=run.lr,
         lr_scheduler_type="constant_with_warmup",
-        warmup_steps=run.warmup,
         max_steps=run.steps,
-        seed=run.seed,
-        activation_checkpointing=run.checkpointing,
-        bf16=run.bf16,
-        save_strategy="steps" if run.save_every else "no",
-        save_steps=run.save_every or 500,
-        save_total_limit=2,
         logging_steps=1,
-        report_to=list(run.report_to) or "none",
-        disable_tqdm=True,
     )
 
 
@@ -301,25 +283,3 @@ def last_rewards(history: Sequence[dict[str, float]], n: int = 10) -> dict[str, 
         if found := [line[name] for line in history if name in line][-n:]:
             out[name.replace("/", "_")] = float(np.mean(found))
     return out
-
-
-def newest_checkpoint(folder: Path) -> str:
-    """The folder to go on from.
-
-    Raises:
-        NotFoundError: there is none.
-    """
-    found = get_last_checkpoint(str(folder)) if folder.is_dir() else None
-    if found is None:
-        raise NotFoundError(f"{folder} holds no checkpoint to go on from; start without --resume")
-    return found
-
-
-def plain_policy(trainer: SteeredTrainer, out: Path) -> PreTrainedModel:
-    """The trained model without a wrapper; an adapter is saved and merged."""
-    model: Any = trainer.accelerator.unwrap_model(trainer.model)
-    if isinstance(model, PeftModel):
-        if trainer.is_world_process_zero():
-            model.save_pretrained(str(out / "adapter"))
-        model = model.merge_and_unload()  # pyright: ignore[reportCallIssue]
-    return model.eval()

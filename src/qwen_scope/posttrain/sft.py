@@ -13,26 +13,23 @@ out/
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from peft import LoraConfig, PeftModel
-from safetensors import SafetensorError
 from transformers import PrinterCallback, TrainerCallback
-from transformers.trainer_utils import get_last_checkpoint
 from trl.trainer.sft_config import SFTConfig
 
-from qwen_scope.errors import InputError, NotFoundError, QwenScopeError
+from qwen_scope.errors import InputError
 from qwen_scope.model import LoadedModel, d_model, load_model
 from qwen_scope.scope import SAEs, model_source, resolve
 
 from .loss import ExtraLoss, FeatureLoss, TokenPenalty
 from .monitor import Monitor, read_monitor
 from .prepare import versions
+from .runs import JsonlLog, adapters, last_checkpoint, save_model, trained_model, trl_settings, write_json, writing_to
 from .samples import Sample, dataset_of
 from .table import AlphaTable
 from .trainer import FeatureSFTTrainer
@@ -107,23 +104,6 @@ class SFTRun:
             raise InputError("going on needs checkpoints: set save_every (--save-every) in both runs")
 
 
-class JsonlLog(TrainerCallback):
-    """Writes what the trainer logs to a file, one line at a time, and reports progress."""
-
-    def __init__(self, path: Path, progress: Callable[[int, int, dict[str, float]], None] | None) -> None:
-        self.path, self.progress = path, progress
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
-        if state.is_world_process_zero:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": state.global_step, **(logs or {})}) + "\n")
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.progress is not None:
-            last = next((entry for entry in reversed(state.log_history) if "loss" in entry), {})
-            self.progress(state.global_step, state.max_steps, last)
-
-
 def run_sft(
     run: SFTRun,
     samples: Sequence[Sample],
@@ -149,11 +129,8 @@ def run_sft(
     """
     if not samples:
         raise InputError("there is no sample to learn from")
-    try:
+    with writing_to(run.out):
         return _run(run, samples, held_out, table, probe, callbacks, progress)
-    except (OSError, SafetensorError) as error:
-        said = getattr(error, "strerror", None) or error
-        raise QwenScopeError(f"{run.out} can't be written: {said}; go on with --resume where there is room") from error
 
 
 def _run(
@@ -169,7 +146,7 @@ def _run(
     loaded = load_model(model_source(run.model), device=run.device, dtype=run.dtype)
     loaded.model.requires_grad_(run.lora is None)
     extra = extra_of(run, loaded, table)
-    resume = last_checkpoint(run) if run.resume else None
+    resume = last_checkpoint(run.out) if run.resume else None
     trainer = FeatureSFTTrainer(
         loaded.model,
         sft_config(run, loaded),
@@ -177,7 +154,7 @@ def _run(
         eval_dataset=dataset_of(list(held_out)) if held_out else None,
         processing_class=loaded.tokenizer,
         callbacks=[JsonlLog(run.out / "log.jsonl", progress), *callbacks],
-        peft_config=LoraConfig(r=run.lora, target_modules="all-linear") if run.lora else None,
+        peft_config=adapters(run.lora),
         extra=extra,
     )
     trainer.remove_callback(PrinterCallback)
@@ -196,7 +173,7 @@ def _run(
     if monitor is not None and trainer.is_world_process_zero():
         metrics["alarms"] = [alarm for line in read_monitor(monitor.path) for alarm in line["alarms"]]
     if trainer.is_world_process_zero():
-        save(trainer, loaded, run.out)
+        save_model(trained_model(trainer, run.out), loaded, run.out)
         write_json(run.out / "metrics.json", metrics)
     return metrics
 
@@ -230,28 +207,17 @@ def monitor_of(run: SFTRun, loaded: LoadedModel, table: AlphaTable | None, probe
 def sft_config(run: SFTRun, loaded: LoadedModel) -> SFTConfig:
     """The run in TRL's words."""
     return SFTConfig(
-        output_dir=str(run.out / "checkpoints"),
-        use_cpu=loaded.model.device.type == "cpu",
-        learning_rate=run.lr,
+        **trl_settings(run, loaded),
         per_device_train_batch_size=run.batch,
         per_device_eval_batch_size=max(8, run.batch),
         gradient_accumulation_steps=run.accumulate,
         num_train_epochs=run.epochs,
         max_steps=run.max_steps,
-        warmup_steps=run.warmup,
         weight_decay=run.weight_decay,
         lr_scheduler_type="cosine",
         max_length=run.max_length,
-        seed=run.seed,
         packing=run.packing,
-        activation_checkpointing=run.checkpointing,
-        bf16=run.bf16,
-        save_strategy="steps" if run.save_every else "no",
-        save_steps=run.save_every or 500,
-        save_total_limit=2,
         logging_steps=run.log_every,
-        report_to=list(run.report_to) or "none",
-        disable_tqdm=True,
     )
 
 
@@ -269,31 +235,3 @@ def held_out_loss(loaded: LoadedModel, samples: Sequence[Sample], *, batch: int 
         )
         trainer.remove_callback(PrinterCallback)
         return float(trainer.evaluate()["eval_loss"])
-
-
-def last_checkpoint(run: SFTRun) -> str:
-    """The folder to go on from.
-
-    Raises:
-        NotFoundError: there is none.
-    """
-    folder = run.out / "checkpoints"
-    found = get_last_checkpoint(str(folder)) if folder.is_dir() else None
-    if found is None:
-        raise NotFoundError(f"{folder} holds no checkpoint to go on from; start without --resume")
-    return found
-
-
-def save(trainer: FeatureSFTTrainer, loaded: LoadedModel, out: Path) -> None:
-    """The trained model as any command can load it."""
-    model: Any = trainer.accelerator.unwrap_model(trainer.model)
-    if isinstance(model, PeftModel):
-        model.save_pretrained(str(out / "adapter"))
-        model = model.merge_and_unload()  # pyright: ignore[reportCallIssue]
-    model.save_pretrained(out / "model")
-    loaded.tokenizer.save_pretrained(out / "model")
-
-
-def write_json(path: Path, value: Any) -> None:
-    """JSON that a reader may also read with the eyes."""
-    path.write_text(json.dumps(value, indent=1, default=str, ensure_ascii=False) + "\n", encoding="utf-8")
