@@ -27,10 +27,10 @@ import torch  # noqa: E402
 PAGE = ROOT / "docs" / "performance.md"
 HEAD = """# Performance
 
-Written by `make bench`; each section by the script that it names. All rows of a table ran alternately in one process on
-the same tensors, and the answers were compared before anything was timed. A ratio is the median over rounds of the
-row's time to ours, so other work on the machine weighs on both; above 1 is slower than ours. What misses its goal is
-marked; what was tried stands in [log.md](log.md).
+Written by `make bench`; each section by the script and on the machine that it names. All rows of a table ran in turn in
+one process on the same tensors, and the answers were compared before anything was timed. A ratio is the median over
+rounds of the row's time to ours, so other work on the machine weighs on both; above 1 is slower than ours. What misses
+its goal is marked; what was tried stands in [log.md](log.md).
 """
 ORDER = ("encode.py", "encode_decode.py", "train_step.py", "extract.py", "extract_peers.py", "open.py")
 
@@ -81,25 +81,41 @@ def at_most(value: float, goal: float) -> str:
 
 
 def write(script: str, lines: list[str], out: Path = PAGE) -> None:
-    """Replace the section of one script on the page, and leave the others."""
+    """Replace the section of one script on this kind of machine, and leave the others."""
     text = out.read_text(encoding="utf-8") if out.exists() else ""
-    sections = dict(re.findall(r"<!-- (\S+) -->\n(.*?)<!-- end -->\n", text, re.DOTALL))
-    sections[script] = "\n".join([f"## `bench/{script}`\n", machine(), *lines]) + "\n\n"
-    known = sorted(sections, key=lambda name: (ORDER.index(name) if name in ORDER else len(ORDER), name))
+    sections = dict(re.findall(r"<!-- (.+?) -->\n(.*?)<!-- end -->\n", text, re.DOTALL))
+    sections[f"{script} on {kind()}"] = "\n".join([f"## `bench/{script}` on {kind()}\n", machine(), *lines]) + "\n\n"
+
+    def place(name: str) -> tuple[int, str]:
+        of = name.split(" on ")[0]
+        return ORDER.index(of) if of in ORDER else len(ORDER), name
+
+    known = sorted(sections, key=place)
     body = "".join(f"<!-- {name} -->\n{sections[name]}<!-- end -->\n" for name in known)
     out.write_text(f"{HEAD}\n{body}", encoding="utf-8")
+
+
+def kind() -> str:
+    """What sets this machine apart from others that the page may have figures of."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f"{cpu_name()}{' with AMX' if torch.cpu.get_capabilities().get('amx_bf16') else ''}"
+
+
+def cpu_name() -> str:
+    caps: Any = torch.cpu.get_capabilities()
+    return caps.get("cpu_name") or platform.processor() or "unknown CPU"
 
 
 def machine() -> str:
     """One line on what this ran on."""
     caps: Any = torch.cpu.get_capabilities()
-    cpu = caps.get("cpu_name") or platform.processor() or "unknown CPU"
     known = " and ".join(name for name in ("avx512_bf16", "amx_bf16") if caps.get(name)) or "no bf16 instructions"
     gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
     load = ", ".join(f"{value:.1f}" for value in os.getloadavg())
     numba = "yes" if find_spec("numba") else "no"
     return (
-        f"{cpu}, {torch.get_num_threads()} threads, {known}{gpu}, torch {torch.__version__}, Python "
+        f"{cpu_name()}, {torch.get_num_threads()} threads, {known}{gpu}, torch {torch.__version__}, Python "
         f"{platform.python_version()}, numba {numba}; load at the end {load}."
     )
 

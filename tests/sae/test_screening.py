@@ -197,6 +197,15 @@ def test_norms_taken_in_fp32_are_never_below_the_true_ones(d_model: int, scale: 
     assert screen.usable
     assert (screen.per_feature[:40, 1].double() >= W.double().norm(dim=1)).all()
     assert (screen.per_feature[:40, 0].double() >= lost.norm(dim=1)).all()
+    # The same of rows, with and without massive dimensions, which may hold nearly all of a row.
+    bound.keep_massive(screen, W, (0,))
+    for x in (W, W * torch.cat([torch.full((1,), 100.0), torch.ones(d_model - 1)])):
+        rows = bound.lower_rows(x, screen)
+        terms, x = rows.terms[rows.covered].double(), x[rows.covered]
+        rest, near = x[:, 1:].double(), x[:, 1:].bfloat16().double()
+        assert len(x)
+        assert (terms[:, 0] >= near.norm(dim=1)).all()
+        assert (terms[:, 1] >= (rest - near).norm(dim=1)).all()
 
 
 def test_wider_residuals_than_that_are_not_screened() -> None:

@@ -183,7 +183,7 @@ def test_matryoshka_prefixes_reconstruct_better_than_topks() -> None:
         ({"architecture": "matryoshka", "prefixes": (0.5, 0.2, 1.0)}, InputError, "rising shares"),
         ({"bandwidth": 0.1}, InputError, "bandwidth has no meaning for topk"),
         ({"lr": -1.0}, InputError, "lr must be a positive number"),
-        ({"sink_multiple": 0.5}, InputError, "would drop ordinary tokens"),
+        ({"sink_multiple": 0.5}, InputError, "would leave out ordinary tokens"),
         ({"warmup": 10_000}, InputError, "does not fit a run of"),
         ({"decay": 1.5}, InputError, "share of the run"),
         ({"aux_weight": -1.0}, InputError, "must not be negative"),

@@ -196,6 +196,24 @@ def test_a_filling_is_the_models_residuals_shuffled(loaded) -> None:
         torch.testing.assert_close((got @ look).sort(0).values, (want @ look).sort(0).values, rtol=1e-4, atol=1e-3)
 
 
+def test_special_tokens_are_left_out_of_a_filling(loaded) -> None:
+    rows = torch.cat(list(islice(TokenRows(Documents(sentences(300)), loaded.tokenizer, row=16, rows=4), 10)))
+    special = frozenset(rows[0, :2].tolist())
+    kept = ~torch.isin(rows, torch.tensor(sorted(special)))
+    assert 0 < kept.sum() < rows.numel()
+    source = buffer(loaded, special=special)
+    batches = list(islice(source, int(kept.sum()) // 32))
+    assert (source.filling, source.served) == (0, len(batches))
+    expected = capture(loaded.model, rows, POINTS)
+    for point in POINTS:
+        got, want = torch.cat([batch[str(point)] for batch in batches]), expected[point][kept]
+        apart = torch.cdist(got, want, compute_mode="donot_use_mm_for_euclid_dist")
+        assert (apart.amin(1) < 1e-3).all()
+        assert len(got) > len(want) - 32
+    with pytest.raises(InputError, match="too small for one batch"):
+        buffer(loaded, batch=512, budget=2 * 32 * 4 * 640, special=special)
+
+
 def test_a_short_run_fills_no_more_than_it_needs(loaded) -> None:
     assert buffer(loaded, most=100).tokens == 192
     assert buffer(loaded, most=10**9).tokens == 640

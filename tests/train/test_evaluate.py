@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from qwen_scope.errors import InputError, MismatchError
-from qwen_scope.model import HookPoint, capture, load_model
+from qwen_scope.model import HookPoint, TokenMask, capture, load_model
 from qwen_scope.sae import SAE, FeatureActs, JumpReLU, TopK
 from qwen_scope.train import Documents, TokenRows, evaluate, evaluate_residuals, transfer
 from qwen_scope.train.transfer import jaccard
@@ -130,6 +130,33 @@ def test_a_perfect_dictionary_loses_nothing(loaded, rows: list[torch.Tensor]) ->
     assert found.loss is not None
     assert found.loss.ce_recovered == pytest.approx(1, abs=1e-6)
     assert found.loss.kl == pytest.approx(0, abs=1e-9)
+
+
+def test_masked_tokens_are_not_looked_at_and_keep_their_residual(loaded, rows: list[torch.Tensor]) -> None:
+    sae, special = some_sae("topk"), int(rows[0][0, 3])
+    h = [capture(loaded.model, ids, [POINT])[POINT] for ids in rows]
+    norms = h[0].norm(dim=-1)
+    # So that a tenth or so of the first batch are sinks: in this model all norms are alike.
+    multiple = max(1.001, float(norms.quantile(0.9) / norms.median()))
+    kept = torch.cat(
+        [((ids != special) & (x.norm(dim=-1) <= multiple * norms.median())) for ids, x in zip(rows, h, strict=True)]
+    )
+    first = torch.zeros_like(kept)
+    first[:, 0] = True
+    expected = by_definition(sae, torch.cat(h)[kept], first[kept])
+    mask = TokenMask(frozenset({special}), multiple)
+    found = evaluate(loaded.model, {POINT: sae}, rows, mask=mask)[POINT]
+    assert 0 < found.reconstruction.left_out == int((~kept).sum()) < kept.numel() / 2
+    assert found.reconstruction.tokens == int(kept.sum())
+    for name in ("fvu", "fvu_without_first", "cosine", "l0", "dead"):
+        assert getattr(found.reconstruction, name) == pytest.approx(expected[name], rel=1e-6)
+    # What would be replaced by zeros is not: with nearly all left out the model is nearly untouched.
+    whole = evaluate(loaded.model, {POINT: sae}, rows)[POINT]
+    assert found.loss is not None
+    assert whole.loss is not None
+    assert abs(found.loss.ce_zero - found.loss.ce_clean) < abs(whole.loss.ce_zero - whole.loss.ce_clean)
+    with pytest.raises(InputError, match=r"every token at layers\.1\.resid_post is left out"):
+        evaluate(loaded.model, {POINT: sae}, rows, mask=TokenMask(frozenset(range(10_000))))
 
 
 def test_large_vocabularies_are_taken_in_pieces(

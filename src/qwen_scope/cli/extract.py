@@ -39,10 +39,8 @@ def extract(
     window: Annotated[int, typer.Option("--window", help="Tokens written at once: what a stop loses at most.")] = 2**15,
     batch: Annotated[int, typer.Option("--batch", help="Tokens per forward pass, padding included.")] = 4096,
     chat: options.Chat = None,
-    skip_special: Annotated[bool, typer.Option("--skip-special", help="Leave special tokens out.")] = False,
-    sinks: Annotated[
-        float | None, typer.Option("--sink-multiple", help="Leave out norms above so many medians; 10 is usual.")
-    ] = None,
+    skip_special: options.SkipSpecial = False,
+    sinks: options.Sinks = None,
     pool: Annotated[str | None, typer.Option("--pool", help="Also keep residuals per document: mean, last.")] = None,
     device: options.Device = None,
     dtype: options.Dtype = "auto",

@@ -46,6 +46,10 @@ def train(
     split: Split = "train",
     subset: Subset = None,
     chat: ChatData = False,
+    skip_special: options.SkipSpecial = False,
+    sinks: Annotated[
+        float, typer.Option("--sink-multiple", help="Leave out norms above so many medians; 0 leaves none out.")
+    ] = 10.0,
     row: Row = 256,
     rows: Rows = 16,
     budget: Annotated[str, typer.Option("--buffer", help="Memory for shuffled residuals.")] = "1GB",
@@ -68,7 +72,10 @@ def train(
     from qwen_scope.train import TrainConfig, TrainRun
 
     options.quiet()
-    config = TrainConfig(d_sae=d_sae, k=k, tokens=tokens, architecture=architecture, batch=batch, lr=lr, seed=seed)
+    config = TrainConfig(
+        d_sae=d_sae, k=k, tokens=tokens, architecture=architecture, batch=batch, lr=lr, sink_multiple=sinks or None,
+        seed=seed,
+    )  # fmt: skip
     wanted = options.parse_layers(layers)
     run = TrainRun(
         model=model,
@@ -82,6 +89,7 @@ def train(
         split=split,
         subset=subset,
         chat=chat,
+        skip_special=skip_special,
         row=row,
         rows=rows,
         budget=options.parse_size(budget),
@@ -146,6 +154,8 @@ def evaluate(
     chat: ChatData = False,
     row: Row = 256,
     rows: Rows = 16,
+    skip_special: options.SkipSpecial = False,
+    sinks: options.Sinks = None,
     loss: Annotated[bool, typer.Option("--loss/--no-loss", help="Measure what the predictions lose, too.")] = True,
     seed: Annotated[int, typer.Option("--seed", help="Of the resampling of the transfer report.")] = 0,
     device: options.Device = None,
@@ -174,6 +184,8 @@ def evaluate(
         row=row,
         rows=rows,
         loss=loss,
+        skip_special=skip_special,
+        sink_multiple=sinks,
         dtype=dtype,
         device=device,
         seed=seed,

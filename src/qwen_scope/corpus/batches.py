@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from qwen_scope.errors import InputError
-from qwen_scope.model import HookPoint, LoadedModel, by_length, capture, stretches
+from qwen_scope.model import HookPoint, LoadedModel, TokenMask, by_length, capture, stretches
 from qwen_scope.sae import SAE
 
 from .layout import TABLES
@@ -220,8 +221,8 @@ def encode_window(
     saes: Mapping[int, SAE],
     pieces: Pieces,
     *,
-    special: frozenset[int],
-    limits: Mapping[int, float],
+    mask: TokenMask,
+    medians: Mapping[int, float],
     batch_tokens: int,
     pool: Sequence[str],
     carried: Mapping[str, Any],
@@ -232,7 +233,7 @@ def encode_window(
     """The window as tables, and the pooled residuals of a document that goes on in the next one.
 
     Args:
-        special: ids that do not count.   limits: per layer the norm above which a token does not count.
+        mask: which tokens do not count.   medians: per layer the norm that sinks are measured by.
         report: called with the number of tokens that the model has read.
         device: where SAEs come for their turn, or None where they are.
         hold_bytes: about so many bytes of residuals wait for their SAEs, or one batch of them.
@@ -244,7 +245,7 @@ def encode_window(
     document = np.repeat(np.array([row.document for row in rows], np.int32), lengths)
     position = np.arange(first[-1]) - np.repeat(first[:-1] - np.array([r.start for r in rows], np.int64), lengths)
     position = position.astype(np.int32)
-    is_special = np.isin(ids, list(special))
+    is_special = mask.special_at(torch.from_numpy(ids)).numpy()
     layers = {layer: LayerWindow(len(ids)) for layer in saes}
     pools = {layer: Pools(carried.get(str(layer))) for layer in saes} if pool else {}
 
@@ -253,9 +254,7 @@ def encode_window(
         for batch, found in batches:
             h = found.pop(layer)
             here = np.concatenate([np.arange(first[i], first[i + 1]) for i in batch])
-            sink = np.zeros(len(here), bool)
-            if layer in limits:
-                sink = (torch.linalg.vector_norm(h.float(), dim=-1) > limits[layer]).cpu().numpy()
+            sink = mask.sinks_at(h, medians.get(layer, math.inf)).cpu().numpy()
             layers[layer].sink[here] = sink
             keep = ~(sink | is_special[here])
             if keep.any():

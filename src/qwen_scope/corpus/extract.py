@@ -6,12 +6,11 @@ import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import torch
 
 from qwen_scope.errors import InputError, MismatchError
-from qwen_scope.model import HookPoint, LoadedModel, context_length, d_model
+from qwen_scope.model import HookPoint, LoadedModel, TokenMask, context_length, d_model
 from qwen_scope.sae import SAE
 
 from .batches import HOLD_BYTES, Pieces, Reader, State, encode_window, median_norms
@@ -58,8 +57,7 @@ class ExtractOptions:
         for name in ("row_tokens", "max_tokens", "window_tokens", "batch_tokens"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise InputError(f"{name} is at least 1, not {value}")
-        if self.sink_multiple is not None and not self.sink_multiple > 1:
-            raise InputError(f"a sink_multiple of {self.sink_multiple} would leave out ordinary tokens; 10 is usual")
+        TokenMask(sink_multiple=self.sink_multiple)
         if unknown := [name for name in self.pool if name not in POOLINGS]:
             raise InputError(f"residuals are pooled by {' or '.join(POOLINGS)}, not {unknown[0]!r}")
 
@@ -146,7 +144,7 @@ def run_windows(
     state = State(**writer.state) if writer.state else State(cursor=corpus.cursor())
     reader = Reader(corpus, loaded, state, row_tokens, options.max_tokens, options.chat)
     begun, before = time.monotonic(), writer.counts["tokens"]
-    special = special_ids(loaded) if options.skip_special else frozenset()
+    mask = TokenMask.of(loaded.tokenizer, options.skip_special, options.sink_multiple)
 
     def report(stage: str, done: int) -> None:
         if progress is not None:
@@ -167,8 +165,8 @@ def run_windows(
             loaded.model,
             saes,
             pieces,
-            special=special,
-            limits={int(layer): norm * (options.sink_multiple or 0) for layer, norm in medians.items()},
+            mask=mask,
+            medians={int(layer): norm for layer, norm in medians.items()},
             batch_tokens=options.batch_tokens,
             pool=options.pool,
             carried=reader.state.carried,
@@ -202,10 +200,3 @@ def layer_info(layer: int, sae: SAE, loaded: LoadedModel) -> LayerInfo:
         k=sae.k,
         architecture=sae.architecture,
     )
-
-
-def special_ids(loaded: LoadedModel) -> frozenset[int]:
-    """Ids the tokenizer calls special."""
-    tokenizer: Any = loaded.tokenizer
-    added = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-    return frozenset({*tokenizer.all_special_ids, *added})

@@ -52,10 +52,11 @@ class Run:
 
 ALIKE = {"talk": 0.42, "chat": 0.28, "arithmetic": 0.06, "code": 0.025, "prose": 0.015, "repetition": 0.04}
 RUNS: tuple[Run, ...] = (
-    Run("even", 96, 4, ALIKE),
+    Run("even", 96, 4, ALIKE, tokens=1_200_000),
     Run("talk", 64, 3, {"talk": 0.8, "chat": 0.1, "repetition": 0.1}, seed=1),
-    Run("reason", 96, 3, {"arithmetic": 0.4, "code": 0.15, "prose": 0.1, "chat": 0.35}, tokens=250_000, seed=2),
-    Run("europe", 64, 4, ALIKE, ("ru", "en", "fr", "de", "es"), 250_000, seed=3),
+    Run("reason", 96, 3, {"arithmetic": 0.4, "code": 0.15, "prose": 0.1, "chat": 0.35}, tokens=600_000, seed=2),
+    Run("europe", 64, 4, ALIKE, ("ru", "en", "fr", "de", "es"), 600_000, seed=3),
+    Run("small", 48, 2, ALIKE, tokens=600_000, seed=4),
 )
 
 

@@ -18,6 +18,8 @@ from .load import LoadedModel as LoadedModel
 from .load import default_device as default_device
 from .load import load_config as load_config
 from .load import load_model as load_model
+from .masks import TokenMask as TokenMask
+from .masks import special_ids as special_ids
 from .sizes import ModelSizes as ModelSizes
 from .sizes import model_sizes as model_sizes
 from .stats import LayerStats as LayerStats

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from qwen_scope.errors import InputError
-from qwen_scope.model import HookPoint, capture, d_model
+from qwen_scope.model import HookPoint, TokenMask, capture, d_model
 
 from .data import TokenRows
 
@@ -27,6 +27,7 @@ class ResidualBuffer:
         budget: bytes the stored residuals may take.
         most: tokens that will be asked for in all, so that a short run fills no larger buffer than it needs.
         seed: of the order within each filling.
+        special: ids of tokens whose residuals are left out.
         dtype: how residuals are stored; batches come in fp32.
         device: where they are stored, by default the CPU.
 
@@ -37,22 +38,25 @@ class ResidualBuffer:
 
     def __init__(
         self, model: nn.Module, rows: TokenRows, hook_points: Sequence[HookPoint], *, batch: int = 4096,
-        budget: int = 2**30, most: int | None = None, seed: int = 0, dtype: torch.dtype = torch.float32,
-        device: torch.device | str = "cpu",
+        budget: int = 2**30, most: int | None = None, seed: int = 0, special: frozenset[int] = frozenset(),
+        dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu",
     ) -> None:  # fmt: skip
         if not hook_points:
             raise InputError("a buffer needs at least one hook point, such as HookPoint(0)")
         self.model, self.rows, self.hook_points = model, rows, list(hook_points)
         self.batch, self.seed, self.dtype, self.device = batch, seed, dtype, device
+        self.mask = TokenMask(special)
         self.per_token = len(self.hook_points) * d_model(model) * dtype.itemsize
         forward = rows.rows * rows.row
         passes = budget // (self.per_token * forward)
-        if passes < 1 or passes * forward < batch:
-            least = self.per_token * (-(-batch // forward)) * forward
+        # Half of a filling may be left out before one batch is missing.
+        wanted = 2 * batch if special else batch
+        if passes < 1 or passes * forward < wanted:
+            least = self.per_token * (-(-wanted // forward)) * forward
             raise InputError(f"a buffer of {budget:,} bytes is too small for one batch; give it {least:,}")
         if most is not None:
             # A full batch more than is needed: a filling leaves out what does not fill a last batch.
-            passes = min(passes, -(-(most + batch) // forward))
+            passes = min(passes, -(-(most + wanted) // forward))
         # Of the fillings that use at least half of the budget, the one that wastes the fewest tokens.
         self.passes = min(
             range(passes, passes // 2, -1), key=lambda p: (p * forward) % batch if p * forward >= batch else batch
@@ -94,12 +98,13 @@ class ResidualBuffer:
             ids = next(stream, None)
             if ids is None:
                 break
+            keep = ~self.mask.special_at(ids)
             for point, h in capture(self.model, ids, self.hook_points).items():
-                flat = h.flatten(0, 1)
+                flat = h[keep.to(h.device)]
                 if str(point) not in stored:
                     stored[str(point)] = torch.empty(self.tokens, flat.shape[1], dtype=self.dtype, device=self.device)
                 stored[str(point)][held : held + len(flat)] = flat.to(self.device, self.dtype)
-            held += ids.numel()
+            held += int(keep.sum())
         return held
 
     def cursor(self) -> dict[str, Any]:

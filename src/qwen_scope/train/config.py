@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 from qwen_scope.errors import InputError, NotFoundError, nearest
+from qwen_scope.model import TokenMask
 
 # A window of fewer steps without firing says nothing about a feature.
 DEAD_STEPS = 10
@@ -94,8 +95,7 @@ class TrainConfig:
             raise InputError(f"a warm-up of {self.warmup} steps does not fit a run of {self.steps}")
         if self.aux_weight < 0:
             raise InputError(f"aux_weight must not be negative, got {self.aux_weight}")
-        if self.sink_multiple is not None and self.sink_multiple <= 1:
-            raise InputError(f"a sink_multiple of {self.sink_multiple} would drop ordinary tokens; 10 is usual")
+        TokenMask(sink_multiple=self.sink_multiple)
         kind = ARCHITECTURES[self.architecture]
         for name in sorted({option for other in ARCHITECTURES.values() for option in other.options} - kind.options):
             if getattr(self, name) is not None:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from qwen_scope.errors import InputError, MismatchError
-from qwen_scope.model import HookPoint, capture, d_model
+from qwen_scope.model import HookPoint, TokenMask, capture, d_model
 from qwen_scope.sae import SAE
 
 from .splice import SplicedLoss, spliced_losses
@@ -33,7 +33,7 @@ class Reconstruction:
     """How well one SAE reconstructs, and with how much.
 
     Attributes:
-        tokens: evaluated tokens.
+        tokens: evaluated tokens.   left_out: special tokens and sinks that were not looked at.
         fvu: fraction of variance unexplained, all tokens.
         fvu_without_first: the same without the first token of each row, against the mean of those that are left.
         explained_variance, explained_variance_per_token: the two definitions at the top of this file.
@@ -45,6 +45,7 @@ class Reconstruction:
     """
 
     tokens: int
+    left_out: int
     fvu: float
     fvu_without_first: float
     explained_variance: float
@@ -96,7 +97,7 @@ def evaluate_residuals(sae: SAE, residuals: Callable[[], Iterable[tuple[Tensor, 
         later.add(x[~first])
     if not every.n:
         raise InputError("there are no residuals to evaluate on")
-    tally = Tally(sae, every.mean, later.mean)
+    tally = Tally(sae, every.mean, later.mean, every.n)
     for x, first in residuals():
         tally.add(x, first)
     return tally.result()
@@ -105,8 +106,8 @@ def evaluate_residuals(sae: SAE, residuals: Callable[[], Iterable[tuple[Tensor, 
 class Tally:
     """Sums over tokens of one SAE, with the means known."""
 
-    def __init__(self, sae: SAE, mean: Tensor, mean_later: Tensor) -> None:
-        self.sae, self.mean, self.mean_later = sae, mean, mean_later
+    def __init__(self, sae: SAE, mean: Tensor, mean_later: Tensor, total: int) -> None:
+        self.sae, self.mean, self.mean_later, self.of = sae, mean, mean_later, total
         self.error = self.total = self.error_later = self.total_later = self.unexplained = self.cosine = 0.0
         self.tokens = self.active = 0
         self.fired = torch.zeros(sae.d_sae, dtype=torch.int64)
@@ -138,6 +139,7 @@ class Tally:
         bins = (torch.bucketize(shares.log10(), edges, right=True) - 1).clamp(0, len(edges) - 2)
         return Reconstruction(
             tokens=self.tokens,
+            left_out=self.of - self.tokens,
             fvu=fvu,
             fvu_without_first=self.error_later / self.total_later if self.total_later else float("nan"),
             explained_variance=1 - fvu,
@@ -155,6 +157,7 @@ def evaluate(
     rows: Sequence[Tensor],
     *,
     loss: bool = True,
+    mask: TokenMask = TokenMask(),  # noqa: B008 - frozen
     progress: Callable[[str, float], None] | None = None,
 ) -> dict[HookPoint, Quality]:
     """Measure SAEs on a language model, all layers from the same tokens.
@@ -162,6 +165,8 @@ def evaluate(
     Args:
         rows: batches of full rows of token ids, `(rows, row)`; gone through twice.
         loss: also measure what the model's predictions lose when the reconstruction takes the residual's place.
+        mask: tokens that are left out: no SAE reads them, and their residuals stay as they are. Sinks are measured
+            against the median norm of the first batch.
         progress: called with what is being done and its share done, 0 to 1.
 
     Raises:
@@ -172,27 +177,50 @@ def evaluate(
     check_pairing(model, saes, rows)
     layers = {str(point): sae for point, sae in saes.items()}
     every, later = ({name: Moments(sae.d_model) for name, sae in layers.items()} for _ in range(2))
-    for share, name, x, first in residuals_of(model, list(saes), rows):
+    kept = Kept(mask, median_norms(model, list(saes), rows[0]))
+    for share, name, x, first in residuals_of(model, list(saes), rows, kept):
         every[name].add(x)
         later[name].add(x[~first])
         say("means", share)
-    tallies = {name: Tally(sae, every[name].mean, later[name].mean) for name, sae in layers.items()}
-    for share, name, x, first in residuals_of(model, list(saes), rows):
+    if empty := [name for name, moments in every.items() if not moments.n]:
+        raise InputError(f"every token at {empty[0]} is left out; there is nothing to measure")
+    total = sum(ids.numel() for ids in rows)
+    tallies = {name: Tally(sae, every[name].mean, later[name].mean, total) for name, sae in layers.items()}
+    for share, name, x, first in residuals_of(model, list(saes), rows, kept):
         tallies[name].add(x, first)
         say("reconstruction", share)
-    losses = spliced_losses(model, saes, rows, progress=say) if loss else {}
+    losses = spliced_losses(model, saes, rows, kept=kept.at, progress=say) if loss else {}
     return {point: Quality(tallies[str(point)].result(), losses.get(point)) for point in saes}
 
 
+@dataclass(frozen=True)
+class Kept:
+    """Which tokens are looked at: those the mask leaves, given the median norm of each layer."""
+
+    mask: TokenMask
+    medians: Mapping[HookPoint, float]
+
+    def at(self, point: HookPoint, ids: Tensor, h: Tensor) -> Tensor:
+        """Of token ids `(rows, row)` and their residuals `(rows, row, d_model)`, `(rows, row)` bool."""
+        return ~(self.mask.special_at(ids).to(h.device) | self.mask.sinks_at(h, self.medians[point]))
+
+
+def median_norms(model: nn.Module, points: Sequence[HookPoint], ids: Tensor) -> dict[HookPoint, float]:
+    """The median norm of the residuals of one batch, by layer."""
+    found = capture(model, ids, points)
+    return {point: float(torch.linalg.vector_norm(h.float(), dim=-1).median()) for point, h in found.items()}
+
+
 def residuals_of(
-    model: nn.Module, points: Sequence[HookPoint], rows: Sequence[Tensor]
+    model: nn.Module, points: Sequence[HookPoint], rows: Sequence[Tensor], kept: Kept
 ) -> Iterator[tuple[float, str, Tensor, Tensor]]:
     """Of each batch and layer: the share done, the layer, its residuals `(n, d_model)`, and which are first tokens."""
     for number, ids in enumerate(rows, 1):
         first = torch.zeros(ids.shape, dtype=torch.bool)
         first[:, 0] = True
         for point, h in capture(model, ids, points).items():
-            yield number / len(rows), str(point), h.flatten(0, 1), first.flatten().to(h.device)
+            here = kept.at(point, ids, h)
+            yield number / len(rows), str(point), h[here], first.to(h.device)[here]
 
 
 def check_pairing(model: nn.Module, saes: Mapping[HookPoint, SAE], rows: Sequence[Tensor]) -> None:

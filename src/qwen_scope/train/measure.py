@@ -9,7 +9,7 @@ from itertools import islice
 import torch
 
 from qwen_scope.errors import InputError
-from qwen_scope.model import HookPoint, LoadedModel, load_model
+from qwen_scope.model import HookPoint, LoadedModel, TokenMask, load_model
 from qwen_scope.sae import SAE, layers_of, load_sae
 from qwen_scope.scope import model_source
 
@@ -32,6 +32,8 @@ class EvalRun:
         field, split, subset, chat: of the data, as `Documents` takes them.
         row, rows: tokens per row, and rows per forward pass.
         loss: measure what the model's predictions lose, too.
+        skip_special: leave out what the tokenizer calls special.
+        sink_multiple: leave out tokens of a norm above so many times the median; None leaves none out.
         dtype, device: of the language models.
         seed: of the resampling of the transfer report.
     """
@@ -49,6 +51,8 @@ class EvalRun:
     row: int = 512
     rows: int = 16
     loss: bool = True
+    skip_special: bool = False
+    sink_multiple: float | None = None
     dtype: str = "auto"
     device: str | None = None
     seed: int = 0
@@ -71,7 +75,8 @@ def run_eval(run: EvalRun, progress: Callable[[str, float], None] | None = None)
     loaded = load_model(model_source(run.model), device=run.device, dtype=run.dtype)
     saes = saes_of(run, loaded)
     rows = rows_of(run, loaded)
-    quality = evaluate(loaded.model, saes, rows, loss=run.loss, progress=progress)
+    mask = TokenMask.of(loaded.tokenizer, run.skip_special, run.sink_multiple)
+    quality = evaluate(loaded.model, saes, rows, loss=run.loss, mask=mask, progress=progress)
     if run.post is None:
         return EvalResult(quality, {})
     post = load_model(model_source(run.post), device=run.device, dtype=run.dtype)

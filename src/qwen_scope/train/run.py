@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 from qwen_scope.errors import InputError, NotFoundError
-from qwen_scope.model import HookPoint, LoadedModel, context_length, load_model, n_layers
+from qwen_scope.model import HookPoint, LoadedModel, TokenMask, context_length, load_model, n_layers
 from qwen_scope.sae import LAYOUTS, SAE, load_sae, save_sae
 from qwen_scope.scope import model_source
 
@@ -54,6 +54,7 @@ class TrainRun:
         start_from: a group, folder or Hub id of SAEs to continue from.
         field, split, subset: of the data, as `Documents` takes them.
         chat: render conversations with the tokenizer's chat template.
+        skip_special: leave out what the tokenizer calls special, in training and in measuring.
         row, rows: tokens per row, and rows per forward pass.
         budget: bytes of residuals that are held and shuffled.
         store: how residuals are held, `float32` or `bfloat16`.
@@ -82,6 +83,7 @@ class TrainRun:
     split: str = "train"
     subset: str | None = None
     chat: bool = False
+    skip_special: bool = False
     row: int = 512
     rows: int = 16
     budget: int = 2**30
@@ -209,7 +211,7 @@ def source_of(run: TrainRun, loaded: LoadedModel, names: list[str], ranks: Ranks
     return ResidualBuffer(
         loaded.model, rows, [HookPoint.parse(name) for name in names], batch=ranks.share_of(run.train.batch),
         budget=run.budget, most=ranks.share_of(run.train.batch) * run.train.steps, seed=run.train.seed,
-        dtype=getattr(torch, run.store),
+        special=mask_of(run, loaded).special, dtype=getattr(torch, run.store),
     )  # fmt: skip
 
 
@@ -266,7 +268,13 @@ def measured(
     if not rows:
         raise InputError(f"the SAEs are saved, but the held-out documents of {run.data} fill no row to measure on")
     here = {HookPoint.parse(name): sae.to(loaded.model.device) for name, sae in saes.items()}
-    return {str(point): figures for point, figures in evaluate(loaded.model, here, rows, progress=say).items()}
+    found = evaluate(loaded.model, here, rows, mask=mask_of(run, loaded), progress=say)
+    return {str(point): figures for point, figures in found.items()}
+
+
+def mask_of(run: TrainRun, loaded: LoadedModel) -> TokenMask:
+    """The tokens that neither training nor measuring looks at."""
+    return TokenMask.of(loaded.tokenizer, run.skip_special, run.train.sink_multiple)
 
 
 def facts_of(run: TrainRun, loaded: LoadedModel) -> dict[str, Any]:

@@ -18,7 +18,7 @@ LOGIT_BYTES = 2**28
 
 @dataclass(frozen=True)
 class SplicedLoss:
-    """Next-token loss with one layer's residual replaced at every position, in nats per token.
+    """Next-token loss with one layer's residual replaced at every position that counts, in nats per token.
 
     Attributes:
         ce_clean: of the untouched model.   ce_spliced: with the reconstruction.   ce_zero: with zeros.
@@ -40,12 +40,14 @@ def spliced_losses(
     saes: Mapping[HookPoint, SAE],
     rows: Sequence[Tensor],
     *,
+    kept: Callable[[HookPoint, Tensor, Tensor], Tensor] | None = None,
     progress: Callable[[str, float], None] | None = None,
 ) -> dict[HookPoint, SplicedLoss]:
     """Measure each layer on its own: all other layers run untouched.
 
     Args:
         rows: batches of full rows of token ids, `(rows, row)`, at least two tokens long.
+        kept: from a layer, ids and residuals, where the residual is replaced; by default everywhere.
     """
     sums = {point: torch.zeros(4, dtype=torch.float64) for point in saes}
     predicted = positions = 0
@@ -53,9 +55,13 @@ def spliced_losses(
     for number, ids in enumerate(pieces, 1):
         clean = log_probs(model, ids)
         for point, sae in saes.items():
-            with changing(model, {point: lambda h, _, sae=sae: sae.decode(sae.encode(h)).to(h.device, h.dtype)}):
+
+            def replaced(h: Tensor, by: Tensor, point: HookPoint = point, ids: Tensor = ids) -> Tensor:
+                return by.to(h) if kept is None else torch.where(kept(point, ids, h)[..., None], by.to(h), h)
+
+            with changing(model, {point: lambda h, _, sae=sae, put=replaced: put(h, sae.decode(sae.encode(h)))}):
                 spliced = log_probs(model, ids)
-            with changing(model, {point: lambda h, _: torch.zeros_like(h)}):
+            with changing(model, {point: lambda h, _, put=replaced: put(h, torch.zeros_like(h))}):
                 zeroed = log_probs(model, ids)
             divergence = kl_div(spliced, clean, reduction="sum", log_target=True)
             losses = [summed_loss(each, ids) for each in (clean, spliced, zeroed)]

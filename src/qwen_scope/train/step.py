@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from qwen_scope.errors import QwenScopeError
+from qwen_scope.model import TokenMask
 from qwen_scope.sae import SAE
 
 from . import losses
@@ -71,9 +72,8 @@ def start(config: TrainConfig, name: str, x: Tensor, ranks: Ranks, sae: SAE | No
     """A layer before its first step, from its first batch `(n, d_model)`, new or continuing a finished SAE."""
     kind = ARCHITECTURES[config.architecture]
     everyone = ranks.all_rows(x)
-    norms = torch.linalg.vector_norm(everyone, dim=1)
-    median = float(norms.median())
-    ordinary = everyone if config.sink_multiple is None else everyone[norms <= config.sink_multiple * median]
+    median = float(torch.linalg.vector_norm(everyone, dim=1).median())
+    ordinary = everyone[~TokenMask(sink_multiple=config.sink_multiple).sinks_at(everyone, median)]
     if sae is None:
         weights = fresh(config, name, ordinary, ranks)
         # Every rank has all rows here, so only slices of the dictionary are left to agree.
@@ -99,7 +99,7 @@ def keep_ordinary(config: TrainConfig, layer: Layer, x: Tensor, ranks: Ranks) ->
         return x
     norms = torch.linalg.vector_norm(x, dim=1)
     layer.median_norm += MEDIAN_RATE * (float(ranks.all_rows(norms).median()) - layer.median_norm)
-    keep = ~(norms > config.sink_multiple * layer.median_norm)
+    keep = ~TokenMask(sink_multiple=config.sink_multiple).sinks_at(x, layer.median_norm)
     if keep.all():
         return x
     return x[keep]

@@ -22,6 +22,8 @@ SHARE = 16.0
 ROUND_OUT = 2.0**-8 * (1 + 2.0**-6)
 TINY = 2.0**-120
 LARGEST_NORM = 2.0**50
+# The root of the squares that vanish in fp32, and what matrix units read as zero.
+VANISHED = 2.0**-56
 # Weights are prepared in pieces of so many numbers, which stay in cache and in memory that is there already.
 PREPARE_NUMBERS = 2**17
 # Up to this width a norm taken in fp32 is off by less than the room that is added to it.
@@ -115,8 +117,7 @@ def prepare(W_enc: Float[Tensor, "d_sae d_model"], b_enc: Float[Tensor, " d_sae"
     lost = (bias.double() - sum(p.double() for p in parts)).abs()
     terms = d_model + EXTRA
     norms[:d_sae, 3] = lost + gamma(terms) * bias.double().abs()
-    # The root of the squares that vanish in fp32, and what matrix units read as zero.
-    norms[:, :2] += 2.0**-56
+    norms[:, :2] += VANISHED
     norms[:, 3] += 16 * terms * 2.0**-126
     fits = norms.isfinite().all() and (norms[:, 1] <= LARGEST_NORM).all() and (bias.abs() <= 2.0**100).all()
     usable = d_model <= WIDEST and bool(fits)
@@ -168,23 +169,23 @@ def keep_massive(screen: Screen, W_enc: Tensor, dims: tuple[int, ...]) -> None:
 def lower_rows(x: Float[Tensor, "n d_model"], screen: Screen) -> Rows:
     """A tile of fp32 residuals in bf16, its massive dimensions in pieces, with the four terms of the bound."""
     n, d_model = x.shape
-    low = torch.zeros(n, d_model + EXTRA, dtype=torch.bfloat16, device=x.device)
-    near = x.to(torch.bfloat16)
-    low[:, :d_model] = near
+    low = torch.empty(n, d_model + EXTRA, dtype=torch.bfloat16, device=x.device)
+    low[:, d_model:] = 0
     low[:, d_model : d_model + BIAS_PIECES] = 1
-    lost = x - near
+    near = low[:, :d_model].copy_(x)
     dims = list(screen.massive)
-    big = x[:, dims]
+    big, rest, lost = x[:, dims], x, x - near
     if dims:
         first, second, third = pieces(big)
         start = d_model + BIAS_PIECES
         columns = torch.stack([first, first, second, second, third], -1).flatten(1)
         low[:, start : start + columns.shape[1]] = columns
         lost[:, dims] = 0
-    all_of_x, lost_norm, big_norm = norm(x), norm(lost), norm(big)
-    small = (all_of_x.square() - big_norm.square()).clamp(min=0).sqrt()
-    # The difference of squares cancels where the massive dimensions are nearly all there is.
-    small = small + 2.0**-24 * all_of_x
+        rest = x.index_fill(1, torch.tensor(dims, device=x.device), 0)
+    # Few numbers are worth float64; for a whole row fp32 is within the room added below, but for squares that vanish.
+    big_norm = torch.linalg.vector_norm(big.double(), dim=1)
+    small = torch.linalg.vector_norm(rest, dim=1).double() + VANISHED
+    lost_norm = torch.linalg.vector_norm(lost, dim=1).double() + VANISHED
     error = gamma(d_model + EXTRA)
     # Rounded numbers, and pieces together, are at most 1 + 2**-6 times as large as the exact ones.
     scaled = error * (1 + 2.0**-6) ** 2
@@ -198,7 +199,7 @@ def lower_rows(x: Float[Tensor, "n d_model"], screen: Screen) -> Rows:
         ],
         1,
     )
-    covered: Bool[Tensor, " n"] = all_of_x <= LARGEST_NORM
+    covered: Bool[Tensor, " n"] = (small.square() + big_norm.square()).sqrt() <= LARGEST_NORM
     # Matrix units may read past a row's end and multiply by zero what they find, which NaN and infinity survive.
     low[~covered] = 0
     terms = torch.where(covered[:, None], terms * (1 + 2.0**-10), 0).clamp_(min=TINY)
