@@ -11,13 +11,12 @@ labels of a mixed set are shuffled, with fresh seeds, and nothing should be sign
 from __future__ import annotations
 
 import argparse
-import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
+from sections import write_section
 
 from qwen_scope import load_scope
 from qwen_scope.features import Finding, Pooled, f1_of_calls, find, pool_texts
@@ -26,8 +25,7 @@ from qwen_scope.lab import Document, default_mixture
 
 EACH, SHUFFLES, AIM, AIM_HARDEST, HARDEST = 100, 40, 0.95, 0.9, 3
 SENTENCES = (7, 12)  # of a talk; of three sentences, one in eight carries no mark of its register at all
-RESULTS = Path(__file__).parents[1] / "docs" / "results.md"
-TITLE = "## Finding the lab's factors"
+TITLE = "Finding the lab's factors"
 
 
 @dataclass(frozen=True)
@@ -85,9 +83,7 @@ def main() -> None:
     print(text)
     print(f"{time.monotonic() - begun:.0f} s")
     if given.write:
-        page = RESULTS.read_text(encoding="utf-8")
-        page = re.sub(rf"\n{re.escape(TITLE)}\n.*?(?=\n## |\Z)", "", page, flags=re.DOTALL)
-        RESULTS.write_text(page.rstrip("\n") + "\n\n" + text, encoding="utf-8")
+        write_section(TITLE, text)
 
 
 def row_of(line: Line) -> str:
@@ -98,7 +94,7 @@ def row_of(line: Line) -> str:
 
 
 def written(lines: list[Line], reported: list[int], tests: int, level: float) -> str:
-    """The section of docs/results.md."""
+    """The section of docs/results.md, without its title."""
     ranked = sorted(lines, key=lambda line: line.first.f1.estimate)
     below = [line.factor for line in ranked[HARDEST:] if line.first.f1.estimate < AIM]
     hardest = [line for line in ranked[:HARDEST] if line.first.f1.estimate < AIM_HARDEST]
@@ -108,10 +104,8 @@ def written(lines: list[Line], reported: list[int], tests: int, level: float) ->
     names = ", ".join(f"{line.factor} {line.first.f1.estimate:.3f}" for line in ranked if line.first.f1.estimate < AIM)
     apart = sum(line.elsewhere >= AIM for line in lines)
     said = f"Below {AIM}: {names}." if names else f"None is below {AIM}."
-    return f"""{TITLE}
-
-`bench/find_lab.py`: the feature that `find` ranks first, over all layers, from {EACH} documents with the factor and
-{EACH} without. Half of them rank the features and set the threshold; F1 with its interval, and AUROC, are measured
+    return f"""`bench/find_lab.py`: the feature that `find` ranks first, over all layers, from {EACH} documents with the
+factor and {EACH} without. Half of them rank the features and set the threshold; F1 with its interval, and AUROC, are measured
 on the other half. The last column is the F1 of the same feature and threshold on other text: sentences, templates
 and combinations that the lab's model never saw in training. Talks have {SENTENCES[0]} to {SENTENCES[1]} sentences.
 

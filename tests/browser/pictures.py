@@ -2,7 +2,8 @@
 
     PYTHONPATH=tests .venv/bin/python tests/browser/pictures.py
 
-They are written to docs/explorer/ as PNG with a palette. Chromium is needed (tests/browser/run.sh gets it).
+They are written to docs/explorer/ as PNG with a palette. Chromium is needed (tests/browser/run.sh gets it), and a font
+with Chinese, Japanese and Korean letters, such as Debian's fonts-noto-cjk.
 """
 
 from __future__ import annotations

@@ -48,7 +48,7 @@ class DatasetsTab:
             self.stores = gr.CheckboxGroup(names, value=names[:8], label="Stores", scale=3, elem_id="datasets-stores")
             self.analysis = gr.Dropdown(
                 [(NAMES.get(name, name), name) for name in ANALYSES], value="overlap", label="Analysis", scale=2,
-                min_width=220, elem_id="datasets-analysis",
+                min_width=260, elem_id="datasets-analysis",
             )  # fmt: skip
             self.layer = gr.Dropdown(desk.layers, value=desk.store_layer, label="Layer", scale=1, min_width=90)
             self.go = gr.Button("Analyse", variant="primary", scale=1, min_width=120, elem_id="datasets-go")
