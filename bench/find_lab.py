@@ -104,8 +104,9 @@ def written(lines: list[Line], reported: list[int], tests: int, level: float) ->
     names = ", ".join(f"{line.factor} {line.first.f1.estimate:.3f}" for line in ranked if line.first.f1.estimate < AIM)
     apart = sum(line.elsewhere >= AIM for line in lines)
     said = f"Below {AIM}: {names}." if names else f"None is below {AIM}."
-    return f"""`bench/find_lab.py`: the feature that `find` ranks first, over all layers, from {EACH} documents with the
-factor and {EACH} without. Half of them rank the features and set the threshold; F1 with its interval, and AUROC, are measured
+    return f"""
+`bench/find_lab.py`: the feature that `find` ranks first, over all layers, from {EACH} documents with the factor
+and {EACH} without. Half of them rank the features and set the threshold; F1 with its interval, and AUROC, are measured
 on the other half. The last column is the F1 of the same feature and threshold on other text: sentences, templates
 and combinations that the lab's model never saw in training. Talks have {SENTENCES[0]} to {SENTENCES[1]} sentences.
 
