@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench bench-gpu clean
 
 demo: $(VENV)/.core
 	$(BIN)/qwen-scope demo
@@ -29,6 +29,12 @@ bench: $(VENV)/.dev
 	$(BIN)/python -W ignore bench/extract.py
 	$(BIN)/python -W ignore bench/extract_peers.py
 	$(BESIDE) bench/encode.py
+
+# Where a GPU is: the CUDA rows hold what the CPU's hold, then what they cost. Peers that are not installed are left out.
+bench-gpu:
+	PYTHONPATH=src $(PYTHON) -m pytest -q tests/sae/test_triton_rows.py
+	PYTHONPATH=src $(PYTHON) -W ignore bench/encode.py
+	PYTHONPATH=src $(PYTHON) -W ignore bench/encode_decode.py
 
 clean:
 	rm -rf $(VENV) .venv-* build dist

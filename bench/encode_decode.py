@@ -15,7 +15,8 @@ import torch  # isort: skip
 
 from qwen_scope.sae import FeatureActs, TopK  # isort: skip
 
-D_MODEL, D_SAE, K = 2048, 32768, 100
+# d_model, d_sae, k, tokens; the second on a GPU, with TF32 off.
+ON_CPU, ON_GPU = (2048, 32768, 100, 4096), (5120, 81920, 50, 16384)
 GOAL = 3.0
 Decode = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -24,13 +25,13 @@ def sae_lens_ways(x: torch.Tensor, sae: TopK) -> tuple[Way, Decode]:
     from sae_lens import TopKSAE, TopKSAEConfig
 
     with torch.device("meta"):
-        theirs = TopKSAE(TopKSAEConfig(d_in=D_MODEL, d_sae=D_SAE, k=K, apply_b_dec_to_input=False))
+        theirs = TopKSAE(TopKSAEConfig(d_in=sae.d_model, d_sae=sae.d_sae, k=sae.k, apply_b_dec_to_input=False))
     parts = {"W_enc": sae.W_enc.T.contiguous(), "W_dec": sae.W_dec.T.contiguous()}
     for name, value in {**parts, "b_enc": sae.b_enc, "b_dec": sae.b_dec}.items():
         setattr(theirs, name, torch.nn.Parameter(value, requires_grad=False))
 
     def decode(values: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
-        return theirs.decode(torch.zeros(len(values), D_SAE).scatter(1, indices, values))
+        return theirs.decode(values.new_zeros(len(values), sae.d_sae).scatter(1, indices, values))
 
     return lambda: theirs(x), decode
 
@@ -38,12 +39,12 @@ def sae_lens_ways(x: torch.Tensor, sae: TopK) -> tuple[Way, Decode]:
 def sparsify_ways(x: torch.Tensor, sae: TopK) -> tuple[Way, Decode]:
     from sparsify import SparseCoder, SparseCoderConfig
 
-    theirs = SparseCoder(D_MODEL, SparseCoderConfig(num_latents=D_SAE, k=K), device="meta", decoder=False)
+    theirs = SparseCoder(sae.d_model, SparseCoderConfig(num_latents=sae.d_sae, k=sae.k), device="meta", decoder=False)
     theirs.encoder.weight = torch.nn.Parameter(sae.W_enc, requires_grad=False)
     theirs.encoder.bias = torch.nn.Parameter(sae.b_enc, requires_grad=False)
     theirs.W_dec = torch.nn.Parameter(sae.W_dec.T.contiguous(), requires_grad=False)
     # It subtracts its b_dec before it encodes, which these SAEs do not: zero, and added afterwards.
-    theirs.b_dec = torch.nn.Parameter(torch.zeros(D_MODEL), requires_grad=False)
+    theirs.b_dec = torch.nn.Parameter(torch.zeros_like(sae.b_dec), requires_grad=False)
 
     def forward() -> torch.Tensor:
         found = theirs.encode(x)
@@ -56,10 +57,10 @@ def demo_ways(x: torch.Tensor, sae: TopK) -> tuple[Way, Decode]:
     """The official demo's encoder, and the card's dense decoder."""
 
     def decode(values: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
-        return torch.zeros(len(values), D_SAE).scatter(1, indices, values) @ sae.W_dec.T + sae.b_dec
+        return values.new_zeros(len(values), sae.d_sae).scatter(1, indices, values) @ sae.W_dec.T + sae.b_dec
 
     def forward() -> torch.Tensor:
-        found = torch.relu(x @ sae.W_enc.T + sae.b_enc).topk(K, dim=-1)
+        found = torch.relu(x @ sae.W_enc.T + sae.b_enc).topk(sae.k, dim=-1)
         return decode(found.values, found.indices)
 
     return forward, decode
@@ -68,7 +69,7 @@ def demo_ways(x: torch.Tensor, sae: TopK) -> tuple[Way, Decode]:
 def ours_ways(x: torch.Tensor, sae: TopK) -> tuple[Way, Decode]:
     return (
         lambda: sae.decode(sae.encode(x)),
-        lambda values, indices: sae.decode(FeatureActs(indices.int(), values, D_SAE)),
+        lambda values, indices: sae.decode(FeatureActs(indices.int(), values, sae.d_sae)),
     )
 
 
@@ -95,29 +96,33 @@ def check(name: str, answer: torch.Tensor, ours: torch.Tensor) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--tokens", type=int, default=4096)
+    parser.add_argument("--tokens", type=int, help="by default 4,096, and 16,384 on a GPU")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--out", type=Path, default=PAGE)
     args = parser.parse_args()
     torch.set_grad_enabled(False)
-    x, W, b = tensors(D_MODEL, D_SAE, args.tokens)
-    g = torch.Generator().manual_seed(1)
-    W_dec = torch.nn.functional.normalize(torch.randn(D_MODEL, D_SAE, generator=g), dim=0)
-    sae = TopK(W, W_dec, b, torch.randn(D_MODEL, generator=g), k=K)
+    torch.backends.cuda.matmul.allow_tf32 = False
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    d_model, d_sae, k, tokens = ON_GPU if device == "cuda" else ON_CPU
+    tokens = args.tokens or tokens
+    x, W, b = tensors(d_model, d_sae, tokens, device)
+    g = torch.Generator(device).manual_seed(1)
+    W_dec = torch.nn.functional.normalize(torch.randn(d_model, d_sae, generator=g, device=device), dim=0)
+    sae = TopK(W, W_dec, b, torch.randn(d_model, generator=g, device=device), k=k)
     makers = {"sae_lens": sae_lens_ways, "sparsify": sparsify_ways, "official demo": demo_ways}
     made: dict = {"qwen-scope": ours_ways(x, sae)}
     add_peers(made, makers, x, sae)
     ours = made["qwen-scope"][0]()
     for name, (forward, _) in made.items():
         check(name, forward(), ours)
-    extra = memory(made["qwen-scope"][0])
+    extra = memory(made["qwen-scope"][0]) if device == "cpu" else 0
     ways = {name: forward for name, (forward, _) in made.items()}
     times = alternate({**ways, "bare bf16 product": bare_product(x, W)}, args.rounds)
     verdicts = {}
     if "sae_lens" in times:
         verdicts["sae_lens"] = at_least(ratio(times, "sae_lens", "qwen-scope"), GOAL)
-    title = f"{args.tokens:,} tokens, d_model {D_MODEL:,}, d_sae {D_SAE:,}, k {K}"
-    lines = [f"\n### Encode and decode, {title}\n", f"{extra / 2**20:.0f} MB beyond what was held.\n"]
+    lines = [f"\n### Encode and decode, {tokens:,} tokens, d_model {d_model:,}, d_sae {d_sae:,}, k {k}\n"]
+    lines += [f"{extra / 2**20:.0f} MB beyond what was held.\n"] if extra else []
     lines += table(times, "qwen-scope", verdicts)
     write("encode_decode.py", lines, args.out)
 

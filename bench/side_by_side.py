@@ -161,10 +161,11 @@ def tensors(d_model: int, d_sae: int, n: int, device: str = "cpu") -> tuple[torc
 def bare_product(x: torch.Tensor, W: torch.Tensor) -> Way:
     """The floor: the bf16 product alone, in tiles of our size, each written over the one before."""
     low, W_low = x.bfloat16(), W.bfloat16()
-    room = torch.empty(512, len(W), dtype=torch.bfloat16, device=x.device)
+    step = 512 if x.device.type == "cpu" else 4096
+    room = torch.empty(step, len(W), dtype=torch.bfloat16, device=x.device)
 
     def product() -> None:
-        for tile in low.split(512):
+        for tile in low.split(step):
             torch.mm(tile, W_low.T, out=room[: len(tile)])
 
     return product
