@@ -1,20 +1,23 @@
 """A benchmark of 25,000 items with 100 features each: seconds and peak memory of every analysis of one dataset.
 
-python bench/analysis_speed.py
+.venv/bin/python bench/analysis_speed.py [--write]
 """
 
 from __future__ import annotations
 
-import json
+import argparse
+import os
 import resource
 import sys
 import time
 
 import numpy as np
+from sections import paragraph, table, write_section
 
 from qwen_scope.analysis import Dataset, redundancy_of, subset_of
 
 ITEMS, K, WIDTH = 25_000, 100, 32_768
+AIM_SECONDS, AIM_GB = 10, 2
 
 
 def made(seed: int = 0) -> Dataset:
@@ -39,17 +42,23 @@ def peak() -> float:
 
 
 def main() -> None:
-    data, out = made(), {"items": ITEMS, "k": K, "d_sae": WIDTH, "GB before": peak()}
+    ask = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    ask.add_argument("--write", action="store_true", help="into docs/results.md")
+    given = ask.parse_args()
+    data, rows = made(), []
     for name, run in {"redundancy": redundancy_of, "subset": subset_of}.items():
         began, used = time.perf_counter(), time.process_time()
         result = run([data])
-        out[name] = {
-            "seconds": time.perf_counter() - began,
-            "of processor": time.process_time() - used,
-            "GB at the peak": peak(),
-        }
-        out[name] |= {row[0]: row[1:] for table in result.tables for row in table.rows}
-    print(json.dumps(out, indent=1))
+        rows.append((name, time.perf_counter() - began, time.process_time() - used, peak()))
+        print(name, *(row for one in result.tables for row in one.rows), sep="\n  ")
+    load = " ".join(f"{value:.1f}" for value in os.getloadavg())
+    text = f"""`bench/analysis_speed.py --write`: {ITEMS:,} made-up items of {K} features each, d_sae {WIDTH:,}; redundancy
+    with its sampled reference, and the subset that keeps most of the footprint. The aim: under {AIM_SECONDS} s and
+    {AIM_GB} GB. Load of the machine at the end: {load}."""
+    body = f"{paragraph(text)}\n\n{table(('analysis', 'seconds', 'of processor', 'GB at the peak'), rows)}"
+    print(body)
+    if given.write:
+        write_section("Speed of analyses", body)
 
 
 if __name__ == "__main__":
