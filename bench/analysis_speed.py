@@ -53,8 +53,8 @@ def main() -> None:
         print(name, *(row for one in result.tables for row in one.rows), sep="\n  ")
     load = " ".join(f"{value:.1f}" for value in os.getloadavg())
     text = f"""`bench/analysis_speed.py --write`: {ITEMS:,} made-up items of {K} features each, d_sae {WIDTH:,};
-    redundancy with its sampled reference, and the subset that keeps most of the footprint. The aim: under {AIM_SECONDS} s and
-    {AIM_GB} GB. Load of the machine at the end: {load}."""
+    redundancy with its sampled reference, and the subset that keeps most of the footprint. The aim: under
+    {AIM_SECONDS} s and {AIM_GB} GB. Load of the machine at the end: {load}."""
     body = f"{paragraph(text)}\n\n{table(('analysis', 'seconds', 'of processor', 'GB at the peak'), rows)}"
     print(body)
     if given.write:
