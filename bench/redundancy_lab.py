@@ -115,15 +115,17 @@ def written(out: dict[str, Any], panel: dict[str, Any], general: str) -> str:
     {len(panel["models"])} checkpoints (trainings of other mixtures, sizes and lengths, three checkpoints of each) and
     {len(shown)} multiple-choice benchmarks of the lab of {min(o["items"] for o in shown.values())} to
     {max(o["items"] for o in shown.values())} items, some of which ask few prompts again and again. Features are those
-    of the bundled lab on the last token of the prompt; scores are whether the right one of four choices is the likeliest.
-    R is the performance-based redundancy, R-hat that of features. Reliability: the share of the variance of accuracy
+    of the bundled lab on the last token of the prompt; scores are whether the right one of four choices is the
+    likeliest. R is the performance-based redundancy, R-hat that of features. Reliability: the share of the variance
+    of accuracy
     over the panel that is not the noise of so few items. Layer {SHOWN}:"""
     middle = f"""Correlations with 95% intervals; over pairs of benchmarks the interval resamples benchmarks, and
     `{general}` is held fixed and left out of the pairs ({pairs} pairs)."""
     verdict = "is **not reproduced** here" if best < 0.7 else "is seen here too"
     end = f"""The report's claim about redundancy {verdict}: the largest correlation of R-hat with R is {best:.2f}
-    {"and every interval holds 0" if zero else ""}. What R follows instead is the reliability of the scores (Spearman
-    {tied:.2f}): where a panel of models only guesses, any subset ranks them by other noise than the whole, and R is low
+    {"and every interval holds 0" if zero else ""}. What R follows instead is the reliability of the scores
+    (Spearman {tied:.2f}): where a panel of models only guesses, any subset ranks them by other noise than the whole,
+    and R is low
     however often an item repeats another; where models differ much, R is high even for fifty different items. Features
     know nothing of that. So R-hat can stand for R only over benchmarks that tell the models apart equally well, which
     those of large models come closer to than these. Overlap goes with similar scores directly, at most
