@@ -78,32 +78,13 @@ def train(
     )  # fmt: skip
     wanted = options.parse_layers(layers)
     run = TrainRun(
-        model=model,
-        data=data,
-        out=out,
-        train=config,
-        layers=None if wanted is None else tuple(wanted),
-        group=group,
-        start_from=start_from,
-        field=field,
-        split=split,
-        subset=subset,
-        chat=chat,
-        skip_special=skip_special,
-        row=row,
-        rows=rows,
-        budget=options.parse_size(budget),
-        store=store,
-        dtype=dtype,
-        device=device,
+        model=model, data=data, out=out, train=config, layers=None if wanted is None else tuple(wanted), group=group,
+        start_from=start_from, field=field, split=split, subset=subset, chat=chat, skip_special=skip_special, row=row,
+        rows=rows, budget=options.parse_size(budget), store=store, dtype=dtype, device=device,
         spread=options.one_of("--spread", spread, ("alone", "data", "layers", "features")),
-        checkpoint_every=checkpoint_every,
-        resume=resume,
-        tensorboard=tensorboard,
-        wandb=wandb,
-        eval_tokens=eval_tokens,
-        exports=tuple(exports.split(",")) if exports else (),
-    )
+        checkpoint_every=checkpoint_every, resume=resume, tensorboard=tensorboard, wandb=wandb,
+        eval_tokens=eval_tokens, exports=tuple(exports.split(",")) if exports else (),
+    )  # fmt: skip
     carry_out(run, model, as_json)
 
 
