@@ -32,7 +32,8 @@ def repetition(
     sae: options.Sae = None,
     layers: options.Layers = None,
     features: Annotated[int, typer.Option("--features", help="How many in all.", min=1)] = 4,
-    amount: Annotated[float, typer.Option("--amount", help="Of each feature, in median residual norms.")] = 0.5,
+    amount: Annotated[float, typer.Option("--amount", help="Of each feature, in median residual norms.")] = 0.25,
+    candidates: Annotated[int, typer.Option("--candidates", help="Features tried alone, by rise.", min=1)] = 32,
     samples: Annotated[int, typer.Option("--samples", help="Answers per prompt to look for loops in.", min=1)] = 1,
     looping: Annotated[str | None, typer.Option("--looping", help="Texts that loop, beside the model's own.")] = None,
     n: Number = 200,
@@ -52,8 +53,9 @@ def repetition(
     """Find the features that rise while answers repeat themselves without end, and check what they do.
 
     Answers that loop are sampled; features are ranked by their activation at a token's last occurrence less that at its
-    first. Amplified on ordinary prompts they should make more answers loop, suppressed within loops fewer go on. The
-    recipe holds the figures either way; `rl` refuses one whose check does not hold.
+    first, and of the first candidates those are taken that alone make most answers loop. Amplified together on other
+    prompts they should make more answers loop, suppressed within loops fewer go on. The recipe holds the figures
+    either way; `rl` refuses one whose check does not hold.
     """
     check_packages()
     from qwen_scope.corpus import Corpus
@@ -71,6 +73,7 @@ def repetition(
             layers=options.parse_layers(layers) if layers else None,
             features=features,
             amount=amount,
+            candidates=candidates,
             samples=samples,
             sampling=sampling,
             looping=texts,

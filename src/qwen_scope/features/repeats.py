@@ -132,11 +132,17 @@ def repeats_in_store(
     return out
 
 
-def repeat_features(changes: Mapping[int, Changes], n: int = 10, *, level: float = 0.01) -> list[RepeatFeature]:
+def repeat_features(
+    changes: Mapping[int, Changes], n: int = 10, *, level: float = 0.01, believed_only: bool = False
+) -> list[RepeatFeature]:
     """The features that rise most from first occurrence to last repeat, over all layers, largest rise first.
 
     The token is the same both times, so what it is cannot explain the change; what stands around it can. The measure is
     the report's for endless repetition (arXiv 2605.11887, section 8); test and adjustment are added here.
+
+    Args:
+        believed_only: pass over features whose rise is not significant. The largest rises of all are often those of
+            features that a few documents drive up.
 
     Raises:
         InputError: fewer than five documents with a repeated token.
@@ -153,11 +159,13 @@ def repeat_features(changes: Mapping[int, Changes], n: int = 10, *, level: float
     rises = np.concatenate([dense.mean(0) for *_, dense in scored])
     places = [(i, j) for i, (_, features, _, _) in enumerate(scored) for j in range(len(features))]
     out = []
-    for at in np.argsort(-rises, kind="stable")[:n].tolist():
+    believed = (q[: len(rises)] <= level) & (rises > 0)
+    ranked = np.argsort(-rises, kind="stable")
+    for at in (ranked[believed[ranked]] if believed_only else ranked)[:n].tolist():
         i, j = places[at]
         layer, features, p, dense = scored[i]
-        believed = bool(q[at] <= level and rises[at] > 0)
-        out.append(RepeatFeature(layer, int(features[j]), bootstrap(dense[:, j]), float(p[j]), float(q[at]), believed))
+        rise = bootstrap(dense[:, j])
+        out.append(RepeatFeature(layer, int(features[j]), rise, float(p[j]), float(q[at]), bool(believed[at])))
     return out
 
 

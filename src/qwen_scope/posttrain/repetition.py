@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 
+import numpy as np
+
 from qwen_scope.errors import InputError
-from qwen_scope.features import repeat_features, repeats_in_texts
+from qwen_scope.features import RepeatFeature, repeat_features, repeats_in_texts
 from qwen_scope.scope import Scope
 from qwen_scope.stats import Interval, bootstrap
 from qwen_scope.steer import Intervention, Recipe
@@ -15,6 +17,9 @@ from .loops import Answer, LoopShare, Sampling, loop_share
 
 FEWEST = 5
 """Fewer looping texts than this say nothing about features."""
+
+SCREENED = 128
+"""On at most so many prompts, and on half of those there are, each candidate is tried alone."""
 
 KEPT_TURNS = 2
 """So many turns of a loop stand before an answer that is continued to see whether the loop goes on."""
@@ -55,22 +60,27 @@ def repetition_recipe(
     *,
     layers: Sequence[int] | None = None,
     features: int = 4,
-    amount: float = 0.5,
+    amount: float = 0.25,
+    candidates: int = 32,
     samples: int = 1,
     sampling: Sampling | None = None,
     looping: Sequence[str] = (),
     say: Callable[[str, float], None] | None = None,
 ) -> Recipe:
-    """Sample answers, take the features that rise most within those that loop, and check what they do.
+    """Sample answers, take the features that rise within those that loop and drive looping, and check what they do.
 
     A feature's rise is its activation at the last occurrence of a token less that at the first, so that the token is
-    the same; the features are those of the largest rise that is significant (`qwen_scope.features.repeat_features`).
+    the same; candidates are those of the largest rise that is significant (`qwen_scope.features.repeat_features`). What
+    rises may follow repetition and not drive it, so each candidate is amplified alone, and those that make most answers
+    loop are taken. The check of them together is made on other prompts.
 
     Args:
         prompts: as the model reads them, up to where the answer begins.
         layers: to choose among; None for all that have an SAE.
         features: how many in all.
-        amount: of each, in median residual norms of its layer.
+        amount: of each, in median residual norms of its layer. A small one finds features that set off the model's own
+            loops; under a large one any feature of a single token makes a row of that token.
+        candidates: how many are tried alone; as many as `features` tries none.
         samples: answers per prompt to look for loops in.
         looping: texts that loop, prompt and answer, beside those that the model makes.
 
@@ -91,33 +101,65 @@ def repetition_recipe(
         )
     report("features", 0.0)
     times = sampling.detector.times
-    rising = repeat_features(repeats_in_texts(scope, texts, scope.check_layers(layers), times=times), features)
-    chosen = [one for one in rising if one.significant]
-    if not chosen:
+    changes = repeats_in_texts(scope, texts, scope.check_layers(layers), times=times)
+    rising = repeat_features(changes, max(features, candidates), believed_only=True)
+    if not rising:
         raise InputError(f"no feature rises significantly within the {len(texts)} texts that loop; take more of them")
-    knob = [
-        Intervention.add(layer=one.layer, feature=one.feature, amount=amount, unit="resid_norm").resolve(
-            scope.sizes[one.layer], scope.saes[one.layer]
-        )
-        for one in chosen
-    ]
-    check = causal_check(scope, prompts, loops, knob, sampling, say=report)
+    tried = min(SCREENED, len(prompts) // 2)
+    amplified = [amplifying(scope, one, amount) for one in rising]
+    if len(rising) > features:
+        alone = drives(scope, prompts[:tried], amplified, sampling, report)
+        best = np.argsort(-alone, kind="stable")[:features].tolist()
+        rising, amplified = [rising[i] for i in best], [amplified[i] for i in best]
+    check = causal_check(scope, prompts[tried:], begun(scope, prompts, loops), amplified, sampling, say=report)
     effect = {
         "causal": check.holds,
         **check.numbers(),
-        "rises": [one.rise.estimate for one in chosen],
+        "rises": [one.rise.estimate for one in rising],
         "amount": amount,
         "answers": len(found.answers),
         "loops": len(loops),
     }
-    made = f"{len(chosen)} features of the largest rise within {len(texts)} looping texts, of {scope.name}"
-    return Recipe.of("repetition", scope.model, knob, scope.saes, provenance=made, effect=effect)
+    made = f"{len(rising)} features that rise within {len(texts)} looping texts and raise looping, of {scope.name}"
+    return Recipe.of("repetition", scope.model, amplified, scope.saes, provenance=made, effect=effect)
+
+
+def amplifying(scope: Scope, feature: RepeatFeature, amount: float) -> Intervention:
+    """The addition of a feature by so many median residual norms, in raw units."""
+    layer = feature.layer
+    one = Intervention.add(layer=layer, feature=feature.feature, amount=amount, unit="resid_norm")
+    return one.resolve(scope.sizes[layer], scope.saes[layer])
+
+
+def drives(
+    scope: Scope,
+    prompts: Sequence[str],
+    candidates: Sequence[Intervention],
+    sampling: Sampling,
+    say: Callable[[str, float], None],
+) -> np.ndarray:
+    """The looping share of answers to these prompts under each candidate alone; all draw alike."""
+    fresh, found = replace(sampling, seed=sampling.seed + 2), []
+    for i, one in enumerate(candidates):
+        say("candidates", i / len(candidates))
+        found.append(shares(scope, prompts, fresh, [one]).share.estimate)
+    return np.array(found)
+
+
+def begun(scope: Scope, prompts: Sequence[str], loops: Sequence[Answer]) -> list[str]:
+    """Prompts whose answers loop, each with its answer up to the second turn of the loop."""
+    out = []
+    for one in loops:
+        assert one.loop is not None
+        kept = list(one.ids[: one.loop.start + KEPT_TURNS * one.loop.period])
+        out.append(prompts[one.prompt] + str(scope.tokenizer.decode(kept)))
+    return out
 
 
 def causal_check(
     scope: Scope,
     prompts: Sequence[str],
-    loops: Sequence[Answer],
+    loops: Sequence[str],
     knob: Sequence[Intervention],
     sampling: Sampling,
     say: Callable[[str, float], None] | None = None,
@@ -127,23 +169,18 @@ def causal_check(
     The draws are not those by which the loops were found.
 
     Args:
-        loops: answers to these prompts that loop; two at least.
+        loops: texts that have begun to loop, from `begun`; two at least.
 
     Raises:
-        InputError: fewer loops.
+        InputError: fewer loops or prompts.
     """
     report = say or (lambda stage, share: None)
     if len(loops) < 2:
         raise InputError(f"to see what suppressing does takes at least two loops, not {len(loops)}")
     fresh = replace(sampling, seed=sampling.seed + 1)
     against = [one.with_amount(-one.amount) for one in knob]
-    begun = []
-    for one in loops:
-        assert one.loop is not None
-        kept = list(one.ids[: one.loop.start + KEPT_TURNS * one.loop.period])
-        begun.append(prompts[one.prompt] + str(scope.tokenizer.decode(kept)))
     sides: list[LoopShare] = []
-    for i, (asked, steered) in enumerate(((prompts, ()), (prompts, knob), (begun, ()), (begun, against))):
+    for i, (asked, steered) in enumerate(((prompts, ()), (prompts, knob), (loops, ()), (loops, against))):
         report("causal check", i / 4)
         sides.append(shares(scope, asked, fresh, steered))
     normal, amplified, looping, suppressed = sides
