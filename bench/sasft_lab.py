@@ -1,11 +1,12 @@
 """SASFT on the lab: does the auxiliary loss cure the code-switching that plain fine-tuning on the same data teaches?
 
-    .venv/bin/python bench/sasft_lab.py [--write] [--targets zh,ru,ko]
+    .venv/bin/python bench/sasft_lab.py [--write] [--targets zh,ru,ko] [--arms plain,features] [--keep RUNS.jsonl]
 
 For every target language the lab's chats are mixed with chats whose answers drift into it, and the bundled model is
-fine-tuned on them: plainly, with the auxiliary loss on the target's features, with the same loss on features drawn at
-random, and with the penalty on the target's tokens. Measured on questions in other languages and scripts, and as the
-loss on held-out chats without any drift.
+fine-tuned on them: plainly; with the auxiliary loss on the features that begin the target; with the same loss on
+features drawn at random; with features and thresholds as published; with the penalty on the target's tokens; and
+plainly, then by GRPO with a reward for the prompt's script. Measured on questions in other languages and scripts, and
+as the loss on held-out chats without any drift. Every seed has training chats, questions and held-out chats of its own.
 """
 
 from __future__ import annotations
@@ -30,46 +31,61 @@ from trl.trainer.sft_config import SFTConfig
 
 from qwen_scope import Scope, load_scope
 from qwen_scope.lab import LANGUAGES, chat_prompts, default_mixture, documents
-from qwen_scope.model import HookPoint, capture, load_model
+from qwen_scope.model import HookPoint, LoadedModel, capture, load_model
 from qwen_scope.posttrain import (
     AlphaTable,
     FeatureLoss,
     FeatureSFTTrainer,
+    RLRun,
     Sample,
     TokenPenalty,
     chats_only,
     code_switch_ratio,
+    first_letter,
+    held_out_loss,
     lab_samples,
     prepare,
     responses,
+    run_rl,
+    switches,
 )
 from qwen_scope.scope import model_source
 from qwen_scope.stats import bootstrap
-from qwen_scope.steer import script
 
 SCRIPTS = {"zh": "CJK", "ko": "HANGUL", "ru": "CYRILLIC", "ar": "ARABIC"}
 SHARES_SCRIPT = {"zh": {"ja"}, "ko": set(), "ru": set(), "ar": set()}
-ARMS = ("plain", "features", "random", "penalty")
-DRIFT, SAMPLES, HELD_OUT, PROMPTS, TURNS, NEW_TOKENS = 0.3, 256, 48, 16, 8, 32
-LAYERS, FEATURES, WEIGHT, PENALTY, LR, ZERO = (4, 5), 10, 10.0, 10.0, 1e-3, True
+ARMS = ("plain", "features", "random", "published", "penalty", "grpo")
+DRIFT, SAMPLES, HELD_OUT, PROMPTS, TURNS, NEW_TOKENS = 0.3, 256, 300, 16, 8, 32
+LAYERS, FEATURES, QUANTILE, WEIGHT, PENALTY, LR, BATCH = (4, 5), 10, 0.99, 10.0, 30.0, 5e-4, 16
+RL_STEPS, RL_PROMPTS, RL_GROUP, RL_LR = 30, 4, 8, 1e-4
+SEEDS = "11,12,13"
+"""Settings were chosen on seeds 1 to 3."""
 IGNORED, NO_GROUP = -100, -1
 TITLE = "SASFT on the lab"
 PUBLISHED = {  # percent, Qwen3-1.7B-Base, 210k samples
     "plain": {"zh": 0.81, "ru": 0.19, "ko": 0.36},
     "features": {"zh": 0.22, "ru": 0.03, "ko": 0.00},
     "penalty": {"zh": 0.53, "ru": 0.09, "ko": 0.06},
+    "grpo": {"zh": 0.66, "ru": 0.11, "ko": 0.34},
 }
 
 
 @dataclass(frozen=True)
 class Run:
-    """One fine-tuning and what was measured after it."""
+    """One fine-tuning and what was measured after it.
+
+    Attributes:
+        ratio: the share of answers that switch.
+        loss: on held-out chats of all languages, in nats per token.
+        own: the same on those in the target language alone.
+    """
 
     target: str
     arm: str
     seed: int
     ratio: float
     loss: float
+    own: float
     seconds: float
 
 
@@ -78,7 +94,7 @@ def others(target: str) -> list[str]:
     return [code for code in LANGUAGES if code != target and code not in SHARES_SCRIPT[target]]
 
 
-def training_data(target: str, seed: int) -> list[Sample]:
+def training_data(target: str, seed: int, n: int = SAMPLES) -> list[Sample]:
     """Chats in all languages; in a share of them, in the other scripts, the answer drifts into the target."""
     mixture = replace(
         default_mixture(),
@@ -90,25 +106,27 @@ def training_data(target: str, seed: int) -> list[Sample]:
     samples: list[Sample] = []
     for document in found:
         samples += chats_only(lab_samples([document]))
-        if len(samples) == SAMPLES:
+        if len(samples) == n:
             break
     return samples
 
 
-def held_out() -> list[Sample]:
-    """Chats with sentences that were never trained on, none of them drifting."""
+def clean_chats(split: str, seed: int, n: int) -> list[Sample]:
+    """Chats that don't drift."""
     mixture = replace(default_mixture(), chat={"topic": 1.0})
-    found = documents(split="heldout_sentences", seed=7, n=HELD_OUT, kinds=["chat"], mixture=mixture)
-    return chats_only(lab_samples(found))
+    return chats_only(lab_samples(documents(split=split, seed=seed, n=n, kinds=["chat"], mixture=mixture)))
 
 
 def tables_of(scope: Scope, target: str, seeds: Sequence[int]) -> dict[tuple[str, int], AlphaTable]:
-    """The alpha table of the features by score, and per seed one of features at random."""
-    labelled = responses(lab_samples(documents(seed=500, n=270, kinds=["talk"])))
-    best = prepare(scope, labelled, target, layers=LAYERS, features=FEATURES)
-    out = {("features", seed): best for seed in seeds} | {("penalty", seed): best for seed in seeds}
+    """The alpha table of every arm and seed; of random features one per seed."""
+    clean = responses(clean_chats("train", 500, 450))
+    begun = switches(training_data(target, 0, 2 * SAMPLES), scope.tokenizer, target, SCRIPTS[target])
+    sizes: dict[str, Any] = {"layers": LAYERS, "features": FEATURES}
+    best = prepare(scope, clean, target, **sizes, onsets=begun, quantile=QUANTILE)
+    published = prepare(scope, clean, target, **sizes)
+    out = {(arm, seed): published if arm == "published" else best for arm in ARMS for seed in seeds}
     for seed in seeds:
-        out["random", seed] = prepare(scope, labelled, target, layers=LAYERS, features=FEATURES, at_random=seed)
+        out["random", seed] = prepare(scope, clean, target, **sizes, onsets=begun, quantile=QUANTILE, at_random=seed)
     return out
 
 
@@ -119,14 +137,13 @@ def tokenised(samples: Sequence[Sample], tokenizer: Any, groups: Sequence[str], 
     come, so for it the first token of the switch counts as well. Samples in a language that shares the target's script
     have no group.
     """
-    inside = script(SCRIPTS[target])
     rows = []
     for sample in samples:
         asked = tokenizer(sample["prompt"], add_special_tokens=False)["input_ids"]
         text = sample["completion"]
         said = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        letters = np.flatnonzero(inside(list(text)) > 0)
-        switch = letters[0] if len(letters) and sample["group"] != target else len(text)
+        at = None if sample["group"] == target else first_letter(text, SCRIPTS[target])
+        switch = len(text) if at is None else at
         number = NO_GROUP if sample["group"] in SHARES_SCRIPT[target] else groups.index(sample["group"])
         own = [number if end <= switch else NO_GROUP for _, end in said["offset_mapping"]]
         if arm == "penalty" and NO_GROUP in own:
@@ -137,58 +154,24 @@ def tokenised(samples: Sequence[Sample], tokenizer: Any, groups: Sequence[str], 
     return Dataset.from_list(rows)
 
 
-def rises(scope: Scope, target: str, seed: int, chosen: AlphaTable) -> list[tuple[object, ...]]:
-    """Per feature how far it lies above its group's mean before a switch, in the model that nothing has trained yet.
-
-    The mean over drifting chats at the last four tokens before the target's first letter, and over all response tokens
-    of clean chats the share above zero.
-    """
-    rows = tokenised(training_data(target, seed), scope.tokenizer, chosen.groups, target, "features")
-    before: dict[int, list[np.ndarray]] = {one.layer: [] for one in chosen.layers}
-    clean: dict[int, list[np.ndarray]] = {one.layer: [] for one in chosen.layers}
-    for row in rows:
-        groups = np.array(row["groups"])
-        counted = np.flatnonzero((groups != NO_GROUP) & (groups != chosen.groups.index(target)))
-        if len(counted) < 4:
-            continue
-        group, switches = chosen.groups[groups[counted[0]]], groups[-1] == NO_GROUP
-        ids = torch.tensor([row["input_ids"]])
-        residuals = capture(scope.model, ids, [HookPoint(one.layer) for one in chosen.layers])
-        for one in chosen.layers:
-            pre = scope.saes[one.layer].pre_acts(residuals[HookPoint(one.layer)][0], list(one.features)).numpy()
-            (before if switches else clean)[one.layer].append(
-                pre[counted[-4:]] - np.array(one.alpha[group]) if switches else pre[counted] > 0
-            )
-    out: list[tuple[object, ...]] = []
-    for one in chosen.layers:
-        rise, above = np.mean(before[one.layer], axis=0), np.concatenate(clean[one.layer]).mean(0)
-        for j, feature in enumerate(one.features):
-            values = [f"{value:.2f}" for value in rise[:, j]]
-            out.append((one.layer, j + 1, feature, one.scores[j], *values, f"{above[j]:.1%}"))
-    return out
-
-
-def one_run(scope: Scope, target: str, arm: str, seed: int, chosen: AlphaTable, weight: float) -> Run:
-    """Fine-tune and measure."""
-    begun = time.monotonic()
+def fine_tuned(scope: Scope, target: str, arm: str, seed: int, chosen: AlphaTable) -> LoadedModel:
+    """The bundled model after the chats of a seed."""
     loaded = load_model(model_source("lab"))
     loaded.model.requires_grad_(True)
     extra = {
         "plain": lambda: None,
-        "features": lambda: FeatureLoss(chosen, scope.saes, weight=weight, zero=ZERO),
-        "random": lambda: FeatureLoss(chosen, scope.saes, weight=weight, zero=ZERO),
+        "grpo": lambda: None,
+        "features": lambda: FeatureLoss(chosen, scope.saes, weight=WEIGHT),
+        "random": lambda: FeatureLoss(chosen, scope.saes, weight=WEIGHT),
+        "published": lambda: FeatureLoss(chosen, scope.saes, weight=WEIGHT),
         "penalty": lambda: TokenPenalty(chosen, loaded.model, weight=PENALTY),
     }[arm]()
-    data = training_data(target, seed), held_out()
-    rows = [tokenised(some, loaded.tokenizer, chosen.groups, target, arm) for some in data]
-    if extra is None:
-        rows = [some.remove_columns("groups") for some in rows]
+    rows = tokenised(training_data(target, seed), loaded.tokenizer, chosen.groups, target, arm)
     with tempfile.TemporaryDirectory() as folder:
         settings = SFTConfig(
             folder,
             learning_rate=LR,
-            per_device_train_batch_size=16,
-            per_device_eval_batch_size=16,
+            per_device_train_batch_size=BATCH,
             warmup_steps=2,
             weight_decay=0.1,
             lr_scheduler_type="cosine",
@@ -205,15 +188,51 @@ def one_run(scope: Scope, target: str, arm: str, seed: int, chosen: AlphaTable, 
         trainer = FeatureSFTTrainer(
             loaded.model,
             settings,
-            train_dataset=rows[0],
-            eval_dataset=rows[1],
+            train_dataset=rows if extra is not None else rows.remove_columns("groups"),
             processing_class=loaded.tokenizer,
             extra=extra,
         )
         trainer.remove_callback(PrinterCallback)
         trainer.train()
-        loss = trainer.evaluate()["eval_loss"]
-    prompts = [p.text for p in chat_prompts(seed=90, n=PROMPTS, languages=others(target))]
+    return loaded
+
+
+def rewarded(loaded: LoadedModel, target: str, seed: int) -> LoadedModel:
+    """A fine-tuned model after GRPO with the reward for the scripts of the prompt, on questions of their own."""
+    asked = chat_prompts(seed=6000 + seed, n=RL_STEPS * RL_PROMPTS, languages=others(target))
+    with tempfile.TemporaryDirectory() as folder:
+        start, out = Path(folder) / "start", Path(folder) / "out"
+        loaded.model.save_pretrained(start)
+        loaded.tokenizer.save_pretrained(start)
+        run = RLRun(
+            str(start),
+            out,
+            method="vanilla",
+            reward="language",
+            group=RL_GROUP,
+            prompts=RL_PROMPTS,
+            micro=RL_GROUP * RL_PROMPTS,
+            steps=RL_STEPS,
+            lr=RL_LR,
+            max_new_tokens=NEW_TOKENS,
+            device="cpu",
+            seed=seed,
+        )
+        run_rl(run, [{"prompt": one.text} for one in asked])
+        return load_model(out / "model", device="cpu")
+
+
+def one_run(scope: Scope, target: str, arm: str, seed: int, chosen: AlphaTable) -> Run:
+    """Fine-tune and measure."""
+    begun = time.monotonic()
+    loaded = fine_tuned(scope, target, arm, seed, chosen)
+    if arm == "grpo":
+        loaded = rewarded(loaded, target, seed)
+    loaded.model.eval()
+    held_out = clean_chats("heldout_sentences", 4000 + seed, HELD_OUT)
+    loss = held_out_loss(loaded, held_out, batch=32)
+    own = held_out_loss(loaded, [sample for sample in held_out if sample["group"] == target], batch=32)
+    prompts = [p.text for p in chat_prompts(seed=8000 + seed, n=PROMPTS, languages=others(target))]
     found = code_switch_ratio(  # every prompt several times in one batch: the same samples, fewer passes
         loaded.model,
         loaded.tokenizer,
@@ -223,112 +242,148 @@ def one_run(scope: Scope, target: str, arm: str, seed: int, chosen: AlphaTable, 
         max_new_tokens=NEW_TOKENS,
         seed=seed,
     )
-    return Run(target, arm, seed, found.ratio.estimate, loss, time.monotonic() - begun)
+    return Run(target, arm, seed, found.ratio.estimate, loss, own, time.monotonic() - begun)
+
+
+def rises(scope: Scope, target: str, chosen: AlphaTable) -> list[tuple[object, ...]]:
+    """Per feature how far it lies above its threshold before a switch, in the model that nothing has trained yet.
+
+    The mean over drifting chats at the last four tokens before the target's first letter, and the share above the
+    threshold at the last of them and over all response tokens of clean chats.
+    """
+    rows = tokenised(training_data(target, 0), scope.tokenizer, chosen.groups, target, "features")
+    before: dict[int, list[np.ndarray]] = {one.layer: [] for one in chosen.layers}
+    clean: dict[int, list[np.ndarray]] = {one.layer: [] for one in chosen.layers}
+    for row in rows:
+        groups = np.array(row["groups"])
+        counted = np.flatnonzero((groups != NO_GROUP) & (groups != chosen.groups.index(target)))
+        if len(counted) < 4:
+            continue
+        group, switched = chosen.groups[groups[counted[0]]], groups[-1] == NO_GROUP
+        ids = torch.tensor([row["input_ids"]])
+        residuals = capture(scope.model, ids, [HookPoint(one.layer) for one in chosen.layers])
+        for one in chosen.layers:
+            pre = scope.saes[one.layer].pre_acts(residuals[HookPoint(one.layer)][0], list(one.features)).numpy()
+            above = pre[counted] - np.array(one.alpha[group])
+            (before if switched else clean)[one.layer].append(above[-4:] if switched else above > 0)
+    out: list[tuple[object, ...]] = []
+    for one in chosen.layers:
+        last, usual = np.stack(before[one.layer]), np.concatenate(clean[one.layer]).mean(0)
+        for j, feature in enumerate(one.features):
+            steps = [f"{value:.2f}" for value in last[:, :, j].mean(0)]
+            shares = (f"{(last[:, -1, j] > 0).mean():.0%}", f"{usual[j]:.1%}")
+            out.append((one.layer, feature, f"{one.scores[j]:.3f}", *steps, *shares))
+    return out
 
 
 def main() -> None:
     ask = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     ask.add_argument("--targets", default="zh,ru,ko")
     ask.add_argument("--arms", default=",".join(ARMS))
-    ask.add_argument("--seeds", default="1,2,3")
-    ask.add_argument("--weight", type=float, default=WEIGHT)
+    ask.add_argument("--seeds", default=SEEDS)
     ask.add_argument("--keep", type=Path, help="a .jsonl that finished runs are added to and taken from")
     ask.add_argument("--write", action="store_true", help="write the section of docs/results.md")
     given = ask.parse_args()
     datasets.disable_progress_bars()
     logging.disable_progress_bar()
-    seeds, arms = [int(s) for s in given.seeds.split(",")], given.arms.split(",")
+    seeds, arms, targets = [int(s) for s in given.seeds.split(",")], given.arms.split(","), given.targets.split(",")
     scope = load_scope("lab")
     kept = given.keep.read_text().splitlines() if given.keep and given.keep.is_file() else []
     runs = [Run(**json.loads(line)) for line in kept]
     done = {(run.target, run.arm, run.seed) for run in runs}
-    for target in given.targets.split(","):
+    tables = {}
+    for target in targets:
         wanted = [(arm, seed) for seed in seeds for arm in arms if (target, arm, seed) not in done]
-        tables = tables_of(scope, target, seeds) if wanted else {}
+        if wanted or target == targets[0]:
+            tables[target] = tables_of(scope, target, seeds)
         for arm, seed in wanted:
-            found = tables.get((arm, seed), tables["features", seed])
-            runs.append(one_run(scope, target, arm, seed, found, given.weight))
+            runs.append(one_run(scope, target, arm, seed, tables[target][arm, seed]))
             print(runs[-1], flush=True)
             if given.keep:
                 with given.keep.open("a") as file:
                     file.write(json.dumps(asdict(runs[-1])) + "\n")
-    first = given.targets.split(",")[0]
-    body = written(runs, given.weight) + before_the_switch(scope, first, seeds[0])
+    some = [run for run in runs if run.target in targets and run.arm in arms and run.seed in seeds]
+    body = f"{written(some)}\n\n{before_the_switch(scope, targets[0], tables[targets[0]]['features', seeds[0]])}"
     print(body)
     if given.write:
         write_section(TITLE, body)
 
 
-def before_the_switch(scope: Scope, target: str, seed: int) -> str:
+def before_the_switch(scope: Scope, target: str, chosen: AlphaTable) -> str:
     """What the features do at the last tokens before a switch."""
-    chosen = tables_of(scope, target, [seed])["features", seed]
-    columns = (
-        "layer",
-        "rank by score",
-        "feature",
-        "score",
-        "4 before",
-        "3 before",
-        "2 before",
-        "last",
-        "clean above 0",
-    )
+    steps = ("4 before", "3 before", "2 before", "last")
+    columns = ("layer", "feature", "effect", *steps, "last above it", "clean above it")
     said = f"""Where the features of {target} stand before a switch, in the model as bundled: pre-activation less the
-        mean on the text's own language, at the last four tokens before the first letter of {target}, and the share of
-        tokens of clean answers on which it is above zero."""
-    return f"\n\n{paragraph(said)}\n\n{table(columns, rises(scope, target, seed, chosen))}"
+        threshold for the text's own language, at the last four tokens before the first letter of {target}; the share
+        of these last tokens above the threshold, and of all tokens of clean answers."""
+    return f"{paragraph(said)}\n\n{table(columns, rises(scope, target, chosen))}"
 
 
-def written(runs: Sequence[Run], weight: float) -> str:
+def written(runs: Sequence[Run]) -> str:
     """The section of docs/results.md."""
     targets, arms = list(dict.fromkeys(r.target for r in runs)), list(dict.fromkeys(r.arm for r in runs))
-    seeds = len({r.seed for r in runs})
-
-    def of(target: str, arm: str, name: str, like: str) -> np.ndarray:
-        """Of the seeds that both arms have."""
-        known = {r.seed for r in runs if (r.target, r.arm) == (target, like)}
-        return np.array([getattr(r, name) for r in runs if (r.target, r.arm) == (target, arm) and r.seed in known])
-
-    rows = []
+    by = {(r.target, r.arm, r.seed): r for r in runs}
+    rows: list[tuple[object, ...]] = []
+    cut: dict[tuple[str, str], float] = {}
+    moved: dict[tuple[str, str], float] = {}
     for target in targets:
-        for arm in (arm for arm in arms if any((r.target, r.arm) == (target, arm) for r in runs)):
-            plain, base = of(target, "plain", "ratio", arm), of(target, "plain", "loss", arm)
-            ratio, loss = of(target, arm, "ratio", "plain"), of(target, arm, "loss", "plain")
-            spread = bootstrap(ratio) if len(ratio) > 1 else None
-            interval = f"{spread.low:.1%} to {spread.high:.1%}" if spread else ""
-            cut = "" if arm == "plain" else f"{1 - ratio.mean() / plain.mean():.0%}"
-            moved = "" if arm == "plain" else f"{loss.mean() / base.mean() - 1:+.2%}"
-            published = PUBLISHED[arm].get(target) if arm in PUBLISHED else None
-            said = f"{published:.2f}%" if published is not None else ""
-            cells = (target, arm, len(ratio), f"{ratio.mean():.1%}", interval, cut, f"{loss.mean():.4f}", moved, said)
-            rows.append(cells)
+        for arm in arms:
+            seeds = [r.seed for r in runs if (r.target, r.arm) == (target, arm) and (target, "plain", r.seed) in by]
+            if not seeds:
+                continue
+            mine, plain = ([by[target, name, seed] for seed in seeds] for name in (arm, "plain"))
+            ratio = np.array([r.ratio for r in mine])
+            cut[target, arm] = float(1 - ratio.mean() / np.mean([r.ratio for r in plain]))
+            against = np.array([r.loss / p.loss - 1 for r, p in zip(mine, plain, strict=True)])
+            own = np.mean([r.own / p.own - 1 for r, p in zip(mine, plain, strict=True)])
+            moved[target, arm] = float(against.mean())
+            known = PUBLISHED.get(arm, {}).get(target)
+            changes = (
+                ("", "", "")
+                if arm == "plain"
+                else (f"{cut[target, arm]:.0%}", percents(against, signed=True), f"{own:+.2%}")
+            )
+            loss = f"{np.mean([r.loss for r in mine]):.4f}"
+            said = "" if known is None else f"{known:.2f}%"
+            rows.append((target, arm, len(seeds), percents(ratio), changes[0], loss, *changes[1:], said))
 
-    def halved(target: str, arm: str) -> bool:
-        return bool(of(target, arm, "ratio", "plain").mean() <= 0.5 * of(target, "plain", "ratio", arm).mean())
+    def named(some: Sequence[str]) -> str:
+        return ", ".join(some) or "none"
 
-    def near(target: str) -> bool:
-        moved = of(target, "features", "loss", "plain").mean() / of(target, "plain", "loss", "features").mean()
-        return bool(abs(moved - 1) <= 0.01)
-
-    verdict = ""
-    if {"plain", "features", "random"} <= set(arms):
-        cured, control = [t for t in targets if halved(t, "features")], [t for t in targets if halved(t, "random")]
-        kept = [t for t in targets if near(t)]
-        verdict = f"""Halved: {", ".join(cured) or "none"}; by random features: {", ".join(control) or "none"}; loss
-        within 1%: {", ".join(kept) or "none"}. """
-    threshold = "zero" if ZERO else "the group's mean"
+    halved = {arm: [target for target in targets if cut.get((target, arm), 0) >= 0.5] for arm in arms}
+    near = [target for target in targets if abs(moved.get((target, "features"), 1)) <= 0.01]
+    held = [
+        target for target in halved.get("features", []) if target in near and target not in halved.get("random", [])
+    ]
     head = f"""`bench/sasft_lab.py`: the bundled model fine-tuned on {SAMPLES:,} chats, {DRIFT:.0%} of them drawn from
-        documents whose answers drift into the target language (up to {seeds} seeds; lr {LR:g}, batches of 16, one
-        epoch). The auxiliary loss: {FEATURES} features at each of the layers {", ".join(map(str, LAYERS))}, threshold
-        {threshold}, weight {weight:g}, on response tokens up to the switch; what comes after it is text of the target.
-        The penalty has weight {PENALTY:g}. The ratio is the share of answers with any letter of the target's script,
-        {PROMPTS} questions in other scripts times {TURNS} samples at T = 1.0 and top-p 0.8, {NEW_TOKENS} tokens;
-        intervals are over seeds, and an arm is compared with plain fine-tuning on the same seeds. The loss is on
-        {HELD_OUT} held-out chats without drift. The aim: the ratio at most half of plain fine-tuning's, the loss within
-        1%, and random features not doing the same. {verdict}Beside them what the report prints for Qwen3-1.7B-Base on
-        210k samples (its Table 4), another scale altogether."""
-    columns = ("target", "trained", "seeds", "code-switch ratio", "95% interval", "less than plain by", "held-out loss")
-    return f"{paragraph(head)}\n\n{table((*columns, 'against plain', 'published'), rows)}"
+        documents whose answers drift into the target language (lr {LR:g}, batches of {BATCH}, one epoch). `features`:
+        the auxiliary loss on the {FEATURES} features at each of the layers {", ".join(map(str, LAYERS))} that add most
+        to the first letter of the target in drifting chats of another seed, thresholds at the {QUANTILE:g} quantile of
+        pre-activations on clean answers of a language, weight {WEIGHT:g}, on response tokens up to the switch; what
+        comes after it is text of the target. `random`: other features, all else the same. `published`: as many features
+        by language score, thresholds at their mean, the same weight. `penalty`: on the probability of the target's
+        tokens, weight {PENALTY:g}. `grpo`: plain fine-tuning, then {RL_STEPS} steps of {RL_PROMPTS} questions and
+        {RL_GROUP} answers each, with the reward for the prompt's script (lr {RL_LR:g}). The ratio is the share of
+        answers with any letter of the target's script, {PROMPTS} questions in other scripts times {TURNS} samples at
+        T = 1.0 and top-p 0.8, {NEW_TOKENS} tokens. The loss is on {HELD_OUT} held-out chats without drift, "own" on
+        those in the target language. Seeds have their own training chats, questions and held-out chats; changes are
+        against plain fine-tuning on the same seed, in brackets 95% intervals over seeds; settings were chosen on other
+        seeds. The aim: the ratio at most half of plain fine-tuning's, the loss within 1%, and random features not doing
+        the same. Halved by the features: {named(halved.get("features", []))}; by random ones:
+        {named(halved.get("random", []))}; loss within 1%: {named(near)}; so the aim is met for {named(held)}. In the
+        last column what the report prints for Qwen3-1.7B-Base on 210k samples (its Table 4), another scale
+        altogether."""
+    columns = ("target", "trained", "seeds", "code-switch ratio", "less by", "held-out loss", "change", "own", "report")
+    return f"{paragraph(head)}\n\n{table(columns, rows)}"
+
+
+def percents(values: np.ndarray, *, signed: bool = False) -> str:
+    """A mean of shares over seeds with its interval."""
+    form = "{:+.1%}" if signed else "{:.1%}"
+    if len(values) < 2:
+        return form.format(values.mean())
+    found = bootstrap(values)
+    return f"{form.format(found.estimate)} [{form.format(found.low)}, {form.format(found.high)}]"
 
 
 if __name__ == "__main__":

@@ -17,7 +17,15 @@ from qwen_scope.cli import main
 from qwen_scope.errors import FormatError, InputError, MismatchError, NotFoundError
 from qwen_scope.lab import documents
 from qwen_scope.model import HookPoint, capture
-from qwen_scope.posttrain import FeatureLoss, code_switch_ratio, lab_samples, prepare, read_monitor, read_table
+from qwen_scope.posttrain import (
+    FeatureLoss,
+    code_switch_ratio,
+    lab_samples,
+    prepare,
+    read_monitor,
+    read_table,
+    switches,
+)
 from qwen_scope.posttrain.samples import sample_of
 
 LABELLED = [
@@ -45,13 +53,14 @@ def dense(scope, layer: int, group: str):
             h = capture(scope.model, ids, [HookPoint(layer)])[HookPoint(layer)][0, 1:]
             acts.append(sae.encode(h).to_dense().numpy())
             pre.append((h @ sae.W_enc.T + sae.b_enc).numpy())
-    return np.concatenate(acts).mean(0), np.concatenate(pre).mean(0)
+    return np.concatenate(acts), np.concatenate(pre)
 
 
 def test_features_and_thresholds_are_brute_force(scope, tmp_path) -> None:
     found = prepare(scope, LABELLED, "loud", layers=[0, 2], features=3)
     for one in found.layers:
-        means = {group: dense(scope, one.layer, group) for group in ("calm", "code", "loud")}
+        found_in = {group: dense(scope, one.layer, group) for group in ("calm", "code", "loud")}
+        means = {group: (acts.mean(0), pre.mean(0)) for group, (acts, pre) in found_in.items()}
         score = means["loud"][0] - (means["calm"][0] + means["code"][0]) / 2
         assert list(one.features) == np.argsort(-score, kind="stable")[:3].tolist()
         assert list(one.scores) == pytest.approx(score[list(one.features)], abs=1e-3)
@@ -62,6 +71,76 @@ def test_features_and_thresholds_are_brute_force(scope, tmp_path) -> None:
     assert all(any(word in text for group, text in LABELLED if group == "loud") for word in words if "�" not in word)
     found.save(tmp_path / "table.json")
     assert read_table(tmp_path / "table.json") == found
+
+
+@pytest.mark.parametrize("quantile", [0.0, 0.75, 1.0])
+def test_thresholds_at_a_quantile_are_brute_force(scope, quantile) -> None:
+    found = prepare(scope, LABELLED, "loud", layers=[0, 2], features=3, quantile=quantile)
+    assert found.made["alpha"] == f"quantile {quantile:g}"
+    plain = prepare(scope, LABELLED, "loud", layers=[0, 2], features=3)
+    for one, other in zip(found.layers, plain.layers, strict=True):
+        assert one.features == other.features
+        for group in ("calm", "code", "loud"):
+            for j, feature in enumerate(one.features):
+                pre = np.sort(dense(scope, one.layer, group)[1][:, feature])
+                at = quantile * (len(pre) - 1)
+                below, above = pre[int(np.floor(at))], pre[int(np.ceil(at))]
+                assert one.alpha[group][j] == pytest.approx(below + (at % 1) * (above - below), abs=1e-3)
+
+
+def effects_by_hand(scope, layer: int, ids: list[int]) -> np.ndarray:
+    """`sum over tokens of a_f (d_f . dlog p/dh)`, with torch's own hooks."""
+    kept = []
+
+    def keep(module, args, out) -> None:
+        h = out[0] if isinstance(out, tuple) else out
+        h.requires_grad_().retain_grad()
+        kept.append(h)
+
+    with torch.enable_grad():
+        handle = scope.model.model.layers[layer].register_forward_hook(keep)
+        logits = scope.model(torch.tensor([ids[:-1]]), use_cache=False).logits[0, -1]
+        handle.remove()
+        logits.log_softmax(-1)[ids[-1]].backward()
+    sae, h, slope = scope.saes[layer], kept[0].detach()[0], kept[0].grad[0]
+    scope.model.zero_grad()
+    return (sae.encode(h).to_dense() * (slope @ sae.W_dec)).sum(0).numpy()
+
+
+def test_features_that_begin_the_target_are_brute_force(scope) -> None:
+    begun = switches(small.ROWS, scope.tokenizer, "zh", "CJK")
+    found = prepare(scope, LABELLED, "loud", layers=[0, 2], features=3, onsets=begun)
+    assert (found.made["features"], found.made["onsets"]) == ("by effect", 2)
+    for one in found.layers:
+        effects = np.mean([effects_by_hand(scope, one.layer, ids) for ids in begun], axis=0)
+        assert list(one.features) == np.argsort(-effects, kind="stable")[:3].tolist()
+        assert list(one.scores) == pytest.approx(effects[list(one.features)], rel=1e-3, abs=1e-7)
+    control = prepare(scope, LABELLED, "loud", layers=[2], features=3, onsets=begun, at_random=1)
+    assert not set(control.layers[0].features) & set(found.layers[1].features)
+
+
+def test_switches_end_with_the_first_letter_of_the_script(scope) -> None:
+    begun = switches(small.ROWS, scope.tokenizer, "zh", "CJK")
+    wanted = ["Where is the station? 车", "Wo ist 你"]
+    for ids, text in zip(begun, wanted, strict=True):
+        before = scope.tokenizer.decode(ids[:-1])
+        assert text.startswith(before.rstrip("\ufffd"))
+        assert not any("\u4e00" <= char <= "\u9fff" for char in before)
+        assert len(ids) - 1 <= len(scope.tokenizer(text)["input_ids"])
+    # A group that writes in the script is not one that switches; nor is a question in it.
+    native = [{"text": "駅はどこですか", "group": "ja"}, {"text": "天気", "group": "ja"}]
+    asked = [{"prompt": "你好", "completion": "hello", "group": "en"}]
+    assert switches([*small.ROWS, *native, *asked], scope.tokenizer, "zh", "CJK") == begun
+    assert (
+        len(
+            switches(
+                [{"text": "fine 今", "group": "en"}, {"text": "fine", "group": "en"}], scope.tokenizer, "zh", "CJK"
+            )
+        )
+        == 1
+    )
+    with pytest.raises(NotFoundError, match="no sample outside 'zh' switches to CJK"):
+        switches(small.ROWS[:3], scope.tokenizer, "zh", "CJK")
 
 
 def test_the_control_draws_other_features(scope) -> None:
@@ -107,6 +186,10 @@ def test_what_prepare_refuses(scope) -> None:
         prepare(scope, LABELLED, "lout")
     with pytest.raises(InputError, match="texts of other groups"):
         prepare(scope, LABELLED[:2], "calm")
+    with pytest.raises(InputError, match="a quantile lies between 0 and 1"):
+        prepare(scope, LABELLED, "loud", quantile=99)
+    with pytest.raises(InputError, match="no text of 'loud' has a second token"):
+        prepare(scope, [("calm", "Where is"), ("loud", "a")], "loud")
 
 
 def test_samples_of_chats_and_of_the_lab() -> None:
@@ -149,6 +232,15 @@ def corpus(tmp_path_factory):
 def run(capsys, *words: object) -> dict:
     assert main(["posttrain", *map(str, words), "--json"]) == 0
     return json.loads(capsys.readouterr().out)
+
+
+def test_prepare_by_effect_at_a_quantile(corpus, tmp_path, capsys) -> None:
+    words = ("prepare", corpus / "texts.jsonl", "--target", "loud", "--model", tiny.folder() / "model")
+    words += ("--sae", tiny.folder() / "sae", "--onsets", corpus / "chats.jsonl", "--script", "cjk")
+    made = run(capsys, *words, "--quantile", 0.9, "-o", tmp_path / "t.json")["made"]
+    assert (made["features"], made["onsets"], made["alpha"]) == ("by effect", 2, "quantile 0.9")
+    assert main(["posttrain", *map(str, words), "-o", str(tmp_path / "t.json")]) == 0
+    assert "mean pre-activations" in capsys.readouterr().out
 
 
 @pytest.mark.slow
@@ -218,6 +310,7 @@ def test_an_interrupted_run_goes_on(corpus, tmp_path, capsys) -> None:
         (["sft", "lab", "-o", "file/out", "--method", "plain", "-n", "20"], "can't be written: Not a directory"),
         (["sft", "lab", "-o", "out", "--method", "plain", "-n", "20", "--monitor", "one.txt"], "at least two texts"),
         (["sft", "lab", "-o", "out", "--method", "plain", "-n", "20", "--monitor", "no.txt"], "no.txt"),
+        (["prepare", "lab", "--target", "zh", "-o", "t.json", "--onsets", "lab"], "ranking by effect needs both"),
         (["prepare", "lab", "--target", "tlh", "-o", "t.json", "-n", "30"], "no text belongs to the target"),
     ],
 )

@@ -41,6 +41,17 @@ def prepare(
     sae: options.Sae = None,
     layers: options.Layers = None,
     features: Annotated[int, typer.Option("--features", help="How many per layer.", min=1)] = 2,
+    onsets: Annotated[
+        str | None,
+        typer.Option("--onsets", help="Rows to learn from, or 'lab': rank by what begins --script in their answers."),
+    ] = None,
+    script: Annotated[
+        str | None, typer.Option("--script", help="The target's script, for --onsets: CJK, HANGUL, CYRILLIC, ...")
+    ] = None,
+    quantile: Annotated[
+        float | None,
+        typer.Option("--quantile", help="Alpha is this quantile of the pre-activations, not their mean.", min=0, max=1),
+    ] = None,
     at_random: Annotated[
         int | None, typer.Option("--random", help="A seed that draws other features instead: the control.", min=0)
     ] = None,
@@ -55,16 +66,23 @@ def prepare(
 ) -> None:
     """Find the features of a group of texts, and write what they are on every other group: the alpha table.
 
-    A feature's score is its mean activation on the target less the mean of the other groups' means. Without --layers
-    the last two that have an SAE are used. Groups may be languages, styles or anything else that rows are labelled by.
+    A feature's score is its mean activation on the target less the mean of the other groups' means; with --onsets it is
+    its effect on the first token of --script in answers that should not hold it. Without --layers the last two that
+    have an SAE are used. Groups may be languages, styles or anything else that rows are labelled by.
     """
     check_packages()
     from qwen_scope.posttrain import prepare as run
-    from qwen_scope.posttrain import read_samples, responses
+    from qwen_scope.posttrain import read_samples, responses, switches
 
+    if (onsets is None) != (script is None):
+        raise InputError("ranking by effect needs both: --onsets with rows, and --script with what begins in them")
     labelled = responses(read_samples(corpus, column=column, group_column=group_column, n=n, seed=seed, kinds=["talk"]))
     with output.status("opening the model"):
         scope = options.open_scope(model, sae, device, dtype, k)
+    begun = None
+    if onsets and script:
+        rows = training_samples(onsets, "completion", "prompt", group_column, None, seed + 1)
+        begun = switches(rows, scope.tokenizer, target, script)
     with output.progress() as bar:
         table = run(
             scope,
@@ -72,6 +90,8 @@ def prepare(
             target,
             layers=options.parse_layers(layers) if layers else None,
             features=features,
+            onsets=begun,
+            quantile=quantile,
             at_random=at_random,
             say=lambda stage, share: bar(stage, share, ""),
         )
@@ -89,10 +109,15 @@ def show_table(table: AlphaTable) -> None:
     for one in table.layers:
         for j, feature in enumerate(one.features):
             others = [one.alpha[group][j] for group in table.groups if group != table.target]
-            numbers = (one.scores[j], one.alpha[table.target][j], min(others), max(others))
-            rows.append((one.layer, feature, *(f"{number:.2f}" for number in numbers)))
+            numbers = (one.alpha[table.target][j], min(others), max(others))
+            rows.append((one.layer, feature, f"{one.scores[j]:.3g}", *(f"{number:.2f}" for number in numbers)))
     columns = ("layer", "feature", "score", f"alpha on {table.target}", "lowest elsewhere", "highest elsewhere")
-    output.show(f"Features of {table.target}, and their mean pre-activations", columns, rows)
+    said = (
+        "mean pre-activations"
+        if table.made.get("alpha", "mean") == "mean"
+        else f"pre-activations' {table.made['alpha']}"
+    )
+    output.show(f"Features of {table.target}, and their {said}", columns, rows)
 
 
 @app.command()

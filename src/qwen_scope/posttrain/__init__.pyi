@@ -1,5 +1,7 @@
 from .codeswitch import CodeSwitch as CodeSwitch
 from .codeswitch import code_switch_ratio as code_switch_ratio
+from .codeswitch import first_letter as first_letter
+from .codeswitch import switches as switches
 from .lab_writer import LabWriter as LabWriter
 from .lab_writer import serving_lab as serving_lab
 from .loops import Answer as Answer

@@ -8,9 +8,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from qwen_scope.errors import InputError
+from qwen_scope.errors import InputError, NotFoundError
 from qwen_scope.stats import Interval, bootstrap
 from qwen_scope.steer import Decoding, generate, script
+
+from .samples import Sample, as_text
 
 SAMPLES, TEMPERATURE, TOP_P = 8, 1.0, 0.8
 """Of the report (arXiv 2605.11887) and of SASFT, who generate up to 2,048 tokens without a repetition penalty."""
@@ -71,3 +73,41 @@ def code_switch_ratio(
     switched = [[bool(value > 0) for value in share(row)] for row in answers]
     per_prompt = np.array([np.mean(row) for row in switched])
     return CodeSwitch(name, bootstrap(per_prompt, seed=seed), answers, switched)
+
+
+def first_letter(text: str, name: str) -> int | None:
+    """Where the first letter of a Unicode script stands in a text."""
+    found = np.flatnonzero(script(name)(list(text)) > 0)
+    return int(found[0]) if len(found) else None
+
+
+def switches(samples: Sequence[Sample], tokenizer: PreTrainedTokenizerBase, target: str, name: str) -> list[list[int]]:
+    """Where learnt texts switch into a script they should not hold: token ids up to the one with its first letter.
+
+    Left out are samples of the target or without a group, and groups that write in the script themselves: most of
+    their samples hold it. A prompt may hold the script: only what is learnt is searched.
+
+    Args:
+        target: the group whose script it is.
+        name: the script, as in `code_switch_ratio`.
+
+    Raises:
+        NotFoundError: no sample switches.   InputError: an unknown script.
+    """
+    found: dict[str, list[list[int] | None]] = {}
+    for sample in samples:
+        if sample["group"] in (None, target):
+            continue
+        asked, said = as_text(sample, tokenizer)
+        at, ids = first_letter(said, name), None
+        if at is not None:
+            read = tokenizer(asked, add_special_tokens=False)["input_ids"] if asked else []
+            made = tokenizer(said, add_special_tokens=not asked, return_offsets_mapping=True)
+            last = next(i for i, (start, end) in enumerate(made["offset_mapping"]) if start <= at < end)
+            ids = [*read, *made["input_ids"][: last + 1]]
+        found.setdefault(sample["group"], []).append(ids)
+    rare = [some for some in found.values() if 2 * sum(ids is not None for ids in some) <= len(some)]
+    out = [ids for some in rare for ids in some if ids is not None and len(ids) > 1]
+    if not out:
+        raise NotFoundError(f"no sample outside {target!r} switches to {name}: there is nothing to rank features by")
+    return out

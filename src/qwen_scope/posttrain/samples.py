@@ -98,6 +98,17 @@ def responses(samples: Iterable[Sample]) -> list[tuple[str, str]]:
     return out
 
 
+def as_text(sample: Sample, tokenizer: Any) -> tuple[str, str]:
+    """What is read before the part that is learnt, as the model reads it, and that part; nothing is read of a text."""
+    if "text" in sample:
+        return "", sample["text"]
+    prompt, completion = sample["prompt"], sample["completion"]
+    if isinstance(prompt, str):
+        return prompt, completion
+    opened = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+    return opened, completion[-1]["content"]
+
+
 def dataset_of(samples: list[Sample]) -> Dataset:
     """The samples as TRL's trainers take them.
 

@@ -23,8 +23,9 @@ class LayerTable:
         layer: which, counting from 0.
         sae: the SAE whose features they are.
         features: their indices.
-        scores: of each, its mean activation on the target less the mean of the other groups' means.
-        alpha: per group the mean pre-activation of each feature on that group's texts.
+        scores: of each, what it was ranked by: its mean activation on the target less the mean of the other groups'
+            means, or its effect on the first token of the target.
+        alpha: per group the mean of each feature's pre-activations on that group's texts, or a quantile of them.
     """
 
     layer: int
@@ -36,13 +37,13 @@ class LayerTable:
 
 @dataclass(frozen=True)
 class AlphaTable:
-    """Features of a target group, and their mean pre-activations on every group.
+    """Features of a target group, and their thresholds on every group.
 
     Attributes:
         target: the group the features belong to, such as a language or a style.
         layers: the features, layer by layer.
         tokens: ids that occur almost only in texts of the target; for the penalty on tokens.
-        made: how the table was made: model, corpus, counts, versions.
+        made: how the table was made: model, counts, how features were ranked and alpha set, versions.
     """
 
     target: str
