@@ -174,7 +174,7 @@ def one_run(keep: Path, arm: str, seed: int, recipe: Recipe) -> dict[str, Any]:
 
 
 def main() -> None:
-    ask = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    ask = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     ask.add_argument("--keep", type=Path, required=True, help="a folder that finished work is added to and taken from")
     ask.add_argument("--seeds", default="1,2,3")
     ask.add_argument("--arms", default=",".join(RL_METHODS))
@@ -241,14 +241,16 @@ def written(runs: Sequence[dict[str, Any]], recipe: Recipe) -> str:
     }
     features = ", ".join(f"{one.layer}:{one.feature}" for one in recipe.interventions)
     worst = max(point["reward_of_loops"] for run in runs for point in run["points"])
-    head = f"""`bench/repetition_lab.py`: the bundled model fine-tuned on {CHATS:,} chats of at most {SENTENCES} sentences
+    head = f"""`bench/repetition_lab.py`: the bundled model fine-tuned on {CHATS:,} chats of at most {SENTENCES}
+        sentences
         ({START_STEPS} steps of {START_BATCH}, lr {START_LR:g}), of which {STUCK:.0%} repeat their last {BLOCK} tokens
         to the limit of {NEW_TOKENS}. The finder took {effect["loops"]} loops of {effect["answers"]:,} answers; the
         features (layer:feature) {features}, {AMOUNT} median residual norms each. Their causal check
         {"holds" if effect["causal"] else "does not hold"}: amplified on ordinary prompts, looping goes from
         {figures["normal"]} to {figures["amplified"]}; suppressed from the second turn of a loop on, from
         {figures["looping"]} to {figures["suppressed"]}."""
-    setup = f"""RL: {STEPS} steps of {PROMPTS} questions times {GROUP} answers, lr {LR:g}, T = {TEMPERATURE}, no top-p; reward
+    setup = f"""RL: {STEPS} steps of {PROMPTS} questions times {GROUP} answers, lr {LR:g}, T = {TEMPERATURE}, no top-p;
+        reward
         1 for an answer that ends and is in the language asked (no looping answer measured here earned more than
         {worst:g}). Looping is measured on {HELD_OUT:,} held-out questions per figure and {len(before)} seeds, which
         set prompts, draws and the random features; start model and recipe are the same for all, and were used in
