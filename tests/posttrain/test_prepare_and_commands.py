@@ -124,9 +124,7 @@ def test_switches_end_with_the_first_letter_of_the_script(scope) -> None:
     wanted = ["Where is the station? 车", "Wo ist 你"]
     for ids, text in zip(begun, wanted, strict=True):
         before = scope.tokenizer.decode(ids[:-1])
-        assert text.startswith(before.rstrip("\ufffd"))
-        assert not any("\u4e00" <= char <= "\u9fff" for char in before)
-        assert len(ids) - 1 <= len(scope.tokenizer(text)["input_ids"])
+        assert before.rstrip() == text[:-1].rstrip()
     # A group that writes in the script is not one that switches; nor is a question in it.
     native = [{"text": "駅はどこですか", "group": "ja"}, {"text": "天気", "group": "ja"}]
     asked = [{"prompt": "你好", "completion": "hello", "group": "en"}]
