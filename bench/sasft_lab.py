@@ -355,15 +355,21 @@ def written(runs: Sequence[Run]) -> str:
     held = [
         target for target in halved.get("features", []) if target in near and target not in halved.get("random", [])
     ]
+    about = {
+        "features": f"""the auxiliary loss on the {FEATURES} features at each of the layers
+            {", ".join(map(str, LAYERS))} that add most to the first letter of the target in drifting chats of another
+            seed, thresholds at the {QUANTILE:g} quantile of pre-activations on clean answers of a language, weight
+            {WEIGHT:g}, on response tokens up to the switch; what comes after it is text of the target.""",
+        "random": "other features, all else the same.",
+        "published": "as many features by language score, thresholds at their mean, the same weight.",
+        "penalty": f"on the probability of the target's tokens, weight {PENALTY:g}.",
+        "grpo": f"""plain fine-tuning, then {RL_STEPS} steps of {RL_PROMPTS} questions and {RL_GROUP} answers each, with
+            the reward for the prompt's script (lr {RL_LR:g}).""",
+    }
+    said_of = " ".join(f"`{arm}`: {about[arm]}" for arm in arms if arm in about)
     head = f"""`bench/sasft_lab.py`: the bundled model fine-tuned on {SAMPLES:,} chats, {DRIFT:.0%} of them drawn from
-        documents whose answers drift into the target language (lr {LR:g}, batches of {BATCH}, one epoch). `features`:
-        the auxiliary loss on the {FEATURES} features at each of the layers {", ".join(map(str, LAYERS))} that add most
-        to the first letter of the target in drifting chats of another seed, thresholds at the {QUANTILE:g} quantile of
-        pre-activations on clean answers of a language, weight {WEIGHT:g}, on response tokens up to the switch; what
-        comes after it is text of the target. `random`: other features, all else the same. `published`: as many features
-        by language score, thresholds at their mean, the same weight. `penalty`: on the probability of the target's
-        tokens, weight {PENALTY:g}. `grpo`: plain fine-tuning, then {RL_STEPS} steps of {RL_PROMPTS} questions and
-        {RL_GROUP} answers each, with the reward for the prompt's script (lr {RL_LR:g}). The ratio is the share of
+        documents whose answers drift into the target language (lr {LR:g}, batches of {BATCH}, one epoch). {said_of} The
+        ratio is the share of
         answers with any letter of the target's script, {PROMPTS} questions in other scripts times {TURNS} samples at
         T = 1.0 and top-p 0.8, {NEW_TOKENS} tokens. The loss is on {HELD_OUT} held-out chats without drift, "own" on
         those in the target language. Seeds have their own training chats, questions and held-out chats; changes are

@@ -124,17 +124,19 @@ def test_switches_end_with_the_first_letter_of_the_script(scope) -> None:
     wanted = ["Where is the station? 车", "Wo ist 你"]
     for ids, text in zip(begun, wanted, strict=True):
         before = scope.tokenizer.decode(ids[:-1])
-        assert text.startswith(before.rstrip("\ufffd"))
-        assert not any("\u4e00" <= char <= "\u9fff" for char in before)
-        # The last token is the first letter, or the first of its bytes.
-        after = scope.tokenizer.decode(ids)
-        assert (after[: len(text) - 1], after[len(text) - 1]) in {(text[:-1], text[-1]), (text[:-1], "\ufffd")}
+        assert before.rstrip() == text[:-1].rstrip()
     # A group that writes in the script is not one that switches; nor is a question in it.
     native = [{"text": "駅はどこですか", "group": "ja"}, {"text": "天気", "group": "ja"}]
     asked = [{"prompt": "你好", "completion": "hello", "group": "en"}]
     assert switches([*small.ROWS, *native, *asked], scope.tokenizer, "zh", "CJK") == begun
-    rare = [{"text": "fine 今", "group": "en"}, {"text": "fine", "group": "en"}]
-    assert len(switches(rare, scope.tokenizer, "zh", "CJK")) == 1
+    assert (
+        len(
+            switches(
+                [{"text": "fine 今", "group": "en"}, {"text": "fine", "group": "en"}], scope.tokenizer, "zh", "CJK"
+            )
+        )
+        == 1
+    )
     with pytest.raises(NotFoundError, match="no sample outside 'zh' switches to CJK"):
         switches(small.ROWS[:3], scope.tokenizer, "zh", "CJK")
 
