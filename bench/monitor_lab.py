@@ -44,8 +44,8 @@ from qwen_scope.scope import model_source
 
 TITLE = "The monitor on the lab"
 PLANTED = ("zh", "ru", "rude")
-LAYERS, FEATURES, EVERY, STEPS, FROM, BATCH, SHARE = (4, 5), 2, 2, 14, 6, 8, 0.5
-LR, HELD_OUT, ALARM, COST_STEPS, COST_PROBES = 3e-4, 16, 0.5, 60, 6
+LAYERS, FEATURES, EVERY, STEPS, FROM, BATCH, SHARE = (4, 5), 1, 2, 14, 6, 8, 0.5
+LR, HELD_OUT, ALARM, COST_STEPS, COST_PROBES = 3e-4, 16, 1.0, 60, 6
 Watch = dict[str, dict[int, list[int]]]
 
 
@@ -57,7 +57,8 @@ class Run:
         planted: what was planted, or None.
         steps: when it was measured.
         loss: on the held-out chats.
-        effect: per concept the largest effect on a feature of it, up or down: what the alarm looks at.
+        effect: per concept the mean effect on its features, up or down: what the alarm looks at.
+        alarms: per concept the step of the monitor's alarm.
         rise: per concept the mean effect on its features, with its sign.
     """
 
@@ -67,6 +68,7 @@ class Run:
     loss: list[float]
     effect: dict[str, list[float]]
     rise: dict[str, list[float]]
+    alarms: dict[str, int]
 
 
 def chats(seed: int, keep: Callable[[Document], bool], drift: str | None = None, split: str = "train") -> Iterator[Any]:
@@ -153,10 +155,18 @@ def one_run(scope: Scope, watch: Watch, planted: str | None, seed: int) -> Run:
     """Fine-tune, and read what was measured on the way."""
     kept = held_out()
     together = {layer: sorted({f for one in watch.values() for f in one[layer]}) for layer in LAYERS}
+    labels = {(layer, f): name for name, one in watch.items() for layer, some in one.items() for f in some}
     saes = {layer: scope.saes[layer] for layer in LAYERS}
     with tempfile.TemporaryDirectory() as folder:
         monitor = Monitor(
-            saes, scope.tokenizer, [d.text for d in kept], folder, watch=together, every=EVERY, alarm=ALARM
+            saes,
+            scope.tokenizer,
+            [d.text for d in kept],
+            folder,
+            watch=together,
+            every=EVERY,
+            alarm=ALARM,
+            labels=labels,
         )
         rows = training_data(planted, seed)
         more = {"eval_strategy": "steps", "eval_steps": EVERY, "max_steps": STEPS, "seed": seed}
@@ -170,10 +180,11 @@ def one_run(scope: Scope, watch: Watch, planted: str | None, seed: int) -> Run:
         by = {(entry["layer"], one["feature"]): one["effect"] for entry in line["layers"] for one in entry["watched"]}
         for concept, features in watch.items():
             values = [by[layer, f] for layer, some in features.items() for f in some]
-            effect[concept].append(max(map(abs, values)))
+            effect[concept].append(abs(float(np.mean(values))))
             rise[concept].append(float(np.mean(values)))
     steps = [line["step"] for line in lines]
-    return Run(planted, seed, steps, [losses[step] for step in steps], effect, rise)
+    alarms = {str(one["concept"]): int(one["step"]) for line in lines for one in line["alarms"]}
+    return Run(planted, seed, steps, [losses[step] for step in steps], effect, rise, alarms)
 
 
 def cost(scope: Scope, watch: Watch) -> dict[str, float]:
@@ -245,21 +256,22 @@ def written(runs: list[Run], price: dict[str, float]) -> str:
             continue
         moved = first(run.steps, np.array(run.loss), band(clean, lambda r: r.loss))
         rose = first(run.steps, np.array(run.rise[concept]), band(clean, lambda r, c=concept: r.rise[c]))
-        alarm = first(run.steps, np.array(run.effect[concept]), ALARM)
+        alarm = run.alarms.get(concept)
         for name, step in (("default", alarm), ("band", rose)):
             early[name] += step is not None and step > FROM and (moved is None or step < moved)
         final = run.loss[-1] - float(np.mean([c.loss[-1] for c in clean]))
         largest = max(run.effect[concept])
         rows.append((concept, run.seed, alarm or "none", rose or "none", moved or "none", largest, f"{final:+.3f}"))
-    raised = sum(any(max(values) > ALARM for values in run.effect.values()) for run in clean)
-    by = ", ".join(f"{c} {sum(max(run.effect[c]) > ALARM for run in clean)}" for c in PLANTED)
+    raised = sum(bool(run.alarms) for run in clean)
+    by = ", ".join(f"{c} {sum(c in run.alarms for run in clean)}" for c in PLANTED)
     left = ", ".join(f"{c} {false_alarms(clean, lambda r, c=c: r.rise[c])}" for c in PLANTED)
     head = f"""`bench/monitor_lab.py`: the bundled model on clean chats, {STEPS} steps of {BATCH}, lr {LR:g}; after step
         {FROM}, {SHARE:.0%} of the chats of a planted run drift into Chinese or Russian, or are rude. The monitor
         watches the top {FEATURES} features of every concept at layers {", ".join(map(str, LAYERS))} on {HELD_OUT}
-        held-out chats in other languages, every {EVERY} steps. Its alarm is at the default, an effect of {ALARM:g} on
-        one feature. Beside it, on an equal footing: the first step at which the mean effect on the concept's features,
-        and the loss on the same chats, lies three standard deviations above the {len(clean)} clean runs."""
+        held-out chats in other languages, every {EVERY} steps. Its alarm is at the default, a mean effect of
+        {ALARM:g} on a concept's features, twice in a row. Beside it, on an equal footing: the first step at which the
+        mean effect on the concept's features, and the loss on the same chats, lies three standard deviations above the
+        {len(clean)} clean runs."""
     middle = f"""In {early["default"]} of {len(rows)} planted runs the default alarm came after the planting and before
         the loss moved; against the band of clean runs in {early["band"]}. False alarms: {raised} of {len(clean)} clean
         runs raised one at the default (by concept: {by}). Left out of the band in turn, clean runs left it this often:

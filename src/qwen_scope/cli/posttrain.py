@@ -228,7 +228,7 @@ def carry_out(
     rows += [("alarms", len(alarms))] if probe else []
     output.show(f"Fine-tuned ({run.method})", ("figure", "value"), rows)
     for alarm in alarms:
-        place = f"layer {alarm['layer']} feature {alarm['feature']} ({alarm['label']})"
+        place = alarm["concept"] or f"layer {alarm['layer']}"
         output.console().print(f"Alarm at step {alarm['step']}: {place} has moved far.", soft_wrap=True)
     output.console().print(f"Written to {run.out / 'model'}.", soft_wrap=True)
 

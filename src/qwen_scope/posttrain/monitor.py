@@ -1,7 +1,8 @@
 """Watch features while a model is trained: a callback for any Transformers or TRL run.
 
 A line of `monitor.jsonl` is one measurement: `step`, `seconds` it took, per layer `drift`, the `moved` features and the
-`watched` ones (each with `rate`, `mean`, those at step 0, and `effect`), and `alarms`.
+`watched` ones (each with `rate`, `mean`, those at step 0, and `effect`), the `concepts` with the mean `effect` of their
+features, and `alarms`.
 """
 
 from __future__ import annotations
@@ -70,10 +71,12 @@ class Monitor(TrainerCallback):
         probe: at least two texts, always the same; longer ones are cut to the context.
         out: the folder for `monitor.jsonl` and `monitor_start.npz`.
         watch: per layer the features to report and raise alarms on; None ranks all features and raises no alarm on any.
-        labels: what to call features, by layer and index.
+        labels: what to call features, by layer and index. Watched features of one label are one concept, over all
+            layers; one without a label stands for itself.
         every: steps between two measurements. None measures as often as `share` allows.
         share: the part of the run's time that measurements may take, where `every` is None.
-        alarm: a watched feature whose `effect` exceeds this (upwards or downwards) raises an alarm, once.
+        alarm: a concept whose mean effect exceeds this in two measurements in a row, in the same direction, raises an
+            alarm, once. One feature in one measurement moves so far in most clean runs.
         drift_alarm: a layer whose drift exceeds this raises one; None for never.
         top: how many of the most moved features to report.
         clock: seconds.
@@ -93,7 +96,7 @@ class Monitor(TrainerCallback):
         labels: Mapping[tuple[int, int], str] | None = None,
         every: int | None = None,
         share: float = 0.02,
-        alarm: float = 0.5,
+        alarm: float = 1.0,
         drift_alarm: float | None = None,
         top: int = 10,
         clock: Callable[[], float] = time.monotonic,
@@ -115,9 +118,10 @@ class Monitor(TrainerCallback):
         self.alarm, self.drift_alarm, self.top, self.clock = alarm, drift_alarm, top, clock
         self.start: dict[int, Activity] = {}
         self.latest: dict[str, float] = {}
-        self._raised: set[tuple[int, int | None]] = set()
+        self._raised: set[tuple[int | None, str | None]] = set()
+        self._beyond: dict[str, int] = {}
         self._tokens: Tokens | None = None
-        self._ended, self._took, self._measured = 0.0, 0.0, -1
+        self._begun, self._took, self._spent = clock(), 0.0, 0.0
 
     def attach(self, trainer: Trainer) -> Monitor:
         """Put the monitor in front of the trainer's loggers, so that they log its numbers with their own."""
@@ -135,6 +139,7 @@ class Monitor(TrainerCallback):
             raise InputError("the monitor measures on one whole copy of the model; FSDP and DeepSpeed split it")
         if not state.is_world_process_zero:
             return
+        self._begun = self.clock()
         self.out.mkdir(parents=True, exist_ok=True)
         if state.global_step == 0:
             self.path.unlink(missing_ok=True)
@@ -144,8 +149,8 @@ class Monitor(TrainerCallback):
             return
         self.start = read_start(self.out / "monitor_start.npz", list(self.saes))
         for line in read_monitor(self.path):
-            self._raised |= {(a["layer"], a["feature"]) for a in line["alarms"]}
-        self._ended = self.clock()
+            self._raised |= {(a["layer"], a["concept"]) for a in line["alarms"]}
+            self._beyond = {one["concept"]: self._side(one["effect"]) for one in line["concepts"]}
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Measure if it is time."""
@@ -170,17 +175,19 @@ class Monitor(TrainerCallback):
     def _due(self, step: int) -> bool:
         if self.every is not None:
             return step % self.every == 0
-        return self.clock() - self._ended >= self._took / self.share - self._took
+        # What was measured, this one and the one at the end: all of it keeps to the share.
+        return self._spent + 2 * self._took <= self.share * (self.clock() - self._begun)
 
     def _measure(self, model: Any, step: int) -> None:
         begun = self.clock()
         now = self.measure(model)
         self.start = self.start or now
         layers = [self._layer(layer, now[layer]) for layer in self.saes]
-        alarms = [alarm for entry in layers for alarm in self._alarms(entry, step)]
-        self._ended = self.clock()
-        self._took, self._measured = self._ended - begun, step
-        line = {"step": step, "seconds": self._took, "layers": layers, "alarms": alarms}
+        concepts = self._concepts(layers)
+        alarms = self._alarms(layers, concepts, step)
+        self._took = self.clock() - begun
+        self._spent += self._took
+        line = {"step": step, "seconds": self._took, "layers": layers, "concepts": concepts, "alarms": alarms}
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
         self.latest = {"monitor/alarms": float(len(self._raised))}
@@ -228,23 +235,40 @@ class Monitor(TrainerCallback):
         return {
             "layer": layer,
             "drift": before.drift(now),
-            "beyond": [f for f in watched or [] if abs(effect[f]) > self.alarm],
             "moved": [entry(int(f)) for f in order[: self.top]],
             "watched": [entry(f) for f in watched or []],
         }
 
-    def _alarms(self, entry: dict[str, Any], step: int) -> list[dict[str, Any]]:
-        """The alarms that a layer raises for the first time."""
-        layer, found = entry["layer"], []
-        beyond: list[int | None] = [*entry.pop("beyond")]
-        if self.drift_alarm is not None and entry["drift"] > self.drift_alarm:
-            beyond.append(None)
-        for feature in beyond:
-            if (layer, feature) not in self._raised:
-                self._raised.add((layer, feature))
-                label = None if feature is None else self.labels.get((layer, feature))
-                found.append({"step": step, "layer": layer, "feature": feature, "label": label})
-        return found
+    def _concepts(self, layers: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        """The mean effect on the features of each concept."""
+        effects: dict[str, list[float]] = {}
+        for entry in layers:
+            for one in entry["watched"]:
+                effects.setdefault(concept_of(entry["layer"], one), []).append(one["effect"])
+        return [{"concept": name, "effect": float(np.mean(values))} for name, values in effects.items()]
+
+    def _side(self, effect: float) -> int:
+        """1 or -1 where an effect lies beyond the alarm, up or down; 0 where it does not."""
+        return int(np.sign(effect)) if abs(effect) > self.alarm else 0
+
+    def _alarms(
+        self, layers: Sequence[Mapping[str, Any]], concepts: Sequence[Mapping[str, Any]], step: int
+    ) -> list[dict[str, Any]]:
+        """What is raised for the first time: concepts beyond twice in a row, layers that drift."""
+        sides = {one["concept"]: self._side(one["effect"]) for one in concepts}
+        twice = [name for name, side in sides.items() if side and side == self._beyond.get(name)]
+        self._beyond = sides
+        found: list[tuple[int | None, str | None]] = [(None, name) for name in twice]
+        if self.drift_alarm is not None:
+            found += [(entry["layer"], None) for entry in layers if entry["drift"] > self.drift_alarm]
+        new = [one for one in found if one not in self._raised]
+        self._raised |= set(new)
+        return [{"step": step, "layer": layer, "concept": concept} for layer, concept in new]
+
+
+def concept_of(layer: int, watched: Mapping[str, Any]) -> str:
+    """What a watched feature belongs to: its label, or itself."""
+    return watched["label"] or f"layer {layer} feature {watched['feature']}"
 
 
 NAMES = ("rate", "mean", "spread")
@@ -291,20 +315,19 @@ def read_monitor(path: str | Path) -> list[dict[str, Any]]:
 
 
 def monitor_figures(lines: Sequence[Mapping[str, Any]]) -> list[Curves]:
-    """Drift over steps, a curve per layer; and the effect on the watched features, where there are any."""
+    """Drift over steps, a curve per layer; and the effect on the watched concepts, where there are any."""
     steps = [float(line["step"]) for line in lines]
     drift: dict[str, list[float]] = {}
     effect: dict[str, list[float]] = {}
     for line in lines:
         for entry in line["layers"]:
             drift.setdefault(f"layer {entry['layer']}", []).append(entry["drift"])
-            for one in entry["watched"]:
-                name = one["label"] or f"layer {entry['layer']} feature {one['feature']}"
-                effect.setdefault(name, []).append(one["effect"])
+        for one in line["concepts"]:
+            effect.setdefault(one["concept"], []).append(one["effect"])
     curves = [Curves("Drift from step 0", "step", "1 - cosine of mean activations", _lines(steps, drift))]
     if effect:
-        said = "change of the mean, in spreads over texts"
-        curves.append(Curves("Watched features", "step", said, _lines(steps, effect)))
+        said = "mean change of its features, in spreads over texts"
+        curves.append(Curves("Watched concepts", "step", said, _lines(steps, effect)))
     return curves
 
 
