@@ -44,8 +44,8 @@ from qwen_scope.scope import model_source
 
 TITLE = "The monitor on the lab"
 PLANTED = ("zh", "ru", "rude")
-LAYERS, FEATURES, EVERY, STEPS, FROM, BATCH, SHARE = (4, 5), 1, 2, 14, 6, 8, 0.5
-LR, HELD_OUT, ALARM, COST_STEPS, COST_PROBES = 3e-4, 16, 1.0, 60, 6
+LAYERS, FEATURES, EVERY, STEPS, FROM, BATCH, SHARE = (4, 5), 1, 4, 32, 8, 8, 0.5
+LR, HELD_OUT, ALARM, COST_STEPS, COST_PROBES = 3e-4, 24, 1.0, 60, 6
 Watch = dict[str, dict[int, list[int]]]
 
 
