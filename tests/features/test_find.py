@@ -25,6 +25,7 @@ from qwen_scope.features import (
     repeats_in_texts,
 )
 from qwen_scope.features.find import best_f1
+from qwen_scope.features.repeats import Changes
 from qwen_scope.lab import documents
 from qwen_scope.scope import Scope
 
@@ -212,6 +213,18 @@ def test_repeats_compare_the_same_token(store: FeatureStore, scope: Scope) -> No
     assert first.rise.estimate == pytest.approx(np.max(np.mean(expected, axis=0)), rel=1e-4)
     with pytest.raises(InputError, match="times"):
         repeats_in_texts(scope, ["Where is it?"], [LAYER], times=9)
+
+
+def test_rises_that_a_few_documents_make_can_be_passed_over() -> None:
+    rng = np.random.default_rng(0)
+    mean = np.zeros((20, 8))
+    mean[:, 0] = 0.5 + 0.1 * rng.random(20)  # everywhere a little
+    mean[:2, 1] = 40.0  # twice a lot
+    mean[:, 2] = -mean[:, 0]
+    changes = {LAYER: Changes(LAYER, 8, sparse.csc_array(mean), np.ones(20, np.int64))}
+    ranked = repeat_features(changes, 3)
+    assert [(one.feature, one.significant) for one in ranked[:2]] == [(1, False), (0, True)]
+    assert [one.feature for one in repeat_features(changes, 3, believed_only=True)] == [0]
 
 
 @pytest.mark.parametrize(
