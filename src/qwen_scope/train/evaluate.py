@@ -12,6 +12,7 @@ Sums are kept in float64. Two definitions of explained variance are in use, and 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -177,7 +178,7 @@ def evaluate(
     check_pairing(model, saes, rows)
     layers = {str(point): sae for point, sae in saes.items()}
     every, later = ({name: Moments(sae.d_model) for name, sae in layers.items()} for _ in range(2))
-    kept = Kept(mask, median_norms(model, list(saes), rows[0]))
+    kept = Kept(mask, {} if mask.sink_multiple is None else median_norms(model, list(saes), rows[0]))
     for share, name, x, first in residuals_of(model, list(saes), rows, kept):
         every[name].add(x)
         later[name].add(x[~first])
@@ -195,14 +196,14 @@ def evaluate(
 
 @dataclass(frozen=True)
 class Kept:
-    """Which tokens are looked at: those the mask leaves, given the median norm of each layer."""
+    """Which tokens are looked at: those the mask leaves, given the median norm of each layer if it names sinks."""
 
     mask: TokenMask
     medians: Mapping[HookPoint, float]
 
     def at(self, point: HookPoint, ids: Tensor, h: Tensor) -> Tensor:
         """Of token ids `(rows, row)` and their residuals `(rows, row, d_model)`, `(rows, row)` bool."""
-        return ~(self.mask.special_at(ids).to(h.device) | self.mask.sinks_at(h, self.medians[point]))
+        return ~(self.mask.special_at(ids).to(h.device) | self.mask.sinks_at(h, self.medians.get(point, math.inf)))
 
 
 def median_norms(model: nn.Module, points: Sequence[HookPoint], ids: Tensor) -> dict[HookPoint, float]:
