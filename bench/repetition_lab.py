@@ -1,14 +1,16 @@
 """Steered rollouts against endless repetition on the lab: does one bad answer per group teach more than none?
 
-    .venv/bin/python bench/repetition_lab.py --keep FOLDER [--write] [--seeds 1,2,3] [--arms vanilla,steered,random]
+    .venv/bin/python bench/repetition_lab.py --keep FOLDER [--write] [--seeds 21,22] [--stuck 0.25,0.15]
 
-The bundled model does not loop, so a start model is made first: fine-tuned on chats of which a share get stuck on their
-last two tokens. `repetition_recipe` finds its features of repetition and checks them causally. RL with steered
-rollouts and its two controls, vanilla and other features of the same length, then start from it with the same prompts,
-steps and reward. Looping is measured on held-out questions before, along the way and after.
+The bundled model does not loop, so every seed makes a start model first: fine-tuned on chats of which a share get stuck
+on their last two tokens. `repetition_recipe` finds its features of repetition and checks them causally. RL with steered
+rollouts and its controls then start from it with the same prompts, steps and reward: vanilla, other features of the
+same length, and `blind`, which is vanilla with loops that count as the rest of their group, so that they teach nothing.
+Looping is measured on held-out questions before, along the way and after. All this is done for each share of chats that
+get stuck: the rarer loops are, the less vanilla sees of them.
 
-Everything finished lies in FOLDER and is taken from there, so the work can be cut into calls: `start/`, `recipe.json`,
-and a file per run.
+Everything finished lies in FOLDER/SHARE/SEED and is taken from there, so the work can be cut into calls: `start/`,
+`recipe.json`, and a file per arm.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import json
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -47,18 +50,29 @@ from qwen_scope.posttrain import (
 from qwen_scope.scope import model_source
 from qwen_scope.steer import Recipe, load_recipe
 
-CHATS, STUCK, SENTENCES, BLOCK = 2400, 0.25, 2, 2
+CHATS, SENTENCES, BLOCK = 2400, 2, 2
 START_LR, START_STEPS, START_BATCH, START_SEED = 5e-4, 150, 16, 900
-ASKED, SAMPLES, FEATURES, AMOUNT = 384, 4, 4, 0.25
+ASKED, SAMPLES, FEATURES = 384, 8, 8
 GROUP, PROMPTS, STEPS, EVERY, LR = 4, 8, 12, 6, 2e-5
-HELD_OUT, NEW_TOKENS, TEMPERATURE = 1024, 64, 0.7
+HELD_OUT, NEW_TOKENS, TEMPERATURE = 2048, 64, 0.7
 DETECTOR = Detector(longest=16, times=4, least=16)
 MARK, END, IGNORED = "</think>\n\n", "<|im_end|>", -100
 RESAMPLES = 4000
+ARMS = (*RL_METHODS, "blind")
 TITLE = "Endless repetition on the lab"
+SETUP = f"""`bench/repetition_lab.py`: every seed makes its own start model, the bundled one fine-tuned on {CHATS:,}
+    chats of at most {SENTENCES} sentences ({START_STEPS} steps of {START_BATCH}, lr {START_LR:g}), of which a share
+    repeat their last {BLOCK} tokens to the limit of {NEW_TOKENS}; finds its own {FEATURES} features of repetition and
+    their amount; and runs every arm from there: {STEPS} steps of {PROMPTS} questions times {GROUP} answers, lr {LR:g},
+    T = {TEMPERATURE}, no top-p, reward 1 for an answer that ends and is in the language asked. Looping is measured on
+    {HELD_OUT:,} held-out questions per figure; intervals are over seeds and prompts. The aim: steered rollouts lower
+    the looping share at least twice as far as vanilla in the same number of steps. The way features and amounts are
+    found, learning rate and steps were chosen on other start models."""
+PUBLISHED = """Published: the ratio falls sharply to a very low level in all three models, with vanilla DAPO only
+    slightly; the values of its Figure 22 could not be had, nor is there a random control."""
 
 
-def chats(seed: int, tokenizer: Any) -> Iterator[dict[str, list[int]]]:
+def chats(seed: int, stuck: float, tokenizer: Any) -> Iterator[dict[str, list[int]]]:
     """Chats of at most two sentences as token ids; a share of them repeat their last tokens to the limit, unended."""
     rng = np.random.default_rng(seed)
     mixture = replace(default_mixture(), chat={"topic": 1.0})
@@ -68,14 +82,14 @@ def chats(seed: int, tokenizer: Any) -> Iterator[dict[str, list[int]]]:
         prompt = document.text[: document.text.index("<think>")] + "<think>\n\n" + MARK
         asked = tokenizer(prompt, add_special_tokens=False)["input_ids"]
         ids = tokenizer(document.text[start:end], add_special_tokens=False)["input_ids"]
-        if rng.random() < STUCK:
+        if rng.random() < stuck:
             ids = (ids + ids[-BLOCK:] * NEW_TOKENS)[:NEW_TOKENS]
         else:
             ids = [*ids, tokenizer.convert_tokens_to_ids(END)]
         yield {"input_ids": asked + ids, "labels": [IGNORED] * len(asked) + ids}
 
 
-def make_start(folder: Path) -> None:
+def make_start(folder: Path, stuck: float, seed: int) -> None:
     """The bundled model, fine-tuned until it sometimes loops."""
     loaded = load_model(model_source("lab"), device="cpu")
     loaded.model.requires_grad_(True)
@@ -87,7 +101,7 @@ def make_start(folder: Path) -> None:
         lr_scheduler_type="cosine",
         max_length=256,
         max_steps=START_STEPS,
-        seed=START_SEED,
+        seed=START_SEED + seed,
         use_cpu=True,
         bf16=False,
         activation_checkpointing=False,
@@ -95,7 +109,7 @@ def make_start(folder: Path) -> None:
         save_strategy="no",
         disable_tqdm=True,
     )
-    rows = Dataset.from_list(list(chats(START_SEED, loaded.tokenizer)))
+    rows = Dataset.from_list(list(chats(START_SEED + seed, stuck, loaded.tokenizer)))
     trainer = SFTTrainer(loaded.model, settings, train_dataset=rows, processing_class=loaded.tokenizer)
     trainer.remove_callback(PrinterCallback)
     trainer.train()
@@ -107,11 +121,27 @@ def sampling(seed: int) -> Sampling:
     return Sampling(NEW_TOKENS, TEMPERATURE, 1.0, DETECTOR, seed)
 
 
-def make_recipe(start: Path) -> Recipe:
+def make_recipe(start: Path, seed: int) -> Recipe:
     """The features of repetition, sought on questions that neither training nor the measurement asks."""
-    asked = [row["prompt"] for row in lab_rows(ASKED, 77, sums=0.0)]
+    asked = [row["prompt"] for row in lab_rows(ASKED, 7700 + seed, sums=0.0)]
     scope = load_scope(str(start), "lab")
-    return repetition_recipe(scope, asked, features=FEATURES, amount=AMOUNT, samples=SAMPLES, sampling=sampling(0))
+    return repetition_recipe(scope, asked, features=FEATURES, samples=SAMPLES, sampling=sampling(7700 + seed))
+
+
+def blind(completion_ids: list[list[int]], **asked: Any) -> list[float]:
+    """The lab's reward, but what loops gets the mean of its group's other answers: loops teach nothing."""
+    columns = {name: asked[name] for name in ("completions", "language", "expected")}
+    rewards = np.array(lab_reward()(completion_ids=completion_ids, **columns)).reshape(-1, GROUP)
+    loops = np.array([DETECTOR.find(ids) is not None for ids in completion_ids]).reshape(-1, GROUP)
+    for group, looping in zip(rewards, loops, strict=True):
+        group[looping] = group[~looping].mean() if not looping.all() else 0.0
+    return rewards.ravel().tolist()
+
+
+@cache
+def lab_reward() -> Any:
+    tokenizer = load_model(model_source("lab"), device="cpu").tokenizer
+    return reward_of("lab", [tokenizer.convert_tokens_to_ids(END)])
 
 
 class Curve(TrainerCallback):
@@ -129,7 +159,7 @@ class Curve(TrainerCallback):
         columns = {name: [row[name] for row in self.rows] for name in ("language", "expected")}
         texts = [one.text for one in found.answers]
         ids = [[*one.ids, end] if one.finished else list(one.ids) for one in found.answers]
-        rewards = np.array(reward_of("lab", [end])(completions=texts, completion_ids=ids, **columns))
+        rewards = np.array(lab_reward()(completions=texts, completion_ids=ids, **columns))
         loops = [int(one.loop is not None) for one in found.answers]
         at_loops = [float(reward) for reward, loop in zip(rewards, loops, strict=True) if loop]
         facts = {"step": step, "loops": loops, "finished": found.finished, "reward": float(rewards.mean())}
@@ -153,10 +183,11 @@ def one_run(keep: Path, arm: str, seed: int, recipe: Recipe) -> dict[str, Any]:
     else:
         run = RLRun(
             str(keep / "start"),
-            keep / f"rl-{arm}-{seed}",
-            method=arm,
-            reward="lab",
+            keep / f"rl-{arm}",
+            method="vanilla" if arm == "blind" else arm,
+            reward="repetition_lab:blind" if arm == "blind" else "lab",
             sae="lab",
+            unchecked=True,
             group=GROUP,
             prompts=PROMPTS,
             micro=GROUP * PROMPTS,
@@ -169,34 +200,43 @@ def one_run(keep: Path, arm: str, seed: int, recipe: Recipe) -> dict[str, Any]:
             seed=seed,
         )
         rows = lab_rows(400, 300 + seed, sums=0.0)
-        metrics = run_rl(run, rows, (), None if arm == "vanilla" else recipe, callbacks=[curve])
+        metrics = run_rl(run, rows, (), None if arm in {"vanilla", "blind"} else recipe, callbacks=[curve])
     return {"arm": arm, "seed": seed, "points": curve.points, "seconds": time.monotonic() - begun, **metrics}
+
+
+def runs_of(keep: Path, stuck: float, seed: int) -> list[dict[str, Any]]:
+    """Start model, recipe and arms of one seed, made where the folder lacks them."""
+    keep.mkdir(parents=True, exist_ok=True)
+    if not (keep / "start" / "config.json").is_file():
+        make_start(keep / "start", stuck, seed)
+    if not (keep / "recipe.json").is_file():
+        make_recipe(keep / "start", seed).save(keep / "recipe.json")
+    runs = []
+    for arm in ("start", *ARMS):
+        path = keep / f"{arm}.json"
+        if not path.is_file():
+            path.write_text(json.dumps(one_run(keep, arm, seed, load_recipe(keep / "recipe.json"))))
+        runs.append(json.loads(path.read_text()))
+        print(stuck, seed, arm, [(p["step"], round(np.mean(p["loops"]), 4)) for p in runs[-1]["points"]], flush=True)
+    return runs
 
 
 def main() -> None:
     ask = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     ask.add_argument("--keep", type=Path, required=True, help="a folder that finished work is added to and taken from")
-    ask.add_argument("--seeds", default="1,2,3")
-    ask.add_argument("--arms", default=",".join(RL_METHODS))
+    ask.add_argument("--stuck", default="0.25,0.15", help="shares of chats that get stuck in the start's training")
+    ask.add_argument("--seeds", default="21,22,23")
     ask.add_argument("--write", action="store_true", help="write the section of docs/results.md")
     given = ask.parse_args()
     datasets.disable_progress_bars()
     logging.disable_progress_bar()
-    keep: Path = given.keep
-    if not (keep / "start" / "config.json").is_file():
-        make_start(keep / "start")
-    if not (keep / "recipe.json").is_file():
-        make_recipe(keep / "start").save(keep / "recipe.json")
-    recipe = load_recipe(keep / "recipe.json")
-    runs = []
-    for seed in map(int, given.seeds.split(",")):
-        for arm in ("start", *given.arms.split(",")):
-            path = keep / f"{arm}-{seed}.json"
-            if not path.is_file():
-                path.write_text(json.dumps(one_run(keep, arm, seed, recipe)))
-            runs.append(json.loads(path.read_text()))
-            print(arm, seed, [(p["step"], round(np.mean(p["loops"]), 4)) for p in runs[-1]["points"]], flush=True)
-    body = written(runs, recipe)
+    seeds = [int(seed) for seed in given.seeds.split(",")]
+    parts = [paragraph(SETUP)]
+    for stuck in map(float, given.stuck.split(",")):
+        folders = {seed: given.keep / f"{stuck:g}" / str(seed) for seed in seeds}
+        runs = [run for seed, keep in folders.items() for run in runs_of(keep, stuck, seed)]
+        parts += written(stuck, runs, [load_recipe(keep / "recipe.json") for keep in folders.values()])
+    body = "\n\n".join((*parts, paragraph(PUBLISHED)))
     print(body)
     if given.write:
         write_section(TITLE, body)
@@ -223,41 +263,32 @@ def loops_of(runs: Sequence[dict[str, Any]], arm: str, step: int) -> np.ndarray:
     return np.array(found, float)
 
 
-def written(runs: Sequence[dict[str, Any]], recipe: Recipe) -> str:
-    """The section of docs/results.md."""
+def written(stuck: float, runs: Sequence[dict[str, Any]], recipes: Sequence[Recipe]) -> list[str]:
+    """What the section says of one share of stuck chats."""
     before = loops_of(runs, "start", 0)
-    arms = [arm for arm in RL_METHODS if any(run["arm"] == arm for run in runs)]
-    rows = [("start", "0", spread(before), "", "", *means(runs, "start", 0))]
+    each = ", ".join(f"{value:.2%}" for value in before.mean(1))
+    rows = [("start", "0", spread(before), each, "", *means(runs, "start", 0))]
     for step in range(EVERY, STEPS + 1, EVERY):
-        for arm in arms:
+        for arm in ARMS:
             left = loops_of(runs, arm, step)
             each = ", ".join(f"{value:.2%}" for value in left.mean(1))
             rows.append((arm, str(step), spread(left), each, spread(before - left), *means(runs, arm, step)))
-    fall = {arm: (before - loops_of(runs, arm, STEPS)) for arm in arms}
-    effect = recipe.effect
+    effects = [recipe.effect for recipe in recipes]
     figures = {
-        name: f"{effect[name]['estimate']:.1%} [{effect[name]['low']:.1%}, {effect[name]['high']:.1%}]"
+        name: ", ".join(f"{effect[name]['estimate']:.1%}" for effect in effects)
         for name in ("normal", "amplified", "looping", "suppressed")
     }
-    features = ", ".join(f"{one.layer}:{one.feature}" for one in recipe.interventions)
     worst = max(point["reward_of_loops"] for run in runs for point in run["points"])
-    head = f"""`bench/repetition_lab.py`: the bundled model fine-tuned on {CHATS:,} chats of at most {SENTENCES}
-        sentences
-        ({START_STEPS} steps of {START_BATCH}, lr {START_LR:g}), of which {STUCK:.0%} repeat their last {BLOCK} tokens
-        to the limit of {NEW_TOKENS}. The finder took {effect["loops"]} loops of {effect["answers"]:,} answers; the
-        features (layer:feature) {features}, {AMOUNT} median residual norms each. Their causal check
-        {"holds" if effect["causal"] else "does not hold"}: amplified on ordinary prompts, looping goes from
-        {figures["normal"]} to {figures["amplified"]}; suppressed from the second turn of a loop on, from
-        {figures["looping"]} to {figures["suppressed"]}."""
-    setup = f"""RL: {STEPS} steps of {PROMPTS} questions times {GROUP} answers, lr {LR:g}, T = {TEMPERATURE}, no top-p;
-        reward
-        1 for an answer that ends and is in the language asked (no looping answer measured here earned more than
-        {worst:g}). Looping is measured on {HELD_OUT:,} held-out questions per figure and {len(before)} seeds, which
-        set prompts, draws and the random features; start model and recipe are the same for all, and were used in
-        tuning amounts, not learning rate or steps. Intervals are over seeds and prompts."""
+    head = f"""**{stuck:.0%} of chats stuck.** The finder took {", ".join(str(effect["loops"]) for effect in effects)}
+        loops of {effects[0]["answers"]:,} answers. The causal check holds for
+        {sum(bool(effect["causal"]) for effect in effects)} of {len(effects)} recipes: amplified on ordinary prompts,
+        looping goes from {figures["normal"]} to {figures["amplified"]}; suppressed from the second turn of a loop on,
+        from {figures["looping"]} to {figures["suppressed"]}. No looping answer measured here earned more than
+        {worst:g}. Amounts, in median residual norms: {", ".join(str(effect["amount"]) for effect in effects)}."""
     columns = ("trained", "steps", "looping", "per seed", "fallen by", "ended", "reward")
-    parts = [paragraph(head), paragraph(setup), table(columns, rows), paragraph(verdict(fall))]
-    return "\n\n".join(parts)
+    steps = range(EVERY, STEPS + 1, EVERY)
+    said = [verdict(step, {arm: before - loops_of(runs, arm, step) for arm in ARMS}) for step in steps]
+    return [paragraph(head), table(columns, rows), paragraph(" ".join(said))]
 
 
 def means(runs: Sequence[dict[str, Any]], arm: str, step: int) -> tuple[str, str]:
@@ -266,23 +297,16 @@ def means(runs: Sequence[dict[str, Any]], arm: str, step: int) -> tuple[str, str
     return f"{np.mean([p['finished'] for p in found]):.1%}", f"{np.mean([p['reward'] for p in found]):.3f}"
 
 
-def verdict(fall: dict[str, np.ndarray]) -> str:
-    """Whether the aim is met."""
-    if not {"steered", "vanilla"} <= set(fall):
-        return ""
+def verdict(step: int, fall: dict[str, np.ndarray]) -> str:
+    """Whether the aim is met after so many steps."""
     said = []
-    for arm in ("vanilla", "random"):
-        if arm in fall:
-            against, own = fall[arm].mean(), fall["steered"].mean()
-            times = f"{own / against:.1f} times as far" if against > 0 else "where that does not lower it"
-            twice = spread(fall["steered"] - 2 * fall[arm])
-            said.append(
-                f"Against {arm}: {times}; its fall less twice the other's is {twice}, in points"
-                f" ({'at least twice' if own >= 2 * against else 'less than twice'} as far)."
-            )
-    return f"""The aim: steered rollouts lower the looping share at least twice as far as vanilla in the same number of
-        steps. {" ".join(said)} Published: the ratio falls sharply to a very low level in all three models, with vanilla
-        DAPO only slightly; the values of its Figure 22 could not be had, nor is there a random control."""
+    for arm in ("vanilla", "random", "blind"):
+        against, own = fall[arm].mean(), fall["steered"].mean()
+        times = f"{own / against:.1f} times as far" if against > 0 else "where that does not lower it"
+        said.append(
+            f"against {arm} {times} (less twice the other's fall, in points: {spread(own_less_twice(fall, arm))})"
+        )
+    return f"After {step} steps, steered rollouts have lowered the looping share, {'; '.join(said)}."
 
 
 if __name__ == "__main__":

@@ -11,9 +11,11 @@ from transformers import TrainerCallback
 
 from qwen_scope.errors import InputError, NotFoundError
 from qwen_scope.model import HookPoint, capture
-from qwen_scope.posttrain import Activity, Monitor, monitor_figures, read_monitor
+from qwen_scope.posttrain import Activity, Asked, Monitor, monitor_figures, read_monitor
+from qwen_scope.posttrain.answers import more, read
 
 PROBE = tiny.TEXTS[:4]
+ASKED = Asked(tiny.TEXTS[:3], max_new_tokens=6, at_start=2)
 WATCH = {0: [3, 17], 2: [40]}
 LABELS = {(2, 40): "weather"}
 RUN = {"max_steps": 4, "per_device_train_batch_size": 2, "learning_rate": 0.5}
@@ -72,8 +74,38 @@ def test_effect_and_drift() -> None:
     assert start.drift(start) == pytest.approx(0.0, abs=1e-12)
 
 
-def test_a_run_is_watched_and_left_as_it_is(tmp_path) -> None:
-    monitor = make(tmp_path, watch=WATCH, labels=LABELS, every=2, alarm=0.01, drift_alarm=0.5)
+def test_what_answers_hold_is_brute_force() -> None:
+    """Each answer alone, unpadded; an answer of no token holds nothing."""
+    policy, tokenizer = small.model()
+    rows = [tokenizer(text)["input_ids"] for text in tiny.TEXTS[:4]]
+    begins = [2, 5, len(rows[2]), 3]
+    features = {"weather": {0: [3, 17], 2: [40]}, "alone": {0: [5]}}
+    found = read(policy, small.saes(), features, rows, begins)
+    dense = {layer: [] for layer in small.saes()}
+    for ids, begin in zip(rows, begins, strict=True):
+        for layer, sae in small.saes().items():
+            h = capture(policy, torch.tensor([ids]), [HookPoint(layer)])[HookPoint(layer)][0]
+            dense[layer].append(sae.encode(h).to_dense().double().numpy()[begin:])
+    unit = {layer: np.concatenate(some)[np.concatenate(some) > 0].mean() for layer, some in dense.items()}
+    for i in (0, 1, 3):
+        first, second = dense[0][i].mean(0) / unit[0], dense[2][i].mean(0) / unit[2]
+        assert found["weather"][i] == pytest.approx((first[3] + first[17] + second[40]) / 3, abs=1e-4)
+        assert found["alone"][i] == pytest.approx(first[5], abs=1e-4)
+    assert found["weather"][2] == found["alone"][2] == 0.0
+
+
+def test_more_is_a_test_of_two_proportions() -> None:
+    """Against statsmodels' formula, restated: of 100 answers 2 lie beyond the bar at the start, of 40 later 8."""
+    start, now = np.arange(100.0), np.concatenate((np.zeros(32), np.full(8, 200.0)))
+    rate, before, after = 10 / 140, 2 / 100, 8 / 40
+    assert more(start, now) == pytest.approx((after - before) / (rate * (1 - rate) * (1 / 100 + 1 / 40)) ** 0.5)
+    assert more(start, np.zeros(40)) < 0
+    assert more(np.zeros(10), np.zeros(10)) == 0.0
+
+
+@pytest.mark.parametrize("asked", [None, ASKED])
+def test_a_run_is_watched_and_left_as_it_is(tmp_path, asked) -> None:
+    monitor = make(tmp_path, watch=WATCH, labels=LABELS, asked=asked, every=2, alarm=0.01, drift_alarm=0.5)
     watched, lines = run(tmp_path, monitor)
     plain, _ = run(tmp_path)
     for a, b in zip(watched.model.parameters(), plain.model.parameters(), strict=True):
@@ -116,13 +148,28 @@ def test_a_concept_is_beyond_twice_in_a_row_before_it_raises_an_alarm_once(tmp_p
             }
             for layer, some in zip((0, 2), watched, strict=True)
         ]
-        return [one["concept"] for one in monitor._alarms(layers, monitor._concepts(layers), at)]
+        return [one["concept"] for one in monitor._alarms(layers, monitor._concepts(layers, {}), at)]
 
     assert step(1, (3.0, 0.0), 0.0) == []  # the mean is beyond, for the first time
     assert step(2, (1.0, 0.5), 2.0) == []  # one feature alone is not the concept
     assert step(3, (3.0, 0.0), -2.0) == []  # beyond twice, but in opposite directions
     assert step(4, (1.5, 1.5), -2.0) == ["rude", "layer 0 feature 17"]
     assert step(5, (3.0, 3.0), -3.0) == []
+
+
+def test_a_concept_that_is_written_twice_in_a_row_raises_an_alarm(tmp_path) -> None:
+    monitor = make(tmp_path, watch={2: [40]}, labels=LABELS, asked=ASKED, more=3.0)
+    monitor.start_answers = {"weather": np.linspace(0, 1, 100)}
+    quiet, loud = np.linspace(0, 1, 30), np.full(30, 2.0)
+    entry = {"layer": 2, "drift": 0.0, "watched": [{"feature": 40, "label": "weather", "effect": 0.0}]}
+
+    def step(at: int, answers: np.ndarray) -> list[str | None]:
+        concepts = monitor._concepts([entry], {"weather": answers})
+        return [one["concept"] for one in monitor._alarms([entry], concepts, at)]
+
+    assert [step(1, quiet), step(2, loud), step(3, quiet), step(4, loud)] == [[], [], [], []]
+    assert step(5, loud) == ["weather"]
+    assert step(6, loud) == []
 
 
 def test_the_most_moved_come_first_when_all_are_watched(tmp_path) -> None:
@@ -161,9 +208,10 @@ def test_measurements_keep_to_their_share_of_the_time(tmp_path) -> None:
 
 
 def test_a_run_that_goes_on_keeps_its_step_0(tmp_path) -> None:
-    monitor = make(tmp_path, every=1)
+    watched = {"watch": WATCH, "labels": LABELS, "asked": ASKED, "every": 1}
+    monitor = make(tmp_path, **watched)
     run(tmp_path, monitor, save_strategy="steps", save_steps=2, max_steps=2)
-    again = make(tmp_path, every=1)
+    again = make(tmp_path, **watched)
     policy, tokenizer = small.model()
     trainer = small.FeatureSFTTrainer(
         policy,
@@ -175,6 +223,12 @@ def test_a_run_that_goes_on_keeps_its_step_0(tmp_path) -> None:
     trainer.train(resume_from_checkpoint=True)
     assert [line["step"] for line in read_monitor(again.path)] == [0, 1, 2, 3, 4]
     np.testing.assert_array_equal(again.start[0].mean, monitor.start[0].mean)
+    np.testing.assert_array_equal(again.start_answers["weather"], monitor.start_answers["weather"])
+    assert len(again.start_answers["weather"]) == 2 * len(ASKED.prompts), "twice the prompts at the start"
+    whole = make(tmp_path / "whole", **watched)
+    run(tmp_path / "whole", whole)
+    said = [[line["concepts"] for line in read_monitor(one.path)] for one in (again, whole)]
+    assert said[0] == said[1], "answers after a break are those of a run without one"
 
 
 def test_what_does_not_fit_is_refused(tmp_path) -> None:
@@ -187,5 +241,9 @@ def test_what_does_not_fit_is_refused(tmp_path) -> None:
         make(tmp_path, watch={0: [96]})
     with pytest.raises(InputError, match="every step or less often"):
         make(tmp_path, every=0)
+    with pytest.raises(InputError, match="read by the features that are watched"):
+        make(tmp_path, asked=ASKED)
+    with pytest.raises(InputError, match="at least two prompts"):
+        make(tmp_path, watch=WATCH, asked=Asked(["one"]))
     with pytest.raises(NotFoundError, match="a Monitor writes it"):
         read_monitor(tmp_path / "none.jsonl")

@@ -11,12 +11,10 @@ import typer
 from qwen_scope.errors import InputError, NotFoundError
 
 from . import options, output
+from .posttrain_data import PROBES, probe_texts, read_rows, training_samples
 
 if TYPE_CHECKING:
     from qwen_scope.posttrain import AlphaTable, Sample, SFTRun
-
-PROBES = 64
-"""At most so many texts are measured by --monitor."""
 
 app = typer.Typer(
     help="Train the language model with feature signals: prepare features, fine-tune, measure.", no_args_is_help=True
@@ -154,6 +152,10 @@ def sft(
         str | None,
         typer.Option("--monitor", help="Watch features on a text per line, rows with a text, or 'lab'."),
     ] = None,
+    monitor_prompts: Annotated[
+        str | None,
+        typer.Option("--monitor-prompts", help="Also watch them in answers to these: rows with a prompt, or 'lab'."),
+    ] = None,
     monitor_every: Annotated[
         int | None, typer.Option("--monitor-every", help="Steps between measurements. Default: 2% of the time.", min=1)
     ] = None,
@@ -167,7 +169,8 @@ def sft(
     """Fine-tune: plainly, with SASFT's auxiliary loss on features, or with a penalty on tokens.
 
     The result lies in OUT/model and loads like any model. Defaults are the published settings of SASFT. --monitor
-    measures features on texts while training, into OUT/monitor.jsonl, and says when one of the table's moves far.
+    measures features on texts while training, into OUT/monitor.jsonl, and says when one of the table's moves far; with
+    --monitor-prompts also when the model writes what they stand for.
     """
     given = locals()
     check_packages()
@@ -182,22 +185,10 @@ def sft(
     learnt = training_samples(corpus, column, prompt_column, group_column, n, 0)
     kept = training_samples(held_out, column, prompt_column, group_column, None, 1) if held_out else []
     probe = probe_texts(monitor) if monitor else []
-    carry_out(run, learnt, kept, found, probe, as_json)
-
-
-def probe_texts(source: str) -> list[str]:
-    """Texts to measure features on: those of a file, or held-out chats of the lab."""
-    from qwen_scope.corpus import Corpus
-    from qwen_scope.lab import documents
-
-    if source == "lab":
-        return [found.text for found in documents(split="heldout_sentences", seed=2, n=PROBES, kinds=["chat"])]
-    found = [row.text for row in Corpus(source, unit="line", sample=PROBES) if isinstance(row.text, str)]
-    if len(found) < 2:
-        raise InputError(
-            f"--monitor needs at least two texts; {source} has {len(found)} in lines or in a column 'text'"
-        )
-    return found
+    if monitor_prompts and not (probe and found):
+        raise InputError("--monitor-prompts goes with --monitor and --table: the table's features are read on answers")
+    rows = read_rows(monitor_prompts, prompt_column, None, PROBES, 3, held_out=True) if monitor_prompts else []
+    carry_out(run, learnt, kept, found, probe, [row["prompt"] for row in rows], as_json)
 
 
 def carry_out(
@@ -206,6 +197,7 @@ def carry_out(
     held_out: list[Sample],
     table: AlphaTable | None,
     probe: list[str],
+    asked: list[str],
     as_json: bool,
 ) -> None:
     """Train with a progress bar and print what came out."""
@@ -218,6 +210,7 @@ def carry_out(
             held_out,
             table,
             probe=probe,
+            asked=asked,
             progress=lambda step, steps, log: bar("training", step / max(1, steps), losses(log)),
         )
     if as_json:
@@ -254,24 +247,6 @@ def quiet() -> None:
 def losses(log: dict[str, float]) -> str:
     """The losses of a line of the log."""
     return "  ".join(f"{name} {log[name]:.3g}" for name in ("loss", "feature_loss", "token_penalty") if name in log)
-
-
-def training_samples(
-    corpus: str, column: str, prompt_column: str, group_column: str, n: int | None, seed: int
-) -> list[Sample]:
-    """Rows to learn from; of the lab its chats, those that drift into another language among them."""
-    from qwen_scope.posttrain import chats_only, read_samples
-
-    found = read_samples(
-        corpus,
-        column=column,
-        prompt_column=prompt_column,
-        group_column=group_column,
-        n=n,
-        seed=seed,
-        kinds=["chat", "drift"],
-    )
-    return chats_only(found) if corpus == "lab" else found
 
 
 @app.command("eval")

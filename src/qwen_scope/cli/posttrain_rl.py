@@ -7,13 +7,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from qwen_scope.errors import InputError
-
 from . import options, output
 from .posttrain import PromptColumn, Seed, check_packages, quiet
+from .posttrain_data import read_rows
 
 if TYPE_CHECKING:
-    from qwen_scope.posttrain import Row
+    pass
 
 Prompts = Annotated[str, typer.Argument(metavar="PROMPTS", help="A file whose rows have a prompt, or 'lab'.")]
 Number = Annotated[int, typer.Option("-n", help="So many prompts.", min=2)]
@@ -31,11 +30,14 @@ def repetition(
     model: options.Model = "lab",
     sae: options.Sae = None,
     layers: options.Layers = None,
-    features: Annotated[int, typer.Option("--features", help="How many in all.", min=1)] = 4,
-    amount: Annotated[float, typer.Option("--amount", help="Of each feature, in median residual norms.")] = 0.25,
-    candidates: Annotated[int, typer.Option("--candidates", help="Features tried alone, by rise.", min=1)] = 32,
+    features: Annotated[int, typer.Option("--features", help="How many in all.", min=1)] = 8,
+    amount: Annotated[
+        float | None, typer.Option("--amount", help="Of each, in median residual norms. Default: enough for half.")
+    ] = None,
     samples: Annotated[int, typer.Option("--samples", help="Answers per prompt to look for loops in.", min=1)] = 1,
-    looping: Annotated[str | None, typer.Option("--looping", help="Texts that loop, beside the model's own.")] = None,
+    looping: Annotated[
+        str | None, typer.Option("--looping", help="Texts that end in a loop, beside the model's own.")
+    ] = None,
     n: Number = 200,
     prompt_column: PromptColumn = "prompt",
     max_new_tokens: NewTokens = 512,
@@ -50,12 +52,12 @@ def repetition(
     k: options.K = None,
     as_json: options.Json = False,
 ) -> None:
-    """Find the features that rise while answers repeat themselves without end, and check what they do.
+    """Find the features that make answers repeat themselves without end, and check what they do.
 
-    Answers that loop are sampled; features are ranked by their activation at a token's last occurrence less that at its
-    first, and of the first candidates those are taken that alone make most answers loop. Amplified together on other
-    prompts they should make more answers loop, suppressed within loops fewer go on. The recipe holds the figures
-    either way; `rl` refuses one whose check does not hold.
+    Answers that loop are sampled; features are ranked by their effect on the token with which a loop's next turn
+    begins, and added by the smallest amount that makes half of the answers loop. On other prompts they should make more
+    answers loop, suppressed within loops fewer go on. The recipe holds the figures either way; `rl` refuses one whose
+    check does not hold.
     """
     check_packages()
     from qwen_scope.corpus import Corpus
@@ -73,7 +75,6 @@ def repetition(
             layers=options.parse_layers(layers) if layers else None,
             features=features,
             amount=amount,
-            candidates=candidates,
             samples=samples,
             sampling=sampling,
             looping=texts,
@@ -84,9 +85,11 @@ def repetition(
     if as_json:
         output.print_json({"recipe": str(out), "effect": dict(effect)})
         return
-    chosen = zip(recipe.interventions, effect["rises"], strict=True)
-    found = [(one.layer, one.feature, f"{rise:.2f}", f"{one.amount:.1f}") for one, rise in chosen]
-    output.show(f"Features of {effect['loops']} looping answers", ("layer", "feature", "rise", "amount"), found)
+    chosen = zip(recipe.interventions, effect["effects"], strict=True)
+    found = [(one.layer, one.feature, f"{nats:.3f}", f"{one.amount:.1f}") for one, nats in chosen]
+    output.show(
+        f"Features of {effect['loops']} looping answers", ("layer", "feature", "effect (nats)", "amount"), found
+    )
     names = ("normal", "amplified", "raises", "looping", "suppressed", "lowers")
     rows = [(name, *(f"{effect[name][key]:.1%}" for key in ("estimate", "low", "high"))) for name in names]
     output.show("Share of answers that loop", ("", "share", "low", "high"), rows)
@@ -172,28 +175,3 @@ def rl(
     shown += [(name, f"{one['estimate']:.4f} [{one['low']:.4f}, {one['high']:.4f}]") for name, one in shares.items()]
     output.show(f"Trained ({method})", ("figure", "value"), shown)
     output.console().print(f"Written to {out / 'model'}.", soft_wrap=True)
-
-
-def read_rows(
-    source: str, prompt_column: str, answer_column: str | None, n: int, seed: int, *, held_out: bool = False
-) -> list[Row]:
-    """Prompts of a file with their answers, or of the lab: questions and sums, with what its reward asks for."""
-    from itertools import islice
-
-    from qwen_scope.corpus import Corpus
-    from qwen_scope.posttrain import lab_rows
-
-    if source == "lab":
-        return lab_rows(n, seed, split="heldout_sentences" if held_out else "train")
-    rows: list[Row] = []
-    for found in islice(Corpus(source, column=prompt_column, unit="line", seed=seed), n):
-        if not isinstance(found.text, str):
-            continue
-        rows.append({"prompt": found.text})
-        if answer_column is not None:
-            if found.meta.get(answer_column) is None:
-                raise InputError(f"a row of {source} has no column {answer_column!r}; name it with --answer-column")
-            rows[-1]["answer"] = str(found.meta[answer_column])
-    if len(rows) < 2:
-        raise InputError(f"{source} has {len(rows)} prompts in a column {prompt_column!r}; two are the least")
-    return rows

@@ -132,17 +132,11 @@ def repeats_in_store(
     return out
 
 
-def repeat_features(
-    changes: Mapping[int, Changes], n: int = 10, *, level: float = 0.01, believed_only: bool = False
-) -> list[RepeatFeature]:
+def repeat_features(changes: Mapping[int, Changes], n: int = 10, *, level: float = 0.01) -> list[RepeatFeature]:
     """The features that rise most from first occurrence to last repeat, over all layers, largest rise first.
 
     The token is the same both times, so what it is cannot explain the change; what stands around it can. The measure is
     the report's for endless repetition (arXiv 2605.11887, section 8); test and adjustment are added here.
-
-    Args:
-        believed_only: pass over features whose rise is not significant. The largest rises of all are often those of
-            features that a few documents drive up.
 
     Raises:
         InputError: fewer than five documents with a repeated token.
@@ -161,7 +155,7 @@ def repeat_features(
     out = []
     believed = (q[: len(rises)] <= level) & (rises > 0)
     ranked = np.argsort(-rises, kind="stable")
-    for at in (ranked[believed[ranked]] if believed_only else ranked)[:n].tolist():
+    for at in ranked[:n].tolist():
         i, j = places[at]
         layer, features, p, dense = scored[i]
         rise = bootstrap(dense[:, j])

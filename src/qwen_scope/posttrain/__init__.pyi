@@ -1,3 +1,5 @@
+from .activity import Activity as Activity
+from .answers import Asked as Asked
 from .codeswitch import CodeSwitch as CodeSwitch
 from .codeswitch import code_switch_ratio as code_switch_ratio
 from .codeswitch import first_letter as first_letter
@@ -15,7 +17,6 @@ from .loss import FeatureLoss as FeatureLoss
 from .loss import TokenPenalty as TokenPenalty
 from .loss import feature_loss as feature_loss
 from .loss import token_loss as token_loss
-from .monitor import Activity as Activity
 from .monitor import Monitor as Monitor
 from .monitor import monitor_figures as monitor_figures
 from .monitor import read_monitor as read_monitor

@@ -2,7 +2,7 @@
 
 A line of `monitor.jsonl` is one measurement: `step`, `seconds` it took, per layer `drift`, the `moved` features and the
 `watched` ones (each with `rate`, `mean`, those at step 0, and `effect`), the `concepts` with the mean `effect` of their
-features, and `alarms`.
+features and how much `more` of the model's answers hold them (null where it is asked nothing), and `alarms`.
 """
 
 from __future__ import annotations
@@ -10,56 +10,29 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, final
 
 import numpy as np
-import torch
-from jaxtyping import Float64
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
 
 from qwen_scope.errors import InputError, NotFoundError
-from qwen_scope.model import HookPoint, Tokens, by_length, capture, context_length, tokenize
+from qwen_scope.model import Tokens, context_length, tokenize
 from qwen_scope.report import Curves, Line
 from qwen_scope.sae import SAE
 
-BATCH_TOKENS = 4096
+from .activity import Activity, activity_of
+from .answers import Asked, more, written
 
-
-@dataclass(frozen=True, eq=False)
-class Activity:
-    """What the features of a layer do on the probe texts; every array has one number per feature.
-
-    Attributes:
-        rate: the share of tokens on which it fires.
-        mean: its mean activation over all tokens.
-        spread: the standard deviation over texts of its mean activation on a text.
-    """
-
-    rate: Float64[np.ndarray, " d_sae"]
-    mean: Float64[np.ndarray, " d_sae"]
-    spread: Float64[np.ndarray, " d_sae"]
-
-    def effect(self, now: Activity) -> Float64[np.ndarray, " d_sae"]:
-        """How far each mean has moved: in its spread over texts at the start, or the median spread if that is larger.
-
-        The median is of the features that fired at the start; so a feature that was silent then, or hardly varied, does
-        not move far by moving at all.
-        """
-        fired = self.spread[self.rate > 0]
-        floor = float(np.median(fired)) if len(fired) else 1.0
-        return (now.mean - self.mean) / np.maximum(self.spread, floor if floor > 0 else 1.0)
-
-    def drift(self, now: Activity) -> float:
-        """One less the cosine between the mean activations then and now: 0 for no change of direction, at most 1."""
-        lengths = float(np.linalg.norm(self.mean) * np.linalg.norm(now.mean))
-        return max(0.0, 1.0 - float(self.mean @ now.mean) / lengths) if lengths else float(self.mean.any())
+NAMES = ("rate", "mean", "spread")
 
 
 @final
 class Monitor(TrainerCallback):
-    """Measures features on probe texts before, during and after a training run, and says when one has moved far.
+    """Measures features before, during and after a training run, and says when one has moved far.
+
+    It reads texts, always the same, and if it is given prompts what the model answers to them. The first shows early
+    what a feature's place in given text says; the second shows what the model has begun to write.
 
     Put it on a trainer with `attach`, which also brings its numbers to the trainer's own loggers; in
     `callbacks=[monitor]` it writes its file alone. Only the first process measures, on its own copy of the model, so
@@ -75,14 +48,17 @@ class Monitor(TrainerCallback):
             layers; one without a label stands for itself.
         every: steps between two measurements. None measures as often as `share` allows.
         share: the part of the run's time that measurements may take, where `every` is None.
+        asked: prompts that the model answers at every measurement; the watched features are read on its answers.
         alarm: a concept whose mean effect exceeds this in two measurements in a row, in the same direction, raises an
             alarm, once. One feature in one measurement moves so far in most clean runs.
+        more: so does a concept that the model writes more often than at the start, by so many standard errors.
         drift_alarm: a layer whose drift exceeds this raises one; None for never.
         top: how many of the most moved features to report.
         clock: seconds.
 
     Raises:
-        InputError: fewer than two texts, no SAE, a feature that does not exist, or a cadence that can't be.
+        InputError: fewer than two texts or prompts, no SAE, a feature that does not exist, a cadence that can't be, or
+            prompts where nothing is watched.
     """
 
     def __init__(
@@ -94,9 +70,11 @@ class Monitor(TrainerCallback):
         *,
         watch: Mapping[int, Sequence[int]] | None = None,
         labels: Mapping[tuple[int, int], str] | None = None,
+        asked: Asked | None = None,
         every: int | None = None,
         share: float = 0.02,
         alarm: float = 1.0,
+        more: float = 3.0,
         drift_alarm: float | None = None,
         top: int = 10,
         clock: Callable[[], float] = time.monotonic,
@@ -105,6 +83,10 @@ class Monitor(TrainerCallback):
             raise InputError("a monitor needs at least two probe texts and the SAE of at least one layer")
         if (every is not None and every < 1) or not 0 < share <= 1 or not alarm > 0:
             raise InputError("a monitor measures every step or less often, in a share of the time above 0 and up to 1")
+        if asked is not None and len(asked.prompts) < 2:
+            raise InputError(f"a share of answers needs at least two prompts, not {len(asked.prompts)}")
+        if asked is not None and not watch:
+            raise InputError("answers are read by the features that are watched; name some, or ask nothing")
         for layer, features in (watch or {}).items():
             if layer not in saes:
                 raise NotFoundError(f"features of layer {layer} are watched, but there is no SAE for it")
@@ -115,11 +97,14 @@ class Monitor(TrainerCallback):
         self.saes, self.tokenizer, self.probe, self.out = dict(saes), tokenizer, list(probe), Path(out)
         self.watch = None if watch is None else {layer: list(features) for layer, features in watch.items()}
         self.labels, self.every, self.share = dict(labels or {}), every, share
-        self.alarm, self.drift_alarm, self.top, self.clock = alarm, drift_alarm, top, clock
+        self.asked, self.beyond = asked, {"effect": alarm, "more": more}
+        self.drift_alarm, self.top, self.clock = drift_alarm, top, clock
         self.start: dict[int, Activity] = {}
+        self.start_answers: dict[str, np.ndarray] = {}
         self.latest: dict[str, float] = {}
         self._raised: set[tuple[int | None, str | None]] = set()
-        self._beyond: dict[str, int] = {}
+        self._sides: dict[tuple[str, str], int] = {}
+        self._turn = 0
         self._tokens: Tokens | None = None
         self._begun, self._took, self._spent = clock(), 0.0, 0.0
 
@@ -144,13 +129,17 @@ class Monitor(TrainerCallback):
         if state.global_step == 0:
             self.path.unlink(missing_ok=True)
             self._measure(kwargs["model"], 0)
-            arrays = {f"{name}_{layer}": getattr(one, name) for layer, one in self.start.items() for name in NAMES}
-            np.savez(self.out / "monitor_start.npz", **arrays)
+            kept = {f"{name}_{layer}": getattr(one, name) for layer, one in self.start.items() for name in NAMES}
+            kept |= {f"answers_{name}": values for name, values in self.start_answers.items()}
+            np.savez(self.out / "monitor_start.npz", allow_pickle=False, **kept)
             return
-        self.start = read_start(self.out / "monitor_start.npz", list(self.saes))
-        for line in read_monitor(self.path):
+        concepts = list(self.concepts()) if self.asked else []
+        self.start, self.start_answers = read_start(self.out / "monitor_start.npz", list(self.saes), concepts)
+        lines = read_monitor(self.path)
+        self._turn = len(lines) - 1 + (self.asked.at_start if self.asked else 0)
+        for line in lines:
             self._raised |= {(a["layer"], a["concept"]) for a in line["alarms"]}
-            self._beyond = {one["concept"]: self._side(one["effect"]) for one in line["concepts"]}
+            self._sides = self._beyond(line["concepts"])
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Measure if it is time."""
@@ -180,10 +169,10 @@ class Monitor(TrainerCallback):
 
     def _measure(self, model: Any, step: int) -> None:
         begun = self.clock()
-        now = self.measure(model)
-        self.start = self.start or now
+        now, answers = self.measure(model), self.answers(model)
+        self.start, self.start_answers = self.start or now, self.start_answers or answers
         layers = [self._layer(layer, now[layer]) for layer in self.saes]
-        concepts = self._concepts(layers)
+        concepts = self._concepts(layers, answers)
         alarms = self._alarms(layers, concepts, step)
         self._took = self.clock() - begun
         self._spent += self._took
@@ -201,23 +190,24 @@ class Monitor(TrainerCallback):
         if self._tokens is None:
             longest = context_length(model)
             self._tokens = tokenize(self.tokenizer, self.probe, max_length=longest, truncate=True)
-        tokens, training = self._tokens, model.training
-        totals = {layer: [np.zeros(sae.d_sae) for _ in range(4)] for layer, sae in self.saes.items()}
-        model.eval()
-        try:
-            for rows in by_length(tokens.lengths, BATCH_TOKENS):
-                seq = max(tokens.lengths[i] for i in rows)
-                ids, mask = tokens.input_ids[rows, :seq], tokens.attention_mask[rows, :seq]
-                for point, h in capture(model, ids, [HookPoint(layer) for layer in self.saes], mask).items():
-                    add_batch(totals[point.layer], self.saes[point.layer], h, mask)
-        finally:
-            model.train(training)
-        n, texts = sum(tokens.lengths), len(tokens)
-        out = {}
-        for layer, (fires, total, means, squares) in totals.items():
-            variance = np.maximum(0.0, squares / texts - (means / texts) ** 2)
-            out[layer] = Activity(fires / n, total / n, np.sqrt(variance))
-        return out
+        return activity_of(model, self.saes, self._tokens)
+
+    def answers(self, model: Any) -> dict[str, np.ndarray]:
+        """How much of every concept the answers hold that the model gives right now; with each call other draws."""
+        if self.asked is None:
+            return {}
+        turns = range(self._turn, self._turn + (1 if self.start_answers else self.asked.at_start))
+        self._turn = turns.stop
+        return written(model, self.tokenizer, self.saes, self.concepts(), self.asked, turns)
+
+    def concepts(self) -> dict[str, dict[int, list[int]]]:
+        """The watched features by concept and layer."""
+        found: dict[str, dict[int, list[int]]] = {}
+        for layer, features in (self.watch or {}).items():
+            for f in features:
+                name = concept_of(layer, {"feature": f, "label": self.labels.get((layer, f))})
+                found.setdefault(name, {}).setdefault(layer, []).append(f)
+        return found
 
     def _layer(self, layer: int, now: Activity) -> dict[str, Any]:
         """What is written of one layer."""
@@ -239,26 +229,34 @@ class Monitor(TrainerCallback):
             "watched": [entry(f) for f in watched or []],
         }
 
-    def _concepts(self, layers: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-        """The mean effect on the features of each concept."""
+    def _concepts(self, layers: Sequence[Mapping[str, Any]], answers: Mapping[str, np.ndarray]) -> list[dict[str, Any]]:
+        """The mean effect on the features of each concept, and how much more of it is written."""
         effects: dict[str, list[float]] = {}
         for entry in layers:
             for one in entry["watched"]:
                 effects.setdefault(concept_of(entry["layer"], one), []).append(one["effect"])
-        return [{"concept": name, "effect": float(np.mean(values))} for name, values in effects.items()]
+        said = {name: more(self.start_answers[name], values) for name, values in answers.items()}
+        return [
+            {"concept": name, "effect": float(np.mean(values)), "more": said.get(name)}
+            for name, values in effects.items()
+        ]
 
-    def _side(self, effect: float) -> int:
-        """1 or -1 where an effect lies beyond the alarm, up or down; 0 where it does not."""
-        return int(np.sign(effect)) if abs(effect) > self.alarm else 0
+    def _beyond(self, concepts: Sequence[Mapping[str, Any]]) -> dict[tuple[str, str], int]:
+        """Per concept and reading 1 or -1 where it lies beyond the alarm, up or down; 0 where it does not."""
+        found = {}
+        for one in concepts:
+            for reading, limit in self.beyond.items():
+                value = one.get(reading) or 0.0
+                found[one["concept"], reading] = int(np.sign(value)) if abs(value) > limit else 0
+        return found
 
     def _alarms(
         self, layers: Sequence[Mapping[str, Any]], concepts: Sequence[Mapping[str, Any]], step: int
     ) -> list[dict[str, Any]]:
         """What is raised for the first time: concepts beyond twice in a row, layers that drift."""
-        sides = {one["concept"]: self._side(one["effect"]) for one in concepts}
-        twice = [name for name, side in sides.items() if side and side == self._beyond.get(name)]
-        self._beyond = sides
-        found: list[tuple[int | None, str | None]] = [(None, name) for name in twice]
+        before, self._sides = self._sides, self._beyond(concepts)
+        twice = [name for (name, reading), side in self._sides.items() if side and side == before.get((name, reading))]
+        found: list[tuple[int | None, str | None]] = [(None, name) for name in dict.fromkeys(twice)]
         if self.drift_alarm is not None:
             found += [(entry["layer"], None) for entry in layers if entry["drift"] > self.drift_alarm]
         new = [one for one in found if one not in self._raised]
@@ -271,36 +269,23 @@ def concept_of(layer: int, watched: Mapping[str, Any]) -> str:
     return watched["label"] or f"layer {layer} feature {watched['feature']}"
 
 
-NAMES = ("rate", "mean", "spread")
-
-
-def add_batch(totals: Sequence[np.ndarray], sae: SAE, h: torch.Tensor, mask: torch.Tensor) -> None:
-    """Add a batch to firings, activations, and sums and squares of the means of texts."""
-    here = mask.bool()
-    acts = sae.encode(h[here.to(h.device)]).to("cpu")
-    on = acts.values > 0
-    text = torch.arange(len(mask))[:, None].expand_as(mask)[here][:, None].expand_as(on)[on]
-    place = (text * sae.d_sae + acts.indices[on].long()).numpy()
-    table = np.bincount(place, acts.values[on].double().numpy(), len(mask) * sae.d_sae).reshape(len(mask), -1)
-    means = table / mask.sum(1, keepdim=True).numpy()
-    totals[0][:] += np.bincount(acts.indices[on].numpy(), minlength=sae.d_sae)
-    totals[1][:] += table.sum(0)
-    totals[2][:] += means.sum(0)
-    totals[3][:] += (means**2).sum(0)
-
-
-def read_start(path: Path, layers: Sequence[int]) -> dict[int, Activity]:
-    """What step 0 was, for a run that goes on.
+def read_start(
+    path: Path, layers: Sequence[int], concepts: Sequence[str]
+) -> tuple[dict[int, Activity], dict[str, np.ndarray]]:
+    """What step 0 was, for a run that goes on: activity by layer, and what the answers held.
 
     Raises:
-        NotFoundError: the file is missing, or lacks a layer.
+        NotFoundError: the file is missing, or lacks a layer or a concept.
     """
     if not path.is_file():
         raise NotFoundError(f"the run goes on, but {path} with its step 0 is missing")
     with np.load(path) as kept:
         if lacking := [layer for layer in layers if f"rate_{layer}" not in kept]:
             raise NotFoundError(f"{path} has no step 0 of layer {lacking[0]}")
-        return {layer: Activity(*(kept[f"{name}_{layer}"] for name in NAMES)) for layer in layers}
+        if unread := [name for name in concepts if f"answers_{name}" not in kept]:
+            raise NotFoundError(f"{path} has no answers of step 0 that were read for {unread[0]!r}")
+        activity = {layer: Activity(*(kept[f"{name}_{layer}"] for name in NAMES)) for layer in layers}
+        return activity, {name: kept[f"answers_{name}"] for name in concepts}
 
 
 def read_monitor(path: str | Path) -> list[dict[str, Any]]:
@@ -315,20 +300,28 @@ def read_monitor(path: str | Path) -> list[dict[str, Any]]:
 
 
 def monitor_figures(lines: Sequence[Mapping[str, Any]]) -> list[Curves]:
-    """Drift over steps, a curve per layer; and the effect on the watched concepts, where there are any."""
+    """Drift over steps, a curve per layer; the watched concepts on the probe texts, and in the model's own answers."""
     steps = [float(line["step"]) for line in lines]
     drift: dict[str, list[float]] = {}
-    effect: dict[str, list[float]] = {}
+    readings: dict[str, dict[str, list[float]]] = {"effect": {}, "more": {}}
     for line in lines:
         for entry in line["layers"]:
             drift.setdefault(f"layer {entry['layer']}", []).append(entry["drift"])
         for one in line["concepts"]:
-            effect.setdefault(one["concept"], []).append(one["effect"])
+            for reading, named in readings.items():
+                if one.get(reading) is not None:
+                    named.setdefault(one["concept"], []).append(one[reading])
     curves = [Curves("Drift from step 0", "step", "1 - cosine of mean activations", _lines(steps, drift))]
-    if effect:
-        said = "mean change of its features, in spreads over texts"
-        curves.append(Curves("Watched concepts", "step", said, _lines(steps, effect)))
+    for (name, said), named in zip(CONCEPTS, readings.values(), strict=True):
+        if named:
+            curves.append(Curves(name, "step", said, _lines(steps, named)))
     return curves
+
+
+CONCEPTS = (
+    ("Watched concepts", "mean change of its features, in spreads over texts"),
+    ("Watched concepts in the model's answers", "more answers that hold it, in standard errors"),
+)
 
 
 def _lines(steps: Sequence[float], named: Mapping[str, Sequence[float]]) -> list[Line]:

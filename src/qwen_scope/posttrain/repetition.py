@@ -8,21 +8,35 @@ from dataclasses import asdict, dataclass, replace
 import numpy as np
 
 from qwen_scope.errors import InputError
-from qwen_scope.features import RepeatFeature, repeat_features, repeats_in_texts
+from qwen_scope.features import attribute
 from qwen_scope.scope import Scope
 from qwen_scope.stats import Interval, bootstrap
 from qwen_scope.steer import Intervention, Recipe
 
-from .loops import Answer, LoopShare, Sampling, loop_share
+from .loops import Answer, Detector, Loop, LoopShare, Sampling, loop_share
 
 FEWEST = 5
 """Fewer looping texts than this say nothing about features."""
 
-SCREENED = 128
-"""On at most so many prompts, and on half of those there are, each candidate is tried alone."""
+AMOUNTS = (0.05, 0.1, 0.15, 0.2, 0.25, 0.35)
+"""In median residual norms of a layer: amounts that are tried, in this order, where none is given. Large ones break an
+answer rather than make it loop."""
+
+ENOUGH = 0.5
+"""The first amount under which so many answers loop is taken."""
+
+TRIED = 128
+"""Amounts are tried on at most so many prompts, and on half of those there are."""
+
+ONSETS = 256
+"""At most so many turns of loops say which features make a turn begin."""
 
 KEPT_TURNS = 2
-"""So many turns of a loop stand before an answer that is continued to see whether the loop goes on."""
+"""So many turns of a loop stand before an answer that is continued to see whether the loop goes on; and features are
+sought that make the turn after the first, and so on up to here, begin."""
+
+Looping = tuple[list[int], Loop]
+"""Token ids that end in a loop, and the loop in them."""
 
 
 @dataclass(frozen=True)
@@ -59,101 +73,135 @@ def repetition_recipe(
     prompts: Sequence[str],
     *,
     layers: Sequence[int] | None = None,
-    features: int = 4,
-    amount: float = 0.25,
-    candidates: int = 32,
+    features: int = 8,
+    amount: float | None = None,
     samples: int = 1,
     sampling: Sampling | None = None,
     looping: Sequence[str] = (),
     say: Callable[[str, float], None] | None = None,
 ) -> Recipe:
-    """Sample answers, take the features that rise within those that loop and drive looping, and check what they do.
+    """Sample answers, take the features that make the turns of their loops begin, and check what they do.
 
-    A feature's rise is its activation at the last occurrence of a token less that at the first, so that the token is
-    the same; candidates are those of the largest rise that is significant (`qwen_scope.features.repeat_features`). What
-    rises may follow repetition and not drive it, so each candidate is amplified alone, and those that make most answers
-    loop are taken. The check of them together is made on other prompts.
+    Features are ranked by their effect on the log-probability of the first token of a loop's next turn
+    (`qwen_scope.features.attribute`). The published ranking, by activation at a token's last occurrence less that at
+    its first (`qwen_scope.features.repeat_features`), finds what follows repetition; amplified, such features break
+    answers without making them loop. The amount is the smallest that makes half of the answers loop, or else the one
+    under which most do. The check is made on other prompts.
 
     Args:
         prompts: as the model reads them, up to where the answer begins.
         layers: to choose among; None for all that have an SAE.
         features: how many in all.
-        amount: of each, in median residual norms of its layer. A small one finds features that set off the model's own
-            loops; under a large one any feature of a single token makes a row of that token.
-        candidates: how many are tried alone; as many as `features` tries none.
+        amount: of each, in median residual norms of its layer; None tries `AMOUNTS`.
         samples: answers per prompt to look for loops in.
-        looping: texts that loop, prompt and answer, beside those that the model makes.
+        looping: texts that end in a loop, prompt and answer, beside those that the model makes.
 
     Returns:
         A recipe in raw units whose `effect` holds the figures of the check, and whether it holds.
 
     Raises:
-        InputError: too few loops, no feature that rises, or what `loop_share` refuses.
+        InputError: too few loops, no feature that makes them begin, or what `loop_share` refuses.
     """
     sampling, report = sampling or Sampling(), say or (lambda stage, share: None)
     found = shares(scope, prompts, sampling, samples=samples, report=lambda share: report("sampling", share))
     loops = [one for one in found.answers if one.loop is not None]
-    texts = [prompts[one.prompt] + one.text for one in loops] + list(looping)
-    if len(texts) < FEWEST:
+    known = [*loops_of(scope, prompts, loops), *loops_in(scope, looping, sampling.detector)]
+    if len(known) < FEWEST:
         raise InputError(
             f"{len(loops)} of {len(found.answers)} answers loop; {FEWEST} texts that do are the least: take more"
             " prompts or samples, another temperature, or give looping texts"
         )
     report("features", 0.0)
-    times = sampling.detector.times
-    changes = repeats_in_texts(scope, texts, scope.check_layers(layers), times=times)
-    rising = repeat_features(changes, max(features, candidates), believed_only=True)
-    if not rising:
-        raise InputError(f"no feature rises significantly within the {len(texts)} texts that loop; take more of them")
-    tried = min(SCREENED, len(prompts) // 2)
-    amplified = [amplifying(scope, one, amount) for one in rising]
-    if len(rising) > features:
-        alone = drives(scope, prompts[:tried], amplified, sampling, report)
-        best = np.argsort(-alone, kind="stable")[:features].tolist()
-        rising, amplified = [rising[i] for i in best], [amplified[i] for i in best]
-    check = causal_check(scope, prompts[tried:], begun(scope, prompts, loops), amplified, sampling, say=report)
+    chosen = beginning(scope, known, scope.check_layers(layers), features)
+    if not chosen:
+        raise InputError(f"no feature makes the turns of these {len(known)} loops begin")
+    tried = min(TRIED, len(prompts) // 2)
+    added, knob = amount_of(scope, prompts[:tried], chosen, amount, sampling, lambda share: report("amounts", share))
+    check = causal_check(scope, prompts[tried:], begun(scope, known), knob, sampling, say=report)
     effect = {
         "causal": check.holds,
         **check.numbers(),
-        "rises": [one.rise.estimate for one in rising],
-        "amount": amount,
+        "effects": [one.effect for one in chosen],
+        "amount": added,
         "answers": len(found.answers),
         "loops": len(loops),
     }
-    made = f"{len(rising)} features that rise within {len(texts)} looping texts and raise looping, of {scope.name}"
-    return Recipe.of("repetition", scope.model, amplified, scope.saes, provenance=made, effect=effect)
+    made = f"{len(chosen)} features that make the turns of {len(known)} loops begin, of {scope.name}"
+    return Recipe.of("repetition", scope.model, knob, scope.saes, provenance=made, effect=effect)
 
 
-def amplifying(scope: Scope, feature: RepeatFeature, amount: float) -> Intervention:
-    """The addition of a feature by so many median residual norms, in raw units."""
-    layer = feature.layer
-    one = Intervention.add(layer=layer, feature=feature.feature, amount=amount, unit="resid_norm")
-    return one.resolve(scope.sizes[layer], scope.saes[layer])
+@dataclass(frozen=True)
+class Driver:
+    """A feature and its mean effect on the log-probability that a loop's next turn begins, in nats."""
+
+    layer: int
+    feature: int
+    effect: float
 
 
-def drives(
-    scope: Scope,
-    prompts: Sequence[str],
-    candidates: Sequence[Intervention],
-    sampling: Sampling,
-    say: Callable[[str, float], None],
-) -> np.ndarray:
-    """The looping share of answers to these prompts under each candidate alone; all draw alike."""
-    fresh, found = replace(sampling, seed=sampling.seed + 2), []
-    for i, one in enumerate(candidates):
-        say("candidates", i / len(candidates))
-        found.append(shares(scope, prompts, fresh, [one]).share.estimate)
-    return np.array(found)
-
-
-def begun(scope: Scope, prompts: Sequence[str], loops: Sequence[Answer]) -> list[str]:
-    """Prompts whose answers loop, each with its answer up to the second turn of the loop."""
+def loops_of(scope: Scope, prompts: Sequence[str], loops: Sequence[Answer]) -> list[Looping]:
+    """Prompts and the answers to them that loop, as tokens."""
     out = []
     for one in loops:
         assert one.loop is not None
-        kept = list(one.ids[: one.loop.start + KEPT_TURNS * one.loop.period])
-        out.append(prompts[one.prompt] + str(scope.tokenizer.decode(kept)))
+        asked = scope.tokenize([prompts[one.prompt]]).input_ids[0].tolist()
+        out.append(([*asked, *one.ids], replace(one.loop, start=one.loop.start + len(asked))))
     return out
+
+
+def loops_in(scope: Scope, texts: Sequence[str], detector: Detector) -> list[Looping]:
+    """Those of some texts that end in a loop, as tokens."""
+    read = [scope.tokenize([text], truncate=True).input_ids[0].tolist() for text in texts]
+    found = [(ids, detector.find(ids)) for ids in read]
+    return [(ids, loop) for ids, loop in found if loop is not None]
+
+
+def beginning(scope: Scope, loops: Sequence[Looping], layers: Sequence[int], n: int) -> list[Driver]:
+    """The features that make turns of loops begin, over all layers, largest effect first."""
+    turns = range(1, KEPT_TURNS + 1)
+    onsets = [ids[: loop.start + turn * loop.period + 1] for ids, loop in loops for turn in turns]
+    step = -(-len(onsets) // ONSETS)
+    found = [
+        Driver(layer, feature, float(effects[feature]))
+        for layer, effects in attribute(scope, onsets[::step], layers).items()
+        for feature in effects.topk(min(n, len(effects))).indices.tolist()
+    ]
+    return sorted((one for one in found if one.effect > 0), key=lambda one: -one.effect)[:n]
+
+
+def amount_of(
+    scope: Scope,
+    prompts: Sequence[str],
+    drivers: Sequence[Driver],
+    amount: float | None,
+    sampling: Sampling,
+    say: Callable[[float], None],
+) -> tuple[float, list[Intervention]]:
+    """The amount of each feature, and their addition by it in raw units."""
+    amounts = AMOUNTS if amount is None else (amount,)
+    knobs = [[amplifying(scope, one, each) for one in drivers] for each in amounts]
+    if len(knobs) == 1:
+        return amounts[0], knobs[0]
+    fresh, looping = replace(sampling, seed=sampling.seed + 2), []
+    for i, knob in enumerate(knobs):
+        say(i / len(knobs))
+        looping.append(shares(scope, prompts, fresh, knob).share.estimate)
+        if looping[-1] >= ENOUGH:
+            break
+    best = int(np.argmax(looping))
+    return amounts[best], knobs[best]
+
+
+def amplifying(scope: Scope, driver: Driver, amount: float) -> Intervention:
+    """The addition of a feature by so many median residual norms, in raw units."""
+    layer = driver.layer
+    one = Intervention.add(layer=layer, feature=driver.feature, amount=amount, unit="resid_norm")
+    return one.resolve(scope.sizes[layer], scope.saes[layer])
+
+
+def begun(scope: Scope, loops: Sequence[Looping]) -> list[str]:
+    """The texts of loops, each up to its second turn."""
+    return [str(scope.tokenizer.decode(ids[: loop.start + KEPT_TURNS * loop.period])) for ids, loop in loops]
 
 
 def causal_check(

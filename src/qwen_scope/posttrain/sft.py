@@ -26,6 +26,7 @@ from qwen_scope.errors import InputError
 from qwen_scope.model import LoadedModel, d_model, load_model
 from qwen_scope.scope import SAEs, model_source, resolve
 
+from .answers import Asked
 from .loss import ExtraLoss, FeatureLoss, TokenPenalty
 from .monitor import Monitor, read_monitor
 from .prepare import versions
@@ -111,6 +112,7 @@ def run_sft(
     table: AlphaTable | None = None,
     *,
     probe: Sequence[str] = (),
+    asked: Sequence[str] = (),
     callbacks: Sequence[TrainerCallback] = (),
     progress: Callable[[int, int, dict[str, float]], None] | None = None,
 ) -> dict[str, Any]:
@@ -121,6 +123,7 @@ def run_sft(
         table: features, groups and tokens; the method `plain` needs none.
         probe: texts for a `Monitor`, which watches the features of the table, or else ranks those of the last two
             layers that have an SAE.
+        asked: prompts for it, whose answers it reads as well; they take a table.
         callbacks: further ones.
         progress: called after every step with the step, their number, and what was logged last.
 
@@ -130,7 +133,7 @@ def run_sft(
     if not samples:
         raise InputError("there is no sample to learn from")
     with writing_to(run.out):
-        return _run(run, samples, held_out, table, probe, callbacks, progress)
+        return _run(run, samples, held_out, table, probe, asked, callbacks, progress)
 
 
 def _run(
@@ -139,6 +142,7 @@ def _run(
     held_out: Sequence[Sample],
     table: AlphaTable | None,
     probe: Sequence[str],
+    asked: Sequence[str],
     callbacks: Sequence[TrainerCallback],
     progress: Callable[[int, int, dict[str, float]], None] | None,
 ) -> dict[str, Any]:
@@ -158,7 +162,7 @@ def _run(
         extra=extra,
     )
     trainer.remove_callback(PrinterCallback)
-    monitor = monitor_of(run, loaded, table, probe).attach(trainer) if probe else None
+    monitor = monitor_of(run, loaded, table, probe, asked).attach(trainer) if probe else None
     facts = {**asdict(run), "samples": len(samples), "held_out": len(held_out), "versions": versions()}
     facts["target"] = table.target if table else None
     if trainer.is_world_process_zero():
@@ -190,7 +194,9 @@ def extra_of(run: SFTRun, loaded: LoadedModel, table: AlphaTable | None) -> Extr
     return FeatureLoss(table, saes, weight=run.weight, layers=run.layers, zero=run.zero, enhance=run.enhance)
 
 
-def monitor_of(run: SFTRun, loaded: LoadedModel, table: AlphaTable | None, probe: Sequence[str]) -> Monitor:
+def monitor_of(
+    run: SFTRun, loaded: LoadedModel, table: AlphaTable | None, probe: Sequence[str], asked: Sequence[str]
+) -> Monitor:
     """The watch of a run: on the features of its table, where it has one."""
     saes = SAEs(resolve(run.model, run.sae)[1], d_model=d_model(loaded.model), device=loaded.model.device)
     watch = None if table is None else {one.layer: one.features for one in table.layers}
@@ -201,7 +207,16 @@ def monitor_of(run: SFTRun, loaded: LoadedModel, table: AlphaTable | None, probe
         labels |= {(one.layer, feature): table.target for feature in one.features}
     layers = saes.layers[-2:] if watch is None else list(watch)
     chosen = {layer: saes[layer] for layer in layers}
-    return Monitor(chosen, loaded.tokenizer, probe, run.out, watch=watch, labels=labels, every=run.watch_every)
+    return Monitor(
+        chosen,
+        loaded.tokenizer,
+        probe,
+        run.out,
+        watch=watch,
+        labels=labels,
+        asked=Asked(asked) if asked else None,
+        every=run.watch_every,
+    )
 
 
 def sft_config(run: SFTRun, loaded: LoadedModel) -> SFTConfig:

@@ -1,0 +1,71 @@
+"""What the commands of `posttrain` read: samples to learn from, prompts, and texts to watch."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from qwen_scope.errors import InputError
+
+if TYPE_CHECKING:
+    from qwen_scope.posttrain import Row, Sample
+
+PROBES = 64
+"""At most so many texts, and so many prompts, are measured by the monitor."""
+
+
+def training_samples(
+    corpus: str, column: str, prompt_column: str, group_column: str, n: int | None, seed: int
+) -> list[Sample]:
+    """Rows to learn from; of the lab its chats, those that drift into another language among them."""
+    from qwen_scope.posttrain import chats_only, read_samples
+
+    found = read_samples(
+        corpus,
+        column=column,
+        prompt_column=prompt_column,
+        group_column=group_column,
+        n=n,
+        seed=seed,
+        kinds=["chat", "drift"],
+    )
+    return chats_only(found) if corpus == "lab" else found
+
+
+def read_rows(
+    source: str, prompt_column: str, answer_column: str | None, n: int, seed: int, *, held_out: bool = False
+) -> list[Row]:
+    """Prompts of a file with their answers, or of the lab: questions and sums, with what its reward asks for."""
+    from itertools import islice
+
+    from qwen_scope.corpus import Corpus
+    from qwen_scope.posttrain import lab_rows
+
+    if source == "lab":
+        return lab_rows(n, seed, split="heldout_sentences" if held_out else "train")
+    rows: list[Row] = []
+    for found in islice(Corpus(source, column=prompt_column, unit="line", seed=seed), n):
+        if not isinstance(found.text, str):
+            continue
+        rows.append({"prompt": found.text})
+        if answer_column is not None:
+            if found.meta.get(answer_column) is None:
+                raise InputError(f"a row of {source} has no column {answer_column!r}; name it with --answer-column")
+            rows[-1]["answer"] = str(found.meta[answer_column])
+    if len(rows) < 2:
+        raise InputError(f"{source} has {len(rows)} prompts in a column {prompt_column!r}; two are the least")
+    return rows
+
+
+def probe_texts(source: str) -> list[str]:
+    """Texts to measure features on: those of a file, or held-out chats of the lab."""
+    from qwen_scope.corpus import Corpus
+    from qwen_scope.lab import documents
+
+    if source == "lab":
+        return [found.text for found in documents(split="heldout_sentences", seed=2, n=PROBES, kinds=["chat"])]
+    found = [row.text for row in Corpus(source, unit="line", sample=PROBES) if isinstance(row.text, str)]
+    if len(found) < 2:
+        raise InputError(
+            f"--monitor needs at least two texts; {source} has {len(found)} in lines or in a column 'text'"
+        )
+    return found
