@@ -7,6 +7,7 @@ import posttrain_tiny as small
 import pytest
 import tiny
 import torch
+from peft import LoraConfig
 from transformers import TrainerCallback
 
 from qwen_scope.errors import InputError, NotFoundError
@@ -133,6 +134,27 @@ def test_a_run_is_watched_and_left_as_it_is(tmp_path, asked) -> None:
     assert list(figures[0].lines[0].y) == [line["layers"][0]["drift"] for line in found]
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft's own
+@pytest.mark.parametrize("way", ["lora", "checkpointing", "bf16"])
+def test_answers_are_read_however_the_model_is_trained(tmp_path, way) -> None:
+    policy, tokenizer = small.model()
+    monitor = make(tmp_path, watch=WATCH, labels=LABELS, asked=ASKED, every=2)
+    more = {"lora": {}, "checkpointing": {"activation_checkpointing": True}, "bf16": {"bf16": True}}[way]
+    trainer = small.FeatureSFTTrainer(
+        policy,
+        small.config(tmp_path / "run", **RUN | more),
+        train_dataset=small.Dataset.from_list([{k: r[k] for k in ("prompt", "completion")} for r in small.ROWS]),
+        processing_class=tokenizer,
+        peft_config=LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM") if way == "lora" else None,
+    )
+    monitor.attach(trainer)
+    trainer.train()
+    lines = read_monitor(monitor.path)
+    assert [line["step"] for line in lines] == [0, 2, 4]
+    assert all(isinstance(one["more"], float) for line in lines for one in line["concepts"])
+    assert trainer.model.training
+
+
 def test_a_concept_is_beyond_twice_in_a_row_before_it_raises_an_alarm_once(tmp_path) -> None:
     """Two features of one label at two layers, and one without a label."""
     labels = {(0, 3): "rude", (2, 40): "rude"}
@@ -205,6 +227,35 @@ def test_measurements_keep_to_their_share_of_the_time(tmp_path) -> None:
         if monitor._due(step):
             monitor._measure(policy, step)
     assert 3.0 * (len(taken) + 1) <= 0.02 * now[0] < 3.0 * (len(taken) + 2), "with one at the end; no more would fit"
+
+
+def test_the_many_answers_of_the_start_do_not_put_off_what_follows(tmp_path) -> None:
+    """Texts take 1 tick and the answers of a turn 4, two turns at the start: it costs 9 ticks, every later one 5."""
+    now = [0.0]
+    monitor = make(tmp_path, watch=WATCH, asked=ASKED, share=0.02, clock=lambda: now[0])
+    policy, _ = small.model()
+    texts, answers = monitor.measure, monitor.answers
+
+    def measure(model):
+        now[0] += 1.0
+        return texts(model)
+
+    def answer(model):
+        now[0] += 4.0 * (1 if monitor.start_answers else ASKED.at_start)
+        return answers(model)
+
+    monitor.measure, monitor.answers = measure, answer  # type: ignore[method-assign]
+    monitor.out.mkdir(parents=True)
+    monitor._measure(policy, 0)
+    due = []
+    for step in range(1, 2001):
+        now[0] += 1.0
+        if monitor._due(step):
+            due.append(now[0])
+            monitor._measure(policy, step)
+    first = (9 + 5 + 5) / 0.02  # with itself and the one at the end
+    assert due[0] == pytest.approx(first, abs=1.0)
+    assert due[1] == pytest.approx(first + 5 / 0.02, abs=1.0)
 
 
 def test_a_run_that_goes_on_keeps_its_step_0(tmp_path) -> None:

@@ -210,7 +210,10 @@ def test_what_is_refused(tmp_path, recipe) -> None:
     for found, said in (
         (None, "needs a recipe"),
         (replace(recipe, effect={}), "was not made"),
-        (replace(recipe, effect={"causal": False, "raises": {"low": -0.1}}), "did not hold.*-0.1"),
+        (
+            replace(recipe, effect={"causal": False, "raises": {"estimate": 0.02, "low": -0.1, "high": 0.2}}),
+            r"did not hold: it raises looping by 2.0% \[-10.0%, 20.0%\]",
+        ),
     ):
         with pytest.raises(InputError, match=said):
             rollouts_of(told(tmp_path), loaded, found)

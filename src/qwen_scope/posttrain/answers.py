@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Float64
 from transformers import PreTrainedTokenizerBase
 
+from qwen_scope.errors import InputError
 from qwen_scope.model import HookPoint, by_length, capture, tokenize
 from qwen_scope.sae import SAE
 from qwen_scope.steer import Decoding, generate
@@ -39,6 +40,9 @@ class Asked:
         temperature, top_p: of the draws; by default those by which code-switching is measured.
         at_start: answers per prompt at step 0, which everything later is compared with; later it is one.
         seed: of the draws.
+
+    Raises:
+        InputError: fewer than two prompts, or no answer at the start.
     """
 
     prompts: Sequence[str]
@@ -47,6 +51,13 @@ class Asked:
     top_p: float = 0.8
     at_start: int = 4
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        if len(self.prompts) < 2 or self.at_start < 1:
+            raise InputError(
+                "a share of answers needs at least two prompts and one answer to each at the start, not"
+                f" {len(self.prompts)} and {self.at_start}"
+            )
 
     def decoding(self, turn: int) -> Decoding:
         """The draws of one answer per prompt."""

@@ -57,7 +57,7 @@ class Monitor(TrainerCallback):
         clock: seconds.
 
     Raises:
-        InputError: fewer than two texts or prompts, no SAE, a feature that does not exist, a cadence that can't be, or
+        InputError: fewer than two texts, no SAE, a feature that does not exist, a cadence that can't be, or
             prompts where nothing is watched.
     """
 
@@ -83,8 +83,6 @@ class Monitor(TrainerCallback):
             raise InputError("a monitor needs at least two probe texts and the SAE of at least one layer")
         if (every is not None and every < 1) or not 0 < share <= 1 or not alarm > 0:
             raise InputError("a monitor measures every step or less often, in a share of the time above 0 and up to 1")
-        if asked is not None and len(asked.prompts) < 2:
-            raise InputError(f"a share of answers needs at least two prompts, not {len(asked.prompts)}")
         if asked is not None and not watch:
             raise InputError("answers are read by the features that are watched; name some, or ask nothing")
         for layer, features in (watch or {}).items():
@@ -169,14 +167,17 @@ class Monitor(TrainerCallback):
 
     def _measure(self, model: Any, step: int) -> None:
         begun = self.clock()
-        now, answers = self.measure(model), self.answers(model)
+        now, asked, turn = self.measure(model), self.clock(), self._turn
+        answers, answered = self.answers(model), self.clock()
         self.start, self.start_answers = self.start or now, self.start_answers or answers
         layers = [self._layer(layer, now[layer]) for layer in self.saes]
         concepts = self._concepts(layers, answers)
         alarms = self._alarms(layers, concepts, step)
-        self._took = self.clock() - begun
-        self._spent += self._took
-        line = {"step": step, "seconds": self._took, "layers": layers, "concepts": concepts, "alarms": alarms}
+        seconds = self.clock() - begun
+        self._spent += seconds
+        # What the next one will take: it has one answer per prompt, where the first had several.
+        self._took = seconds - (answered - asked) * (1 - 1 / max(1, self._turn - turn))
+        line = {"step": step, "seconds": seconds, "layers": layers, "concepts": concepts, "alarms": alarms}
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
         self.latest = {"monitor/alarms": float(len(self._raised))}

@@ -159,7 +159,7 @@ def loops_in(scope: Scope, texts: Sequence[str], detector: Detector) -> list[Loo
 def beginning(scope: Scope, loops: Sequence[Looping], layers: Sequence[int], n: int) -> list[Driver]:
     """The features that make turns of loops begin, over all layers, largest effect first."""
     turns = range(1, KEPT_TURNS + 1)
-    onsets = [ids[: loop.start + turn * loop.period + 1] for ids, loop in loops for turn in turns]
+    onsets = [ids[: loop.start + turn * loop.period + 1] for turn in turns for ids, loop in loops]
     step = -(-len(onsets) // ONSETS)
     found = [
         Driver(layer, feature, float(effects[feature]))

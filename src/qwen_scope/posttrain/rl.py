@@ -204,8 +204,12 @@ def rollouts_of(run: RLRun, loaded: LoadedModel, recipe: Recipe | None) -> Steer
     saes = SAEs(resolve(run.model, run.sae)[1], d_model=d_model(loaded.model), device=loaded.model.device)
     recipe.check(loaded.model, saes)
     if not recipe.effect.get("causal") and not run.unchecked:
-        figures = {name: recipe.effect[name] for name in ("raises", "lowers") if name in recipe.effect}
-        said = f"did not hold: {figures}" if figures else "was not made"
+        parts = {"estimate", "low", "high"}
+        found = {name: x for name in ("raises", "lowers") if parts <= set(x := recipe.effect.get(name) or {})}
+        figures = [
+            f"{name} looping by {x['estimate']:.1%} [{x['low']:.1%}, {x['high']:.1%}]" for name, x in found.items()
+        ]
+        said = f"did not hold: it {' and '.join(figures)}" if figures else "was not made"
         raise InputError(
             f"the causal check of the recipe {recipe.name!r} {said}; features that don't drive repetition teach nothing"
             " about it: find others, or another amount, or train all the same with --unchecked"
