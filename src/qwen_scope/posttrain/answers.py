@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float64
+from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
 from qwen_scope.errors import InputError
@@ -82,10 +83,11 @@ def written(
     """
     prompts = tokenize(tokenizer, asked.prompts, max_length=None)
     starts = [prompts.input_ids[i, prompts.attention_mask[i].bool()].tolist() for i in range(len(prompts))]
+    policy: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     rows, begins = [], []
     with evaluating(model):
         for turn in turns:
-            found = generate(model, tokenizer, asked.prompts, decoding=asked.decoding(turn))
+            found = generate(policy, tokenizer, asked.prompts, decoding=asked.decoding(turn))
             rows += [start + [one.token_id for one in f.tokens] for start, f in zip(starts, found, strict=True)]
             begins += [len(start) for start in starts]
         return read(model, saes, features, rows, begins)
