@@ -1,6 +1,6 @@
 """Steered rollouts against endless repetition on the lab: does one bad answer per group teach more than none?
 
-    .venv/bin/python bench/repetition_lab.py --keep FOLDER [--write] [--seeds 21,22] [--stuck 0.25,0.15]
+    .venv/bin/python bench/repetition_lab.py --keep FOLDER [--write] [--seeds 21,22,23] [--stuck 0.25]
 
 The bundled model does not loop, so every seed makes a start model first: fine-tuned on chats of which a share get stuck
 on their last two tokens. `repetition_recipe` finds its features of repetition and checks them causally. RL with steered
@@ -224,7 +224,7 @@ def runs_of(keep: Path, stuck: float, seed: int) -> list[dict[str, Any]]:
 def main() -> None:
     ask = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     ask.add_argument("--keep", type=Path, required=True, help="a folder that finished work is added to and taken from")
-    ask.add_argument("--stuck", default="0.25,0.15", help="shares of chats that get stuck in the start's training")
+    ask.add_argument("--stuck", default="0.25", help="shares of chats that get stuck in the start's training")
     ask.add_argument("--seeds", default="21,22,23")
     ask.add_argument("--write", action="store_true", help="write the section of docs/results.md")
     given = ask.parse_args()
@@ -303,10 +303,11 @@ def verdict(step: int, fall: dict[str, np.ndarray]) -> str:
     for arm in ("vanilla", "random", "blind"):
         against, own = fall[arm].mean(), fall["steered"].mean()
         times = f"{own / against:.1f} times as far" if against > 0 else "where that does not lower it"
-        said.append(
-            f"against {arm} {times} (less twice the other's fall, in points: {spread(own_less_twice(fall, arm))})"
-        )
-    return f"After {step} steps, steered rollouts have lowered the looping share, {'; '.join(said)}."
+        twice = spread(fall["steered"] - 2 * fall[arm])
+        said.append(f"against {arm} {times} (less twice the other's fall, in points: {twice})")
+    part = fall["blind"].mean() / fall["vanilla"].mean()
+    return f"""After {step} steps, steered rollouts have lowered the looping share, {"; ".join(said)}. Blind, to which
+        loops teach nothing, falls {part:.0%} as far as vanilla: so much comes with what the policy learns elsewhere."""
 
 
 if __name__ == "__main__":
