@@ -252,7 +252,7 @@ def test_from_labels_to_a_measured_model(corpus, tmp_path, capsys) -> None:
     quick += ("--max-length", 48, "--held-out", corpus / "chats.jsonl")
     chats = corpus / "chats.jsonl"
     out = tmp_path / "run"
-    watched = ("--monitor", corpus / "prompts.txt", "--monitor-every", 2)
+    watched = ("--monitor", corpus / "prompts.txt", "--monitor-prompts", corpus / "chats.jsonl", "--monitor-every", 2)
     words = (*model, *sae, *quick, *watched)
     done = run(capsys, "sft", chats, "-o", out, *words, "--weight", 0.5, "--lora", 2, "--epochs", 2)
     assert done["steps"] == 4
@@ -261,6 +261,7 @@ def test_from_labels_to_a_measured_model(corpus, tmp_path, capsys) -> None:
     chosen = {one["layer"]: set(one["features"]) for one in made["layers"]}
     assert {entry["layer"]: {one["feature"] for one in entry["watched"]} for entry in seen[-1]["layers"]} == chosen
     assert {one["label"] for entry in seen[-1]["layers"] for one in entry["watched"]} == {"loud"}
+    assert all(isinstance(one["more"], float) for line in seen for one in line["concepts"])
     assert done["alarms"] == [alarm for line in seen for alarm in line["alarms"]]
     facts = json.loads((out / "run.json").read_text())
     assert (facts["method"], facts["weight"], facts["target"], facts["seed"]) == ("features", 0.5, "loud", 42)
@@ -308,6 +309,23 @@ def test_an_interrupted_run_goes_on(corpus, tmp_path, capsys) -> None:
         (["sft", "lab", "-o", "file/out", "--method", "plain", "-n", "20"], "can't be written: Not a directory"),
         (["sft", "lab", "-o", "out", "--method", "plain", "-n", "20", "--monitor", "one.txt"], "at least two texts"),
         (["sft", "lab", "-o", "out", "--method", "plain", "-n", "20", "--monitor", "no.txt"], "no.txt"),
+        (
+            [
+                "sft",
+                "lab",
+                "-o",
+                "out",
+                "--method",
+                "plain",
+                "-n",
+                "20",
+                "--monitor",
+                "lab",
+                "--monitor-prompts",
+                "lab",
+            ],
+            "goes with --monitor and --table",
+        ),
         (["prepare", "lab", "--target", "zh", "-o", "t.json", "--onsets", "lab"], "ranking by effect needs both"),
         (["prepare", "lab", "--target", "tlh", "-o", "t.json", "-n", "30"], "no text belongs to the target"),
     ],

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from . import options, output
 from .posttrain import PromptColumn, Seed, check_packages, quiet
 from .posttrain_data import read_rows
-
-if TYPE_CHECKING:
-    pass
 
 Prompts = Annotated[str, typer.Argument(metavar="PROMPTS", help="A file whose rows have a prompt, or 'lab'.")]
 Number = Annotated[int, typer.Option("-n", help="So many prompts.", min=2)]
