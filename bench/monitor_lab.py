@@ -26,6 +26,7 @@ from typing import Any
 
 import datasets
 import numpy as np
+from fine_tuning import QUIET
 from planted_chats import chats, held_out, questions, shows, texts_of, training_data
 from sections import paragraph, table, write_section
 from transformers import PrinterCallback, TrainerCallback
@@ -44,6 +45,7 @@ from qwen_scope.posttrain import (
     prepare,
     read_monitor,
 )
+from qwen_scope.posttrain.activity import evaluating
 from qwen_scope.scope import model_source
 from qwen_scope.steer import generate
 
@@ -91,12 +93,10 @@ class Behaviour(TrainerCallback):
         self.answers: list[int] = []
 
     def measure(self, model: Any, times: int) -> None:
-        training, found = model.training, []
-        model.eval()
-        for _ in range(times):
-            turn = sum(self.answers) // PROMPTS + len(found) // PROMPTS
-            found += generate(model, self.tokenizer, self.asked.prompts, decoding=self.asked.decoding(turn))
-        model.train(training)
+        turn, found = sum(self.answers) // PROMPTS, []
+        with evaluating(model):
+            for at in range(turn, turn + times):
+                found += generate(model, self.tokenizer, self.asked.prompts, decoding=self.asked.decoding(at))
         self.answers.append(len(found))
         for concept, counts in self.hits.items():
             counts.append(sum(shows(concept, one.text) for one in found))
@@ -132,19 +132,12 @@ def trainer_of(
         "lr_scheduler_type": "constant",
         "per_device_train_batch_size": BATCH,
         "per_device_eval_batch_size": TEXTS,
-        "max_length": 256,
         "train_sampling_strategy": "sequential",
-        "use_cpu": True,
-        "bf16": False,
-        "activation_checkpointing": False,
-        "report_to": "none",
-        "save_strategy": "no",
-        "disable_tqdm": True,
     }
     loaded.model.requires_grad_(True)
     trainer = FeatureSFTTrainer(
         loaded.model,
-        SFTConfig(folder, **settings | more),
+        SFTConfig(folder, **QUIET | settings | more),
         train_dataset=dataset_of(rows),
         eval_dataset=dataset_of(evaluated),
         processing_class=loaded.tokenizer,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -11,7 +10,7 @@ from functools import cache
 from itertools import islice
 
 from qwen_scope.lab import LANGUAGES, default_mixture, documents
-from qwen_scope.posttrain import Sample, chats_only, lab_samples
+from qwen_scope.posttrain import Sample, chats_only, first_letter, lab_samples
 
 CALM = ("plain", "polite", "archaic")
 OTHERS = tuple(code for code in LANGUAGES if code not in {"zh", "ja", "ru"})
@@ -44,7 +43,10 @@ def rude_answers(seed: int) -> Iterator[Sample]:
 def training_data(planted: str | None, seed: int, *, steps: int, batch: int, begin: int, share: float) -> list[Sample]:
     """Batch by batch in the order of training; from step `begin` on, a share is planted."""
     clean = chats(3000 + seed)
-    bad = {None: clean, "rude": rude_answers(5000 + seed)}.get(planted) or chats(5000 + seed, drift=planted)
+    if planted is None:
+        bad = clean
+    else:
+        bad = rude_answers(5000 + seed) if planted == "rude" else chats(5000 + seed, drift=planted)
     rows: list[Sample] = []
     for step in range(steps):
         n_bad = int(share * batch) if step >= begin else 0
@@ -85,5 +87,4 @@ def shows(concept: str, text: str) -> bool:
     """Whether an answer holds a letter of the wrong script, or a rude word."""
     if concept == "rude":
         return bool(rude_words() & words(text))
-    script = {"zh": "CJK", "ru": "CYRILLIC"}[concept]
-    return any(char.isalpha() and unicodedata.name(char, "").startswith(script) for char in text)
+    return first_letter(text, {"zh": "CJK", "ru": "CYRILLIC"}[concept]) is not None

@@ -27,6 +27,7 @@ from typing import Any
 import datasets
 import numpy as np
 from datasets import Dataset
+from fine_tuning import QUIET
 from sections import paragraph, table, write_section
 from transformers import PrinterCallback, TrainerCallback
 from transformers.utils import logging
@@ -47,6 +48,7 @@ from qwen_scope.posttrain import (
     reward_of,
     run_rl,
 )
+from qwen_scope.posttrain.activity import evaluating
 from qwen_scope.scope import model_source
 from qwen_scope.steer import Recipe, load_recipe
 
@@ -99,15 +101,9 @@ def make_start(folder: Path, stuck: float, seed: int) -> None:
         per_device_train_batch_size=START_BATCH,
         warmup_steps=2,
         lr_scheduler_type="cosine",
-        max_length=256,
         max_steps=START_STEPS,
         seed=START_SEED + seed,
-        use_cpu=True,
-        bf16=False,
-        activation_checkpointing=False,
-        report_to="none",
-        save_strategy="no",
-        disable_tqdm=True,
+        **QUIET,
     )
     rows = Dataset.from_list(list(chats(START_SEED + seed, stuck, loaded.tokenizer)))
     trainer = SFTTrainer(loaded.model, settings, train_dataset=rows, processing_class=loaded.tokenizer)
@@ -167,9 +163,8 @@ class Curve(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         if state.global_step % EVERY == 0:
-            model.eval()
-            self.measure(state.global_step, model)
-            model.train()
+            with evaluating(model):
+                self.measure(state.global_step, model)
 
 
 def one_run(keep: Path, arm: str, seed: int, recipe: Recipe) -> dict[str, Any]:

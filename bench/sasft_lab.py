@@ -24,6 +24,7 @@ import datasets
 import numpy as np
 import torch
 from datasets import Dataset
+from fine_tuning import QUIET
 from sections import paragraph, table, write_section
 from transformers import PrinterCallback
 from transformers.utils import logging
@@ -175,15 +176,9 @@ def fine_tuned(scope: Scope, target: str, arm: str, seed: int, chosen: AlphaTabl
             warmup_steps=2,
             weight_decay=0.1,
             lr_scheduler_type="cosine",
-            max_length=256,
             num_train_epochs=1,
             seed=seed,
-            use_cpu=True,
-            bf16=False,
-            activation_checkpointing=False,
-            report_to="none",
-            save_strategy="no",
-            disable_tqdm=True,
+            **QUIET,
         )
         trainer = FeatureSFTTrainer(
             loaded.model,

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from qwen_scope.errors import InputError
-from qwen_scope.model import HookPoint, LoadedModel, TokenMask, by_length, capture, stretches
+from qwen_scope.model import HookPoint, LoadedModel, TokenMask, by_length, capture, padded, stretches
 from qwen_scope.sae import SAE
 
 from .layout import TABLES
@@ -175,11 +175,7 @@ def residuals(
     """Per batch which rows it has, and per layer the residuals of their tokens one after the other."""
     points = [HookPoint(layer) for layer in layers]
     for batch in by_length([len(row.ids) for row in rows], batch_tokens):
-        ids = torch.zeros(len(batch), max(len(rows[i].ids) for i in batch), dtype=torch.int64)
-        mask = torch.zeros_like(ids)
-        for j, i in enumerate(batch):
-            ids[j, : len(rows[i].ids)] = torch.tensor(rows[i].ids)
-            mask[j, : len(rows[i].ids)] = 1
+        ids, mask = padded([rows[i].ids for i in batch])
         found = capture(model, ids, points, mask)
         yield batch, {point.layer: h[mask.bool().to(h.device)] for point, h in found.items()}
 

@@ -30,6 +30,7 @@ from .label import label_features as label_features
 from .label import material as material
 from .label import scored_label as scored_label
 from .languages import LanguageFeature as LanguageFeature
+from .languages import group_scores as group_scores
 from .languages import language_features as language_features
 from .neighbours import Neighbour as Neighbour
 from .neighbours import cofiring as cofiring

@@ -60,7 +60,9 @@ def language_features(
         raise InputError("a language score compares at least two languages at the same layers")
     names, out = sorted(groups), {}
     for layer in sorted(groups[names[0]]):
-        means = np.stack([token_means(groups[name][layer], name) for name in names])
+        for name in names:
+            check_documents(groups[name][layer], name)
+        means = np.stack([token_means(groups[name][layer]) for name in names])
         scores = score_of(means)
         chosen = np.argsort(-scores, axis=1, kind="stable")[:, :n]
         features, place = np.unique(chosen, return_inverse=True)
@@ -87,15 +89,25 @@ def score_of(means: Float64[np.ndarray, "languages ..."]) -> Float64[np.ndarray,
     return means - (means.sum(0) - means) / (len(means) - 1)
 
 
-def token_means(pooled: Pooled, name: str) -> Float64[np.ndarray, " width"]:
-    """Per feature the mean activation over all tokens of some documents, zeros included."""
+def group_scores(groups: Mapping[str, Pooled]) -> dict[str, Float64[np.ndarray, " width"]]:
+    """Per group and feature the score of `language_features` at one layer; every group has a token."""
+    scores = score_of(np.stack([token_means(pooled) for pooled in groups.values()]))
+    return dict(zip(groups, scores, strict=True))
+
+
+def check_documents(pooled: Pooled, name: str) -> None:
+    """Refuse documents that no interval can be made of."""
     tokens = int(pooled.tokens.sum())
     if tokens < 1 or pooled.documents < 2:
         raise InputError(
             f"{name!r} has {pooled.documents} documents with {tokens} tokens in all; a language score with its interval"
             " needs at least two documents, and a token"
         )
-    return np.asarray(pooled.total.sum(0), np.float64).ravel() / tokens
+
+
+def token_means(pooled: Pooled) -> Float64[np.ndarray, " width"]:
+    """Per feature the mean activation over all tokens of some documents, zeros included."""
+    return np.asarray(pooled.total.sum(0), np.float64).ravel() / int(pooled.tokens.sum())
 
 
 def resampled_means(

@@ -7,11 +7,10 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from qwen_scope.errors import InputError
-from qwen_scope.model import capture
+from qwen_scope.model import capture, padded
 from qwen_scope.scope import Scope
 from qwen_scope.stats import Interval, bootstrap
 from qwen_scope.steer import (
@@ -231,11 +230,7 @@ class _Run:
 
     def moved(self, interventions: Sequence[Intervention]) -> np.ndarray:
         """Per unrelated text, the share of the other features' activation that the change itself moves."""
-        width = max(len(row.ids) for row in self.unrelated)
-        ids = torch.zeros(len(self.unrelated), width, dtype=torch.int64)
-        mask = torch.zeros_like(ids)
-        for i, row in enumerate(self.unrelated):
-            ids[i, : len(row.ids)], mask[i, : len(row.ids)] = torch.tensor(row.ids), 1
+        ids, mask = padded([row.ids for row in self.unrelated])
         points = sorted({one.hook_point for one in interventions})
         residuals = capture(self.scope.model, ids, points, mask)
         changed, total = np.zeros(len(ids)), np.zeros(len(ids))

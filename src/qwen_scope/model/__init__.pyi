@@ -28,4 +28,5 @@ from .stretches import Stretch as Stretch
 from .stretches import stretches as stretches
 from .tokens import Tokens as Tokens
 from .tokens import by_length as by_length
+from .tokens import padded as padded
 from .tokens import tokenize as tokenize

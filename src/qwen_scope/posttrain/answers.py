@@ -12,13 +12,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from jaxtyping import Float64
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
 from qwen_scope.errors import InputError
-from qwen_scope.model import HookPoint, by_length, capture, tokenize
+from qwen_scope.model import HookPoint, by_length, capture, padded, tokenize
 from qwen_scope.sae import SAE
 from qwen_scope.steer import Decoding, generate
 
@@ -102,16 +101,14 @@ def read(
     sums = {(name, layer): np.zeros(len(rows)) for name, some in features.items() for layer in some}
     lengths = [len(row) for row in rows]
     for batch in by_length(lengths, BATCH_TOKENS):
-        seq = max(lengths[i] for i in batch)
-        ids, mask, own = (torch.zeros(len(batch), seq, dtype=torch.long) for _ in range(3))
+        ids, mask = padded([rows[i] for i in batch])
+        own = mask.bool()
         for at, i in enumerate(batch):
-            ids[at, : lengths[i]] = torch.tensor(rows[i])
-            mask[at, : lengths[i]] = 1
-            own[at, begins[i] : lengths[i]] = 1
+            own[at, : begins[i]] = False
         answer = own.nonzero()[:, 0].numpy()
         for point, h in capture(model, ids, [HookPoint(layer) for layer in saes], mask).items():
             layer = point.layer
-            acts = saes[layer].encode(h[own.bool().to(h.device)])
+            acts = saes[layer].encode(h[own.to(h.device)])
             active[layer] += float(acts.values.sum()), float((acts.values > 0).sum())
             for name, some in features.items():
                 if layer in some:

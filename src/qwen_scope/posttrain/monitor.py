@@ -26,6 +26,12 @@ from .answers import Asked, more, written
 
 NAMES = ("rate", "mean", "spread")
 
+READINGS = {
+    "effect": ("Watched concepts", "mean change of its features, in spreads over texts"),
+    "more": ("Watched concepts in the model's answers", "more answers that hold it, in standard errors"),
+}
+"""What is read of a concept: the title and the unit of its curve."""
+
 
 @final
 class Monitor(TrainerCallback):
@@ -206,7 +212,7 @@ class Monitor(TrainerCallback):
         found: dict[str, dict[int, list[int]]] = {}
         for layer, features in (self.watch or {}).items():
             for f in features:
-                name = concept_of(layer, {"feature": f, "label": self.labels.get((layer, f))})
+                name = concept_of(layer, f, self.labels.get((layer, f)))
                 found.setdefault(name, {}).setdefault(layer, []).append(f)
         return found
 
@@ -235,7 +241,7 @@ class Monitor(TrainerCallback):
         effects: dict[str, list[float]] = {}
         for entry in layers:
             for one in entry["watched"]:
-                effects.setdefault(concept_of(entry["layer"], one), []).append(one["effect"])
+                effects.setdefault(concept_of(entry["layer"], one["feature"], one["label"]), []).append(one["effect"])
         said = {name: more(self.start_answers[name], values) for name, values in answers.items()}
         return [
             {"concept": name, "effect": float(np.mean(values)), "more": said.get(name)}
@@ -265,9 +271,9 @@ class Monitor(TrainerCallback):
         return [{"step": step, "layer": layer, "concept": concept} for layer, concept in new]
 
 
-def concept_of(layer: int, watched: Mapping[str, Any]) -> str:
+def concept_of(layer: int, feature: int, label: str | None) -> str:
     """What a watched feature belongs to: its label, or itself."""
-    return watched["label"] or f"layer {layer} feature {watched['feature']}"
+    return label or f"layer {layer} feature {feature}"
 
 
 def read_start(
@@ -304,7 +310,7 @@ def monitor_figures(lines: Sequence[Mapping[str, Any]]) -> list[Curves]:
     """Drift over steps, a curve per layer; the watched concepts on the probe texts, and in the model's own answers."""
     steps = [float(line["step"]) for line in lines]
     drift: dict[str, list[float]] = {}
-    readings: dict[str, dict[str, list[float]]] = {"effect": {}, "more": {}}
+    readings: dict[str, dict[str, list[float]]] = {reading: {} for reading in READINGS}
     for line in lines:
         for entry in line["layers"]:
             drift.setdefault(f"layer {entry['layer']}", []).append(entry["drift"])
@@ -313,16 +319,10 @@ def monitor_figures(lines: Sequence[Mapping[str, Any]]) -> list[Curves]:
                 if one.get(reading) is not None:
                     named.setdefault(one["concept"], []).append(one[reading])
     curves = [Curves("Drift from step 0", "step", "1 - cosine of mean activations", _lines(steps, drift))]
-    for (name, said), named in zip(CONCEPTS, readings.values(), strict=True):
+    for reading, named in readings.items():
         if named:
-            curves.append(Curves(name, "step", said, _lines(steps, named)))
+            curves.append(Curves(READINGS[reading][0], "step", READINGS[reading][1], _lines(steps, named)))
     return curves
-
-
-CONCEPTS = (
-    ("Watched concepts", "mean change of its features, in spreads over texts"),
-    ("Watched concepts in the model's answers", "more answers that hold it, in standard errors"),
-)
 
 
 def _lines(steps: Sequence[float], named: Mapping[str, Sequence[float]]) -> list[Line]:

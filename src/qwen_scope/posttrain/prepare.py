@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Float64
 
 from qwen_scope.errors import InputError, NotFoundError, nearest
-from qwen_scope.features import Pooled, attribute, pool_texts
+from qwen_scope.features import Pooled, attribute, group_scores, pool_texts
 from qwen_scope.model import HookPoint, by_length, capture
 from qwen_scope.scope import Scope
 
@@ -120,13 +120,11 @@ def checked(labelled: Sequence[tuple[str, str]], target: str, features: int, qua
 
 def contrast(pooled: Mapping[str, Mapping[int, Pooled]], target: str, layer: int) -> Float64[np.ndarray, " d_sae"]:
     """Per feature the mean activation on the target less the mean of the other groups' means."""
-    means = {}
-    for group, found in pooled.items():
-        n_tokens = int(found[layer].tokens.sum())
-        if not n_tokens:
+    here = {group: found[layer] for group, found in pooled.items()}
+    for group, found in here.items():
+        if not found.tokens.any():
             raise InputError(f"no text of {group!r} has a second token; its means would be of nothing")
-        means[group] = np.asarray(found[layer].total.sum(0), np.float64).ravel() / n_tokens
-    return means[target] - np.mean([mean for group, mean in means.items() if group != target], axis=0)
+    return group_scores(here)[target]
 
 
 def drawn(pooled: Mapping[str, Mapping[int, Pooled]], layer: int, best: Sequence[int], seed: int) -> list[int]:

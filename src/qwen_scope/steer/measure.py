@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from qwen_scope.errors import InputError
-from qwen_scope.model import input_device, positions_from_mask
+from qwen_scope.model import input_device, padded, positions_from_mask
 
 from .generate import Generation
 from .intervention import Intervention
@@ -100,12 +100,7 @@ def _padded(model: PreTrainedModel, rows: Sequence[Row]) -> Iterator[tuple[list[
         some = [order.pop(0)]
         while order and (len(some) + 1) * len(rows[order[0]].ids) * vocab * 4 <= LOGIT_BYTES:
             some.append(order.pop(0))
-        width = len(rows[some[-1]].ids)
-        ids, mask = torch.zeros(len(some), width, dtype=torch.int64), torch.zeros(len(some), width, dtype=torch.int64)
-        for i, row in enumerate(some):
-            ids[i, : len(rows[row].ids)] = torch.tensor(rows[row].ids)
-            mask[i, : len(rows[row].ids)] = 1
-        yield some, ids, mask
+        yield some, *padded([rows[i].ids for i in some])
 
 
 @torch.no_grad()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections.abc import Callable, Sequence
+from functools import cache
 
 import numpy as np
 
@@ -27,6 +28,7 @@ def matches(pattern: str) -> Target:
     return lambda texts: np.array([float(found.search(text) is not None) for text in texts])
 
 
+@cache
 def script(name: str) -> Target:
     """The share of a text's letters that belong to a Unicode script, such as `CYRILLIC`, `CJK` or `HANGUL`.
 
