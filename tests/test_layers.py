@@ -12,7 +12,7 @@ SRC = Path(__file__).parents[1] / "src" / "qwen_scope"
 # Rooms in rows; a room may import rooms of strictly higher (earlier) rows only, through their front door.
 ROWS = [
     ["errors"],
-    ["stats", "report", "lab"],
+    ["files", "stats", "report", "lab"],
     ["sae", "model"],
     ["steer", "corpus"],
     ["scope"],
@@ -24,7 +24,7 @@ ROWS = [
 ]
 ROW = {room: i for i, row in enumerate(ROWS) for room in row}
 ALLOWED = {room: {other for other in ROW if ROW[other] < ROW[room]} for room in ROW}
-ALLOWED["analysis"] = {"errors", "stats", "report", "corpus"}
+ALLOWED["analysis"] = {"errors", "files", "stats", "report", "corpus"}
 for _room in ALLOWED:
     # The lab is text, read by those who make or measure with it; its bundled weights are data, found by the catalog.
     if _room not in {"train", "foundry", "posttrain", "explorer", "cli"}:
