@@ -3,6 +3,7 @@
     python bench/steer_languages.py [--write] [de fr ...]    # JSON lines; --write: the table in docs/results.md
     python bench/steer_languages.py --from ROWS.jsonl         # the table from lines printed before
     python bench/steer_languages.py --sibling moe=FOLDER      # a lab that `qwen-scope lab build --family moe` made
+    python bench/steer_languages.py --seed 1000               # other documents, prompts and draws throughout
 
 Features are chosen on training documents by the difference of mean activation (the report's contrastive rule); which
 layers and which amount by `sweep` on prompts of its own; all is measured on fresh prompts.
@@ -14,6 +15,7 @@ import argparse
 import json
 import time
 from collections import defaultdict
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -57,10 +59,10 @@ def share(texts: list[str], language: str) -> np.ndarray:
     return np.array([float(language_of_text(first(text)) == language) for text in texts])
 
 
-def language_means(scope: Scope) -> dict[tuple[int, str], torch.Tensor]:
+def language_means(scope: Scope, seed: int = 0) -> dict[tuple[int, str], torch.Tensor]:
     """Mean activation of every feature on every language's texts, `(d_sae,)` per layer and language."""
     texts: dict[str, list[str]] = defaultdict(list)
-    for document in documents(seed=5, n=1500):
+    for document in documents(seed=5 + seed, n=1500):
         if document.language and document.kind == "talk" and len(texts[document.language]) < 30:
             texts[document.language].append(document.text[:300])
     means = {}
@@ -112,22 +114,28 @@ def named(layers: list[int]) -> str:
     return f"layers {layers[0]}-{layers[-1]}"
 
 
-def run(scope: Scope, prompts: list[str], chosen: list[Intervention]) -> tuple[list[Generation], list[Row]]:
+def run(
+    scope: Scope, prompts: list[str], chosen: list[Intervention], seed: int
+) -> tuple[list[Generation], list[Row]]:
     made = generate(
-        scope.model, scope.tokenizer, prompts, chosen, saes=scope.saes, stats=scope.sizes, decoding=DECODING
+        scope.model, scope.tokenizer, prompts, chosen, saes=scope.saes, stats=scope.sizes, decoding=decoding(seed)
     )
     ids = [scope.tokenizer(prompt)["input_ids"] for prompt in prompts]
     return made, rows_of(ids, made)
 
 
-def texts_of(scope: Scope, prompts: list[str], chosen: list[Intervention]) -> list[str]:
-    return [one.text for one in run(scope, prompts, chosen)[0]]
+def texts_of(scope: Scope, prompts: list[str], chosen: list[Intervention], seed: int) -> list[str]:
+    return [one.text for one in run(scope, prompts, chosen, seed)[0]]
 
 
-def into(scope: Scope, means: dict, language: str, reference: list[Row]) -> dict:
+def decoding(seed: int) -> Decoding:
+    return replace(DECODING, seed=DECODING.seed + seed)
+
+
+def into(scope: Scope, means: dict, language: str, reference: list[Row], seed: int) -> dict:
     """Sweep, then measure."""
-    fit = [prompt.text for prompt in neutral_prompts(seed=11, n=N_FIT)]
-    test = [prompt.text for prompt in neutral_prompts(seed=12, n=N_TEST)]
+    fit = [prompt.text for prompt in neutral_prompts(seed=11 + seed, n=N_FIT)]
+    test = [prompt.text for prompt in neutral_prompts(seed=12 + seed, n=N_TEST)]
     candidates = {named(layers): knob(scope, means, language, layers) for layers in choices(scope)}
     sweeps = sweep_candidates(
         scope.model,
@@ -138,25 +146,27 @@ def into(scope: Scope, means: dict, language: str, reference: list[Row]) -> dict
         amounts=AMOUNTS,
         saes=scope.saes,
         stats=scope.sizes,
-        decoding=DECODING,
+        decoding=decoding(seed),
         budget=BUDGET,
         reference=reference,
         refine=1,
     )
-    plain = share(texts_of(scope, test, []), language)
+    plain = share(texts_of(scope, test, [], seed), language)
     name = best_candidate(sweeps)
     if name is None:
-        return {"language": language, "knob": None, "unsteered": bootstrap(plain)}
+        return {"language": language, "seed": seed, "knob": None, "unsteered": bootstrap(plain)}
     amount = sweeps[name].proposed or 0.0
     chosen = [one.with_amount(one.amount * amount) for one in candidates[name]]
-    made, rows = run(scope, test, chosen)
+    made, rows = run(scope, test, chosen, seed)
     normal = sweeps[name].reference
     drawn = [
-        share(texts_of(scope, test[:N_EACH], random_like(scope, chosen, seed)), language) for seed in range(N_RANDOM)
+        share(texts_of(scope, test[:N_EACH], random_like(scope, chosen, seed + i), seed), language)
+        for i in range(N_RANDOM)
     ]
     beyond = [values.mean() - plain[:N_EACH].mean() for values in drawn]
     return {
         "language": language,
+        "seed": seed,
         "knob": name,
         "amount": amount,
         "share": bootstrap(share([one.text for one in made], language)),
@@ -229,6 +239,7 @@ def main() -> None:
     ask.add_argument("--write", action="store_true")
     ask.add_argument("--from", dest="lines", type=Path)
     ask.add_argument("--sibling", metavar="FAMILY=FOLDER")
+    ask.add_argument("--seed", type=int, default=0, help="shifts the seed of every document, prompt and draw")
     given = ask.parse_args()
     torch.set_num_threads(1)
     family, _, folder = (given.sibling or "").partition("=")
@@ -243,15 +254,15 @@ def main() -> None:
         lines = [line for line in given.lines.read_text().splitlines() if line.startswith("{")]
         write_section(title, section([json.loads(line, object_hook=revived) for line in lines], scope, remark))
         return
-    means = language_means(scope)
-    others = [prompt.text for prompt in neutral_prompts(seed=31, n=N_REFERENCE)]
-    made, rows = run(scope, others, [])
+    means = language_means(scope, given.seed)
+    others = [prompt.text for prompt in neutral_prompts(seed=31 + given.seed, n=N_REFERENCE)]
+    made, rows = run(scope, others, [], given.seed)
     spoken = [language_of_text(first(one.text)) for one in made]
     found = []
     for language in given.languages or LANGUAGES:
         started = time.time()
         own = [row for row, name in zip(rows, spoken, strict=True) if name == language and row.start < len(row.ids)]
-        found.append(into(scope, means, language, own))
+        found.append(into(scope, means, language, own, given.seed))
         print(json.dumps({**found[-1], "seconds": time.time() - started}, ensure_ascii=False, default=vars), flush=True)
     if given.write:
         write_section(title, section(found, scope, remark))
