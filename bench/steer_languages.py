@@ -114,9 +114,7 @@ def named(layers: list[int]) -> str:
     return f"layers {layers[0]}-{layers[-1]}"
 
 
-def run(
-    scope: Scope, prompts: list[str], chosen: list[Intervention], seed: int
-) -> tuple[list[Generation], list[Row]]:
+def run(scope: Scope, prompts: list[str], chosen: list[Intervention], seed: int) -> tuple[list[Generation], list[Row]]:
     made = generate(
         scope.model, scope.tokenizer, prompts, chosen, saes=scope.saes, stats=scope.sizes, decoding=decoding(seed)
     )

@@ -7,9 +7,13 @@ The command line prints the message and exits with code 2; anything that is not 
 from __future__ import annotations
 
 import difflib
+import math
+import numbers
+import reprlib
 import unicodedata
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 REASON = 300  # characters of a foreign error's own words that a sentence repeats
 
@@ -45,6 +49,65 @@ def nearest(name: str, known: Iterable[str], n: int = 3) -> str:
     close = difflib.get_close_matches(name.lower(), lowered, n=n, cutoff=0.4)
     names = [lowered[c] for c in close] or sorted(known)[:n]
     return "did you mean " + " or ".join(repr(name) for name in names) + "?"
+
+
+def check_count(
+    what: str, value: Any, least: int = 1, most: int | None = None, *, kind: type[QwenScopeError] = InputError
+) -> int:
+    """A whole number in a range, as a Python int; NumPy's integers are taken, booleans and 3.0 are not.
+
+    Raises:
+        QwenScopeError: of that `kind`: it is none, or lies outside.
+    """
+    whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    if not whole or value < least or (most is not None and value > most):
+        fits = f"from {least} up" if most is None or most >= 2**31 else f"from {least} to {most}"
+        raise kind(f"{what} is a whole number {fits}, not {brief(value)}")
+    return int(value)
+
+
+def check_number(
+    what: str,
+    value: Any,
+    least: float = -math.inf,
+    most: float = math.inf,
+    *,
+    kind: type[QwenScopeError] = InputError,
+) -> float:
+    """A finite number in a range, as a Python float; NaN, infinities and booleans are none.
+
+    Raises:
+        QwenScopeError: of that `kind`: it is none, or lies outside.
+    """
+    real = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    if not real or not _finite(value) or not least <= value <= most:
+        fits = {(True, False): f" from {least:g} up", (False, True): f" up to {most:g}"}.get(
+            (least > -math.inf, most < math.inf), f" from {least:g} to {most:g}" if least > -math.inf else ""
+        )
+        raise kind(f"{what} is a finite number{fits}, not {brief(value)}")
+    return float(value)
+
+
+def brief(value: Any) -> str:
+    """A value in a few words for the end of a sentence; what it holds further down costs nothing."""
+    shown = _BRIEF.repr(value)
+    return shown if len(shown) <= 60 else shown[:59] + "…"
+
+
+def _finite(value: Any) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # a whole number beyond the range of a float
+        return False
+
+
+class _Brief(reprlib.Repr):
+    def repr_int(self, x: int, level: int) -> str:
+        return repr(x) if x.bit_length() <= 64 else f"a whole number of {x.bit_length()} bits"
+
+
+_BRIEF = _Brief()
+_BRIEF.maxlevel, _BRIEF.maxstring, _BRIEF.maxother = 1, 56, 56
 
 
 @contextmanager

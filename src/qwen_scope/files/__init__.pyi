@@ -1,3 +1,6 @@
+from .fields import Fields as Fields
+from .fields import parse_object as parse_object
+from .fields import read_object as read_object
 from .lines import append_lines as append_lines
 from .lines import read_lines as read_lines
 from .lock import lock_folder as lock_folder
