@@ -138,6 +138,24 @@ def restated(policy: Any, samples: list[tuple[list[int], int]], groups: list[str
     return cross / n, extra
 
 
+def published(policy: Any, passes: list[list[int]], samples: list, groups: list[str | None]) -> Any:
+    """The term as SASFT's code adds it up: of each forward pass its own mean, nothing divided by their number."""
+    one, total = table(), torch.zeros(())
+    for rows in passes:
+        for entry in one.layers:
+            sae, reached, learnt = tiny.random_sae(entry.layer), torch.zeros(()), 0
+            for i in rows:
+                (ids, start), group = samples[i], groups[i]
+                learnt += len(ids) - start
+                if group in (None, one.target):
+                    continue
+                h = _block_outputs(policy, ids)[entry.layer][start:]
+                pre = h @ sae.W_enc[list(entry.features)].T + sae.b_enc[list(entry.features)]
+                reached = reached + (pre - torch.tensor(entry.alpha[group])).clamp(min=0).sum()
+            total = total + reached / (learnt * len(entry.features) + 1)
+    return total
+
+
 def _block_outputs(policy: Any, ids: list[int]) -> list[torch.Tensor]:
     """The outputs of the blocks by a plain hook of torch, `(seq, d_model)` each."""
     kept: list[torch.Tensor] = []

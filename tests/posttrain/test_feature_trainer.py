@@ -15,7 +15,7 @@ from datasets import Dataset
 from peft import LoraConfig
 
 from qwen_scope.errors import InputError, NotFoundError
-from qwen_scope.posttrain import FeatureLoss, TokenPenalty
+from qwen_scope.posttrain import FeatureLoss, SFTRun, TokenPenalty
 from qwen_scope.train import DivergedError
 
 
@@ -60,6 +60,70 @@ WAYS = {
 @pytest.mark.parametrize("way", WAYS)
 def test_equals_the_restatement(way: str, wanted, tmp_path) -> None:
     check(small.train(tmp_path, **WAYS[way]), wanted)
+
+
+CUTS = {
+    "one sample at a time": ([[i] for i in range(8)], {"per_device_train_batch_size": 1}),
+    "pairs": ([[0, 1], [2, 3], [4, 5], [6, 7]], {"per_device_train_batch_size": 2}),
+    "a shorter last pass": ([[0, 1, 2], [3, 4, 5], [6, 7]], {"per_device_train_batch_size": 3}),
+    "one pass": ([list(range(8))], {"per_device_train_batch_size": 8}),
+}
+
+
+@pytest.mark.parametrize("cut", CUTS)
+def test_the_published_scale_is_that_of_the_published_code(cut: str, wanted, tmp_path) -> None:
+    """Loss, log and gradients are the cross-entropy of the step plus lambda times the sum of the passes' means."""
+    passes, more = CUTS[cut]
+    policy, tokenizer = small.model()
+    samples, groups = small.tokenised(small.ROWS, tokenizer), [row["group"] for row in small.ROWS]
+    cross, _ = small.restated(policy, samples, groups)
+    extra = small.published(policy, passes, samples, groups)
+    (cross + small.WEIGHT * extra).backward()
+    gradients = {name: p.grad for name, p in policy.named_parameters()}
+    term = FeatureLoss(small.table(), small.saes(), weight=small.WEIGHT, scale="published")
+    trainer = small.train(tmp_path, term, gradient_accumulation_steps=len(passes), **more)
+    check(trainer, ((cross + small.WEIGHT * extra).item(), extra.item(), gradients), tolerance=2e-6)
+    if len(passes) == 1:
+        assert extra.item() == pytest.approx(wanted[1], rel=1e-6)  # one pass is the whole step: the scales are one
+    else:
+        assert extra.item() > 0.6 * len(passes) * wanted[1]
+
+
+def test_the_scales_differ_by_the_number_of_passes_of_equal_length(tmp_path) -> None:
+    """The published batching, 32 passes of one sample each, is 31 to 32 times the mean of the step."""
+    rows = [small.ROWS[0]] * 32
+    ready = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 32, "rows": rows}
+    found = {}
+    for scale in ("mean", "published"):
+        term = FeatureLoss(small.table(), small.saes(), weight=small.WEIGHT, scale=scale)
+        found[scale] = small.train(tmp_path, term, **ready).state.log_history[0]["feature_loss"]
+    _, tokenizer = small.model()
+    ((ids, start),) = small.tokenised(rows[:1], tokenizer)
+    n = 3 * (len(ids) - start)  # tokens times features of one pass; the 1 that is added to it makes the difference
+    assert found["published"] / found["mean"] == pytest.approx(32 * (n + 1 / 32) / (n + 1), rel=1e-5)
+
+
+def test_the_penalty_has_both_scales(tmp_path) -> None:
+    policy, _ = small.model()
+    found = {}
+    for scale in ("mean", "published"):
+        term = TokenPenalty(small.table(), policy, weight=0.3, scale=scale)
+        ready = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4, "rows": [small.ROWS[1]] * 4}
+        found[scale] = small.train(tmp_path, term, **ready).state.log_history[0]["token_penalty"]
+    assert 3 < found["published"] / found["mean"] < 4
+
+
+@pytest.mark.parametrize("weight", [-1.0, float("nan"), float("inf"), True])
+def test_a_weight_that_is_no_number(weight) -> None:
+    with pytest.raises(InputError, match="0 or more"):
+        FeatureLoss(small.table(), small.saes(), weight=weight)
+
+
+def test_a_scale_that_does_not_exist(tmp_path) -> None:
+    with pytest.raises(NotFoundError, match="mean, published"):
+        FeatureLoss(small.table(), small.saes(), weight=1.0, scale="sum")
+    with pytest.raises(NotFoundError, match="mean, published"):
+        SFTRun("lab", tmp_path, lambda_scale="Published")
 
 
 def test_variants_equal_the_restatement(tmp_path) -> None:
@@ -183,7 +247,7 @@ def test_two_processes(wanted, tmp_path) -> None:
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
         "WORLD_SIZE": "2",
-        "PYTHONPATH": os.pathsep.join([str(here.parents[1]), str(here.parent)]),
+        "PYTHONPATH": os.pathsep.join(map(str, [here.parents[2] / "src", here.parents[1], here.parent])),
     }
     runs = [
         subprocess.Popen(
@@ -201,5 +265,11 @@ def test_two_processes(wanted, tmp_path) -> None:
         found = torch.load(tmp_path / f"{rank}.pt")
         for name, gradient in wanted[2].items():
             torch.testing.assert_close(found["gradients"][name], gradient, atol=1e-6, rtol=1e-5)
-    log = torch.load(tmp_path / "0.pt")["log"]
-    assert log["loss"] == pytest.approx(wanted[0], abs=1e-5)
+    policy, tokenizer = small.model()
+    samples, groups = small.tokenised(small.ROWS, tokenizer), [row["group"] for row in small.ROWS]
+    halves = small.published(policy, [[0, 1, 2, 3], [4, 5, 6, 7]], samples, groups).item() / 2
+    for rank in range(2):
+        found = torch.load(tmp_path / f"{rank}.pt")
+        assert found["log"]["loss"] == pytest.approx(wanted[0], abs=1e-5)
+        assert found["log"]["feature_loss"] == pytest.approx(wanted[1], abs=1e-6), "the term of both processes"
+        assert found["published"]["feature_loss"] == pytest.approx(halves, abs=1e-6)

@@ -86,6 +86,25 @@ def test_reconstruction_agrees_with_the_definitions_in_float64(loaded, rows: lis
     assert "kl" not in figures.plain()
 
 
+@pytest.mark.parametrize("cuts", [1, 2, 3, 4])
+def test_the_figure_per_token_is_the_legacy_one_of_sae_lens_for_one_batch_only(loaded, cuts: int) -> None:
+    """sae_lens' `explained_variance_legacy`, restated: per token, against the mean of the batch it came in."""
+    sae = some_sae("topk")
+    ids = torch.cat(list(islice(TokenRows(Documents(sentences(300)), loaded.tokenizer, row=24, rows=8), 3)))
+    rows = list(ids.split(len(ids) // cuts))
+    figures = evaluate(loaded.model, {POINT: sae}, rows, loss=False)[POINT].reconstruction
+    legacy, xs = [], []
+    for batch in rows:
+        x = capture(loaded.model, batch, [POINT])[POINT].flatten(0, 1).double()
+        x_hat = sae.decode(sae.encode(x.float())).double()
+        legacy.append(1 - (x - x_hat).pow(2).sum(1) / (x - x.mean(0)).pow(2).sum(1))
+        xs.append((x, x_hat))
+    x, x_hat = (torch.cat(part) for part in zip(*xs, strict=True))
+    ours = 1 - ((x - x_hat).pow(2).sum(1) / (x - x.mean(0)).pow(2).sum(1)).mean()
+    assert figures.explained_variance_per_token == pytest.approx(float(ours), abs=1e-7)
+    assert (abs(float(torch.cat(legacy).mean() - ours)) < 1e-7) == (cuts == 1)
+
+
 @torch.no_grad()
 def test_spliced_loss_agrees_with_a_forward_pass_by_hand(loaded, rows: list[torch.Tensor]) -> None:
     """The blocks after the hook point are run here one by one on the reconstruction."""

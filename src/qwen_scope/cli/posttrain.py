@@ -129,7 +129,15 @@ def sft(
     model: options.Model = "lab",
     sae: options.Sae = None,
     layers: options.Layers = None,
-    weight: Annotated[float, typer.Option("--weight", help="Lambda of the extra term.")] = 1e-3,
+    weight: Annotated[float, typer.Option("--weight", help="Lambda of the extra term.", min=0)] = 1e-3,
+    lambda_scale: Annotated[
+        str,
+        typer.Option(
+            "--lambda-scale",
+            help="mean: lambda times the mean over a step; published: times the sum over its forward passes, as SASFT's"
+            " code does, which at --batch 1 --accumulate 32 is about 32 times as strong.",
+        ),
+    ] = "mean",
     zero: Annotated[bool, typer.Option("--zero", help="Thresholds of zero instead of alpha.")] = False,
     enhance: Annotated[bool, typer.Option("--enhance", help="Lift the features on the target instead.")] = False,
     held_out: Annotated[str | None, typer.Option("--held-out", help="Rows to report the loss on.")] = None,
@@ -168,7 +176,8 @@ def sft(
 ) -> None:
     """Fine-tune: plainly, with SASFT's auxiliary loss on features, or with a penalty on tokens.
 
-    The result lies in OUT/model and loads like any model. Defaults are the published settings of SASFT. --monitor
+    The result lies in OUT/model and loads like any model. Defaults are the published settings of SASFT, but for the
+    scale of lambda: take a published lambda with --lambda-scale published. --monitor
     measures features on texts while training, into OUT/monitor.jsonl, and says when one of the table's moves far; with
     --monitor-prompts also when the model writes what they stand for.
     """

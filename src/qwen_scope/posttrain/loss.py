@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import final
@@ -11,7 +12,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from qwen_scope.errors import InputError, NotFoundError
+from qwen_scope.errors import InputError, NotFoundError, brief
 from qwen_scope.model import HookPoint, final_norm, n_layers, unembedding
 from qwen_scope.steer import SAEsByLayer
 
@@ -19,6 +20,13 @@ from .table import AlphaTable
 
 NO_GROUP, IGNORED = -1, -100
 """The number of a token whose text has no group, and the label of one that is not learnt."""
+
+SCALES = ("mean", "published")
+"""What lambda multiplies. `mean`: one mean over all response tokens of the optimiser step, however it is cut.
+`published`: the mean over the response tokens of each forward pass, summed over the passes of a step and averaged over
+processes. That is what SASFT's code adds up to with the transformers (4.51.0) that its authors pin: they normalise the
+term per pass, and nothing divides it by the number of passes. With their one sample per pass and 32 passes it is about
+32 times the `mean` term, so a published lambda is meant in this scale."""
 
 
 def feature_loss(
@@ -39,7 +47,7 @@ def feature_loss(
         h: residuals of the tokens that are held to their thresholds.
         W, b: encoder rows and biases of the chosen features; `f_s(h) = h @ W.T + b`.
         alpha: the threshold of every token and feature.
-        n_tokens: response tokens of the whole optimiser step, over micro-batches and processes.
+        n_tokens: response tokens that the sum is normalised by, such as those of the whole optimiser step.
         enhance: `ReLU(alpha - f_s)` instead, which lifts the features up to their thresholds.
     """
     above = h.float() @ W.T + b - alpha
@@ -69,12 +77,14 @@ class ExtraLoss(ABC):
     Attributes:
         name: under which the trainer logs it.
         weight: lambda.
+        scale: what lambda multiplies, one of `SCALES`.
         groups: the names of the groups; a token carries an index into them, or `NO_GROUP`.
         points: where it reads the residual stream.
     """
 
     name: str
     weight: float
+    scale: str
     groups: tuple[str, ...]
     points: tuple[HookPoint, ...]
 
@@ -90,6 +100,18 @@ class ExtraLoss(ABC):
         """The term's share from one micro-batch; the shares of a step add up to the term."""
 
 
+def check_scale(weight: float, scale: str) -> None:
+    """Refuse a lambda that is no number from 0 up, and an unknown scale.
+
+    Raises:
+        InputError: the first.   NotFoundError: the second.
+    """
+    if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight < math.inf:
+        raise InputError(f"the weight of an extra term is a finite number, 0 or more, not {brief(weight)}")
+    if scale not in SCALES:
+        raise NotFoundError(f"lambda has no scale {scale!r}; it is one of {', '.join(SCALES)}")
+
+
 @final
 class FeatureLoss(ExtraLoss):
     """SASFT's auxiliary loss on the features of an alpha table, summed over layers.
@@ -100,7 +122,8 @@ class FeatureLoss(ExtraLoss):
     Args:
         table: features and thresholds.
         saes: the SAE of every layer used, such as `scope.saes`.
-        weight: lambda; the published values are 5e-4 (Gemma-2) and 1e-3 (Llama-3.1).
+        weight: lambda; the published values are 5e-4 (Gemma-2) and 1e-3 (Llama-3.1), in the scale `published`.
+        scale: what lambda multiplies, one of `SCALES`.
         layers: of the table; None for all.
         zero: thresholds of zero instead of alpha (the authors' `same_threshold`).
         enhance: lift the features on samples *of* the target to their mean there, instead of holding them down
@@ -108,7 +131,7 @@ class FeatureLoss(ExtraLoss):
 
     Raises:
         MismatchError: the table was made with another SAE.
-        NotFoundError: the table lacks a layer.
+        NotFoundError: the table lacks a layer, or no such scale.
         InputError: a weight below zero, a feature that does not exist, or both variants at once.
     """
 
@@ -118,15 +141,16 @@ class FeatureLoss(ExtraLoss):
         saes: SAEsByLayer,
         *,
         weight: float,
+        scale: str = "mean",
         layers: Sequence[int] | None = None,
         zero: bool = False,
         enhance: bool = False,
     ) -> None:
-        if not weight >= 0:
-            raise InputError(f"the weight of the auxiliary loss is 0 or more, not {weight}")
+        check_scale(weight, scale)
         if zero and enhance:
             raise InputError("a threshold of zero is for holding features down; it can't be joined with enhance")
-        self.name, self.weight, self.groups, self.enhance = "feature_loss", weight, table.groups, enhance
+        self.name, self.weight, self.scale = "feature_loss", weight, scale
+        self.groups, self.enhance = table.groups, enhance
         self.target = self.groups.index(table.target)
         self._rows: dict[HookPoint, tuple[Tensor, Tensor, Tensor]] = {}
         for layer in sorted({one.layer for one in table.layers} if layers is None else set(layers)):
@@ -182,17 +206,17 @@ class TokenPenalty(ExtraLoss):
     Args:
         table: the target, its groups, and the ids of its tokens.
         model: to know its last layer.
+        weight: lambda.   scale: what it multiplies, one of `SCALES`.
 
     Raises:
-        NotFoundError: the table lists no token.   InputError: a weight below zero.
+        NotFoundError: the table lists no token, or no such scale.   InputError: a weight below zero.
     """
 
-    def __init__(self, table: AlphaTable, model: PreTrainedModel, *, weight: float) -> None:
-        if not weight >= 0:
-            raise InputError(f"the weight of the penalty is 0 or more, not {weight}")
+    def __init__(self, table: AlphaTable, model: PreTrainedModel, *, weight: float, scale: str = "mean") -> None:
+        check_scale(weight, scale)
         if not table.tokens:
             raise NotFoundError(f"the alpha table lists no token that is the target's own ({table.target})")
-        self.name, self.weight, self.groups = "token_penalty", weight, table.groups
+        self.name, self.weight, self.scale, self.groups = "token_penalty", weight, scale, table.groups
         self.target, self.points = self.groups.index(table.target), (HookPoint(n_layers(model) - 1),)
         self.tokens = torch.tensor(table.tokens)
 

@@ -27,7 +27,7 @@ from qwen_scope.model import LoadedModel, d_model, load_model
 from qwen_scope.scope import SAEs, model_source, resolve
 
 from .answers import Asked
-from .loss import ExtraLoss, FeatureLoss, TokenPenalty
+from .loss import ExtraLoss, FeatureLoss, TokenPenalty, check_scale
 from .monitor import Monitor, read_monitor
 from .prepare import versions
 from .runs import JsonlLog, adapters, last_checkpoint, save_model, trained_model, trl_settings, write_json, writing_to
@@ -48,6 +48,7 @@ class SFTRun:
         method: `plain`, `features` (SASFT), or `penalty` (on the probability of the target's own tokens).
         sae: the SAEs of the alpha table; None where the catalog knows those of the model.
         weight: lambda of the extra term.
+        lambda_scale: what it multiplies: `mean`, over the whole step, or `published`, as in SASFT's code (`SCALES`).
         zero, enhance: the variants of `FeatureLoss`.
         layers: of the table; None for all.
         lr, batch, accumulate, epochs, max_steps, warmup, weight_decay, max_length, seed: as in TRL. The published runs
@@ -69,6 +70,7 @@ class SFTRun:
     method: str = "plain"
     sae: str | None = None
     weight: float = 1e-3
+    lambda_scale: str = "mean"
     zero: bool = False
     enhance: bool = False
     layers: tuple[int, ...] | None = None
@@ -96,6 +98,7 @@ class SFTRun:
     def __post_init__(self) -> None:
         if self.method not in METHODS:
             raise InputError(f"the method is one of {', '.join(METHODS)}, not {self.method!r}")
+        check_scale(self.weight, self.lambda_scale)
         if self.method == "plain" and (self.zero or self.enhance or self.layers):
             raise InputError("zero, enhance and layers belong to the method 'features'")
         for name in ("lr", "batch", "accumulate", "epochs", "max_length"):
@@ -189,9 +192,11 @@ def extra_of(run: SFTRun, loaded: LoadedModel, table: AlphaTable | None) -> Extr
     if table is None:
         raise InputError(f"the method {run.method!r} needs an alpha table; make one with qwen-scope posttrain prepare")
     if run.method == "penalty":
-        return TokenPenalty(table, loaded.model, weight=run.weight)
+        return TokenPenalty(table, loaded.model, weight=run.weight, scale=run.lambda_scale)
     saes = SAEs(resolve(run.model, run.sae)[1], d_model=d_model(loaded.model))
-    return FeatureLoss(table, saes, weight=run.weight, layers=run.layers, zero=run.zero, enhance=run.enhance)
+    return FeatureLoss(
+        table, saes, weight=run.weight, scale=run.lambda_scale, layers=run.layers, zero=run.zero, enhance=run.enhance
+    )
 
 
 def monitor_of(

@@ -26,8 +26,10 @@ class FeatureSFTTrainer(SFTTrainer):
     out). Data that is already tokenised, or packed with `skip_prepare_dataset`, carries a column `groups` instead: per
     token the index into `extra.groups`, or -1.
 
-    The term is normalised over the whole optimiser step, over micro-batches and processes, like TRL's own loss: so it
-    does not depend on how a step is cut into micro-batches. Evaluation reports the cross-entropy alone.
+    In the scale `mean` the term is normalised over the whole optimiser step, over micro-batches and processes, like
+    TRL's own loss: so it does not depend on how a step is cut into micro-batches. In the scale `published` it is that
+    of SASFT's code (`SCALES`). What is logged is the whole term of a step, of all processes. Evaluation reports the
+    cross-entropy alone.
 
     Args:
         extra: the term, or None for plain fine-tuning.
@@ -116,14 +118,23 @@ class FeatureSFTTrainer(SFTTrainer):
                     f"no gradient reaches the residual at {point}: the term changes nothing unless weights at or before"
                     " this layer are trained"
                 )
-        n_tokens = int((labels != IGNORED).sum()) if self._step_tokens is None else self._step_tokens
-        # DDP averages the gradients of processes, and the term counts the tokens of all of them.
-        term = self.extra(bare, residuals, labels, groups, n_tokens) * self.accelerator.num_processes
+        term = self._term(bare, residuals, labels, groups)
+        # The logger averages over micro-batches; their shares add up to the term of the step.
         parts = self.current_gradient_accumulation_steps
-        self._metrics["train"][self.extra.name].append(float(term.detach()) * parts)
+        everywhere: Any = self.accelerator.gather(term.detach().reshape(1))
+        self._metrics["train"][self.extra.name].append(float(everywhere.mean()) * parts)
         loss = (found[0] if return_outputs else found) + self.extra.weight * term
         self._check_finite(loss)
         return (loss, found[1]) if return_outputs else loss
+
+    def _term(self, bare: Any, residuals: dict[HookPoint, Tensor], labels: Tensor, groups: Tensor) -> Tensor:
+        """This process' share of the term, so that the mean over processes, which DDP takes, is the whole."""
+        assert self.extra is not None
+        here = int((labels != IGNORED).sum())
+        if self.extra.scale == "published":
+            return self.extra(bare, residuals, labels, groups, here)
+        n_tokens = here if self._step_tokens is None else self._step_tokens
+        return self.extra(bare, residuals, labels, groups, n_tokens) * self.accelerator.num_processes
 
     def _check_finite(self, loss: Tensor) -> None:
         if not bool(loss.detach().isfinite().all()):

@@ -25,7 +25,8 @@ COLUMNS = (
 
 EXPLAINED = """\
 `FVU = sum |x - x_hat|^2 / sum |x - mean|^2` over all evaluated tokens; explained variance is `1 - FVU`; "per token" is
-the mean over tokens of `1 - |x - x_hat|^2 / |x - mean|^2`. `dead` is the share of features that fired on none of the
+the mean over tokens of `1 - |x - x_hat|^2 / |x - mean|^2`, `mean` being that of all evaluated tokens (sae_lens'
+`explained_variance_legacy` takes the mean of each batch). `dead` is the share of features that fired on none of the
 evaluated tokens. `CE recovered` is `(zeros - spliced) / (zeros - clean)` of the next-token loss when the reconstruction
 takes the residual's place at every position of that one layer; `KL` is the divergence of that prediction from the clean
 one, in nats per token.

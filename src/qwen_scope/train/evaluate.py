@@ -4,10 +4,12 @@ Sums are kept in float64. Two definitions of explained variance are in use, and 
 
 - `explained_variance = 1 - sum |x - x_hat|^2 / sum |x - mean|^2` over all tokens, which is `1 - FVU`; sae_lens'
   `explained_variance`. Tokens of large norm count more.
-- `explained_variance_per_token`: the mean over tokens of `1 - |x - x_hat|^2 / |x - mean|^2`; sae_lens'
-  `explained_variance_legacy`. Every token counts the same.
+- `explained_variance_per_token`: the mean over tokens of `1 - |x - x_hat|^2 / |x - mean|^2`. Every token counts the
+  same. sae_lens' `explained_variance_legacy` is this figure with the mean of each evaluated batch in the place of
+  `mean`: the two are equal where all tokens are one batch. With several, the legacy one is as a rule lower, since a
+  batch's own mean lies closer to its tokens, and it depends on how the tokens are cut into batches.
 
-`mean` is that of the evaluated tokens.
+`mean` is that of all evaluated tokens.
 """
 
 from __future__ import annotations
