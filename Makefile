@@ -3,7 +3,9 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 
-.PHONY: demo test lint bench bench-gpu clean
+EXTRAS := explorer posttrain datasets fast gpu track spread
+
+.PHONY: demo test lint bench bench-gpu clean $(EXTRAS)
 
 demo: $(VENV)/.core
 	$(BIN)/qwen-scope demo
@@ -15,6 +17,10 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
+
+# `make explorer`, `make posttrain`, ...: an extra of pyproject.toml for those who need it.
+$(EXTRAS): $(VENV)/.core
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[$@]'
 
 # Peers live in environments of their own; what is timed beside them runs in one of these, with our source on its path.
 BESIDE := .venv-sae_lens/bin/python -W ignore

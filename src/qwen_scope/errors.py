@@ -9,10 +9,15 @@ from __future__ import annotations
 import difflib
 import math
 import numbers
+import os
+import re
 import reprlib
+import shlex
+import sys
 import unicodedata
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from typing import Any
 
 REASON = 300  # characters of a foreign error's own words that a sentence repeats
@@ -108,6 +113,34 @@ class _Brief(reprlib.Repr):
 
 _BRIEF = _Brief()
 _BRIEF.maxlevel, _BRIEF.maxstring, _BRIEF.maxother = 1, 56, 56
+
+
+def need(what: str, *packages: str) -> None:
+    """Refuse to go on without packages that only an extra brings.
+
+    Raises:
+        NotFoundError: "WHAT needs the package NAME; install it with: PYTHON -m pip install 'NAME>=1'".
+    """
+    if missing := [name for name in packages if find_spec(name) is None]:
+        which, it = (f"package {missing[0]}", "it") if len(missing) == 1 else (f"packages {', '.join(missing)}", "them")
+        raise NotFoundError(f"{what} needs the {which}; install {it} with: {install_line(*missing)}")
+
+
+def install_line(*packages: str) -> str:
+    """What to type to add packages to this very environment, whether it holds a checkout or a wheel of qwen-scope.
+
+    The packages are named themselves, in the versions that our extras ask for: qwen-scope is not on PyPI, so its extras
+    can be named only where its source is.
+    """
+    from importlib import metadata  # 10 ms that only this sentence costs
+
+    try:
+        asked = [line.partition(";")[0].strip() for line in metadata.requires("qwen-scope") or ()]
+    except metadata.PackageNotFoundError:  # the source alone, on PYTHONPATH
+        asked = []
+    known = {re.split(r"[^\w.-]", line, maxsplit=1)[0].lower(): line for line in asked}
+    python = os.path.relpath(sys.executable) if sys.executable.startswith(os.getcwd() + os.sep) else sys.executable
+    return shlex.join([python, "-m", "pip", "install", *(known.get(name.lower(), name) for name in packages)])
 
 
 @contextmanager

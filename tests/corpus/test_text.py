@@ -157,7 +157,7 @@ def test_metadata_survives_as_json(tmp_path) -> None:
 
 
 def test_datasets_from_disk_in_memory_and_streamed(tmp_path, monkeypatch) -> None:
-    datasets = pytest.importorskip("datasets")
+    datasets = pytest.importorskip("datasets", reason="the extra `datasets` is not installed")
     datasets.disable_progress_bars()
     dataset = datasets.Dataset.from_list(ROWS)
     assert [d.text for d in Corpus(dataset, name="mine")] == [row["text"] for row in ROWS]

@@ -69,10 +69,10 @@ def test_options_that_do_not_fit(saved, options, says):
 
 
 def test_missing_packages_are_named(saved, monkeypatch):
-    monkeypatch.setattr("qwen_scope.model.load.find_spec", lambda name: None)
-    with pytest.raises(InputError, match="pip install accelerate"):
+    monkeypatch.setattr("qwen_scope.errors.find_spec", lambda name: None)
+    with pytest.raises(NotFoundError, match="pip install 'accelerate>="):
         load_model(saved["qwen3"], device_map="auto")
-    with pytest.raises(InputError, match="pip install bitsandbytes"):
+    with pytest.raises(NotFoundError, match="pip install bitsandbytes 'accelerate>="):
         load_model(saved["qwen3"], quantization="4bit")
 
 

@@ -340,7 +340,7 @@ def test_bad_input_ends_with_one_sentence(words, says, capsys, tmp_path, monkeyp
 
 
 def test_missing_packages_are_named(monkeypatch, capsys) -> None:
-    monkeypatch.setattr("qwen_scope.cli.posttrain.find_spec", lambda name: None)
+    monkeypatch.setattr("qwen_scope.errors.find_spec", lambda name: None)
     for command in (["prepare", "lab", "--target", "zh", "-o", "t.json"], ["sft", "lab", "-o", "out"], ["eval", "lab"]):
         assert main(["posttrain", *command]) == 2
-        assert "pip install 'qwen-scope[posttrain]'" in capsys.readouterr().err
+        assert "pip install 'trl<2,>=1.16' 'peft>=0.21' 'datasets>=4'" in capsys.readouterr().err

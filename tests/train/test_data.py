@@ -37,7 +37,6 @@ def test_every_kind_of_file_gives_the_same_documents(tmp_path: Path) -> None:
 
 
 def test_parquet(tmp_path: Path) -> None:
-    pytest.importorskip("pyarrow")
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -84,8 +83,8 @@ def test_sources_that_do_not_exist(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     (tmp_path / "a.pdf").write_text("")
     with pytest.raises(InputError, match="not text this package reads"):
         Documents(tmp_path / "a.pdf")
-    monkeypatch.setattr("qwen_scope.train.data.find_spec", lambda name: None)
-    with pytest.raises(NotFoundError, match=r"qwen-scope\[store\]"):
+    monkeypatch.setattr("qwen_scope.errors.find_spec", lambda name: None)
+    with pytest.raises(NotFoundError, match="pip install 'datasets>="):
         Documents("owner/set")
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float, Float64
 
-from qwen_scope.errors import FormatError, InputError, NotFoundError
+from qwen_scope.errors import FormatError, InputError
 
 from .rule import read_json
 
@@ -20,14 +20,6 @@ FORMAT, VERSION = "qwen-scope-student", 1
 TERMS, NGRAMS, FOLDS = 20_000, (1, 4), 5
 
 Scored = tuple[Bool[np.ndarray, " items"], Float64[np.ndarray, " items"]]
-
-
-def sklearn() -> None:
-    """Raise NotFoundError where scikit-learn is not installed."""
-    try:
-        import sklearn as package  # noqa: F401
-    except ImportError as error:
-        raise NotFoundError("this needs the package scikit-learn: pip install 'qwen-scope[analysis]'") from error
 
 
 def logistic(
@@ -40,7 +32,6 @@ def logistic(
 
 def fitted(x: np.ndarray, labels: np.ndarray) -> Any:
     """A standardiser and a logistic regression behind it."""
-    sklearn()
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
@@ -64,7 +55,6 @@ def best_layer(pooled: Mapping[int, Float[np.ndarray, "seeds d"]], labels: Bool[
     Raises:
         InputError: too few seeds of a class to be split in two.
     """
-    sklearn()
     from sklearn.model_selection import StratifiedKFold, cross_val_score
 
     folds = min(FOLDS, int(labels.sum()), int((~labels).sum()))
@@ -110,7 +100,6 @@ class Student:
         Raises:
             InputError: labels of one class only, or no text with a character.
         """
-        sklearn()
         from sklearn.feature_extraction.text import TfidfVectorizer
         from sklearn.linear_model import LogisticRegression
 
@@ -133,7 +122,6 @@ class Student:
 
     def scores(self, texts: Sequence[str]) -> Float64[np.ndarray, " texts"]:
         """The log-odds of being positive."""
-        sklearn()
         from sklearn.feature_extraction.text import TfidfVectorizer
 
         vectors = TfidfVectorizer(

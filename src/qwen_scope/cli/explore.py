@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from qwen_scope.errors import InputError, NotFoundError
+from qwen_scope.errors import InputError, need
 
 from . import options, output
 
@@ -53,10 +53,7 @@ def explore(
 
 def need_gradio() -> None:
     """Refuse to go on without Gradio, which only the extra brings."""
-    from importlib.util import find_spec
-
-    if find_spec("gradio") is None:
-        raise NotFoundError("the explorer needs the package gradio: pip install 'qwen-scope[explorer]'")
+    need("the explorer", "gradio")
 
 
 def store_names(folders: list[Path]) -> dict[str, Path]:

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, is_dataclass
 from typing import TYPE_CHECKING, Any
 
+from qwen_scope.errors import printable
+
+from .lines import lines
+
 if TYPE_CHECKING:
     from rich.console import Console
+
+Report = Callable[[str, float, str], None]
 
 
 def console() -> Console:
@@ -18,6 +25,19 @@ def console() -> Console:
     from rich.console import Console
 
     return Console(highlight=False, soft_wrap=False)
+
+
+@functools.cache
+def errors() -> Console:
+    """Standard error; one object, so that a line stands above a spinner that is turning."""
+    from rich.console import Console
+
+    return Console(stderr=True, highlight=False)
+
+
+def say(message: str) -> None:
+    """One line on standard error, above whatever is turning there."""
+    errors().print(printable(message), markup=False, soft_wrap=True)
 
 
 def show(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
@@ -47,35 +67,38 @@ def plain(value: Any) -> Any:
 
 @contextmanager
 def status(message: str) -> Iterator[None]:
-    """A line on standard error while something slow runs; nothing where it is not a terminal."""
-    from rich.console import Console
-
-    with Console(stderr=True).status(message):
+    """A spinner on standard error while something slow runs; where that is no terminal, a line now and then."""
+    with errors().status(message) if errors().is_terminal else lines(message):
         yield
 
 
+def progress() -> AbstractContextManager[Report]:
+    """Progress on standard error, fed by `(stage, share done, text)`: bars in a terminal, else a line now and then."""
+    return bars() if errors().is_terminal else lines()
+
+
 @contextmanager
-def progress() -> Iterator[Callable[[str, float, str], None]]:
-    """A progress bar per stage on standard error, fed by `(stage, share done, text)`."""
-    from rich.console import Console
+def bars() -> Iterator[Report]:
+    """A progress bar per stage."""
     from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-    columns = (TextColumn("{task.description:>16}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"))
-    with Progress(
-        *columns,
+    columns = (
+        TextColumn("{task.description:>16}", markup=False),
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f}%"),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
-        TextColumn("{task.fields[text]}"),
-        console=Console(stderr=True),
-    ) as bar:
+        TextColumn("{task.fields[text]}", markup=False),
+    )
+    with Progress(*columns, console=errors()) as bar:
         tasks: dict[str, TaskID] = {}
 
         def report(stage: str, share: float, text: str) -> None:
             if stage not in tasks:
                 for task in tasks.values():
                     bar.update(task, completed=1.0)
-                tasks[stage] = bar.add_task(stage, total=1.0, text="")
-            bar.update(tasks[stage], completed=share, text=text)
+                tasks[stage] = bar.add_task(printable(stage), total=1.0, text="")
+            bar.update(tasks[stage], completed=share, text=printable(text))
 
         yield report
         for task in tasks.values():

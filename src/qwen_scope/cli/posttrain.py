@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from qwen_scope.errors import InputError, NotFoundError
+from qwen_scope.errors import InputError, need
 
 from . import options, output
 from .posttrain_data import PROBES, probe_texts, read_rows, training_samples
@@ -241,8 +240,7 @@ def check_packages() -> None:
     Raises:
         NotFoundError: it says what to install.
     """
-    if missing := [name for name in ("trl", "peft", "datasets") if find_spec(name) is None]:
-        raise NotFoundError(f"posttrain needs the package {missing[0]}: pip install 'qwen-scope[posttrain]'")
+    need("posttrain", "trl", "peft", "datasets")
 
 
 def quiet() -> None:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -81,7 +78,7 @@ def sweep(
         scope = options.open_scope(model, sae, device, dtype, k)
     target = targets.chosen_target(scope, regex, script, continuation, target_feature, rule)
     candidates = from_recipes(scope, recipe) if recipe else {"feature": [one] if one else []}
-    with bar() as report:
+    with output.progress() as report:
         found = sweep_candidates(
             scope.model,
             scope.tokenizer,
@@ -161,16 +158,6 @@ def save_proposal(scope: Scope, path: Path, found: Sweep, interventions: list[In
         "prompts": found.best.effect.n,
     }
     Recipe.of(path.stem, scope.model, chosen, scope.saes, provenance="qwen-scope sweep", effect=effect).save(path)
-
-
-@contextmanager
-def bar() -> Iterator[Callable[[str, float, str], None] | None]:
-    """A progress bar where somebody watches; elsewhere it would leave an empty line before an error."""
-    if sys.stderr.isatty():
-        with output.progress() as report:
-            yield report
-    else:
-        yield None
 
 
 def print_sweep(found: Sweep, name: str = "") -> None:

@@ -74,7 +74,7 @@ def validate(
     examples = Examples(*lines[1:])
     removed = selectivity(scope, knob, examples, seed=seed) if removal else None
     asked = {} if questions is None else {"the task": answer_task(scope, questions, chat=mode)}
-    with sweep.bar() as report:
+    with output.progress() as report:
         verdict = run_validate(
             scope,
             knob,

@@ -6,19 +6,15 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+import duckdb
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from qwen_scope.errors import InputError, NotFoundError
+from qwen_scope.errors import InputError
 
 from .layout import PART_ROWS, ROW_GROUP, TABLES, WORK, LayerInfo, Part
 from .writer import write_part
-
-try:
-    import duckdb
-except ImportError as error:
-    raise NotFoundError("a store needs the packages pyarrow and duckdb: pip install 'qwen-scope[store]'") from error
 
 
 def index_layer(folder: Path, info: LayerInfo, number: int, first_row: int, first_part: int, memory: str) -> list[Part]:

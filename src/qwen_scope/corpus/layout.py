@@ -8,13 +8,10 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from qwen_scope.errors import FormatError, NotFoundError
+import pyarrow as pa
+import pyarrow.parquet as pq
 
-try:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-except ImportError as error:
-    raise NotFoundError("a store needs the packages pyarrow and duckdb: pip install 'qwen-scope[store]'") from error
+from qwen_scope.errors import FormatError
 
 FORMAT, VERSION = "qwen-scope-store", 1
 MANIFEST = "manifest.json"

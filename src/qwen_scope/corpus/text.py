@@ -9,12 +9,11 @@ import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
 from typing import Any, final
 
-from qwen_scope.errors import InputError, NotFoundError
+from qwen_scope.errors import InputError, NotFoundError, need
 
 from .sources import SUFFIXES, UNITS, Problem, Source, dataset_rows, file_source, item_rows
 
@@ -185,8 +184,7 @@ def known(path: Path) -> bool:
 
 def datasets_package() -> Any:
     """The package `datasets`."""
-    if find_spec("datasets") is None:
-        raise NotFoundError("reading a dataset needs the package datasets: pip install 'qwen-scope[store]'")
+    need("reading a dataset", "datasets")
     import datasets
 
     return datasets

@@ -16,7 +16,7 @@ from huggingface_hub import errors as hub
 from safetensors import SafetensorError
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from qwen_scope.errors import FormatError, InputError, NotFoundError
+from qwen_scope.errors import FormatError, InputError, NotFoundError, need
 
 DTYPES = ("float32", "bfloat16", "float16", "auto")
 QUANTIZATIONS = ("8bit", "4bit")
@@ -146,8 +146,7 @@ def _placement(device: Any, device_map: Any, quantization: Any) -> dict[str, Any
     if device_map is not None:
         if device is not None:
             raise InputError("device and device_map exclude each other; pass one of them")
-        if not accelerate:
-            raise InputError("device_map needs the package accelerate; install it with 'pip install accelerate'")
+        need("spreading a model over devices", "accelerate")
         place: dict[str, Any] = {"device_map": device_map}
     else:
         chosen = _device(device)
@@ -158,11 +157,7 @@ def _placement(device: Any, device_map: Any, quantization: Any) -> dict[str, Any
     if isinstance(quantization, str):
         if quantization not in QUANTIZATIONS:
             raise InputError(f"quantization is one of {', '.join(QUANTIZATIONS)}, not {quantization!r}")
-        if find_spec("bitsandbytes") is None or not accelerate:
-            raise InputError(
-                f"quantization {quantization!r} needs bitsandbytes and accelerate;"
-                " install them with 'pip install bitsandbytes accelerate'"
-            )
+        need(f"quantization {quantization!r}", "bitsandbytes", "accelerate")
         quantization = transformers.BitsAndBytesConfig(
             load_in_8bit=quantization == "8bit", load_in_4bit=quantization == "4bit"
         )

@@ -25,7 +25,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from importlib.metadata import version
-from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -101,8 +100,7 @@ def synthesize(
             curves = {"targeted": made.curve, "untargeted": control.curve}
             curves["natural"] = curve_of(scope, more, targets, counts, o.batch)
             write_whole(out / "curves.json", _json(curves))
-            if find_spec("matplotlib") is not None:
-                save_png(coverage_figure(curves, len(targets)), out / "coverage.png")
+            save_png(coverage_figure(curves, len(targets)), out / "coverage.png")
             metrics["controls"] = {name: curve[-1] for name, curve in curves.items()}
         write_whole(out / "metrics.json", _json(metrics))
     return {**metrics, "spent": asdict(asked.spent)}

@@ -5,22 +5,14 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from qwen_scope.errors import NotFoundError
-
 from .figures import Curves, Figure, Heatmap, Points
 
 
 def save_png(figure: Figure, path: str | os.PathLike[str]) -> None:
-    """Draw a figure into a PNG file.
+    """Draw a figure into a PNG file."""
+    # Not pyplot: it keeps every figure alive, and picks a window system.
+    from matplotlib.figure import Figure as Canvas
 
-    Raises:
-        NotFoundError: matplotlib is not installed.
-    """
-    try:
-        # Not pyplot: it keeps every figure alive, and picks a window system.
-        from matplotlib.figure import Figure as Canvas
-    except ImportError as error:
-        raise NotFoundError("a PNG needs the package matplotlib: pip install 'qwen-scope[plots]'") from error
     canvas = Canvas(figsize=size_of(figure), dpi=130, layout="constrained")
     axes: Any = canvas.subplots()
     axes.set_title(figure.title, fontsize=11, parse_math=False)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from importlib.util import find_spec
 
 from qwen_scope.errors import InputError
 
@@ -14,12 +13,10 @@ def plot_sweep(found: Sweep, path: str | os.PathLike[str]) -> None:
     """Effect with its interval over the amount, perplexity beside it, the proposal marked; written as PNG.
 
     Raises:
-        InputError: matplotlib is not installed, or the ending is not `.png`.
+        InputError: the ending is not `.png`.
     """
     if not os.fspath(path).endswith(".png"):
         raise InputError(f"a figure is written as .png, not {os.fspath(path)!r}")
-    if find_spec("matplotlib") is None:
-        raise InputError("figures need matplotlib: pip install 'qwen-scope[plots]'")
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

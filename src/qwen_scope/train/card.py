@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +35,7 @@ one, in nats per token.
 def write_card(
     folder: Path, run: Mapping[str, Any], quality: Mapping[str, Mapping[str, Any]], metrics: Sequence[Path] = ()
 ) -> Path:
-    """Write `README.md` into `folder`, and plots beside it where matplotlib is installed; returns the card.
+    """Write `README.md` into `folder`, and plots beside it; returns the card.
 
     Args:
         folder: of the group.
@@ -45,7 +44,7 @@ def write_card(
         metrics: files that `JsonlMetrics` wrote, for the curves.
     """
     history = read_metrics(metrics)
-    plots = draw(folder / "plots", history, quality) if find_spec("matplotlib") else []
+    plots = draw(folder / "plots", history, quality)
     path = folder / "README.md"
     path.write_text(text_of(run, quality, plots), encoding="utf-8")
     return path
@@ -86,8 +85,6 @@ def text_of(run: Mapping[str, Any], quality: Mapping[str, Mapping[str, Any]], pl
     lines += ["## Sinks", "", f"Tokens whose norm was far above the median were left out of training: {dropped}.", ""]
     if plots:
         lines += ["## Curves", "", *(f"![{Path(plot).stem}](plots/{plot})" for plot in plots), ""]
-    else:
-        lines += ["Plots are drawn where matplotlib is installed: `pip install 'qwen-scope[plots]'`.", ""]
     lines += ["## Configuration", "", "```json", json.dumps(run, indent=1), "```", ""]
     return "\n".join(lines)
 
@@ -103,8 +100,8 @@ def table(quality: Mapping[str, Mapping[str, Any]]) -> list[str]:
 def draw(folder: Path, history: Sequence[Mapping[str, Any]], quality: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """Plots of loss, FVU, dead share and density as PNG; returns their file names."""
     # The object interface: no global state, and no window system is looked for.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # pyright: ignore[reportMissingImports]
-    from matplotlib.figure import Figure  # pyright: ignore[reportMissingImports]
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
 
     folder.mkdir(exist_ok=True)
     drawn = []

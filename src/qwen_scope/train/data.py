@@ -6,7 +6,6 @@ import gzip
 import json
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from qwen_scope.errors import FormatError, InputError, NotFoundError
+from qwen_scope.errors import FormatError, InputError, NotFoundError, need
 
 Document = str | Sequence[Mapping[str, Any]]
 SUFFIXES = (".txt", ".jsonl", ".parquet", ".txt.gz", ".jsonl.gz")
@@ -120,12 +119,8 @@ def reader_of(source: str | Path | Iterable[Document], field: str, split: str, s
 
 def hub_reader(name: str, field: str, split: str, subset: str | None) -> Reader:
     """A streamed Hugging Face dataset: nothing is stored, so it may be larger than the disk."""
-    if find_spec("datasets") is None:
-        raise NotFoundError(
-            f"{name!r} is no file here, and reading it from the Hub needs the package datasets:"
-            " pip install 'qwen-scope[store]'"
-        )
-    import datasets  # pyright: ignore[reportMissingImports]
+    need(f"{name!r} is no file here, and reading it from the Hub", "datasets")
+    import datasets
 
     stream = datasets.load_dataset(name, subset, split=split, streaming=True)
     return lambda start: (value_of(row, field, f"a row of {name}") for row in stream.skip(start))
@@ -163,9 +158,7 @@ def paragraphs(lines: Iterable[str]) -> Iterator[str]:
 
 def parquet_documents(path: Path, field: str) -> Iterator[Document]:
     """The rows of a Parquet file, a few hundred in memory at a time."""
-    if find_spec("pyarrow") is None:
-        raise NotFoundError(f"reading {path} needs the package pyarrow: pip install 'qwen-scope[store]'")
-    from pyarrow import ArrowInvalid, parquet  # pyright: ignore[reportMissingImports]
+    from pyarrow import ArrowInvalid, parquet
 
     try:
         file = parquet.ParquetFile(path)

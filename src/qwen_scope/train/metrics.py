@@ -5,11 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from qwen_scope.errors import NotFoundError
+from qwen_scope.errors import need
 
 from .loop import StepReport
 
@@ -38,8 +37,7 @@ class TensorBoardMetrics:
     """
 
     def __init__(self, folder: Path, every: int = 10) -> None:
-        if find_spec("tensorboard") is None:
-            raise NotFoundError("the package tensorboard is missing: pip install 'qwen-scope[track]'")
+        need("writing for TensorBoard", "tensorboard")
         from torch.utils.tensorboard import SummaryWriter
 
         self.writer, self.every = SummaryWriter(str(folder)), every
@@ -62,8 +60,7 @@ class WandbMetrics:
     """
 
     def __init__(self, init: Mapping[str, Any], every: int = 10) -> None:
-        if find_spec("wandb") is None:
-            raise NotFoundError("the package wandb is missing: pip install 'qwen-scope[track]'")
+        need("logging to Weights & Biases", "wandb")
         import wandb  # pyright: ignore[reportMissingImports]
 
         self.run, self.every = wandb.init(**init), every
