@@ -174,7 +174,7 @@ def sweep_target(desk: Desk, kind: str, value: str, first: Intervention) -> Targ
     if not value.strip():
         raise InputError("say what the continuation should be like: fill in the field beside the aim of the sweep")
     if kind == "regex":
-        return matches(value)
+        return matches(value, seconds=1.0)
     return script(value) if kind == "script" else Continuations((value,))
 
 

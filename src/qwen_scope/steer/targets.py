@@ -3,32 +3,73 @@
 from __future__ import annotations
 
 import re
+import time
 import unicodedata
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import lru_cache
 
 import numpy as np
+import regex
 
-from qwen_scope.errors import InputError
+from qwen_scope.errors import InputError, brief, foreign
 
 Target = Callable[[list[str]], np.ndarray]
 """What a sweep or a verdict asks of a continuation: `target(texts)` is one finite number per text."""
 
 
-def matches(pattern: str) -> Target:
+PATTERN = 1000
+"""Characters of a regular expression from outside."""
+
+SECONDS = 10.0
+"""What the searches of one target may take together; an ordinary search takes microseconds."""
+
+_RECURSION = re.compile(r"\(\?(?:R\)|[+-]?[0-9]|&|P>)")
+_BRACES = re.compile(r"\\[pPN]\{[^{}]*\}|\\.|\{(?![0-9]*,?[0-9]*\})", re.DOTALL)
+
+
+def matches(pattern: str, seconds: float = SECONDS) -> Target:
     """1 where a regular expression is found in the text, else 0.
 
+    A pattern may take exponential time, so the searches of a target have a budget, and other threads run meanwhile.
+    The syntax is Python's, with `\\p{...}` besides; without recursion, whose memory nothing bounds.
+
+    Args:
+        pattern: up to `PATTERN` characters.
+        seconds: what all searches of this target may take together.
+
     Raises:
-        InputError: not a regular expression.
+        InputError: not a regular expression, or too long; on a call of the target: the time is up.
     """
-    try:
-        found = re.compile(pattern)
-    except re.error as error:
-        raise InputError(f"{pattern!r} is not a regular expression: {error}") from None
-    return lambda texts: np.array([float(found.search(text) is not None) for text in texts])
+    if not isinstance(pattern, str) or not 0 < len(pattern) <= PATTERN:
+        raise InputError(f"a regular expression is a text of 1 to {PATTERN:,} characters, not {brief(pattern)}")
+    if _RECURSION.search(pattern):
+        raise InputError(f"the regular expression {brief(pattern)} calls itself, which is not supported")
+    # `regex` reads a brace that is no repetition as a fuzzy match, Python's `re` as a brace.
+    literal = _BRACES.sub(lambda found: r"\{" if found[0] == "{" else found[0], pattern)
+    with foreign(f"{brief(pattern)} is not a regular expression", InputError):
+        expression = regex.compile(literal, cache_pattern=False)
+    left = seconds
+
+    def found(text: str) -> bool:
+        nonlocal left
+        started = time.monotonic()
+        try:
+            if left <= 0:
+                raise TimeoutError
+            # `concurrent` lets other threads run during the search, which otherwise nobody could interrupt.
+            return expression.search(text, timeout=left, concurrent=True) is not None
+        except TimeoutError:
+            raise InputError(
+                f"the regular expression {brief(pattern)} takes more than {seconds:g} s on these texts; repetitions"
+                " inside repetitions, such as (a+)+, are what takes long"
+            ) from None
+        finally:
+            left -= time.monotonic() - started
+
+    return lambda texts: np.array([float(found(text)) for text in texts])
 
 
-@cache
+@lru_cache(64)
 def script(name: str) -> Target:
     """The share of a text's letters that belong to a Unicode script, such as `CYRILLIC`, `CJK` or `HANGUL`.
 
@@ -39,7 +80,9 @@ def script(name: str) -> Target:
     """
     wanted = name.strip().upper().replace("_", " ")
     if not wanted or not any(_script(chr(i)).startswith(wanted) for i in range(0x20, 0x11000)):
-        raise InputError(f"no letter of Unicode belongs to a script {name!r}; try LATIN, CYRILLIC, ARABIC, CJK, HANGUL")
+        raise InputError(
+            f"no letter of Unicode belongs to a script {brief(name)}; try LATIN, CYRILLIC, ARABIC, CJK, HANGUL"
+        )
 
     def share(text: str) -> float:
         letters = [char for char in text if char.isalpha()]
