@@ -107,6 +107,19 @@ def test_convert_writes_what_loads_again(capsys, tmp_path, where, layout) -> Non
         assert again.identity == load_sae(source, 2).identity, "a converted copy is the same SAE"
 
 
+@pytest.mark.parametrize(
+    ("layout", "expected"),
+    [("official", "bfloat16"), ("safetensors", "bfloat16"), ("sae_lens", "float32"), ("sparsify", "float32")],
+)
+def test_convert_keeps_float32_for_tools_that_compute_in_the_stored_type(capsys, tmp_path, layout, expected) -> None:
+    from qwen_scope import load_sae
+
+    source = str(tiny.folder() / "sae")
+    code, _, err = run(capsys, "convert", source, "--layers", "2", "-o", str(tmp_path / "out"), "--layout", layout)
+    assert code == 0, err
+    assert str(load_sae(tmp_path / "out", 2).dtype) == f"torch.{expected}"
+
+
 def test_convert_measures_on_a_model_when_told(capsys, tmp_path, where) -> None:
     sae, model = str(tiny.folder() / "sae"), str(tiny.folder() / "model")
     code, out, _ = run(capsys, "convert", sae, "-o", str(tmp_path / "o"), "--model", model, "--text", "The station")

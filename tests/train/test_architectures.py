@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from qwen_scope.errors import InputError, MismatchError, NotFoundError
-from qwen_scope.sae import load_sae, save_sae
+from qwen_scope.sae import fingerprint, load_sae, save_sae
 from qwen_scope.train import ARCHITECTURES, Ranks, ResidualTable, TrainConfig, train
 from qwen_scope.train.losses import pre_acts_of, total_variance
 from qwen_scope.train.step import Batch, start
@@ -52,6 +52,13 @@ def test_it_learns_keeps_its_sparsity_and_comes_back_from_disk(architecture: str
     assert fvu_of(sae, x) == pytest.approx(last[-1].layers[NAME].fvu, abs=0.02)
     save_sae(sae, tmp_path / "g")
     again = load_sae(tmp_path / "g", 2)
+    # The name of the SAE is that of the weights that were saved, a threshold included, and stays so when converted.
+    own = {n: getattr(again, n) for n in ("W_enc", "W_dec", "b_enc", "b_dec")}
+    own |= {"threshold": again.threshold} if architecture != "topk" else {}
+    assert again.identity == sae.identity
+    assert sae.identity.fingerprint == fingerprint(**own)
+    save_sae(again, tmp_path / "lens", "sae_lens", torch.bfloat16)
+    assert load_sae(tmp_path / "lens", 2).identity == sae.identity
     assert again.architecture == ARCHITECTURES[architecture].saved_as
     assert torch.equal(again.encode(x[:100]).to_dense(), sae.encode(x[:100]).to_dense())
 

@@ -22,8 +22,13 @@ def convert(
         str, typer.Option("--layout", help="safetensors, official, sae_lens, sparsify or dictionary_learning.")
     ] = "safetensors",
     weights: Annotated[
-        str | None, typer.Option("--dtype", help="float32, bfloat16 or float16. Default: as it is.")
-    ] = "bfloat16",
+        str | None,
+        typer.Option(
+            "--dtype",
+            help="float32, bfloat16 or float16. Default: bfloat16 in our own layouts, whose arithmetic is fp32 either "
+            "way; float32 in the others, whose tools compute in the stored type.",
+        ),
+    ] = None,
     layers: options.Layers = None,
     k: options.K = None,
     model: Annotated[
@@ -42,9 +47,9 @@ def convert(
     from qwen_scope.sae import LAYOUTS, compare_saes, layers_of, load_sae, save_sae
 
     wanted = options.parse_layers(layers)
-    dtype = options.weight_type(weights)
     if layout not in LAYOUTS:
         raise NotFoundError(f"no layout {layout!r}; {nearest(layout, LAYOUTS)}")
+    dtype = options.weight_type(weights or ("float32" if LAYOUTS[layout].computes_as_stored else "bfloat16"))
     chosen = layers_of(source) if wanted is None else wanted
     rows = []
     residuals = None

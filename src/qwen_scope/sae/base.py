@@ -17,6 +17,8 @@ from qwen_scope.errors import InputError, MismatchError
 from .acts import FeatureActs
 
 SAMPLED_BLOCKS, BLOCK = 4, 32
+# Weights are looked through in pieces of so many numbers.
+FINITE_NUMBERS = 2**22
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,19 @@ class SAE(ABC):
     hook_point: str | None
     identity: Identity
     meta: Mapping[str, Any]
+    _finite: set[str]
+
+    def check_finite(self, name: str) -> None:
+        """Refuse weights that hold NaN or infinity; looked through once for each object, at their first use.
+
+        Opening a file stays cheap that way: its matrices are memory-mapped and have not been read.
+
+        Raises:
+            InputError: the tensor called `name`, such as `W_dec`, is not finite.
+        """
+        if name not in self._finite:
+            check_finite_weights(name, getattr(self, name))
+            self._finite.add(name)
 
     @abstractmethod
     def pre_acts(
@@ -73,7 +88,7 @@ class SAE(ABC):
 
         Raises:
             MismatchError: `x` is not `d_model` wide.
-            InputError: a pre-activation that decides the answer is not finite.
+            InputError: a residual, `W_enc` or a pre-activation that decides the answer is not finite.
         """
 
     @abstractmethod
@@ -82,6 +97,7 @@ class SAE(ABC):
 
         Raises:
             MismatchError: `acts` come from a dictionary of another width.
+            InputError: `W_dec` is not finite.
         """
 
     @abstractmethod
@@ -144,15 +160,41 @@ def check_residual(x: Tensor, d_model: int) -> None:
         raise MismatchError(f"the SAE reads residuals of {d_model} dimensions, got a tensor of shape {tuple(x.shape)}")
 
 
-def check_finite(acts: FeatureActs) -> FeatureActs:
-    """Return `acts`, or raise InputError if a value is NaN or infinite: NaN sorts first, so none can hide."""
-    finite = acts.values.isfinite().all(-1)
-    if not finite.all():
-        row = int((~finite.flatten()).nonzero()[0])
-        raise InputError(
-            f"row {row} has pre-activations that are not finite: its residual or the SAE's weights hold NaN or infinity"
+def check_finite(acts: FeatureActs, x: Tensor, sae: SAE) -> FeatureActs:
+    """Return `acts` of the residuals `x`, or raise InputError if one of either is NaN or infinite.
+
+    NaN sorts first, so none can hide among the activations; a residual of minus infinity could hide behind ReLU.
+    """
+    rows = x.reshape(-1, x.shape[-1])
+    bad = ~(acts.values.isfinite().all(-1).flatten() & rows.isfinite().all(-1).to(acts.values.device))
+    if not bad.any():
+        return acts
+    row = int(bad.nonzero()[0])
+    at = f" at {sae.hook_point}" if sae.hook_point else ""
+    why = "they overflow fp32"
+    if not rows[row].isfinite().all():
+        why = (
+            "the residual holds NaN or infinity, so the model overflows or its weights are damaged; load the model"
+            " with dtype bfloat16 or float32"
         )
-    return acts
+    raise InputError(f"row {row} has pre-activations that are not finite{at}: {why}")
+
+
+def check_finite_weights(name: str, tensor: Tensor) -> None:
+    """Raise InputError if a tensor of weights holds NaN or infinity; one read of it, and no copy.
+
+    A sum is finite wherever all its terms are and it does not overflow, so only odd sums are looked into.
+    """
+    if tensor.device.type == "meta":
+        return
+    stored = tensor.detach()
+    turned = stored.ndim == 2 and not stored.is_contiguous() and stored.T.is_contiguous()
+    pieces = (stored.T if turned else stored).split(max(1, FINITE_NUMBERS // max(1, stored[0].numel())))
+    if all(bool(piece.sum(dtype=torch.float32).isfinite()) or bool(piece.isfinite().all()) for piece in pieces):
+        return
+    where = (~stored.isfinite()).nonzero()[0].tolist()
+    hint = "; numbers above 65504 do not fit float16" if tensor.dtype == torch.float16 else ""
+    raise InputError(f"the SAE's {name} is not finite: it holds NaN or infinity, first at {where}{hint}")
 
 
 def check_features(features: Sequence[int] | Tensor, d_sae: int, device: torch.device) -> Tensor:

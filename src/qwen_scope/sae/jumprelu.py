@@ -34,6 +34,7 @@ class JumpReLU(SAE):
     hook_point: str | None = None
     identity: Identity = UNNAMED
     meta: Mapping[str, Any] = field(default_factory=dict)
+    _finite: set[str] = field(default_factory=set, init=False)
     k: None = field(default=None, init=False)  # pyright: ignore[reportIncompatibleVariableOverride]
 
     def __post_init__(self) -> None:
@@ -46,19 +47,22 @@ class JumpReLU(SAE):
     ) -> Float[Tensor, "*rows n"]:
         check_residual(x, self.d_model)
         if features is None:
+            self.check_finite("W_enc")
             return kernels.pre_acts(x, self.W_enc, self.b_enc)
         wanted = check_features(features, self.d_sae, self.device)
         return kernels.pre_acts(x, self.W_enc[wanted], self.b_enc[wanted])
 
     def encode(self, x: Float[Tensor, "*rows d_model"]) -> FeatureActs:
         check_residual(x, self.d_model)
-        return check_finite(kernels.encode_threshold(x, self.W_enc, self.b_enc, self.threshold))
+        self.check_finite("W_enc")
+        return check_finite(kernels.encode_threshold(x, self.W_enc, self.b_enc, self.threshold), x, self)
 
     def decode(self, acts: FeatureActs) -> Float[Tensor, "*rows d_model"]:
         if acts.width != self.d_sae:
             raise MismatchError(
                 f"activations of a {acts.width}-wide dictionary can't be decoded by one of {self.d_sae}"
             )
+        self.check_finite("W_dec")
         return kernels.decode(acts, self.W_dec, self.b_dec)
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> JumpReLU:

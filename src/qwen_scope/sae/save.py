@@ -43,10 +43,13 @@ def save_sae(
 
     Args:
         layout: one of `LAYOUTS`.
-        dtype: how the matrices are stored, fp32, bf16 or fp16; None keeps their type. Vectors stay fp32.
+        dtype: how the matrices are stored, fp32, bf16 or fp16. None keeps their type in our own layouts (`official`,
+            `safetensors`), and means fp32 in those of tools that compute in the stored type (`sae_lens`, `sparsify`,
+            `dictionary_learning`): there a smaller type changes the features. Vectors stay fp32.
 
     Raises:
-        InputError: no SAE, an unknown layout or dtype, an SAE without a layer, or a disk that refuses.
+        InputError: no SAE, an unknown layout or dtype, an SAE without a layer or with weights that are not finite (also
+            after the change of type), or a disk that refuses.
         MismatchError: SAEs of several groups, or a folder that holds another group or another SAE of that layer.
         FormatError: a folder that holds SAEs in another layout, or a broken file in the place of a new one.
     """
@@ -56,6 +59,7 @@ def save_sae(
         raise InputError("there is no SAE to save")
     if dtype is not None and dtype not in STORED_DTYPES:
         raise InputError(f"weights are stored as float32, bfloat16 or float16, not {dtype}")
+    dtype = dtype or (torch.float32 if chosen.computes_as_stored else None)
     layers = [need_layer(one) for one in saes]
     if len(set(layers)) < len(layers):
         raise InputError(f"several of the SAEs are for the same layer: {', '.join(map(str, sorted(layers)))}")
@@ -68,7 +72,10 @@ def save_sae(
     for one, layer in zip(saes, layers, strict=True):
         at = folder / f"layers.{layer}" if spread else folder
         check_same(at / chosen.weights_name(layer), one)
-        jobs.append(_Job(at, chosen.weights_name(layer), chosen.write(one.to(dtype=dtype))))
+        stored = one.to(dtype=dtype)
+        for name in ("W_enc", "W_dec"):
+            stored.check_finite(name)
+        jobs.append(_Job(at, chosen.weights_name(layer), chosen.write(stored)))
     configs = {}
     for job in jobs:
         path = job.folder / chosen.config_name

@@ -35,6 +35,7 @@ class TopK(SAE):
     hook_point: str | None = None
     identity: Identity = UNNAMED
     meta: Mapping[str, Any] = field(default_factory=dict)
+    _finite: set[str] = field(default_factory=set, init=False)
     _encoder: kernels.EncoderCache = field(default_factory=kernels.EncoderCache, init=False)
 
     def __post_init__(self) -> None:
@@ -47,13 +48,15 @@ class TopK(SAE):
     ) -> Float[Tensor, "*rows n"]:
         check_residual(x, self.d_model)
         if features is None:
+            self.check_finite("W_enc")
             return kernels.pre_acts(x, self.W_enc, self.b_enc)
         wanted = check_features(features, self.d_sae, self.device)
         return kernels.pre_acts(x, self.W_enc[wanted], self.b_enc[wanted])
 
     def encode(self, x: Float[Tensor, "*rows d_model"]) -> FeatureActs:
         check_residual(x, self.d_model)
-        return check_finite(kernels.encode_topk_chosen(x, self.W_enc, self.b_enc, self.k, self._encoder))
+        self.check_finite("W_enc")
+        return check_finite(kernels.encode_topk_chosen(x, self.W_enc, self.b_enc, self.k, self._encoder), x, self)
 
     @property
     def encode_stats(self) -> kernels.EncodeStats | None:
@@ -65,6 +68,7 @@ class TopK(SAE):
             raise MismatchError(
                 f"activations of a {acts.width}-wide dictionary can't be decoded by one of {self.d_sae}"
             )
+        self.check_finite("W_dec")
         return kernels.decode(acts, self.W_dec, self.b_dec)
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> TopK:

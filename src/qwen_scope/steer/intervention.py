@@ -203,12 +203,26 @@ class Intervention:
             )
 
     def vector(self, sae: SAE | None) -> Float[Tensor, " d_model"]:
-        """`d`, in fp32: the feature's decoder column as it is stored, not normalised, or the plain direction."""
+        """`d`, in fp32: the feature's decoder column as it is stored, not normalised, or the plain direction.
+
+        Raises:
+            InputError: a decoder column that is zero or not finite, or what `check` refuses.
+            MismatchError: as in `check`.
+        """
         self.check(sae)
         if self.direction is not None:
             return torch.tensor(self.direction, dtype=torch.float32)
         assert sae is not None
-        return sae.W_dec[:, self.feature].float()
+        assert self.feature is not None
+        column = sae.W_dec[:, self.feature].float()
+        if not bool(column.isfinite().all()):
+            raise InputError(
+                f"feature {self.feature} of layer {self.layer} can't be steered: its decoder column W_dec"
+                f"[:, {self.feature}] holds NaN or infinity"
+            )
+        if not bool(column.any()):
+            raise InputError(f"feature {self.feature} of layer {self.layer} writes nothing: its decoder is zero")
+        return column
 
     def resolve(self, stats: LayerStats | None = None, sae: SAE | None = None) -> Intervention:
         """The same intervention with its amount in raw units.
@@ -226,8 +240,6 @@ class Intervention:
             raise InputError(f"the statistics are of {stats.hook_point}, the intervention is at {self.hook_point}")
         if self.unit == "resid_norm":
             length = float(torch.linalg.vector_norm(self.vector(sae)))
-            if length == 0:
-                raise InputError(f"feature {self.feature} of layer {self.layer} writes nothing: its decoder is zero")
             return replace(self, amount=self.amount * stats.norm_median / length, unit="raw")
         self.check(sae)
         largest = 0.0

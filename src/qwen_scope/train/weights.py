@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from qwen_scope.errors import InputError, MismatchError
 from qwen_scope.model import HookPoint
-from qwen_scope.sae import SAE, Identity, fingerprint
+from qwen_scope.sae import SAE, Identity, JumpReLU, fingerprint
 
 from .choice import best_of
 from .parallel import Ranks, gathered
@@ -107,6 +107,11 @@ class Exported:
     hook_point: str
     identity: Identity
     meta: Mapping[str, Any]
+
+    def as_jumprelu(self, threshold: Tensor) -> JumpReLU:
+        """The SAE with `threshold (d_sae,)`, in units of the raw residual; its fingerprint covers the threshold."""
+        own = replace(self.identity, fingerprint=fingerprint(**self.tensors, threshold=threshold))
+        return JumpReLU(**self.tensors, threshold=threshold, hook_point=self.hook_point, identity=own, meta=self.meta)
 
 
 def scale_of(config: TrainConfig, x: Tensor) -> float:

@@ -5,12 +5,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..base import check_finite_weights
+
 ROWS = 1024
 
 
 def encoder_of_b_dec(W_enc: Tensor, b_dec: Tensor) -> Tensor:
     """`W_enc @ b_dec` in float64: what subtracting `b_dec` from the residual takes from each pre-activation."""
-    return torch.cat([rows.double() @ b_dec.double() for rows in W_enc.split(ROWS)])
+    found = torch.cat([rows.double() @ b_dec.double() for rows in W_enc.split(ROWS)])
+    check_finite_weights("b_dec", b_dec)
+    if not found.isfinite().all():
+        check_finite_weights("W_enc", W_enc)
+    return found
 
 
 def without_b_dec(W_enc: Tensor, b_enc: Tensor, b_dec: Tensor) -> Tensor:

@@ -86,6 +86,8 @@ class Layout:
         config_needed: whether the layout can't be read without that file.
         shared: one config describes all layers of a folder; otherwise every SAE has a folder of its own.
         container: the kind of weights file.
+        computes_as_stored: whether the tool that reads it computes in the type the matrices are stored in, so that a
+            smaller type changes its features; such a layout is written in fp32 unless another type is asked for.
         layer_of: the layer that a config mentions, for folders whose name does not say it.
         read: tensors, config, metadata and what the place says in, `Parsed` out.
         write: an SAE in, `Written` out.
@@ -102,6 +104,7 @@ class Layout:
     layer_of: Callable[[Mapping[str, Any]], int | None]
     read: Callable[[Mapping[str, Tensor], Mapping[str, Any], Mapping[str, str], Place], Parsed]
     write: Callable[[SAE], Written]
+    computes_as_stored: bool = False
 
     def entries(self, names: Sequence[str]) -> list[Entry]:
         """The SAEs of this layout among the file `names`."""

@@ -55,6 +55,7 @@ LAYOUTS: dict[str, Layout] = {
             layer_of=layer_of_sae_lens,
             read=read_sae_lens,
             write=write_sae_lens,
+            computes_as_stored=True,
         ),
         Layout(
             name="sparsify",
@@ -68,6 +69,7 @@ LAYOUTS: dict[str, Layout] = {
             layer_of=layer_of_sparsify,
             read=read_sparsify,
             write=write_sparsify,
+            computes_as_stored=True,
         ),
         Layout(
             name="dictionary_learning",
@@ -81,6 +83,7 @@ LAYOUTS: dict[str, Layout] = {
             layer_of=layer_of_dictionary,
             read=read_dictionary,
             write=write_dictionary,
+            computes_as_stored=True,
         ),
     )
 }

@@ -75,10 +75,4 @@ def follow_threshold(config: TrainConfig, weights: Weights, batch: Batch, outcom
 def with_one_threshold(weights: Exported) -> JumpReLU:
     """The same threshold for every feature, in units of the raw residual."""
     threshold = (weights.extra["threshold"].clamp(min=0) / weights.scale).expand(len(weights.tensors["b_enc"]))
-    return JumpReLU(
-        **weights.tensors,
-        threshold=threshold.contiguous(),
-        hook_point=weights.hook_point,
-        identity=weights.identity,
-        meta=weights.meta,
-    )
+    return weights.as_jumprelu(threshold.contiguous())

@@ -67,13 +67,7 @@ class JumpReLUTraining(Architecture):
         return Outcome(loss + penalty, x_hat, acts)
 
     def export(self, weights: Exported, config: TrainConfig) -> JumpReLU:
-        return JumpReLU(
-            **weights.tensors,
-            threshold=weights.extra["log_threshold"].exp() / weights.scale,
-            hook_point=weights.hook_point,
-            identity=weights.identity,
-            meta=weights.meta,
-        )
+        return weights.as_jumprelu(weights.extra["log_threshold"].exp() / weights.scale)
 
 
 class Jump(torch.autograd.Function):
