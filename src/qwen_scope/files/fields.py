@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping
@@ -10,6 +9,8 @@ from pathlib import Path
 from typing import Any, TypeVar, final
 
 from qwen_scope.errors import FormatError, NotFoundError, brief, check_count, check_number, foreign, nearest
+
+from .bounded import parse_value
 
 T = TypeVar("T")
 
@@ -110,12 +111,9 @@ def parse_object(text: str | bytes, what: str) -> dict[str, Any]:
     """The JSON object in a text.
 
     Raises:
-        FormatError: it is no JSON, no UTF-8, no object, or an object in it names a key twice.
+        FormatError: as `parse_value`, or it is no object.
     """
-    with foreign(f"{what} is not JSON"):
-        if isinstance(text, bytes):
-            text = text.decode("utf-8")
-        data = json.loads(text, object_pairs_hook=lambda pairs: _once(pairs, what))
+    data = parse_value(text, what)
     if not isinstance(data, dict):
         raise FormatError(f"{what} holds no JSON object but {brief(data)}")
     return data
@@ -136,13 +134,3 @@ def read_object(path: str | os.PathLike[str], hint: str = "") -> dict[str, Any]:
             raise NotFoundError(f"there is no file {str(path)!r}" + (f"; {hint}" if hint else ""))
         data = place.read_bytes()
     return parse_object(data, str(path))
-
-
-def _once(pairs: list[tuple[str, Any]], what: str) -> dict[str, Any]:
-    """An object's keys, each once: of two values the reader would have to guess which was meant."""
-    out = dict(pairs)
-    if len(out) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise FormatError(f"{what} names the key {brief(twice)} twice")
-    return out

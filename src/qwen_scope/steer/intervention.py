@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from qwen_scope.errors import FormatError, InputError, MismatchError, NotFoundError, nearest
+from qwen_scope.errors import FormatError, InputError, MismatchError, NotFoundError, brief, nearest
 from qwen_scope.model import HookPoint, LayerStats
 from qwen_scope.sae import SAE, Identity
 
@@ -310,9 +310,9 @@ class Intervention:
             InputError: values that mean nothing together.
         """
         if not isinstance(data, dict):
-            raise FormatError(f"an intervention is an object with keys, not {data!r:.60}")
+            raise FormatError(f"an intervention is an object with keys, not {brief(data)}")
         if unknown := sorted(map(str, set(data) - _FIELDS)):
-            raise FormatError(f"an intervention has no key {unknown[0]!r}; {nearest(unknown[0], _FIELDS)}")
+            raise FormatError(f"an intervention has no key {brief(unknown[0])}; {nearest(unknown[0][:60], _FIELDS)}")
         if missing := sorted({"hook_point", "op", "amount"} - set(data)):
             raise FormatError(f"the intervention has no key {missing[0]!r}")
         direction, unit = data.get("direction"), data.get("unit", "raw")
@@ -341,13 +341,14 @@ def _vector(direction: Sequence[float] | Tensor | None) -> tuple[float, ...] | N
 
 def _check_choice(what: str, value: Any, known: Sequence[str]) -> None:
     if not isinstance(value, str) or value not in known:
-        raise NotFoundError(f"there is no {what} {value!r}; {nearest(str(value), known)}")
+        name = value[:60] if isinstance(value, str) else ""
+        raise NotFoundError(f"there is no {what} {brief(value)}; {nearest(name, known)}")
 
 
 def _of_kind(data: dict[str, Any], key: str, kind: Any) -> Any:
     value = data[key]
     if not isinstance(value, kind) or isinstance(value, bool):
-        raise FormatError(f"{key!r} of an intervention can't be {value!r:.60}")
+        raise FormatError(f"{key!r} of an intervention can't be {brief(value)}")
     return value
 
 
@@ -364,5 +365,5 @@ def _identity(data: Any) -> Identity:
     if not isinstance(data["group"], str) or not isinstance(data["fingerprint"], str):
         raise FormatError("the group and the fingerprint of an SAE are texts")
     if layer is not None and (isinstance(layer, bool) or not isinstance(layer, int)):
-        raise FormatError(f"the layer of an SAE is a number, not {layer!r:.60}")
+        raise FormatError(f"the layer of an SAE is a number, not {brief(layer)}")
     return Identity(data["group"], layer, data["fingerprint"])

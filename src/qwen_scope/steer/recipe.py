@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -12,7 +11,8 @@ from typing import Any
 
 from torch import nn
 
-from qwen_scope.errors import FormatError, InputError, MismatchError, NotFoundError
+from qwen_scope.errors import FormatError, InputError, MismatchError, NotFoundError, brief, foreign
+from qwen_scope.files import parse_value
 from qwen_scope.model import text_config
 
 from .intervention import Intervention
@@ -119,33 +119,38 @@ class Recipe:
         target.write_text(text, encoding="utf-8")
 
 
-def load_recipe(path: str | os.PathLike[str]) -> Recipe:
+def load_recipe(path: str | os.PathLike[str], most_bytes: int = MAX_BYTES) -> Recipe:
     """Read a recipe.
+
+    Args:
+        most_bytes: of the file.
 
     Raises:
         NotFoundError: no such file.
-        FormatError: not a recipe of this version.
+        FormatError: not a recipe of this version, or too large.
         InputError: another ending than `.json` or `.yaml`, or interventions that mean nothing.
     """
     source = _kind(path)
     if not source.is_file():
         raise NotFoundError(f"there is no recipe {str(source)!r}")
-    if source.stat().st_size > MAX_BYTES:
-        raise FormatError(f"{source.name} is too large for a recipe: {source.stat().st_size:,} bytes")
-    data = _parsed(source)
+    with foreign(f"{source.name} can't be read"), source.open("rb") as file:
+        text = file.read(most_bytes + 1)
+    if len(text) > most_bytes:
+        raise FormatError(f"{source.name} is too large for a recipe: more than {most_bytes:,} bytes")
+    data = parse_value(text, source.name, "JSON" if source.suffix == ".json" else "YAML")
     if not isinstance(data, dict):
         raise FormatError(f"{source.name} is not a recipe: it holds no keys")
-    if data.get("version") != VERSION:
-        raise FormatError(f"{source.name} has version {data.get('version')!r:.40}; this package reads {VERSION}")
+    if type(data.get("version")) is not int or data["version"] != VERSION:
+        raise FormatError(f"{source.name} has version {brief(data.get('version'))}; this package reads {VERSION}")
     if wrong := sorted(map(str, set(data) ^ _KEYS)):
-        raise FormatError(f"{source.name} is not a recipe: the key {wrong[0]!r} is missing or unknown")
+        raise FormatError(f"{source.name} is not a recipe: the key {brief(wrong[0])} is missing or unknown")
     texts = {key: data[key] for key in ("name", "model", "provenance")}
     for key, value in texts.items():
         if not isinstance(value, str):
-            raise FormatError(f"{key!r} in {source.name} is a text, not {value!r:.60}")
+            raise FormatError(f"{key!r} in {source.name} is a text, not {brief(value)}")
     group, effect, interventions = data["group"], data["effect"], data["interventions"]
     if group is not None and not isinstance(group, str):
-        raise FormatError(f"'group' in {source.name} is a text, not {group!r:.60}")
+        raise FormatError(f"'group' in {source.name} is a text, not {brief(group)}")
     if not isinstance(effect, dict) or not isinstance(interventions, list):
         raise FormatError(f"'effect' in {source.name} has to be an object and 'interventions' a list")
     made = tuple(Intervention.from_json(one) for one in interventions)
@@ -166,22 +171,3 @@ def _kind(path: str | os.PathLike[str]) -> Path:
     if found.suffix not in KINDS:
         raise InputError(f"a recipe ends in .json or .yaml, not {found.name!r}")
     return found
-
-
-def _parsed(source: Path) -> Any:
-    try:
-        text = source.read_text(encoding="utf-8")
-        if source.suffix == ".json":
-            return json.loads(text, parse_constant=_no_constant)
-        import yaml
-
-        try:
-            return yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise FormatError(f"{source.name} is not YAML: {str(error).splitlines()[0]}") from None
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise FormatError(f"{source.name} can't be read: {str(error).splitlines()[0]}") from None
-
-
-def _no_constant(name: str) -> float:
-    return math.nan  # refused with its place by whoever needs the number

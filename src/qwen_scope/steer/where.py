@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from qwen_scope.errors import InputError
+from qwen_scope.errors import InputError, brief
 
 FITS = "write all, prompt, generated, positions such as 0,2,5-8, or several of these with commas between"
 _POSITIONS = re.compile(r"([0-9]{1,9})(?:\s*-\s*([0-9]{1,9}))?")
@@ -51,7 +51,7 @@ class Where:
                     raise InputError(f"the range of positions {part!r} runs backwards; write {last}-{first}")
                 spans.append((first, last))
             else:
-                raise InputError(f"{part!r} in {text!r} is not a position; {FITS}")
+                raise InputError(f"{brief(part)} is not a position; {FITS}")
         return cls(prompt, generated, () if prompt and generated else _merged(spans))
 
     def __str__(self) -> str:
