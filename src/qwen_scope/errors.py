@@ -122,8 +122,14 @@ def need(what: str, *packages: str) -> None:
         NotFoundError: "WHAT needs the package NAME; install it with: PYTHON -m pip install 'NAME>=1'".
     """
     if missing := [name for name in packages if find_spec(name) is None]:
-        which, it = (f"package {missing[0]}", "it") if len(missing) == 1 else (f"packages {', '.join(missing)}", "them")
-        raise NotFoundError(f"{what} needs the {which}; install {it} with: {install_line(*missing)}")
+        raise NotFoundError(absent(what, *missing))
+
+
+def absent(what: str, *packages: str) -> str:
+    """The sentence for packages that are not installed, by the names they are imported under."""
+    names = [_PROJECTS.get(name, name) for name in packages]
+    which, it = (f"package {names[0]}", "it") if len(names) == 1 else (f"packages {', '.join(names)}", "them")
+    return f"{what} needs the {which}; install {it} with: {install_line(*names)}"
 
 
 def install_line(*packages: str) -> str:
@@ -141,6 +147,10 @@ def install_line(*packages: str) -> str:
     known = {re.split(r"[^\w.-]", line, maxsplit=1)[0].lower(): line for line in asked}
     python = os.path.relpath(sys.executable) if sys.executable.startswith(os.getcwd() + os.sep) else sys.executable
     return shlex.join([python, "-m", "pip", "install", *(known.get(name.lower(), name) for name in packages)])
+
+
+# The name on the package index, where it is not the one that is imported.
+_PROJECTS = {"sklearn": "scikit-learn", "yaml": "pyyaml"}
 
 
 @contextmanager
@@ -173,6 +183,8 @@ def reason(error: BaseException) -> str:
         return "not enough memory"
     if isinstance(error, RecursionError):
         return "nested too deeply"
+    if isinstance(error, ModuleNotFoundError) and error.name and not error.name.startswith("qwen_scope"):
+        return absent("it", error.name.partition(".")[0])
     words = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
     if isinstance(error, KeyError) and words:
         words = f"{words} is missing"

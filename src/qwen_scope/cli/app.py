@@ -1,14 +1,8 @@
-"""`qwen-scope`: the commands, and how a mistake ends."""
+"""`qwen-scope`: the commands."""
 
 from __future__ import annotations
 
-import os
-import sys
-from collections.abc import Sequence
-
 import typer
-
-from qwen_scope.errors import QwenScopeError
 
 from . import (
     analyze,
@@ -69,23 +63,3 @@ posttrain.app.command("rl")(posttrain_rl.rl)
 app.add_typer(posttrain.app, name="posttrain")
 app.add_typer(analyze.app, name="analyze")
 app.add_typer(classify.app, name="classify")
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code: 0, or 2 with one sentence on standard error."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    try:
-        app(args=None if argv is None else list(argv))
-    except SystemExit as end:
-        return end.code if isinstance(end.code, int) else int(bool(end.code))
-    except QwenScopeError as error:
-        sys.stderr.write(f"qwen-scope: {error}\n")
-        return 2
-    except KeyboardInterrupt:
-        sys.stderr.write("qwen-scope: interrupted\n")
-        return 130
-    except BrokenPipeError:
-        # The reader of our output has gone; without this the interpreter would complain while flushing.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    return 0

@@ -53,8 +53,9 @@ def show(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> N
 
 
 def print_json(data: Any) -> None:
-    """One JSON document on standard output."""
-    json.dump(data, sys.stdout, ensure_ascii=False, indent=2, default=plain)
+    """One JSON document on standard output; letters that its encoding lacks are escaped as JSON has it."""
+    utf = (sys.stdout.encoding or "utf-8").lower().startswith("utf")
+    json.dump(data, sys.stdout, ensure_ascii=not utf, indent=2, default=plain)
     sys.stdout.write("\n")
 
 
