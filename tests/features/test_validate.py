@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from dataclasses import replace
 from itertools import product
@@ -15,6 +16,8 @@ import torch
 from qwen_scope import load_scope
 from qwen_scope.errors import InputError
 from qwen_scope.features import (
+    NOT_FLUENT,
+    OUTCOMES,
     Evidence,
     Examples,
     Rules,
@@ -22,13 +25,14 @@ from qwen_scope.features import (
     judge,
     matched_random,
     mean_direction,
+    perplexity_ratio,
     validate,
 )
-from qwen_scope.stats import Interval
+from qwen_scope.stats import Interval, bootstrap, difference
 from qwen_scope.steer import Decoding, Intervention, calibrate
 
 KNOB = [Intervention.add(layer=0, feature=3, amount=1.0, unit="resid_norm", where="prompt")]
-FEW = Rules(fewest=3, fewest_random=2)
+FEW = Rules(fewest=3, fewest_random=2, fewest_shuffled=2)
 EXAMPLES = Examples(
     ("Guten Morgen", "Wo ist der Bahnhof", "bitte"), ("The weather", "is fine", "today"), ("a + b", "def add", "(a, b)")
 )
@@ -47,13 +51,23 @@ def interval(low: float) -> Interval:
 GOOD = {"gain": 0.3, "over_random": 0.3, "over_opposite": 0.3, "over_shuffled": 0.3}
 
 
-def evidence(detects: bool = True, harm: bool = False, task: bool = False, beaten: int = 0, **lows) -> Evidence:
+def evidence(
+    detects: bool = True,
+    harm: bool = False,
+    task: bool = False,
+    beaten: int = 0,
+    ratio: float = 1.2,
+    repeats: float = 0.0,
+    **lows,
+) -> Evidence:
     chosen = {name: interval(low) for name, low in {**GOOD, **lows}.items()}
     return Evidence(
         **chosen,
         over_each_random=beaten,
         detection=interval(0.5 if detects else -0.1),
         side=interval(0.1 if harm else -0.5),
+        fluency=Interval(ratio, 0.5 * ratio, 2 * ratio, 30),
+        repetition=Interval(repeats, repeats - 0.2, repeats + 0.2, 30),
         tasks={"sums": interval(0.3 if task else -0.1)},
     )
 
@@ -69,8 +83,81 @@ def test_the_rules_as_a_table() -> None:
     assert judge(evidence(beaten=1), Rules())[0] == "correlated only"
     assert judge(evidence(gain=0.05), Rules())[0] == "correlated only", "significant but smaller than the margin"
     _, reasons = judge(evidence(), Rules())
-    assert len(reasons) == 8
+    assert len(reasons) == 10
     assert all(reason.startswith(("yes: ", "no: ")) for reason in reasons)
+
+
+@pytest.mark.parametrize(
+    ("found", "expected"),
+    [
+        ({"ratio": 8.0 / 3.5}, NOT_FLUENT),
+        ({"ratio": 2.0}, "causal"),
+        ({"ratio": 2.01}, NOT_FLUENT),
+        ({"ratio": 0.2}, "causal"),
+        ({"repeats": 0.1}, "causal"),
+        ({"repeats": 0.3}, NOT_FLUENT),
+        ({"ratio": 90.0, "repeats": 0.9}, NOT_FLUENT),
+        ({"ratio": 3.0, "harm": True}, "entangled"),
+        ({"ratio": 3.0, "task": True}, "entangled"),
+        ({"ratio": 3.0, "gain": -0.1}, "correlated only"),
+        ({"ratio": 3.0, "gain": -0.1, "detects": False}, "no effect"),
+    ],
+)
+def test_text_outside_the_fluency_budget_is_never_plainly_causal(found: dict, expected: str) -> None:
+    outcome, reasons = judge(evidence(**found), Rules())
+    assert outcome == expected
+    assert outcome in OUTCOMES
+    held = found.get("ratio", 1.2) <= 2
+    assert any(line.startswith(f"{'yes' if held else 'no'}: the text keeps within 2 times") for line in reasons)
+    assert judge(evidence(**found), Rules(perplexity_ratio=100, repetition=1))[0] != NOT_FLUENT
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"margin": math.nan},
+        {"margin": -0.1},
+        {"margin": True},
+        {"perplexity_ratio": 0.5},
+        {"perplexity_ratio": math.inf},
+        {"perplexity_ratio": math.nan},
+        {"repetition": -1.0},
+        {"fewest": True},
+        {"fewest_random": 0},
+        {"fewest_shuffled": 1},
+    ],
+)
+def test_rules_that_mean_nothing_are_refused(wrong: dict) -> None:
+    with pytest.raises(InputError, match=f"{next(iter(wrong))} of the rules"):
+        Rules(**wrong)
+
+
+def test_the_perplexity_ratio_is_over_all_tokens() -> None:
+    """Restated token by token; a text twice as improbable per token has twice the perplexity, whatever its length."""
+    rng = np.random.default_rng(0)
+    plain = [-rng.random(n) for n in (3, 0, 40, 7)]
+    steered = [row - math.log(2) for row in plain]
+    found = perplexity_ratio(steered, plain, paired=True)
+    assert found.estimate == pytest.approx(2)
+    assert (found.low, found.high) == pytest.approx((2, 2)), "pairs move together"
+    apart = perplexity_ratio(steered, plain, paired=False)
+    assert apart.estimate == pytest.approx(2)
+    assert apart.low < 2 < apart.high
+    uneven = perplexity_ratio([np.full(9, -1.0), np.full(1, -5.0)], [np.full(2, -1.0)], paired=False)
+    assert uneven.estimate == pytest.approx(math.exp((9 + 5) / 10 - 1))
+    for one, other, which in (([np.zeros(0)], plain, "changed"), (plain, [np.zeros(0)], "unsteered")):
+        with pytest.raises(InputError, match=f"the {which} continuations hold no token"):
+            perplexity_ratio(one, other, paired=False)
+
+
+def test_one_unlucky_shuffle_does_not_decide() -> None:
+    """The German feature of the lab turned 12 of 24 texts, one shuffle of nine 34% by chance: as one control they are
+    0.08. The single unlucky one would not have been told from the feature."""
+    feature = np.array([1.0] * 12 + [0.0] * 12)
+    shuffles = np.array([0.0, 0.03, 0.34, 0.1, 0.0, 0.06, 0.12, 0.03, 0.0])
+    assert difference(feature, shuffles).low > 0
+    unlucky = np.array([1.0] * 8 + [0.0] * 16)
+    assert difference(feature, unlucky).low < 0
 
 
 def test_random_features_fire_about_as_often_and_write_as_much(scope) -> None:
@@ -108,6 +195,7 @@ def run(scope, **options):
     options = {
         "rules": FEW,
         "n_random": 2,
+        "n_shuffled": 3,
         "decoding": Decoding(max_new_tokens=4),
         "examples": EXAMPLES,
         "prompts": PROMPTS,
@@ -130,6 +218,17 @@ def test_a_verdict_has_every_arm_and_is_reproducible(scope) -> None:
         "prompting alone",
     ]
     assert names[6:] == ["random feature 1", "random feature 2"]
+    assert [arm.name for arm in found.shuffled] == [f"shuffled labels {i}" for i in range(1, 4)]
+    each = [arm.effect.estimate for arm in found.shuffled]
+    assert len(set(each)) > 1, "every shuffle draws anew"
+    pooled = found.arms[4].effect
+    assert pooled.estimate == pytest.approx(np.mean(each))
+    assert (pooled.n, pooled.low) == (3, pytest.approx(bootstrap(each).low))
+    over = found.evidence.over_shuffled
+    assert over.estimate == pytest.approx(found.arms[1].effect.estimate - np.mean(each))
+    assert found.evidence.fluency.estimate == pytest.approx(found.arms[1].perplexity / found.arms[0].perplexity)
+    rise = found.arms[1].repetition - found.arms[0].repetition
+    assert found.evidence.repetition.estimate == pytest.approx(rise)
     plain = scope.generate(PROMPTS, decoding=Decoding(max_new_tokens=4))
     assert found.arms[0].effect.estimate == pytest.approx(np.mean([len(g.text) for g in plain]))
     assert found.side.kl.estimate > 0
@@ -156,9 +255,17 @@ def test_a_task_counts_whole_words(scope) -> None:
 
 
 def test_too_few_samples_give_no_verdict(scope) -> None:
-    for options in ({"prompts": PROMPTS[:2]}, {"examples": replace(EXAMPLES, unrelated=("a",))}, {"n_random": 1}):
+    for options in (
+        {"prompts": PROMPTS[:2]},
+        {"examples": replace(EXAMPLES, unrelated=("a",))},
+        {"n_random": 1},
+        {"n_shuffled": 1},
+    ):
         with pytest.raises(InputError, match="too few for a verdict"):
             run(scope, **options)
+    for name, wrong in (("n_random", -3), ("n_random", True), ("n_shuffled", -1)):
+        with pytest.raises(InputError, match=f"{name} is a whole number"):
+            run(scope, **{name: wrong})
     with pytest.raises(InputError, match="features that are added"):
         run(scope, knob=[Intervention.ablate(layer=0, feature=1)])
 
@@ -186,8 +293,19 @@ def test_the_command(capsys, tmp_path) -> None:
     assert "Verdict: " in capsys.readouterr().out
     assert main([*argv, "--json"]) == 0
     data = json.loads(capsys.readouterr().out)
-    assert data["outcome"] in ("causal", "correlated only", "entangled", "no effect")
+    assert data["outcome"] in OUTCOMES
     assert len(data["arms"]) == 25
+    assert len(data["shuffled"]) == 9
+    assert data["rules"]["perplexity_ratio"] == 2.0
+    assert {"fluency", "repetition"} <= set(data["evidence"])
+    assert (
+        main([*argv, "--json", "--shuffled", "5", "--max-perplexity", "1.5", "--reference", str(paths["unrelated"])])
+        == 0
+    )
+    other = json.loads(capsys.readouterr().out)
+    assert len(other["shuffled"]) == 5
+    assert other["rules"]["perplexity_ratio"] == 1.5
+    assert other["evidence"]["fluency"]["estimate"] != data["evidence"]["fluency"]["estimate"]
     extras = tmp_path / "tasks.jsonl"
     extras.write_text("".join(json.dumps({"prompt": f"{i} + 1 =", "answer": str(i + 1)}) + "\n" for i in range(3)))
     assert main([*argv, "--json", "--chat", "non_thinking", "--tasks", str(extras), "--selectivity"]) == 0
@@ -203,7 +321,13 @@ def test_the_command(capsys, tmp_path) -> None:
     same = [f"--negative={paths['positive']}" if part.startswith("--negative") else part for part in argv]
     assert main(same) == 2
     assert "do not differ" in capsys.readouterr().err
-    for extra, says in ((["--random", "3"], "too few"), (["--amount", "nan"], "finite"), (["--layer", "1"], "no SAE")):
+    for extra, says in (
+        (["--random", "3"], "too few"),
+        (["--shuffled", "2"], "too few"),
+        (["--max-perplexity", "nan"], "finite"),
+        (["--amount", "nan"], "finite"),
+        (["--layer", "1"], "no SAE"),
+    ):
         assert main([*argv, *extra]) == 2
         err = capsys.readouterr().err
         assert says in err

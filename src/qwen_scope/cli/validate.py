@@ -37,6 +37,10 @@ def validate(
     rule: targets.Rule = None,
     lower: Annotated[bool, typer.Option("--lower", help="The feature is said to lower the target.")] = False,
     n_random: Annotated[int, typer.Option("--random", help="How many matched random features.")] = 19,
+    n_shuffled: Annotated[int, typer.Option("--shuffled", help="How many shuffles of the examples' labels.")] = 9,
+    max_perplexity: Annotated[float, typer.Option("--max-perplexity", help="Budget: times the unsteered.")] = 2.0,
+    max_repetition: Annotated[float, typer.Option("--max-repetition", help="Budget: added to the unsteered.")] = 0.1,
+    reference: sweep.Reference = None,
     tasks: Annotated[
         Path | None, typer.Option("--tasks", help='JSON lines {"prompt": ..., "answer": ...} that must not suffer.')
     ] = None,
@@ -53,20 +57,22 @@ def validate(
     k: options.K = None,
     as_json: options.Json = False,
 ) -> None:
-    """Say whether a feature is a knob: causal, correlated only, entangled, or no effect.
+    """Test whether a feature is causal: causal; causal, but breaks fluency; correlated only; entangled; no effect.
 
     The same prompts run under the feature, matched random features, the opposite sign, a difference of means, shuffled
-    labels and prompting alone; the rules are printed with what was found.
+    labels and prompting alone; the rules are printed with what was found. Fluency has the budget that sweep keeps.
     """
-    from qwen_scope.features import Examples, answer_task, selectivity
+    from qwen_scope.features import Examples, Rules, answer_task, selectivity
     from qwen_scope.features import validate as run_validate
     from qwen_scope.steer import Decoding
 
     mode = options.check_chat(chat)
     decoding = Decoding(max_new_tokens, sample, temperature, seed=seed)
+    rules = Rules(perplexity_ratio=max_perplexity, repetition=max_repetition)
     one = None if recipe is not None else steer.one_intervention(layer, feature, "add", amount, unit, where)
     lines = [tuple(sweep.read_prompts(path)) for path in (prompts, positive, negative, unrelated)]
     questions = None if tasks is None else read_tasks(tasks)
+    texts = sweep.read_prompts(reference) if reference is not None else []
     with output.status("opening the model"):
         scope = options.open_scope(model, sae, device, dtype, k)
     target = text_target(scope, regex, script, target_feature, rule)
@@ -83,9 +89,12 @@ def validate(
             examples,
             lower=lower,
             n_random=n_random,
+            n_shuffled=n_shuffled,
+            reference=sweep.rows_to_score(scope, texts),
             decoding=decoding,
             tasks=asked,
             chat=mode,
+            rules=rules,
             seed=seed,
             report=report,
         )
@@ -157,11 +166,19 @@ def print_verdict(verdict: Verdict) -> None:
         out.print(Text(f"  {reason}"))
     out.print()
     rows = [
-        (arm.name, arm.effect.estimate, f"{arm.effect.low:.3g} to {arm.effect.high:.3g}", arm.perplexity)
+        (
+            arm.name,
+            arm.effect.estimate,
+            f"{arm.effect.low:.3g} to {arm.effect.high:.3g}",
+            "no text" if arm.perplexity is None else arm.perplexity,
+            arm.repetition,
+        )
         for arm in verdict.arms
     ]
-    columns = ("generated under", "target", "95% interval", "perplexity")
+    columns = ("generated under", "target", "95% interval", "perplexity", "repetition")
     output.show("The target under each, with the perplexity under the unsteered model", columns, rows)
+    each = ", ".join(f"{arm.effect.estimate:.3g}" for arm in verdict.shuffled)
+    out.print(f"Shuffled labels are {len(verdict.shuffled)} shuffles as one control: {each}")
     side = verdict.side
     out.print(
         f"On unrelated text: KL {side.kl}, under the difference of means {side.kl_of_direction}, loss {side.loss}"

@@ -16,6 +16,7 @@ from .find import Findings as Findings
 from .find import best_f1 as best_f1
 from .find import f1_of_calls as f1_of_calls
 from .find import find as find
+from .fluency import perplexity_ratio as perplexity_ratio
 from .html import feature_html as feature_html
 from .html import label_text as label_text
 from .html import page_facts as page_facts
@@ -59,6 +60,7 @@ from .validate import Moved as Moved
 from .validate import SideEffects as SideEffects
 from .validate import Verdict as Verdict
 from .validate import validate as validate
+from .verdict import NOT_FLUENT as NOT_FLUENT
 from .verdict import OUTCOMES as OUTCOMES
 from .verdict import Evidence as Evidence
 from .verdict import Rules as Rules

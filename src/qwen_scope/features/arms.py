@@ -53,6 +53,16 @@ def matched_random(
     return out
 
 
+def halved(positive: Sequence[str], negative: Sequence[str], rng: np.random.Generator) -> tuple[list[str], list[str]]:
+    """The examples under shuffled labels: half of each side on either side.
+
+    A plain shuffle leaves an imbalance between the sides, which a change of equal length would amplify.
+    """
+    one, other = rng.permutation(list(positive)).tolist(), rng.permutation(list(negative)).tolist()
+    p, q = len(one) // 2, len(other) // 2
+    return one[:p] + other[:q], one[p : 2 * p] + other[q : 2 * q]
+
+
 def mean_direction(
     scope: Scope, layer: int, positive: Sequence[str], negative: Sequence[str]
 ) -> Float[Tensor, " d_model"]:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qwen_scope.errors import InputError
+from qwen_scope.errors import InputError, check_count
 from qwen_scope.model import HookPoint, LayerStats, capture
 from qwen_scope.scope import Scope
 from qwen_scope.stats import Interval, bootstrap, difference
@@ -26,11 +26,13 @@ from qwen_scope.steer import (
     log_probabilities,
     next_token_kl,
     perplexity,
+    repetition,
     resolve,
     rows_of,
 )
 
-from .arms import along, matched_random, mean_direction
+from .arms import along, halved, matched_random, mean_direction
+from .fluency import perplexity_ratio
 from .verdict import Evidence, Rules, judge
 
 # From so many times the firing rate on negative examples, a feature is of the concept itself.
@@ -53,11 +55,13 @@ class Examples:
 
 @dataclass(frozen=True)
 class Arm:
-    """One way of generating: the target's mean, and the perplexity of its text under the unsteered model."""
+    """One way of generating: the target's mean, the perplexity of its text under the unsteered model (None where no
+    token came out), its mean share of repeated 3-grams, and one continuation."""
 
     name: str
     effect: Interval
-    perplexity: float
+    perplexity: float | None
+    repetition: float
     example: str
 
 
@@ -84,11 +88,16 @@ class SideEffects:
 
 @dataclass(frozen=True)
 class Verdict:
-    """The outcome, the rules with what was found, and every figure."""
+    """The outcome, the rules with what was found, and every figure.
+
+    `arms` holds the shuffles of the labels as one arm, whose effect is the mean over them with an interval over them;
+    `shuffled` holds each alone.
+    """
 
     outcome: str
     reasons: tuple[str, ...]
     arms: tuple[Arm, ...]
+    shuffled: tuple[Arm, ...]
     side: SideEffects
     evidence: Evidence
     rules: Rules
@@ -108,6 +117,8 @@ def validate(
     *,
     lower: bool = False,
     n_random: int = 19,
+    n_shuffled: int = 9,
+    reference: Sequence[Row] = (),
     decoding: Decoding | None = None,
     prompting: Callable[[str], str] | None = None,
     tasks: Mapping[str, Task] | None = None,
@@ -120,53 +131,71 @@ def validate(
     """Put a knob beside everything that could explain it away, and say what it is.
 
     The same prompts and draws run under the knob, `n_random` matched random features, the opposite sign, the
-    difference-of-means direction of the examples and that of shuffled labels (all with the same length of change), and
-    under prompting alone. A feature that fires over twice as often on the positive examples as on the negative ones is
-    of the concept itself, so it is never drawn as a random one.
+    difference-of-means direction of the examples, those of `n_shuffled` shuffles of their labels (all with the same
+    length of change), and under prompting alone. The shuffles are one control: the feature is compared with their mean,
+    whose interval is over shuffles, since a single one may by chance point where the real labels do. The text has to
+    keep the fluency budget of the rules, which is that of `sweep`. A feature that fires over twice as often on the
+    positive examples as on the negative ones is of the concept itself, so it is never drawn as a random one.
 
     Args:
         knob: features added, with the amount that `sweep` found.
         target: from continuations to one number each; what the knob is said to raise.
         lower: the knob is said to lower it.
+        n_random, n_shuffled: how many matched random features, and shuffles of the examples' labels.
+        reference: tokens whose perplexity the budget counts from, as in `sweep`; by default the unsteered text.
         prompting: from a prompt to one that asks for the property; by default two positive examples before it.
         tasks: scores that must not suffer, such as `answer_task`.
         chat: wrap each prompt as a user's message.
         saes: other SAEs than the scope's.
 
     Raises:
-        InputError: fewer prompts, examples or random features than the rules ask for, or a knob that adds no feature.
+        InputError: fewer prompts, examples, random features or shuffles than the rules ask for, a knob that adds no
+            feature, or text without a token.
     """
     rules = rules or Rules()
-    _check(knob, prompts, examples, n_random, rules)
+    _check(knob, prompts, examples, n_random, n_shuffled, rules)
     run = _Run(scope, knob, target, list(prompts), examples, lower, decoding, chat, saes, seed)
     say = report or (lambda stage, share, text: None)
-    total = n_random + 6
+    total = n_random + n_shuffled + 5
     plain, under = run.arm("unsteered", []), run.arm("this feature", run.knob)
+    fluency = run.fluency(under, plain, reference)
     opposite = run.arm("the opposite sign", [one.with_amount(-one.amount) for one in run.knob])
-    direction = run.arm("difference of means", run.direction(shuffled=False))
-    shuffled = run.arm("shuffled labels", run.direction(shuffled=True))
-    say("validate", 5 / total, "baselines")
+    direction = run.arm("difference of means", run.direction())
     asked = run.prompted(prompting or run.with_examples)
+    say("validate", 5 / total, "baselines")
+    shuffled: list[_Made] = []
+    for i in range(n_shuffled):
+        shuffled.append(run.arm(f"shuffled labels {i + 1}", run.direction(shuffle=i)))
+        say("validate", (6 + i) / total, "shuffled labels")
     randoms, own = [], run.of_concept()
     for i in range(n_random):
         other = matched_random(run.knob, run.saes, run.stats, np.random.default_rng([seed, i]), own)
         randoms.append(run.arm(f"random feature {i + 1}", other))
-        say("validate", (7 + i) / total, "random features")
+        say("validate", (6 + n_shuffled + i) / total, "random features")
     side, excess = run.side_effects(rules)
-    pooled = np.concatenate([values for _, values in randoms])
     evidence = Evidence(
-        gain=bootstrap(under[1] - plain[1], seed=seed),
-        over_random=difference(under[1], pooled, seed=seed),
-        over_each_random=sum(bool(values.mean() >= under[1].mean()) for _, values in randoms),
-        over_opposite=difference(under[1], opposite[1], seed=seed),
-        over_shuffled=difference(under[1], shuffled[1], seed=seed),
+        **_compared(under, plain, opposite, shuffled, randoms, seed),
         detection=run.detection(),
         side=excess,
+        fluency=fluency,
         tasks={name: bootstrap(task([]) - task(run.knob), seed=seed) for name, task in (tasks or {}).items()},
     )
     outcome, reasons = judge(evidence, rules)
-    arms = [arm for arm, _ in (plain, under, opposite, direction, shuffled, asked, *randoms)]
-    return Verdict(outcome, reasons, tuple(arms), side, evidence, rules, tuple(one.to_json() for one in knob))
+    first = [one.arm for one in (plain, under, opposite, direction)]
+    arms = (*first, run.pooled("shuffled labels", shuffled), asked.arm, *(one.arm for one in randoms))
+    done = tuple(one.to_json() for one in knob)
+    return Verdict(outcome, reasons, arms, tuple(one.arm for one in shuffled), side, evidence, rules, done)
+
+
+@dataclass(frozen=True, eq=False)
+class _Made:
+    """What one arm generated: the target per prompt, counted towards the aim, log-probabilities of its tokens under the
+    unsteered model, and the share of repeated 3-grams."""
+
+    arm: Arm
+    values: np.ndarray
+    scored: list[np.ndarray]
+    repeated: np.ndarray
 
 
 class _Run:
@@ -197,33 +226,46 @@ class _Run:
             for layer in {one.layer for one in knob}
         }
 
-    def arm(self, name: str, interventions: Sequence[Intervention]) -> tuple[Arm, np.ndarray]:
+    def arm(self, name: str, interventions: Sequence[Intervention]) -> _Made:
         return self._arm(name, self.prompts, interventions)
 
-    def _arm(self, name: str, prompts: list[str], interventions: Sequence[Intervention]) -> tuple[Arm, np.ndarray]:
+    def _arm(self, name: str, prompts: list[str], interventions: Sequence[Intervention]) -> _Made:
         scope = self.scope
         tools = {"saes": self.saes, "decoding": self.decoding, "chat": self.chat}
         made = generate(scope.model, scope.tokenizer, prompts, interventions, **tools)
         values = evaluate(self.target, [one.text for one in made])
         tokens = scope.tokenize(prompts, chat=self.chat)
         ids = [row[:n].tolist() for row, n in zip(tokens.input_ids, tokens.lengths, strict=True)]
-        cost = perplexity(log_probabilities(scope.model, rows_of(ids, made)))
-        return Arm(name, bootstrap(values, seed=self.seed), cost, made[0].text), self.sign * values
+        scored = log_probabilities(scope.model, rows_of(ids, made))
+        repeated = np.array([repetition([token.token_id for token in one.tokens]) for one in made])
+        arm = Arm(name, bootstrap(values, seed=self.seed), _cost(scored), float(repeated.mean()), made[0].text)
+        return _Made(arm, self.sign * values, scored, repeated)
+
+    def pooled(self, name: str, made: list[_Made]) -> Arm:
+        """Several arms as one: the mean of their means with an interval over them; perplexity over all tokens."""
+        effect = bootstrap([one.arm.effect.estimate for one in made], seed=self.seed)
+        scored = [row for one in made for row in one.scored]
+        repeated = float(np.mean([one.arm.repetition for one in made]))
+        return Arm(name, effect, _cost(scored), repeated, made[0].arm.example)
+
+    def fluency(self, under: _Made, plain: _Made, reference: Sequence[Row]) -> Interval:
+        """How many times the reference's perplexity the knob's text has."""
+        if not reference:
+            return perplexity_ratio(under.scored, plain.scored, paired=True, seed=self.seed)
+        scored = log_probabilities(self.scope.model, list(reference))
+        return perplexity_ratio(under.scored, scored, paired=False, seed=self.seed)
 
     def with_examples(self, prompt: str) -> str:
         return "\n".join([*self.examples.positive[:2], prompt])
 
-    def prompted(self, prompting: Callable[[str], str]) -> tuple[Arm, np.ndarray]:
+    def prompted(self, prompting: Callable[[str], str]) -> _Made:
         return self._arm("prompting alone", [prompting(prompt) for prompt in self.prompts], [])
 
-    def direction(self, *, shuffled: bool) -> list[Intervention]:
+    def direction(self, shuffle: int | None = None) -> list[Intervention]:
+        """The difference of means of the examples, or that of a shuffle of their labels."""
         positive, negative = list(self.examples.positive), list(self.examples.negative)
-        if shuffled:
-            # Half of each side on either side: a plain shuffle leaves an imbalance, which equal length would amplify.
-            rng = np.random.default_rng(self.seed)
-            positive, negative = rng.permutation(positive).tolist(), rng.permutation(negative).tolist()
-            p, q = len(positive) // 2, len(negative) // 2
-            positive, negative = positive[:p] + negative[:q], positive[p : 2 * p] + negative[q : 2 * q]
+        if shuffle is not None:
+            positive, negative = halved(positive, negative, np.random.default_rng([self.seed, shuffle]))
         layers = {one.layer for one in self.knob}
         found = {layer: self.sign * mean_direction(self.scope, layer, positive, negative) for layer in layers}
         return along(self.knob, self.saes, found)
@@ -267,7 +309,7 @@ class _Run:
         rows = [Row(tuple(ids[:n].tolist()), max(1, n // 2)) for ids, n in pairs if n > 1]
         kl, other = (
             np.array([float(v.mean()) for v in next_token_kl(scope.model, rows, chosen, self.saes)])
-            for chosen in (self.knob, self.direction(shuffled=False))
+            for chosen in (self.knob, self.direction())
         )
         before, after = (
             np.array([-float(v.mean()) for v in log_probabilities(scope.model, rows, chosen, self.saes)])
@@ -297,15 +339,42 @@ class _Run:
         return tuple(sorted(out, key=lambda m: -abs(m.after - m.before))[:n])
 
 
+def _compared(
+    under: _Made, plain: _Made, opposite: _Made, shuffled: list[_Made], randoms: list[_Made], seed: int
+) -> dict[str, Any]:
+    """The figures of the evidence that compare arms."""
+    mean = float(under.values.mean())
+    return {
+        "gain": bootstrap(under.values - plain.values, seed=seed),
+        "over_random": difference(under.values, np.concatenate([one.values for one in randoms]), seed=seed),
+        "over_each_random": sum(bool(one.values.mean() >= mean) for one in randoms),
+        "over_opposite": difference(under.values, opposite.values, seed=seed),
+        "over_shuffled": difference(under.values, np.array([one.values.mean() for one in shuffled]), seed=seed),
+        "repetition": bootstrap(under.repeated - plain.repeated, seed=seed),
+    }
+
+
+def _cost(scored: list[np.ndarray]) -> float | None:
+    """Perplexity over all tokens; None where there is none."""
+    return perplexity(scored) if any(map(len, scored)) else None
+
+
 def _check(
-    knob: Sequence[Intervention], prompts: Sequence[str], examples: Examples, n_random: int, rules: Rules
+    knob: Sequence[Intervention],
+    prompts: Sequence[str],
+    examples: Examples,
+    n_random: int,
+    n_shuffled: int,
+    rules: Rules,
 ) -> None:
     if not knob or any(one.op != "add" or one.feature is None for one in knob):
         raise InputError("a verdict is about features that are added; give the amount that sweep proposes")
     counts = {"prompts": len(prompts), "positive examples": len(examples.positive)}
     counts |= {"negative examples": len(examples.negative), "unrelated texts": len(examples.unrelated)}
+    needed = dict.fromkeys(counts, rules.fewest)
+    counts |= {"random features": check_count("n_random", n_random, 0)}
+    counts |= {"shuffles of the labels": check_count("n_shuffled", n_shuffled, 0)}
+    needed |= {"random features": rules.fewest_random, "shuffles of the labels": rules.fewest_shuffled}
     for name, count in counts.items():
-        if count < rules.fewest:
-            raise InputError(f"{count} {name} are too few for a verdict: the intervals need {rules.fewest}")
-    if n_random < rules.fewest_random:
-        raise InputError(f"{n_random} random features are too few for a verdict: the rules need {rules.fewest_random}")
+        if count < needed[name]:
+            raise InputError(f"{count} {name} are too few for a verdict: it takes at least {needed[name]}")

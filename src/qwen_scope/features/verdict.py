@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from qwen_scope.errors import InputError
+from qwen_scope.errors import check_count, check_number
 from qwen_scope.stats import Interval
 
-OUTCOMES = ("causal", "correlated only", "entangled", "no effect")
+NOT_FLUENT = "causal, but breaks fluency"
+OUTCOMES = ("causal", NOT_FLUENT, "correlated only", "entangled", "no effect")
 
 
 @dataclass(frozen=True)
@@ -20,22 +21,33 @@ class Rules:
         side_ratio: how many times the KL of the difference-of-means direction, of equal length, unrelated text may
             suffer.
         task_loss: how much of a task's accuracy may be lost.
+        perplexity_ratio: how many times the reference's perplexity under the unsteered model the text may have.
+        repetition: how much its share of repeated 3-grams may rise. Both are the budget that `sweep` keeps.
         fewest: samples per arm and examples per side; below it there is no verdict.
         fewest_random: random features; with 19, being above all of them has a chance of one in twenty.
+        fewest_shuffled: shuffles of the examples' labels; one alone may happen to point where the real labels do.
+
+    Raises:
+        InputError: a rule that is no number, or outside its range.
     """
 
     margin: float = 0.1
     detects: float = 0.1
     side_ratio: float = 2.0
     task_loss: float = 0.1
+    perplexity_ratio: float = 2.0
+    repetition: float = 0.1
     fewest: int = 20
     fewest_random: int = 19
+    fewest_shuffled: int = 5
 
     def __post_init__(self) -> None:
-        if min(self.margin, self.detects, self.task_loss) < 0 or self.side_ratio < 1:
-            raise InputError("the rules of a verdict have margins from 0 and a side_ratio from 1")
-        if self.fewest < 2 or self.fewest_random < 1:
-            raise InputError("a verdict needs at least 2 samples and 1 random feature")
+        for name in ("margin", "detects", "task_loss", "repetition"):
+            check_number(f"{name} of the rules", getattr(self, name), 0)
+        for name in ("side_ratio", "perplexity_ratio"):
+            check_number(f"{name} of the rules", getattr(self, name), 1)
+        for name, least in (("fewest", 2), ("fewest_random", 1), ("fewest_shuffled", 2)):
+            check_count(f"{name} of the rules", getattr(self, name), least)
 
 
 @dataclass(frozen=True)
@@ -47,9 +59,12 @@ class Evidence:
         over_random: minus all random features together.
         over_each_random: how many of the random features reach the feature's mean.
         over_opposite: minus the opposite sign.
-        over_shuffled: minus the difference-of-means direction of shuffled labels.
+        over_shuffled: minus the mean over all shuffles of the labels, each one difference-of-means direction; prompts
+            and shuffles are resampled.
         detection: the share of a positive example's tokens on which the feature fires, minus that of negative ones.
         side: the KL on unrelated text minus `side_ratio` times that of the difference-of-means direction.
+        fluency: the perplexity of the text under the unsteered model, over that of the reference.
+        repetition: the share of repeated 3-grams, minus unsteered.
         tasks: per task the accuracy lost.
     """
 
@@ -60,6 +75,8 @@ class Evidence:
     over_shuffled: Interval
     detection: Interval
     side: Interval
+    fluency: Interval
+    repetition: Interval
     tasks: dict[str, Interval] = field(default_factory=dict)
 
 
@@ -67,29 +84,39 @@ def judge(evidence: Evidence, rules: Rules) -> tuple[str, tuple[str, ...]]:
     """The outcome, and every rule with what was found.
 
     `causal`: the target moves, more than under random features, the opposite sign and shuffled labels, and nothing
-    else suffers unduly; `entangled`: it moves, but something else suffers; `correlated only`: it does not move, but
-    the feature tells the examples apart; `no effect`: neither.
+    else suffers unduly; `causal, but breaks fluency`: the same, but its text leaves the fluency budget (by the
+    estimates, as in `sweep`); `entangled`: the target moves, but unrelated text or a task suffers; `correlated only`:
+    it does not move, but the feature tells the examples apart; `no effect`: neither.
     """
+    e = evidence
     moves = {
-        f"the target moves by more than {rules.margin:g}: {evidence.gain}": evidence.gain.low > rules.margin,
-        f"by more than {rules.margin:g} beyond random features: {evidence.over_random}": evidence.over_random.low
-        > rules.margin,
-        f"no random feature does as much: {evidence.over_each_random} do": evidence.over_each_random == 0,
-        f"the opposite sign does less: {evidence.over_opposite}": evidence.over_opposite.low > 0,
-        f"shuffled labels do less: {evidence.over_shuffled}": evidence.over_shuffled.low > 0,
+        f"the target moves by more than {rules.margin:g}: {e.gain}": e.gain.low > rules.margin,
+        f"by more than {rules.margin:g} beyond random features: {e.over_random}": e.over_random.low > rules.margin,
+        f"no random feature does as much: {e.over_each_random} do": e.over_each_random == 0,
+        f"the opposite sign does less: {e.over_opposite}": e.over_opposite.low > 0,
+        f"shuffled labels do less: {e.over_shuffled}": e.over_shuffled.low > 0,
     }
     harms = {
         f"unrelated text suffers more than {rules.side_ratio:g} times what the difference of means does to it:"
-        f" excess KL {evidence.side}": evidence.side.low > 0,
+        f" excess KL {e.side}": e.side.low > 0,
     }
-    for name, lost in evidence.tasks.items():
+    for name, lost in e.tasks.items():
         harms[f"{name} loses more than {rules.task_loss:g}: {lost}"] = lost.low > rules.task_loss
+    fluent = {
+        f"the text keeps within {rules.perplexity_ratio:g} times the perplexity: {e.fluency}": e.fluency.estimate
+        <= rules.perplexity_ratio,
+        f"it repeats itself by at most {rules.repetition:g} more: {e.repetition}": e.repetition.estimate
+        <= rules.repetition,
+    }
     detects = {
-        f"it fires on more tokens of positive examples, by over {rules.detects:g}: {evidence.detection}": (
-            evidence.detection.low > rules.detects
+        f"it fires on more tokens of positive examples, by over {rules.detects:g}: {e.detection}": (
+            e.detection.low > rules.detects
         )
     }
-    reasons = tuple(f"{'yes' if held else 'no'}: {rule}" for rule, held in {**moves, **harms, **detects}.items())
-    if all(moves.values()):
-        return ("entangled" if any(harms.values()) else "causal"), reasons
-    return ("correlated only" if all(detects.values()) else "no effect"), reasons
+    found = {**moves, **fluent, **harms, **detects}
+    reasons = tuple(f"{'yes' if held else 'no'}: {rule}" for rule, held in found.items())
+    if not all(moves.values()):
+        return ("correlated only" if all(detects.values()) else "no effect"), reasons
+    if any(harms.values()):
+        return "entangled", reasons
+    return ("causal" if all(fluent.values()) else NOT_FLUENT), reasons

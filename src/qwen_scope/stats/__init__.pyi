@@ -1,3 +1,5 @@
+from .bootstrap import LEVEL as LEVEL
+from .bootstrap import RESAMPLES as RESAMPLES
 from .bootstrap import Interval as Interval
 from .bootstrap import bootstrap as bootstrap
 from .bootstrap import difference as difference
