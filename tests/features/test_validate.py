@@ -289,8 +289,11 @@ def test_the_command(capsys, tmp_path) -> None:
     argv = ["validate", str(paths["prompts"]), *where, "--layer", "0", "--feature", "3", "--amount", "0.5"]
     argv += [f"--{name}={paths[name]}" for name in ("positive", "negative", "unrelated")]
     argv += ["--regex", "[aeiou]", "--max-new-tokens", "3"]
-    assert main(argv) == 0
-    assert "Verdict: " in capsys.readouterr().out
+    assert main([*argv, "--selectivity"]) == 0
+    said = capsys.readouterr().out
+    assert "Verdict: " in said
+    assert "9 shuffles as one control" in said
+    assert "Removal at equal effect" in said
     assert main([*argv, "--json"]) == 0
     data = json.loads(capsys.readouterr().out)
     assert data["outcome"] in OUTCOMES
@@ -298,23 +301,18 @@ def test_the_command(capsys, tmp_path) -> None:
     assert len(data["shuffled"]) == 9
     assert data["rules"]["perplexity_ratio"] == 2.0
     assert {"fluency", "repetition"} <= set(data["evidence"])
-    assert (
-        main([*argv, "--json", "--shuffled", "5", "--max-perplexity", "1.5", "--reference", str(paths["unrelated"])])
-        == 0
-    )
-    other = json.loads(capsys.readouterr().out)
-    assert len(other["shuffled"]) == 5
-    assert other["rules"]["perplexity_ratio"] == 1.5
-    assert other["evidence"]["fluency"]["estimate"] != data["evidence"]["fluency"]["estimate"]
     extras = tmp_path / "tasks.jsonl"
     extras.write_text("".join(json.dumps({"prompt": f"{i} + 1 =", "answer": str(i + 1)}) + "\n" for i in range(3)))
-    assert main([*argv, "--json", "--chat", "non_thinking", "--tasks", str(extras), "--selectivity"]) == 0
+    fewer = ["--shuffled", "5", "--max-perplexity", "1.5", "--reference", str(paths["unrelated"])]
+    assert main([*argv, *fewer, "--json", "--chat", "non_thinking", "--tasks", str(extras), "--selectivity"]) == 0
     chatted = json.loads(capsys.readouterr().out)
+    assert len(chatted["shuffled"]) == 5
+    assert chatted["rules"]["perplexity_ratio"] == 1.5
+    counted = chatted["arms"][1]["perplexity"] / chatted["evidence"]["fluency"]["estimate"]
+    assert counted != pytest.approx(chatted["arms"][0]["perplexity"]), "counted from the reference"
     assert chatted["arms"][0]["example"] != data["arms"][0]["example"]
     assert chatted["evidence"]["tasks"]["the task"]["n"] == 3
     assert {"features", "direction", "gap"} <= set(chatted["selectivity"])
-    assert main([*argv, "--selectivity"]) == 0
-    assert "Removal at equal effect" in capsys.readouterr().out
     extras.write_text("{}\n")
     assert main([*argv, "--tasks", str(extras)]) == 2
     assert "line 1 of tasks.jsonl is not" in capsys.readouterr().err

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -67,8 +67,9 @@ def validate(
     from qwen_scope.steer import Decoding
 
     mode = options.check_chat(chat)
-    decoding = Decoding(max_new_tokens, sample, temperature, seed=seed)
-    rules = Rules(perplexity_ratio=max_perplexity, repetition=max_repetition)
+    how: dict[str, Any] = {"lower": lower, "n_random": n_random, "n_shuffled": n_shuffled, "chat": mode, "seed": seed}
+    how["decoding"] = Decoding(max_new_tokens, sample, temperature, seed=seed)
+    how["rules"] = Rules(perplexity_ratio=max_perplexity, repetition=max_repetition)
     one = None if recipe is not None else steer.one_intervention(layer, feature, "add", amount, unit, where)
     lines = [tuple(sweep.read_prompts(path)) for path in (prompts, positive, negative, unrelated)]
     questions = None if tasks is None else read_tasks(tasks)
@@ -87,17 +88,16 @@ def validate(
             target,
             lines[0],
             examples,
-            lower=lower,
-            n_random=n_random,
-            n_shuffled=n_shuffled,
             reference=sweep.rows_to_score(scope, texts),
-            decoding=decoding,
             tasks=asked,
-            chat=mode,
-            rules=rules,
-            seed=seed,
             report=report,
+            **how,
         )
+    print_found(verdict, removed, as_json)
+
+
+def print_found(verdict: Verdict, removed: Selectivity | None, as_json: bool) -> None:
+    """The verdict, and beside it the comparison of removals where it was asked for."""
     if as_json:
         output.print_json(verdict.to_json() | ({"selectivity": removed.to_json()} if removed else {}))
         return
