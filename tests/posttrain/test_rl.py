@@ -15,6 +15,7 @@ from qwen_scope.cli import main
 from qwen_scope.errors import InputError, MismatchError, NotFoundError, QwenScopeError
 from qwen_scope.model import load_model
 from qwen_scope.posttrain import Detector, RLRun, SteeredTrainer, run_rl
+from qwen_scope.posttrain.loops import loop_share
 from qwen_scope.posttrain.rl import expected_warnings, rollouts_of, trainer_of
 from qwen_scope.steer import Intervention, Recipe
 from qwen_scope.train import DivergedError
@@ -151,6 +152,32 @@ def test_old_probabilities_are_the_unsteered_policys(tmp_path, recipe, monkeypat
     assert rows == 8  # two groups of four, the steered answers among them
 
 
+def logged(path: Path) -> list[dict[str, float]]:
+    """A log without what a clock says."""
+    clocks = ("step_time", "train_runtime", "train_samples_per_second", "train_steps_per_second", "profiling/")
+    found = [json.loads(line) for line in path.read_text().split("\n") if line]
+    return [{name: x for name, x in line.items() if not name.startswith(clocks)} for line in found]
+
+
+@pytest.mark.slow
+def test_the_loops_of_the_start_are_those_of_the_first_part(tmp_path, recipe, monkeypatch) -> None:
+    """They are measured once, before training; a run that goes on reports them all the same."""
+    asked = [row["prompt"] for row in ROWS]
+    short = {"detector": Detector(longest=2, times=2, least=2), "save_every": 1}
+    first = run_rl(told(tmp_path, **short), ROWS, asked, recipe)
+    measured = []
+    monkeypatch.setattr("qwen_scope.posttrain.rl.loop_share", lambda *a: measured.append(1) or loop_share(*a))
+    again = run_rl(told(tmp_path, resume=True, **short), ROWS, asked, recipe)
+    assert len(measured) == 1, "after training alone"
+    assert again == first
+
+
+def test_checkpoints_do_not_fall_between_updates(tmp_path) -> None:
+    assert told(tmp_path, updates=2, save_every=4).save_every == 4
+    with pytest.raises(InputError, match="a multiple of updates, not 3"):
+        told(tmp_path, updates=2, save_every=3)
+
+
 @pytest.mark.slow
 def test_resuming_ends_where_an_unbroken_run_does(tmp_path, recipe) -> None:
     rows = [*ROWS, *({"prompt": f"{text} ", "answer": "e"} for text in ("station", "Bahnhof", "return", "bitte"))]
@@ -161,7 +188,10 @@ def test_resuming_ends_where_an_unbroken_run_does(tmp_path, recipe) -> None:
     found = run_rl(told(tmp_path / "parts", steps=3, save_every=1, resume=True), rows, recipe=recipe)
     assert found["steps"] == 3
     steps = [json.loads(line)["step"] for line in (tmp_path / "parts" / "log.jsonl").read_text().splitlines()]
-    assert list(dict.fromkeys(steps)) == [1, 2, 3]
+    assert steps == [1, 2, 3, 3], "no line twice"
+    whole, parts = (logged(tmp_path / name / "log.jsonl") for name in ("whole", "parts"))
+    for a, b in zip(whole, parts, strict=True):
+        assert a == pytest.approx(b, abs=1e-4, nan_ok=True)
     whole, parts = (load_model(tmp_path / name / "model", device="cpu").model for name in ("whole", "parts"))
     for a, b in zip(whole.parameters(), parts.parameters(), strict=True):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)

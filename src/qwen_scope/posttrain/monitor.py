@@ -16,13 +16,15 @@ from typing import Any, final
 import numpy as np
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
 
-from qwen_scope.errors import InputError, NotFoundError
+from qwen_scope.errors import InputError, NotFoundError, foreign
+from qwen_scope.files import Fields, append_lines, parse_object, read_lines, write_whole
 from qwen_scope.model import Tokens, context_length, tokenize
 from qwen_scope.report import Curves, Line
 from qwen_scope.sae import SAE
 
 from .activity import Activity, activity_of
 from .answers import Asked, more, written
+from .runs import hold, keep_lines, release
 
 NAMES = ("rate", "mean", "spread")
 
@@ -48,7 +50,9 @@ class Monitor(TrainerCallback):
         saes: by layer.
         tokenizer: of the model.
         probe: at least two texts, always the same; longer ones are cut to the context.
-        out: the folder for `monitor.jsonl` and `monitor_start.npz`.
+        out: the folder for `monitor.jsonl` and `monitor_start.npz`; it is held as their only writer while a model is
+            trained.
+        held: the caller holds the folder already.
         watch: per layer the features to report and raise alarms on; None ranks all features and raises no alarm on any.
         labels: what to call features, by layer and index. Watched features of one label are one concept, over all
             layers; one without a label stands for itself.
@@ -83,6 +87,7 @@ class Monitor(TrainerCallback):
         more: float = 3.0,
         drift_alarm: float | None = None,
         top: int = 10,
+        held: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         if len(probe) < 2 or not saes:
@@ -102,7 +107,7 @@ class Monitor(TrainerCallback):
         self.watch = None if watch is None else {layer: list(features) for layer, features in watch.items()}
         self.labels, self.every, self.share = dict(labels or {}), every, share
         self.asked, self.beyond = asked, {"effect": alarm, "more": more}
-        self.drift_alarm, self.top, self.clock = drift_alarm, top, clock
+        self.drift_alarm, self.top, self.held, self.clock = drift_alarm, top, held, clock
         self.start: dict[int, Activity] = {}
         self.start_answers: dict[str, np.ndarray] = {}
         self.latest: dict[str, float] = {}
@@ -129,17 +134,21 @@ class Monitor(TrainerCallback):
         if not state.is_world_process_zero:
             return
         self._begun = self.clock()
-        self.out.mkdir(parents=True, exist_ok=True)
+        if not self.held:
+            hold(self.out)
         if state.global_step == 0:
             self.path.unlink(missing_ok=True)
             self._measure(kwargs["model"], 0)
             kept = {f"{name}_{layer}": getattr(one, name) for layer, one in self.start.items() for name in NAMES}
             kept |= {f"answers_{name}": values for name, values in self.start_answers.items()}
-            np.savez(self.out / "monitor_start.npz", allow_pickle=False, **kept)
+            with write_whole(self.out / "monitor_start.npz") as part:
+                np.savez(part, allow_pickle=False, **kept)
             return
         concepts = list(self.concepts()) if self.asked else []
         self.start, self.start_answers = read_start(self.out / "monitor_start.npz", list(self.saes), concepts)
-        lines = read_monitor(self.path)
+        # What was measured after the checkpoint will be measured again.
+        lines = [line for line in read_monitor(self.path) if line["step"] <= state.global_step]
+        keep_lines(self.path, [json.dumps(line, ensure_ascii=False) for line in lines])
         self._turn = len(lines) - 1 + (self.asked.at_start if self.asked else 0)
         for line in lines:
             self._raised |= {(a["layer"], a["concept"]) for a in line["alarms"]}
@@ -158,6 +167,8 @@ class Monitor(TrainerCallback):
             and read_monitor(self.path)[-1]["step"] < state.global_step
         ):
             self._measure(kwargs["model"], state.global_step)
+        if not self.held:
+            release(self.out)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         """Hand the latest numbers to the loggers that come after."""
@@ -184,8 +195,7 @@ class Monitor(TrainerCallback):
         # What the next one will take: it has one answer per prompt, where the first had several.
         self._took = seconds - (answered - asked) * (1 - 1 / max(1, self._turn - turn))
         line = {"step": step, "seconds": seconds, "layers": layers, "concepts": concepts, "alarms": alarms}
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        append_lines(self.path, [json.dumps(line, ensure_ascii=False)])
         self.latest = {"monitor/alarms": float(len(self._raised))}
         for entry in layers:
             self.latest[f"monitor/drift_{entry['layer']}"] = entry["drift"]
@@ -286,7 +296,7 @@ def read_start(
     """
     if not path.is_file():
         raise NotFoundError(f"the run goes on, but {path} with its step 0 is missing")
-    with np.load(path) as kept:
+    with foreign(f"{path} can't be read"), np.load(path) as kept:
         if lacking := [layer for layer in layers if f"rate_{layer}" not in kept]:
             raise NotFoundError(f"{path} has no step 0 of layer {lacking[0]}")
         if unread := [name for name in concepts if f"answers_{name}" not in kept]:
@@ -299,11 +309,18 @@ def read_monitor(path: str | Path) -> list[dict[str, Any]]:
     """The measurements of a run, by step.
 
     Raises:
-        NotFoundError: there is no such file.
+        NotFoundError: there is no such file.   FormatError: a line is none of a monitor's.
     """
     if not Path(path).is_file():
         raise NotFoundError(f"there is no {path}; a Monitor writes it while a model is trained")
-    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
+    out = []
+    for number, line in enumerate(read_lines(path), 1):
+        one = Fields(parse_object(line, f"line {number} of {path}"), f"line {number} of {path}")
+        one.count("step")
+        for name in ("layers", "concepts", "alarms"):
+            one.items(name)
+        out.append(dict(one.data))
+    return out
 
 
 def monitor_figures(lines: Sequence[Mapping[str, Any]]) -> list[Curves]:

@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import numpy as np
 from datasets import Dataset
@@ -26,15 +27,17 @@ from trl.trainer.grpo_config import GRPOConfig
 
 from qwen_scope.errors import InputError
 from qwen_scope.features import matched_random
+from qwen_scope.files import read_object
 from qwen_scope.model import LoadedModel, d_model, load_model
 from qwen_scope.scope import SAEs, model_source, resolve
 from qwen_scope.steer import Recipe, calibrate
 
-from .loops import Detector, Sampling, loop_share
+from .checkpoints import last_checkpoint, run_id
+from .loops import Detector, LoopShare, Sampling, loop_share
 from .prepare import versions
 from .rewards import NEEDS, reward_of
 from .rollouts import FiniteWeights, SteeredRollouts, SteeredTrainer
-from .runs import JsonlLog, adapters, last_checkpoint, save_model, trained_model, trl_settings, write_json, writing_to
+from .runs import JsonlLog, adapters, save_model, trained_model, trl_settings, write_json, writing_to
 
 RL_METHODS = ("vanilla", "steered", "random")
 Row = dict[str, Any]
@@ -113,6 +116,11 @@ class RLRun:
             )
         if self.resume and not self.save_every:
             raise InputError("going on needs checkpoints: set save_every (--save-every) in both runs")
+        if self.save_every % self.updates:
+            raise InputError(
+                f"a checkpoint falls between the {self.updates} updates that share their answers, which it does not"
+                f" hold; save_every is a multiple of updates, not {self.save_every}"
+            )
 
     @property
     def sampling(self) -> Sampling:
@@ -162,30 +170,42 @@ def _run(
     loaded = load_model(model_source(run.model), device=run.device, dtype=run.dtype)
     rollouts = rollouts_of(run, loaded, recipe)
     resume = last_checkpoint(run.out) if run.resume else None
-    before = None
-    if held_out and resume is None:
-        before = loop_share(loaded.model, loaded.tokenizer, held_out, run.sampling)
+    before = start_share(run, loaded, held_out, resume is not None)
     loaded.model.requires_grad_(run.lora is None)
     trainer = trainer_of(run, loaded, rows, rollouts, [JsonlLog(run.out / "log.jsonl", progress), *callbacks])
+    trainer.run_id = run_id(run.out) if resume else uuid4().hex
     if trainer.is_world_process_zero():
-        run.out.mkdir(parents=True, exist_ok=True)
-        if resume is None:
-            (run.out / "log.jsonl").unlink(missing_ok=True)
         facts = {**asdict(run), "rows": len(rows), "held_out": len(held_out), "versions": versions()}
+        facts |= {"id": trainer.run_id, "before": before}
         steered_with = [one.to_json() for one in rollouts.interventions] if rollouts else []
         write_json(run.out / "run.json", facts | {"interventions": steered_with})
     with expected_warnings():
         done = trainer.train(resume_from_checkpoint=resume)
     metrics: dict[str, Any] = {"steps": done.global_step, **last_rewards(trainer.state.log_history)}
     policy = trained_model(trainer, run.out).eval()
-    after = loop_share(policy, loaded.tokenizer, held_out, run.sampling) if held_out else None
+    after = share_of(loop_share(policy, loaded.tokenizer, held_out, run.sampling)) if held_out else None
     for name, found in (("before", before), ("after", after)):
         if found is not None:
-            metrics |= {f"loop_share_{name}": asdict(found.share), f"finished_{name}": found.finished}
+            metrics |= {f"{figure}_{name}": value for figure, value in found.items()}
     if trainer.is_world_process_zero():
         save_model(policy, loaded, run.out)
         write_json(run.out / "metrics.json", metrics)
     return metrics
+
+
+def start_share(run: RLRun, loaded: LoadedModel, held_out: Sequence[str], resumed: bool) -> dict[str, Any] | None:
+    """How often the start model's held-out answers loop; a run that goes on takes it from its `run.json`."""
+    if not held_out:
+        return None
+    known = read_object(run.out / "run.json") if resumed and (run.out / "run.json").is_file() else {}
+    if known.get("before") is not None and known.get("held_out") == len(held_out):
+        return known["before"]
+    return share_of(loop_share(loaded.model, loaded.tokenizer, held_out, run.sampling))
+
+
+def share_of(found: LoopShare) -> dict[str, Any]:
+    """The figures of answers that may loop, as plain data."""
+    return {"loop_share": asdict(found.share), "finished": found.finished}
 
 
 def rollouts_of(run: RLRun, loaded: LoadedModel, recipe: Recipe | None) -> SteeredRollouts | None:

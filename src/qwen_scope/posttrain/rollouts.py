@@ -18,6 +18,8 @@ from qwen_scope.errors import InputError
 from qwen_scope.steer import Intervention, SAEsByLayer, steering
 from qwen_scope.train import DivergedError
 
+from .checkpoints import WholeCheckpoints
+
 
 class SteeredRollouts:
     """A `rollout_func`: in every group the last answer is generated under interventions, the others as TRL does it.
@@ -86,7 +88,7 @@ def check_groups(prompts: Sequence[Any], first: int, group: int) -> None:
             )
 
 
-class SteeredTrainer(GRPOTrainer):
+class SteeredTrainer(WholeCheckpoints, GRPOTrainer):
     """`GRPOTrainer` that says clearly when its numbers are no numbers any more, and tells both kinds of sample apart.
 
     It logs `steered/reward` and `ordinary/reward` beside TRL's own figures.

@@ -1,32 +1,41 @@
-"""What fine-tuning and reinforcement learning share as runs on TRL: log, checkpoints, settings, the saved model."""
+"""What fine-tuning and reinforcement learning share as runs on TRL: folder, log, settings, the saved model."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
 from peft import LoraConfig, PeftModel
 from safetensors import SafetensorError
 from transformers import TrainerCallback
-from transformers.trainer_utils import get_last_checkpoint
 
-from qwen_scope.errors import NotFoundError, QwenScopeError
+from qwen_scope.errors import QwenScopeError
+from qwen_scope.files import append_lines, lock_folder, read_lines, write_text
 from qwen_scope.model import LoadedModel
 
 
 class JsonlLog(TrainerCallback):
-    """Writes what the trainer logs to a file, one line at a time, and reports progress."""
+    """Writes what the trainer logs to a file, one line at a time, and reports progress.
+
+    A run that goes on first drops the lines after its checkpoint: it is going to write them again.
+    """
 
     def __init__(self, path: Path, progress: Callable[[int, int, dict[str, float]], None] | None) -> None:
         self.path, self.progress = path, progress
 
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            # The trainer's own history has an entry for each line.
+            keep_lines(self.path, read_lines(self.path)[: len(state.log_history)])
+
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
         if state.is_world_process_zero:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": state.global_step, **(logs or {})}) + "\n")
+            append_lines(self.path, [json.dumps({"step": state.global_step, **(logs or {})})])
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.progress is not None:
@@ -34,14 +43,58 @@ class JsonlLog(TrainerCallback):
             self.progress(state.global_step, state.max_steps, last)
 
 
+def keep_lines(path: Path, lines: Sequence[str]) -> None:
+    """Make a file of lines hold these alone."""
+    write_text(path, "".join(line + "\n" for line in lines))
+
+
 @contextmanager
 def writing_to(out: Path) -> Iterator[None]:
-    """Say in one sentence what keeps a run from being written."""
+    """Hold a run's folder as its only writer, and say in one sentence what keeps the run from being written.
+
+    Of several processes of one run the first holds it. Where nothing was written, the folder goes again.
+    """
+    new = not out.exists()
     try:
-        yield
+        out.mkdir(parents=True, exist_ok=True)
+        with lock_folder(out) if os.environ.get("RANK", "0") == "0" else nullcontext():
+            yield
     except (OSError, SafetensorError) as error:
         said = getattr(error, "strerror", None) or error
         raise QwenScopeError(f"{out} can't be written: {said}; go on with --resume where there is room") from error
+    finally:
+        if new:
+            remove_empty(out)
+
+
+_HELD: dict[Path, ExitStack] = {}
+
+
+def hold(folder: Path) -> None:
+    """Hold a folder as its only writer until `release`, where no block spans the time, as in a callback.
+
+    What this process held there before is let go first: a training that failed never came to its end.
+
+    Raises:
+        InputError: another process writes to it.
+    """
+    release(folder)
+    stack = ExitStack()
+    stack.enter_context(lock_folder(folder))
+    _HELD[folder.resolve()] = stack
+
+
+def release(folder: Path) -> None:
+    """Let go of a folder, if it is held."""
+    if (held := _HELD.pop(folder.resolve(), None)) is not None:
+        held.close()
+
+
+def remove_empty(folder: Path) -> None:
+    """Remove a folder that holds nothing but empty folders."""
+    for path in (*(folder.iterdir() if folder.is_dir() else ()), folder):
+        with suppress(OSError):
+            path.rmdir()
 
 
 def trl_settings(run: Any, loaded: LoadedModel) -> dict[str, Any]:
@@ -67,35 +120,42 @@ def adapters(rank: int | None) -> LoraConfig | None:
     return LoraConfig(r=rank, target_modules="all-linear") if rank else None
 
 
-def last_checkpoint(out: Path) -> str:
-    """The folder that a run goes on from.
-
-    Raises:
-        NotFoundError: there is none.
-    """
-    folder = out / "checkpoints"
-    found = get_last_checkpoint(str(folder)) if folder.is_dir() else None
-    if found is None:
-        raise NotFoundError(f"{folder} holds no checkpoint to go on from; start without --resume")
-    return found
-
-
 def trained_model(trainer: Any, out: Path) -> Any:
     """The trained model without a wrapper; an adapter is saved in `out/adapter` and merged."""
     model: Any = trainer.accelerator.unwrap_model(trainer.model)
     if isinstance(model, PeftModel):
         if trainer.is_world_process_zero():
-            model.save_pretrained(str(out / "adapter"))
+            with whole_folder(out / "adapter") as part:
+                model.save_pretrained(str(part))
         model = model.merge_and_unload()  # pyright: ignore[reportCallIssue]
     return model
 
 
 def save_model(model: Any, loaded: LoadedModel, out: Path) -> None:
     """The trained model and its tokenizer in `out/model`, as any command can load them."""
-    model.save_pretrained(out / "model")
-    loaded.tokenizer.save_pretrained(out / "model")
+    with whole_folder(out / "model") as part:
+        model.save_pretrained(part)
+        loaded.tokenizer.save_pretrained(part)
+
+
+@contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """Give a folder to fill beside `folder`; it takes that one's place when the block ends well, and goes otherwise."""
+    part = folder.with_name(f".unfinished-{folder.name}")
+    shutil.rmtree(part, ignore_errors=True)
+    try:
+        yield part
+        for path in part.rglob("*"):
+            if path.is_file():
+                with path.open("rb") as file:
+                    os.fsync(file.fileno())
+        shutil.rmtree(folder, ignore_errors=True)
+        part.rename(folder)
+    except BaseException:
+        shutil.rmtree(part, ignore_errors=True)
+        raise
 
 
 def write_json(path: Path, value: Any) -> None:
     """JSON that a reader may also read with the eyes."""
-    path.write_text(json.dumps(value, indent=1, default=str, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(value, indent=1, default=str, ensure_ascii=False) + "\n")

@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
+from uuid import uuid4
 
 from transformers import PrinterCallback, TrainerCallback
 from trl.trainer.sft_config import SFTConfig
@@ -27,10 +28,11 @@ from qwen_scope.model import LoadedModel, d_model, load_model
 from qwen_scope.scope import SAEs, model_source, resolve
 
 from .answers import Asked
+from .checkpoints import last_checkpoint, run_id
 from .loss import ExtraLoss, FeatureLoss, TokenPenalty, check_scale
 from .monitor import Monitor, read_monitor
 from .prepare import versions
-from .runs import JsonlLog, adapters, last_checkpoint, save_model, trained_model, trl_settings, write_json, writing_to
+from .runs import JsonlLog, adapters, save_model, trained_model, trl_settings, write_json, writing_to
 from .samples import Sample, dataset_of
 from .table import AlphaTable
 from .trainer import FeatureSFTTrainer
@@ -165,14 +167,12 @@ def _run(
         extra=extra,
     )
     trainer.remove_callback(PrinterCallback)
+    trainer.run_id = run_id(run.out) if resume else uuid4().hex
     monitor = monitor_of(run, loaded, table, probe, asked).attach(trainer) if probe else None
     facts = {**asdict(run), "samples": len(samples), "held_out": len(held_out), "versions": versions()}
-    facts["target"] = table.target if table else None
+    facts |= {"target": table.target if table else None, "id": trainer.run_id}
     if trainer.is_world_process_zero():
-        run.out.mkdir(parents=True, exist_ok=True)
         write_json(run.out / "run.json", facts)
-        if resume is None:
-            (run.out / "log.jsonl").unlink(missing_ok=True)
     done = trainer.train(resume_from_checkpoint=resume)
     metrics: dict[str, Any] = {"steps": done.global_step, "train_loss": done.training_loss}
     if held_out:
@@ -221,6 +221,7 @@ def monitor_of(
         labels=labels,
         asked=Asked(asked) if asked else None,
         every=run.watch_every,
+        held=True,
     )
 
 

@@ -16,10 +16,11 @@ from qwen_scope.errors import InputError, NotFoundError, nearest
 from qwen_scope.model import HookPoint, reading
 from qwen_scope.train import DivergedError
 
+from .checkpoints import WholeCheckpoints
 from .loss import IGNORED, NO_GROUP, ExtraLoss
 
 
-class FeatureSFTTrainer(SFTTrainer):
+class FeatureSFTTrainer(WholeCheckpoints, SFTTrainer):
     """`SFTTrainer` with an `extra` term: `L = L_CE + weight * term`. Everything else is TRL's.
 
     Data is what `SFTTrainer` takes, with a column that names each sample's group (None for a sample the term leaves
