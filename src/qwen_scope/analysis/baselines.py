@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Float64
 
 from qwen_scope.errors import FormatError, InputError
+from qwen_scope.files import write_text
 
 from .rule import read_json
 
@@ -145,7 +146,7 @@ class Student:
             "intercept": self.intercept,
             "about": self.about,
         }
-        Path(path).write_text(json.dumps(data, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_text(path, json.dumps(data, ensure_ascii=False) + "\n")
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Student:

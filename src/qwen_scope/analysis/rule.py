@@ -22,6 +22,7 @@ import numpy as np
 from jaxtyping import Bool, Float64
 
 from qwen_scope.errors import FormatError, InputError, MismatchError, NotFoundError
+from qwen_scope.files import write_text
 
 from .dataset import Dataset
 
@@ -133,7 +134,7 @@ class Rule:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the file."""
         data = {"format": FORMAT, "version": VERSION, **asdict(self)}
-        Path(path).write_text(json.dumps(data, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+        write_text(path, json.dumps(data, ensure_ascii=False, indent=1) + "\n")
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Rule:

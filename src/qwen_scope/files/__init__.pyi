@@ -2,9 +2,11 @@ from .bounded import parse_value as parse_value
 from .fields import Fields as Fields
 from .fields import parse_object as parse_object
 from .fields import read_object as read_object
+from .folder import write_folder as write_folder
 from .lines import append_lines as append_lines
 from .lines import read_lines as read_lines
 from .lock import lock_folder as lock_folder
 from .whole import not_onto_itself as not_onto_itself
+from .whole import room as room
 from .whole import write_text as write_text
 from .whole import write_whole as write_whole

@@ -9,6 +9,7 @@ import json
 import os
 import warnings
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
@@ -45,19 +46,30 @@ def read_lines(path: str | os.PathLike[str]) -> list[str]:
 def append_lines(path: str | os.PathLike[str], lines: Iterable[str]) -> None:
     """Add lines, each without its end, in one write that is on the disk when this returns.
 
-    A torn last line is cut off first. Where the write fails, the file is as it was before.
+    A torn last line is cut off first. Where the write fails, the file is as it was before. Of several writers one
+    waits for the other.
 
     Raises:
         InputError: it can't be written, or the disk is full.
     """
     data = "".join(line + "\n" for line in lines).encode("utf-8")
     with told(str(path)), Path(path).open("a+b", buffering=0) as file:
+        _wait_for(file)
         length = _mend(file)
         try:
             _write(file, data)
         except BaseException:
             os.ftruncate(file.fileno(), length)
             raise
+
+
+def _wait_for(file: IO[bytes]) -> None:
+    """Hold the file until it is closed: what one writer mends or takes back is no line of another."""
+    if os.name == "posix":
+        import fcntl
+
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(file.fileno(), fcntl.LOCK_EX)
 
 
 def _write(file: IO[bytes], data: bytes) -> None:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO
 
 from qwen_scope.errors import InputError
 
-from .whole import told
+from .whole import make_folder, remove_stale, take, told
 
 NAME = ".lock"
 
@@ -19,49 +18,35 @@ NAME = ".lock"
 def lock_folder(folder: str | os.PathLike[str]) -> Iterator[None]:
     """Hold a folder as its only writer while the block runs; it is made where it does not exist.
 
-    The file `.lock` in it names the process; it goes when the block ends. Readers take no lock.
+    The file `.lock` in it names the process; it goes when the block ends, and with it a folder that was made here and
+    is empty. Unfinished files of dead writers are removed, in folders below it too. Readers take no lock.
 
     Raises:
         InputError: another process (or another block of this one) writes to it, or it can't be made.
     """
     place = Path(folder)
     with told(str(folder)):
-        place.mkdir(parents=True, exist_ok=True)
-    with told(str(folder)):
-        file = _open(place / NAME)
-    if not _take(file, place / NAME):
-        holder = file.read(20).decode("ascii", "replace").strip()
-        file.close()
-        who = f" (process {holder})" if holder.isdigit() else ""
-        raise InputError(
-            f"another process{who} is writing to {folder}; wait until it has ended, or name another folder"
-        )
+        made = make_folder(place)
+        held = os.open(place / NAME, os.O_RDWR | os.O_CREAT, 0o644)
+        if not take(held, place / NAME):
+            holder = os.read(held, 20).decode("ascii", "replace").strip()
+            os.close(held)
+            who = f" (process {holder})" if holder.isdigit() else ""
+            raise InputError(
+                f"another process{who} is writing to {folder}; wait until it has ended, or name another folder"
+            )
     try:
-        file.truncate(0)
-        file.write(str(os.getpid()).encode())
-        file.flush()
+        os.ftruncate(held, 0)
+        os.write(held, str(os.getpid()).encode())
+        for below in (place, *(path for path in place.rglob("*") if path.is_dir() and not path.is_symlink())):
+            with suppress(OSError):
+                remove_stale(below)
         yield
     finally:
         # Removed while it is still held: whoever opened it in the meantime finds another file under the name.
-        (place / NAME).unlink(missing_ok=True)
-        file.close()
-
-
-def _open(path: Path) -> IO[bytes]:
-    return os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o644), "r+b")
-
-
-def _take(file: IO[bytes], path: Path) -> bool:
-    """Take the lock without waiting; False where another holds it, or has just let go of the file under this name."""
-    try:
-        if os.name == "nt":
-            import msvcrt
-
-            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-        else:
-            import fcntl
-
-            fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return os.path.samestat(os.fstat(file.fileno()), path.stat())
-    except (BlockingIOError, PermissionError, FileNotFoundError):
-        return False
+        with suppress(OSError):
+            (place / NAME).unlink(missing_ok=True)
+        os.close(held)
+        for path in reversed(made):
+            with suppress(OSError):
+                path.rmdir()

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from qwen_scope.errors import InputError
+from qwen_scope.files import write_text
 from qwen_scope.lab import LANGUAGES, REGISTERS, Document, documents
 
 SPACED = ("ru", "ar", "en", "fr", "de", "es")
@@ -234,7 +235,7 @@ BENCHMARKS: tuple[Benchmark, ...] = (
 def write_items(found: list[Item], path: Path) -> None:
     """Items as JSON lines: `id`, `text` (the prompt, which extract reads), `choices` with the right one first."""
     lines = [json.dumps({"id": i.id, "text": i.prompt, "choices": i.choices}, ensure_ascii=False) for i in found]
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    write_text(path, "\n".join(lines) + "\n")
 
 
 def described(benchmark: Benchmark) -> dict[str, object]:

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import errno
 import json
-import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, final
 
 from qwen_scope.errors import FormatError, InputError
+from qwen_scope.files import read_lines, write_text
 
 KEPT, SILENT, FIRING, EMPTY, DUPLICATE, FAILED = "kept", "silent", "firing", "empty", "duplicate", "failed"
 OUTCOMES = (KEPT, SILENT, FIRING, EMPTY, DUPLICATE, FAILED)
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @dataclass(frozen=True)
@@ -76,7 +73,7 @@ class Journal:
 
 def _read(path: Path) -> list[Attempt]:
     out = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(read_lines(path), 1):
         try:
             found = json.loads(line)
             fires = tuple((int(a), int(b), float(c)) for a, b, c in found.pop("fires"))
@@ -88,17 +85,7 @@ def _read(path: Path) -> list[Attempt]:
 
 def write_lines(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """A file of JSON lines, whole or not at all."""
-    write_whole(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-
-
-def write_whole(path: Path, text: str) -> None:
-    """A file of text, whole or not at all; it is on the disk when this returns."""
-    part = path.with_name(path.name + ".part")
-    with part.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def check_folder(out: Path, request: Mapping[str, Any]) -> None:
@@ -119,19 +106,5 @@ def check_folder(out: Path, request: Mapping[str, Any]) -> None:
         differ = [name for name in sorted({*before, *asked}) if before.get(name) != asked.get(name)]
         if differ:
             raise InputError(f"{out} holds a run with another {', '.join(differ)}; name another folder to begin anew")
-    elif out.exists() and (not out.is_dir() or any(found.name not in ("seed", "cache") for found in out.iterdir())):
+    elif out.exists() and (not out.is_dir() or any(found.name not in ("seed", "cache", ".lock") for found in out.iterdir())):
         raise InputError(f"{out} holds something else than a synthesis; name a new folder")
-
-
-@contextmanager
-def room(out: Path) -> Iterator[None]:
-    """Turn a full disk, or a folder that can't be written, into one sentence."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in FULL or "No space left" in str(error):
-            raise InputError(
-                f"no room to write to {out}: the disk is full or a limit is reached; what was answered is kept, so make"
-                " room and run the same command again"
-            ) from error
-        raise InputError(f"{out} can't be written: {error.strerror or error}") from error

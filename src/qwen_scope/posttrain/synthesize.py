@@ -35,11 +35,12 @@ from jaxtyping import Int64
 from qwen_scope.corpus import Corpus, FeatureStore, extract
 from qwen_scope.errors import InputError, MismatchError
 from qwen_scope.features import Endpoint
+from qwen_scope.files import room, write_text, write_whole
 from qwen_scope.model import LoadedModel
 from qwen_scope.report import Curves, Line, save_png
 from qwen_scope.scope import Scope
 
-from .journal import KEPT, OUTCOMES, Attempt, check_folder, room, write_lines, write_whole
+from .journal import KEPT, OUTCOMES, Attempt, check_folder, write_lines
 from .targets import Target
 from .writer import Made, Say, SynthesisOptions, Writer, activations, digest, fire
 from .writing import Price, avoid_prompt, priced, write_prompt
@@ -79,14 +80,14 @@ def synthesize(
     """
     o = options or SynthesisOptions()
     check_targets(scope, targets)
-    with room(out):
+    with room(out, "what was answered"):
         request = _request(scope, seed, targets, endpoint, o)
         check_folder(out, request)
         with seed_store(scope, seed, [target.layer for target in targets], out / "seed") as store:
             counts, (known, texts) = seed_counts(store, targets), seed_texts(store, o.seed)
         out.mkdir(parents=True, exist_ok=True)
         facts = {"request": request, "budget": o.budget, "endpoint": endpoint.base_url, "versions": versions()}
-        write_whole(out / "run.json", _json({**facts, "concurrency": endpoint.concurrency}))
+        write_text(out / "run.json", _json({**facts, "concurrency": endpoint.concurrency}))
         asked = endpoint if endpoint.cache is not None else replace(endpoint, cache=out / "cache")
         writer = Writer(scope, targets, asked, out, o, known, texts, say)
         made = writer.write(counts)
@@ -99,10 +100,11 @@ def synthesize(
             more = list(islice((_plain(document.text) for document in natural), len(made.attempts)))
             curves = {"targeted": made.curve, "untargeted": control.curve}
             curves["natural"] = curve_of(scope, more, targets, counts, o.batch)
-            write_whole(out / "curves.json", _json(curves))
-            save_png(coverage_figure(curves, len(targets)), out / "coverage.png")
+            write_text(out / "curves.json", _json(curves))
+            with write_whole(out / "coverage.png") as part:
+                save_png(coverage_figure(curves, len(targets)), part)
             metrics["controls"] = {name: curve[-1] for name, curve in curves.items()}
-        write_whole(out / "metrics.json", _json(metrics))
+        write_text(out / "metrics.json", _json(metrics))
     return {**metrics, "spent": asdict(asked.spent)}
 
 
@@ -273,9 +275,8 @@ def save_rows(path: Path, rows: Sequence[Mapping[str, Any]], columns: Mapping[st
 
     write_lines(path.with_suffix(".jsonl"), rows)
     schema = pa.schema([(name, pa.type_for_alias(kind)) for name, kind in columns.items()])
-    part = path.with_suffix(".parquet.part")
-    parquet.write_table(pa.Table.from_pylist([dict(row) for row in rows], schema=schema), part)
-    part.replace(path.with_suffix(".parquet"))
+    with write_whole(path.with_suffix(".parquet")) as part:
+        parquet.write_table(pa.Table.from_pylist([dict(row) for row in rows], schema=schema), part)
 
 
 def curve_of(
@@ -321,7 +322,7 @@ def price(
     """
     o = options or SynthesisOptions()
     check_targets(scope, targets)
-    with room(out), seed_store(scope, seed, [target.layer for target in targets], out / "seed") as store:
+    with room(out, "what was answered"), seed_store(scope, seed, [target.layer for target in targets], out / "seed") as store:
         counts = seed_counts(store, targets)
         typical = store.manifest.tokens / store.manifest.documents
     open_ = np.flatnonzero(counts < o.want)

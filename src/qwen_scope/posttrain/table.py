@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen_scope.errors import FormatError, MismatchError, NotFoundError
+from qwen_scope.files import write_text
 from qwen_scope.sae import SAE, Identity
 
 FORMAT, VERSION = "qwen-scope alpha table", 1
@@ -84,11 +85,7 @@ class AlphaTable:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the table as JSON; the file appears complete or not at all."""
         data = {"format": FORMAT, "version": VERSION, **asdict(self)}
-        place = Path(path)
-        place.parent.mkdir(parents=True, exist_ok=True)
-        partial = place.with_name(place.name + ".partial")
-        partial.write_text(json.dumps(data, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
-        partial.replace(place)
+        write_text(path, json.dumps(data, ensure_ascii=False, indent=1) + "\n")
 
 
 def read_table(path: str | os.PathLike[str]) -> AlphaTable:

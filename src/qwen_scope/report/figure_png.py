@@ -23,7 +23,7 @@ def save_png(figure: Figure, path: str | os.PathLike[str]) -> None:
         axes.set_ylabel(figure.y_label)
         axes.grid(alpha=0.25)
         draw_curves(axes, figure) if isinstance(figure, Curves) else draw_points(axes, figure)
-    canvas.savefig(os.fspath(path))
+    canvas.savefig(os.fspath(path), format="png")
 
 
 def size_of(figure: Figure) -> tuple[float, float]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 from qwen_scope.errors import InputError
+from qwen_scope.files import write_whole
 
 from .sweep import Sweep
 
@@ -37,4 +38,5 @@ def plot_sweep(found: Sweep, path: str | os.PathLike[str]) -> None:
     if found.proposed is not None:
         left.axvline(found.proposed, color="tab:green", linewidth=0.8)
         left.set_title(f"proposed amount: {found.proposed:.3g}")
-    figure.savefig(path, dpi=120)
+    with write_whole(path) as part:
+        figure.savefig(part, dpi=120, format="png")

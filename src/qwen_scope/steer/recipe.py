@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from qwen_scope.errors import FormatError, InputError, MismatchError, NotFoundError, brief, foreign
-from qwen_scope.files import parse_value
+from qwen_scope.files import parse_value, write_text
 from qwen_scope.model import text_config
 
 from .intervention import Intervention
@@ -116,7 +116,7 @@ class Recipe:
             import yaml
 
             text = yaml.safe_dump(data, allow_unicode=True, sort_keys=False)
-        target.write_text(text, encoding="utf-8")
+        write_text(target, text)
 
 
 def load_recipe(path: str | os.PathLike[str], most_bytes: int = MAX_BYTES) -> Recipe:
