@@ -212,7 +212,9 @@ def test_the_command_writes_terminal_json_and_html(folder: Path, tmp_path: Path,
         ([str(tmp_path / "none"), "-f", "3"], "no store"),
         ([str(folder), "-f", "3"], "--layer"),
         ([str(folder), "--layer", "5", "-f", "99999"], "0 to"),
-        ([*words[1:], "--html", str(tmp_path / "no" / "page.html")], "can't write"),
+        ([*words[1:], "--html", str(tmp_path / "page.html" / "below.html")], "can't write"),
+        ([*words[1:], "--html", str(folder / "page.html")], "which is read"),
+        ([*words[1:], "--html", str(tmp_path)], "is a folder"),
     ):
         assert main(["show", *bad]) == 2
         assert said in capsys.readouterr().err
@@ -233,7 +235,9 @@ def test_the_table_of_statistics(store: FeatureStore, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"\.csv or \.parquet"):
         export_statistics(store, tmp_path / "s.xls")
     with pytest.raises(InputError, match="can't write"):
-        export_statistics(store, tmp_path / "no" / "s.csv")
+        export_statistics(store, tmp_path / "s.csv" / "t.csv")
+    export_statistics(store, tmp_path / "new" / "s.csv", [OTHER])
+    assert (tmp_path / "new" / "s.csv").read_bytes() == (tmp_path / "s.csv").read_bytes()
 
 
 def test_neuronpedia_gets_what_it_takes(tmp_path: Path) -> None:

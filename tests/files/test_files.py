@@ -14,7 +14,16 @@ from pathlib import Path
 import pytest
 
 from qwen_scope.errors import FormatError, InputError, QwenScopeWarning
-from qwen_scope.files import append_lines, lock_folder, not_onto_itself, read_lines, write_text, write_whole
+from qwen_scope.files import (
+    append_lines,
+    check_output,
+    lock_folder,
+    not_onto_itself,
+    read_lines,
+    write_folder,
+    write_text,
+    write_whole,
+)
 
 
 def left(folder: Path) -> list[str]:
@@ -176,3 +185,192 @@ def test_bytes_that_are_no_text_are_named(tmp_path: Path) -> None:
 def test_an_error_of_the_disk_is_told(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=os.strerror(errno.EISDIR)):
         append_lines(tmp_path, ["x"])
+
+
+def child(script: str, *args: str | Path, **more) -> subprocess.Popen:
+    """Another process that has said it is ready."""
+    started = subprocess.Popen(
+        [sys.executable, "-c", script, *map(str, args)], stdout=subprocess.PIPE, text=True, **more
+    )
+    assert started.stdout is not None
+    assert started.stdout.readline() == "ready\n"
+    return started
+
+
+def killed(process: subprocess.Popen) -> None:
+    assert process.stdout is not None
+    process.kill()
+    process.wait()
+    process.stdout.close()
+
+
+WRITING = (
+    "import sys, time; from qwen_scope.files import write_whole\n"
+    "with write_whole(sys.argv[1]) as part: part.write_text('half'); print('ready', flush=True); time.sleep(60)"
+)
+FILLING = (
+    "import sys, time; from qwen_scope.files import write_folder\n"
+    "with write_folder(sys.argv[1]) as part:\n"
+    "    (part / 'a').write_text('half'); print('ready', flush=True); time.sleep(60)"
+)
+
+
+def test_what_a_dead_writer_left_is_removed_and_a_live_ones_file_stays(tmp_path: Path) -> None:
+    dead, live = child(WRITING, tmp_path / "a"), child(WRITING, tmp_path / "b")
+    killed(dead)
+    (tmp_path / f".unfinished-{'0' * 32}.pt").write_text("from an older version")
+    (tmp_path / ".unfinished-mine.txt").write_text("not one of ours")
+    assert len(left(tmp_path)) == 4
+    write_text(tmp_path / "a", "whole")
+    names = left(tmp_path)
+    assert [name for name in names if not name.startswith(f".unfinished-{live.pid}-")] == [
+        ".unfinished-mine.txt",
+        "a",
+    ]
+    assert len(names) == 3
+    killed(live)
+    (tmp_path / "below").mkdir()
+    os.rename(tmp_path / next(n for n in names if str(live.pid) in n), tmp_path / "below" / ".unfinished-1-00000000")
+    with lock_folder(tmp_path):  # whoever takes the folder tidies it
+        assert left(tmp_path / "below") == []
+
+
+def test_folders_made_for_an_output_that_failed_go_again(tmp_path: Path) -> None:
+    def fails(path: Path) -> None:
+        with write_whole(path):
+            raise ValueError("no more")
+
+    for path in (tmp_path / "deep" / "er" / "out", tmp_path / "deep" / "out"):
+        with pytest.raises(ValueError, match="no more"):
+            fails(path)
+    assert left(tmp_path) == []
+    with lock_folder(tmp_path / "a" / "b"):
+        pass
+    assert left(tmp_path) == []
+
+
+def test_a_protected_file_and_odd_targets_are_refused(tmp_path: Path) -> None:
+    kept = tmp_path / "kept"
+    kept.write_text("mine")
+    kept.chmod(0o400)
+    if os.access(kept, os.W_OK):  # the superuser may write everything
+        write_text(kept, "new")
+    else:
+        with pytest.raises(InputError, match="Permission denied"):
+            write_text(kept, "new")
+    import socket
+
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(str(tmp_path / "socket"))
+        with pytest.raises(InputError, match="a device or a socket"):
+            write_text(tmp_path / "socket", "x")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    with pytest.raises(InputError, match="can't write"), write_whole(tmp_path / "loop" / "below"):
+        pass
+    with pytest.raises(InputError, match=r"can't write .*nothing"):
+        write_text("/proc/nothing/out", "x")
+
+
+@pytest.mark.parametrize("name", ["/dev/stdout", "/dev/fd/1", "/proc/self/fd/1", "link"])
+def test_a_stream_is_added_to_and_never_emptied(tmp_path: Path, name: str) -> None:
+    (tmp_path / "link").symlink_to("/dev/stdout")
+    script = (
+        "import sys; from qwen_scope.files import write_text\n"
+        "print('before'); write_text(sys.argv[1], 'out\\n'); print('after')"
+    )
+    argv = [sys.executable, "-c", script, str(tmp_path / "link") if name == "link" else name]
+    log = tmp_path / "log"
+    log.write_text("old\n")
+    with log.open("a") as file:
+        subprocess.run(argv, stdout=file, check=True)
+    assert log.read_text() == "old\nbefore\nout\nafter\n"
+    assert subprocess.run(argv, capture_output=True, check=True, text=True).stdout == "before\nout\nafter\n"
+
+
+def test_a_whole_folder_appears_at_once(tmp_path: Path) -> None:
+    with write_folder(tmp_path / "new" / "out") as part:
+        (part / "sub").mkdir()
+        (part / "sub" / "a").write_text("x")
+        assert not (tmp_path / "new" / "out").exists()
+    assert left(tmp_path / "new") == ["out"]
+    assert left(tmp_path / "new" / "out") == ["sub"]
+    (tmp_path / "empty").mkdir()
+    with write_folder(tmp_path / "empty") as part:
+        (part / "a").write_text("x")
+    assert left(tmp_path / "empty") == ["a"]
+
+    def fails(replace: bool) -> None:
+        with write_folder(tmp_path / "empty", replace=replace) as part:
+            (part / "b").write_text("y")
+            raise KeyboardInterrupt
+
+    with pytest.raises(InputError, match="holds something"):
+        fails(False)
+    with pytest.raises(KeyboardInterrupt):
+        fails(True)
+    assert left(tmp_path / "empty") == ["a"]
+    with write_folder(tmp_path / "empty", replace=True) as part:
+        (part / "b").write_text("y")
+    assert left(tmp_path / "empty") == ["b"]
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(InputError, match="is a file"), write_folder(tmp_path / "file", replace=True):
+        pass
+    assert left(tmp_path) == ["empty", "file", "new"]
+
+
+def test_the_folder_one_stands_in_is_filled_and_stays(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    before = tmp_path.stat().st_ino
+    with write_folder(".") as part:
+        (part / "a").write_text("x")
+    assert tmp_path.stat().st_ino == before
+    assert left(tmp_path) == ["a"]
+
+
+def test_a_killed_folder_is_begun_anew_and_a_live_one_refused(tmp_path: Path) -> None:
+    writer = child(FILLING, tmp_path / "out")
+    said = rf"another process \(process {writer.pid}\) is writing"
+    with pytest.raises(InputError, match=said), write_folder(tmp_path / "out"):
+        pass
+    killed(writer)
+    assert left(tmp_path) == [".unfinished-out"]
+    with write_folder(tmp_path / "out") as part:
+        assert left(part) == [".lock"]
+        (part / "b").write_text("x")
+    assert left(tmp_path) == ["out"]
+    # Killed between the two renames of a replacement: the old folder comes back.
+    os.rename(tmp_path / "out", tmp_path / ".unfinished-out.before")
+    with pytest.raises(InputError, match="holds something"), write_folder(tmp_path / "out"):
+        pass
+    assert left(tmp_path / "out") == ["b"]
+
+
+def test_two_writers_of_a_journal_lose_nothing(tmp_path: Path) -> None:
+    journal = tmp_path / "journal"
+    script = (
+        "import sys, json; from qwen_scope.files import append_lines\n"
+        "print('ready', flush=True)\n"
+        "for i in range(100): append_lines(sys.argv[1], [json.dumps([sys.argv[2], i, 'x' * 3000])])"
+    )
+    writers = [child(script, journal, name) for name in "ab"]
+    for writer in writers:
+        assert writer.wait(60) == 0
+        assert writer.stdout is not None
+        writer.stdout.close()
+    found = [json.loads(line)[:2] for line in read_lines(journal)]
+    assert sorted(found) == sorted([name, i] for name in "ab" for i in range(100))
+
+
+def test_check_output_refuses_before_the_work(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    for path, said in (
+        (tmp_path, "is a folder"),
+        (tmp_path / "file" / "below", "Not a directory"),
+        (tmp_path / "file", "is what is read"),
+        (tmp_path / "out.txt", "has to end in .json or .yaml"),
+    ):
+        with pytest.raises(InputError, match=said):
+            check_output(path, tmp_path / "file", endings=[".json", ".yaml"] if path.suffix == ".txt" else [])
+    check_output(tmp_path / "new" / "deep" / "out", tmp_path / "file")
+    check_output("/dev/stdout", tmp_path / "file")
+    assert left(tmp_path) == ["file"]

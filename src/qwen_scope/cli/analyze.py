@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, cast, get_args, get_origin, get_type_hints
 
@@ -121,6 +122,7 @@ def analyze(
     if len(stores) < analysis.datasets:
         raise InputError(f"analyze {name} needs at least {analysis.datasets} stores, not {len(stores)}")
     way = options.one_of("--reduction", reduction or analysis.reduction, REDUCTIONS)
+    output.hold(out, *stores, *(scores or []))
     with output.status("reading the stores"):
         tables = scores or [None] * len(stores)
         datasets = [open_dataset(*one, layer, way, analysis.texts) for one in zip(stores, said, tables, strict=True)]
@@ -161,16 +163,17 @@ def show_result(title: str, result: Result, out: Path | None, as_json: bool) -> 
 
 
 def write_report(title: str, result: Result, out: Path) -> None:
-    """`report.html`, and every figure as `figureN.png`."""
+    """`report.html`, and every figure as `figureN.png`: all of them, or none where one can't be written."""
+    from qwen_scope.files import write_whole
     from qwen_scope.report import figure_page, save_png
 
-    if out.exists() and not out.is_dir():
-        raise InputError(f"{out} is a file; name a folder")
-    out.mkdir(parents=True, exist_ok=True)
-    for i, figure in enumerate(result.figures, 1):
-        save_png(figure, out / f"figure{i}.png")
     tables = [(t.title, t.columns, t.rows) for t in result.tables]
-    (out / "report.html").write_text(figure_page(title, tables, result.figures, result.notes), encoding="utf-8")
+    with ExitStack() as stack:
+        # They are renamed in the opposite order, the page last.
+        page = stack.enter_context(write_whole(out / "report.html"))
+        page.write_text(figure_page(title, tables, result.figures, result.notes), encoding="utf-8")
+        for i, figure in enumerate(result.figures, 1):
+            save_png(figure, stack.enter_context(write_whole(out / f"figure{i}.png")))
 
 
 def strict(value: Any) -> Any:

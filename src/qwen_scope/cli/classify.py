@@ -63,10 +63,15 @@ def fit(
     Without test documents a third of the seeds is held out. The layer is the one with the largest top-1 difference.
     """
     from qwen_scope.analysis import try_rule
+    from qwen_scope.files import check_output
 
     if (test_positive is None) != (test_negative is None):
         raise InputError("give both --test-positive and --test-negative, or neither")
     sources = [positive, negative] + [path for path in (test_positive, test_negative) if path is not None]
+    given = [*sources, *options.folders(model, sae)]
+    if rule is not None:
+        check_output(rule, *given)
+    output.hold(out, *given)
     with output.status("opening the model"):
         scope = options.open_scope(model, sae, device, dtype, k)
     where = scope.check_layers(options.parse_layers(layers))
@@ -106,7 +111,10 @@ def predict(
     A document longer than the model's context is read up to there.
     """
     from qwen_scope.corpus import Corpus
+    from qwen_scope.files import check_output, write_whole
 
+    # A shell may have sent standard output into the corpus, which would then never end.
+    check_output(out or "/dev/stdout", classifier, source, *options.folders(model, sae))
     loaded = load_classifier(classifier)
     corpus = Corpus(source, column=column, unit=unit)
     scope = None if not hasattr(loaded, "features") else options.open_scope(model, sae, device, dtype, k)
@@ -116,7 +124,7 @@ def predict(
             for line in lines:
                 sys.stdout.write(json.dumps(line, ensure_ascii=False) + "\n")
         else:
-            with out.open("w", encoding="utf-8") as file:
+            with write_whole(out) as part, part.open("w", encoding="utf-8", newline="") as file:
                 for line in lines:
                     file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
@@ -231,8 +239,10 @@ def distil(
 
     from qwen_scope.analysis import Result, Rule, Student, rates_table
     from qwen_scope.corpus import Corpus
+    from qwen_scope.files import check_output
     from qwen_scope.stats import rates
 
+    check_output(student, rule, source, *options.folders(model, sae))
     loaded = Rule.load(rule)
     corpus = Corpus(source, column=column, unit=unit)
     scope = options.open_scope(model, sae, device, dtype, k)

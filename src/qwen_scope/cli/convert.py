@@ -50,6 +50,7 @@ def convert(
     if layout not in LAYOUTS:
         raise NotFoundError(f"no layout {layout!r}; {nearest(layout, LAYOUTS)}")
     dtype = options.weight_type(weights or ("float32" if LAYOUTS[layout].computes_as_stored else "bfloat16"))
+    output.hold(out, *options.folders(source, model))
     chosen = layers_of(source) if wanted is None else wanted
     rows = []
     residuals = None

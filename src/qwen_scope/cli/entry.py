@@ -69,12 +69,14 @@ def run(argv: Sequence[str] | None) -> int:
     """Run one command; what its options and the library raise comes out, but for the messages on usage."""
     from typer import Abort, BadParameter
 
+    from . import output
     from .app import app
 
     # click's ClickException; which click it is depends on the version of typer
     usage: Any = next(kind for kind in BadParameter.__mro__ if kind.__name__ == "ClickException")
     try:
-        code = app(args=None if argv is None else list(argv), standalone_mode=False)
+        with output.command():
+            code = app(args=None if argv is None else list(argv), standalone_mode=False)
     except usage as error:
         text = io.StringIO()
         error.show(text)

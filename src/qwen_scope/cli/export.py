@@ -34,8 +34,10 @@ def export(
     """Write Neuronpedia's upload and bulk files, a latents folder for delphi, or a table of statistics with labels."""
     from qwen_scope.corpus import FeatureStore
     from qwen_scope.features import export_delphi, export_neuronpedia, export_statistics
+    from qwen_scope.files import not_onto_itself
 
     options.one_of("--to", to, KINDS)
+    not_onto_itself(out, folder)
     wanted = options.parse_layers(layers)
     store = FeatureStore(folder)
     with output.progress() as bar:

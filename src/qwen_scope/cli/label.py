@@ -51,7 +51,10 @@ def label(
     """
     from qwen_scope.corpus import FeatureStore
     from qwen_scope.features import LabelOptions, ModelJudge, Notes, TokenJudge, label_features
+    from qwen_scope.files import check_output
 
+    if export is not None:
+        check_output(export, folder, *([merge] if merge else []))
     store = FeatureStore(folder)
     if export is not None or merge is not None:
         notes = Notes(store)
@@ -64,6 +67,7 @@ def label(
         keep(store, layer, one_feature(features), note, verdict, author)
         return
     chosen = [(layer, feature) for feature in which(store, layer, features, n)]
+    output.hold(folder)
     options_ = LabelOptions(examples, tests, seed)
     endpoint = None if summary else judge_endpoint(folder, judge_model, budget, tokens, concurrency, cache)
     judge = TokenJudge() if endpoint is None else ModelJudge(endpoint)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import fields
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_args
 
 import typer
@@ -19,6 +21,8 @@ if TYPE_CHECKING:
     import torch
 
     from qwen_scope.scope import Scope
+
+RECIPES = (".json", ".yaml", ".yml")
 
 Model = Annotated[str, typer.Option("--model", help="Language model: 'lab' (bundled), a Hub id or a folder.")]
 StoreModel = Annotated[
@@ -122,6 +126,11 @@ def sae_source(model: str, sae: str | None) -> str:
     from qwen_scope.scope import resolve
 
     return resolve(model, sae)[1]
+
+
+def folders(*sources: str | Path | None) -> list[str | Path]:
+    """Of models, SAEs and corpora those that lie on this machine, by their path; a bare name is one of the catalog."""
+    return [one for one in sources if one is not None and (isinstance(one, Path) or "/" in one or os.sep in one)]
 
 
 def quiet() -> None:

@@ -6,11 +6,13 @@ import functools
 import json
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextvars import ContextVar
 from dataclasses import asdict, is_dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qwen_scope.errors import printable
+from qwen_scope.errors import InputError, printable
 
 from .lines import lines
 
@@ -38,6 +40,36 @@ def errors() -> Console:
 def say(message: str) -> None:
     """One line on standard error, above whatever is turning there."""
     errors().print(printable(message), markup=False, soft_wrap=True)
+
+
+_held: ContextVar[ExitStack] = ContextVar("_held")
+
+
+@contextmanager
+def command() -> Iterator[None]:
+    """Around a whole command: what it holds is let go at its end."""
+    with ExitStack() as stack:
+        before = _held.set(stack)
+        try:
+            yield
+        finally:
+            _held.reset(before)
+
+
+def hold(out: Path | None, *inputs: str | Path) -> None:
+    """Keep the folder that a command writes for it alone until the command ends; nothing where there is none.
+
+    Raises:
+        InputError: it is a file, what is read or inside of that, or another process writes to it.
+    """
+    from qwen_scope.files import lock_folder, not_onto_itself
+
+    if out is None:
+        return
+    if out.exists() and not out.is_dir():
+        raise InputError(f"{out} is a file; name a folder")
+    not_onto_itself(out, *inputs)
+    _held.get().enter_context(lock_folder(out))
 
 
 def show(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:

@@ -40,7 +40,10 @@ def show(
     """
     from qwen_scope.corpus import FeatureStore
     from qwen_scope.features import feature_html, feature_page
+    from qwen_scope.files import check_output, write_text
 
+    if html is not None:
+        check_output(html, *options.folders(folder, model, sae))
     if feature is None:
         raise InputError("name a feature with --feature; qwen-scope find tells which tell two sets of texts apart")
     if folder is None and no_model:
@@ -55,13 +58,13 @@ def show(
     with output.status("reading"):
         page = feature_page(layer, feature, store=store, scope=scope, n=n, contexts=n)
     if html is not None:
-        write_new(html, feature_html(page))
+        write_text(html, feature_html(page))
     if as_json:
         output.print_json(page.to_json())
     elif html is None:
         print_page(page)
     else:
-        typer.echo(f"{html} written")
+        output.say(f"{html} written")
 
 
 def scope_of(
@@ -73,20 +76,6 @@ def scope_of(
         groups = {info.group for info in store.manifest.layers.values()}
         sae = sae or (groups.pop() if len(groups) == 1 else None)
     return options.open_scope(model or "lab", sae, device, dtype, k)
-
-
-def write_new(path: Path, text: str) -> None:
-    """Write a file whole or not at all.
-
-    Raises:
-        InputError: it can't be written.
-    """
-    part = path.with_name(path.name + ".part")
-    try:
-        part.write_text(text, encoding="utf-8")
-        part.replace(path)
-    except OSError as error:
-        raise InputError(f"can't write {path}: {error.strerror}") from error
 
 
 def print_page(page: FeaturePage) -> None:

@@ -63,8 +63,11 @@ def steer(
     The amount of `add` and `clamp` counts in lengths of the layer's typical residual unless --unit says otherwise;
     `sweep` finds a good one.
     """
+    from qwen_scope.files import check_output
     from qwen_scope.steer import Decoding
 
+    if save_recipe is not None:
+        check_output(save_recipe, *([recipe] if recipe else []), *options.folders(model, sae), endings=options.RECIPES)
     mode = options.check_chat(chat)
     decoding = Decoding(max_new_tokens, sample, temperature, top_p, top_k, repetition_penalty, seed)
     one = None if recipe is not None else one_intervention(layer, feature, op, amount, unit, where)

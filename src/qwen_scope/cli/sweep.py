@@ -67,6 +67,7 @@ def sweep(
     """
     from qwen_scope.steer import Budget, Decoding, best_candidate, plot_sweep, sweep_candidates
 
+    check_outputs(save_recipe, plot, options.folders(prompts, reference, *(recipe or []), model, sae))
     mode = options.check_chat(chat)
     decoding = Decoding(max_new_tokens, sample, temperature, seed=seed)
     budget = Budget(max_perplexity, max_repetition, tolerance)
@@ -106,6 +107,16 @@ def sweep(
         output.print_json((several if len(found) > 1 else found[shown].to_json()) | {"n_prompts": len(lines)})
     else:
         print_sweeps(found, best)
+
+
+def check_outputs(save_recipe: Path | None, plot: Path | None, given: list[str | Path]) -> None:
+    """Refuse names that can't be written before anything is computed."""
+    from qwen_scope.files import check_output
+
+    if save_recipe is not None:
+        check_output(save_recipe, *given, endings=options.RECIPES)
+    if plot is not None:
+        check_output(plot, *given, endings=[".png"])
 
 
 def from_recipes(scope: Scope, paths: list[Path]) -> dict[str, list[Intervention]]:
@@ -191,7 +202,9 @@ def read_prompts(path: Path) -> list[str]:
         InputError: no such file, not text, or no line.
     """
     try:
-        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        # A prompt may hold separators that splitlines takes for line ends.
+        text = path.read_bytes().decode("utf-8")
+        lines = [line.removesuffix("\r") for line in text.split("\n") if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"the prompts in {str(path)!r} can't be read: {type(error).__name__}") from None
     if not lines:

@@ -62,6 +62,7 @@ def transfer(
         corpus = lab_corpus(what, value, groups, each, seed)
     else:
         corpus = Corpus(source, column=column, unit=unit)
+    output.hold(out, *([] if source == "lab" else [source]), *options.folders(model, sae))
     with output.status("opening the model"):
         scope = options.open_scope(model, sae, device, dtype, k)
     where = scope.check_layers(options.parse_layers(layers))

@@ -20,6 +20,7 @@ from safetensors.numpy import save_file
 
 from qwen_scope.corpus import Context, FeatureStore
 from qwen_scope.errors import InputError
+from qwen_scope.files import write_folder, write_text, write_whole
 from qwen_scope.scope import Scope
 
 from .effects import TokenEffect, token_effects
@@ -72,12 +73,8 @@ def export_statistics(store: FeatureStore, path: str | os.PathLike[str], layers:
             table = table.append_column(name, pa.array(values, kind))
         tables.append(table)
     whole = pa.concat_tables(tables)
-    part = target.with_name(target.name + ".part")
-    try:
+    with write_whole(target) as part:
         pq.write_table(whole, part) if target.suffix == ".parquet" else pa_csv.write_csv(whole, part)
-        part.replace(target)
-    except OSError as error:
-        raise InputError(f"can't write {target}: {error}") from error
     return len(whole)
 
 
@@ -100,6 +97,8 @@ def export_neuronpedia(
     `explanations`. Features that never fire are left out, because an upload needs an activation. Explanations are the
     labels of the store; the method's name says with which scores.
 
+    The folder appears when it is complete.
+
     Args:
         folder: new or empty.
         model_id, set_name: as Neuronpedia names model and source set; the source is `LAYER-SET`.
@@ -110,27 +109,31 @@ def export_neuronpedia(
     Raises:
         InputError: the folder holds something.
     """
-    out = new_folder(folder)
     frequency = store.stats(layer)["frequency"].to_numpy()
     chosen = [f for f in (range(len(frequency)) if features is None else features) if frequency[f] > 0]
     labels, source = Notes(store).labels(), f"{layer}-{set_name}"
     now = datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
     common = {"modelId": model_id, "layer": source, "creatorId": "", "createdAt": now}
-    write_heads(out, store, layer, model_id, set_name, now)
-    for number, start in enumerate(range(0, len(chosen), BATCH)):
-        some = [
-            gathered(store, layer, f, scope, contexts, labels.get((layer, f))) for f in chosen[start : start + BATCH]
-        ]
-        body = {"modelId": model_id, "source": source, "features": [upload_row(one) for one in some]}
-        write_text(out / "upload" / f"batch-{number}.json", json.dumps(body, ensure_ascii=False))
-        write_lines(out / "features" / f"batch-{number}.jsonl.gz", (feature_row(one, layer, common) for one in some))
-        lines = (row for one in some for row in activation_rows(one, common))
-        write_lines(out / "activations" / f"batch-{number}.jsonl.gz", lines)
-        explained = (explanation_row(one.index, one.label, common) for one in some if one.label is not None)
-        write_lines(out / "explanations" / f"batch-{number}.jsonl.gz", explained)
-        if report is not None:
-            report(start + len(some), len(chosen))
+    with write_folder(folder) as out:
+        write_heads(out, store, layer, model_id, set_name, now)
+        for number, start in enumerate(range(0, len(chosen), BATCH)):
+            batch = chosen[start : start + BATCH]
+            some = [gathered(store, layer, f, scope, contexts, labels.get((layer, f))) for f in batch]
+            body = {"modelId": model_id, "source": source, "features": [upload_row(one) for one in some]}
+            write_text(out / "upload" / f"batch-{number}.json", json.dumps(body, ensure_ascii=False))
+            write_batch(out, number, some, layer, common)
+            if report is not None:
+                report(start + len(some), len(chosen))
     return len(chosen)
+
+
+def write_batch(out: Path, number: int, some: Sequence[Exported], layer: int, common: dict[str, str]) -> None:
+    """One file of each kind of a bulk export."""
+    name = f"batch-{number}.jsonl.gz"
+    write_lines(out / "features" / name, (feature_row(one, layer, common) for one in some))
+    write_lines(out / "activations" / name, (row for one in some for row in activation_rows(one, common)))
+    explained = (explanation_row(one.index, one.label, common) for one in some if one.label is not None)
+    write_lines(out / "explanations" / name, explained)
 
 
 def gathered(
@@ -301,67 +304,52 @@ def export_delphi(
     rows = store.manifest.tokens // context
     if rows < 1 or splits < 1:
         raise InputError(f"{store.manifest.tokens} tokens give no row of {context}; a smaller context may fit")
-    out, total = new_folder(folder), 0
+    total = 0
     read = store.sql("SELECT token FROM tokens ORDER BY document, position")["token"].to_numpy()
     tokens = read[: rows * context].reshape(rows, context).astype(np.int64)
     first_token = store.sql("SELECT first_token FROM documents ORDER BY document")["first_token"].to_numpy()
     chosen = list(store.layers if layers is None else layers)
-    for i, layer in enumerate(chosen):
-        width, where = store.layer(layer).d_sae, out / module.format(layer)
-        where.mkdir(parents=True)
-        for part in range(min(splits, width)):
-            start, end = width * part // min(splits, width), width * (part + 1) // min(splits, width) - 1
-            found = store.sql(
-                "SELECT feature, document, position, value FROM features"
-                " WHERE layer = ? AND feature BETWEEN ? AND ? AND value > ?",
-                [layer, start, end, SMALLEST],
-            )
-            feature, document, position, value = (found[name].to_numpy() for name in found.column_names)
-            place = first_token[document] + position
-            inside = place < rows * context
-            spots = np.stack([place // context, place % context, feature - start], axis=1)[inside]
-            kind = np.uint16 if max(rows, width) < 2**16 else np.uint32
-            data = {"locations": spots.astype(kind), "tokens": tokens}
-            data["activations"] = np.minimum(value[inside], LARGEST).astype(np.float16)
-            save_file(data, where / f"{start}_{end}.safetensors")
-            total += int(inside.sum())
-            if report is not None:
-                report(i * splits + part + 1, len(chosen) * splits)
-        config = {
-            "dataset_repo": "",
-            "dataset_split": "train",
-            "dataset_name": "",
-            "dataset_column": "text",
-            "batch_size": 1,
-            "cache_ctx_len": context,
-            "ctx_len": context,
-            "n_tokens": rows * context,
-            "n_splits": splits,
-            "model_name": model_name or store.manifest.model,
-        }
-        write_text(where / "config.json", json.dumps(config, indent=4) + "\n")
+    names = [module.format(layer) for layer in chosen]
+    if len(set(names)) < len(names) or any(Path(name).name != name for name in names):
+        raise InputError(
+            f"the module of a layer is one name with {{}} for its number, such as layers.{{}}, not {module!r}"
+        )
+    with write_folder(folder) as out:
+        for i, layer in enumerate(chosen):
+            width, where = store.layer(layer).d_sae, out / names[i]
+            where.mkdir()
+            for part in range(min(splits, width)):
+                start, end = width * part // min(splits, width), width * (part + 1) // min(splits, width) - 1
+                found = store.sql(
+                    "SELECT feature, document, position, value FROM features"
+                    " WHERE layer = ? AND feature BETWEEN ? AND ? AND value > ?",
+                    [layer, start, end, SMALLEST],
+                )
+                feature, document, position, value = (found[name].to_numpy() for name in found.column_names)
+                place = first_token[document] + position
+                inside = place < rows * context
+                spots = np.stack([place // context, place % context, feature - start], axis=1)[inside]
+                kind = np.uint16 if max(rows, width) < 2**16 else np.uint32
+                data = {"locations": spots.astype(kind), "tokens": tokens}
+                data["activations"] = np.minimum(value[inside], LARGEST).astype(np.float16)
+                save_file(data, where / f"{start}_{end}.safetensors")
+                total += int(inside.sum())
+                if report is not None:
+                    report(i * splits + part + 1, len(chosen) * splits)
+            config = {
+                "dataset_repo": "",
+                "dataset_split": "train",
+                "dataset_name": "",
+                "dataset_column": "text",
+                "batch_size": 1,
+                "cache_ctx_len": context,
+                "ctx_len": context,
+                "n_tokens": rows * context,
+                "n_splits": splits,
+                "model_name": model_name or store.manifest.model,
+            }
+            write_text(where / "config.json", json.dumps(config, indent=4) + "\n")
     return total
-
-
-def new_folder(folder: str | os.PathLike[str]) -> Path:
-    """An empty folder, made if it is not there.
-
-    Raises:
-        InputError: it holds something, or can't be made.
-    """
-    out = Path(folder)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        if any(out.iterdir()):
-            raise InputError(f"{out} holds something; name a new or empty folder")
-    except OSError as error:
-        raise InputError(f"can't write into {out}: {error.strerror}") from error
-    return out
-
-
-def write_text(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text, encoding="utf-8")
 
 
 def write_lines(path: Path, rows: Iterator[dict[str, Any]]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import math
@@ -16,7 +17,8 @@ from pathlib import Path
 from typing import Any, final
 
 from qwen_scope.corpus import FeatureStore
-from qwen_scope.errors import FormatError, InputError, MismatchError, NotFoundError
+from qwen_scope.errors import FormatError, InputError, MismatchError, NotFoundError, foreign
+from qwen_scope.files import append_lines, read_lines, write_text
 from qwen_scope.stats import Interval
 
 FILE = "notes.jsonl"
@@ -161,20 +163,17 @@ class Notes:
         return {place: label for place in named if (label := self.label(*place)) is not None}
 
     def add(self, *notes: Note) -> int:
-        """Append entries to the file, each with one write, so that two writers don't mix lines; how many were new.
+        """Append entries to the file, all in one write, so that two writers don't mix lines; how many were new.
 
         Raises:
             MismatchError, NotFoundError: an entry about another SAE, or a feature the store does not have.
+            InputError: the disk is full, or the file can't be written; then it is as it was before.
         """
         for note in notes:
             self._check(note)
         new = {note.id: note for note in notes if note.id not in self._entries}
         if new:
-            with self.path.open("ab") as file:
-                for note in new.values():
-                    file.write((_line(note.to_json()) + "\n").encode())
-                    file.flush()
-                os.fsync(file.fileno())
+            append_lines(self.path, (_line(note.to_json()) for note in new.values()))
         self._entries |= new
         return len(new)
 
@@ -203,11 +202,9 @@ class Notes:
         Raises:
             InputError: it exists.
         """
-        try:
-            with Path(path).open("x", encoding="utf-8") as file:
-                file.writelines(_line(note.to_json()) + "\n" for note in self._entries.values())
-        except OSError as error:
-            raise InputError(f"can't write {path}: {error.strerror}") from error
+        if Path(path).is_file():
+            raise InputError(f"can't write {path}: it exists; name a new file")
+        write_text(path, "".join(_line(note.to_json()) + "\n" for note in self._entries.values()))
         return len(self._entries)
 
     def merge(self, path: str | os.PathLike[str]) -> int:
@@ -217,7 +214,13 @@ class Notes:
             NotFoundError: there is no such file.   FormatError: it is damaged.
             MismatchError: it holds entries about another SAE; then nothing is added.
         """
-        return self.add(*read_notes(Path(path)))
+        place = Path(path)
+        if not place.is_file():
+            raise NotFoundError(f"there are no notes in {path}: {os.strerror(errno.ENOENT)}")
+        # Nobody is adding to an exported file: a torn last line in it means that it is not all there.
+        with foreign(f"{path} can't be read"):
+            lines = place.read_bytes().decode("utf-8").split("\n")
+        return self.add(*_parsed(place, [line for line in lines if line.strip()]))
 
     def search(self, words: str, n: int | None = 20) -> list[Note]:
         """Labels and notes that hold every word (a prefix of a word is enough), best match first.
@@ -246,20 +249,21 @@ class Notes:
 
 
 def read_notes(path: Path) -> list[Note]:
-    """The entries of a file.
+    """The entries of a store's file, none where there is no file.
+
+    A last line that was cut off when its writer died is left out, with a warning.
 
     Raises:
-        NotFoundError: there is no such file.   FormatError: a line is not an entry; a last line that was cut off by a
-        stopped writer is named as such.
+        FormatError: a line is not an entry.
     """
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise NotFoundError(f"there are no notes in {path}: {error.strerror}") from error
+    return _parsed(path, read_lines(path))
+
+
+def _parsed(path: Path, lines: list[str]) -> list[Note]:
     out = []
-    for number, line in enumerate(data.splitlines(), 1):
+    for number, line in enumerate(lines, 1):
         try:
-            out.append(Note.from_json(json.loads(line.decode("utf-8"))))
+            out.append(Note.from_json(json.loads(line)))
         except (ValueError, RecursionError, FormatError) as error:
             raise FormatError(f"line {number} of {path} is no entry: {str(error)[:200]}") from error
     return out

@@ -35,6 +35,7 @@ def write_folder(path: str | os.PathLike[str], *, replace: bool = False) -> Iter
         with lock_folder(part):
             _clear(part)
             _restore(target, before)
+            _check(target, path, replace)
             try:
                 yield part
                 _sync(part)

@@ -19,7 +19,7 @@ def lock_folder(folder: str | os.PathLike[str]) -> Iterator[None]:
     """Hold a folder as its only writer while the block runs; it is made where it does not exist.
 
     The file `.lock` in it names the process; it goes when the block ends, and with it a folder that was made here and
-    is empty. Unfinished files of dead writers are removed, in folders below it too. Readers take no lock.
+    is empty. Unfinished files of dead writers are removed, one folder down too. Readers take no lock.
 
     Raises:
         InputError: another process (or another block of this one) writes to it, or it can't be made.
@@ -38,8 +38,8 @@ def lock_folder(folder: str | os.PathLike[str]) -> Iterator[None]:
     try:
         os.ftruncate(held, 0)
         os.write(held, str(os.getpid()).encode())
-        for below in (place, *(path for path in place.rglob("*") if path.is_dir() and not path.is_symlink())):
-            with suppress(OSError):
+        with suppress(OSError):
+            for below in (place, *(path for path in place.iterdir() if path.is_dir() and not path.is_symlink())):
                 remove_stale(below)
         yield
     finally:

@@ -11,7 +11,7 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -156,7 +156,7 @@ def _keep_owner(target: Path, part: Path) -> None:
 
 
 def _stream_of(path: str | os.PathLike[str]) -> int | None:
-    """The descriptor of this process that a name such as `/dev/stdout` stands for, also behind links; None for files."""
+    """The descriptor of this process that a name such as `/dev/stdout` stands for, also behind links; else None."""
     here = os.path.abspath(path)
     for _ in range(40):
         if match := STREAM.fullmatch(here):
@@ -210,6 +210,32 @@ def not_onto_itself(output: str | os.PathLike[str], *inputs: str | os.PathLike[s
             raise InputError(f"{output} lies in {given}, which is read; name an output outside of it")
 
 
+def check_output(path: str | os.PathLike[str], *inputs: str | os.PathLike[str], endings: Sequence[str] = ()) -> None:
+    """Refuse before the work what could not be written after it.
+
+    Args:
+        path: the output, a file.   inputs: what is read, as in `not_onto_itself`.   endings: the names that fit.
+
+    Raises:
+        InputError: as `write_whole` and `not_onto_itself`, or a name with another ending.
+    """
+    target = Path(path)
+    if endings and target.suffix not in endings:
+        raise InputError(f"{path} has to end in {' or '.join(endings)}")
+    not_onto_itself(path, *inputs)
+    with told(str(path)):
+        if target.is_dir():
+            raise InputError(f"{path} is a folder; name a file in it")
+        if target.exists() and not target.is_file():
+            return
+        real = Path(os.path.realpath(target))
+        above = next(folder for folder in real.parents if os.path.lexists(folder))
+        if not above.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(above))
+        if not os.access(above, os.W_OK | os.X_OK) or (real.exists() and not os.access(real, os.W_OK)):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+
 @contextmanager
 def told(named: str) -> Iterator[None]:
     """Turn what the system says of an output into one sentence."""
@@ -240,8 +266,8 @@ def room(folder: str | os.PathLike[str], kept: str = "everything up to here") ->
         cause = error.__cause__
         if isinstance(cause, OSError) and (cause.errno in FULL or "No space left" in str(cause)):
             raise InputError(
-                f"no room to write to {folder}: the disk is full or a limit is reached; {kept} is kept, so make room and"
-                " run the same command again"
+                f"no room to write to {folder}: the disk is full or a limit is reached; {kept} is kept, so make room"
+                " and run the same command again"
             ) from cause
         raise
 

@@ -106,5 +106,7 @@ def check_folder(out: Path, request: Mapping[str, Any]) -> None:
         differ = [name for name in sorted({*before, *asked}) if before.get(name) != asked.get(name)]
         if differ:
             raise InputError(f"{out} holds a run with another {', '.join(differ)}; name another folder to begin anew")
-    elif out.exists() and (not out.is_dir() or any(found.name not in ("seed", "cache", ".lock") for found in out.iterdir())):
+    elif out.exists() and (
+        not out.is_dir() or any(found.name not in ("seed", "cache", ".lock") for found in out.iterdir())
+    ):
         raise InputError(f"{out} holds something else than a synthesis; name a new folder")

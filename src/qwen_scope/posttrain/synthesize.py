@@ -322,7 +322,10 @@ def price(
     """
     o = options or SynthesisOptions()
     check_targets(scope, targets)
-    with room(out, "what was answered"), seed_store(scope, seed, [target.layer for target in targets], out / "seed") as store:
+    with (
+        room(out, "what was answered"),
+        seed_store(scope, seed, [target.layer for target in targets], out / "seed") as store,
+    ):
         counts = seed_counts(store, targets)
         typical = store.manifest.tokens / store.manifest.documents
     open_ = np.flatnonzero(counts < o.want)
