@@ -161,13 +161,13 @@ def test_a_table_of_another_sae_is_refused(scope) -> None:
     ("change", "says"),
     [
         (lambda data: "{", "is not JSON"),
-        (lambda data: [], "is not an alpha table"),
-        (lambda data: {**data, "version": 2}, "is version 2"),
+        (lambda data: [], "holds no JSON object"),
+        (lambda data: {**data, "version": 2}, "is of version 2"),
         (lambda data: {**data, "layers": []}, "has no layer"),
-        (lambda data: {k: v for k, v in data.items() if k != "target"}, "is damaged: KeyError"),
+        (lambda data: {k: v for k, v in data.items() if k != "target"}, "lacks 'target'"),
         (lambda data: {**data, "target": "xx"}, "does not name the same groups"),
         (lambda data: {**data, "layers": [{**data["layers"][0], "scores": []}]}, "one number per feature"),
-        (lambda data: {**data, "layers": [{**data["layers"][0], "alpha": {"zh": [float("nan")] * 3}}]}, "not finite"),
+        (lambda data: {**data, "layers": [{**data["layers"][0], "alpha": {"zh": [float("nan")] * 3}}]}, "finite"),
     ],
 )
 def test_damaged_tables(change, says, tmp_path) -> None:

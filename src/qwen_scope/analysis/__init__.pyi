@@ -46,7 +46,6 @@ from .result import Table as Table
 from .rule import Evidence as Evidence
 from .rule import Rule as Rule
 from .rule import RuleFeature as RuleFeature
-from .rule import read_json as read_json
 from .trial import noise_note as noise_note
 from .trial import rates_table as rates_table
 from .trial import try_rule as try_rule

@@ -12,9 +12,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Float64
 
 from qwen_scope.errors import FormatError, InputError
-from qwen_scope.files import write_text
-
-from .rule import read_json
+from qwen_scope.files import Fields, read_object, write_text
 
 FORMAT, VERSION = "qwen-scope-student", 1
 TERMS, NGRAMS, FOLDS = 20_000, (1, 4), 5
@@ -154,21 +152,17 @@ class Student:
         Raises:
             NotFoundError: there is none.   FormatError: it is no student of this version.
         """
-        data = read_json(path)
-        if data.get("format") != FORMAT or data.get("version") != VERSION:
-            raise FormatError(f"{path} is no student of the format {FORMAT!r}, version {VERSION}")
-        try:
-            vocabulary = tuple(data["vocabulary"])
-            idf, weights = (np.array(data[name], np.float64) for name in ("idf", "weights"))
-            student = cls(vocabulary, idf, weights, float(data["intercept"]), dict(data["about"]))
-        except (KeyError, TypeError, ValueError) as error:
-            raise FormatError(f"{path} lacks a part of a student, or one does not fit") from error
-        whole = np.isfinite(idf).all() and np.isfinite(weights).all() and np.isfinite(student.intercept)
-        if not (
-            idf.shape == weights.shape == (len(vocabulary),) and all(isinstance(t, str) for t in vocabulary) and whole
-        ):
-            raise FormatError(f"{path} does not have one finite idf and weight for each n-gram")
-        return student
+        found = Fields(read_object(path), f"the student {path}")
+        found.header(VERSION, FORMAT)
+        keys = ("format", "version", "vocabulary", "idf", "weights", "intercept", "about")
+        found = Fields(found.data, found.what, keys)
+        vocabulary = tuple(found.items("vocabulary"))
+        idf, weights = (np.array(found.numbers(name), np.float64) for name in ("idf", "weights"))
+        if not all(isinstance(term, str) for term in vocabulary) or len(set(vocabulary)) < len(vocabulary):
+            raise FormatError(f"the vocabulary of {found.what} is a list of n-grams, each once")
+        if not vocabulary or not len(idf) == len(weights) == len(vocabulary):
+            raise FormatError(f"{found.what} does not have one finite idf and weight for each n-gram")
+        return cls(vocabulary, idf, weights, found.number("intercept"), found.object("about"))
 
 
 def text_baseline(texts: Sequence[str], labels: Bool[np.ndarray, " seeds"], test: Sequence[str]) -> Scored:

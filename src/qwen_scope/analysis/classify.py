@@ -12,11 +12,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 from jaxtyping import Bool, Float64, Int
 
-from qwen_scope.errors import InputError, MismatchError
+from qwen_scope.errors import InputError, MismatchError, check_count
 from qwen_scope.stats import Permuted, Rates, permuted, rates
 
 from .dataset import Dataset
-from .rule import Rule, RuleFeature, check_count
+from .rule import Rule, RuleFeature
 
 NOISE = 0.05  # a p-value above it says that the labels may as well be shuffled
 
@@ -102,10 +102,10 @@ def fit_rule(seeds: Labelled, k: int = 2, *, layer: int | None = None, several: 
         InputError: more features or layers than there are, or a layer that is not among them.
     """
     ranked = sorted(seeds.layers, key=lambda where: (-layer_differences(seeds)[where], where))
-    check_count("the number of layers of a rule", several, len(ranked))
+    check_count("the number of layers of a rule", several, 1, len(ranked))
     if layer is not None and layer not in seeds.layers:
         raise InputError(f"the seeds have no layer {layer}; they have {sorted(seeds.layers)}")
-    check_count("the number of features of a rule", k, min(data.width for data in seeds.layers.values()))
+    check_count("the number of features of a rule", k, 1, min(data.width for data in seeds.layers.values()))
     where = ranked[:several] if several > 1 else [ranked[0] if layer is None else layer]
     features = []
     for one in where:
@@ -163,8 +163,8 @@ def data_efficiency(
         InputError: a size larger than a class.
     """
     positive, negative = np.flatnonzero(seeds.labels), np.flatnonzero(~seeds.labels)
-    check_count("a number of seeds per class", max(sizes), min(len(positive), len(negative)))
-    check_count("a number of seeds per class", min(sizes), max(sizes))
+    check_count("a number of seeds per class", max(sizes), 1, min(len(positive), len(negative)))
+    check_count("a number of seeds per class", min(sizes), 1, max(sizes))
     rng, out = np.random.default_rng(seed), np.empty((len(sizes), repeats))
     for i, size in enumerate(sizes):
         for j in range(repeats):

@@ -11,18 +11,16 @@ fingerprint of the SAE whose feature it is).
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float64
 
 from qwen_scope.errors import FormatError, InputError, MismatchError, NotFoundError
-from qwen_scope.files import write_text
+from qwen_scope.files import Fields, read_object, write_text
 
 from .dataset import Dataset
 
@@ -81,15 +79,29 @@ class Rule:
             if f.layer not in layers:
                 raise NotFoundError(f"the rule {self.name!r} needs layer {f.layer}; there are {sorted(layers)}")
             data = layers[f.layer]
-            if data.sae != f.sae:
-                raise MismatchError(
-                    f"the rule {self.name!r} is about the SAE {f.sae[:12]} of layer {f.layer}, not {data.sae[:12]}"
-                )
+            self.check_sae(f.layer, data.sae, data.width)
             if data.reduction != "max":
                 raise MismatchError(f"a rule needs firings reduced by 'max', not by {data.reduction!r}")
             rows = data.feature == f.feature
             out[data.item[rows], i] = data.value[rows]
         return out
+
+    def check_sae(self, layer: int, fingerprint: str, width: int) -> None:
+        """Refuse an SAE that the rule's features of a layer are not of, or that has fewer features than they need.
+
+        Raises:
+            MismatchError: another fingerprint, or a feature from `width` up, which would never fire.
+        """
+        for f in self.features:
+            if f.layer == layer and f.sae != fingerprint:
+                raise MismatchError(
+                    f"the rule {self.name!r} is about the SAE {f.sae[:12]} of layer {layer}, not {fingerprint[:12]}"
+                )
+            if f.layer == layer and f.feature >= width:
+                raise MismatchError(
+                    f"the rule {self.name!r} names feature {f.feature} of layer {layer}, whose SAE has features 0 to"
+                    f" {width - 1}"
+                )
 
     def decide(self, layers: Mapping[int, Dataset]) -> Bool[np.ndarray, " items"]:
         """Which items are positive."""
@@ -143,52 +155,26 @@ class Rule:
         Raises:
             NotFoundError: there is none.   FormatError: it is no rule, or not one of this version.
         """
-        data = read_json(path)
-        if data.get("format") != FORMAT:
-            raise FormatError(f"{path} is no rule: it does not say it is of the format {FORMAT!r}")
-        if data.get("version") != VERSION:
-            raise FormatError(f"{path} is a rule of version {data.get('version')!r}; this package reads {VERSION}")
-        if set(data) != {"format", "version", "name", "features", "about"} or not isinstance(data["features"], list):
-            raise FormatError(f"{path} does not have exactly the keys format, version, name, features and about")
-        if not isinstance(data["name"], str) or not isinstance(data["about"], dict) or not data["features"]:
-            raise FormatError(f"{path} needs a name, an object 'about' and at least one feature")
-        return cls(data["name"], tuple(read_feature(path, entry) for entry in data["features"]), data["about"])
+        found = Fields(read_object(path), f"the rule {path}")
+        found.header(VERSION, FORMAT)
+        found = Fields(found.data, found.what, ("format", "version", "name", "features", "about"))
+        features = tuple(read_feature(path, entry) for entry in found.items("features"))
+        if not features:
+            raise FormatError(f"{found.what} has no feature")
+        return cls(found.text("name"), features, found.object("about"))
 
 
 def read_feature(path: str | os.PathLike[str], entry: Any) -> RuleFeature:
     """One entry of a rule's file, strictly."""
-    names = [f.name for f in fields(RuleFeature)]
-    if not isinstance(entry, dict) or set(entry) != set(names):
-        raise FormatError(f"a feature of the rule {path} has exactly the keys {', '.join(names)}")
-    for name in ("layer", "feature"):
-        if not isinstance(entry[name], int) or isinstance(entry[name], bool) or entry[name] < 0:
-            raise FormatError(f"{name!r} of a feature of {path} is a count, not {entry[name]!r:.60}")
-    for name in ("threshold", "scale", "delta"):
-        if not isinstance(entry[name], int | float) or not math.isfinite(entry[name]):
-            raise FormatError(f"{name!r} of a feature of {path} is a finite number, not {entry[name]!r:.60}")
-    if entry["threshold"] < 0 or entry["scale"] <= 0 or not isinstance(entry["sae"], str):
-        raise FormatError(f"a feature of {path} has a negative threshold, no scale, or no fingerprint of its SAE")
-    return RuleFeature(**entry)
-
-
-def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """A JSON object from a file.
-
-    Raises:
-        NotFoundError: there is none.   FormatError: it holds something else.
-    """
-    try:
-        data = json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise NotFoundError(f"there is no file {str(path)!r}") from error
-    except (ValueError, RecursionError) as error:
-        raise FormatError(f"{path} is not JSON") from error
-    if not isinstance(data, dict):
-        raise FormatError(f"{path} holds no JSON object")
-    return data
-
-
-def check_count(what: str, n: int, most: int) -> None:
-    """Raise InputError unless 1 <= n <= most."""
-    if not 1 <= n <= most:
-        raise InputError(f"{what} is from 1 to {most}, not {n}")
+    one = Fields(entry, f"a feature of the rule {path}", [f.name for f in fields(RuleFeature)])
+    scale = one.number("scale", 0)
+    if not scale:
+        raise FormatError(f"'scale' of {one.what} is above 0: values are divided by it")
+    return RuleFeature(
+        one.count("layer"),
+        one.count("feature"),
+        one.number("threshold", 0),
+        scale,
+        one.number("delta", -1, 1),
+        one.text("sae"),
+    )

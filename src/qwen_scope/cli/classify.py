@@ -131,9 +131,10 @@ def predict(
 
 def load_classifier(path: Path) -> Rule | Student:
     """A rule or a student, by what its file says."""
-    from qwen_scope.analysis import Rule, Student, read_json
+    from qwen_scope.analysis import Rule, Student
+    from qwen_scope.files import read_object
 
-    return Student.load(path) if read_json(path).get("format") == "qwen-scope-student" else Rule.load(path)
+    return Student.load(path) if read_object(path).get("format") == "qwen-scope-student" else Rule.load(path)
 
 
 def predictions(loaded: Any, scope: Scope | None, corpus: Corpus, report: Any) -> Iterator[dict[str, Any]]:
@@ -164,19 +165,27 @@ def label_window(rule: Rule, scope: Scope, texts: list[str], where: list[dict]) 
         yield {**place, "label": bool(called[i]), "score": float(scores[i]), "because": because}
 
 
+def check_rule(rule: Rule, scope: Scope) -> None:
+    """Refuse SAEs that the rule was not made with.
+
+    Raises:
+        MismatchError: other SAEs, or features that they do not have.   NotFoundError: no SAE for one of its layers.
+    """
+    for layer in rule.layers:
+        sae = scope.saes[layer]
+        try:
+            rule.check_sae(layer, sae.identity.fingerprint, sae.d_sae)
+        except MismatchError as error:
+            raise MismatchError(f"{error}; name its model and SAEs with --model and --sae") from error
+
+
 def rule_firings(rule: Rule, scope: Scope, texts: list[str]) -> tuple[dict[int, Dataset], list[list[str]]]:
     """The firings of a rule's features alone, by `max`, and the tokens."""
     import numpy as np
 
     from qwen_scope.analysis import Dataset
 
-    for f in rule.features:
-        have = scope.saes[f.layer].identity.fingerprint
-        if have != f.sae:
-            raise MismatchError(
-                f"the rule {rule.name!r} is about the SAE {f.sae[:12]} of layer {f.layer}, not {have[:12]};"
-                " name its model and SAEs with --model and --sae"
-            )
+    check_rule(rule, scope)
     seen = scope.features(texts, rule.layers, truncate=True)
     ids, found = tuple(map(str, range(len(texts)))), {}
     for layer in rule.layers:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from qwen_scope.errors import InputError, MismatchError
+from qwen_scope.errors import InputError
 
 if TYPE_CHECKING:
     from qwen_scope.scope import Scope
@@ -76,13 +76,9 @@ def rule_target(scope: Scope, path: Path) -> Target:
     from qwen_scope.analysis import Rule
 
     found = Rule.load(path)
-    for part in found.features:
-        scope.feature_target(part.layer, part.feature)  # refuses what does not exist
-        own = scope.saes[part.layer].identity.fingerprint
-        if part.sae != own:
-            raise MismatchError(
-                f"the rule {found.name!r} is about the SAE {part.sae[:12]} of layer {part.layer}, not {own[:12]}"
-            )
+    for layer in scope.check_layers(found.layers):
+        sae = scope.saes[layer]
+        found.check_sae(layer, sae.identity.fingerprint, sae.d_sae)
 
     def positive(texts: list[str]) -> np.ndarray:
         out = np.zeros(len(texts), bool)

@@ -11,7 +11,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from qwen_scope.errors import FormatError
+from qwen_scope.errors import FormatError, brief
+from qwen_scope.files import parse_value
 
 FORMAT, VERSION = "qwen-scope-store", 1
 MANIFEST = "manifest.json"
@@ -171,15 +172,12 @@ class Manifest:
         Raises:
             FormatError: it is no JSON, of another format or of a later version, or a value does not fit.
         """
-        try:
-            data = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise FormatError(f"{MANIFEST} is not JSON: {error}") from error
+        data = parse_value(text, MANIFEST)
         if not isinstance(data, dict) or data.get("format") != FORMAT:
             raise FormatError(f"{MANIFEST} does not say it is of the format {FORMAT!r}")
         version = data.get("version")
-        if version != VERSION or isinstance(version, bool):
-            raise FormatError(f"the store is of version {version!r} and this package reads version {VERSION}")
+        if type(version) is not int or version != VERSION:
+            raise FormatError(f"the store is of version {brief(version)} and this package reads version {VERSION}")
         body = {key: value for key, value in data.items() if key not in ("format", "version")}
         known = {f.name for f in fields(cls)}
         if set(body) != known:
@@ -222,7 +220,7 @@ def _check(data: Mapping[str, Any], kinds: Mapping[str, Any]) -> None:
     for key, kind in kinds.items():
         value = data[key]
         if not isinstance(value, kind) or isinstance(value, bool):
-            raise FormatError(f"{key!r} in {MANIFEST} holds {value!r:.80}, which does not fit")
+            raise FormatError(f"{key!r} in {MANIFEST} holds {brief(value)}, which does not fit")
         if isinstance(value, int | float) and not 0 <= value < 2**63:
             raise FormatError(f"{key!r} in {MANIFEST} is {value}, which is no count")
 

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any, final
 
 from qwen_scope.corpus import FeatureStore
-from qwen_scope.errors import FormatError, InputError, MismatchError, NotFoundError, foreign
-from qwen_scope.files import append_lines, read_lines, write_text
+from qwen_scope.errors import FormatError, InputError, MismatchError, NotFoundError, brief, foreign
+from qwen_scope.files import Fields, append_lines, read_lines, write_text
 from qwen_scope.stats import Interval
 
 FILE = "notes.jsonl"
@@ -97,16 +97,11 @@ class Note:
         Raises:
             FormatError: it is not one.
         """
-        names = {f.name: f.type for f in fields(cls)}
-        if not isinstance(data, dict) or not set(names) <= set(data) <= {"id", *names}:
-            raise FormatError(f"an entry has exactly the keys id, {', '.join(names)}")
-        values = {name: data[name] for name in names}
-        for name, value in values.items():
-            wanted = {"layer": int, "feature": int, "body": dict}.get(name, str)
-            if not isinstance(value, wanted) or isinstance(value, bool):
-                raise FormatError(f"{name!r} of an entry can't be {value!r:.60}")
-        if values["kind"] not in KINDS or min(values["layer"], values["feature"]) < 0:
-            raise FormatError("an entry is a label, note or verdict on a layer and feature counted from 0")
+        one = Fields(data, "an entry", [f.name for f in fields(cls)], ["id"])
+        values = {name: one.text(name) for name in ("kind", "fingerprint", "author", "made")}
+        values |= {name: one.count(name) for name in ("layer", "feature")} | {"body": one.object("body")}
+        if values["kind"] not in KINDS:
+            raise FormatError(f"an entry is a label, note or verdict, not {brief(values['kind'])}")
         _check_body(values["kind"], values["body"])
         note = cls(**values)
         if data.get("id", note.id) != note.id:
@@ -287,19 +282,20 @@ def _settled_entries(path: Path, written: int, size: int) -> Mapping[str, Note]:
 
 
 def _check_body(kind: str, body: Mapping[str, Any]) -> None:
-    """Refuse a label without its scores and a note without text."""
-    wanted = {"label": {f.name for f in fields(Label)}, "note": {"text"}, "verdict": {"outcome"}}[kind]
-    if not wanted <= set(body) or (kind != "verdict" and set(body) != wanted):
-        raise FormatError(f"a {kind} has {', '.join(sorted(wanted))}, not {', '.join(sorted(body))[:80]}")
-    if not all(isinstance(body[name], str) for name in wanted - {"detection", "fuzzing"}):
-        raise FormatError(f"the texts of a {kind} are strings")
-    for name in wanted & {"detection", "fuzzing"}:
-        score = body[name]
-        known = {f.name for f in fields(Interval)}
-        if not isinstance(score, dict) or set(score) != known:
-            raise FormatError(f"{name} of a label is an interval with {', '.join(sorted(known))}")
-        if not all(isinstance(v, int | float) and not isinstance(v, bool) and math.isfinite(v) for v in score.values()):
-            raise FormatError(f"{name} of a label holds something that is no number")
+    """Refuse a label without its scores, a note without text and a verdict without its outcome."""
+    if kind == "verdict":
+        Fields(body, "a verdict").text("outcome")
+        return
+    one = Fields(body, f"a {kind}", [f.name for f in fields(Label)] if kind == "label" else ["text"])
+    for name in set(body) - {"detection", "fuzzing"}:
+        one.text(name)
+    for name in set(body) & {"detection", "fuzzing"}:
+        score = Fields(body[name], f"{name} of a label", [f.name for f in fields(Interval)])
+        for end in ("estimate", "low", "high", "level"):
+            score.number(end, 0, 1)
+        score.count("n", 1)
+        if body[name]["low"] > body[name]["high"]:
+            raise FormatError(f"{score.what} has an interval that ends below its beginning")
 
 
 def _line(data: Mapping[str, Any]) -> str:

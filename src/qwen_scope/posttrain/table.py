@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen_scope.errors import FormatError, MismatchError, NotFoundError
-from qwen_scope.files import write_text
+from qwen_scope.files import Fields, read_object, write_text
 from qwen_scope.sae import SAE, Identity
 
 FORMAT, VERSION = "qwen-scope alpha table", 1
@@ -94,43 +94,42 @@ def read_table(path: str | os.PathLike[str]) -> AlphaTable:
     Raises:
         NotFoundError: there is no such file.   FormatError: it is not an alpha table of this version.
     """
-    place = Path(path)
-    if not place.is_file():
-        raise NotFoundError(f"there is no alpha table {place}; make one with qwen-scope posttrain prepare")
-    try:
-        data = json.loads(place.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise FormatError(f"{place} is not JSON: {error}") from error
-    if not isinstance(data, dict) or data.get("format") != FORMAT:
-        raise FormatError(f"{place} is not an alpha table; make one with qwen-scope posttrain prepare")
-    if data.get("version") != VERSION:
-        raise FormatError(
-            f"{place} is version {data.get('version')!r} of the alpha table; this package reads {VERSION}"
-        )
-    try:
-        layers = tuple(_layer(entry) for entry in data["layers"])
-        table = AlphaTable(str(data["target"]), layers, tuple(map(int, data["tokens"])), dict(data["made"]))
-    except (KeyError, TypeError, ValueError) as error:
-        raise FormatError(f"the alpha table {place} is damaged: {type(error).__name__} {error}") from error
-    _check(table, place)
+    if not Path(path).exists():
+        raise NotFoundError(f"there is no alpha table {path}; make one with qwen-scope posttrain prepare")
+    one = Fields(read_object(path), f"the alpha table {path}")
+    one.header(VERSION, FORMAT)
+    one = Fields(one.data, one.what, ("format", "version", "target", "layers", "tokens", "made"))
+    layers = tuple(_layer(entry, str(path)) for entry in one.items("layers"))
+    table = AlphaTable(one.text("target"), layers, one.counts("tokens"), one.object("made"))
+    _check(table, Path(path))
     return table
 
 
-def _layer(entry: Mapping[str, Any]) -> LayerTable:
-    alpha = {str(group): tuple(map(float, values)) for group, values in entry["alpha"].items()}
-    identity = Identity(str(entry["sae"]["group"]), entry["sae"]["layer"], str(entry["sae"]["fingerprint"]))
-    features, scores = tuple(map(int, entry["features"])), tuple(map(float, entry["scores"]))
-    return LayerTable(int(entry["layer"]), identity, features, scores, alpha)
+def _layer(entry: Any, path: str) -> LayerTable:
+    one = Fields(entry, f"a layer of the alpha table {path}", ("layer", "sae", "features", "scores", "alpha"))
+    alpha = Fields(one["alpha"], f"'alpha' of {one.what}")
+    sae = Fields(one["sae"], f"'sae' of {one.what}", ("group", "layer", "fingerprint"))
+    return LayerTable(
+        one.count("layer"),
+        Identity(sae.text("group"), sae.maybe(sae.count, "layer"), sae.text("fingerprint")),
+        one.counts("features"),
+        one.numbers("scores"),
+        {group: alpha.numbers(group) for group in alpha.data},
+    )
 
 
 def _check(table: AlphaTable, place: Path) -> None:
     if not table.layers:
         raise FormatError(f"the alpha table {place} has no layer")
+    if len({one.layer for one in table.layers}) < len(table.layers):
+        raise FormatError(f"the alpha table {place} has a layer twice")
     for one in table.layers:
         n = len(one.features)
         if not n or len(one.scores) != n or any(len(values) != n for values in one.alpha.values()):
             raise FormatError(f"layer {one.layer} of the alpha table {place} does not have one number per feature")
+        if one.sae.layer not in (None, one.layer):
+            raise FormatError(f"layer {one.layer} of the alpha table {place} has the SAE of layer {one.sae.layer}")
+        if len(set(one.features)) < n:
+            raise FormatError(f"layer {one.layer} of the alpha table {place} names a feature twice")
         if tuple(sorted(one.alpha)) != table.groups or table.target not in one.alpha:
             raise FormatError(f"layer {one.layer} of the alpha table {place} does not name the same groups as the rest")
-        if not all(value == value and abs(value) != float("inf") for values in one.alpha.values() for value in values):
-            raise FormatError(f"layer {one.layer} of the alpha table {place} holds a number that is not finite")

@@ -11,7 +11,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from qwen_scope.errors import FormatError, InputError, MismatchError, NotFoundError, brief, nearest
+from qwen_scope.errors import InputError, MismatchError, NotFoundError, brief, check_count, check_number, nearest
+from qwen_scope.files import Fields
 from qwen_scope.model import HookPoint, LayerStats
 from qwen_scope.sae import SAE, Identity
 
@@ -73,15 +74,14 @@ class Intervention:
         _check_choice("unit", self.unit, get_args(Unit))
         if (self.feature is None) == (self.direction is None):
             raise InputError("an intervention acts on a feature or on a direction: give one of the two")
-        if self.feature is not None and (isinstance(self.feature, bool) or self.feature < 0):
-            raise InputError(f"a feature is a whole number from 0 up, not {self.feature!r}")
+        if self.feature is not None:
+            check_count("a feature", self.feature, 0)
         if self.direction is not None:
             if self.op in ("scale", "clamp"):
                 raise InputError(f"{self.op} needs a feature; a plain direction can be added or ablated")
             if not all(map(math.isfinite, self.direction)) or not any(self.direction):
                 raise InputError("a direction holds finite numbers that are not all zero")
-        if not math.isfinite(self.amount):
-            raise InputError(f"an amount is a finite number, not {self.amount!r}")
+        check_number("an amount", self.amount)
         if abs(self.amount) > LARGEST[self.unit]:
             raise InputError(
                 f"an amount of {self.amount:g} {self.unit} is absurd: at most {LARGEST[self.unit]:g} either way"
@@ -309,24 +309,20 @@ class Intervention:
             FormatError: a key that is missing or unknown, or a value of the wrong kind.
             InputError: values that mean nothing together.
         """
-        if not isinstance(data, dict):
-            raise FormatError(f"an intervention is an object with keys, not {brief(data)}")
-        if unknown := sorted(map(str, set(data) - _FIELDS)):
-            raise FormatError(f"an intervention has no key {brief(unknown[0])}; {nearest(unknown[0][:60], _FIELDS)}")
-        if missing := sorted({"hook_point", "op", "amount"} - set(data)):
-            raise FormatError(f"the intervention has no key {missing[0]!r}")
-        direction, unit = data.get("direction"), data.get("unit", "raw")
-        _check_choice("op", data["op"], get_args(Op))
+        one = Fields(data, "an intervention", ("hook_point", "op", "amount"), _FIELDS)
+        direction = one.maybe(one.numbers, "direction")
+        _check_choice("op", one["op"], get_args(Op))
+        unit = data.get("unit", "raw")
         _check_choice("unit", unit, get_args(Unit))
         return cls(
-            HookPoint.parse(_of_kind(data, "hook_point", str)),
+            HookPoint.parse(one.text("hook_point")),
             data["op"],
-            float(_of_kind(data, "amount", (int, float))),
-            _of_kind(data, "feature", int) if data.get("feature") is not None else None,
-            None if direction is None else _vector(_numbers(direction)),
+            one.number("amount"),
+            one.maybe(one.count, "feature"),
+            None if direction is None else _vector(direction),
             unit,
-            Where.parse(_of_kind(data, "where", str) if "where" in data else "all"),
-            None if data.get("sae") is None else _identity(data["sae"]),
+            Where.parse(one.text("where") if "where" in data else "all"),
+            one.maybe(lambda key: _identity(one[key]), "sae"),
         )
 
 
@@ -345,25 +341,6 @@ def _check_choice(what: str, value: Any, known: Sequence[str]) -> None:
         raise NotFoundError(f"there is no {what} {brief(value)}; {nearest(name, known)}")
 
 
-def _of_kind(data: dict[str, Any], key: str, kind: Any) -> Any:
-    value = data[key]
-    if not isinstance(value, kind) or isinstance(value, bool):
-        raise FormatError(f"{key!r} of an intervention can't be {brief(value)}")
-    return value
-
-
-def _numbers(values: Any) -> list[float]:
-    if not isinstance(values, list) or not all(isinstance(v, int | float) and not isinstance(v, bool) for v in values):
-        raise FormatError("the direction of an intervention is a list of numbers")
-    return [float(v) for v in values]
-
-
 def _identity(data: Any) -> Identity:
-    if not isinstance(data, dict) or set(data) != {"group", "layer", "fingerprint"}:
-        raise FormatError("the SAE of an intervention is named by its group, layer and fingerprint")
-    layer = data["layer"]
-    if not isinstance(data["group"], str) or not isinstance(data["fingerprint"], str):
-        raise FormatError("the group and the fingerprint of an SAE are texts")
-    if layer is not None and (isinstance(layer, bool) or not isinstance(layer, int)):
-        raise FormatError(f"the layer of an SAE is a number, not {brief(layer)}")
-    return Identity(data["group"], layer, data["fingerprint"])
+    sae = Fields(data, "the SAE of an intervention", ("group", "layer", "fingerprint"))
+    return Identity(sae.text("group"), sae.maybe(sae.count, "layer"), sae.text("fingerprint"))

@@ -11,8 +11,8 @@ from typing import Any
 
 from torch import nn
 
-from qwen_scope.errors import FormatError, InputError, MismatchError, NotFoundError, brief, foreign
-from qwen_scope.files import parse_value, write_text
+from qwen_scope.errors import FormatError, InputError, MismatchError, NotFoundError, foreign
+from qwen_scope.files import Fields, parse_value, write_text
 from qwen_scope.model import text_config
 
 from .intervention import Intervention
@@ -140,21 +140,18 @@ def load_recipe(path: str | os.PathLike[str], most_bytes: int = MAX_BYTES) -> Re
     data = parse_value(text, source.name, "JSON" if source.suffix == ".json" else "YAML")
     if not isinstance(data, dict):
         raise FormatError(f"{source.name} is not a recipe: it holds no keys")
-    if type(data.get("version")) is not int or data["version"] != VERSION:
-        raise FormatError(f"{source.name} has version {brief(data.get('version'))}; this package reads {VERSION}")
-    if wrong := sorted(map(str, set(data) ^ _KEYS)):
-        raise FormatError(f"{source.name} is not a recipe: the key {brief(wrong[0])} is missing or unknown")
-    texts = {key: data[key] for key in ("name", "model", "provenance")}
-    for key, value in texts.items():
-        if not isinstance(value, str):
-            raise FormatError(f"{key!r} in {source.name} is a text, not {brief(value)}")
-    group, effect, interventions = data["group"], data["effect"], data["interventions"]
-    if group is not None and not isinstance(group, str):
-        raise FormatError(f"'group' in {source.name} is a text, not {brief(group)}")
-    if not isinstance(effect, dict) or not isinstance(interventions, list):
-        raise FormatError(f"'effect' in {source.name} has to be an object and 'interventions' a list")
-    made = tuple(Intervention.from_json(one) for one in interventions)
-    return Recipe(texts["name"], texts["model"], made, group, texts["provenance"], effect)
+    found = Fields(data, f"the recipe {source.name}")
+    found.header(VERSION)
+    found = Fields(data, found.what, sorted(_KEYS))
+    made = tuple(Intervention.from_json(one) for one in found.items("interventions"))
+    return Recipe(
+        found.text("name"),
+        found.text("model"),
+        made,
+        found.maybe(found.text, "group"),
+        found.text("provenance"),
+        found.object("effect"),
+    )
 
 
 def signature(model: nn.Module) -> str:
