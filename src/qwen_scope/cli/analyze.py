@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, cast, get_args, get_origin, get_type_hints
 
 import typer
-from typer.core import TyperGroup
 
 from qwen_scope.errors import InputError
 
 from . import options, output
+from .commands import App, Group
 
 if TYPE_CHECKING:
     from qwen_scope.analysis import Analysis, Dataset, Result
@@ -26,7 +26,11 @@ def shared(
     stores: Annotated[list[Path], typer.Argument(metavar="STORE...", help="Folders that extract has written.")],
     layer: Annotated[int | None, typer.Option("--layer", help="Which layer. Default: the only one.")] = None,
     reduction: Annotated[
-        str | None, typer.Option("--reduction", help="Tokens of an item to one value: any, last, mean or max.")
+        str | None,
+        typer.Option(
+            "--reduction",
+            help="Tokens of an item to one value: any, last, mean or max. Default: max for drift, else last.",
+        ),
     ] = None,
     names: Annotated[
         str | None, typer.Option("--names", help="What to call the stores, a,b,... Default: their folders.")
@@ -40,7 +44,7 @@ def shared(
     """The options that every analysis has."""
 
 
-class Analyses(TyperGroup):
+class Analyses(Group):
     """Finds its commands in `ANALYSES`, and only when one is asked for: `--help` elsewhere stays instant."""
 
     def list_commands(self, ctx: Any) -> list[str]:
@@ -53,12 +57,12 @@ class Analyses(TyperGroup):
 
         if cmd_name not in ANALYSES:
             return None
-        one = typer.Typer(rich_markup_mode=None, add_completion=False, pretty_exceptions_enable=False)
+        one = App()
         one.command(cmd_name)(command(cmd_name, ANALYSES[cmd_name]))
         return typer.main.get_command(one)
 
 
-app = typer.Typer(
+app = App(
     cls=Analyses, help="Whole datasets seen as features: redundancy, overlap, coverage, drift.", no_args_is_help=True
 )
 

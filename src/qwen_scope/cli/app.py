@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import typer
-
 from . import (
     analyze,
     catalog,
@@ -29,37 +27,40 @@ from . import (
     train,
     validate,
 )
+from .commands import App
 
-app = typer.Typer(
+app = App(
     name="qwen-scope",
     help="Look into, steer and train Qwen models through sparse autoencoders. Start with: qwen-scope demo",
     no_args_is_help=True,
-    rich_markup_mode=None,
-    pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command("demo")(demo.demo)
-app.command("catalog")(catalog.catalog)
-app.command("plan")(plan.plan)
-app.command("convert")(convert.convert)
-app.command("features")(features.features)
-app.command("compare")(compare.compare)
-app.command("extract")(extract.extract)
-app.command("store")(store.store)
-app.command("find")(find.find)
-app.command("export")(export.export)
-app.command("label")(label.label)
-app.command("show")(show.show)
-app.command("steer")(steer.steer)
-app.command("sweep")(sweep.sweep)
-app.command("validate")(validate.validate)
-app.command("train")(train.train)
-app.command("eval")(train.evaluate)
-app.command("synthesize")(synthesize.synthesize)
-app.command("explore")(explore.explore)
-app.add_typer(lab.app, name="lab")
+
+START, LOOK, CORPORA = "First steps", "Features of a text", "Features of a corpus"
+KNOBS, TRAIN = "Steering", "SAEs and training"
+
+app.command("demo", rich_help_panel=START)(demo.demo)
+app.add_typer(lab.app, name="lab", rich_help_panel=START)
+app.command("catalog", rich_help_panel=START)(catalog.catalog)
+app.command("plan", rich_help_panel=START)(plan.plan)
+app.command("features", rich_help_panel=LOOK)(features.features)
+app.command("compare", rich_help_panel=LOOK)(compare.compare)
+app.command("find", rich_help_panel=LOOK)(find.find)
+app.command("show", rich_help_panel=LOOK)(show.show)
+app.command("explore", rich_help_panel=LOOK)(explore.explore)
+app.command("extract", rich_help_panel=CORPORA)(extract.extract)
+app.command("store", rich_help_panel=CORPORA)(store.store)
+app.command("label", rich_help_panel=CORPORA)(label.label)
+app.command("export", rich_help_panel=CORPORA)(export.export)
+app.add_typer(analyze.app, name="analyze", rich_help_panel=CORPORA)
+app.add_typer(classify.app, name="classify", rich_help_panel=CORPORA)
+app.command("synthesize", rich_help_panel=CORPORA)(synthesize.synthesize)
+app.command("steer", rich_help_panel=KNOBS)(steer.steer)
+app.command("sweep", rich_help_panel=KNOBS)(sweep.sweep)
+app.command("validate", rich_help_panel=KNOBS)(validate.validate)
+app.command("train", rich_help_panel=TRAIN)(train.train)
+app.command("eval", rich_help_panel=TRAIN)(train.evaluate)
+app.command("convert", rich_help_panel=TRAIN)(convert.convert)
 posttrain.app.command("repetition")(posttrain_rl.repetition)
 posttrain.app.command("rl")(posttrain_rl.rl)
-app.add_typer(posttrain.app, name="posttrain")
-app.add_typer(analyze.app, name="analyze")
-app.add_typer(classify.app, name="classify")
+app.add_typer(posttrain.app, name="posttrain", rich_help_panel=TRAIN)

@@ -16,6 +16,7 @@ from qwen_scope.errors import InputError, MismatchError
 
 from . import options, output, transfer
 from .analyze import show_result
+from .commands import App
 from .seeds import labelled, read_documents
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from qwen_scope.corpus import Corpus, Document
     from qwen_scope.scope import Scope
 
-app = typer.Typer(help="Classifiers of a few features: fit, predict, and distil into one without a model.")
+app = App(help="Classifiers of a few features: fit, predict, and distil into one without a model.")
 app.info.no_args_is_help = True
 
 app.command("transfer")(transfer.transfer)

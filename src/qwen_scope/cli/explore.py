@@ -9,7 +9,7 @@ import typer
 
 from qwen_scope.errors import InputError, need
 
-from . import options, output
+from . import options, output, whose
 
 
 def explore(
@@ -18,9 +18,9 @@ def explore(
     stores: Annotated[
         list[Path] | None, typer.Option("--store", help="A folder that extract has written; may be repeated.")
     ] = None,
-    host: Annotated[str, typer.Option("--host", help="Where to listen. Default: reachable from this machine only.")] = (
-        "127.0.0.1"
-    ),
+    host: Annotated[
+        str, typer.Option("--host", help="Where to listen; as it is, the page can be reached from this machine only.")
+    ] = ("127.0.0.1"),
     port: Annotated[int | None, typer.Option("--port", help="Default: the first free one from 7860 on.")] = None,
     auth: Annotated[
         list[str] | None, typer.Option("--auth", help="NAME:PASSWORD that may enter; may be repeated.")
@@ -43,9 +43,11 @@ def explore(
     from qwen_scope.scope import load_scope
 
     options.quiet()
+    whose.refuse_other_saes(sae)
     with output.status("opening the model"):
         desk = Desk(load_scope(model, sae, device=device, dtype=dtype, k=k, cache_bytes=cache_bytes), named)
         desk.warm()
+    whose.say_whose()
     page, url = launch(desk, host=host, port=port, auth=pairs, open_browser=browser, block=False)
     output.console().print(f"The explorer is at {url} (stop it with Ctrl-C)", soft_wrap=True)
     page.block_thread()

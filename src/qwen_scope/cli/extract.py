@@ -30,12 +30,19 @@ def extract(
     layers: options.Layers = None,
     column: Annotated[str, typer.Option("--column", help="The column with the text or the messages.")] = "text",
     unit: options.DocumentUnit = "paragraph",
-    sample: Annotated[int | None, typer.Option("--sample", help="Only so many documents, drawn evenly.", min=1)] = None,
+    sample: Annotated[
+        int | None,
+        typer.Option("--sample", help="Only so many documents, drawn evenly. Default: all; of the lab 1000.", min=1),
+    ] = None,
     seed: Annotated[int, typer.Option("--seed", help="Of the sample.")] = 0,
     split: Annotated[str, typer.Option("--split", help="Of a dataset or the lab.")] = "train",
     subset: Annotated[str | None, typer.Option("--subset", help="Of a dataset.")] = None,
-    row: Annotated[int | None, typer.Option("--row", help="Read long documents in pieces of so many tokens.")] = None,
-    max_tokens: Annotated[int | None, typer.Option("--max-tokens", help="At most so many tokens per document.")] = None,
+    row: Annotated[
+        int | None, typer.Option("--row", help="Read long documents in pieces of so many tokens. Default: whole.")
+    ] = None,
+    max_tokens: Annotated[
+        int | None, typer.Option("--max-tokens", help="At most so many tokens per document. Default: all.")
+    ] = None,
     window: Annotated[int, typer.Option("--window", help="Tokens written at once: what a stop loses at most.")] = 2**15,
     batch: Annotated[int, typer.Option("--batch", help="Tokens per forward pass, padding included.")] = 4096,
     chat: options.Chat = None,

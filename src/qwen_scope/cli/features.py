@@ -19,7 +19,7 @@ def features(
     text: Annotated[str, typer.Argument(help="The text; '-' reads standard input.")],
     model: options.Model = "lab",
     sae: options.Sae = None,
-    layers: options.Layers = None,
+    layers: options.ShownLayers = None,
     top: Annotated[int, typer.Option("--top", help="Features per token (or per answer).", min=1)] = 5,
     response: Annotated[
         str | None, typer.Option("--response", help="The model's answer to the text: ranks the answer's features.")

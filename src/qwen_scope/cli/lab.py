@@ -11,8 +11,9 @@ import typer
 from qwen_scope.errors import NotFoundError
 
 from . import options, output
+from .commands import App
 
-app = typer.Typer(help="The bundled lab: show texts with known factors, build it again.", no_args_is_help=True)
+app = App(help="The bundled lab: show texts with known factors, build it again.", no_args_is_help=True)
 
 
 @app.command()
@@ -24,7 +25,7 @@ def build(
     small: Annotated[
         bool | None, typer.Option("--small/--full", help="Two minutes or half an hour. Default: full for dense.")
     ] = None,
-    seed: Annotated[int, typer.Option("--seed")] = 0,
+    seed: Annotated[int, typer.Option("--seed", help="Of what is drawn.")] = 0,
     as_json: options.Json = False,
 ) -> None:
     """Make corpus, tokenizer, language model and SAEs anew and measure them: the metrics come back, not the bytes."""
@@ -81,6 +82,30 @@ def panel(
 
 
 @app.command()
+def examples(
+    out: Annotated[Path, typer.Option("--out", "-o", help="The folder to write; an older copy is replaced.")],
+    seed: Annotated[int, typer.Option("--seed", help="Of the texts.")] = 0,
+    as_json: options.Json = False,
+) -> None:
+    """Write small files to try the other commands on: texts, prompts, tasks and a corpus with columns."""
+    from qwen_scope.errors import InputError
+    from qwen_scope.files import write_text
+    from qwen_scope.lab import example_files
+
+    if out.exists() and not out.is_dir():
+        raise InputError(f"{out} is a file; name a folder")
+    out.mkdir(parents=True, exist_ok=True)
+    made = example_files(seed)
+    for name, text in made.items():
+        write_text(out / name, text)
+    if as_json:
+        output.print_json({"folder": str(out), "files": list(made)})
+        return
+    rows = [(name, text.count("\n"), text.partition("\n")[0]) for name, text in made.items()]
+    output.show(f"Written to {out}", ("file", "lines", "the first"), rows)
+
+
+@app.command()
 def texts(
     n: Annotated[int, typer.Option("-n", help="How many documents.", min=1)] = 5,
     kind: Annotated[str | None, typer.Option("--kind", help="talk, chat, arithmetic, code, prose, ...")] = None,
@@ -89,7 +114,7 @@ def texts(
     split: Annotated[
         str, typer.Option("--split", help="train, heldout_sentences, heldout_templates or heldout_combinations.")
     ] = "train",
-    seed: Annotated[int, typer.Option("--seed")] = 0,
+    seed: Annotated[int, typer.Option("--seed", help="Of what is drawn.")] = 0,
     as_json: options.Json = False,
 ) -> None:
     """Print documents of the lab's corpus with their factors, one JSON object per line with --json."""

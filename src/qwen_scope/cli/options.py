@@ -13,6 +13,8 @@ import typer
 
 from qwen_scope.errors import InputError
 
+from . import whose
+
 OneOf = TypeVar("OneOf", bound=str)
 
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
@@ -29,11 +31,28 @@ StoreModel = Annotated[
     str | None, typer.Option("--model", help="Language model. Default: the one the store was made with, or the lab.")
 ]
 Sae = Annotated[
-    str | None, typer.Option("--sae", help="SAEs: a group's name or Hub id, or a folder. Default: those of the model.")
+    str | None,
+    typer.Option("--sae", help="SAEs: a group's name or Hub id, or a folder. Default: the model's, if it has one."),
+]
+ShownLayers = Annotated[
+    str | None,
+    typer.Option(
+        "--layers", "--layer", help="Layers, such as 3 or 0,2-5. Default: the middle; all with --response or --json."
+    ),
+]
+LastLayers = Annotated[
+    str | None, typer.Option("--layers", "--layer", help="Layers, such as 3 or 0,2-5. Default: the last two.")
+]
+TableLayers = Annotated[
+    str | None, typer.Option("--layers", "--layer", help="Layers, such as 3 or 0,2-5. Default: the table's.")
 ]
 Layers = Annotated[str | None, typer.Option("--layers", "--layer", help="Layers, such as 3 or 0,2-5. Default: all.")]
-Device = Annotated[str | None, typer.Option("--device", help="cpu, cuda, cuda:1 or mps. Default: the best there is.")]
-Dtype = Annotated[str, typer.Option("--dtype", help="Type of the model's weights: auto, float32, bfloat16, float16.")]
+Device = Annotated[
+    str | None, typer.Option("--device", help="cpu, cuda, cuda:1 or mps. Default: CUDA, else MPS, else the CPU.")
+]
+Dtype = Annotated[
+    str, typer.Option("--dtype", help="Type of the model's weights: float32, bfloat16, float16, or auto: as stored.")
+]
 K = Annotated[int | None, typer.Option("--k", help="Features active per token, only where the files don't say it.")]
 Chat = Annotated[
     str | None, typer.Option("--chat", help="Wrap the text in the chat template: default, thinking or non_thinking.")
@@ -73,12 +92,14 @@ def parse_layers(text: str | None) -> list[int] | None:
 def open_scope(
     model: str, sae: str | None, device: str | None = None, dtype: str = "auto", k: int | None = None
 ) -> Scope:
-    """The scope a command was asked for."""
+    """The scope a command was asked for; where nobody asked and it is the lab's, it says so."""
     from qwen_scope.scope import load_scope
 
     quiet()
-
-    return load_scope(model, sae, device=device, dtype=dtype, k=k)
+    whose.refuse_other_saes(sae)
+    scope = load_scope(model, sae, device=device, dtype=dtype, k=k)
+    whose.say_whose()
+    return scope
 
 
 def check_chat(chat: str | None) -> ChatMode | None:

@@ -9,13 +9,14 @@ import typer
 
 from qwen_scope.errors import InputError, need
 
-from . import options, output
+from . import options, output, whose
+from .commands import App
 from .posttrain_data import PROBES, probe_texts, read_rows, training_samples
 
 if TYPE_CHECKING:
     from qwen_scope.posttrain import AlphaTable, Sample, SFTRun
 
-app = typer.Typer(
+app = App(
     help="Train the language model with feature signals: prepare features, fine-tune, measure.", no_args_is_help=True
 )
 
@@ -26,7 +27,7 @@ Column = Annotated[str, typer.Option("--column", help="The text, the completion,
 PromptColumn = Annotated[str, typer.Option("--prompt-column", help="The prompt, where completions are learnt.")]
 GroupColumn = Annotated[str, typer.Option("--group-column", help="The name of a row's group, such as its language.")]
 Number = Annotated[int | None, typer.Option("-n", help="At most so many rows, drawn evenly.", min=1)]
-Seed = Annotated[int, typer.Option("--seed", min=0)]
+Seed = Annotated[int, typer.Option("--seed", help="Of what is drawn.", min=0)]
 
 
 @app.command()
@@ -36,7 +37,7 @@ def prepare(
     out: Annotated[Path, typer.Option("--out", "-o", help="The alpha table to write, a .json file.")],
     model: options.Model = "lab",
     sae: options.Sae = None,
-    layers: options.Layers = None,
+    layers: options.LastLayers = None,
     features: Annotated[int, typer.Option("--features", help="How many per layer.", min=1)] = 2,
     onsets: Annotated[
         str | None,
@@ -127,7 +128,7 @@ def sft(
     table: Annotated[Path | None, typer.Option("--table", help="The alpha table that prepare has written.")] = None,
     model: options.Model = "lab",
     sae: options.Sae = None,
-    layers: options.Layers = None,
+    layers: options.TableLayers = None,
     weight: Annotated[float, typer.Option("--weight", help="Lambda of the extra term.", min=0)] = 1e-3,
     lambda_scale: Annotated[
         str,
@@ -147,7 +148,7 @@ def sft(
     lr: Annotated[float, typer.Option("--lr", help="Peak learning rate.")] = 5e-5,
     batch: Annotated[int, typer.Option("--batch", help="Samples per forward pass.", min=1)] = 1,
     accumulate: Annotated[int, typer.Option("--accumulate", help="Forward passes per step.", min=1)] = 32,
-    epochs: Annotated[float, typer.Option("--epochs")] = 1.0,
+    epochs: Annotated[float, typer.Option("--epochs", help="Times through the rows.")] = 1.0,
     max_steps: Annotated[int, typer.Option("--max-steps", help="-1 for whole epochs.")] = -1,
     warmup: Annotated[int, typer.Option("--warmup", help="Steps.", min=0)] = 100,
     max_length: Annotated[int, typer.Option("--max-length", help="Tokens per sample, or per packed row.")] = 2048,
@@ -211,6 +212,7 @@ def carry_out(
     """Train with a progress bar and print what came out."""
     from qwen_scope.posttrain import run_sft
 
+    whose.say_whose()
     with output.progress() as bar:
         metrics = run_sft(
             run,
@@ -271,9 +273,11 @@ def evaluate(
     held_out: Annotated[str | None, typer.Option("--held-out", help="Rows to report the loss on.")] = None,
     model: options.Model = "lab",
     samples: Annotated[int, typer.Option("--samples", help="Answers per prompt.", min=1)] = 8,
-    temperature: Annotated[float, typer.Option("--temperature")] = 1.0,
-    top_p: Annotated[float, typer.Option("--top-p")] = 0.8,
-    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1)] = 2048,
+    temperature: Annotated[float, typer.Option("--temperature", help="Of the draws.")] = 1.0,
+    top_p: Annotated[
+        float, typer.Option("--top-p", help="Draw among the likeliest tokens that make up this share.")
+    ] = 0.8,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", help="Where an answer is cut off.", min=1)] = 2048,
     column: Column = "completion",
     prompt_column: PromptColumn = "prompt",
     group_column: GroupColumn = "group",
@@ -298,6 +302,7 @@ def evaluate(
     asked = [] if prompts is None else read_prompts(prompts, prompt_column, group_column, wanted, n, seed)
     with output.status("opening the model"):
         loaded = load_model(model_source(model), device=device, dtype=dtype)
+    whose.say_whose()
     found: dict[str, object] = {"model": model}
     if script is not None:
         with output.progress() as bar:

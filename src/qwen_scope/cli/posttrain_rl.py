@@ -7,15 +7,15 @@ from typing import Annotated
 
 import typer
 
-from . import options, output
+from . import options, output, whose
 from .posttrain import PromptColumn, Seed, check_packages, quiet
 from .posttrain_data import read_rows
 
 Prompts = Annotated[str, typer.Argument(metavar="PROMPTS", help="A file whose rows have a prompt, or 'lab'.")]
 Number = Annotated[int, typer.Option("-n", help="So many prompts.", min=2)]
 NewTokens = Annotated[int, typer.Option("--max-new-tokens", help="Where an answer is cut off.", min=1)]
-Temperature = Annotated[float, typer.Option("--temperature")]
-TopP = Annotated[float, typer.Option("--top-p")]
+Temperature = Annotated[float, typer.Option("--temperature", help="Of the draws.")]
+TopP = Annotated[float, typer.Option("--top-p", help="Draw among the likeliest tokens that make up this share.")]
 Longest = Annotated[int, typer.Option("--longest", help="A loop's block in tokens, at most.", min=1)]
 Times = Annotated[int, typer.Option("--times", help="How often a loop's block stands in a row, at least.", min=2)]
 Least = Annotated[int, typer.Option("--least", help="How many tokens a loop is long, at least.", min=1)]
@@ -116,7 +116,7 @@ def rl(
     group: Annotated[int, typer.Option("--group", help="Answers per prompt.", min=2)] = 8,
     per_step: Annotated[int, typer.Option("--prompts", help="Prompts per step.", min=1)] = 8,
     micro: Annotated[int, typer.Option("--micro", help="Answers per forward pass.", min=1)] = 8,
-    steps: Annotated[int, typer.Option("--steps", min=1)] = 200,
+    steps: Annotated[int, typer.Option("--steps", help="Optimiser steps.", min=1)] = 200,
     updates: Annotated[int, typer.Option("--updates", help="Of the weights per answer.", min=1)] = 1,
     lr: Annotated[float, typer.Option("--lr", help="Learning rate.")] = 1e-6,
     warmup: Annotated[int, typer.Option("--warmup", help="Steps.", min=0)] = 0,
@@ -154,6 +154,7 @@ def rl(
     found = None if recipe is None else load_recipe(recipe)
     rows = read_rows(prompts, prompt_column, answer_column if reward == "answer" else None, n, 0)
     asked = read_rows(held_out, prompt_column, None, held_out_n, 1, held_out=True) if held_out else []
+    whose.say_whose()
     with output.progress() as bar:
         metrics = run_rl(
             run,

@@ -23,7 +23,10 @@ Tolerance = Annotated[
     float, typer.Option("--tolerance", help="Propose a smaller amount whose effect is this close to the largest.")
 ]
 Reference = Annotated[
-    Path | None, typer.Option("--reference", help="Texts, one per line, whose perplexity the budget counts from.")
+    Path | None,
+    typer.Option(
+        "--reference", help="Texts, one per line, whose perplexity the budget counts from. Default: unsteered."
+    ),
 ]
 
 
@@ -42,14 +45,14 @@ def sweep(
     continuation: targets.Continuation = None,
     target_feature: targets.OtherFeature = None,
     rule: targets.Rule = None,
-    amounts: Annotated[str | None, typer.Option("--amounts", help="The grid, such as 0.2,0.5,1.")] = None,
+    amounts: Annotated[str | None, typer.Option("--amounts", help="The grid: 0.2,0.5,1. Default: 0.1 to 1.6.")] = None,
     lower: Annotated[bool, typer.Option("--lower", help="Lower the target instead of raising it.")] = False,
     max_perplexity: Annotated[float, typer.Option("--max-perplexity", help="Budget: times the unsteered.")] = 2.0,
     max_repetition: Annotated[float, typer.Option("--max-repetition", help="Budget: added to the unsteered.")] = 0.1,
     tolerance: Tolerance = 0.0,
     reference: Reference = None,
     save_recipe: Annotated[Path | None, typer.Option("--save-recipe", help="Save the proposal (.json, .yaml).")] = None,
-    plot: Annotated[Path | None, typer.Option("--plot", help="Write a figure (.png); needs matplotlib.")] = None,
+    plot: Annotated[Path | None, typer.Option("--plot", help="Write a figure (.png).")] = None,
     chat: options.Chat = None,
     max_new_tokens: steer.NewTokens = 40,
     sample: steer.Sample = False,

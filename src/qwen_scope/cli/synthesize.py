@@ -45,7 +45,7 @@ Tokens = Annotated[int | None, typer.Option("--max-tokens", help="Stop this run 
 Tries = Annotated[int, typer.Option("--tries", help="Answers for one target before it is given up.", min=1)]
 Shown = Annotated[int, typer.Option("--shown", help="Contexts in a prompt.", min=1)]
 AnswerTokens = Annotated[int, typer.Option("--max-answer-tokens", help="Of one answer.", min=1)]
-Temperature = Annotated[float, typer.Option("--temperature", min=0, max=2)]
+Temperature = Annotated[float, typer.Option("--temperature", help="Of the writer.", min=0, max=2)]
 Pairs = Annotated[bool, typer.Option("--pairs", help="Also each text without its feature: prompt, chosen, rejected.")]
 Instruction = Annotated[str, typer.Option("--instruction", help="The prompt of the pairs.")]
 Against = Annotated[

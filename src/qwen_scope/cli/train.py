@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from . import options, output
+from . import options, output, whose
 
 if TYPE_CHECKING:
     from qwen_scope.train import EvalResult, StepReport, TrainRun
@@ -40,8 +40,10 @@ def train(
         float | None, typer.Option("--lr", help="Peak learning rate. Default: 2e-4 / sqrt(d_sae / 2^14).")
     ] = None,
     start_from: Annotated[str | None, typer.Option("--start-from", help="SAEs to continue from.")] = None,
-    seed: Annotated[int, typer.Option("--seed")] = 0,
-    group: Annotated[str | None, typer.Option("--group", help="The name of the set of SAEs.")] = None,
+    seed: Annotated[int, typer.Option("--seed", help="Of the start and the order.")] = 0,
+    group: Annotated[
+        str | None, typer.Option("--group", help="The name of the set of SAEs. Default: from model, width and k.")
+    ] = None,
     field: Field = "text",
     split: Split = "train",
     subset: Subset = None,
@@ -92,6 +94,7 @@ def carry_out(run: TrainRun, model: str, as_json: bool) -> None:
     """Run the training with a progress bar and print what came out."""
     from qwen_scope.train import run_train
 
+    whose.say_whose()
     with output.progress() as report:
         result = run_train(
             run,
@@ -150,6 +153,7 @@ def evaluate(
     from qwen_scope.train import EvalRun, run_eval
 
     options.quiet()
+    whose.refuse_other_saes(sae)
     wanted = options.parse_layers(layers)
     run = EvalRun(
         model=model,
@@ -171,6 +175,7 @@ def evaluate(
         device=device,
         seed=seed,
     )
+    whose.say_whose()
     with output.progress() as report:
         result = run_eval(run, lambda done, share: report(done, share, ""))
     if as_json:

@@ -26,7 +26,7 @@ def transfer(
     source: Annotated[
         str, typer.Argument(metavar="CORPUS", help="Documents with their language and class in columns, or 'lab'.")
     ],
-    positive: Annotated[
+    wanted: Annotated[
         str, typer.Option("--positive", help="COLUMN=VALUE: the class, such as register=rude; any other is negative.")
     ],
     groups: Annotated[str, typer.Option("--groups", help="The column that names the language.")] = "language",
@@ -55,9 +55,9 @@ def transfer(
     from qwen_scope.analysis import across
     from qwen_scope.corpus import Corpus
 
-    what, sign, value = (part.strip() for part in positive.partition("="))
+    what, sign, value = (part.strip() for part in wanted.partition("="))
     if not (what and sign and value):
-        raise InputError(f"--positive is COLUMN=VALUE, such as register=rude, not {positive!r}")
+        raise InputError(f"--positive is COLUMN=VALUE, such as register=rude, not {wanted!r}")
     if source == "lab":
         corpus = lab_corpus(what, value, groups, each, seed)
     else:
@@ -71,7 +71,7 @@ def transfer(
     languages, left_out = by_language(found, pooled, metas, groups, what, value, seed)
     with output.status("comparing classifiers"):
         result = across(languages, top=top, shared=shared, seed=seed)
-    show_result(f"{positive} across {groups}", add_notes(result, left_out), out, as_json)
+    show_result(f"{wanted} across {groups}", add_notes(result, left_out), out, as_json)
 
 
 def lab_corpus(what: str, value: str, groups: str, each: int, seed: int) -> Corpus:

@@ -1,6 +1,7 @@
 from .corpus import documents as documents
 from .corpus import parallel as parallel
 from .detect import language_of_text as language_of_text
+from .example_files import example_files as example_files
 from .mixture import Mixture as Mixture
 from .mixture import default_mixture as default_mixture
 from .prompts import arithmetic_prompts as arithmetic_prompts

@@ -1,0 +1,103 @@
+"""What all commands share: help in groups with examples, errors in the command line's words."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from contextvars import ContextVar
+from typing import Any
+
+import typer
+from typer.core import TyperCommand, TyperGroup
+
+from qwen_scope.errors import QwenScopeError
+
+from .examples import EXAMPLES, broken
+
+# The command that is running.
+_RUNNING: ContextVar[Any] = ContextVar("running", default=None)
+
+
+class Command(TyperCommand):
+    """A command whose help ends with examples."""
+
+    def format_epilog(self, ctx: Any, formatter: Any) -> None:
+        """The examples, below the options; they are never wrapped by words."""
+        if lines := EXAMPLES.get(path_of(ctx)):
+            formatter.write_paragraph()
+            formatter.write("Examples:\n" if len(lines) > 1 else "Example:\n")
+            for line in lines:
+                formatter.write("".join(f"  {part}\n" for part in broken(line)))
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command; what its errors say of parameters becomes its options."""
+        token = _RUNNING.set(ctx)
+        try:
+            return super().invoke(ctx)
+        except QwenScopeError as error:
+            flags = {str(one.name): one.opts[0] for one in self.params if one.param_type_name == "option"}
+            error.args = (in_options(str(error), flags),)
+            raise
+        finally:
+            _RUNNING.reset(token)
+
+
+class Group(TyperGroup):
+    """Commands listed under the headings that they are registered with, each with its whole first sentence."""
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        """The commands by heading, in the order of registration."""
+        panels: dict[str, list[tuple[str, str]]] = {}
+        for name in self.list_commands(ctx):
+            command: Any = self.get_command(ctx, name)
+            panel = getattr(command, "rich_help_panel", None)
+            panels.setdefault(panel if isinstance(panel, str) else "Commands", []).append(
+                (name, command.get_short_help_str(limit=1000))
+            )
+        for panel, rows in panels.items():
+            with formatter.section(panel):
+                formatter.write_dl(rows)
+
+
+class App(typer.Typer):
+    """A Typer whose commands are of our class."""
+
+    def __init__(self, *, cls: type[TyperGroup] = Group, **options: Any) -> None:
+        super().__init__(
+            cls=cls, rich_markup_mode=None, add_completion=False, pretty_exceptions_enable=False, **options
+        )
+
+    def command(self, name: str | None = None, **options: Any) -> Callable[[Any], Any]:
+        """Register a function as a command."""
+        return super().command(name, **{"cls": Command, **options})
+
+
+def path_of(ctx: Any) -> str:
+    """The names of a command below the program's, such as `posttrain sft`."""
+    names = []
+    at: Any = ctx
+    while at.parent is not None:
+        names.append(at.info_name)
+        at = at.parent
+    return " ".join(reversed(names))
+
+
+def in_options(message: str, flags: dict[str, str]) -> str:
+    """A message in which Python's parameters are written as the options of a command.
+
+    `sae=` becomes `--sae`, `chat='default'` `--chat default` and `truncate=True` `--truncate`; a number after the sign
+    is a statement, such as `k=50`, and stays.
+    """
+
+    def option(match: re.Match[str]) -> str:
+        flag = flags.get(match["name"])
+        if flag is None:
+            return match[0]
+        return f"{flag} {match['value']}" if match["value"] else flag
+
+    return re.sub(r"(?<![^\s('\"])(?P<name>[a-z_]+)=(?:'(?P<value>[^']+)'|True\b|(?![\w'\"\[({.\-]))", option, message)
+
+
+def running() -> Any:
+    """The context of the command that is running, or None; Typer's own class differs between its versions."""
+    return _RUNNING.get()
