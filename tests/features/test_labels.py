@@ -27,6 +27,7 @@ from qwen_scope.features import (
     Note,
     Notes,
     TokenJudge,
+    excerpt,
     label_features,
     material,
     scored_label,
@@ -233,6 +234,58 @@ def test_labels_through_a_server_are_scored_kept_and_not_made_twice(store: Featu
     shown = Notes(store).label(*places[0])
     assert shown is not None
     assert shown.by_model
+
+
+BAD_NAMES = {
+    "no name": "I would rather not",
+    "an object": {"text": "NAME: cats"},
+    "parts without text": [{"type": "image"}],
+    "an empty name": 'NAME: **""**',
+    "thoughts alone": "<think>NAME: perhaps cats",
+}
+
+
+@pytest.mark.parametrize("way", BAD_NAMES)
+def test_one_bad_answer_costs_one_feature_its_name_and_is_not_kept(
+    way: str, store: FeatureStore, tmp_path: Path
+) -> None:
+    places = [(LAYER, feature) for feature in busy(store, 3)]
+    examples = material(store, *places[1], SMALL).examples
+    shown = excerpt(examples[0], scale=max(context.value for context in examples))
+    with serving() as (server, url):
+        server.content = lambda body: BAD_NAMES[way] if shown in body["messages"][1]["content"] else None
+        judge = ModelJudge(Endpoint(url, "judge-1", cache=tmp_path / "cache", concurrency=2))
+        found = label_features(store, places, judge, SMALL)
+        assert [isinstance(found[place], Label) for place in places] == [True, False, True]
+        assert judge.endpoint.spent.unusable == 2
+        server.content = lambda body: None
+        assert isinstance(label_features(store, places, judge, SMALL)[places[1]], Label)
+
+
+def test_an_answer_of_no_use_that_an_older_version_kept_is_asked_for_again(tmp_path: Path) -> None:
+    with serving() as (server, url):
+        endpoint = Endpoint(url, "m", cache=tmp_path)
+        server.content = lambda body: "I would rather not"
+        endpoint.ask(MESSAGES)
+        server.content = lambda body: None
+        assert endpoint.ask(MESSAGES, lambda text: "NAME:" in text) == "NAME: full stops"
+        assert endpoint.ask(MESSAGES) == "NAME: full stops"
+        assert len(server.seen) == 2
+
+
+def test_a_key_that_is_refused_ends_the_run(store: FeatureStore) -> None:
+    with serving([401] * 99) as (server, url):
+        judge = ModelJudge(Endpoint(url, "judge-1", concurrency=1))
+        with pytest.raises(InputError, match="401"):
+            label_features(store, [(LAYER, feature) for feature in busy(store, 3)], judge, SMALL)
+        assert len(server.seen) <= 2
+
+
+def test_answers_of_no_use_to_single_questions_only_lower_their_number(store: FeatureStore) -> None:
+    with serving() as (server, url):
+        server.content = lambda body: "who knows" if "marked with <<" in body["messages"][0]["content"] else None
+        found = label_features(store, [(LAYER, busy(store)[0])], ModelJudge(Endpoint(url, "judge-1")), SMALL)
+    assert list(found.values()) == ["the judge answered 0 and 0 questions of each kind; 2 are the least"]
 
 
 def test_notes_are_exported_and_merged_without_loss(store: FeatureStore, tmp_path: Path) -> None:

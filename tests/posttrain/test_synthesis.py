@@ -149,7 +149,7 @@ def test_a_run_that_is_killed_goes_on_to_the_same_result(clean: Path, tmp_path: 
         "t.run(type('S', (), {'url': sys.argv[1]}), Path(sys.argv[2]))"
     )
     here = Path(__file__).parent
-    paths = {"PYTHONPATH": os.pathsep.join(map(str, (here, here.parent)))}
+    paths = {"PYTHONPATH": os.pathsep.join(map(str, (here.parents[1] / "src", here, here.parent)))}
     with lab.failing() as server:
         child = subprocess.Popen(
             [sys.executable, "-c", script, server.url, str(tmp_path / "out")], env={**os.environ, **paths}

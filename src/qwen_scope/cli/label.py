@@ -83,7 +83,8 @@ def label(
     print_labelled(found, len(chosen), as_json)
     if endpoint is not None and not as_json:
         spent = endpoint.spent
-        typer.echo(f"{spent.requests} requests, {spent.tokens:,} tokens, {spent.cached} answers from the cache")
+        bad = f", {spent.unusable} answers of no use" if spent.unusable else ""
+        typer.echo(f"{spent.requests} requests, {spent.tokens:,} tokens, {spent.cached} answers from the cache{bad}")
 
 
 def judge_endpoint(

@@ -1,6 +1,7 @@
 from .arms import matched_random as matched_random
 from .arms import mean_direction as mean_direction
 from .attribution import attribute as attribute
+from .completion import BadAnswer as BadAnswer
 from .effects import Promoter as Promoter
 from .effects import TokenEffect as TokenEffect
 from .effects import promoting as promoting
@@ -8,6 +9,8 @@ from .effects import token_effects as token_effects
 from .effects import token_ids as token_ids
 from .endpoint import BudgetSpent as BudgetSpent
 from .endpoint import Endpoint as Endpoint
+from .endpoint import NoAccess as NoAccess
+from .endpoint import Refused as Refused
 from .export import export_delphi as export_delphi
 from .export import export_neuronpedia as export_neuronpedia
 from .export import export_statistics as export_statistics
@@ -54,6 +57,7 @@ from .selectivity import selectivity as selectivity
 from .show import FeaturePage as FeaturePage
 from .show import feature_page as feature_page
 from .tasks import answer_task as answer_task
+from .threads import Threads as Threads
 from .validate import Arm as Arm
 from .validate import Examples as Examples
 from .validate import Moved as Moved

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Protocol, final, runtime_checkable
 
 from qwen_scope.corpus import Context
 from qwen_scope.errors import FormatError
 
+from .completion import BadAnswer
 from .endpoint import Endpoint
 
 TYPICAL = "typical tokens: "
@@ -106,15 +108,12 @@ class ModelJudge:
         """The phrase after `NAME:`.
 
         Raises:
-            FormatError: the model gives none.
+            BadAnswer: the model gives none, asked twice.
         """
         top = max((context.value for context in examples), default=1.0)
         shown = [f"{i}. {excerpt(context, scale=top)}" for i, context in enumerate(examples, 1)]
-        answer = self._ask(EXPLAIN, "\n".join(shown), NAME_TOKENS * 5)
-        found = re.findall(r"NAME:[ \t]*(\S[^\n]*)", answer)
-        if not found:
-            raise FormatError(f"{self.source} gives no line that begins with NAME: but {answer!r:.100}")
-        return found[-1].strip().strip("*\"'").strip()[:512]
+        wanted = "a line that begins with NAME:"
+        return name_of(self._ask(EXPLAIN, "\n".join(shown), NAME_TOKENS * 5, _has_name, wanted))
 
     def detect(self, label: str, texts: Sequence[Context]) -> list[bool | None]:
         """Asked about a few texts at a time."""
@@ -129,12 +128,30 @@ class ModelJudge:
         for start in range(0, len(texts), SHOWN):
             some = texts[start : start + SHOWN]
             shown = "\n".join(f"{i}. {text}" for i, text in enumerate(some, 1))
-            out += numbers_of(self._ask(question.format(label=label, n=len(some)), shown, NAME_TOKENS), len(some))
+            out += self._numbers(question.format(label=label, n=len(some)), shown, len(some))
         return out
 
-    def _ask(self, system: str, user: str, max_tokens: int) -> str:
+    def _numbers(self, system: str, user: str, n: int) -> list[bool | None]:
+        try:
+            fits = partial(_has_numbers, n=n)
+            return numbers_of(self._ask(system, user, NAME_TOKENS, fits, f"a list of {n} zeros and ones"), n)
+        except BadAnswer:
+            return [None] * n
+
+    def _ask(self, system: str, user: str, max_tokens: int, fits: Callable[[str], bool], wanted: str) -> str:
         messages = [{"role": "system", "content": system}, {"role": "user", "content": user}]
-        return self.endpoint.ask(messages, temperature=0.0, max_tokens=max_tokens)
+        return self.endpoint.ask(messages, fits, wanted, temperature=0.0, max_tokens=max_tokens)
+
+
+def name_of(answer: str) -> str:
+    """The phrase after the last `NAME:` of an answer, or nothing; half a surrogate is no letter."""
+    found = re.findall(r"NAME:[ \t]*(\S[^\n]*)", answer)
+    name = found[-1].strip().strip("*\"'").strip()[:512] if found else ""
+    return name.encode("utf-8", "replace").decode("utf-8")
+
+
+def _has_name(answer: str) -> bool:
+    return bool(name_of(answer))
 
 
 def numbers_of(answer: str, n: int) -> list[bool | None]:
@@ -144,6 +161,10 @@ def numbers_of(answer: str, n: int) -> list[bool | None]:
         if len(found) == n:
             return [one == "1" for one in found]
     return [None] * n
+
+
+def _has_numbers(answer: str, n: int) -> bool:
+    return None not in numbers_of(answer, n)
 
 
 def typical_tokens(label: str) -> frozenset[str]:

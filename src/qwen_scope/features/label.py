@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,13 +12,19 @@ from qwen_scope.corpus import Context, FeatureStore
 from qwen_scope.errors import InputError
 from qwen_scope.stats import Interval, resample
 
+from .completion import BadAnswer
 from .endpoint import BudgetSpent
 from .judges import Judge
 from .notes import Label, Notes, make_label
+from .threads import Threads
 
 # A context has 32 tokens, as delphi's have.
 BEFORE, AFTER = 20, 11
 FEWEST = 4
+
+
+class Unanswered(InputError):
+    """Too few questions were answered to give a name a score."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +111,7 @@ def scored_label(given: Material, judge: Judge, name: str | None = None) -> Labe
         name: test this name instead of asking the judge for one.
 
     Raises:
-        InputError: too few questions were answered to say anything.
+        Unanswered: too few questions were answered to say anything.   BadAnswer: the judge gives no name.
     """
     text = judge.explain(given.examples) if name is None else name
     where = [frozenset(i for i, value in enumerate(context.values) if value > 0) for context in given.firing]
@@ -124,7 +129,7 @@ def balanced(answers: Sequence[bool | None], truth: Sequence[bool]) -> Interval:
     """Balanced accuracy of the answers that were given; `n` is the smaller class.
 
     Raises:
-        InputError: fewer than two answers in a class.
+        Unanswered: fewer than two answers in a class.
     """
     right = [
         np.array(
@@ -133,7 +138,7 @@ def balanced(answers: Sequence[bool | None], truth: Sequence[bool]) -> Interval:
         for side in (True, False)
     ]
     if min(map(len, right)) < 2:
-        raise InputError(
+        raise Unanswered(
             f"the judge answered {len(right[0])} and {len(right[1])} questions of each kind; 2 are the least"
         )
     return resample(right[0], right[1], _mean_of_means)
@@ -151,7 +156,8 @@ def label_features(
     """Label features and keep the labels with the store, each as soon as it is scored.
 
     A run that was stopped goes on: features that have a label of this judge are passed over. When the budget ends the
-    labels made so far stay, and the rest is not there.
+    labels made so far stay, and the rest is not there. A feature for which the judge gives no usable answer stays
+    without a label, and the others go on.
 
     Args:
         features: (layer, feature) each.
@@ -160,6 +166,10 @@ def label_features(
 
     Returns:
         per feature the label, or in words why there is none. Features left for want of budget are missing.
+
+    Raises:
+        BadAnswer: no answer of the judge was of use.   InputError, NotFoundError: it can't be asked; labels made so far
+            are kept.
     """
     notes = Notes(store)
     out: dict[tuple[int, int], Label | str] = {}
@@ -171,29 +181,36 @@ def label_features(
             out[place] = kept[-1]
         else:
             todo.append(place)
+    bad: list[BadAnswer] = []
     for place, found in _labelled(store, todo, judge, options or LabelOptions()):
         if isinstance(found, Label):
             notes.add(make_label(*place, store.layer(place[0]).fingerprint, found))
-        out[place] = found
+        elif isinstance(found, BadAnswer):
+            bad.append(found)
+        out[place] = str(found) if isinstance(found, BadAnswer) else found
         if report is not None:
             report(len(out))
+    if bad and len(bad) == len(out):
+        raise bad[0]
     return out
 
 
 def _labelled(
     store: FeatureStore, places: Sequence[tuple[int, int]], judge: Judge, options: LabelOptions
-) -> Iterator[tuple[tuple[int, int], Label | str]]:
+) -> Iterator[tuple[tuple[int, int], Label | BadAnswer | str]]:
     """Labels in order. The store is read here; only questions to the judge go to threads, some features at a time."""
 
-    def one(given: Material) -> Label | str | None:
+    def one(given: Material) -> Label | BadAnswer | str | None:
         try:
             return scored_label(given, judge)
         except BudgetSpent:
             return None
-        except InputError as error:
+        except BadAnswer as bad:
+            return bad
+        except Unanswered as error:
             return str(error)
 
-    with ThreadPoolExecutor(judge.concurrency) as pool:
+    with Threads(judge.concurrency) as pool:
         for start in range(0, len(places), 2 * judge.concurrency):
             some = places[start : start + 2 * judge.concurrency]
             waiting = []

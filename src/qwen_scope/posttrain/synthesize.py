@@ -86,7 +86,7 @@ def synthesize(
         with seed_store(scope, seed, [target.layer for target in targets], out / "seed") as store:
             counts, (known, texts) = seed_counts(store, targets), seed_texts(store, o.seed)
         out.mkdir(parents=True, exist_ok=True)
-        facts = {"request": request, "budget": o.budget, "endpoint": endpoint.base_url, "versions": versions()}
+        facts = {"request": request, "budget": o.budget, "endpoint": endpoint.shown, "versions": versions()}
         write_text(out / "run.json", _json({**facts, "concurrency": endpoint.concurrency}))
         asked = endpoint if endpoint.cache is not None else replace(endpoint, cache=out / "cache")
         writer = Writer(scope, targets, asked, out, o, known, texts, say)

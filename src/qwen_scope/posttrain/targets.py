@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from qwen_scope.corpus import Context, FeatureStore
-from qwen_scope.errors import FormatError, InputError, NotFoundError, QwenScopeError
-from qwen_scope.features import Endpoint, Label, Notes, TokenJudge, one_line
+from qwen_scope.errors import FormatError, InputError, NotFoundError, QwenScopeError, QwenScopeWarning
+from qwen_scope.features import BadAnswer, Endpoint, Label, Notes, TokenJudge, one_line
 
 SHOWN, BEFORE, AFTER = 20, 20, 11
 """Contexts of 32 tokens, as labels are made from: so many are kept of each target, half the strongest."""
@@ -105,19 +106,24 @@ def judged_targets(
         raise NotFoundError(f"no feature of {store.folder} has a label; make labels with qwen-scope label")
     places = sorted(labels)
     scores: dict[tuple[int, int], float] = {}
-    problems: list[str] = []
+    problems: list[BadAnswer] = []
     some = [places[i : i + AT_ONCE] for i in range(0, len(places), AT_ONCE)]
     questions = [_question(concept, [labels[place].text for place in group]) for group in some]
-    for group, answer in zip(some, endpoint.ask_many(questions, temperature=0.0), strict=True):
+    answers = endpoint.ask_many(
+        questions, fits=lambda i, answer: relevances(answer, len(some[i])) is not None, temperature=0.0
+    )
+    for group, answer in zip(some, answers, strict=True):
         if answer is None:
             raise _out_of_budget(len(scores), len(places))
-        numbers = relevances(answer, len(group))
-        if numbers is None:
+        if isinstance(answer, BadAnswer):
             problems.append(answer)
         else:
-            scores |= dict(zip(group, numbers, strict=True))
+            scores |= dict(zip(group, relevances(answer, len(group)) or (), strict=True))
     if not scores:
-        raise FormatError(f"{endpoint.model} gives no list of numbers from 0 to 1 but {problems[0]!r:.100}")
+        raise FormatError(f"{endpoint.model} gives no list of numbers from 0 to 1: {problems[0]}")
+    if problems:
+        missing = len(places) - len(scores)
+        warnings.warn(f"{missing} labels have no relevance: {problems[0]}", QwenScopeWarning, stacklevel=2)
     chosen = [place for place in places if scores.get(place, -1.0) >= tau]
     if not chosen:
         raise NotFoundError(

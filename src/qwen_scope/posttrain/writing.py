@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from qwen_scope.corpus import Context
-from qwen_scope.errors import QwenScopeError
-from qwen_scope.features import BudgetSpent, Endpoint, excerpt, one_line
+from qwen_scope.errors import NotFoundError, QwenScopeError
+from qwen_scope.features import BadAnswer, BudgetSpent, Endpoint, NoAccess, Threads, excerpt, one_line
 
 from .targets import Target
 
@@ -85,11 +84,11 @@ def answers(endpoint: Endpoint, prompts: Sequence[Messages], **options: Any) -> 
             return endpoint.ask(messages, **options)
         except BudgetSpent:
             return None
-        except QwenScopeError as error:
+        except (BadAnswer, NoAccess, NotFoundError) as error:
             return error
 
-    with ThreadPoolExecutor(endpoint.concurrency) as pool:
-        return list(pool.map(one, prompts))
+    with Threads(endpoint.concurrency) as threads:
+        return [task.result() for task in [threads.submit(one, messages) for messages in prompts]]
 
 
 @dataclass(frozen=True)
