@@ -39,7 +39,7 @@ TEXTS = ("Where is the station?", "Der Zug kommt um neun.")
 def explorer(*options: str) -> Iterator[tuple[str, int]]:
     """A server process: its address and its process id."""
     command = [sys.executable, "-m", "qwen_scope.cli", "explore", "--no-browser", *options]
-    quiet = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
+    quiet = {"stdout": subprocess.PIPE, "stderr": None, "text": True}
     with subprocess.Popen(command, env={**os.environ, "PYTHONUNBUFFERED": "1"}, **quiet) as process:
         try:
             assert process.stdout is not None

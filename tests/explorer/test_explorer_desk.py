@@ -14,10 +14,10 @@ from explored import ENGLISH, GERMAN, LAYER
 from qwen_scope.errors import InputError, MismatchError, NotFoundError, QwenScopeError
 from qwen_scope.explorer import Desk, Limits
 from qwen_scope.explorer.datasets import analysed
-from qwen_scope.explorer.desk import whole_number
 from qwen_scope.explorer.explore_view import Reading, address
 from qwen_scope.explorer.feature_view import passage
 from qwen_scope.explorer.jobs import Jobs, Stopped, Told, watched
+from qwen_scope.explorer.limits import whole_number
 from qwen_scope.explorer.shelf import Shelf
 from qwen_scope.features import Label, Notes, make_label
 from qwen_scope.stats import Interval

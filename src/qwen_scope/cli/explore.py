@@ -25,6 +25,16 @@ def explore(
     auth: Annotated[
         list[str] | None, typer.Option("--auth", help="NAME:PASSWORD that may enter; may be repeated.")
     ] = None,
+    allow_hosts: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--allow-host", help="A further name the page is served under, as behind a proxy; may be repeated."
+        ),
+    ] = None,
+    limits: Annotated[
+        list[str] | None,
+        typer.Option("--limit", help="What a visitor may ask for, as NAME=NUMBER; may be repeated. docs/explorer.md"),
+    ] = None,
     browser: Annotated[bool, typer.Option("--browser/--no-browser", help="Open the page in a browser.")] = False,
     sae_cache: Annotated[str, typer.Option("--sae-cache", help="Memory for SAEs, such as 8GB.")] = "8GB",
     device: options.Device = None,
@@ -39,16 +49,18 @@ def explore(
     pairs = [name_and_password(text) for text in auth or []]
     cache_bytes = options.parse_size(sae_cache)
     need_gradio()
-    from qwen_scope.explorer import Desk, launch
+    from qwen_scope.explorer import Desk, Limits, check_host, launch
     from qwen_scope.scope import load_scope
 
+    allowed, bounds = [check_host(name) for name in allow_hosts or []], Limits.of(limits or [])
     options.quiet()
     whose.refuse_other_saes(sae)
     with output.status("opening the model"):
-        desk = Desk(load_scope(model, sae, device=device, dtype=dtype, k=k, cache_bytes=cache_bytes), named)
+        scope = load_scope(model, sae, device=device, dtype=dtype, k=k, cache_bytes=cache_bytes)
+        desk = Desk(scope, named, bounds)
         desk.warm()
     whose.say_whose()
-    page, url = launch(desk, host=host, port=port, auth=pairs, open_browser=browser, block=False)
+    page, url = launch(desk, host=host, port=port, auth=pairs, allow_hosts=allowed, open_browser=browser, block=False)
     output.console().print(f"The explorer is at {url} (stop it with Ctrl-C)", soft_wrap=True)
     page.block_thread()
 

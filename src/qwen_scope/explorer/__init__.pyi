@@ -1,5 +1,6 @@
 from .api import Api as Api
 from .desk import Desk as Desk
-from .desk import Limits as Limits
+from .gate import check_host as check_host
+from .limits import Limits as Limits
 from .page import build as build
 from .page import launch as launch

@@ -4,22 +4,29 @@ from __future__ import annotations
 
 import functools
 import threading
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
 import gradio as gr
+from gradio.context import LocalContext
 from gradio.events import api
 
-from qwen_scope.errors import QwenScopeError
+from qwen_scope.errors import InputError, QwenScopeError
 from qwen_scope.report import escaped
 from qwen_scope.steer import Generation
 
 from . import steering
 from .datasets import ANALYSIS, analysed
-from .desk import Desk, whole_number
-from .steer import STEER
-from .wiring import MODEL
+from .desk import Desk
+from .discreet import discreet_value
+from .limits import listed, whole_number
+from .steer import STEER, SWEEP
+from .wiring import LOOK, MODEL, SETS
+
+PAIRS = 200_000
+"""Features with their activations in one answer."""
 
 
 class Api:
@@ -28,20 +35,21 @@ class Api:
     def __init__(self, desk: Desk) -> None:
         self.desk = desk
 
-    def join(self) -> None:
+    def join(self, page: gr.Blocks) -> None:
         """Add the endpoints to the page that is being built."""
+        sessions = Passing(page)
         for endpoint, queue, limit in (
             (self.info, MODEL, 1),
             (self.features, MODEL, 1),
-            (self.compare, MODEL, 1),
-            (self.feature, MODEL, 1),
+            (self.compare, SETS, 1),
+            (self.feature, LOOK, 2),
             (self.positions, MODEL, 1),
             (self.steer, STEER, 2),
-            (self.sweep, STEER, 2),
+            (self.sweep, SWEEP, 1),
             (self.analyze, ANALYSIS, 1),
         ):
             name = endpoint.__name__
-            api(sentences(endpoint), api_name=name, concurrency_id=queue, concurrency_limit=limit)
+            api(sentences(endpoint, self.desk, sessions), api_name=name, concurrency_id=queue, concurrency_limit=limit)
 
     def info(self) -> dict[str, Any]:
         """What this page looks at: model, SAEs, layers, features, stores, and what one request may ask for."""
@@ -59,8 +67,10 @@ class Api:
 
     def features(self, text: str, layer: int, chat: str = "plain", n: int = 10) -> dict[str, Any]:
         """The tokens of a text, the n strongest features of each, and those of the whole text."""
-        layer, n = whole_number(layer, "layer"), whole_number(n, "number of features")
+        layer, n = whole_number(layer, "layer"), self.desk.limits.check_features(n)
         seen = self.desk.seen(text, layer, chat)
+        if (pairs := len(seen.tokens[0]) * n) > PAIRS:
+            raise InputError(f"{pairs:,} activations are more than one answer holds ({PAIRS:,}); ask for a smaller n")
         acts = seen.of(0, layer)
         tokens = []
         for i, token in enumerate(seen.tokens[0]):
@@ -82,18 +92,20 @@ class Api:
 
         leave_out: any of first, common, prefix.
         """
-        desk = self.desk
-        sides = [[desk.check_text(text) for text in side] for side in (a, b)]
+        desk, most = self.desk, self.desk.limits.set_texts
+        sides = [desk.limits.check_texts(side, "text", most) for side in (a, b)]
+        if layers is not None:
+            layers = [whole_number(layer, "layer") for layer in listed(layers, "layers", len(desk.layers))]
         chosen = desk.scope.check_layers(layers)
-        found, _ = desk.compare(
-            sides[0], sides[1], chosen, whole_number(n, "number of features"), leave_out or [], chat
-        )
+        found, _ = desk.compare(*sides, chosen, desk.limits.check_features(n), leave_out or [], chat)
         return [asdict(one) for ranked in found.values() for one in ranked]
 
     def feature(self, layer: int, feature: int, store: str | None = None) -> dict[str, Any]:
         """All about one feature; with the name of a store also where it fires, its label and its notes."""
         page = self.desk.feature_page(whole_number(layer, "layer"), whole_number(feature, "feature"), store)
-        return {**page.to_json(), "store": store}
+        data = page.to_json()
+        told = {key: discreet_value(data[key], self.desk.places) for key in ("label", "notes", "verdict")}
+        return {**data, **told, "store": store}
 
     def positions(self, prompt: str, where: str = "all", chat: str = "plain") -> dict[str, Any]:
         """The tokens of a prompt, and which of them an intervention at these positions changes."""
@@ -113,7 +125,7 @@ class Api:
         max_act, raw), where. decoding: max_new_tokens, sample, temperature, top_p, top_k, repetition_penalty, seed.
         """
         chosen = steering.interventions(self.desk, interventions)
-        how = steering.decoding(self.desk, decoding or {})
+        how = steering.decoding(self.desk, steering.checked_decoding(decoding))
         for *_, plain, steered in steering.both(self.desk, prompt, chat, chosen, how, threading.Event()):
             if plain is not None and steered is not None:
                 return {"unsteered": written(plain), "steered": written(steered)}
@@ -131,8 +143,8 @@ class Api:
         """Dose and response of interventions, and a proposed amount. aim: feature, regex, script or text."""
         chosen, _ = steering.dosed(steering.interventions(self.desk, interventions))
         target = steering.sweep_target(self.desk, aim, value, chosen[0])
-        how = steering.decoding(self.desk, {"max_new_tokens": 40, **(decoding or {})})
-        texts = steering.sweep_prompts("", "\n".join(self.desk.check_text(text, "prompt") for text in prompts))
+        how = steering.decoding(self.desk, {"max_new_tokens": 40} | steering.checked_decoding(decoding))
+        texts = self.desk.limits.check_texts(prompts, "prompt", self.desk.limits.sweep_prompts)
         return steering.swept(self.desk, texts, chat, chosen, target, how, lambda *_: None).to_json()
 
     def analyze(self, analysis: str, stores: list[str], layer: int) -> dict[str, Any]:
@@ -160,14 +172,51 @@ def plain(value: Any) -> Any:
     return [plain(one) for one in value] if isinstance(value, list | tuple) else value
 
 
-def sentences(endpoint: Callable[..., Any]) -> Callable[..., Any]:
-    """The endpoint, with purposeful errors as sentences that a client can read and a browser shows inertly."""
+class Passing:
+    """Keeps the page from remembering callers of the API, whose calls have no state.
+
+    Gradio makes a session of every call, of which it keeps as many as of browsers; those of the last few calls, which
+    may still be under way, stay.
+    """
+
+    KEPT = 64
+
+    def __init__(self, page: gr.Blocks) -> None:
+        self._page, self._lately, self._lock = page, OrderedDict[str, None](), threading.Lock()
+
+    def note(self) -> None:
+        """A call is being answered; what an old one left is dropped."""
+        session = getattr(LocalContext.request.get(), "session_hash", None)
+        holder, queue = getattr(self._page, "state_holder", None), self._page._queue
+        if session is None or holder is None:
+            return
+        with self._lock:
+            self._lately[session] = None
+            self._lately.move_to_end(session)
+            old = self._lately.popitem(last=False)[0] if len(self._lately) > self.KEPT else None
+        if old is None:
+            return
+        with holder.lock:
+            holder.session_data.pop(old, None)
+            holder.time_last_used.pop(old, None)
+        if not queue.pending_event_ids_session.get(old):  # it has fetched its answer
+            queue.pending_event_ids_session.pop(old, None)
+            queue.pending_messages_per_session.pop(old, None)
+
+
+def sentences(endpoint: Callable[..., Any], desk: Desk, sessions: Passing) -> Callable[..., Any]:
+    """The endpoint, with errors as sentences that a client can read and a browser shows inertly."""
 
     @functools.wraps(endpoint)
     def answer(*args: Any, **kwargs: Any) -> Any:
+        sessions.note()
         try:
             return plain(endpoint(*args, **kwargs))
         except QwenScopeError as error:
-            raise gr.Error(escaped(str(error)), print_exception=False) from error
+            raise gr.Error(escaped(desk.discreet(str(error))), print_exception=False) from error
+        except Exception as error:  # the operator reads it in the log, with its place
+            raise gr.Error(
+                "this request could not be answered; the log of the server tells its operator why"
+            ) from error
 
     return answer

@@ -10,7 +10,7 @@ from . import compare_view as view
 from .desk import Desk
 from .explore import CHAT_CHOICES
 from .pieces import empty, examples
-from .wiring import on, panel, picked
+from .wiring import SETS, on, panel, picked
 
 PAIRS = (
     ("Please come at nine, dear colleague.", "Come at nine, you idiot."),
@@ -64,11 +64,11 @@ class CompareTab:
                 self.side_b = panel(elem_id="compare-side-b")
             with gr.Column(scale=3, min_width=420):
                 self.ranking = panel(empty(START), elem_id="compare-ranking")
-        on(self.examples.pick, self.example, [], self.texts, self.notice, concurrency_id="edit")
+        on(self.examples.pick, self.example, [], self.texts, self.notice, self.desk, concurrency_id="edit")
         inputs = [*self.texts, *self.files, self.options, self.chat, self.first, self.last, self.n]
         on(
             [self.go.click, *(text.submit for text in self.texts)],
-            self.compare, inputs, [self.side_a, self.side_b, self.ranking], self.notice,
+            self.compare, inputs, [self.side_a, self.side_b, self.ranking], self.notice, self.desk, concurrency_id=SETS,
             show_progress="minimal", show_progress_on=self.ranking,
         )  # fmt: skip
 
@@ -92,6 +92,7 @@ class CompareTab:
         """Both sides and the ranking."""
         desk = self.desk
         sides = [desk.side(text_a, file_a, "first"), desk.side(text_b, file_b, "second")]
-        found, seen = desk.compare(sides[0], sides[1], desk.layer_range(first, last), int(n or 5), options, chat)
+        layers, n = desk.layer_range(first, last), desk.limits.check_features(n or 5)
+        found, seen = desk.compare(*sides, layers, n, options, chat)
         a, b, ranking = view.compared(found, seen, len(sides[0]), desk.label)
         return {self.side_a: a, self.side_b: b, self.ranking: ranking}

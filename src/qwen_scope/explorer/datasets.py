@@ -10,13 +10,14 @@ import gradio as gr
 import numpy as np
 
 from qwen_scope.analysis import ANALYSES, Dataset, Evidence, Result, Rule, Table
-from qwen_scope.errors import InputError, NotFoundError
+from qwen_scope.errors import InputError, NotFoundError, brief
 from qwen_scope.report import Markup, draw, element, join
 from qwen_scope.scope import TokenFeatures
 
 from .desk import Desk
 from .explore import CHAT_CHOICES
 from .jobs import Report, watched
+from .limits import listed
 from .pieces import card, chip, empty, feature_link, heading, name_of, notice, number, progress_panel
 from .wiring import on, panel, stops
 
@@ -66,12 +67,14 @@ class DatasetsTab:
                 self.trace_notice = panel(elem_id="trace-notice")
                 self.traced = panel(empty(TRACE_START), elem_id="trace-result")
         on(
-            self.go.click, self.analyse, [self.stores, self.analysis, self.layer], [self.result], self.notice,
+            self.go.click, self.analyse, [self.stores, self.analysis, self.layer], [self.result],
+            self.notice, self.desk,
             concurrency_id=ANALYSIS,
         )  # fmt: skip
         stops(self.stop_button, desk.jobs)
         on(
-            self.trace_button.click, self.trace, [self.rule, self.text, self.chat], [self.traced], self.trace_notice
+            self.trace_button.click, self.trace, [self.rule, self.text, self.chat], [self.traced],
+            self.trace_notice, self.desk
         )  # fmt: skip
 
     def analyse(self, request: gr.Request, stores: list[str], analysis: str, layer: int) -> Iterator[dict[Any, Any]]:
@@ -103,9 +106,14 @@ def analysed(desk: Desk, stores: list[str], analysis: str, layer: int, report: R
     Raises:
         InputError, NotFoundError, MismatchError: unknown names, too few stores, or stores that do not fit together.
     """
-    if analysis not in ANALYSES:
-        raise NotFoundError(f"there is no analysis {analysis!r}; there are {', '.join(ANALYSES)}")
+    if not isinstance(analysis, str) or analysis not in ANALYSES:
+        raise NotFoundError(f"there is no analysis {brief(analysis)}; there are {', '.join(ANALYSES)}")
     chosen = ANALYSES[analysis]
+    stores = listed(stores, "stores", len(desk.stores))
+    for name in stores:
+        desk.folder(name)
+        if stores.count(name) > 1:
+            raise InputError(f"the store {name!r} is named twice")
     if len(stores) < chosen.datasets:
         raise InputError(f"{analysis} needs at least {chosen.datasets} stores; {len(stores)} chosen")
     datasets = []

@@ -6,19 +6,21 @@ import json
 import threading
 from collections import OrderedDict
 from collections.abc import Hashable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
 
 from qwen_scope.corpus import Corpus, FeatureStore, Unreadable
-from qwen_scope.errors import InputError
+from qwen_scope.errors import InputError, brief
 from qwen_scope.features import FeaturePage, Label, Neighbour, Notes, cofiring, elsewhere, feature_page, similar
 from qwen_scope.sae import SAE
 from qwen_scope.scope import Comparison, Scope, TokenFeatures, compare_seen, model_source
 from qwen_scope.steer import Generation
 
+from .discreet import discreet
 from .jobs import Jobs
+from .limits import Limits, listed, one_of
 from .pieces import Named
 from .shelf import Shelf, stamp
 
@@ -31,25 +33,6 @@ CHATS: dict[str, ChatMode | None] = {"plain": None, "thinking": "thinking", "non
 
 COMPANY = 10
 """Features that fire with another, as many as a page shows of each kind."""
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What one visitor may ask for.
-
-    Attributes:
-        characters: of a text.
-        new_tokens: of a generation.
-        upload_bytes: of a file.
-        set_texts: texts of an uploaded set.
-        remembered_bytes: of activations kept for all visitors together.
-    """
-
-    characters: int = 20_000
-    new_tokens: int = 300
-    upload_bytes: int = 2_000_000
-    set_texts: int = 500
-    remembered_bytes: int = 128_000_000
 
 
 class Desk:
@@ -80,30 +63,27 @@ class Desk:
         self._lock = threading.Lock()
         self._known_labels: tuple[tuple[tuple[int, int], ...], dict[tuple[int, int], Label]] | None = None
 
+    @cached_property
+    def places(self) -> dict[str, str]:
+        """Where things lie on this machine, and what the page calls them instead."""
+        named = {str(folder): name for name, folder in self.stores.items()}
+        return {str(self.scope.name): self.model_name, str(self.scope.saes.source): self.sae_name, **named}
+
+    def discreet(self, text: str) -> str:
+        """A sentence without any path of this machine."""
+        return discreet(text, self.places)
+
     @property
     def layers(self) -> list[int]:
         return self.scope.layers
 
-    def check_text(self, text: str, what: str = "text") -> str:
-        """The text, if it is one that may be read.
-
-        Raises:
-            InputError: it is empty or too long.
-        """
-        if not isinstance(text, str) or not text.strip():
-            raise InputError(f"the {what} is empty; write or paste one")
-        if len(text) > self.limits.characters:
-            raise InputError(
-                f"the {what} has {len(text):,} characters and this page reads up to {self.limits.characters:,};"
-                " shorten it, or use qwen-scope extract for a corpus"
-            )
-        return text
+    def check_text(self, text: object, what: str = "text") -> str:
+        """The text, if it is one that may be read; raises InputError for an empty or too long one."""
+        return self.limits.check_text(text, what)
 
     def chat(self, name: str) -> ChatMode | None:
         """The chat mode of that name; raises InputError for another."""
-        if name not in CHATS:
-            raise InputError(f"a text is put to the model as one of {', '.join(CHATS)}, not {name!r}")
-        return CHATS[name]
+        return CHATS[one_of(name, CHATS, "how a text is put to the model")]
 
     def seen(self, text: str, layer: int, chat: str = "plain") -> TokenFeatures:
         """The features of one text at one layer; what was read lately is not read again.
@@ -187,13 +167,31 @@ class Desk:
             options: of `first`, `common` and `prefix`, the tokens that are left out.
 
         Raises:
-            InputError: another option, or as `Scope.compare` does.
+            InputError: another option, more tokens than this page compares, or as `Scope.compare` does.
         """
-        if unknown := set(options) - {"first", "common", "prefix"}:
-            raise InputError(f"tokens are left out by first, common or prefix, not {min(unknown)!r}")
+        for option in listed(options, "tokens to leave out", 3):
+            if option not in ("first", "common", "prefix"):
+                raise InputError(f"tokens are left out by first, common or prefix, not {brief(option)}")
+        self.check_set([*a, *b], layers, chat)
         seen = self.scope.features([*a, *b], layers, chat=self.chat(chat), truncate=len(a) + len(b) > 2)
         left_out = {f"drop_{name}": name in options for name in ("first", "common", "prefix")}
         return compare_seen(seen, len(a), n=n, **left_out), seen
+
+    def check_set(self, texts: list[str], layers: list[int], chat: str) -> None:
+        """Refuse a comparison of more tokens, or of more activations, than one visitor may keep the model busy with."""
+        lengths = self.scope.tokenize(texts, chat=self.chat(chat), truncate=len(texts) > 2).lengths
+        if sum(lengths) > self.limits.set_tokens:
+            raise InputError(
+                f"the texts have {sum(lengths):,} tokens together and this page compares up to"
+                f" {self.limits.set_tokens:,}; give fewer or shorter ones"
+            )
+        slots = sum(self.scope.saes[layer].k or self.scope.saes[layer].d_sae for layer in layers)
+        size = len(texts) * max(lengths, default=0) * slots * 8  # an index and a value each, padded to the longest
+        if size > self.limits.set_bytes:
+            raise InputError(
+                f"{len(texts)} texts of up to {max(lengths)} tokens at {len(layers)} layers take {size / 1e6:,.0f} MB"
+                f" and this page has {self.limits.set_bytes / 1e6:,.0f} MB for a comparison; give fewer layers or texts"
+            )
 
     @property
     def remembered_bytes(self) -> int:
@@ -235,8 +233,8 @@ class Desk:
 
     def folder(self, name: str) -> Path:
         """Where a store lies; raises InputError for one that the page was not started with."""
-        if name not in self.stores:
-            raise InputError(f"there is no store {name!r} here; the page has {', '.join(self.stores) or 'none'}")
+        if not isinstance(name, str) or name not in self.stores:
+            raise InputError(f"there is no store {brief(name)} here; the page has {', '.join(self.stores) or 'none'}")
         return self.stores[name]
 
     def feature_page(self, layer: int, feature: int, store: str | None = None, *, company: bool = True) -> FeaturePage:
@@ -250,9 +248,11 @@ class Desk:
         """
         self.check_feature(layer, feature)
         if store is None:
-            return feature_page(layer, feature, scope=self.scope, layers=self.layers)
-        with self.shelf.lent(self.folder(store)) as opened:
-            return feature_page(layer, feature, store=opened, scope=self.scope, company=company)
+            page = feature_page(layer, feature, scope=self.scope, layers=self.layers)
+        else:
+            with self.shelf.lent(self.folder(store)) as opened:
+                page = feature_page(layer, feature, store=opened, scope=self.scope, company=company)
+        return replace(page, store=store, model=self.discreet(page.model), group=self.discreet(page.group))
 
     def with_company(self, page: FeaturePage, store: str) -> FeaturePage:
         """The page with the features that fire on the same tokens, in its own layer and in the others."""
@@ -324,20 +324,3 @@ def size_of(found: TokenFeatures) -> int:
     """Bytes of the tensors of what was seen."""
     tensors = [t for acts in found.acts.values() for t in (acts.indices, acts.values)]
     return sum(t.numel() * t.element_size() for t in [*tensors, found.input_ids, found.mask])
-
-
-def whole_number(value: object, what: str) -> int:
-    """A whole number from a field of the page.
-
-    Raises:
-        InputError: it is empty or something else.
-    """
-    if isinstance(value, bool) or not isinstance(value, int | float | str):
-        raise InputError(f"give the {what} as a whole number")
-    try:
-        number = float(value)
-    except ValueError:
-        raise InputError(f"the {what} is a whole number, not {value!r:.40}") from None
-    if not number.is_integer():
-        raise InputError(f"the {what} is a whole number, not {value!r:.40}")
-    return int(number)

@@ -11,11 +11,12 @@ import gradio as gr
 from qwen_scope.report import join
 
 from . import explore_view as view
-from .desk import Desk, whole_number
+from .desk import Desk
 from .explore_view import Reading
 from .jobs import Told
+from .limits import whole_number
 from .pieces import empty, examples, notice, progress_panel
-from .wiring import MODEL, on, panel, picked, stops, told
+from .wiring import MODEL, SETS, on, panel, picked, stops, told
 
 EXAMPLES = (
     "Could you wait, please? Shut up, you fool!",
@@ -43,10 +44,7 @@ class ExploreTab:
                 self.read = gr.Button("Read", variant="primary", elem_id="explore-read")
         self.examples = panel(examples(EXAMPLES), elem_id="explore-examples")
         self.notice = panel(elem_id="explore-notice")
-        self.layer = gr.Slider(
-            desk.layers[0], desk.layers[-1], value=desk.layers[len(desk.layers) // 2], step=1, label="Layer",
-            elem_id="explore-layer",
-        )  # fmt: skip
+        self.layer = layer_choice(desk.layers)
         with gr.Row(equal_height=False):
             with gr.Column(scale=3, min_width=420):
                 self.tokens = panel(empty(START), elem_id="explore-tokens")
@@ -74,11 +72,11 @@ class ExploreTab:
         heat = [self.own_scale, self.skip_first]
         on(
             [self.read.click, self.text.submit],
-            self.start, [self.text, self.chat, self.layer, *heat], shown, self.notice, show_progress="minimal",
-            show_progress_on=self.tokens,
+            self.start, [self.text, self.chat, self.layer, *heat], shown, self.notice, self.desk,
+            show_progress="minimal", show_progress_on=self.tokens,
         )  # fmt: skip
-        on(self.examples.pick, self.example, [], [self.text], self.notice, concurrency_id="edit").then(
-            told(self.start, self.notice), [self.text, self.chat, self.layer, *heat], [*shown, self.notice],
+        on(self.examples.pick, self.example, [], [self.text], self.notice, self.desk, concurrency_id="edit").then(
+            told(self.start, self.notice, self.desk), [self.text, self.chat, self.layer, *heat], [*shown, self.notice],
             show_progress="hidden", api_visibility="private", concurrency_id=MODEL, concurrency_limit=1,
         )  # fmt: skip
         on(
@@ -87,14 +85,15 @@ class ExploreTab:
             [self.reading, self.layer, *heat],
             shown,
             self.notice,
+            self.desk,
             trigger_mode="always_last",
         )
-        on([box.input for box in heat], self.move, [self.reading, self.layer, *heat], shown, self.notice)
-        on(self.through.click, self.descend, [self.reading], [self.depth], self.notice)
+        on([box.input for box in heat], self.move, [self.reading, self.layer, *heat], shown, self.notice, self.desk)
+        on(self.through.click, self.descend, [self.reading], [self.depth], self.notice, self.desk, concurrency_id=SETS)
         stops(self.stop_button, self.desk.jobs)
         on(
             [part.pick for part in (self.tokens, self.of_token, self.of_text, self.heat)],
-            self.choose, [self.reading, *heat], shown, self.notice,
+            self.choose, [self.reading, *heat], shown, self.notice, self.desk,
         )  # fmt: skip
 
     def descend(self, request: gr.Request, reading: Reading | None) -> Iterator[dict[Any, Any]]:
@@ -161,3 +160,11 @@ class ExploreTab:
             self.depth_options: gr.Row(visible=True),
             self.depth: "",
         }
+
+
+def layer_choice(layers: list[int]) -> gr.Slider | gr.Dropdown:
+    """What chooses a layer: a slider, or a list where there is one layer or some between are missing."""
+    shared = {"value": layers[len(layers) // 2], "label": "Layer", "elem_id": "explore-layer"}
+    if len(layers) > 1 and layers == list(range(layers[0], layers[-1] + 1)):
+        return gr.Slider(layers[0], layers[-1], step=1, **shared)
+    return gr.Dropdown(layers, **shared)

@@ -12,9 +12,10 @@ from qwen_scope.features import FeaturePage
 from qwen_scope.report import join
 
 from . import feature_view as view
-from .desk import Desk, whole_number
+from .desk import Desk
+from .limits import whole_number
 from .pieces import card, empty, examples
-from .wiring import on, panel, picked
+from .wiring import LOOK, on, panel, picked
 
 NO_STORE = "no store"
 NO_STORES_NOTE = (
@@ -60,11 +61,13 @@ class FeatureTab:
             self.layer, self.feature,
         ]  # fmt: skip
         fields = [self.layer, self.feature, self.store]
-        newest = {"trigger_mode": "always_last"}
-        on([self.open.click, self.feature.submit], self.show, fields, self.shown, self.notice, **newest)
-        on(self.examples.pick, self.example, [self.store], self.shown, self.notice, **newest)
+        newest = {"trigger_mode": "always_last", "concurrency_id": LOOK, "concurrency_limit": 2}
+        on([self.open.click, self.feature.submit], self.show, fields, self.shown, self.notice, self.desk, **newest)
+        on(self.examples.pick, self.example, [self.store], self.shown, self.notice, self.desk, **newest)
         on(
-            self.write.click, self.keep, [*fields, self.note, self.author], [*self.shown, self.note], self.notice
+            self.write.click, self.keep, [*fields, self.note, self.author], [*self.shown, self.note],
+            self.notice, self.desk,
+            concurrency_id=LOOK, concurrency_limit=2,
         )  # fmt: skip
 
     def example(self, event: gr.EventData, store: str) -> Iterator[dict[Any, Any]]:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Sequence
+from functools import partial
 from importlib.resources import files
 from typing import Any
 
 import gradio as gr
+from gradio.block_function import BlockFunction
+from starlette.middleware import Middleware
 
 from qwen_scope.errors import InputError
 from qwen_scope.report import Markup, element, join
@@ -18,17 +22,41 @@ from .datasets import DatasetsTab
 from .desk import Desk
 from .explore import ExploreTab
 from .feature import NO_STORE, FeatureTab
+from .gate import Gate, check_host
 from .steer import SteerTab
-from .wiring import MODEL, panel, told
+from .turns import take_turns, waiting
+from .wiring import LOOK, panel, told
 
 TABS = ("explore", "compare", "steer", "feature", "datasets")
 TITLE = "qwen-scope explorer"
+EVERYWHERE = ("0.0.0.0", "::", "")
+WAITING = 200
+"""Requests that wait in all queues together."""
+
+
+class Page(gr.Blocks):
+    """Gradio's page, whose endpoints fill in the arguments at the end that a caller leaves out."""
+
+    def validate_inputs(self, block_fn: BlockFunction, inputs: list[Any]) -> None:
+        """Append the defaults of what is missing; too few or too many arguments end with a sentence."""
+        if block_fn.api_visibility != "private" and block_fn.fn is not None:
+            name, takes = block_fn.api_name, list(inspect.signature(block_fn.fn).parameters.values())
+            if len(inputs) > len(takes):
+                raise gr.Error(f"/{name} takes {len(takes)} arguments, not {len(inputs)}", print_exception=False)
+            for missing in takes[len(inputs) :]:
+                if missing.default is inspect.Parameter.empty:
+                    order = ", ".join(one.name for one in takes)
+                    raise gr.Error(
+                        f"/{name} needs {missing.name}; it takes {order}, in this order", print_exception=False
+                    )
+                inputs.append(missing.default)
+        super().validate_inputs(block_fn, inputs)
 
 
 def build(desk: Desk) -> gr.Blocks:
     """The page for this desk, ready to be launched or mounted."""
-    with gr.Blocks(title=TITLE, analytics_enabled=False, fill_width=True, delete_cache=(600, 3600)) as page:
-        Api(desk).join()  # first, so that the endpoints get their plain names
+    with Page(title=TITLE, analytics_enabled=False, fill_width=True, delete_cache=(600, 3600)) as page:
+        Api(desk).join(page)  # first, so that the endpoints get their plain names
         panel(header(desk), elem_id="qs-header")
         with gr.Tabs(elem_id="qs-tabs") as tabs:
             with gr.Tab("Explore", id="explore"):
@@ -51,12 +79,12 @@ def arrive(page: gr.Blocks, tabs: gr.Tabs, explore: ExploreTab, feature: Feature
     def opened(request: gr.Request) -> Iterator[dict[Any, Any]]:
         asked = request.query_params
         if "text" in asked:
-            read = told(explore.arrive, explore.notice)
+            read = told(explore.arrive, explore.notice, explore.desk)
             layer = asked.get("layer", explore.desk.layers[len(explore.desk.layers) // 2])
             yield {tabs: gr.Tabs(selected="explore"), **read(asked["text"], asked.get("chat", "plain"), layer)}
         elif "feature" in asked or "layer" in asked:
             store = next(iter(feature.desk.stores), NO_STORE)
-            look = told(feature.show, feature.notice)
+            look = told(feature.show, feature.notice, feature.desk)
             for update in look(asked.get("layer", ""), asked.get("feature", ""), store):
                 yield {tabs: gr.Tabs(selected="feature"), **update}
         elif asked.get("tab") in TABS:
@@ -67,7 +95,7 @@ def arrive(page: gr.Blocks, tabs: gr.Tabs, explore: ExploreTab, feature: Feature
     shown = [*explore.fields, explore.notice, *explore.shown, feature.notice, *feature.shown]
     page.load(
         opened, None, [tabs, *shown], api_visibility="private", show_progress="hidden",
-        concurrency_id=MODEL, concurrency_limit=1,
+        concurrency_id=LOOK, concurrency_limit=2,
     )  # fmt: skip
 
 
@@ -77,6 +105,7 @@ def launch(
     host: str = "127.0.0.1",
     port: int | None = None,
     auth: Sequence[tuple[str, str]] | None = None,
+    allow_hosts: Sequence[str] = (),
     open_browser: bool = False,
     block: bool = True,
 ) -> tuple[gr.Blocks, str]:
@@ -86,13 +115,18 @@ def launch(
         host: where to listen; by default only this machine can reach it.
         port: by default the first free one from 7860 on.
         auth: pairs of name and password; without them everybody who reaches the page may use it.
+        allow_hosts: names under which the page is served too; see `Gate`.
         block: return only when the page is stopped.
 
     Raises:
-        InputError: the address is taken, or none of this machine's.
+        InputError: the address is taken, or none of this machine's; or a host that is none.
     """
+    names = [*map(check_host, allow_hosts), *([] if host in EVERYWHERE else [check_host(host)])]
     page = build(desk)
-    page.queue(max_size=200, default_concurrency_limit=1)
+    page.queue(max_size=WAITING, default_concurrency_limit=1, api_open=False)  # nobody goes past the queue
+    take_turns(page)
+    forget_events(page)
+    gate = Middleware(Gate, names=names, limits=desk.limits, waiting=partial(waiting, page))
     try:
         _, url, _ = page.launch(
             server_name=host,
@@ -100,12 +134,19 @@ def launch(
             auth=list(auth) if auth else None,
             inbrowser=open_browser,
             prevent_thread_lock=not block,
+            app_kwargs={"middleware": [gate]},
             **served(desk),
         )
     except OSError as error:
         place = host if port is None else f"{host}, port {port}"
         raise InputError(f"the page can't listen at {place}, which may be taken; name another --port") from error
     return page, url
+
+
+def forget_events(page: gr.Blocks) -> None:
+    """Have Gradio keep no table of past events, which it would summarise anew after each."""
+    page._queue.ANALYTICS_MAX_EVENTS = 1
+    page._queue.ANAYLTICS_CACHE_FREQUENCY = 2**62
 
 
 def served(desk: Desk) -> dict[str, Any]:
@@ -123,6 +164,7 @@ def served(desk: Desk) -> dict[str, Any]:
         "mcp_server": False,
         "footer_links": [],
         "enable_monitoring": False,
+        "state_session_capacity": desk.limits.sessions,
         "max_file_size": desk.limits.upload_bytes,
         "allowed_paths": [],
     }

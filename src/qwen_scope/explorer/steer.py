@@ -18,10 +18,14 @@ from .desk import Desk
 from .explore import CHAT_CHOICES
 from .jobs import Told, watched
 from .pieces import empty, notice, progress_panel
+from .steering import DECODING, FIELDS
 from .wiring import on, panel, picked, stops
 
 STEER = "steer"
 """The queue of generations: apart from the model's, so that nobody waits for somebody's long text to read theirs."""
+
+SWEEP = "sweep"
+"""The queue of sweeps, each of which generates for long."""
 
 OPS = [("add", "add"), ("scale its activation", "scale"), ("hold its activation at", "clamp"), ("remove", "ablate")]
 UNITS = [(words, unit) for unit, words in view.UNITS.items()]
@@ -33,8 +37,6 @@ AIMS = [
 ]
 GENERIC = {"Light": 0.1, "Medium": 0.3, "Strong": 0.6}
 SHARES = {"Light": 0.25, "Medium": 0.5, "Strong": 1.0}
-FIELDS = ("layer", "feature", "op", "amount", "unit", "where")
-DECODING = ("max_new_tokens", "sample", "temperature", "top_p", "top_k", "repetition_penalty", "seed")
 START = "Choose a feature and press Run: the text as the model writes it, and as it writes it under your changes."
 PAUSE = 0.05  # seconds between two updates of a growing text
 
@@ -142,36 +144,39 @@ class SteerTab:
         on(
             [field.change if isinstance(field, gr.Textbox) else field.input for field in
              (*self.editor, self.prompt, self.chat)], self.edited,
-            [*state, self.prompt, self.chat], listed, self.notice, trigger_mode="always_last", concurrency_id="edit",
+            [*state, self.prompt, self.chat], listed,
+            self.notice, self.desk, trigger_mode="always_last", concurrency_id="edit",
         )  # fmt: skip
         on(
             self.listed.pick, self.choose, [*state, self.prompt, self.chat],
-            [*listed, self.selected, *self.editor], self.notice, concurrency_id="edit",
+            [*listed, self.selected, *self.editor], self.notice, self.desk, concurrency_id="edit",
         )  # fmt: skip
         for name, button in self.strengths.items():
             on(
                 button.click, self.strength(name), [*state, self.prompt, self.chat, self.presets],
-                [*listed, self.amount, self.unit], self.notice, concurrency_id="edit",
+                [*listed, self.amount, self.unit], self.notice, self.desk, concurrency_id="edit",
             )  # fmt: skip
         work = {"concurrency_id": STEER, "concurrency_limit": 2}
         run = [*state, self.prompt, self.chat, *self.decoding]
         on(
             [self.run_button.click, self.prompt.submit], self.run, run,
-            [self.rows, self.listed, self.plain, self.steered, self.candidates, self.sides], self.notice, **work,
+            [self.rows, self.listed, self.plain, self.steered, self.candidates, self.sides],
+            self.notice, self.desk, **work,
         )  # fmt: skip
         stops(self.stop_button, self.desk.jobs)
         for side in ("plain", "steered"):
             on(getattr(self, side).pick, self.token(side), [self.sides],
-               [self.plain, self.steered, self.candidates], self.notice, concurrency_id="edit")  # fmt: skip
+               [self.plain, self.steered, self.candidates], self.notice, self.desk, concurrency_id="edit")  # fmt: skip
         on(
             self.sweep_button.click, self.sweep,
             [*run, self.aim, self.aim_value, self.sweep_prompts, self.presets],
-            [self.doses, self.presets], self.notice, **work,
+            [self.doses, self.presets], self.notice, self.desk, concurrency_id=SWEEP,
         )  # fmt: skip
-        on(self.save.click, self.save_recipe, [*state, self.recipe_name], [self.saved], self.notice)
+        on(self.save.click, self.save_recipe, [*state, self.recipe_name], [self.saved], self.notice, self.desk)
         self.saved.change(None, [self.saved, self.recipe_name], None, api_visibility="private", js=SAVE)
         on(self.load.upload, self.load_recipe, [self.load, self.prompt, self.chat],
-           [*listed, self.selected, self.recipe_name, *self.editor], self.notice)  # fmt: skip
+           [*listed, self.selected, self.recipe_name, *self.editor],
+           self.notice, self.desk, concurrency_id="edit")  # fmt: skip
 
     # --- the list and its fields -------------------------------------------------------------------------------------
 
@@ -188,7 +193,7 @@ class SteerTab:
             try:
                 shown = view.preview_panel(*steering.preview(self.desk, prompt, chat, rows))
             except QwenScopeError as error:
-                shown = notice(str(error))
+                shown = notice(self.desk.discreet(str(error)))
         return {self.rows: rows, self.listed: view.list_panel(rows, selected), self.preview: shown}
 
     def edited(self, rows: list[dict], selected: int, *values: Any) -> dict[Any, Any]:
@@ -290,7 +295,7 @@ class SteerTab:
         chosen, in_lengths = steering.dosed(chosen)
         decoding = steering.decoding(self.desk, dict(zip(DECODING, how, strict=True)) | {"max_new_tokens": 40})
         target = steering.sweep_target(self.desk, aim, value, chosen[0])
-        prompts = steering.sweep_prompts(prompt, more)
+        prompts = steering.sweep_prompts(self.desk, prompt, more)
         with self.desk.jobs.at_work(str(request.session_hash)) as stop:
             yield {self.doses: progress_panel(Told("sweep", 0.0, ""))}
             work = watched(

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from qwen_scope.errors import InputError
+from qwen_scope.errors import InputError, brief, check_number, nearest
 from qwen_scope.lab import neutral_prompts
 from qwen_scope.steer import (
     Continuations,
@@ -31,11 +31,20 @@ from qwen_scope.steer import (
     sweep,
 )
 
-from .desk import Desk, whole_number
+from .desk import Desk
 from .jobs import Report
+from .limits import whole_number
 
 CANDIDATES = 10
 SWEEP_PROMPTS = 8
+WHERE = 1000
+"""Characters of a list of positions."""
+
+VALUE = 1000
+"""Characters of what a sweep looks for."""
+
+FIELDS = ("layer", "feature", "op", "amount", "unit", "where")
+DECODING = ("max_new_tokens", "sample", "temperature", "top_p", "top_k", "repetition_penalty", "seed")
 TARGETS = ("feature", "regex", "script", "text")
 
 
@@ -46,12 +55,11 @@ def intervention(fields: Mapping[str, Any]) -> Intervention:
         InputError, FormatError: a field is missing, or they mean nothing together.
     """
     op = fields.get("op", "add")
+    if unknown := sorted(map(str, set(fields) - set(FIELDS))):
+        raise InputError(f"an intervention has no key {brief(unknown[0])}; {nearest(unknown[0][:60], FIELDS)}")
     layer, feature = whole_number(fields.get("layer"), "layer"), whole_number(fields.get("feature"), "feature")
-    amount = fields.get("amount")
-    if op == "ablate":
-        amount = 0.0
-    elif isinstance(amount, bool) or not isinstance(amount, int | float):
-        raise InputError(f"give the amount of feature {feature} as a number, not {amount!r:.40}")
+    what = f"give the amount of feature {feature} as a number; it"
+    amount = 0.0 if op == "ablate" else check_number(what, fields.get("amount"))
     unit = "raw" if op in ("scale", "ablate") else fields.get("unit", "resid_norm")
     if layer < 0:
         raise InputError(f"layers count from 0; there is no layer {layer}")
@@ -60,16 +68,24 @@ def intervention(fields: Mapping[str, Any]) -> Intervention:
             "hook_point": f"layer{layer}",
             "op": op,
             "feature": feature,
-            "amount": float(amount),
+            "amount": amount,
             "unit": unit,
-            "where": str(fields.get("where") or "all"),
+            "where": places(fields),
         }
     )
 
 
+def places(fields: Mapping[str, Any]) -> str:
+    """The positions in the fields of an intervention, a text of moderate length."""
+    where = fields.get("where") or "all"
+    if not isinstance(where, str) or len(where) > WHERE:
+        raise InputError(f"positions are a text of up to {WHERE} characters, such as 0,2,5-8, not {brief(where)}")
+    return where
+
+
 def interventions(desk: Desk, rows: Sequence[Mapping[str, Any]]) -> list[Intervention]:
     """The interventions of all rows, each checked against its SAE."""
-    made = [intervention(row) for row in rows]
+    made = [intervention(row) for row in desk.limits.check_rows(rows)]
     for one in made:
         desk.check_feature(one.layer, int(one.feature or 0))
     return made
@@ -83,7 +99,7 @@ def preview(
     Raises:
         InputError: positions that can't be read.
     """
-    where = [Where.parse(str(row.get("where") or "all")) for row in rows]
+    where = [Where.parse(places(row)) for row in desk.limits.check_rows(rows)]
     tokens = desk.scope.tokenize([desk.check_text(prompt, "prompt")], chat=desk.chat(chat))
     n = tokens.lengths[0]
     positions, lengths = torch.arange(n)[None], torch.tensor([[n]])
@@ -91,6 +107,19 @@ def preview(
     for one in where:
         touched |= one.mask(positions, lengths)
     return tokens.strings[0], touched[0].tolist(), where
+
+
+def checked_decoding(fields: object) -> dict[str, Any]:
+    """The fields of a decoding that a caller of the API gives; raises InputError for another kind or an unknown key."""
+    if fields is None:
+        return {}
+    if not isinstance(fields, Mapping):
+        raise InputError(f"decoding is an object with keys such as max_new_tokens, not {brief(fields)}")
+    if unknown := sorted(map(str, set(fields) - set(DECODING))):
+        raise InputError(f"decoding has no key {brief(unknown[0])}; {nearest(unknown[0][:60], DECODING)}")
+    if not isinstance(fields.get("sample", False), bool):
+        raise InputError(f"sample is true or false, not {brief(fields['sample'])}")
+    return dict(fields)
 
 
 def decoding(desk: Desk, fields: Mapping[str, Any]) -> Decoding:
@@ -108,6 +137,8 @@ def decoding(desk: Desk, fields: Mapping[str, Any]) -> Decoding:
         for name in ("temperature", "top_p", "top_k", "repetition_penalty")
         if fields.get(name) is not None and (sample or name == "repetition_penalty")
     }
+    for name in chosen:
+        check_number(name, chosen[name])
     if "top_k" in chosen:
         chosen["top_k"] = whole_number(chosen["top_k"], "top-k")
     return Decoding(new, sample, seed=whole_number(fields.get("seed") or 0, "seed"), **chosen)
@@ -170,22 +201,24 @@ def sweep_target(desk: Desk, kind: str, value: str, first: Intervention) -> Targ
     if kind == "feature":
         return desk.scope.feature_target(first.layer, int(first.feature or 0))
     if kind not in TARGETS:
-        raise InputError(f"a sweep aims at one of {', '.join(TARGETS)}, not {kind!r}")
-    if not value.strip():
+        raise InputError(f"a sweep aims at one of {', '.join(TARGETS)}, not {brief(kind)}")
+    if not isinstance(value, str) or not value.strip():
         raise InputError("say what the continuation should be like: fill in the field beside the aim of the sweep")
+    if len(value) > VALUE:
+        raise InputError(f"what to look for has {len(value):,} characters; give up to {VALUE:,}")
     if kind == "regex":
-        return matches(value, seconds=1.0)
+        return matches(value, seconds=desk.limits.pattern_seconds)
     return script(value) if kind == "script" else Continuations((value,))
 
 
-def sweep_prompts(prompt: str, more: str) -> list[str]:
+def sweep_prompts(desk: Desk, prompt: str, more: str) -> list[str]:
     """The prompts of a sweep: those given, one a line, else the one prompt and prefixes without a language."""
     lines = [line for line in more.splitlines() if line.strip()]
     if not lines:
         lines = [prompt, *(one.text for one in neutral_prompts(0, SWEEP_PROMPTS - 1))]
     if len(lines) < 2:
         raise InputError("a sweep needs at least two prompts, one a line")
-    return lines[: 4 * SWEEP_PROMPTS]
+    return desk.limits.check_texts(lines, "prompt", desk.limits.sweep_prompts)
 
 
 def dosed(chosen: list[Intervention]) -> tuple[list[Intervention], bool]:
@@ -193,6 +226,8 @@ def dosed(chosen: list[Intervention]) -> tuple[list[Intervention], bool]:
 
     Several keep their proportions, and a dose is then a factor for all their amounts.
     """
+    if not chosen:
+        raise InputError("a sweep needs at least one intervention")
     if len(chosen) == 1 and chosen[0].op == "add":
         return [replace(chosen[0], amount=1.0, unit="resid_norm")], True
     return chosen, False
@@ -202,7 +237,16 @@ def swept(
     desk: Desk, prompts: list[str], chat: str, chosen: list[Intervention], target: Target | Continuations,
     how: Decoding, report: Report,
 ) -> Sweep:  # fmt: skip
-    """Dose and response of the interventions, each counted in its own amount."""
+    """Dose and response of the interventions, each counted in its own amount.
+
+    Raises:
+        InputError: more prompts and tokens than one visitor may keep the model busy with, or as `sweep` does.
+    """
+    if (tokens := len(prompts) * how.max_new_tokens) > desk.limits.sweep_tokens:
+        raise InputError(
+            f"{len(prompts)} prompts of {how.max_new_tokens} new tokens are {tokens:,} at every amount and this page"
+            f" generates up to {desk.limits.sweep_tokens:,}; give fewer prompts or a smaller max_new_tokens"
+        )
     scope = desk.scope
     return sweep(
         scope.model, scope.tokenizer, prompts, chosen, target, saes=scope.saes, stats=scope.sizes, decoding=how,
@@ -225,10 +269,11 @@ def rows_of_recipe(desk: Desk, path: str) -> tuple[str, list[dict[str, Any]]]:
     Raises:
         FormatError, MismatchError, InputError: it is none, is for another model, or changes plain directions.
     """
-    found = load_recipe(path)
+    found = load_recipe(path, desk.limits.recipe_bytes)
+    desk.limits.check_rows([{} for _ in found.interventions])
     found.check(desk.scope.model, desk.scope.saes)
     if any(one.feature is None for one in found.interventions):
-        raise InputError(f"the recipe {found.name!r} changes plain directions, which this page does not show")
+        raise InputError(f"the recipe {brief(found.name)} changes plain directions, which this page does not show")
     keys = ("op", "feature", "amount", "unit")
     return found.name, [
         {"layer": one.layer, "where": str(one.where), **{key: getattr(one, key) for key in keys}}

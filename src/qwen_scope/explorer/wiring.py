@@ -11,11 +11,18 @@ import gradio as gr
 
 from qwen_scope.errors import QwenScopeError
 
+from .desk import Desk
 from .jobs import Jobs
 from .pieces import notice
 
 MODEL = "model"
-"""The queue of everything that runs the model: one at a time, in order."""
+"""The queue of what runs the model on one text: one at a time, each visitor in turn."""
+
+LOOK = "look"
+"""The queue of what looks into a store, or opens a link."""
+
+SETS = "sets"
+"""The queue of what runs the model for long: many texts, or many layers. Nobody waits for it to read a text."""
 
 ATTACH = "window.qwenScope.attach(element, (data) => trigger('pick', data), watch);"
 
@@ -32,7 +39,7 @@ def picked(event: gr.EventData, kind: str) -> int:
     return int(value) if name == kind and value.isdecimal() and len(value) < 10 else -1
 
 
-def told(handler: Callable[..., Any], place: gr.HTML) -> Callable[..., Any]:
+def told(handler: Callable[..., Any], place: gr.HTML, desk: Desk) -> Callable[..., Any]:
     """The handler, with its purposeful errors shown as sentences at `place`.
 
     It returns (or yields) a dict of components and values; where it fails, everything else on the page stays.
@@ -45,7 +52,7 @@ def told(handler: Callable[..., Any], place: gr.HTML) -> Callable[..., Any]:
                 for update in handler(*args, **kwargs):
                     yield {place: "", **update}
             except QwenScopeError as error:
-                yield {place: notice(str(error))}
+                yield {place: notice(desk.discreet(str(error)))}
 
         return stream
 
@@ -54,7 +61,7 @@ def told(handler: Callable[..., Any], place: gr.HTML) -> Callable[..., Any]:
         try:
             return {place: "", **handler(*args, **kwargs)}
         except QwenScopeError as error:
-            return {place: notice(str(error))}
+            return {place: notice(desk.discreet(str(error)))}
 
     return run
 
@@ -65,6 +72,7 @@ def on(
     inputs: Sequence[Any],
     outputs: Sequence[Any],
     place: gr.HTML,
+    desk: Desk,
     **options: Any,
 ) -> Any:
     """Join events to a handler of the page, which is no part of the HTTP API; the last of the joints."""
@@ -72,7 +80,7 @@ def on(
     if kept["queue"]:
         kept.setdefault("concurrency_id", MODEL)
         kept.setdefault("concurrency_limit", 1)
-    made = told(handler, place)
+    made = told(handler, place, desk)
     listeners = [events] if callable(events) else events
     return [event(made, list(inputs), [*outputs, place], **kept) for event in listeners][-1]
 
