@@ -2,7 +2,7 @@ import pickle
 
 import pytest
 
-from qwen_scope.errors import InputError
+from qwen_scope.errors import InputError, MismatchError
 from qwen_scope.model import HookPoint
 
 
@@ -39,8 +39,12 @@ def test_every_tools_name_means_the_same_place(text):
         ("model.visual.blocks.3", "not a hook point"),  # the vision tower has no residual stream of ours
         ("model.layers.12.mlp.experts.3", "not a hook point"),
         ("layers.١٢", "not a hook point"),
-        ("model.layers.12.mlp", "unknown stream 'mlp'"),
-        ("blocks.12.hook_mlp_out", "unknown stream 'mlp_out'"),
+        ("blocks.12.hook_resid_mid", "unknown stream 'resid_mid'"),
+        ("blocks.12.attn.hook_z", "not a hook point"),
+        ("blocks.12.ln1.hook_normalized", "not a hook point"),
+        ("blocks.12.mlp.hook_post", "not a hook point"),
+        ("model.layers.12.mlp.down_proj", "not a hook point"),
+        ("model.layers.12.input_layernorm", "unknown stream 'input_layernorm'"),
         ("blocks.12.hook_resid_pre", "same residual as 'layers.11.resid_post'"),
         ("layers.0.resid_pre", "unknown stream 'resid_pre'"),
     ],
@@ -49,6 +53,35 @@ def test_other_names_are_refused_with_what_fits(text, says):
     with pytest.raises(InputError, match=says) as caught:
         HookPoint.parse(text)
     assert "resid_post" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "stream"),
+    [
+        ("layers.12.mlp_out", "mlp_out"),
+        ("blocks.12.hook_mlp_out", "mlp_out"),
+        ("model.layers.12.mlp", "mlp_out"),
+        ("model.language_model.layers.12.feed_forward", "mlp_out"),
+        ("layers.12.attn_out", "attn_out"),
+        ("blocks.12.hook_attn_out", "attn_out"),
+        ("model.layers.12.self_attn", "attn_out"),
+        ("model.layers.12.linear_attn", "attn_out"),
+        ("transformer.h.12.attn", "attn_out"),
+        ("gpt_neox.layers.12.attention", "attn_out"),
+    ],
+)
+def test_parts_of_a_block_have_names_too(text, stream):
+    point = HookPoint.parse(text)
+    assert point == HookPoint(12, stream)
+    assert HookPoint.parse(str(point)) == point
+    assert HookPoint.parse(point.transformer_lens) == point
+
+
+def test_an_sae_reads_at_its_own_layer():
+    assert HookPoint.read_by(None, 4) == HookPoint(4)
+    assert HookPoint.read_by("layers.4.mlp_out", 4) == HookPoint(4, "mlp_out")
+    with pytest.raises(MismatchError, match=r"at layer 4 reads layers\.3\.mlp_out"):
+        HookPoint.read_by("layers.3.mlp_out", 4)
 
 
 @pytest.mark.parametrize("layer", [-1, True])

@@ -6,6 +6,7 @@ from .families import decoder as decoder
 from .families import final_norm as final_norm
 from .families import input_device as input_device
 from .families import n_layers as n_layers
+from .families import norms_parts as norms_parts
 from .families import text_config as text_config
 from .families import unembedding as unembedding
 from .hookpoint import HookPoint as HookPoint

@@ -8,6 +8,7 @@ for a model type where the rule is not enough.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -40,6 +41,12 @@ FAMILIES: dict[str, Family] = {
     "idefics": Family(owner="model", blocks="layers", final_norm="norm"),
 }
 """Rows by `model_type`, for the families whose structure alone does not tell."""
+
+PARTS: dict[str, tuple[str, ...]] = {
+    "mlp_out": ("mlp", "feed_forward", "block_sparse_moe", "ffn"),
+    "attn_out": ("self_attn", "linear_attn", "self_attention", "attention", "attn"),
+}
+"""The names that families give the module of a block whose output is that stream."""
 
 
 def text_config(model: nn.Module) -> PreTrainedConfig:
@@ -108,6 +115,34 @@ def block_path(model: nn.Module, layer: int) -> str:
     """
     check_layers(model, layer)
     return _join(*_locate(model), str(layer))
+
+
+def part_of(block: nn.Module, layer: int, stream: str) -> nn.Module:
+    """The module whose output is the stream: the block itself for `resid_post`, else its MLP or its attention.
+
+    Raises:
+        NotFoundError: the block has no such module, or several.
+        InputError: the module adds the residual by itself, so its output is not its own contribution.
+    """
+    if stream == "resid_post":
+        return block
+    children = dict(block.named_children())
+    found = [children[name] for name in PARTS[stream] if name in children]
+    if len(found) != 1:
+        raise NotFoundError(
+            f"layer {layer} has no {stream}: its {type(block).__name__} holds {', '.join(children)}, and {stream} is"
+            f" the output of one of {', '.join(PARTS[stream])}"
+        )
+    if "residual" in inspect.signature(found[0].forward).parameters:
+        raise InputError(
+            f"layer {layer} has no {stream}: its {type(found[0]).__name__} adds the residual by itself; read resid_post"
+        )
+    return found[0]
+
+
+def norms_parts(model: nn.Module, layer: int) -> bool:
+    """Whether the block norms what its MLP writes once more before adding it, as in Gemma 2 and 3."""
+    return "post_feedforward_layernorm" in dict(blocks(model)[layer].named_children())
 
 
 def check_layers(model: nn.Module, *layers: int) -> None:

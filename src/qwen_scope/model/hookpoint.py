@@ -5,24 +5,36 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from qwen_scope.errors import InputError
+from qwen_scope.errors import InputError, MismatchError
 
-STREAMS = ("resid_post",)
+STREAMS = ("resid_post", "mlp_out", "attn_out")
 
 _BARE = re.compile(r"(?:layer_?)?([0-9]+)")
 _DOTTED = re.compile(
     r"(?:(?:base_model|model|language_model|text_model|transformer|decoder|gpt_neox)\.)*"
     r"(?:layers|blocks|h)\.([0-9]+)(?:\.(?:hook_)?([a-z_]+))?"
 )
+# What module paths call the two parts of a block.
+_PARTS = {"mlp": "mlp_out", "feed_forward": "mlp_out"} | dict.fromkeys(
+    ("self_attn", "linear_attn", "attn", "attention", "self_attention"), "attn_out"
+)
 _FITS = "write it as 'layer12', '12', 'layers.12.resid_post', 'blocks.12.hook_resid_post' or 'model.layers.12'"
 
 
 @dataclass(frozen=True, order=True)
 class HookPoint:
-    """A place in the residual stream: after which decoder block.
+    """A place where `d_model` numbers per token can be read and changed: which decoder block, and what of it.
 
-    Hashable, ordered by layer. Layers count from 0. `resid_post` is the output of the block as the next block
-    receives it: after the last block it is not yet normed.
+    Hashable, ordered by layer. Layers count from 0.
+
+    | stream | what it is |
+    |---|---|
+    | `resid_post` | the output of the block as the next block receives it: after the last block it is not yet normed |
+    | `mlp_out` | the output of the block's MLP, of all its experts together where it has several |
+    | `attn_out` | the output of the block's attention, linear attention in the layers that have it instead |
+
+    The last two are what the module of that name returns: where a family norms it once more before it is added to the
+    residual (Gemma 2 and 3), before that norm.
 
     Raises:
         InputError: the layer is not a number from 0 up, or the stream is one this project does not read.
@@ -47,7 +59,8 @@ class HookPoint:
         """The hook point a name means, whichever tool wrote the name.
 
         Accepts `layer12`, `12`, `layers.12`, `layers.12.resid_post`, `blocks.12.hook_resid_post` and module paths such
-        as `model.layers.12`, `model.language_model.layers.12` or `language_model.model.layers.12`.
+        as `model.layers.12`, `model.language_model.layers.12`, `language_model.model.layers.12` or
+        `model.layers.12.mlp`.
 
         Raises:
             InputError: the name is none of these, or names a stream this project does not read.
@@ -56,8 +69,21 @@ class HookPoint:
         if match := _BARE.fullmatch(name):
             return cls(int(match[1]))
         if match := _DOTTED.fullmatch(name):
-            return cls(int(match[1]), match[2] or "resid_post")
+            stream = match[2] or "resid_post"
+            return cls(int(match[1]), _PARTS.get(stream, stream))
         raise InputError(f"{text!r} is not a hook point; {_FITS}")
+
+    @classmethod
+    def read_by(cls, hook_point: str | None, layer: int) -> HookPoint:
+        """Where an SAE of `layer` reads whose files name this hook point: the block's output if they name none.
+
+        Raises:
+            MismatchError: the hook point is of another layer.
+        """
+        point = cls(layer) if hook_point is None else cls.parse(hook_point)
+        if point.layer != layer:
+            raise MismatchError(f"the SAE that is used at layer {layer} reads {point}")
+        return point
 
     def __str__(self) -> str:
         return f"layers.{self.layer}.{self.stream}"

@@ -1,4 +1,4 @@
-"""Reading and changing the residual stream: the only place that touches a module's hooks.
+"""Reading and changing the residual stream and what is written to it: the only place that touches a module's hooks.
 
 Hooks sit on a shared model, so each is bound to the context (thread or task) that opened it: a forward pass in another
 thread neither sees nor feels it. To run the model in a thread of its own inside a `with` block, hand the context over:
@@ -18,7 +18,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from qwen_scope.errors import FormatError, InputError
-from qwen_scope.model.families import blocks, check_layers, decoder, input_device, text_config
+from qwen_scope.model.families import blocks, check_layers, decoder, input_device, part_of, text_config
 from qwen_scope.model.hookpoint import HookPoint
 
 Mask = Int[Tensor, "batch seq"] | Bool[Tensor, "batch seq"]
@@ -28,7 +28,7 @@ _POSITIONS: ContextVar[Tensor | None] = ContextVar("qwen_scope_position_ids", de
 
 
 class _Deepest(BaseException):
-    """Raised by `capture` after the deepest block it needs; no `except Exception` on the way may swallow it."""
+    """Raised by `capture` once it has all it needs; no `except Exception` on the way may swallow it."""
 
 
 @contextmanager
@@ -41,7 +41,7 @@ def reading(
     KV cache `seq` counts only the new tokens. A reader opened inside a `changing` block sees the changed stream.
 
     Raises:
-        NotFoundError: a hook point names a layer the model does not have.
+        NotFoundError: a hook point names a layer the model does not have, or a part that its block does not have.
         InputError: the model is compiled, or at the end of the block a hook point has never been reached, or the block
             ends in another context than it began in.
         FormatError: a block's output is not a residual of shape `(batch, seq, d_model)`.
@@ -63,7 +63,7 @@ def changing(model: nn.Module, changes: Mapping[HookPoint, Callable[[Tensor, Hoo
     `h` changes nothing, to the bit. Blocks opened one inside the other apply in the order they were opened.
 
     Raises:
-        NotFoundError: a hook point names a layer the model does not have.
+        NotFoundError: a hook point names a layer the model does not have, or a part that its block does not have.
         InputError: the model is compiled, a function returns something of another shape, dtype or device, or at the end
             of the block a hook point has never been reached.
         FormatError: a block's output is not a residual of shape `(batch, seq, d_model)`.
@@ -107,7 +107,7 @@ def capture(
             model's affair.
 
     Raises:
-        NotFoundError: a hook point names a layer the model does not have.
+        NotFoundError: a hook point names a layer the model does not have, or a part that its block does not have.
         InputError: no hook point, ids outside the vocabulary, a mask that does not fit, or a compiled model.
         FormatError: a block's output is not a residual of shape `(batch, seq, d_model)`.
     """
@@ -124,12 +124,11 @@ def capture(
             inputs["position_ids"] = positions_from_mask(inputs["attention_mask"])
 
     taken: dict[HookPoint, Tensor] = {}
-    deepest = max(points)
 
     def take(point: HookPoint) -> Callable[[Tensor], None]:
         def keep(h: Tensor) -> None:
             taken[point] = h
-            if point == deepest:
+            if len(taken) == len(points):
                 raise _Deepest
 
         return keep
@@ -160,14 +159,19 @@ def _attached(model: nn.Module, callbacks: Mapping[HookPoint, Callable[[Tensor],
     """Hooks on the blocks of the hook points for the length of the block, felt by this context alone."""
     check_layers(model, *(point.layer for point in callbacks))
     layers = blocks(model)
-    _refuse_compiled(model, [layers[point.layer] for point in callbacks])
+    hooked = {point: part_of(layers[point.layer], point.layer, point.stream) for point in callbacks}
+    _refuse_compiled(model, list(hooked.values()))
     session = object()
+    positions: dict[int, Any] = {}
     fired: set[HookPoint] = set()
     handles = []
     try:
         for point, callback in callbacks.items():
-            hook = _hook(session, point, callback, fired)
-            handles.append(layers[point.layer].register_forward_hook(hook, with_kwargs=True))
+            if hooked[point] is not (block := layers[point.layer]):
+                listen = _listener(session, point.layer, positions)
+                handles.append(block.register_forward_pre_hook(listen, with_kwargs=True))
+            hook = _hook(session, point, callback, fired, positions)
+            handles.append(hooked[point].register_forward_hook(hook, with_kwargs=True))
         _ACTIVE.set(_ACTIVE.get() | {session})
         yield
         here = session in _ACTIVE.get()
@@ -189,8 +193,22 @@ def _attached(model: nn.Module, callbacks: Mapping[HookPoint, Callable[[Tensor],
         )
 
 
+def _listener(session: object, layer: int, positions: dict[int, Any]) -> Callable[..., None]:
+    """Keeps the position ids that a block is given, which it does not pass on to all of its parts."""
+
+    def listen(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        if session in _ACTIVE.get():
+            positions[layer] = kwargs.get("position_ids")
+
+    return listen
+
+
 def _hook(
-    session: object, point: HookPoint, callback: Callable[[Tensor], Tensor | None], fired: set[HookPoint]
+    session: object,
+    point: HookPoint,
+    callback: Callable[[Tensor], Tensor | None],
+    fired: set[HookPoint],
+    positions: Mapping[int, Any],
 ) -> Callable[..., Any]:
     def hook(module: nn.Module, args: Any, *rest: Any) -> Any:
         if session not in _ACTIVE.get():  # another thread's forward pass; it may even race with the removal
@@ -199,11 +217,12 @@ def _hook(
         h = output[0] if isinstance(output, tuple) else output
         if not isinstance(h, Tensor) or h.ndim != 3:
             raise FormatError(
-                f"block {point.layer} ({type(module).__name__}) gives {_describe(h)}, not a residual of shape"
+                f"{_place(point)} ({type(module).__name__}) gives {_describe(h)}, not a residual of shape"
                 " (batch, seq, d_model)"
             )
         fired.add(point)
-        token = _POSITIONS.set(kwargs.get("position_ids"))
+        # kept by the listener where the hooked module is a part of the block
+        token = _POSITIONS.set(positions.get(point.layer, kwargs.get("position_ids")))
         try:
             new = callback(h)
         finally:
@@ -244,6 +263,10 @@ def _check_inputs(model: nn.Module, input_ids: Tensor, attention_mask: Tensor | 
     peft = getattr(model, "active_peft_config", None)
     if getattr(peft, "is_prompt_learning", False):
         raise InputError("the adapter adds virtual tokens to the prompt, so positions would not match the text")
+
+
+def _place(point: HookPoint) -> str:
+    return f"block {point.layer}" + (f", {point.stream}" if point.stream != "resid_post" else "")
 
 
 def _describe(value: object) -> str:
