@@ -44,7 +44,7 @@ def convert(
     relative error of all activations.
     """
     from qwen_scope.report import size
-    from qwen_scope.sae import LAYOUTS, compare_saes, layers_of, load_sae, save_sae
+    from qwen_scope.sae import LAYOUTS, compare_saes, folder_name, layers_of, load_sae, save_sae
 
     wanted = options.parse_layers(layers)
     if layout not in LAYOUTS:
@@ -63,7 +63,7 @@ def convert(
         with output.status(f"layer {layer}"):
             sae = load_sae(source, layer, k=k)
             # A layout that holds one SAE per folder gets a folder for each layer.
-            where = out / f"layers.{layer}" if len(chosen) > 1 and not LAYOUTS[layout].shared else out
+            where = out / folder_name(sae) if len(chosen) > 1 and not LAYOUTS[layout].shared else out
             save_sae(sae, where, layout=layout, dtype=dtype)
             again = load_sae(out, layer)
             x = None if residuals is None else residuals[layer]

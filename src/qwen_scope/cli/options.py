@@ -85,7 +85,13 @@ def parse_layers(text: str | None) -> list[int] | None:
         else:
             from qwen_scope.model import HookPoint
 
-            layers.append(HookPoint.parse(part.strip()).layer)
+            point = HookPoint.parse(part.strip())
+            if point.stream != "resid_post":
+                raise InputError(
+                    f"--layers takes the number of a layer, {point.layer} for {part.strip()!r}: the SAE's files say"
+                    " which stream it reads"
+                )
+            layers.append(point.layer)
     return sorted(set(layers))
 
 

@@ -79,7 +79,7 @@ def steer(
         prompt = sys.stdin.read()
     with output.status("opening the model"):
         scope = options.open_scope(model, sae, device, dtype, k)
-    interventions = from_recipe(scope, recipe) if recipe is not None else [one] if one is not None else []
+    interventions = from_recipe(scope, recipe) if recipe is not None else placed(scope, one)
     if save_recipe is not None:
         from qwen_scope.steer import Recipe
 
@@ -165,6 +165,11 @@ def one_intervention(
         unit = "raw"
     data = {"hook_point": f"layer{layer}", "op": op, "feature": feature, "amount": amount, "unit": unit, "where": where}
     return Intervention.from_json(data)
+
+
+def placed(scope: Scope, one: Intervention | None) -> list[Intervention]:
+    """The intervention that the options describe, where the SAE of its layer reads."""
+    return [] if one is None else [one.at(scope.hook_point(one.layer))]
 
 
 def from_recipe(scope: Scope, path: Path) -> list[Intervention]:

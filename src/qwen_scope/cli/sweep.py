@@ -81,7 +81,7 @@ def sweep(
     with output.status("opening the model"):
         scope = options.open_scope(model, sae, device, dtype, k)
     target = targets.chosen_target(scope, regex, script, continuation, target_feature, rule)
-    candidates = from_recipes(scope, recipe) if recipe else {"feature": [one] if one else []}
+    candidates = from_recipes(scope, recipe) if recipe else {"feature": steer.placed(scope, one)}
     with output.progress() as report:
         found = sweep_candidates(
             scope.model,

@@ -77,7 +77,7 @@ def validate(
     with output.status("opening the model"):
         scope = options.open_scope(model, sae, device, dtype, k)
     target = text_target(scope, regex, script, target_feature, rule)
-    knob = steer.from_recipe(scope, recipe) if recipe is not None else [one] if one is not None else []
+    knob = steer.from_recipe(scope, recipe) if recipe is not None else steer.placed(scope, one)
     examples = Examples(*lines[1:])
     removed = selectivity(scope, knob, examples, seed=seed) if removal else None
     asked = {} if questions is None else {"the task": answer_task(scope, questions, chat=mode)}

@@ -170,10 +170,9 @@ class Reader:
 
 
 def residuals(
-    model: nn.Module, layers: Sequence[int], rows: Sequence[Row], batch_tokens: int
+    model: nn.Module, points: Sequence[HookPoint], rows: Sequence[Row], batch_tokens: int
 ) -> Iterator[tuple[list[int], dict[int, Tensor]]]:
     """Per batch which rows it has, and per layer the residuals of their tokens one after the other."""
-    points = [HookPoint(layer) for layer in layers]
     for batch in by_length([len(row.ids) for row in rows], batch_tokens):
         ids, mask = padded([rows[i].ids for i in batch])
         found = capture(model, ids, points, mask)
@@ -203,10 +202,15 @@ def elsewhere(model: nn.Module, saes: Mapping[int, SAE], device: torch.device | 
     return at_work.isdisjoint({torch.device(device).type} if device else {saes[layer].device.type for layer in saes})
 
 
-def median_norms(model: nn.Module, layers: Sequence[int], pieces: Pieces, batch_tokens: int) -> dict[str, float]:
+def points_of(saes: Mapping[int, SAE]) -> list[HookPoint]:
+    """Where the SAEs read, in their order."""
+    return [HookPoint.read_by(sae.hook_point, layer) for layer, sae in saes.items()]
+
+
+def median_norms(model: nn.Module, points: Sequence[HookPoint], pieces: Pieces, batch_tokens: int) -> dict[str, float]:
     """Per layer the median norm of the residuals of a window."""
-    norms: dict[int, list[Tensor]] = {layer: [] for layer in layers}
-    for _, found in residuals(model, layers, pieces.rows, batch_tokens):
+    norms: dict[int, list[Tensor]] = {point.layer: [] for point in points}
+    for _, found in residuals(model, points, pieces.rows, batch_tokens):
         for layer, h in found.items():
             norms[layer].append(torch.linalg.vector_norm(h.float(), dim=-1).cpu())
     return {str(layer): float(torch.cat(some).median()) for layer, some in norms.items()}
@@ -262,7 +266,7 @@ def encode_window(
             acts = sae.encode(torch.cat(kept)).to("cpu")
             layers[layer].add(np.concatenate(tokens), acts.indices.numpy(), acts.values.float().numpy())
 
-    made_of = held(residuals(model, list(saes), rows, batch_tokens), hold_bytes, report)
+    made_of = held(residuals(model, points_of(saes), rows, batch_tokens), hold_bytes, report)
     with ahead(made_of, lambda: elsewhere(model, saes, device)) as waiting:
         for batches in waiting:
             for layer, sae in in_turn(saes, device):

@@ -13,7 +13,7 @@ from qwen_scope.errors import InputError, MismatchError
 from qwen_scope.model import HookPoint, LoadedModel, TokenMask, context_length, d_model
 from qwen_scope.sae import SAE
 
-from .batches import HOLD_BYTES, Pieces, Reader, State, encode_window, median_norms
+from .batches import HOLD_BYTES, Pieces, Reader, State, encode_window, median_norms, points_of
 from .layout import LayerInfo
 from .store import FeatureStore
 from .text import Corpus
@@ -159,7 +159,7 @@ def run_windows(
             break
         medians = reader.state.medians
         if options.sink_multiple is not None and not medians and pieces.rows:
-            medians = median_norms(loaded.model, list(saes), pieces, options.batch_tokens)
+            medians = median_norms(loaded.model, points_of(saes), pieces, options.batch_tokens)
         done = writer.counts["tokens"]
         window, carried = encode_window(
             loaded.model,
@@ -193,7 +193,7 @@ def layer_info(layer: int, sae: SAE, loaded: LoadedModel) -> LayerInfo:
         raise MismatchError(f"the SAE {sae.identity} is not for layer {layer}")
     return LayerInfo(
         layer=layer,
-        hook_point=str(HookPoint(layer)),
+        hook_point=str(HookPoint.read_by(sae.hook_point, layer)),
         group=sae.identity.group,
         fingerprint=sae.identity.fingerprint,
         d_sae=sae.d_sae,

@@ -88,7 +88,7 @@ def interventions(desk: Desk, rows: Sequence[Mapping[str, Any]]) -> list[Interve
     made = [intervention(row) for row in desk.limits.check_rows(rows)]
     for one in made:
         desk.check_feature(one.layer, int(one.feature or 0))
-    return made
+    return [one.at(desk.scope.hook_point(one.layer)) for one in made]
 
 
 def preview(

@@ -49,7 +49,7 @@ def matched_random(
             raise InputError(f"layer {one.layer} has no other feature to compare with: all are of the concept")
         chosen = int(rng.choice(fitting))
         amount = one.amount * float(lengths[one.feature] / lengths[chosen])
-        out.append(Intervention.add(layer=one.layer, feature=chosen, amount=amount, where=str(one.where)))
+        out.append(Intervention.add(layer=one.hook_point, feature=chosen, amount=amount, where=str(one.where)))
     return out
 
 
@@ -76,23 +76,24 @@ def mean_direction(
         mask = tokens.attention_mask.bool().clone()
         if int(mask.sum()) > len(mask):
             mask[:, 0] = False
-        h = capture(scope.model, tokens.input_ids, [HookPoint(layer)], tokens.attention_mask)[HookPoint(layer)]
+        point = scope.hook_point(layer)
+        h = capture(scope.model, tokens.input_ids, [point], tokens.attention_mask)[point]
         means.append(h[mask.to(h.device)].float().mean(0).cpu())
     return means[0] - means[1]
 
 
 def along(knob: Sequence[Intervention], saes: SAEsByLayer, directions: dict[int, Tensor]) -> list[Intervention]:
     """At every layer of the knob a direction instead, with the same length of change and the same tokens."""
-    lengths: dict[tuple[int, str], Tensor] = {}
+    lengths: dict[tuple[HookPoint, str], Tensor] = {}
     for one in knob:
-        key = (one.layer, str(one.where))
+        key = (one.hook_point, str(one.where))
         change = one.amount * one.vector(saes[one.layer]).cpu()
         lengths[key] = lengths[key] + change if key in lengths else change
     out = []
-    for (layer, where), change in lengths.items():
-        d = directions[layer]
+    for (point, where), change in lengths.items():
+        d = directions[point.layer]
         if not bool(d.any()):
             raise InputError("the positive and the negative examples have the same mean residual: they do not differ")
         amount = float(torch.linalg.vector_norm(change) / torch.linalg.vector_norm(d))
-        out.append(Intervention.add(layer=layer, direction=d, amount=amount, where=where))
+        out.append(Intervention.add(layer=point, direction=d, amount=amount, where=where))
     return out

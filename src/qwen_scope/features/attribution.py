@@ -33,7 +33,7 @@ def attribute(
     """
     if not sequences or min(map(len, sequences)) < 2:
         raise InputError("attribution needs sequences of at least two tokens: some text, and the token in question")
-    points = [HookPoint(layer) for layer in scope.check_layers(layers)]
+    points = [scope.hook_point(layer) for layer in scope.check_layers(layers)]
     place = input_device(scope.model)
     totals = {point.layer: torch.zeros(scope.saes[point.layer].d_sae) for point in points}
     for ids in sequences:

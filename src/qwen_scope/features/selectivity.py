@@ -177,15 +177,15 @@ class _Run:
 
     def through_features(self, share: float) -> list[Intervention]:
         return [
-            Intervention.scale(layer=one.layer, feature=one.feature or 0, amount=1 - share, where=str(one.where))
+            Intervention.scale(layer=one.hook_point, feature=one.feature or 0, amount=1 - share, where=str(one.where))
             for one in self.knob
         ]
 
     def along_directions(self, share: float) -> list[Intervention]:
-        places = {(one.layer, str(one.where)) for one in self.knob}
+        places = {(one.hook_point, str(one.where)) for one in self.knob}
         return [
-            Intervention.ablate(layer=layer, direction=self.directions[layer], amount=share, where=where)
-            for layer, where in sorted(places)
+            Intervention.ablate(layer=point, direction=self.directions[point.layer], amount=share, where=where)
+            for point, where in sorted(places)
         ]
 
     def losses(self, rows: list[Row], interventions: Sequence[Intervention]) -> np.ndarray:

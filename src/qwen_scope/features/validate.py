@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from qwen_scope.errors import InputError, check_count
-from qwen_scope.model import HookPoint, LayerStats, capture
+from qwen_scope.model import LayerStats, capture
 from qwen_scope.scope import Scope
 from qwen_scope.stats import Interval, bootstrap, difference
 from qwen_scope.steer import (
@@ -299,7 +299,8 @@ class _Run:
         return ((fired & mask).sum(-1) / mask.sum(-1)).double().numpy()
 
     def _residual(self, ids: Tensor, mask: Tensor, layer: int) -> Tensor:
-        return capture(self.scope.model, ids, [HookPoint(layer)], mask)[HookPoint(layer)]
+        point = self.scope.hook_point(layer)
+        return capture(self.scope.model, ids, [point], mask)[point]
 
     def side_effects(self, rules: Rules) -> tuple[SideEffects, Interval]:
         """KL, loss and moved features on unrelated text; its first half counts as prompt, the second is scored."""

@@ -49,12 +49,13 @@ class Activity:
 
 def activity_of(model: Any, saes: Mapping[int, SAE], tokens: Tokens) -> dict[int, Activity]:
     """By layer what the features do on these texts; the model's mode is left as it was."""
+    points = [HookPoint.read_by(sae.hook_point, layer) for layer, sae in saes.items()]
     totals = {layer: [np.zeros(sae.d_sae) for _ in range(4)] for layer, sae in saes.items()}
     with evaluating(model):
         for rows in by_length(tokens.lengths, BATCH_TOKENS):
             seq = max(tokens.lengths[i] for i in rows)
             ids, mask = tokens.input_ids[rows, :seq], tokens.attention_mask[rows, :seq]
-            for point, h in capture(model, ids, [HookPoint(layer) for layer in saes], mask).items():
+            for point, h in capture(model, ids, points, mask).items():
                 add_batch(totals[point.layer], saes[point.layer], h, mask)
     n, texts = sum(tokens.lengths), len(tokens)
     out = {}

@@ -100,13 +100,14 @@ def read(
     active = {layer: np.zeros(2) for layer in saes}
     sums = {(name, layer): np.zeros(len(rows)) for name, some in features.items() for layer in some}
     lengths = [len(row) for row in rows]
+    points = [HookPoint.read_by(sae.hook_point, layer) for layer, sae in saes.items()]
     for batch in by_length(lengths, BATCH_TOKENS):
         ids, mask = padded([rows[i] for i in batch])
         own = mask.bool()
         for at, i in enumerate(batch):
             own[at, : begins[i]] = False
         answer = own.nonzero()[:, 0].numpy()
-        for point, h in capture(model, ids, [HookPoint(layer) for layer in saes], mask).items():
+        for point, h in capture(model, ids, points, mask).items():
             layer = point.layer
             acts = saes[layer].encode(h[own.to(h.device)])
             active[layer] += float(acts.values.sum()), float((acts.values > 0).sum())

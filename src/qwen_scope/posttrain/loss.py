@@ -163,7 +163,7 @@ class FeatureLoss(ExtraLoss):
             alpha = torch.tensor([entry.alpha[group] for group in self.groups])
             alpha = torch.zeros_like(alpha) if zero else alpha
             W, b = sae.W_enc[chosen].detach().float().clone(), sae.b_enc[chosen].detach().float().clone()
-            self._rows[HookPoint(layer)] = (W, b, alpha)
+            self._rows[HookPoint.read_by(sae.hook_point, layer)] = (W, b, alpha)
         self.points = tuple(self._rows)
 
     @property

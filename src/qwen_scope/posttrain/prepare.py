@@ -13,7 +13,7 @@ from jaxtyping import Float64
 
 from qwen_scope.errors import InputError, NotFoundError, nearest
 from qwen_scope.features import Pooled, attribute, group_scores, pool_texts
-from qwen_scope.model import HookPoint, by_length, capture
+from qwen_scope.model import by_length, capture
 from qwen_scope.scope import Scope
 
 from .table import AlphaTable, LayerTable
@@ -147,7 +147,7 @@ def pre_acts(
     for rows in by_length(tokens.lengths, BATCH_TOKENS):
         seq = max(tokens.lengths[i] for i in rows)
         ids, mask = tokens.input_ids[rows, :seq], tokens.attention_mask[rows, :seq]
-        residuals = capture(scope.model, ids, [HookPoint(layer) for layer in features], mask)
+        residuals = capture(scope.model, ids, [scope.hook_point(layer) for layer in features], mask)
         for point, h in residuals.items():
             kept = h[counted[rows, :seq].to(h.device)]
             pre = scope.saes[point.layer].pre_acts(kept, list(features[point.layer]))

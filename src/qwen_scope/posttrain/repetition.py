@@ -195,7 +195,7 @@ def amount_of(
 def amplifying(scope: Scope, driver: Driver, amount: float) -> Intervention:
     """The addition of a feature by so many median residual norms, in raw units."""
     layer = driver.layer
-    one = Intervention.add(layer=layer, feature=driver.feature, amount=amount, unit="resid_norm")
+    one = Intervention.add(layer=scope.hook_point(layer), feature=driver.feature, amount=amount, unit="resid_norm")
     return one.resolve(scope.sizes[layer], scope.saes[layer])
 
 

@@ -10,5 +10,6 @@ from .formats import LAYOUTS as LAYOUTS
 from .jumprelu import JumpReLU as JumpReLU
 from .load import layers_of as layers_of
 from .load import load_sae as load_sae
+from .save import folder_name as folder_name
 from .save import save_sae as save_sae
 from .topk import TopK as TopK

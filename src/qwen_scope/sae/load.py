@@ -9,13 +9,14 @@ from pathlib import Path
 
 import torch
 
-from qwen_scope.errors import InputError, MismatchError, NotFoundError
+from qwen_scope.errors import FormatError, InputError, MismatchError, NotFoundError
 
 from .base import SAE
 from .catalog import Group
-from .formats import LAYOUTS, Entry, Layout, Place, build, find_entries
+from .formats import LAYOUTS, Entry, Layout, Place, build, find_entries, hooks
 from .formats.container import read_config, read_weights
-from .formats.layout import STORED_DTYPES, hook_point_of, layer_in
+from .formats.hooks import layer_in
+from .formats.layout import STORED_DTYPES
 from .source import Source, resolve
 
 
@@ -81,11 +82,28 @@ def entries_of(place: Source) -> list[Entry]:
 
 
 def _with_layer(place: Source, entry: Entry) -> Entry:
-    """The entry with its layer, which its config or the name of the whole place may know."""
-    if entry.layer is not None:
+    """The entry with its layer, which its config or the name of the whole place may know.
+
+    A config is opened where the names of file and folder do not say both layer and stream: `resid_pre` of a layer is
+    the output of the one before.
+    """
+    layout = LAYOUTS[entry.layout]
+    said = entry.layer is not None and (layout.shared or hooks.in_folder(entry.folder) is not None)
+    if said or (entry.config is None and entry.folder):
         return entry
-    layer = LAYOUTS[entry.layout].layer_of(read_config(place.fetch(entry.config))) if entry.config else None
-    return replace(entry, layer=layer_in(place.label) if layer is None and not entry.folder else layer)
+    hook = layout.hook_of(read_config(place.fetch(entry.config))) if entry.config else None
+    if entry.layer is not None:
+        shifted = hook is not None and hook.before and hook.layer == entry.layer - 1
+        return replace(entry, layer=hook.layer) if hook and shifted else entry
+    layer = hook.layer if hook else None
+    if entry.folder:
+        return replace(entry, layer=layer)
+    stated = hooks.about(place.label)
+    if stated is None or stated.stream == "other" or stated.layer is None:
+        return replace(entry, layer=layer_in(place.label) if layer is None else layer)
+    if hook is not None and layer not in (None, stated.layer, stated.layer - hook.before):
+        raise FormatError(f"{place.where} is named for layer {stated.layer}, but its config says layer {layer}")
+    return replace(entry, layer=stated.layer if layer is None else layer)
 
 
 def _entry_of_file(place: Source, name: str) -> Entry:
@@ -151,12 +169,12 @@ def parse_layer(layer: int | str) -> int:
     if isinstance(layer, int):
         return number(layer)
     name = layer.strip()
-    match = re.fullmatch(r"(?:layer_?)?([0-9]+)", name) or re.fullmatch(
-        r"layers\.([0-9]+)\.resid_post", hook_point_of(name) or ""
-    )
-    if not match:
+    hook = hooks.about(name)
+    if match := re.fullmatch(r"(?:layer_?)?([0-9]+)", name):
+        return int(match[1])
+    if hook is None or hook.layer is None or hook.before or hook.stream != "resid_post":
         raise InputError(f"{layer!r} is not the output of a layer; write it as 12, 'layer12' or 'layers.12.resid_post'")
-    return int(match[1])
+    return hook.layer
 
 
 def read_entry(place: Source, entry: Entry, k: int | None) -> SAE:

@@ -18,6 +18,7 @@ from qwen_scope.errors import FormatError, InputError, MismatchError
 from .base import SAE
 from .formats import LAYOUTS, Layout, Written, find_entries, layout_named
 from .formats.container import read_config, write_weights
+from .formats.hooks import module_name, of_sae
 from .formats.layout import STORED_DTYPES, need_layer
 from .load import load_sae
 
@@ -70,7 +71,7 @@ def save_sae(
     spread = not chosen.shared and (len(saes) > 1 or holds_subfolders(folder, chosen))
     jobs = []
     for one, layer in zip(saes, layers, strict=True):
-        at = folder / f"layers.{layer}" if spread else folder
+        at = folder / folder_name(one) if spread else folder
         check_same(at / chosen.weights_name(layer), one)
         stored = one.to(dtype=dtype)
         for name in ("W_enc", "W_dec"):
@@ -82,6 +83,16 @@ def save_sae(
         configs[path] = merged(configs.get(path) or _existing(path), job.written.config, job.folder)
     _store(jobs, configs, chosen)
     return folder
+
+
+def folder_name(sae: SAE) -> str:
+    """The folder of an SAE among others, in layouts that keep one per folder: the module whose output it reads, such
+    as `layers.4` or `layers.4.mlp`, as sparsify names them.
+
+    Raises:
+        InputError: the SAE has no layer.
+    """
+    return module_name(of_sae(sae.hook_point, need_layer(sae)))
 
 
 def check_free(folder: Path, layout: Layout) -> None:

@@ -12,7 +12,7 @@ from qwen_scope.errors import InputError, NotFoundError, QwenScopeError, nearest
 
 from . import catalog
 from .catalog import Group
-from .formats.layout import layer_in
+from .formats.hooks import layer_in
 
 REPO_ID = re.compile(r"[\w.\-]+/[\w.\-]+")
 OUR_REPO = re.compile(r"SAE-Res-.+-W[0-9]+K-L0_[0-9]+")

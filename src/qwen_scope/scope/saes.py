@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 
 from qwen_scope.errors import MismatchError, NotFoundError
+from qwen_scope.model import HookPoint
 from qwen_scope.sae import SAE, layers_of, load_sae
 
 CACHE_BYTES = 8 * 10**9
@@ -39,7 +40,9 @@ class SAEs:
         self.cache_bytes = cache_bytes
         self.layers = list(layers_of(source))
         self._held: OrderedDict[int, SAE] = OrderedDict()
+        self._points: dict[int, HookPoint] = {}
         self._lock = threading.Lock()
+        self._join: Callable[[SAE], None] | None = None
 
     def __getitem__(self, layer: int) -> SAE:
         """The SAE of a layer.
@@ -58,6 +61,23 @@ class SAEs:
                 self._held.popitem(last=False)
             return self._held[layer]
 
+    def tell(self, join: Callable[[SAE], None]) -> None:
+        """Call `join` with every SAE when it is opened: the place where it meets its model."""
+        self._join = join
+
+    def hook_point(self, layer: int) -> HookPoint:
+        """Where the SAE of a layer reads, as its files say; where they don't, the output of the layer.
+
+        Raises:
+            NotFoundError, MismatchError: as in `saes[layer]`.
+        """
+        if layer not in self._points:
+            # On the CPU its matrices stay in the mapped file; another device needs them only when it encodes.
+            on_cpu = torch.device(self.device).type == "cpu" or layer not in self.layers
+            sae = self[layer] if on_cpu else self._opened(load_sae(self.source, layer, k=self.k))
+            self._points[layer] = HookPoint.read_by(sae.hook_point, layer)
+        return self._points[layer]
+
     def __iter__(self) -> Iterator[int]:
         return iter(self.layers)
 
@@ -75,12 +95,16 @@ class SAEs:
         return sum(sae.nbytes for sae in self._held.values())
 
     def _read(self, layer: int) -> SAE:
-        sae = load_sae(self.source, layer, k=self.k, device=self.device, dtype=self.dtype)
+        return self._opened(load_sae(self.source, layer, k=self.k, device=self.device, dtype=self.dtype))
+
+    def _opened(self, sae: SAE) -> SAE:
         if sae.d_model != self.d_model:
             raise MismatchError(
                 f"the SAE {sae.identity.group} reads residuals of {sae.d_model} dimensions, the model's have "
                 f"{self.d_model}: they do not belong together"
             )
+        if self._join is not None:
+            self._join(sae)
         return sae
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import threading
+import warnings
 from collections.abc import Sequence
 from typing import Literal, overload
 
@@ -11,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from qwen_scope.errors import InputError, MismatchError, NotFoundError
+from qwen_scope.errors import InputError, MismatchError, NotFoundError, QwenScopeWarning
 from qwen_scope.model import (
     HookPoint,
     LoadedModel,
@@ -25,11 +27,12 @@ from qwen_scope.model import (
     n_layers,
     tokenize,
 )
-from qwen_scope.sae import FeatureActs, catalog
+from qwen_scope.sae import SAE, FeatureActs, catalog
 from qwen_scope.steer import Decoding, Generation, Intervention, Target
 
 from .compare import Comparison, compare_seen
 from .generate import Sizes, generate_in_scope
+from .joined import check_stream, difference, model_named_by
 from .plan import Plan, plan
 from .saes import CACHE_BYTES, SAEs, brief
 from .seen import TokenFeatures
@@ -50,6 +53,8 @@ class Scope:
         name: the model's source.
         saes: `saes[layer]`, read on first use and evicted by bytes.
         sizes: `sizes[layer]`, typical residual norm and feature maxima, measured on first use.
+        notes: what is odd about the pair of model and SAEs, such as SAEs that name another model; each is also given
+            as a `QwenScopeWarning` when the first SAE that says so is opened.
     """
 
     def __init__(self, loaded: LoadedModel, saes: SAEs) -> None:
@@ -63,10 +68,34 @@ class Scope:
                 f"{saes.source} has SAEs for layers {brief(beyond)}, {self.name} has {self.n_layers} layers"
             )
 
+        self.notes: tuple[str, ...] = ()
+        self._told = threading.Lock()
+        saes.tell(self._meet)
+
+    def _meet(self, sae: SAE) -> None:
+        """Compare what the SAE's files say with the model; what is odd is said once."""
+        if sae.identity.layer is not None:
+            check_stream(sae, self.model, HookPoint.read_by(sae.hook_point, sae.identity.layer))
+        named = model_named_by(sae, self.saes.source)
+        said = None if named is None else difference(named, self.name)
+        with self._told:
+            if said is None or said in self.notes:
+                return
+            self.notes = (*self.notes, said)
+        warnings.warn(said, QwenScopeWarning, stacklevel=2)
+
     @property
     def layers(self) -> list[int]:
         """The layers that have an SAE."""
         return self.saes.layers
+
+    def hook_point(self, layer: int) -> HookPoint:
+        """Where the SAE of a layer reads: `resid_post` of that layer, or `mlp_out` or `attn_out`.
+
+        Raises:
+            NotFoundError: there is no SAE for this layer.
+        """
+        return self.saes.hook_point(layer)
 
     @property
     def plan(self) -> Plan:
@@ -92,8 +121,8 @@ class Scope:
     def capture(
         self, tokens: Tokens, layers: Sequence[int] | None = None
     ) -> dict[int, Float[Tensor, "batch seq d_model"]]:
-        """The residuals after the given layers, from one forward pass; rows at padding hold no meaning."""
-        points = [HookPoint(layer) for layer in self.check_layers(layers)]
+        """What the SAEs of the given layers read, from one forward pass; rows at padding hold no meaning."""
+        points = [self.hook_point(layer) for layer in self.check_layers(layers)]
         found = capture(self.model, tokens.input_ids, points, tokens.attention_mask)
         return {point.layer: h for point, h in found.items()}
 
@@ -123,11 +152,12 @@ class Scope:
         tokens = self.tokenize(texts, chat=chat, truncate=truncate)
         mask = tokens.attention_mask.bool()
         parts: dict[int, list[FeatureActs]] = {layer: [] for layer in wanted}
+        points = [self.hook_point(layer) for layer in wanted]
         batches = by_length(tokens.lengths, batch_tokens)
         for rows in batches:
             seq = max(tokens.lengths[i] for i in rows)
             ids, here = tokens.input_ids[rows, :seq], tokens.attention_mask[rows, :seq]
-            residuals = capture(self.model, ids, [HookPoint(layer) for layer in wanted], here)
+            residuals = capture(self.model, ids, points, here)
             for point, h in residuals.items():
                 kept = h[here.bool().to(h.device)]
                 parts[point.layer].append(self.saes[point.layer].encode(kept).to("cpu"))

@@ -39,7 +39,7 @@ def calibrate(
     sample: str = SAMPLE_NAME,
     batch: int = 32,
 ) -> LayerStats:
-    """The residual norm at one layer and, with its SAE, each feature's maximum and firing rate.
+    """The norm at one layer of what its SAE reads, or of the residual, and with an SAE each feature's maximum and rate.
 
     Args:
         texts: the sample; what is longer than the context is cut.
@@ -49,7 +49,7 @@ def calibrate(
         InputError, NotFoundError, FormatError: as in `residual_norms`.
     """
     tokens = tokenize(tokenizer, texts, max_length=context_length(model), truncate=True)
-    point = HookPoint(layer)
+    point = HookPoint.read_by(None if sae is None else sae.hook_point, layer)
     pairs = [
         (tokens.input_ids[i : i + batch], tokens.attention_mask[i : i + batch]) for i in range(0, len(texts), batch)
     ]

@@ -97,7 +97,7 @@ class Intervention:
     def add(
         cls,
         *,
-        layer: int,
+        layer: int | HookPoint,
         amount: float,
         feature: int | None = None,
         direction: Sequence[float] | Tensor | None = None,
@@ -105,22 +105,26 @@ class Intervention:
         where: str = "all",
         sae: Identity | None = None,
     ) -> Intervention:
-        """`h + amount * d`: a feature's decoder column, or any vector of `d_model` numbers."""
+        """`h + amount * d`: a feature's decoder column, or any vector of `d_model` numbers.
+
+        `layer` is here and below the number of a layer, whose output is changed, or a hook point such as
+        `scope.hook_point(4)`, for SAEs that read another stream.
+        """
         vector = _vector(direction)
-        return cls(HookPoint(layer), "add", float(amount), feature, vector, unit, Where.parse(where), sae)
+        return cls(_point(layer), "add", float(amount), feature, vector, unit, Where.parse(where), sae)
 
     @classmethod
     def scale(
-        cls, *, layer: int, feature: int, amount: float, where: str = "all", sae: Identity | None = None
+        cls, *, layer: int | HookPoint, feature: int, amount: float, where: str = "all", sae: Identity | None = None
     ) -> Intervention:
         """The feature's activation times `amount`, where it is active."""
-        return cls(HookPoint(layer), "scale", float(amount), feature, where=Where.parse(where), sae=sae)
+        return cls(_point(layer), "scale", float(amount), feature, where=Where.parse(where), sae=sae)
 
     @classmethod
     def clamp(
         cls,
         *,
-        layer: int,
+        layer: int | HookPoint,
         feature: int,
         amount: float,
         unit: Unit = "raw",
@@ -128,13 +132,13 @@ class Intervention:
         sae: Identity | None = None,
     ) -> Intervention:
         """The feature's activation set to `amount`, active or not."""
-        return cls(HookPoint(layer), "clamp", float(amount), feature, None, unit, Where.parse(where), sae)
+        return cls(_point(layer), "clamp", float(amount), feature, None, unit, Where.parse(where), sae)
 
     @classmethod
     def ablate(
         cls,
         *,
-        layer: int,
+        layer: int | HookPoint,
         feature: int | None = None,
         direction: Sequence[float] | Tensor | None = None,
         amount: float | None = None,
@@ -149,7 +153,7 @@ class Intervention:
         if feature is not None and amount is not None:
             raise InputError("ablating a feature has no amount; to keep a share of it, use scale")
         share = float(amount) if amount is not None else (0.0 if feature is not None else 1.0)
-        return cls(HookPoint(layer), "ablate", share, feature, _vector(direction), where=Where.parse(where), sae=sae)
+        return cls(_point(layer), "ablate", share, feature, _vector(direction), where=Where.parse(where), sae=sae)
 
     @property
     def layer(self) -> int:
@@ -168,6 +172,10 @@ class Intervention:
     def with_amount(self, amount: float) -> Intervention:
         """The same intervention by another amount."""
         return replace(self, amount=float(amount))
+
+    def at(self, point: HookPoint) -> Intervention:
+        """The same intervention at another hook point."""
+        return replace(self, hook_point=point)
 
     def bound(self, sae: SAE) -> Intervention:
         """The same intervention, tied to the identity of this SAE.
@@ -324,6 +332,10 @@ class Intervention:
             Where.parse(one.text("where") if "where" in data else "all"),
             one.maybe(lambda key: _identity(one[key]), "sae"),
         )
+
+
+def _point(layer: int | HookPoint) -> HookPoint:
+    return layer if isinstance(layer, HookPoint) else HookPoint(layer)
 
 
 def _vector(direction: Sequence[float] | Tensor | None) -> tuple[float, ...] | None:

@@ -169,6 +169,9 @@ def first_layers(
     init = {str(name): sae for name, sae in init.items()}
     if init and (differ := sorted(set(init) ^ set(batch))):
         raise MismatchError(f"the SAEs to continue from and the residuals differ in {', '.join(differ)}")
+    for name, sae in init.items():
+        if sae.hook_point is not None and HookPoint.parse(sae.hook_point) != HookPoint.parse(name):
+            raise MismatchError(f"the SAE to continue from at {name} reads {sae.hook_point}")
     layers = {name: start(config, name, batch[name].to(device, torch.float32), ranks, init.get(name)) for name in batch}
     if checkpoints:
         parameters = sum(p.numel() for layer in layers.values() for p in layer.weights.parameters().values())

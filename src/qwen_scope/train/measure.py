@@ -88,7 +88,8 @@ def run_eval(run: EvalRun, progress: Callable[[str, float], None] | None = None)
 def saes_of(run: EvalRun, loaded: LoadedModel) -> dict[HookPoint, SAE]:
     """The SAEs of the chosen layers, on the model's device."""
     layers = layers_of(run.sae) if run.layers is None else list(run.layers)
-    return {HookPoint(layer): load_sae(run.sae, layer, device=loaded.model.device) for layer in layers}
+    saes = [(layer, load_sae(run.sae, layer, device=loaded.model.device)) for layer in layers]
+    return {HookPoint.read_by(sae.hook_point, layer): sae for layer, sae in saes}
 
 
 def rows_of(run: EvalRun, loaded: LoadedModel) -> list[torch.Tensor]:

@@ -11,12 +11,11 @@ from qwen_scope.errors import FormatError
 
 from ..base import SAE, check_weights
 from ..jumprelu import JumpReLU
-from . import folds
+from . import folds, hooks
 from .layout import (
     Parsed,
     Place,
     Written,
-    hook_point_of,
     identity_metadata,
     identity_of,
     integer,
@@ -46,10 +45,46 @@ def trainer_of(config: Mapping[str, Any]) -> Mapping[str, Any]:
     return trainer
 
 
-def layer_of_dictionary(config: Mapping[str, Any]) -> int | None:
+def layer_of_trainer(trainer: Mapping[str, Any]) -> int | None:
     """The layer the trainer was given."""
-    layer = trainer_of(config).get("layer")
+    layer = trainer.get("layer")
     return layer if isinstance(layer, int) and not isinstance(layer, bool) else None
+
+
+def hook_of_dictionary(config: Mapping[str, Any]) -> hooks.Hook | None:
+    """The hook point the trainer was given; the input of a module is the output of what stands before it."""
+    trainer = trainer_of(config)
+    layer = layer_of_trainer(trainer)
+    hook = hooks.about(text(trainer, "submodule_name"), layer) or hooks.Hook(layer, "resid_post")
+    shifts = side_of(config) == "in" and hook.stream == "resid_post" and not hook.before
+    return hooks.about("resid_pre", hook.layer) if shifts and hook.layer is not None else hook
+
+
+def side_of(config: Mapping[str, Any]) -> str:
+    """Whether the activations were the `out`put of the module, the `in`put, or both."""
+    buffer = config.get("buffer")
+    io = buffer.get("io") if isinstance(buffer, dict) else None
+    return io if isinstance(io, str) else "out"
+
+
+def checked_hook(config: Mapping[str, Any], folder: str) -> hooks.Hook | None:
+    """Where the dictionary reads.
+
+    Raises:
+        FormatError: a place that is not read here, or names that contradict each other.
+    """
+    trainer, what = trainer_of(config), "a dictionary_learning SAE"
+    name, layer = text(trainer, "submodule_name"), layer_of_trainer(trainer)
+    hook = hooks.together({"submodule_name": name}, what, layer)
+    if hook is None:
+        hook = hooks.in_folder(folder) or (None if layer is None else hooks.Hook(layer, "resid_post"))
+    if hook is not None and None not in (layer, hook.layer) and hook.layer + hook.before != layer:
+        raise FormatError(f"{what} contradicts itself: its trainer's layer is {layer}, and it reads {name or folder!r}")
+    if (side := side_of(config)) != "out" and hook is not None and not hook.before:
+        if side != "in" or hook.stream != "resid_post":
+            raise FormatError(f"{what} on {name or hook} with io={side!r} can't be read: it is not an output of that")
+        return hooks.read("resid_pre", what, hook.layer)
+    return hook
 
 
 def read_dictionary(
@@ -78,18 +113,16 @@ def read_dictionary(
         read["threshold"] = tensors["threshold"]
     elif kind != "AutoEncoderTopK":
         read["threshold"] = one_threshold(tensors, kind).expand(len(b_enc)).clone()
-    layer = layer_of_dictionary(config)
-    hook = text(trainer, "submodule_name")
-    post = hook is None or hook.startswith("resid_post") or hook_point_of(hook) == f"layers.{layer}.resid_post"
+    hook = checked_hook(config, place.folder)
     ours = config.get(OURS)
     said = identity_of(ours if isinstance(ours, dict) else {})
     return Parsed(
         tensors=read,
         architecture="topk" if kind == "AutoEncoderTopK" else "jumprelu",
         k=k_of(tensors, trainer) if kind == "AutoEncoderTopK" else None,
-        hook_point=f"layers.{layer}.resid_post" if post and layer is not None else hook,
+        hook=hook,
         group=said["group"],
-        layer=layer,
+        layer=said["layer"],
         fingerprint=said["fingerprint"],
         claims={"d_sae": integer(trainer, "dict_size"), "d_model": integer(trainer, "activation_dim")},
         meta={"dictionary_learning": dict(config)} | ({"model": trainer["lm_name"]} if trainer.get("lm_name") else {}),
@@ -135,14 +168,13 @@ def write_dictionary(sae: SAE) -> Written:
             "k": tensor(sae.k).int(),
             "threshold": tensor(-1.0),
         }
-    post = sae.hook_point in (None, f"layers.{layer}.resid_post")
     trainer = {
         "trainer_class": "JumpReluTrainer" if jump else "TopKTrainer",
         "dict_class": "JumpReluAutoEncoder" if jump else "AutoEncoderTopK",
         **({} if jump else {"k": sae.k}),
         "layer": layer,
         "lm_name": sae.meta.get("model"),
-        "submodule_name": f"resid_post_layer_{layer}" if post else sae.hook_point,
+        "submodule_name": f"{hooks.of_sae(sae.hook_point, layer).stream}_layer_{layer}",
         "activation_dim": sae.d_model,
         "dict_size": sae.d_sae,
     }

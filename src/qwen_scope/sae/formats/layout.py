@@ -15,6 +15,7 @@ from qwen_scope.errors import FormatError, InputError, MismatchError
 from ..base import SAE, Identity, check_weights, fingerprint
 from ..jumprelu import JumpReLU
 from ..topk import TopK
+from .hooks import Hook, in_folder, layer_in
 
 STORED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 VECTORS = ("b_enc", "b_dec", "threshold")
@@ -33,7 +34,7 @@ class Parsed:
     tensors: Mapping[str, Tensor]
     architecture: Literal["topk", "jumprelu"]
     k: int | None = None
-    hook_point: str | None = None
+    hook: Hook | None = None
     group: str | None = None
     layer: int | None = None
     fingerprint: str | None = None
@@ -88,7 +89,7 @@ class Layout:
         container: the kind of weights file.
         computes_as_stored: whether the tool that reads it computes in the type the matrices are stored in, so that a
             smaller type changes its features; such a layout is written in fp32 unless another type is asked for.
-        layer_of: the layer that a config mentions, for folders whose name does not say it.
+        hook_of: the hook point that a config mentions, for folders whose name does not say it.
         read: tensors, config, metadata and what the place says in, `Parsed` out.
         write: an SAE in, `Written` out.
     """
@@ -101,7 +102,7 @@ class Layout:
     config_needed: bool
     shared: bool
     container: Literal["pt", "safetensors"]
-    layer_of: Callable[[Mapping[str, Any]], int | None]
+    hook_of: Callable[[Mapping[str, Any]], Hook | None]
     read: Callable[[Mapping[str, Tensor], Mapping[str, Any], Mapping[str, str], Place], Parsed]
     write: Callable[[SAE], Written]
     computes_as_stored: bool = False
@@ -119,27 +120,10 @@ class Layout:
                 continue
             config = beside[0] if beside else None
             said = match.groupdict().get("layer")
-            layer = int(said) if said else layer_in(folder)
+            stated = in_folder(folder)
+            layer = int(said) if said else stated.layer if stated else layer_in(folder)
             found.append(Entry(self.name, name, config, layer))
         return found
-
-
-_LAYER = re.compile(r"(?:^|[/_.\-])(?:(?:layers?|blocks)[_.\-]?|h\.)([0-9]+)(?![0-9])", re.IGNORECASE)
-_POST = re.compile(
-    r"(?:[a-z_]+\.)*(?:(?:layers|blocks|h)\.|layer_?)([0-9]+)(?:\.(?:hook_)?(?:resid_post|output))?", re.IGNORECASE
-)
-
-
-def layer_in(text: str | None) -> int | None:
-    """The layer that a folder, module or hook name mentions, such as 12 in `blocks.12.hook_resid_post`."""
-    match = _LAYER.search(text or "")
-    return int(match[1]) if match else None
-
-
-def hook_point_of(name: str | None) -> str | None:
-    """A hook name in this package's spelling, `layers.12.resid_post`; other streams keep the name they came with."""
-    match = _POST.fullmatch(name or "")
-    return f"layers.{int(match[1])}.resid_post" if match else (name or None)
 
 
 def identity_metadata(sae: SAE) -> dict[str, str]:
@@ -239,6 +223,10 @@ def build(parsed: Parsed, *, group: str, layer: int | None, k: int | None, names
     if parsed.layer is not None and layer is not None and parsed.layer != layer:
         raise FormatError(f"the file's name says layer {layer}, but it describes itself as layer {parsed.layer}")
     layer = parsed.layer if layer is None else layer
+    hook = parsed.hook
+    if hook is not None and None not in (hook.layer, layer) and hook.layer != layer:
+        raise FormatError(f"the SAE contradicts itself: it is of layer {layer}, and it says that it reads {hook}")
+    layer = hook.layer if layer is None and hook else layer
     check_tensors(parsed.tensors)
     tensors = {name: t.float() if name in VECTORS else t for name, t in parsed.tensors.items()}
     check_weights(tensors["W_enc"], tensors["W_dec"], tensors["b_enc"], tensors["b_dec"])
@@ -248,7 +236,10 @@ def build(parsed: Parsed, *, group: str, layer: int | None, k: int | None, names
         if claim is not None and claim != real:
             raise MismatchError(f"the config says {name} {claim}, but the weights have {name} {real}")
     identity = Identity(parsed.group or group, layer, parsed.fingerprint or fingerprint(**tensors))
-    shared = {"hook_point": parsed.hook_point, "identity": identity, "meta": dict(parsed.meta)}
+    hook_point = None
+    if hook is not None and (layer is not None or hook.stream != "resid_post"):
+        hook_point = hook.stream if layer is None else f"layers.{layer}.{hook.stream}"
+    shared = {"hook_point": hook_point, "identity": identity, "meta": dict(parsed.meta)}
     if parsed.architecture == "jumprelu":
         if k is not None:
             raise InputError(f"k={k} was asked for, but a jumprelu SAE has a threshold per feature and no k")

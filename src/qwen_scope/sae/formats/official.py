@@ -11,11 +11,11 @@ from qwen_scope.errors import FormatError
 
 from ..base import SAE
 from ..jumprelu import JumpReLU
+from . import hooks
 from .layout import (
     Parsed,
     Place,
     Written,
-    hook_point_of,
     identity_metadata,
     identity_of,
     integer,
@@ -43,16 +43,17 @@ def read_official(
     if k and k_inside.isdecimal() and k != int(k_inside):
         raise FormatError(f"the config says k={k}, but the weights file says k={k_inside}")
     layer = place.layer if inside["layer"] is None else inside["layer"]
-    hook_point = metadata.get("hook_point") or text(config, "hook_point") or "resid_post"
-    if hook_point == "resid_post" and layer is not None:
-        hook_point = f"layers.{layer}.resid_post"
+    names = {"the config": text(config, "hook_point"), "the weights file": metadata.get("hook_point")}
+    hook = hooks.together(names, "an SAE in the official layout", layer) or hooks.Hook(layer, "resid_post")
+    if hook.before:
+        raise FormatError("an SAE in the official layout can't say resid_pre; say resid_post of the layer before")
     fingerprints = config.get("fingerprints")
     listed = fingerprints.get(str(layer)) if isinstance(fingerprints, dict) else None
     return Parsed(
         tensors={name: tensors[name] for name in tensors},
         architecture=architecture,
         k=k or (int(k_inside) if k_inside.isdecimal() else None),
-        hook_point=hook_point_of(hook_point),
+        hook=hook,
         group=inside["group"] or text(config, "group"),
         layer=layer,
         fingerprint=inside["fingerprint"] or listed,
@@ -67,11 +68,10 @@ def write_official(sae: SAE) -> Written:
     tensors = {name: getattr(sae, name) for name in MATRICES}
     if isinstance(sae, JumpReLU):
         tensors["threshold"] = sae.threshold
-    post = sae.hook_point in (None, f"layers.{layer}.resid_post")
     config = {
         "architecture": sae.architecture,
         **({"k": sae.k} if sae.k else {}),
-        "hook_point": "resid_post" if post else sae.hook_point,
+        "hook_point": hooks.of_sae(sae.hook_point, layer).stream,
         "d_model": sae.d_model,
         "d_sae": sae.d_sae,
         "group": sae.identity.group,

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 
 from qwen_scope.errors import FormatError, InputError, nearest
 
-from .dictionary_learning import layer_of_dictionary, read_dictionary, write_dictionary
+from .dictionary_learning import hook_of_dictionary, read_dictionary, write_dictionary
 from .layout import Entry, Layout
 from .official import read_official, write_official
-from .sae_lens import layer_of_sae_lens, read_sae_lens, write_sae_lens
-from .sparsify import layer_of_sparsify, read_sparsify, write_sparsify
+from .sae_lens import hook_of_sae_lens, read_sae_lens, write_sae_lens
+from .sparsify import hook_of_sparsify, read_sparsify, write_sparsify
 
 LAYOUTS: dict[str, Layout] = {
     layout.name: layout
@@ -25,7 +25,7 @@ LAYOUTS: dict[str, Layout] = {
             config_needed=False,
             shared=True,
             container="pt",
-            layer_of=lambda config: None,
+            hook_of=lambda config: None,
             read=read_official,
             write=write_official,
         ),
@@ -38,7 +38,7 @@ LAYOUTS: dict[str, Layout] = {
             config_needed=False,
             shared=True,
             container="safetensors",
-            layer_of=lambda config: None,
+            hook_of=lambda config: None,
             read=read_official,
             write=write_official,
         ),
@@ -52,7 +52,7 @@ LAYOUTS: dict[str, Layout] = {
             config_needed=True,
             shared=False,
             container="safetensors",
-            layer_of=layer_of_sae_lens,
+            hook_of=hook_of_sae_lens,
             read=read_sae_lens,
             write=write_sae_lens,
             computes_as_stored=True,
@@ -66,7 +66,7 @@ LAYOUTS: dict[str, Layout] = {
             config_needed=True,
             shared=False,
             container="safetensors",
-            layer_of=layer_of_sparsify,
+            hook_of=hook_of_sparsify,
             read=read_sparsify,
             write=write_sparsify,
             computes_as_stored=True,
@@ -80,7 +80,7 @@ LAYOUTS: dict[str, Layout] = {
             config_needed=True,
             shared=False,
             container="pt",
-            layer_of=layer_of_dictionary,
+            hook_of=hook_of_dictionary,
             read=read_dictionary,
             write=write_dictionary,
             computes_as_stored=True,

@@ -11,16 +11,14 @@ from qwen_scope.errors import FormatError
 
 from ..base import SAE, check_weights
 from ..jumprelu import JumpReLU
-from . import folds
+from . import folds, hooks
 from .layout import (
     Parsed,
     Place,
     Written,
-    hook_point_of,
     identity_metadata,
     identity_of,
     integer,
-    layer_in,
     need_keys,
     need_layer,
     only_topk_or_jumprelu,
@@ -42,7 +40,7 @@ def read_sae_lens(
     """
     said = described(config)
     architecture, k = architecture_of(config)
-    refuse_unfoldable(tensors, config, hook_of(config))
+    refuse_unfoldable(tensors, config, name_of(config))
     needed = (*MATRICES, "threshold") if architecture == "jumprelu" else MATRICES
     need_keys(tensors, needed, optional=("scaling_factor",))
     W_enc, W_dec, b_enc, b_dec = tensors["W_enc"].T, tensors["W_dec"].T, tensors["b_enc"], tensors["b_dec"]
@@ -60,9 +58,9 @@ def read_sae_lens(
         tensors=read | ({"threshold": tensors["threshold"]} if architecture == "jumprelu" else {}),
         architecture=architecture,
         k=k,
-        hook_point=metadata.get("hook_point") or hook_point_of(hook_of(config)),
+        hook=checked_hook(config, metadata.get("hook_point")),
         group=identity["group"],
-        layer=layer_of_sae_lens(config) if identity["layer"] is None else identity["layer"],
+        layer=identity["layer"],
         fingerprint=identity["fingerprint"],
         claims={"d_sae": integer(config, "d_sae"), "d_model": integer(config, "d_in")},
         meta={"sae_lens": dict(config)} | ({"model": model} if model else {}),
@@ -85,7 +83,7 @@ def described(config: Mapping[str, Any]) -> Mapping[str, Any]:
     return said if isinstance(said, dict) else {}
 
 
-def hook_of(config: Mapping[str, Any]) -> str | None:
+def name_of(config: Mapping[str, Any]) -> str | None:
     """The hook name, wherever this version keeps it."""
     for place in (described(config), config):
         for key in ("hook_name", "hook_point", "hf_hook_name"):
@@ -94,11 +92,37 @@ def hook_of(config: Mapping[str, Any]) -> str | None:
     return None
 
 
-def layer_of_sae_lens(config: Mapping[str, Any]) -> int | None:
-    """The layer in the hook name, else the old key `hook_layer`."""
-    layer = layer_in(hook_of(config))
+def old_layer(config: Mapping[str, Any]) -> int | None:
+    """The layer in the old key `hook_layer`."""
     old = config.get("hook_layer", config.get("hook_point_layer"))
-    return old if layer is None and isinstance(old, int) and not isinstance(old, bool) else layer
+    return old if isinstance(old, int) and not isinstance(old, bool) else None
+
+
+def hook_of_sae_lens(config: Mapping[str, Any]) -> hooks.Hook | None:
+    """The hook point in the hook name; the old key `hook_layer` where that holds no layer."""
+    layer = old_layer(config)
+    hook = hooks.about(name_of(config), layer)
+    return hooks.Hook(layer, "resid_post") if hook is None and layer is not None else hook
+
+
+def checked_hook(config: Mapping[str, Any], ours: str | None) -> hooks.Hook | None:
+    """Where the SAE reads, from the hook name, its twin in transformers' names and what this package wrote.
+
+    Raises:
+        FormatError: a place that is not read here, or names that contradict each other.
+    """
+    name, layer = name_of(config), old_layer(config)
+    found = hooks.together({"hook_name": name}, WHAT, layer)
+    # The twin of the input of a layer is the module behind or before it, whoever wrote it.
+    twin = None if found and found.before else text(described(config), "hf_hook_name")
+    names = {"hook_name": str(found) if found and found.layer is not None else name, "the weights file": ours}
+    if twin and (parsed := hooks.about(twin)) and parsed.stream != "other":
+        names["hf_hook_name"] = twin
+    said = hooks.layer_in(name)
+    if layer is not None and said is not None and layer != said:
+        raise FormatError(f"{WHAT} contradicts itself: hook_name is {name!r}, and hook_layer is {layer}")
+    found = hooks.together(names, WHAT, layer)
+    return hooks.Hook(layer, "resid_post") if found is None and layer is not None else found
 
 
 def refuse_unfoldable(tensors: Mapping[str, Tensor], config: Mapping[str, Any], hook: str | None) -> None:
@@ -118,7 +142,8 @@ def write_sae_lens(sae: SAE) -> Written:
     tensors = {"W_enc": sae.W_enc.T, "W_dec": sae.W_dec.T, "b_enc": sae.b_enc, "b_dec": sae.b_dec}
     if isinstance(sae, JumpReLU):
         tensors["threshold"] = sae.threshold
-    post = sae.hook_point in (None, f"layers.{layer}.resid_post")
+    hook, said = hooks.of_sae(sae.hook_point, layer), described(sae.meta.get("sae_lens") or {})
+    twin = text(said, "hf_hook_name")
     config = {
         "architecture": sae.architecture,
         "d_in": sae.d_model,
@@ -137,11 +162,12 @@ def write_sae_lens(sae: SAE) -> Written:
             "dataset_path": None,
             "model_from_pretrained_kwargs": {},
             "training_architecture": sae.architecture,
-            **described(sae.meta.get("sae_lens") or {}),
+            **said,
             "sae_lens_version": VERSION,
             "model_name": sae.meta.get("model"),
-            "hook_name": f"blocks.{layer}.hook_resid_post" if post else sae.hook_point,
-            "hf_hook_name": f"model.layers.{layer}",
+            "hook_name": f"blocks.{layer}.hook_{hook.stream}",
+            # The spelling that came with the SAE names the module of its own model.
+            "hf_hook_name": twin if hooks.about(twin) == hook else f"model.{hooks.module_name(hook)}",
         },
     }
     return Written(tensors, config, identity_metadata(sae))

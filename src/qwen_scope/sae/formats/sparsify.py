@@ -10,16 +10,14 @@ from torch import Tensor
 from qwen_scope.errors import FormatError
 
 from ..base import SAE, check_weights
-from . import folds
+from . import folds, hooks
 from .layout import (
     Parsed,
     Place,
     Written,
-    hook_point_of,
     identity_metadata,
     identity_of,
     integer,
-    layer_in,
     need_keys,
     need_layer,
     needs_sae_of_kind,
@@ -28,9 +26,9 @@ from .layout import (
 )
 
 
-def layer_of_sparsify(config: Mapping[str, Any]) -> int | None:
-    """The layer in `hookpoint`, a key of ours that sparsify passes over."""
-    return layer_in(text(config, "hookpoint"))
+def hook_of_sparsify(config: Mapping[str, Any]) -> hooks.Hook | None:
+    """The hook point in `hookpoint`, a key of ours that sparsify passes over."""
+    return hooks.about(text(config, "hookpoint"))
 
 
 KEYS = ("encoder.weight", "encoder.bias", "W_dec", "b_dec")
@@ -41,7 +39,8 @@ def read_sparsify(
 ) -> Parsed:
     """`encoder.weight (d_sae, d_in)`, `W_dec (d_sae, d_in)`. `normalize_decoder` only concerns training.
 
-    The folder's name is the module whose output is read: `layers.12` is the residual after layer 12.
+    The folder's name is the module whose output is read: `layers.12` is the residual after layer 12, `layers.12.mlp`
+    what its MLP writes.
     """
     allowed = {"activation": ("topk",), "signed": (False,), "skip_connection": (False,), "transcode": (False,)}
     refuse(config, allowed, "a sparsify SAE")
@@ -55,17 +54,19 @@ def read_sparsify(
     factor = config.get("expansion_factor")
     width = config.get("num_latents") or (d_in * factor if isinstance(factor, int) else None)
     said = identity_of(metadata)
-    module = place.folder.rpartition("/")[2] if layer_in(place.folder) is not None else None
+    names = {"the weights file": metadata.get("hook_point"), "the config": text(config, "hookpoint")}
+    if not any(names.values()):
+        names = {"its folder": hooks.module_in(place.folder)}
     return Parsed(
         tensors={"W_enc": W_enc, "W_dec": W_dec, "b_enc": b_enc, "b_dec": b_dec},
         architecture="topk",
         k=k,
-        hook_point=metadata.get("hook_point") or hook_point_of(text(config, "hookpoint") or module),
+        hook=hooks.together(names, "a sparsify SAE"),
         group=said["group"],
         layer=said["layer"],
         fingerprint=said["fingerprint"],
         claims={"d_sae": width, "d_model": d_in},
-        meta={"sparsify": dict(config)},
+        meta={"sparsify": dict(config)} | ({"model": config["model"]} if config.get("model") else {}),
     )
 
 
@@ -79,7 +80,6 @@ def write_sparsify(sae: SAE) -> Written:
         "W_dec": sae.W_dec.T,
         "b_dec": sae.b_dec,
     }
-    post = sae.hook_point in (None, f"layers.{layer}.resid_post")
     config = {
         "activation": "topk",
         "expansion_factor": max(1, sae.d_sae // sae.d_model),
@@ -90,6 +90,6 @@ def write_sparsify(sae: SAE) -> Written:
         "skip_connection": False,
         "transcode": False,
         "d_in": sae.d_model,
-        "hookpoint": f"layers.{layer}" if post else sae.hook_point,
+        "hookpoint": hooks.module_name(hooks.of_sae(sae.hook_point, layer)),
     }
     return Written(tensors, config, identity_metadata(sae))
