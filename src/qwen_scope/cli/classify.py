@@ -154,7 +154,7 @@ def predictions(loaded: Any, scope: Scope | None, corpus: Corpus, report: Any) -
         done += len(documents)
         report(done)
     if not done:
-        raise InputError(f"there is no document to label in {corpus.name}")
+        raise InputError(f"there is no document to label in {corpus.name}{corpus.other_columns()}")
 
 
 def label_window(rule: Rule, scope: Scope, texts: list[str], where: list[dict]) -> Iterator[dict[str, Any]]:

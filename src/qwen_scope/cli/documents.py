@@ -54,11 +54,13 @@ def texts_of(text: str, n: int, column: str = "text", seed: int = 0) -> list[str
     from qwen_scope.corpus import Corpus
 
     # In a .txt file a document is a line: sets of examples are short texts.
-    found = [document.text for document in Corpus(Path(text), column=column, unit="line")]
+    corpus = Corpus(Path(text), column=column, unit="line")
+    found = [document.text for document in corpus]
     texts = [one for one in found if isinstance(one, str)]
     if len(texts) < len(found) or not texts:
         raise InputError(
-            f"{text} holds {len(found) - len(texts)} conversations and {len(texts)} texts; texts are needed"
+            f"{text} holds {len(found) - len(texts)} conversations and {len(texts)} texts"
+            + (corpus.other_columns() or "; texts are needed")
         )
     return texts
 

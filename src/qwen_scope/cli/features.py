@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -38,8 +37,7 @@ def features(
     """
     mode = options.check_chat(chat)
     wanted = options.parse_layers(layers)
-    if text == "-":
-        text = sys.stdin.read()
+    text = options.typed_or_piped(text)
     with output.status("opening the model"):
         scope = options.open_scope(model, sae, device, dtype, k)
     if wanted is None and response is None and not as_json:

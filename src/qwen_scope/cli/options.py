@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_args
 
 import typer
 
-from qwen_scope.errors import InputError
+from qwen_scope.errors import InputError, foreign
 
 from . import whose
 
@@ -106,6 +107,18 @@ def open_scope(
     scope = load_scope(model, sae, device=device, dtype=dtype, k=k)
     whose.say_whose()
     return scope
+
+
+def typed_or_piped(text: str) -> str:
+    """The text itself, or for `-` standard input without the newline that a shell's last line ends with.
+
+    Raises:
+        InputError: standard input is not text.
+    """
+    if text != "-":
+        return text
+    with foreign("standard input can't be read", InputError):
+        return sys.stdin.read().removesuffix("\n").removesuffix("\r")
 
 
 def check_chat(chat: str | None) -> ChatMode | None:

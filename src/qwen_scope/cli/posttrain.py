@@ -344,7 +344,6 @@ def read_prompts(
     rows = (row for row in corpus if groups is None or row.meta.get(group_column) in groups)
     found = [row.text for row in islice(rows, n) if isinstance(row.text, str)]
     if not found:
-        raise InputError(
-            f"{source} has no prompt in a column {prompt_column!r}" + (" of these groups" if groups else "")
-        )
+        where = corpus.other_columns("prompt_column") or f" in a column {prompt_column!r}"
+        raise InputError(f"{source} has no prompt{where}" + (" of these groups" if groups else ""))
     return found

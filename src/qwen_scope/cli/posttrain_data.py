@@ -43,7 +43,8 @@ def read_rows(
     if source == "lab":
         return lab_rows(n, seed, split="heldout_sentences" if held_out else "train")
     rows: list[Row] = []
-    for found in islice(Corpus(source, column=prompt_column, unit="line", seed=seed), n):
+    corpus = Corpus(source, column=prompt_column, unit="line", seed=seed)
+    for found in islice(corpus, n):
         if not isinstance(found.text, str):
             continue
         rows.append({"prompt": found.text})
@@ -52,7 +53,8 @@ def read_rows(
                 raise InputError(f"a row of {source} has no column {answer_column!r}; name it with --answer-column")
             rows[-1]["answer"] = str(found.meta[answer_column])
     if len(rows) < 2:
-        raise InputError(f"{source} has {len(rows)} prompts in a column {prompt_column!r}; two are the least")
+        why = corpus.other_columns("prompt_column") or f" in a column {prompt_column!r}; two are the least"
+        raise InputError(f"{source} has {len(rows)} prompts{why}")
     return rows
 
 

@@ -75,8 +75,7 @@ def steer(
         raise InputError("--recipe says what to change; leave --feature away")
     if stream and as_json:
         raise InputError("--stream and --json exclude each other")
-    if prompt == "-":
-        prompt = sys.stdin.read()
+    prompt = options.typed_or_piped(prompt)
     with output.status("opening the model"):
         scope = options.open_scope(model, sae, device, dtype, k)
     interventions = from_recipe(scope, recipe) if recipe is not None else placed(scope, one)

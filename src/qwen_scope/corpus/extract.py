@@ -179,7 +179,8 @@ def run_windows(
     if not writer.counts["tokens"]:
         said = ", ".join(f"{n} {reason}" for reason, n in writer.unreadable.items())
         raise InputError(
-            f"there is no document to extract in {corpus.name}" + (f"; unreadable rows: {said}" if said else "")
+            f"there is no document to extract in {corpus.name}"
+            + (corpus.other_columns() or (f"; unreadable rows: {said}" if said else ""))
         )
     report("indexing", writer.counts["tokens"])
     writer.finish({int(layer): norm for layer, norm in reader.state.medians.items()})

@@ -91,6 +91,7 @@ class Corpus:
             "subset": subset,
         }
         self._at, self._rows, self._offset, self._seen = 0, 0, 0, 0
+        self._lacking: Mapping[str, Any] | None = None  # the first row without the column
         self._chosen = None if sample is None else self._draw(sample, seed)
 
     @property
@@ -106,6 +107,17 @@ class Corpus:
         total = sum(source.size or 0 for source in self.sources)
         done = sum(source.size or 0 for source in self.sources[: self._at]) + self._offset
         return min(1.0, done / total) if total else 1.0
+
+    def other_columns(self, parameter: str = "column") -> str:
+        """The end of a sentence about a corpus without a document: which columns its rows have in place of the one
+        that was asked for, and which to pass as `parameter`; nothing where that is not the reason."""
+        if self._lacking is None:
+            return ""
+        texts = {name: value for name, value in self._lacking.items() if isinstance(value, str) and value}
+        best = next((name for name, value in texts.items() if " " in value.strip()), next(iter(texts), None))
+        has = ", ".join(map(repr, islice(self._lacking, 20))) or "none"
+        said = f": its rows have no column {self.column!r} but {has}"
+        return said if best is None else f"{said}; pass {parameter}={best!r}"
 
     def cursor(self) -> dict[str, int]:
         """The place after the row taken last: plain data."""
@@ -127,7 +139,10 @@ class Corpus:
             for raw in source.read(self._rows, self._offset):
                 self._rows, self._offset, self._seen = raw.row, raw.offset, self._seen + 1
                 if self._chosen is None or self._seen - 1 in self._chosen:
-                    yield document_of(raw.parse(), self.column, source.name, raw.row)
+                    value = raw.parse()
+                    if self._lacking is None and isinstance(value, Mapping) and self.column not in value:
+                        self._lacking = value
+                    yield document_of(value, self.column, source.name, raw.row)
             self._at, self._rows, self._offset = self._at + 1, 0, 0
 
     def _draw(self, sample: int, seed: int) -> set[int] | None:

@@ -49,7 +49,9 @@ def read_samples(
     corpus = Corpus(source, column=column, sample=n, seed=seed, split=split)
     samples = [sample_of(found.text, found.meta.get(prompt_column), found.meta.get(group_column)) for found in corpus]
     if not samples:
-        raise InputError(f"{source} has no readable row with a column {column!r}; name it with column=")
+        raise InputError(
+            f"there is no row to learn from in {source}" + (corpus.other_columns() or f": no text in {column!r}")
+        )
     if all(sample["group"] is None for sample in samples):
         raise InputError(f"no row of {source} has a column {group_column!r} that names its group")
     return samples

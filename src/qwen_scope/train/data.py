@@ -182,7 +182,10 @@ def value_of(row: Any, field: str, where: str) -> Document:
     """The document in one row."""
     if not isinstance(row, Mapping) or field not in row:
         has = ", ".join(row) if isinstance(row, Mapping) else type(row).__name__
-        raise InputError(f"{where} has no field {field!r}; it has {has}")
+        texts = [key for key, one in row.items() if isinstance(one, str | list)] if isinstance(row, Mapping) else []
+        best = next((key for key in texts if " " in str(row[key])), texts[0] if texts else None)
+        other = "" if best is None else f"; pass field={best!r}"
+        raise InputError(f"{where} has no field {field!r}; it has {has}{other}")
     value = row[field]
     if not isinstance(value, str | list):
         raise InputError(f"the field {field!r} of {where} is {type(value).__name__}, not a text or a list of messages")
