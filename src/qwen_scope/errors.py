@@ -93,6 +93,22 @@ def check_number(
     return float(value)
 
 
+def check_name(what: str, value: Any) -> str:
+    """A name that becomes that of a file or folder: one plain part of a path, such as `SAE-Res-Tiny-W1K-L0_8`.
+
+    Raises:
+        InputError: it holds a separator, a control character, or half a surrogate pair, begins with a dot, begins or
+            ends with a space, or is empty or longer than file systems allow.
+    """
+    text = value if isinstance(value, str) else ""
+    plain = bool(text) and text == text.strip() and not text.startswith(".") and not set(text) & set("/\\:")
+    if not plain or any(_steers(char) for char in text) or len(text.encode()) > 200:
+        raise InputError(
+            f"{what} names one file or folder, without / \\ : and not beginning with a dot; got {brief(value)}"
+        )
+    return text
+
+
 def brief(value: Any) -> str:
     """A value in a few words for the end of a sentence; what it holds further down costs nothing."""
     shown = _BRIEF.repr(value)

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from qwen_scope.files import write_text, write_whole
+
 from .evaluate import DENSITY_EDGES
 from .metrics import read_metrics
 
@@ -46,7 +48,7 @@ def write_card(
     history = read_metrics(metrics)
     plots = draw(folder / "plots", history, quality)
     path = folder / "README.md"
-    path.write_text(text_of(run, quality, plots), encoding="utf-8")
+    write_text(path, text_of(run, quality, plots))
     return path
 
 
@@ -113,7 +115,8 @@ def draw(folder: Path, history: Sequence[Mapping[str, Any]], quality: Mapping[st
             axes.plot(x, y, label=label, linewidth=1)
         axes.set(xlabel=x_label, ylabel=y_label, yscale="log" if log else "linear")
         axes.legend(fontsize="small")
-        FigureCanvasAgg(figure).print_png(folder / f"{name}.png")
+        with write_whole(folder / f"{name}.png") as part:
+            FigureCanvasAgg(figure).print_png(part)
         drawn.append(f"{name}.png")
 
     layers = list(history[-1]["layers"]) if history else []

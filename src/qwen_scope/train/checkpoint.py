@@ -11,6 +11,7 @@ import json
 import os
 import re
 import shutil
+import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -21,7 +22,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from qwen_scope.errors import FormatError, InputError, MismatchError, NotFoundError
+from qwen_scope.errors import FormatError, InputError, MismatchError, NotFoundError, QwenScopeWarning, foreign
+from qwen_scope.files import Fields, read_object, write_text
 
 from .config import TrainConfig
 from .parallel import Ranks
@@ -42,12 +44,14 @@ class RunState:
         layers: per hook point the weights, the optimiser, the dead counters and the sink filter's median.
         cursor: where the residuals go on, or None where their source can't say; then it is advanced by `step` batches.
         rng: torch's generators, `cpu` and, where there is one, `cuda`.
+        seconds: of training.
     """
 
     step: int = 0
     layers: dict[str, Layer] = field(default_factory=dict)
     cursor: dict[str, Any] | None = None
     rng: dict[str, Tensor] = field(default_factory=dict)
+    seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -155,7 +159,7 @@ def write_rank(state: RunState, place: Path, ranks: Ranks) -> None:
     fsync(path)
     layers = {name: numbers_of(layer) for name, layer in state.layers.items()}
     note = {"layers": layers, "cursor": state.cursor, "bytes": path.stat().st_size, "sha256": digest_of(path)}
-    (place / f"rank{ranks.rank}.json").write_text(json.dumps(note), encoding="utf-8")
+    write_text(place / f"rank{ranks.rank}.json", json.dumps(note))
 
 
 def write_manifest(state: RunState, config: TrainConfig, place: Path, ranks: Ranks) -> None:
@@ -168,54 +172,88 @@ def write_manifest(state: RunState, config: TrainConfig, place: Path, ranks: Ran
     manifest = {
         "format": FORMAT,
         "step": state.step,
+        "seconds": state.seconds,
         "config": plain(config),
         "mode": ranks.mode,
         "world": ranks.world,
         "ranks": notes,
     }
-    waiting = place / f".{MANIFEST}"
-    waiting.write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-    fsync(waiting)
-    os.replace(waiting, place / MANIFEST)
+    write_text(place / MANIFEST, json.dumps(manifest, indent=1))
 
 
 def load(config: TrainConfig, where: Checkpoints, ranks: Ranks, device: torch.device | str | None = None) -> RunState:
-    """The latest checkpoint of a run.
+    """The newest checkpoint of a run whose files are all whole; newer ones are said and removed.
 
     Raises:
         NotFoundError: there is none.
         MismatchError: it was written by a run with another config or spread over other processes.
-        FormatError: a file is damaged.
+        FormatError: there are some, and each is damaged; what is said is about the newest.
     """
-    place = where.latest()
-    if place is None:
-        raise NotFoundError(f"{where.folder} holds no complete checkpoint")
-    manifest = read_manifest(place)
+    place, manifest = newest(where)
     check_same_run(manifest, config, ranks, place)
     path, note = place / f"rank{ranks.rank}.safetensors", manifest["ranks"][ranks.rank]
-    tensors = read_tensors(path, note)
+    tensors = read_tensors(path)
     source = tensors
     if ranks.mode == "data" and not ranks.first:
-        source = read_tensors(place / "rank0.safetensors", manifest["ranks"][0])
-    try:
+        source = read_tensors(place / "rank0.safetensors")
+    with foreign(f"{place / MANIFEST} does not describe {path.name}"):
         layers = {
             name: layer_from(config, name, numbers, under(source, name), device)
             for name, numbers in note["layers"].items()
         }
-    except KeyError as error:
-        raise FormatError(f"{path} lacks the tensor {error}") from error
-    return RunState(manifest["step"], layers, note["cursor"], under(tensors, "rng"))
+    ranks.barrier()
+    for later in where.complete() if ranks.first else ():
+        if later.name > place.name:
+            (later / MANIFEST).unlink()
+            shutil.rmtree(later)
+    return RunState(manifest["step"], layers, note["cursor"], under(tensors, "rng"), manifest["seconds"])
+
+
+def newest(where: Checkpoints) -> tuple[Path, dict[str, Any]]:
+    """The newest checkpoint whose files are those that its manifest describes, and the manifest.
+
+    Raises:
+        NotFoundError, FormatError: as `load`.
+    """
+    problems: list[tuple[Path, FormatError]] = []
+    for place in reversed(where.complete()):
+        try:
+            manifest = read_manifest(place)
+            for rank, note in enumerate(manifest["ranks"]):
+                check_file(place / f"rank{rank}.safetensors", note)
+        except FormatError as error:
+            problems.append((place, error))
+            continue
+        for damaged, error in problems:
+            warnings.warn(f"{damaged.name} is passed over: {error}", QwenScopeWarning, 3)
+        return place, manifest
+    if problems:
+        raise problems[0][1]
+    raise NotFoundError(f"{where.folder} holds no complete checkpoint")
 
 
 def read_manifest(place: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint; raises FormatError if it is not one of this format."""
-    try:
-        manifest = json.loads((place / MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise FormatError(f"{place / MANIFEST} can't be read: {error}") from error
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise FormatError(f"{place / MANIFEST} is not a manifest of the format {FORMAT}")
-    return manifest
+    """The manifest of a checkpoint.
+
+    Raises:
+        FormatError: it is not one of this format, or a value in it can't be.
+    """
+    path = place / MANIFEST
+    data = read_object(path)
+    if data.get("format") != FORMAT:
+        raise FormatError(f"{path} is not a manifest of the format {FORMAT}")
+    read = Fields(
+        {"seconds": 0.0, **data}, str(path), ("format", "step", "seconds", "config", "mode", "world", "ranks")
+    )
+    found = {"step": read.count("step"), "seconds": read.number("seconds", 0), "config": read.object("config")}
+    found |= {"mode": read.text("mode"), "world": read.count("world", 1), "ranks": []}
+    for note in read.items("ranks"):
+        one = Fields(note, f"a rank of {path}", ("layers", "cursor", "bytes", "sha256"))
+        note = {"layers": one.object("layers"), "cursor": one.maybe(one.object, "cursor")}
+        found["ranks"].append(note | {"bytes": one.count("bytes"), "sha256": one.text("sha256")})
+    if len(found["ranks"]) != found["world"]:
+        raise FormatError(f"{path} is of {found['world']} processes and describes the files of {len(found['ranks'])}")
+    return found
 
 
 def check_same_run(manifest: Mapping[str, Any], config: TrainConfig, ranks: Ranks, place: Path) -> None:
@@ -232,15 +270,23 @@ def check_same_run(manifest: Mapping[str, Any], config: TrainConfig, ranks: Rank
         raise MismatchError(f"{place} is a checkpoint of another run: {'; '.join(differ)}")
 
 
-def read_tensors(path: Path, note: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The tensors of one rank, if the file is the one the manifest means."""
-    try:
-        if path.stat().st_size != note["bytes"] or digest_of(path) != note["sha256"]:
-            raise FormatError(f"{path} is not the file that its manifest describes")
+def check_file(path: Path, note: Mapping[str, Any]) -> None:
+    """Refuse a file that is not the one the manifest means.
+
+    Raises:
+        FormatError: it is another, or can't be read.
+    """
+    with foreign(f"{path} can't be read"):
+        same = path.stat().st_size == note["bytes"] and digest_of(path) == note["sha256"]
+    if not same:
+        raise FormatError(f"{path} is not the file that its manifest describes")
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of one rank."""
+    with foreign(f"{path} can't be read"):
         # Copies lie in memory as new tensors do: where a row starts decides last digits on some CPUs.
         return {name: tensor.clone() for name, tensor in load_file(path).items()}
-    except (OSError, SafetensorError) as error:
-        raise FormatError(f"{path} can't be read: {error}") from error
 
 
 def tensors_of(layer: Layer) -> dict[str, Tensor]:

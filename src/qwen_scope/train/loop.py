@@ -44,7 +44,7 @@ class StepReport:
     Attributes:
         step: counted from 1.   steps: of the whole run.
         tokens: tokens seen so far, over all ranks, before the sink filter.
-        seconds: since the run started or was resumed.
+        seconds: of training, over all parts of the run.
         tokens_per_s: since the run started or was resumed.
         lr: the learning rate of this step.
         layers: what each layer of this rank says.
@@ -65,6 +65,7 @@ def train(
     *,
     init: Mapping[str, SAE] | None = None,
     checkpoints: Checkpoints | None = None,
+    journals: Sequence[Callable[[StepReport], None]] = (),
     callbacks: Sequence[Callable[[StepReport], None]] = (),
     group: str = "trained",
     ranks: Ranks = Ranks(),  # noqa: B008 - frozen
@@ -79,7 +80,9 @@ def train(
             advanced by as many batches as the run had seen.
         init: finished SAEs to continue from, by hook point, for all layers or none.
         checkpoints: where and how often the run is saved; None saves nothing.
-        callbacks: called after every step, on every rank.
+        journals: called after every step, on every rank, before the step may be saved: so a checkpoint never counts a
+            step that they don't hold.
+        callbacks: called after every step, on every rank, when it is saved.
         group: the name of the set that the SAEs will belong to.
         ranks: how the run is spread over processes.
         device: where the SAEs are trained; None means where the residuals are.
@@ -95,7 +98,7 @@ def train(
     """
     batches = iter(residuals)
     state = begin(config, residuals, batches, checkpoints, ranks, device)
-    began, before = time.monotonic(), state.step
+    began, before, earlier = time.monotonic(), state.step, state.seconds
     while state.step < config.steps:
         batch = {str(name): x for name, x in next(batches, {}).items()}
         check_batch(config, batch, state, ranks)
@@ -109,13 +112,16 @@ def train(
             except DivergedError as error:
                 raise DivergedError(where_diverged(str(error), state, residuals, checkpoints)) from error
         state.step += 1
+        seconds = time.monotonic() - began
+        speed = (state.step - before) * config.batch / max(seconds, 1e-9)
+        state.seconds = earlier + seconds
+        report = StepReport(state.step, config.steps, state.step * config.batch, state.seconds, speed, lr, reports)
+        for journal in journals:
+            journal(report)
         if checkpoints and (state.step % checkpoints.every == 0 or state.step == config.steps):
             state.cursor = residuals.cursor() if isinstance(residuals, Resumable) else None
             state.rng = checkpoint.rng_now()
             checkpoint.save(state, config, checkpoints, ranks)
-        seconds = time.monotonic() - began
-        speed = (state.step - before) * config.batch / max(seconds, 1e-9)
-        report = StepReport(state.step, config.steps, state.step * config.batch, seconds, speed, lr, reports)
         for callback in callbacks:
             callback(report)
     # One after the other, so that a layer's optimiser is gone before the next layer's weights are copied.

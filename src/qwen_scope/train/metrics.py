@@ -9,24 +9,42 @@ from pathlib import Path
 from typing import Any
 
 from qwen_scope.errors import need
+from qwen_scope.files import Fields, append_lines, parse_object, read_lines, write_text
 
 from .loop import StepReport
 
 
 class JsonlMetrics:
-    """One line of JSON per logged step, flushed at once: step, tokens, seconds, lr, and per layer the `LayerReport`.
+    """One line of JSON per logged step, on the disk at once: step, tokens, seconds, lr, and by layer the `LayerReport`.
+
+    The first step it is told decides which lines of an earlier part of the run stay: those before it.
 
     Args:
-        every: log each so-manieth step, and the last.
+        every: log every `every`-th step, and the last.
     """
 
     def __init__(self, path: Path, every: int = 10) -> None:
         self.path, self.every = path, every
+        self._begun = False
 
     def __call__(self, report: StepReport) -> None:
+        if not self._begun:
+            lines = read_lines(self.path)
+            kept = [line for line in lines if step_of(line, self.path) < report.step]
+            if len(kept) < len(lines):
+                write_text(self.path, "".join(line + "\n" for line in kept))
+            self._begun = True
         if report.step % self.every == 0 or report.step == report.steps:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(asdict(report)) + "\n")
+            append_lines(self.path, [json.dumps(asdict(report))])
+
+
+def step_of(line: str, path: Path) -> int:
+    """The step that a line is about.
+
+    Raises:
+        FormatError: it is no line of a run.
+    """
+    return Fields(parse_object(line, f"a line of {path}"), f"a line of {path}").count("step")
 
 
 class TensorBoardMetrics:
@@ -38,11 +56,15 @@ class TensorBoardMetrics:
 
     def __init__(self, folder: Path, every: int = 10) -> None:
         need("writing for TensorBoard", "tensorboard")
-        from torch.utils.tensorboard import SummaryWriter
-
-        self.writer, self.every = SummaryWriter(str(folder)), every
+        self.folder, self.every = folder, every
+        self.writer: Any = None
 
     def __call__(self, report: StepReport) -> None:
+        if self.writer is None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            # What an earlier part of the run logged beyond here is struck out.
+            self.writer = SummaryWriter(str(self.folder), purge_step=report.step)
         if report.step % self.every == 0 or report.step == report.steps:
             for name, value in scalars(report).items():
                 self.writer.add_scalar(name, value, report.step)
@@ -83,12 +105,16 @@ def scalars(report: StepReport) -> dict[str, float]:
 def read_metrics(paths: Sequence[Path]) -> list[dict[str, Any]]:
     """The lines that `JsonlMetrics` wrote, by step, the layers of several ranks joined.
 
-    A resumed run's later line for a step replaces the earlier one.
+    Of two lines for a step the later one counts.
+
+    Raises:
+        FormatError: a line is none of theirs.
     """
     found: dict[int, dict[str, Any]] = {}
     for path in paths:
-        for line in path.read_text(encoding="utf-8").splitlines():
-            entry = json.loads(line)
-            layers = found.get(entry["step"], {}).get("layers", {})
-            found[entry["step"]] = {**entry, "layers": {**layers, **entry["layers"]}}
+        for number, line in enumerate(read_lines(path), 1):
+            entry = Fields(parse_object(line, f"line {number} of {path}"), f"line {number} of {path}")
+            step = entry.count("step")
+            layers = found.get(step, {}).get("layers", {})
+            found[step] = {**entry.data, "layers": {**layers, **entry.object("layers")}}
     return [found[step] for step in sorted(found)]

@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import platform
 from collections.abc import Callable, Mapping
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from itertools import islice
@@ -24,7 +24,8 @@ from typing import Any
 
 import torch
 
-from qwen_scope.errors import InputError, NotFoundError
+from qwen_scope.errors import InputError, NotFoundError, check_name
+from qwen_scope.files import lock_folder, read_object, write_text
 from qwen_scope.model import HookPoint, LoadedModel, TokenMask, context_length, load_model, n_layers
 from qwen_scope.sae import LAYOUTS, SAE, load_sae, save_sae
 from qwen_scope.scope import model_source
@@ -39,6 +40,9 @@ from .loop import StepReport, train
 from .metrics import JsonlMetrics, TensorBoardMetrics, WandbMetrics
 from .parallel import Mode, Ranks, join
 
+RESERVED = ("checkpoints", "tensorboard", "run.json", "metrics.jsonl", "quality.json")
+"""What a run writes into its folder beside the group."""
+
 
 @dataclass(frozen=True)
 class TrainRun:
@@ -50,7 +54,7 @@ class TrainRun:
         out: the folder of the run.
         train: the dictionary and how it is trained.
         layers: layers to train on, counting from 0; None means all.
-        group: the name of the set; None means one made of the model's name, the width and k.
+        group: the name of the set and of its folder in `out`; None means one made of the model's name, the width and k.
         start_from: a group, folder or Hub id of SAEs to continue from.
         field, split, subset: of the data, as `Documents` takes them.
         chat: render conversations with the tokenizer's chat template.
@@ -102,6 +106,9 @@ class TrainRun:
     exports: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        check_name("the group", self.name)
+        if self.name in (*RESERVED, *self.exports):
+            raise InputError(f"the run itself writes to {self.name!r} in its folder; name the group otherwise")
         if self.store not in ("float32", "bfloat16"):
             raise InputError(f"residuals are held as float32 or bfloat16, not {self.store!r}")
         if self.layers is not None and (not self.layers or len(set(self.layers)) < len(self.layers)):
@@ -148,18 +155,30 @@ def run_train(
         QwenScopeError: with one sentence, before training where the cause can be known before.
     """
     ranks = Ranks() if run.spread == "alone" else join(run.spread)
+    # Of several processes of one run the first holds its folder.
+    with lock_folder(run.out) if ranks.first else nullcontext():
+        return _run(run, ranks, progress, say)
+
+
+def _run(
+    run: TrainRun,
+    ranks: Ranks,
+    progress: Callable[[StepReport], None] | None,
+    say: Callable[[str, float], None] | None,
+) -> TrainResult:
     checkpoints = Checkpoints(run.out / "checkpoints", run.checkpoint_every, run.keep, run.resume)
     checkpoints.prepare()
     loaded = load_model(model_source(run.model), device=run.device, dtype=run.dtype)
     points = hook_points(run, loaded)
     source = source_of(run, loaded, ranks.owned([str(point) for point in points]), ranks)
     init = {str(p): load_sae(run.start_from, p.layer) for p in points} if run.start_from else None
-    callbacks = callbacks_of(run, progress, ranks)
+    journals = journals_of(run, ranks)
     facts = facts_of(run, loaded)
     if ranks.first:
         write_json(run.out / "run.json", facts)
     saes = train(
-        run.train, source, init=init, checkpoints=checkpoints, callbacks=callbacks, group=run.name, ranks=ranks,
+        run.train, source, init=init, checkpoints=checkpoints, journals=journals,
+        callbacks=[progress] if progress and ranks.first else [], group=run.name, ranks=ranks,
         device=loaded.model.device,
     )  # fmt: skip
     folder = run.out / run.name
@@ -181,7 +200,7 @@ def finish_folder(run: TrainRun, folder: Path, facts: Mapping[str, Any]) -> None
     """Join what the ranks measured, and write the card."""
     quality: dict[str, Any] = {}
     for path in run.out.glob("quality.rank*.json"):
-        quality |= json.loads(path.read_text(encoding="utf-8"))
+        quality |= read_object(path)
         path.unlink()
     quality = dict(sorted(quality.items(), key=lambda item: HookPoint.parse(item[0])))
     write_json(run.out / "quality.json", quality)
@@ -215,9 +234,7 @@ def source_of(run: TrainRun, loaded: LoadedModel, names: list[str], ranks: Ranks
     )  # fmt: skip
 
 
-def callbacks_of(
-    run: TrainRun, progress: Callable[[StepReport], None] | None, ranks: Ranks
-) -> list[Callable[[StepReport], None]]:
+def journals_of(run: TrainRun, ranks: Ranks) -> list[Callable[[StepReport], None]]:
     """Where the figures go; with layers spread over ranks, each rank keeps its own lines."""
     path = run.out / ("metrics.jsonl" if ranks.first else f"metrics.rank{ranks.rank}.jsonl")
     if not run.resume:
@@ -229,7 +246,7 @@ def callbacks_of(
         found.append(TensorBoardMetrics(run.out / "tensorboard", run.log_every))
     if ranks.first and run.wandb:
         found.append(WandbMetrics({"project": run.wandb, "name": run.name, "config": asdict(run.train)}, run.log_every))
-    return [*found, progress] if progress and ranks.first else found
+    return found
 
 
 def save(run: TrainRun, saes: Mapping[str, SAE], folder: Path, ranks: Ranks) -> None:
@@ -290,4 +307,4 @@ def facts_of(run: TrainRun, loaded: LoadedModel) -> dict[str, Any]:
 
 
 def write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(value, indent=1) + "\n")
