@@ -54,7 +54,7 @@ class WholeCheckpoints:
             seal(folder, self.run_id)
         trainer.accelerator.wait_for_everyone()
 
-    def train(self, resume_from_checkpoint: Any = None, **kwargs: Any) -> Any:
+    def train(self, resume_from_checkpoint: Any = None, trial: Any = None, ignore_keys_for_eval: Any = None) -> Any:
         """Train; a run that goes on also goes on with the sums that are logged."""
         trainer: Any = self
         if resume_from_checkpoint is True:
@@ -66,7 +66,7 @@ class WholeCheckpoints:
             callback = Figures(self, Path(resume_from_checkpoint) / _figures(trainer))
             trainer.add_callback(callback)
         try:
-            return super().train(resume_from_checkpoint, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+            return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)  # pyright: ignore[reportAttributeAccessIssue]
         finally:
             if callback is not None:
                 trainer.remove_callback(callback)
