@@ -63,6 +63,7 @@ def extract(
 
     from qwen_scope.corpus import ExtractOptions
     from qwen_scope.corpus import extract as run
+    from qwen_scope.files import not_onto_itself
     from qwen_scope.model import LoadedModel
 
     chosen = ExtractOptions(
@@ -75,6 +76,7 @@ def extract(
         sink_multiple=sinks,
         pool=tuple(part.strip() for part in pool.split(",")) if pool else (),
     )
+    not_onto_itself(out, *([] if source == "lab" else [source]), *options.folders(model, sae))
     corpus = open_corpus(source, column, unit, sample, seed, split, subset)
     with output.status("opening the model"):
         scope = options.open_scope(model, sae, device, dtype, k)
@@ -91,7 +93,7 @@ def extract(
             bad = f", {now.unreadable} unreadable" if now.unreadable else ""
             bar(now.stage, now.share or 0.0, rate + bad)
 
-        store = run(corpus, loaded, saes, out, chosen, report, sae_device=place)
+        store = run(corpus, loaded, saes, out, chosen, report, sae_device=place, sae_source=scope.saes.source)
     with store:
         show_store(store, as_json)
 

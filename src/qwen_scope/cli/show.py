@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from qwen_scope.errors import InputError
+from qwen_scope.errors import InputError, NotFoundError
 
 from . import options, output
 from .store import the_layer
@@ -72,10 +72,25 @@ def scope_of(
 ) -> Scope:
     """The scope that was asked for; what is left out is taken from the store."""
     if store is not None and model is None:
-        model = store.manifest.model
-        groups = {info.group for info in store.manifest.layers.values()}
-        sae = sae or (groups.pop() if len(groups) == 1 else None)
+        model = store.source("model") or store.manifest.model
+        sae = sae or store.source("saes") or listed_group(store)
     return options.open_scope(model or "lab", sae, device, dtype, k)
+
+
+def listed_group(store: FeatureStore) -> str | None:
+    """The group of a store that does not say where its SAEs are; None where the model's default will do.
+
+    Raises:
+        NotFoundError: no catalog lists it: it was a folder.
+    """
+    from qwen_scope.sae import catalog
+
+    groups = sorted({info.group for info in store.manifest.layers.values()})
+    if len(groups) == 1 and catalog.lookup(groups[0]) is None:
+        raise NotFoundError(
+            f"{store.folder} does not say where its SAEs {groups[0]!r} are; name them with --sae FOLDER"
+        )
+    return groups[0] if len(groups) == 1 else None
 
 
 def print_page(page: FeaturePage) -> None:

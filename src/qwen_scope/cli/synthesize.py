@@ -13,6 +13,7 @@ import typer
 from qwen_scope.errors import InputError
 
 from . import options, output
+from .show import scope_of
 from .store import the_layer
 
 if TYPE_CHECKING:
@@ -120,7 +121,7 @@ def synthesize(
             place = the_layer(opened, layer)
             chosen = targets_of(opened, place, features, search, concept, endpoint, tau, strength, seed, dry_run)
         with output.status("opening the model"):
-            scope = options.open_scope(model or opened.manifest.model, sae, device, dtype)
+            scope = scope_of(opened, model, sae, device, dtype, None)
         if dry_run:
             show_price(*price(scope, corpus, chosen, out, settings, per_million=per_million), as_json)
             return

@@ -37,6 +37,7 @@ class State:
         documents, tokens: how many are in the store; the unfinished document counts.
         medians: per layer the median norm of the first window, once it is known.
         carried: per layer sum, count and last residual of the unfinished document.
+        window: tokens of the next window, 0 where it is not said.
     """
 
     cursor: dict[str, int]
@@ -45,6 +46,7 @@ class State:
     tokens: int = 0
     medians: dict[str, float] = field(default_factory=dict)
     carried: dict[str, Any] = field(default_factory=dict)
+    window: int = 0
 
 
 @dataclass(frozen=True, eq=False)

@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import torch
 
@@ -15,12 +16,15 @@ from qwen_scope.sae import SAE
 
 from .batches import HOLD_BYTES, Pieces, Reader, State, encode_window, median_norms, points_of
 from .layout import LayerInfo
+from .request import place_of
 from .store import FeatureStore
 from .text import Corpus
 from .writer import StoreWriter
 
 # Rows of a model that states no context.
 LONGEST_ROW = 2**20
+FIRST_WINDOW = 2**11
+LONGEST_WINDOW = 30.0  # seconds; a window that took longer is the largest
 POOLINGS = ("mean", "last")
 
 
@@ -32,7 +36,8 @@ class ExtractOptions:
         row_tokens: longer documents are read in pieces of so many tokens; None for the model's context.
         max_tokens: at most so many tokens of a document; the rest is cut, and counted.
         window_tokens: documents are sorted by length within windows of about so many tokens. A window is also what a
-            stopped run loses at most.
+            stopped run loses at most. The first is of 2,048 tokens and each further one twice as large, up to this size
+            or until one takes half a minute; where `sink_multiple` needs a median, all are of this size.
         batch_tokens: tokens per forward pass, padding included.
         chat: render documents with the chat template: `default`, `thinking` or `non_thinking`.
         skip_special: leave out tokens the tokenizer calls special.
@@ -91,6 +96,7 @@ def extract(
     progress: Callable[[Progress], None] | None = None,
     *,
     sae_device: torch.device | str | None = None,
+    sae_source: str | None = None,
     hold_bytes: int = HOLD_BYTES,
 ) -> FeatureStore:
     """Write the features of every token of a corpus into a store, and open it.
@@ -106,6 +112,7 @@ def extract(
         sae_device: where encoding happens. Each SAE comes there for its turn and the next one is on its way meanwhile,
             so memory-mapped SAEs of all layers can be swept with at most two of them there; None leaves them where
             they are.
+        sae_source: the name or the folder of the SAEs, kept with the store so that later commands find them.
         hold_bytes: about so many bytes of residuals wait for the turns of their SAEs, or one batch of them: more means
             fewer turns. Like `batch_tokens`, it moves last digits only.
 
@@ -123,7 +130,10 @@ def extract(
     request = {**asdict(options), "row_tokens": row_tokens, "corpus": corpus.description}
     request["dtype"] = str(loaded.model.dtype).removeprefix("torch.")
     request["sae_dtypes"] = sorted({str(sae.dtype).removeprefix("torch.") for sae in saes.values()})
-    with StoreWriter(folder, loaded.name, request, infos) as writer:
+    sources = {"model": place_of(loaded.name, Path(folder))}
+    if sae_source is not None:
+        sources["saes"] = place_of(sae_source, Path(folder))
+    with StoreWriter(folder, loaded.name, request, infos, sources) as writer:
         if not writer.finished:
             run_windows(corpus, loaded, saes, options, row_tokens, writer, progress, sae_device, hold_bytes)
     return FeatureStore(folder, saes)
@@ -154,7 +164,8 @@ def run_windows(
             progress(Progress(stage, reader.documents, done, rate, share, bad))
 
     while True:
-        pieces: Pieces = reader.window(options.window_tokens)
+        size, since = window_size(reader.state, options), time.monotonic()
+        pieces: Pieces = reader.window(size)
         if not pieces.rows and not pieces.unreadable:
             break
         medians = reader.state.medians
@@ -174,7 +185,8 @@ def run_windows(
             device=sae_device,
             hold_bytes=hold_bytes,
         )
-        reader.state = State(**{**asdict(pieces.after), "medians": medians, "carried": carried})
+        size = size if time.monotonic() - since > LONGEST_WINDOW else 2 * size
+        reader.state = State(**{**asdict(pieces.after), "medians": medians, "carried": carried, "window": size})
         writer.add(window, asdict(reader.state))
     if not writer.counts["tokens"]:
         said = ", ".join(f"{n} {reason}" for reason, n in writer.unreadable.items())
@@ -184,6 +196,13 @@ def run_windows(
         )
     report("indexing", writer.counts["tokens"])
     writer.finish({int(layer): norm for layer, norm in reader.state.medians.items()})
+
+
+def window_size(state: State, options: ExtractOptions) -> int:
+    """How many tokens the next window has: few at first, so that a run that is stopped early has something to go on."""
+    if options.sink_multiple is not None or (state.tokens and not state.window):
+        return options.window_tokens  # a median wants a full window; a run of an earlier version goes on as it began
+    return min(state.window or FIRST_WINDOW, options.window_tokens)
 
 
 def layer_info(layer: int, sae: SAE, loaded: LoadedModel) -> LayerInfo:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 import pyarrow as pa
@@ -144,6 +144,8 @@ class Manifest:
         unreadable: how many rows of the corpus could not be used, by reason.
         parts: every file, in the order of its table.
         versions: of the packages that wrote it.
+        sources: where the `model` and the `saes` lay: `name` of the catalog or the Hub, or `path` and `relative`, the
+            way from the store. Empty in a store of an earlier writer.
     """
 
     model: str
@@ -154,6 +156,7 @@ class Manifest:
     unreadable: dict[str, int]
     parts: tuple[Part, ...]
     versions: dict[str, str]
+    sources: dict[str, dict[str, str]] = field(default_factory=dict)
 
     def to_json(self) -> str:
         """The text of manifest.json."""
@@ -163,6 +166,8 @@ class Manifest:
             **asdict(self),
             "layers": [asdict(info) for _, info in sorted(self.layers.items())],
         }
+        if not self.sources:
+            del data["sources"]
         return json.dumps(data, ensure_ascii=False, indent=1) + "\n"
 
     @classmethod
@@ -180,6 +185,7 @@ class Manifest:
             raise FormatError(f"the store is of version {brief(version)} and this package reads version {VERSION}")
         body = {key: value for key, value in data.items() if key not in ("format", "version")}
         known = {f.name for f in fields(cls)}
+        body.setdefault("sources", {})
         if set(body) != known:
             odd = ", ".join(sorted(set(body) ^ known))
             raise FormatError(f"{MANIFEST} lacks or adds {odd}; it has exactly {', '.join(sorted(known))}")
@@ -194,6 +200,10 @@ class Manifest:
         for part in parts:
             if not PART_NAME.fullmatch(part.file):
                 raise FormatError(f"{MANIFEST} names the part {part.file!r}, which is not a name of this format")
+        _check(body, {"sources": dict})
+        for name, place in body["sources"].items():
+            _check({name: place}, {name: dict})
+            _check(place, dict.fromkeys(place, str))
         for reason, count in body["unreadable"].items():
             _check({reason: count}, {reason: int})
         return cls(**{**body, "layers": {info.layer: info for info in layers}, "parts": parts})

@@ -21,6 +21,7 @@ from . import contexts, firing
 from .contexts import Context, FeatureSummary, Histogram
 from .layout import MANIFEST, TABLES, LayerInfo, Manifest
 from .parts import TableRows, check_parts
+from .request import source_of
 
 MEMORY = "1500MB"
 
@@ -116,6 +117,14 @@ class FeatureStore:
         if asked.layer not in (None, layer) or asked.fingerprint != info.fingerprint:
             made = Identity(info.group, info.layer, info.fingerprint)
             raise MismatchError(f"{self.folder} was made with the SAE {made} and can't answer about {asked}")
+
+    def source(self, what: Literal["model", "saes"]) -> str | None:
+        """The name or the folder of the model or the SAEs it was made with; None where an earlier writer kept it not.
+
+        Raises:
+            NotFoundError: the folder has moved.
+        """
+        return source_of(self.manifest, self.folder, what)
 
     def verify(self) -> None:
         """Read every part once and compare it with its checksum in the manifest.

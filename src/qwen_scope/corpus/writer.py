@@ -2,34 +2,29 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
 import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 from jaxtyping import Float32, Int32
 
 from qwen_scope.errors import InputError
+from qwen_scope.files import lock_folder, room, write_text
 
 from .layout import MANIFEST, ROW_GROUP, TABLES, TOKEN_GROUP, WORK, LayerInfo, Manifest, Part, part_name, part_writer
-
-try:
-    import fcntl
-except ImportError:  # not on Windows: there two runs into one folder are not kept apart
-    fcntl = None
+from .request import check_same
 
 PACKAGES = ("qwen-scope", "torch", "transformers", "pyarrow", "duckdb")
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,6 +64,7 @@ class StoreWriter:
         model: the source of the language model.
         request: plain data that decides the content of the store.
         layers: the layers and their SAEs, counts still 0.
+        sources: where `model` and `saes` lie, from `place_of`; it decides nothing.
 
     Attributes:
         finished: whether there is nothing left to do.
@@ -80,24 +76,31 @@ class StoreWriter:
     """
 
     def __init__(
-        self, folder: str | os.PathLike[str], model: str, request: Mapping[str, Any], layers: Sequence[LayerInfo]
+        self,
+        folder: str | os.PathLike[str],
+        model: str,
+        request: Mapping[str, Any],
+        layers: Sequence[LayerInfo],
+        sources: Mapping[str, Mapping[str, str]] | None = None,
     ) -> None:
         self.folder, self.work = Path(folder), Path(folder) / WORK
         self.layers = {info.layer: info for info in sorted(layers, key=lambda info: info.layer)}
-        self.model, self.request = model, json.loads(json.dumps(request))
+        self.model, self.request, self.sources = model, json.loads(json.dumps(request)), dict(sources or {})
+        self.markers: list[dict[str, Any]] = []
         asked = {"model": model, "request": self.request, "layers": [asdict(info) for info in self.layers.values()]}
-        self.finished = False
-        self._lock: IO[bytes] | None = None
-        if (self.folder / MANIFEST).is_file():
+        self._held: ExitStack | None = None
+        self.finished = (self.folder / MANIFEST).is_file()
+        if self.finished:
             old = Manifest.from_json((self.folder / MANIFEST).read_text(encoding="utf-8"))
             bare = [asdict(replace(i, tokens=0, activations=0, median_norm=None)) for i in old.layers.values()]
-            _same({"model": old.model, "request": old.request, "layers": bare}, asked, self.folder)
-            self.finished = True
-        elif (
-            self.folder.exists() and not self.work.is_dir() and (not self.folder.is_dir() or any(self.folder.iterdir()))
-        ):
+            check_same({"model": old.model, "request": old.request, "layers": bare}, asked, self.folder)
+            self._tidy()
+            return
+        if self.folder.exists() and not (self.folder.is_dir() and (self.work.is_dir() or not _content(self.folder))):
             raise InputError(f"{self.folder} exists and is no unfinished store; name a new folder")
-        with room(self.folder):
+        with room(self.folder), ExitStack() as stack:
+            stack.enter_context(lock_folder(self.folder))
+            self._held = stack.pop_all()
             try:
                 self._begin(asked)
             except BaseException:
@@ -105,24 +108,15 @@ class StoreWriter:
                 raise
 
     def _begin(self, asked: dict[str, Any]) -> None:
-        self.markers: list[dict[str, Any]] = []
-        if self.finished:
-            shutil.rmtree(self.work, ignore_errors=True)
-            return
-        self.work.mkdir(parents=True, exist_ok=True)
-        self._lock = (self.work / "lock").open("wb")
-        if fcntl is not None:
-            try:
-                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise InputError(f"another run is writing to {self.folder} now") from None
         request = self.work / "request.json"
-        if request.is_file():
-            _same(json.loads(request.read_text(encoding="utf-8")), asked, self.folder)
-        else:
-            write_whole(request, json.dumps(asked, ensure_ascii=False))
         while (marker := self._marker(len(self.markers))).is_file():
             self.markers.append(json.loads(marker.read_text(encoding="utf-8")))
+        if self.counts["tokens"] and request.is_file():
+            check_same(json.loads(request.read_text(encoding="utf-8")), asked, self.folder)
+        else:  # nothing is finished, so nothing is lost by another request
+            self._empty()
+            self.work.mkdir(parents=True)
+            write_text(request, json.dumps(asked, ensure_ascii=False))
         kept = {part["file"] for marker in self.markers for part in marker["parts"]}
         kept |= {
             part["file"] for path in self.work.glob("layer-*.json") for part in json.loads(path.read_text())["parts"]
@@ -132,6 +126,18 @@ class StoreWriter:
                 if f"{table}/{path.name}" not in kept:
                     path.unlink()
 
+    def _tidy(self) -> None:
+        """Remove what a run left that was killed between its last file and its end, if nobody is still at work."""
+        if self.work.exists() or (self.folder / ".lock").exists():
+            with suppress(InputError), lock_folder(self.folder):
+                shutil.rmtree(self.work, ignore_errors=True)
+
+    def _empty(self) -> None:
+        """Take away everything that was begun."""
+        self.markers.clear()
+        for name in (WORK, *TABLES):
+            shutil.rmtree(self.folder / name, ignore_errors=True)
+
     def __enter__(self) -> StoreWriter:
         return self
 
@@ -139,10 +145,13 @@ class StoreWriter:
         self.close()
 
     def close(self) -> None:
-        """Let another run write here."""
-        if self._lock is not None:
-            self._lock.close()
-            self._lock = None
+        """Let another run write here. A folder in which nothing is finished goes again."""
+        held, self._held = self._held, None
+        if held is None:
+            return
+        if not self.finished and not self.counts["tokens"]:
+            self._empty()
+        held.close()
 
     def _marker(self, window: int) -> Path:
         return self.work / f"window-{window:06d}.json"
@@ -192,7 +201,7 @@ class StoreWriter:
                 "state": dict(state),
             }
             text = json.dumps(marker)
-            write_whole(self._marker(number), text)
+            write_text(self._marker(number), text)
         self.markers.append(json.loads(text))
 
     def finish(self, medians: Mapping[int, float | None] | None = None, *, memory: str = "1500MB") -> None:
@@ -217,7 +226,7 @@ class StoreWriter:
                 activations = sum(m["layers"][str(layer)][1] for m in self.markers)
                 if not marker.is_file():
                     made = index_layer(self.folder, info, number, first_row, first_part, memory)
-                    write_whole(marker, json.dumps({"parts": [asdict(part) for part in made]}))
+                    write_text(marker, json.dumps({"parts": [asdict(part) for part in made]}))
                 made = [Part(**part) for part in json.loads(marker.read_text(encoding="utf-8"))["parts"]]
                 parts += made
                 first_row += activations
@@ -237,11 +246,17 @@ class StoreWriter:
                 unreadable=self.unreadable,
                 parts=tuple(sorted(parts, key=lambda part: (order.index(part.table), part.file))),
                 versions={name: version(name) for name in PACKAGES},
+                sources=self.sources,
             )
-            write_whole(self.folder / MANIFEST, manifest.to_json())
+            write_text(self.folder / MANIFEST, manifest.to_json())
         self.finished = True
-        self.close()
         shutil.rmtree(self.work)
+        self.close()
+
+
+def _content(folder: Path) -> bool:
+    """Whether a folder holds anything but what a killed writer leaves."""
+    return any(path.name != ".lock" and not path.name.startswith(".unfinished-") for path in folder.iterdir())
 
 
 def activation_tables(layers: Mapping[int, LayerRows]) -> Iterator[pa.Table]:
@@ -272,46 +287,3 @@ def write_part(folder: Path, table: str, number: int, pieces: Iterator[pa.Table]
     except OSError:
         path.unlink(missing_ok=True)
         raise
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file so that it is there whole or not at all, even if the machine stops."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    directory = os.open(path.parent, os.O_RDONLY) if os.name == "posix" else None
-    if directory is not None:
-        os.fsync(directory)
-        os.close(directory)
-
-
-@contextmanager
-def room(folder: Path) -> Iterator[None]:
-    """Turn a full disk into one sentence."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in FULL or "No space left" in str(error):
-            raise InputError(
-                f"no room to write to {folder}: the disk is full or a limit is reached; everything up to here is kept,"
-                " so make room and run the same command again"
-            ) from error
-        if isinstance(error, PermissionError | NotADirectoryError):
-            raise InputError(f"{folder} can't be written: {error.strerror}") from error
-        raise
-
-
-def _same(old: Any, new: dict[str, Any], folder: Path) -> None:
-    """Refuse to go on with another request than the folder was begun with."""
-
-    def flat(data: Any) -> dict[str, Any]:
-        return {**data, **data["request"], "request": None}
-
-    before, now = flat(old), flat(new)
-    differ = [key for key in sorted(set(before) | set(now)) if before.get(key) != now.get(key)]
-    if differ:
-        said = "; ".join(f"{key} was {before.get(key)!r:.120}, now {now.get(key)!r:.120}" for key in differ)
-        raise InputError(f"{folder} was begun with other options ({said}); repeat them or name a new folder")
