@@ -43,7 +43,8 @@ def extract(
     max_tokens: Annotated[
         int | None, typer.Option("--max-tokens", help="At most so many tokens per document. Default: all.")
     ] = None,
-    window: Annotated[int, typer.Option("--window", help="Tokens written at once, at most; a stop loses no more.")] = 2**15,
+    window: Annotated[int, typer.Option("--window", help="Tokens written at once, at most. A stop loses them.")] = 2
+    ** 15,
     batch: Annotated[int, typer.Option("--batch", help="Tokens per forward pass, padding included.")] = 4096,
     chat: options.Chat = None,
     skip_special: options.SkipSpecial = False,
