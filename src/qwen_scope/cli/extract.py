@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -43,8 +44,7 @@ def extract(
     max_tokens: Annotated[
         int | None, typer.Option("--max-tokens", help="At most so many tokens per document. Default: all.")
     ] = None,
-    window: Annotated[int, typer.Option("--window", help="Tokens written at once, at most. A stop loses them.")] = 2
-    ** 15,
+    window: Annotated[int, typer.Option("--window", help="Tokens written at once: what a stop loses at most.")] = 2**15,
     batch: Annotated[int, typer.Option("--batch", help="Tokens per forward pass, padding included.")] = 4096,
     chat: options.Chat = None,
     skip_special: options.SkipSpecial = False,
@@ -88,15 +88,21 @@ def extract(
     place = None if torch.device(scope.saes.device).type == "cpu" else scope.saes.device
     loaded = LoadedModel(scope.model, scope.tokenizer, model)
     with output.progress() as bar:
-
-        def report(now: Progress) -> None:
-            rate = f"{now.tokens:,} tokens, {now.tokens_per_second:,.0f}/s" if now.stage == "reading" else ""
-            bad = f", {now.unreadable} unreadable" if now.unreadable else ""
-            bar(now.stage, now.share or 0.0, rate + bad)
-
-        store = run(corpus, loaded, saes, out, chosen, report, sae_device=place, sae_source=scope.saes.source)
+        report, source = reporting(bar), scope.saes.source
+        store = run(corpus, loaded, saes, out, chosen, report, sae_device=place, sae_source=source)
     with store:
         show_store(store, as_json)
+
+
+def reporting(bar: output.Report) -> Callable[[Progress], None]:
+    """What to call with the progress of an extraction, so that a bar shows it."""
+
+    def report(now: Progress) -> None:
+        rate = f"{now.tokens:,} tokens, {now.tokens_per_second:,.0f}/s" if now.stage == "reading" else ""
+        bad = f", {now.unreadable} unreadable" if now.unreadable else ""
+        bar(now.stage, now.share or 0.0, rate + bad)
+
+    return report
 
 
 def open_corpus(
