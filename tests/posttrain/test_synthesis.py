@@ -9,7 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,9 @@ from synthesis_lab import LAYER, SMALL
 from qwen_scope import FeatureStore
 from qwen_scope.cli import main
 from qwen_scope.corpus import extract
-from qwen_scope.errors import FormatError, InputError, MismatchError, NotFoundError
+from qwen_scope.errors import FormatError, InputError, MismatchError, NotFoundError, QwenScopeWarning
 from qwen_scope.features import Endpoint, Label, Notes, make_label
+from qwen_scope.files import lock_folder
 from qwen_scope.model import LoadedModel
 from qwen_scope.posttrain import (
     SynthesisOptions,
@@ -35,6 +36,7 @@ from qwen_scope.posttrain import (
     serving_lab,
     synthesize,
 )
+from qwen_scope.posttrain.journal import Attempt, Journal
 from qwen_scope.stats import Interval
 
 
@@ -231,6 +233,50 @@ def test_a_damaged_journal_is_named(clean: Path, tmp_path: Path) -> None:
     (out / "rounds" / "000001.jsonl").write_text('{"layer": 5}\n')
     with lab.failing() as server, pytest.raises(FormatError, match=r"line 1 of .*000001"):
         run(server, out)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"layer": True}, {"feature": 1.5}, {"attempt": 0}, {"outcome": "lost"}, {"text": None}, {"activation": "high"},
+        {"fires": [[1, 2]]}, {"fires": [[True, 2, 0.5]]}, {"more": 1},
+    ],
+)  # fmt: skip
+def test_an_attempt_with_a_value_that_can_not_be_is_named(tmp_path: Path, change: dict) -> None:
+    one = asdict(Attempt(5, 3, 1, "kept", "text", 0.5, ((5, 3, 0.5),)))
+    (tmp_path / "000001.jsonl").write_text(json.dumps(one) + "\n")
+    assert Journal(tmp_path).rounds == [[Attempt(5, 3, 1, "kept", "text", 0.5, ((5, 3, 0.5),))]]
+    (tmp_path / "000001.jsonl").write_text(json.dumps(one | change) + "\n")
+    with pytest.raises(FormatError, match=r"line 1 of .*000001.*delete this file"):
+        Journal(tmp_path)
+
+
+@pytest.mark.parametrize("sign", ["\u2028", "\u2029", "\u0085", "\x0b", "\x1c", "\r"])
+def test_an_answer_may_hold_whatever_other_readers_take_for_the_end_of_a_line(tmp_path: Path, sign: str) -> None:
+    journal = Journal(tmp_path)
+    rounds = [[Attempt(5, 3, 1, "kept", f"one{sign}two", 0.5)], [Attempt(5, 3, 2, "silent", sign)]]
+    for number, attempts in enumerate(rounds):
+        journal.seal(number, attempts)
+    assert Journal(tmp_path).rounds == rounds
+
+
+def test_a_torn_round_is_asked_again(clean: Path, tmp_path: Path) -> None:
+    out = Path(shutil.copytree(clean, tmp_path / "out"))
+    path = out / "rounds" / "000001.jsonl"
+    before = path.read_bytes()
+    path.write_bytes(before[:-20])
+    with lab.failing() as server, pytest.warns(QwenScopeWarning, match="torn"):
+        run(server, out)
+    assert path.read_bytes() == before
+    assert (out / "data.jsonl").read_bytes() == (clean / "data.jsonl").read_bytes()
+
+
+def test_a_second_writer_is_refused(clean: Path, tmp_path: Path) -> None:
+    out = Path(shutil.copytree(clean, tmp_path / "out"))
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    with lab.failing() as server, lock_folder(out), pytest.raises(InputError, match="is writing to"):
+        run(server, out)
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
 
 
 def test_pairs_differ_in_the_feature_and_weak_targets_are_filled(tmp_path: Path) -> None:

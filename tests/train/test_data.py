@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from qwen_scope.errors import FormatError, InputError, NotFoundError
+from qwen_scope.cli import main
+from qwen_scope.errors import FormatError, InputError, NotFoundError, QwenScopeWarning
 from qwen_scope.model import HookPoint, capture
 from qwen_scope.train import Documents, ResidualBuffer, ResidualTable, TokenRows, TrainConfig, train
 
@@ -91,7 +92,10 @@ def test_sources_that_do_not_exist(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_lines_that_do_not_fit(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "fine"}\n{"body": "x"}\n')
-    with pytest.raises(InputError, match=r"line 2 of .* has no field 'text'; it has body"):
+    with pytest.warns(QwenScopeWarning, match=r"1 row of .*: line 2 of .* has no field 'text'; it has body"):
+        assert once(path) == ["fine"]
+    path.write_text('{"body": "x"}\n')
+    with pytest.raises(InputError, match=r"line 1 of .* has no field 'text'; it has body"):
         once(path)
     path.write_text("{not json}\n")
     with pytest.raises(FormatError, match=r"line 1 of .* is not JSON"):
@@ -102,6 +106,91 @@ def test_lines_that_do_not_fit(tmp_path: Path) -> None:
     path.write_bytes(b'{"text": "\xff"}\n')
     with pytest.raises(FormatError, match="not UTF-8"):
         once(path)
+
+
+UNUSABLE = [
+    "{not json}", "[]", "3", "null", '{"text": null}', '{"text": 3}', '{"text": true}', '{"text": ""}', '{"text": []}',
+    '{"text": ["a", "b"]}', '{"text": [{"content": "x"}]}', '{"text": {"a": "b"}}', '{"body": "x"}', "[" * 100_000,
+    '{"text": "\\ud800"}', '{"text": ' + "9" * 5000 + "}",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("line", UNUSABLE)
+def test_a_row_that_holds_no_document_is_counted_and_passed_over(tmp_path: Path, line: str) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text("\n".join(['{"text": "one"}', line, '{"text": "two"}', line, ""]))
+    documents = Documents(path, repeat=False)
+    with pytest.warns(QwenScopeWarning, match=r"2 rows of .*a\.jsonl can't be used and are passed over") as said:
+        assert list(documents) == ["one", "two"]
+    assert len(said) == 1
+    assert documents.passed_over == 2
+    path.write_text(line + "\n")
+    with pytest.raises((InputError, FormatError), match=r"line 1 of .*a\.jsonl"):
+        list(Documents(path))
+
+
+def test_bytes_that_are_no_text_cost_their_row_alone(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"one\n\nt\xffo\n\n" + "three\u0085four\u2028\n".encode())
+    with pytest.warns(QwenScopeWarning, match="1 row of .*is not UTF-8"):
+        assert once(tmp_path / "a.txt") == ["one\n", "three\u0085four\u2028\n"]
+    whole = gzip.compress(b"".join(b'{"text": "row %d"}\n' % i for i in range(5000)))
+    (tmp_path / "b.jsonl.gz").write_bytes(whole[: len(whole) // 2])
+    with pytest.warns(QwenScopeWarning, match="1 row of .*can't be unzipped to its end"):
+        assert len(once(tmp_path / "b.jsonl.gz")) > 100
+    (tmp_path / "c.jsonl.gz").write_bytes(b"not zipped")
+    with pytest.raises(FormatError, match="can't be unzipped"):
+        once(tmp_path / "c.jsonl.gz")
+
+
+def test_a_passed_over_row_keeps_its_number(tmp_path: Path) -> None:
+    """So a cursor, a share and the held-out documents are the same whatever else the file holds."""
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps({"text": str(i)}) + "\n" if i % 3 else "x\n" for i in range(30)))
+    with pytest.warns(QwenScopeWarning):
+        whole = [list(Documents(path, repeat=False, hold_out=5, rank=rank, world=2)) for rank in range(2)]
+    with pytest.warns(QwenScopeWarning):
+        held = list(Documents(path, repeat=False, hold_out=5, held_out=True))
+    assert held == [str(i) for i in range(0, 30, 5) if i % 3]
+    assert sorted(map(int, whole[0] + whole[1])) == [i for i in range(30) if i % 5 and i % 3]
+    documents = Documents(path, repeat=False)
+    first = list(islice(documents, 7))
+    again = Documents(path, repeat=False)
+    again.seek(documents.cursor())
+    with pytest.warns(QwenScopeWarning):
+        assert first + list(again) == [str(i) for i in range(30) if i % 3]
+
+
+@pytest.mark.parametrize(
+    "name", ["nosuch.jsonl", "data/nosuch.jsonl", "data/nosuch.csv", "data/a.json", "data/x.txt.gz", "a/b/c", "~/none"]
+)
+def test_a_misspelt_file_is_one_sentence_and_asks_nobody(name: str, capsys, tmp_path: Path) -> None:
+    with pytest.raises(NotFoundError, match="there is no file or folder"):
+        Documents(name)
+    words = ["train", name, "-o", str(tmp_path / "run"), "--d-sae", "64", "--k", "4", "--tokens", "8192"]
+    assert main(words) == 2
+    said = capsys.readouterr().err.strip().split("\n")
+    assert "there is no file or folder" in said[-1]
+
+
+def test_a_data_set_that_the_hub_does_not_give(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Torn:
+        def skip(self, n: int):
+            yield {"text": "one"}
+            raise ConnectionError("the line went dead\nlong story")
+
+    module = types.ModuleType("datasets")
+    module.__spec__ = types.SimpleNamespace()  # type: ignore[assignment]
+    monkeypatch.setitem(sys.modules, "datasets", module)
+    module.load_dataset = lambda *a, **k: Torn()  # type: ignore[attr-defined]
+    with pytest.raises(FormatError, match=r"'owner/set' can't be read on: the line went dead$"):
+        list(Documents("owner/set", repeat=False))
+
+    def refuse(*args, **options):
+        raise RuntimeError("Cannot send a request, as the client is offline")
+
+    module.load_dataset = refuse  # type: ignore[attr-defined]
+    with pytest.raises(NotFoundError, match="no file 'owner/set' here, and the Hub does not give it"):
+        Documents("owner/set")
 
 
 def test_shares_and_held_out_documents_part_the_source() -> None:

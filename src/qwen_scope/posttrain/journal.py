@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, final
 
-from qwen_scope.errors import FormatError, InputError
-from qwen_scope.files import read_lines, write_text
+from qwen_scope.errors import FormatError, InputError, brief
+from qwen_scope.files import Fields, parse_object, read_lines, read_object, write_text
 
 KEPT, SILENT, FIRING, EMPTY, DUPLICATE, FAILED = "kept", "silent", "firing", "empty", "duplicate", "failed"
 OUTCOMES = (KEPT, SILENT, FIRING, EMPTY, DUPLICATE, FAILED)
@@ -47,6 +47,9 @@ class Attempt:
         return self.layer, self.feature
 
 
+KEYS = tuple(field.name for field in fields(Attempt))
+
+
 @final
 class Journal:
     """The finished rounds of a run, in a folder of files with a line of JSON per attempt.
@@ -61,26 +64,50 @@ class Journal:
         while (path := self._path(len(self.rounds) + 1)).is_file():
             self.rounds.append(_read(path))
 
-    def seal(self, attempts: Sequence[Attempt]) -> None:
-        """Write one more round."""
+    def seal(self, number: int, attempts: Sequence[Attempt]) -> None:
+        """Write round `number`, counted from 0: one more, or in the place of one that was torn."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        write_lines(self._path(len(self.rounds) + 1), [asdict(one) for one in attempts])
-        self.rounds.append(list(attempts))
+        write_lines(self._path(number + 1), [asdict(one) for one in attempts])
+        self.rounds[number : number + 1] = [list(attempts)]
 
     def _path(self, number: int) -> Path:
         return self.folder / f"{number:06}.jsonl"
 
 
 def _read(path: Path) -> list[Attempt]:
+    """The attempts of a round; those of a torn last line are missing."""
     out = []
     for number, line in enumerate(read_lines(path), 1):
+        what = f"line {number} of {path}"
         try:
-            found = json.loads(line)
-            fires = tuple((int(a), int(b), float(c)) for a, b, c in found.pop("fires"))
-            out.append(Attempt(**found, fires=fires))
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise FormatError(f"line {number} of {path} is no attempt; delete this file and the later ones") from error
+            out.append(_attempt(Fields(parse_object(line, what), what, KEYS)))
+        except FormatError as error:
+            raise FormatError(f"{error}; delete this file and the later ones") from error
     return out
+
+
+def _attempt(read: Fields) -> Attempt:
+    fires = []
+    for one in read.items("fires"):
+        if not isinstance(one, list) or len(one) != 3:
+            raise FormatError(f"{read.what} names a firing target by layer, feature and activation, not {brief(one)}")
+        part = Fields(
+            dict(zip(("layer", "feature", "activation"), one, strict=True)), f"a firing target in {read.what}"
+        )
+        fires.append((part.count("layer"), part.count("feature"), part.number("activation")))
+    if read.text("outcome") not in OUTCOMES:
+        raise FormatError(f"{read.what} has no outcome {brief(read['outcome'])}; there are {', '.join(OUTCOMES)}")
+    return Attempt(
+        read.count("layer", -1),
+        read.count("feature", -1),
+        read.count("attempt", 1),
+        read.text("outcome"),
+        read.text("text"),
+        read.number("activation"),
+        tuple(fires),
+        read.text("problem"),
+        read.text("of"),
+    )
 
 
 def write_lines(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -100,9 +127,9 @@ def check_folder(out: Path, request: Mapping[str, Any]) -> None:
     path, asked = out / "run.json", json.loads(json.dumps(request))
     if path.is_file():
         try:
-            before = json.loads(path.read_text(encoding="utf-8"))["request"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{path} is no record of a synthesis; name another folder") from error
+            before = Fields(read_object(path), str(path)).object("request")
+        except FormatError as error:
+            raise InputError(f"{path} is no record of a synthesis ({error}); name another folder") from error
         differ = [name for name in sorted({*before, *asked}) if before.get(name) != asked.get(name)]
         if differ:
             raise InputError(f"{out} holds a run with another {', '.join(differ)}; name another folder to begin anew")

@@ -35,7 +35,7 @@ from jaxtyping import Int64
 from qwen_scope.corpus import Corpus, FeatureStore, extract
 from qwen_scope.errors import InputError, MismatchError
 from qwen_scope.features import Endpoint
-from qwen_scope.files import room, write_text, write_whole
+from qwen_scope.files import lock_folder, room, write_text, write_whole
 from qwen_scope.model import LoadedModel
 from qwen_scope.report import Curves, Line, save_png
 from qwen_scope.scope import Scope
@@ -76,11 +76,12 @@ def synthesize(
 
     Raises:
         MismatchError: a target or a store of another SAE.   NotFoundError: the server can't be reached at all.
-        InputError: no target, a folder that holds something else, a full disk.   QwenScopeError: what the server says.
+        InputError: no target, a folder that holds something else or that another process writes to, a full disk.
+        QwenScopeError: what the server says.
     """
     o = options or SynthesisOptions()
     check_targets(scope, targets)
-    with room(out, "what was answered"):
+    with room(out, "what was answered"), lock_folder(out):
         request = _request(scope, seed, targets, endpoint, o)
         check_folder(out, request)
         with seed_store(scope, seed, [target.layer for target in targets], out / "seed") as store:
@@ -324,6 +325,7 @@ def price(
     check_targets(scope, targets)
     with (
         room(out, "what was answered"),
+        lock_folder(out),
         seed_store(scope, seed, [target.layer for target in targets], out / "seed") as store,
     ):
         counts = seed_counts(store, targets)

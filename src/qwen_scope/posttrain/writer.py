@@ -235,7 +235,8 @@ class Writer:
 
         A round is sealed only when it is whole, so that a run with a larger budget goes on as if nothing had stopped.
         """
-        if number < len(journal.rounds):
+        # One with too few lines was torn after it was written: it is asked again, mostly from the cache.
+        if number < len(journal.rounds) and len(journal.rounds[number]) >= len(wanted):
             done = journal.rounds[number][: len(wanted)]
             asked = [(place, attempt) for place, attempt, _ in wanted[: len(done)]]
             if [(one.place, one.attempt) for one in done] != asked:
@@ -250,7 +251,7 @@ class Writer:
         check_server(found, nothing_yet=not number)
         done = self._judged(found, wanted, seen)
         if len(done) == whole:
-            journal.seal(done)
+            journal.seal(number, done)
         return done
 
     def _judged(

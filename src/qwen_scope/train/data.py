@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gzip
 import json
+import warnings
+import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
@@ -15,9 +17,19 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from qwen_scope.errors import FormatError, InputError, NotFoundError, need
+from qwen_scope.errors import (
+    FormatError,
+    InputError,
+    NotFoundError,
+    QwenScopeError,
+    QwenScopeWarning,
+    foreign,
+    need,
+    reason,
+)
 
 Document = str | Sequence[Mapping[str, Any]]
+OTHERS = (".json", ".ndjson", ".csv", ".tsv", ".gz", ".zst", ".md", ".arrow")  # of files, not of datasets of the Hub
 SUFFIXES = (".txt", ".jsonl", ".parquet", ".txt.gz", ".jsonl.gz")
 
 # Documents are tokenised so many at a time.
@@ -38,8 +50,12 @@ class Documents:
         hold_out: keep every so-manieth document, the first included, out of training; 0 keeps none.
         held_out: give the documents that are kept out, instead of the others.
 
+    A row that holds no document (no JSON, no such field, no text in it, no UTF-8) keeps its number and is passed over;
+    `passed_over` counts them, and a `QwenScopeWarning` says so at the end of the first pass or when `tell` is called.
+
     Raises:
         NotFoundError: no such file, folder or package.   InputError: a folder without a file of a known kind.
+        InputError, FormatError: while it is read: no row holds a document; what is said is about the first.
     """
 
     def __init__(
@@ -55,19 +71,45 @@ class Documents:
         self.repeat = repeat and not isinstance(source, Iterator)
         self.rank, self.world, self.hold_out, self.held_out = rank, world, hold_out, held_out
         self.epoch, self.document = 0, 0
+        self.name = str(source) if isinstance(source, str | Path) else "the documents"
+        self.passed_over, self._told = 0, False
+        self._first: QwenScopeError | None = None
 
     def __iter__(self) -> Iterator[Document]:
         while True:
-            before = self.document
+            before, used = self.document, 0
             for document in self.share():
                 self.document += 1
+                if isinstance(document, QwenScopeError):
+                    self._pass_over(document)
+                    continue
+                used += 1
                 yield document
+            if self._first is not None:
+                if not (used or before or self.held_out):
+                    raise self._first
+                self.tell()
             if not self.repeat or (self.document == before == 0):
                 return
             self.epoch, self.document = self.epoch + 1, 0
 
-    def share(self) -> Iterator[Document]:
-        """The documents of this share that are still to come in this epoch."""
+    def _pass_over(self, problem: QwenScopeError) -> None:
+        self._first = self._first or problem
+        self.passed_over += not self._told  # a further pass meets the same rows
+
+    def tell(self) -> None:
+        """Say once how many rows were passed over, if any were."""
+        if self._first is not None and not self._told:
+            self._told = True
+            rows = f"{self.passed_over} rows" if self.passed_over > 1 else "1 row"
+            warnings.warn(
+                f"{rows} of {self.name} can't be used and are passed over; the first: {self._first}",
+                QwenScopeWarning,
+                2,
+            )
+
+    def share(self) -> Iterator[Document | QwenScopeError]:
+        """The rows of this share that are still to come in this epoch: documents, or why there is none."""
         wanted = self.document * self.world + self.rank
         start = self.place_of(wanted)
         for place, document in enumerate(self.read(start), start):
@@ -90,14 +132,14 @@ class Documents:
         self.epoch, self.document = int(cursor["epoch"]), int(cursor["document"])
 
 
-# All documents from a number on.
-Reader = Callable[[int], Iterator[Document]]
+# All rows from a number on: documents, or why a row holds none.
+Reader = Callable[[int], Iterator[Document | QwenScopeError]]
 
 
 def reader_of(source: str | Path | Iterable[Document], field: str, split: str, subset: str | None) -> Reader:
     """The function that reads a source from any document on."""
     if not isinstance(source, str | Path):
-        return lambda start: islice(source, start, None)
+        return lambda start: (found_in(one, "a document") for one in islice(source, start, None))
     if source == "lab":
         from qwen_scope.lab import documents
 
@@ -112,7 +154,8 @@ def reader_of(source: str | Path | Iterable[Document], field: str, split: str, s
         if not path.name.endswith(SUFFIXES):
             raise InputError(f"{path} is not text this package reads; name a file that ends with {', '.join(SUFFIXES)}")
         return lambda start: islice(file_documents(path, field), start, None)
-    if path.is_absolute() or str(source).count("/") != 1 or str(source).startswith((".", "~")):
+    named_file = path.name.endswith((*SUFFIXES, *OTHERS))
+    if path.is_absolute() or str(source).count("/") != 1 or str(source).startswith((".", "~")) or named_file:
         raise NotFoundError(f"there is no file or folder {str(source)!r}")
     return hub_reader(str(source), field, split, subset)
 
@@ -122,41 +165,58 @@ def hub_reader(name: str, field: str, split: str, subset: str | None) -> Reader:
     need(f"{name!r} is no file here, and reading it from the Hub", "datasets")
     import datasets
 
-    stream = datasets.load_dataset(name, subset, split=split, streaming=True)
-    return lambda start: (value_of(row, field, f"a row of {name}") for row in stream.skip(start))
+    with foreign(f"there is no file {name!r} here, and the Hub does not give it as a dataset", NotFoundError):
+        stream = datasets.load_dataset(name, subset, split=split, streaming=True)
+
+    def rows(start: int) -> Iterator[Document | QwenScopeError]:
+        with foreign(f"the dataset {name!r} can't be read on"):
+            for row in stream.skip(start):
+                yield value_of(row, field, f"a row of {name}")
+
+    return rows
 
 
-def file_documents(path: Path, field: str) -> Iterator[Document]:
-    """The documents of one file, in order."""
+def file_documents(path: Path, field: str) -> Iterator[Document | QwenScopeError]:
+    """The rows of one file, in order; where it is damaged, what follows is one row that holds no document."""
     if path.suffix == ".parquet":
         yield from parquet_documents(path, field)
         return
     try:
-        with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as lines:
+        with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as lines:
             if ".jsonl" in path.suffixes:
                 for number, line in enumerate(lines, 1):
                     if line.strip():
-                        yield value_of(parsed(line, path, number), field, f"line {number} of {path}")
+                        yield parsed(line, path, number, field)
             else:
-                yield from paragraphs(lines)
-    except (UnicodeDecodeError, gzip.BadGzipFile, EOFError) as error:
-        raise FormatError(f"{path} is not UTF-8 text: {error}") from error
+                yield from paragraphs(lines, path)
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        yield FormatError(f"{path} can't be unzipped to its end: {error}")
+    except OSError as error:
+        yield FormatError(f"{path} can't be read: {reason(error)}")
 
 
-def paragraphs(lines: Iterable[str]) -> Iterator[str]:
+def paragraphs(lines: Iterable[bytes], path: Path) -> Iterator[Document | QwenScopeError]:
     """The texts between blank lines."""
-    held: list[str] = []
+    held: list[bytes] = []
     for line in lines:
         if line.strip():
             held.append(line)
         elif held:
-            yield "".join(held)
+            yield decoded(b"".join(held), str(path))
             held.clear()
     if held:
-        yield "".join(held)
+        yield decoded(b"".join(held), str(path))
 
 
-def parquet_documents(path: Path, field: str) -> Iterator[Document]:
+def decoded(data: bytes, where: str) -> str | QwenScopeError:
+    """Text from bytes, its lines ending in newlines."""
+    try:
+        return data.decode("utf-8").removeprefix("\ufeff").replace("\r\n", "\n")
+    except UnicodeDecodeError as error:
+        return FormatError(f"{where} is not UTF-8 text: {error}")
+
+
+def parquet_documents(path: Path, field: str) -> Iterator[Document | QwenScopeError]:
     """The rows of a Parquet file, a few hundred in memory at a time."""
     from pyarrow import ArrowInvalid, parquet
 
@@ -166,29 +226,54 @@ def parquet_documents(path: Path, field: str) -> Iterator[Document]:
         raise FormatError(f"{path} is not a Parquet file: {error}") from error
     if field not in file.schema_arrow.names:
         raise InputError(f"{path} has no column {field!r}; it has {', '.join(file.schema_arrow.names)}")
-    for batch in file.iter_batches(batch_size=256, columns=[field]):
-        yield from batch.column(0).to_pylist()
+    number = 0
+    with foreign(f"{path} can't be read on"):
+        for batch in file.iter_batches(batch_size=256, columns=[field]):
+            for value in batch.column(0).to_pylist():
+                number += 1
+                yield found_in(value, f"the field {field!r} of row {number} of {path}")
 
 
-def parsed(line: str, path: Path, number: int) -> Any:
-    """One line of JSONL."""
+def parsed(line: bytes, path: Path, number: int, field: str) -> Document | QwenScopeError:
+    """The document in one line of JSONL."""
+    where = f"line {number} of {path}"
+    text = decoded(line, where)
+    if isinstance(text, QwenScopeError):
+        return text
     try:
-        return json.loads(line)
-    except ValueError as error:
-        raise FormatError(f"line {number} of {path} is not JSON: {error}") from error
+        row = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        return FormatError(f"{where} is not JSON: {reason(error)}")
+    return value_of(row, field, where)
 
 
-def value_of(row: Any, field: str, where: str) -> Document:
+def value_of(row: Any, field: str, where: str) -> Document | QwenScopeError:
     """The document in one row."""
     if not isinstance(row, Mapping) or field not in row:
-        has = ", ".join(row) if isinstance(row, Mapping) else type(row).__name__
+        has = ", ".join(map(str, row)) if isinstance(row, Mapping) else type(row).__name__
         texts = [key for key, one in row.items() if isinstance(one, str | list)] if isinstance(row, Mapping) else []
         best = next((key for key in texts if " " in str(row[key])), texts[0] if texts else None)
         other = "" if best is None else f"; pass field={best!r}"
-        raise InputError(f"{where} has no field {field!r}; it has {has}{other}")
-    value = row[field]
-    if not isinstance(value, str | list):
-        raise InputError(f"the field {field!r} of {where} is {type(value).__name__}, not a text or a list of messages")
+        return InputError(f"{where} has no field {field!r}; it has {has}{other}")
+    return found_in(row[field], f"the field {field!r} of {where}")
+
+
+def found_in(value: Any, where: str) -> Document | QwenScopeError:
+    """A document, if a value is one: a text or a conversation with something in it."""
+    if isinstance(value, str):
+        parts = [value]
+    elif isinstance(value, Sequence) and all(isinstance(one, Mapping) and "role" in one for one in value):
+        parts = [str(one.get("content") or "") for one in value]
+    elif isinstance(value, list):
+        return InputError(f"{where} is a list, but not of messages with a role")
+    else:
+        return InputError(f"{where} is {type(value).__name__}, not a text or a list of messages")
+    if not any(parts):
+        return InputError(f"{where} is empty")
+    try:
+        "".join(parts).encode()
+    except UnicodeEncodeError:
+        return FormatError(f"{where} is no Unicode text: it holds half a surrogate pair")
     return value
 
 

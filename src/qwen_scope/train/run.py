@@ -2,7 +2,7 @@
 
 ```
 out/
-  run.json        the resolved config, versions and seed
+  run.json        the resolved config, versions and seed; at the end also how many rows of the text could not be used
   metrics.jsonl   one line per logged step
   checkpoints/    see `checkpoint.py`
   <group>/        the SAEs in the official layout, README.md (the card) and plots/: what is shared
@@ -181,6 +181,8 @@ def _run(
         callbacks=[progress] if progress and ranks.first else [], group=run.name, ranks=ranks,
         device=loaded.model.device,
     )  # fmt: skip
+    source.rows.documents.tell()
+    facts["rows_passed_over"] = source.rows.documents.passed_over
     folder = run.out / run.name
     alone = ranks.mode != "layers"
     if ranks.first or not alone:
@@ -192,6 +194,7 @@ def _run(
         write_json(run.out / f"quality.rank{ranks.rank}.json", note)
     ranks.barrier()
     if ranks.first:
+        write_json(run.out / "run.json", facts)
         finish_folder(run, folder, facts)
     return TrainResult(folder, saes, quality)
 
