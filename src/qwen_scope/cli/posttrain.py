@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -191,13 +192,14 @@ def sft(
         | {"layers": tuple(options.parse_layers(layers) or ()) or None, "watch_every": monitor_every}
     )
     found = None if table is None else read_table(table)
-    learnt = training_samples(corpus, column, prompt_column, group_column, n, 0)
+    unused = Counter[str]()
+    learnt = training_samples(corpus, column, prompt_column, group_column, n, 0, unused)
     kept = training_samples(held_out, column, prompt_column, group_column, None, 1) if held_out else []
     probe = probe_texts(monitor) if monitor else []
     if monitor_prompts and not (probe and found):
         raise InputError("--monitor-prompts goes with --monitor and --table: the table's features are read on answers")
     rows = read_rows(monitor_prompts, prompt_column, None, PROBES, 3, held_out=True) if monitor_prompts else []
-    carry_out(run, learnt, kept, found, probe, [row["prompt"] for row in rows], as_json)
+    carry_out(run, learnt, kept, found, probe, [row["prompt"] for row in rows], as_json, unused)
 
 
 def carry_out(
@@ -208,6 +210,7 @@ def carry_out(
     probe: list[str],
     asked: list[str],
     as_json: bool,
+    unused: Counter[str],
 ) -> None:
     """Train with a progress bar and print what came out."""
     from qwen_scope.posttrain import run_sft
@@ -221,6 +224,7 @@ def carry_out(
             table,
             probe=probe,
             asked=asked,
+            unused=unused,
             progress=lambda step, steps, log: bar("training", step / max(1, steps), losses(log)),
         )
     if as_json:
@@ -333,16 +337,16 @@ def read_prompts(
     source: str, prompt_column: str, group_column: str, groups: list[str] | None, n: int | None, seed: int
 ) -> list[str]:
     """The prompts of a file, or questions of the lab."""
-    from itertools import islice
-
     from qwen_scope.corpus import Corpus
     from qwen_scope.lab import chat_prompts
+    from qwen_scope.posttrain import only_text, usable
 
     if source == "lab":
         return [prompt.text for prompt in chat_prompts(seed=seed, n=n or 100, languages=groups)]
     corpus = Corpus(source, column=prompt_column, unit="line", seed=seed)
-    rows = (row for row in corpus if groups is None or row.meta.get(group_column) in groups)
-    found = [row.text for row in islice(rows, n) if isinstance(row.text, str)]
+    found = usable(
+        corpus, lambda row: only_text(row) if groups is None or row.meta.get(group_column) in groups else None, n
+    )
     if not found:
         where = corpus.other_columns("prompt_column") or f" in a column {prompt_column!r}"
         raise InputError(f"{source} has no prompt{where}" + (" of these groups" if groups else ""))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Annotated
 
@@ -58,11 +59,11 @@ def repetition(
     """
     check_packages()
     from qwen_scope.corpus import Corpus
-    from qwen_scope.posttrain import Detector, Sampling, repetition_recipe
+    from qwen_scope.posttrain import Detector, Sampling, only_text, repetition_recipe, usable
 
     sampling = Sampling(max_new_tokens, temperature, top_p, Detector(longest, times, least), seed)
     asked = [row["prompt"] for row in read_rows(prompts, prompt_column, None, n, seed)]
-    texts = [row.text for row in Corpus(looping) if isinstance(row.text, str)] if looping else []
+    texts = usable(Corpus(looping), only_text) if looping else []
     with output.status("opening the model"):
         scope = options.open_scope(model, sae, device, dtype, k)
     with output.progress() as bar:
@@ -152,7 +153,8 @@ def rl(
         | {"reward": reward, "prompts": per_step, "detector": Detector(longest, times, least)}
     )
     found = None if recipe is None else load_recipe(recipe)
-    rows = read_rows(prompts, prompt_column, answer_column if reward == "answer" else None, n, 0)
+    unused = Counter[str]()
+    rows = read_rows(prompts, prompt_column, answer_column if reward == "answer" else None, n, 0, unused=unused)
     asked = read_rows(held_out, prompt_column, None, held_out_n, 1, held_out=True) if held_out else []
     whose.say_whose()
     with output.progress() as bar:
@@ -161,6 +163,7 @@ def rl(
             rows,
             [row["prompt"] for row in asked],
             found,
+            unused=unused,
             progress=lambda step, total, log: bar(
                 "training", step / max(1, total), f"reward {log.get('reward', 0):.2f}"
             ),

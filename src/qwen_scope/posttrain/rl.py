@@ -13,7 +13,7 @@ out/
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -136,6 +136,7 @@ def run_rl(
     *,
     callbacks: Sequence[TrainerCallback] = (),
     progress: Callable[[int, int, dict[str, float]], None] | None = None,
+    unused: Mapping[str, int] | None = None,
 ) -> dict[str, Any]:
     """Train and save; returns what `metrics.json` holds.
 
@@ -143,7 +144,7 @@ def run_rl(
         rows: prompts to learn on, with what the reward asks for.
         held_out: prompts whose looping share is measured before and after.
         recipe: of the features to steer with, from `repetition_recipe`; the method `vanilla` needs none.
-        callbacks, progress: as in `run_sft`.
+        callbacks, progress, unused: as in `run_sft`.
 
     Raises:
         QwenScopeError: with one sentence, before training where the cause can be known before.
@@ -155,7 +156,7 @@ def run_rl(
     if missing := [name for name in NEEDS.get(run.reward, ()) if name not in rows[0]]:
         raise InputError(f"the reward {run.reward!r} needs a column {missing[0]!r} beside the prompts")
     with writing_to(run.out):
-        return _run(run, rows, held_out, recipe, callbacks, progress)
+        return _run(run, rows, held_out, recipe, callbacks, progress, unused or {})
 
 
 def _run(
@@ -165,6 +166,7 @@ def _run(
     recipe: Recipe | None,
     callbacks: Sequence[TrainerCallback],
     progress: Callable[[int, int, dict[str, float]], None] | None,
+    unused: Mapping[str, int],
 ) -> dict[str, Any]:
     """Everything that can be refused comes before the first file."""
     loaded = load_model(model_source(run.model), device=run.device, dtype=run.dtype)
@@ -176,7 +178,7 @@ def _run(
     trainer.run_id = run_id(run.out) if resume else uuid4().hex
     if trainer.is_world_process_zero():
         facts = {**asdict(run), "rows": len(rows), "held_out": len(held_out), "versions": versions()}
-        facts |= {"id": trainer.run_id, "before": before}
+        facts |= {"id": trainer.run_id, "before": before, "unused": dict(unused)}
         steered_with = [one.to_json() for one in rollouts.interventions] if rollouts else []
         write_json(run.out / "run.json", facts | {"interventions": steered_with})
     with expected_warnings():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
@@ -11,6 +12,8 @@ from datasets import Dataset
 from qwen_scope import lab
 from qwen_scope.corpus import Corpus
 from qwen_scope.errors import InputError
+
+from .rows import PassOver, by_reason, tell_unused, usable
 
 Sample = dict[str, Any]
 """`{"text"}`, or `{"prompt", "completion"}` (strings, or lists of messages), and `"group"`, a name or None."""
@@ -29,8 +32,11 @@ def read_samples(
     seed: int = 0,
     split: str = "train",
     kinds: Iterable[str] | None = None,
+    unused: Counter[str] | None = None,
 ) -> list[Sample]:
-    """The samples of a corpus, or of the lab.
+    """The samples of a corpus, or of the lab; rows that can't be used are passed over, and a warning says how many.
+
+    Where any row has a prompt, those without one can't be used.
 
     Args:
         source: whatever `Corpus` reads, or `lab`.
@@ -40,6 +46,7 @@ def read_samples(
         n: at most so many, drawn evenly; of the lab 1,000 where it is None.
         seed, split: of the draw, and of the lab or a dataset.
         kinds: of the lab's documents.
+        unused: gets the rows that can't be used added, by reason.
 
     Raises:
         InputError: no sample, or none with a group.   NotFoundError, FormatError: as `Corpus`.
@@ -47,10 +54,23 @@ def read_samples(
     if os.fspath(source) == "lab":
         return lab_samples(lab.documents(split=split, seed=seed, n=n or 1000, kinds=kinds))
     corpus = Corpus(source, column=column, sample=n, seed=seed, split=split)
-    samples = [sample_of(found.text, found.meta.get(prompt_column), found.meta.get(group_column)) for found in corpus]
+    counts: Counter[str] = Counter() if unused is None else unused
+    samples = usable(
+        corpus,
+        lambda found: sample_of(found.text, found.meta.get(prompt_column), found.meta.get(group_column)),
+        unused=counts,
+    )
+    if any("prompt" in sample for sample in samples):
+        whole = len(samples)
+        samples = chats_only(samples)
+        if whole > len(samples):
+            lacking = Counter({f"without a prompt in {prompt_column!r}": whole - len(samples)})
+            tell_unused(lacking, whole, str(source))
+            counts.update(lacking)
     if not samples:
+        why = corpus.other_columns() or f": no text in {column!r}"
         raise InputError(
-            f"there is no row to learn from in {source}" + (corpus.other_columns() or f": no text in {column!r}")
+            f"there is no row to learn from in {source}{why}" + (f" ({by_reason(counts)})" if counts else "")
         )
     if all(sample["group"] is None for sample in samples):
         raise InputError(f"no row of {source} has a column {group_column!r} that names its group")
@@ -58,14 +78,20 @@ def read_samples(
 
 
 def sample_of(text: str | list[dict[str, str]], prompt: Any, group: Any) -> Sample:
-    """One row as TRL takes it."""
+    """One row as TRL takes it.
+
+    Raises:
+        PassOver: it can't be learnt from.
+    """
     named = None if group is None else str(group)
     if isinstance(prompt, str):
+        if not prompt:
+            raise PassOver("with an empty prompt")
         return {"prompt": prompt, "completion": text, "group": named}
     if isinstance(text, str):
         return {"text": text, "group": named}
     if len(text) < 2 or text[-1]["role"] != "assistant":
-        raise InputError("a conversation to learn from ends with a message of the assistant, after another message")
+        raise PassOver("a conversation to learn from ends with a message of the assistant, after another message")
     return {"prompt": text[:-1], "completion": text[-1:], "group": named}
 
 

@@ -13,7 +13,7 @@ out/
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -35,7 +35,7 @@ from .prepare import versions
 from .runs import JsonlLog, adapters, save_model, trained_model, trl_settings, write_json, writing_to
 from .samples import Sample, dataset_of
 from .table import AlphaTable
-from .trainer import FeatureSFTTrainer
+from .trainer import TOO_LONG, FeatureSFTTrainer
 
 METHODS = ("plain", "features", "penalty")
 
@@ -120,6 +120,7 @@ def run_sft(
     asked: Sequence[str] = (),
     callbacks: Sequence[TrainerCallback] = (),
     progress: Callable[[int, int, dict[str, float]], None] | None = None,
+    unused: Mapping[str, int] | None = None,
 ) -> dict[str, Any]:
     """Train and save; returns what `metrics.json` holds.
 
@@ -131,6 +132,7 @@ def run_sft(
         asked: prompts for it, whose answers it reads as well; they take a table.
         callbacks: further ones.
         progress: called after every step with the step, their number, and what was logged last.
+        unused: rows of the data that could not be used, by reason, for the record of the run.
 
     Raises:
         QwenScopeError: with one sentence, before training where the cause can be known before.
@@ -138,7 +140,7 @@ def run_sft(
     if not samples:
         raise InputError("there is no sample to learn from")
     with writing_to(run.out):
-        return _run(run, samples, held_out, table, probe, asked, callbacks, progress)
+        return _run(run, samples, held_out, table, probe, asked, callbacks, progress, unused or {})
 
 
 def _run(
@@ -150,6 +152,7 @@ def _run(
     asked: Sequence[str],
     callbacks: Sequence[TrainerCallback],
     progress: Callable[[int, int, dict[str, float]], None] | None,
+    unused: Mapping[str, int],
 ) -> dict[str, Any]:
     """Everything that can be refused comes before the first file."""
     loaded = load_model(model_source(run.model), device=run.device, dtype=run.dtype)
@@ -170,6 +173,7 @@ def _run(
     trainer.run_id = run_id(run.out) if resume else uuid4().hex
     monitor = monitor_of(run, loaded, table, probe, asked).attach(trainer) if probe else None
     facts = {**asdict(run), "samples": len(samples), "held_out": len(held_out), "versions": versions()}
+    facts["unused"] = dict(unused) | ({TOO_LONG: trainer.dropped["train"]} if trainer.dropped.get("train") else {})
     facts |= {"target": table.target if table else None, "id": trainer.run_id}
     if trainer.is_world_process_zero():
         write_json(run.out / "run.json", facts)

@@ -25,7 +25,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from importlib.metadata import version
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +40,7 @@ from qwen_scope.report import Curves, Line, save_png
 from qwen_scope.scope import Scope
 
 from .journal import KEPT, OUTCOMES, Attempt, check_folder, write_lines
+from .rows import usable
 from .targets import Target
 from .writer import Made, Say, SynthesisOptions, Writer, activations, digest, fire
 from .writing import Price, avoid_prompt, priced, write_prompt
@@ -98,7 +98,7 @@ def synthesize(
             metrics["pairs"] = write_pairs(out, targets, writer.contrast(made), endpoint.model, o)
         if natural is not None:
             control = writer.imitate(counts, len(made.attempts))
-            more = list(islice((_plain(document.text) for document in natural), len(made.attempts)))
+            more = usable(natural, lambda document: _plain(document.text), len(made.attempts))
             curves = {"targeted": made.curve, "untargeted": control.curve}
             curves["natural"] = curve_of(scope, more, targets, counts, o.batch)
             write_text(out / "curves.json", _json(curves))

@@ -18,6 +18,10 @@ from qwen_scope.train import DivergedError
 
 from .checkpoints import WholeCheckpoints
 from .loss import IGNORED, NO_GROUP, ExtraLoss
+from .rows import tell_unused
+
+TOO_LONG = "whose prompt fills max_length"
+"""Why a sample is left out that has no token to learn."""
 
 
 class FeatureSFTTrainer(WholeCheckpoints, SFTTrainer):
@@ -36,8 +40,12 @@ class FeatureSFTTrainer(WholeCheckpoints, SFTTrainer):
         extra: the term, or None for plain fine-tuning.
         group_column: the column that names a sample's group.
 
+    Attributes:
+        dropped: per dataset how many samples were left out, as their prompts leave no room for a response.
+
     Raises:
-        InputError: a dataset without that column, or a residual that no gradient reaches.
+        InputError: a dataset without that column or without a sample that can be used, or a residual that no gradient
+            reaches.
         NotFoundError: a group that the term does not know.
         DivergedError: a loss that is not finite.
     """
@@ -45,6 +53,7 @@ class FeatureSFTTrainer(WholeCheckpoints, SFTTrainer):
     def __init__(self, *args: Any, extra: ExtraLoss | None = None, group_column: str = "group", **kwargs: Any) -> None:
         self.extra, self.group_column = extra, group_column
         self._step_tokens: int | None = None
+        self.dropped: dict[str, int] = {}
         super().__init__(*args, **kwargs)
         if extra is None:
             return
@@ -57,7 +66,8 @@ class FeatureSFTTrainer(WholeCheckpoints, SFTTrainer):
         self, dataset: Any, processing_class: Any, args: Any, packing: bool, formatting_func: Any, dataset_name: str
     ) -> Any:
         if self.extra is None:
-            return super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)
+            ready = super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)
+            return ready if packing else self._told(dataset, ready, args.max_length, dataset_name)
         if not isinstance(dataset, Dataset):
             raise InputError("a feature loss needs a datasets.Dataset; a stream has no groups to check beforehand")
         if "groups" not in dataset.column_names:
@@ -66,10 +76,23 @@ class FeatureSFTTrainer(WholeCheckpoints, SFTTrainer):
         loose = copy.copy(args)
         loose.max_length = None if packing else args.max_length
         ready: Any = super()._prepare_dataset(dataset, processing_class, loose, False, formatting_func, dataset_name)
+        self._told(dataset, ready, args.max_length, dataset_name)
         if "groups" not in ready.column_names:
             ready = ready.map(lambda row: {"groups": [row["group_id"]] * len(row["input_ids"])})
         ready = ready.select_columns(["input_ids", "labels", "groups"])
         return pack_dataset(ready, args.max_length, args.packing_strategy) if packing else ready
+
+    def _told(self, dataset: Any, ready: Any, max_length: int | None, name: str) -> Any:
+        """The prepared data; TRL leaves samples out whose prompt leaves no token of the response, without a word."""
+        if isinstance(dataset, Dataset) and isinstance(ready, Dataset) and len(ready) < len(dataset):
+            self.dropped[name] = len(dataset) - len(ready)
+            if not len(ready):
+                raise InputError(
+                    f"none of the {len(dataset)} samples of the {name} data can be used: their prompts fill"
+                    f" max_length, {max_length} tokens; raise it (--max-length)"
+                )
+            tell_unused({f"{TOO_LONG} ({max_length} tokens)": self.dropped[name]}, len(dataset), f"the {name} data")
+        return ready
 
     def _numbers(self, dataset: Dataset, name: str) -> list[int]:
         """The group of every sample as an index."""

@@ -1,0 +1,70 @@
+"""Rows of a corpus as they are used: those that can't be are counted, said once, and passed over."""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from collections.abc import Callable, Mapping
+from typing import TypeVar
+
+from qwen_scope.corpus import Corpus, Document
+from qwen_scope.errors import InputError, QwenScopeWarning
+
+T = TypeVar("T")
+
+
+class PassOver(InputError):
+    """Raised by what reads a row that can't be used; its message is the reason that such rows are counted by."""
+
+
+def usable(
+    corpus: Corpus, use: Callable[[Document], T | None], n: int | None = None, unused: Counter[str] | None = None
+) -> list[T]:
+    """What `use` makes of the rows of a corpus, at most `n`; how many could not be used is said in a warning.
+
+    Args:
+        use: raises `PassOver` for a row that can't be used; None leaves a row out that is not asked for.
+        unused: gets the rows that can't be used added, by reason.
+    """
+    out: list[T] = []
+    counts: Counter[str] = Counter()
+    for found in corpus.rows():
+        if n is not None and len(out) >= n:
+            break
+        if not isinstance(found, Document):
+            counts[found.reason] += 1
+            continue
+        try:
+            value = use(found)
+        except PassOver as why:
+            counts[str(why)] += 1
+            continue
+        if value is not None:
+            out.append(value)
+    if out:
+        tell_unused(counts, len(out) + counts.total(), corpus.name)
+    if unused is not None:
+        unused.update(counts)
+    return out
+
+
+def tell_unused(counts: Mapping[str, int], of: int, name: str) -> None:
+    """Say how many rows can't be used, if there are any."""
+    if counts:
+        warnings.warn(
+            f"{sum(counts.values())} of {of} rows of {name} can't be used and are passed over: {by_reason(counts)}",
+            QwenScopeWarning,
+            3,
+        )
+
+
+def by_reason(counts: Mapping[str, int]) -> str:
+    """Rows that can't be used, by reason, as the end of a sentence."""
+    return ", ".join(f"{n} {why}" for why, n in counts.items())
+
+
+def only_text(found: Document) -> str:
+    """The text of a row."""
+    if not isinstance(found.text, str):
+        raise PassOver("a conversation, not a text")
+    return found.text

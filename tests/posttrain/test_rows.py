@@ -1,0 +1,138 @@
+"""Rows that can't be used are counted, said once, passed over and kept in the run's record; none left is a sentence."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import posttrain_tiny as small
+import pytest
+import tiny
+
+from qwen_scope.cli import main
+from qwen_scope.cli.posttrain import read_prompts
+from qwen_scope.cli.posttrain_data import probe_texts, read_rows
+from qwen_scope.corpus import Corpus
+from qwen_scope.errors import InputError, QwenScopeWarning
+from qwen_scope.posttrain import SFTRun, only_text, read_samples, run_sft, usable
+
+GOOD = {"prompt": "hello ", "completion": "The weather is fine.", "group": "en"}
+BAD = {
+    "{no json": "bad JSON",
+    '{"prompt": "hi ", "group": "en"}': "missing column",
+    '{"prompt": "hi ", "completion": "", "group": "en"}': "empty",
+    '{"prompt": "hi ", "completion": 3, "group": "en"}': "not text",
+    '{"prompt": "hi ", "completion": null, "group": "en"}': "not text",
+    '{"prompt": "hi ", "completion": "\\ud800", "group": "en"}': "not Unicode",
+    '{"prompt": "", "completion": "Yes.", "group": "en"}': "with an empty prompt",
+    '{"prompt": null, "completion": "Yes.", "group": "en"}': "without a prompt in 'prompt'",
+    '{"completion": "Yes.", "group": "en"}': "without a prompt in 'prompt'",
+    '{"prompt": 5, "completion": "Yes.", "group": "en"}': "without a prompt in 'prompt'",
+}
+
+
+def written(path: Path, rows: list[Any]) -> Path:
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    return path
+
+
+@pytest.mark.parametrize("bad", BAD)
+def test_a_sample_that_can_not_be_used(tmp_path: Path, bad: str) -> None:
+    path = written(tmp_path / "rows.jsonl", [GOOD, bad, GOOD, bad])
+    unused = Counter[str]()
+    with pytest.warns(QwenScopeWarning, match=r"2 of 4 rows of .* can't be used and are passed over: 2 ") as said:
+        found = read_samples(path, column="completion", unused=unused)
+    assert found == [GOOD, GOOD]
+    assert unused == {BAD[bad]: 2}
+    assert len(said) == 1
+    only = written(tmp_path / "bad.jsonl", [bad])
+    if "without a prompt" not in BAD[bad]:  # rows of texts alone are texts to learn from
+        with pytest.raises(InputError, match="no row to learn from"):
+            read_samples(only, column="completion")
+
+
+def test_conversations_that_can_not_be_learnt_from(tmp_path: Path) -> None:
+    talk = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
+    rows = [{"chat": one, "group": "en"} for one in (talk, talk[:1], talk[1:], [], [{"role": "user"}], "text")]
+    path = written(tmp_path / "rows.jsonl", rows)
+    with pytest.warns(QwenScopeWarning) as said:
+        assert read_samples(path, column="chat") == [{"prompt": talk[:1], "completion": talk[1:], "group": "en"}]
+    assert sum(int(str(one.message).split(" of ", 1)[0]) for one in said) == 5
+
+
+def test_prompts_that_are_too_long_are_said_and_stand_in_the_record(tmp_path: Path) -> None:
+    long = {**GOOD, "prompt": "hello " * 60}
+    run = SFTRun(
+        str(tiny.folder() / "model"), tmp_path / "run", batch=4, accumulate=1, max_steps=1, max_length=48, warmup=0,
+        device="cpu",
+    )  # fmt: skip
+    rows = [*small.ROWS, long, long]
+    with pytest.warns(QwenScopeWarning, match=r"2 of 10 rows of the train data .*: 2 whose prompt fills max_length"):
+        run_sft(run, rows, unused={"bad JSON": 3})
+    facts = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert facts["unused"] == {"bad JSON": 3, "whose prompt fills max_length": 2}
+    with pytest.raises(InputError, match=r"none of the 2 samples of the train data .* 48 tokens; raise it"):
+        run_sft(run, [long, long])
+
+
+def test_so_they_are_under_the_auxiliary_loss(tmp_path: Path) -> None:
+    long = {**small.ROWS[0], "prompt": "hello " * 60}
+    with pytest.warns(QwenScopeWarning, match="1 of 9 rows of the train data"):
+        trainer = small.train(tmp_path, rows=[*small.ROWS, long], per_device_train_batch_size=8)
+    assert trainer.dropped == {"train": 1}
+
+
+@pytest.mark.parametrize("bad", ["{no json", '{"prompt": ""}', '{"prompt": 3}', '{"question": "x"}', '{"prompt": [3]}'])
+def test_prompts_that_can_not_be_used(tmp_path: Path, bad: str) -> None:
+    path = written(tmp_path / "rows.jsonl", [{"prompt": "a", "answer": 3}, bad, {"prompt": "b", "answer": "x"}])
+    with pytest.warns(QwenScopeWarning, match="1 of 3 rows"):
+        assert read_rows(str(path), "prompt", "answer", 10, 0) == [
+            {"prompt": "a", "answer": "3"}, {"prompt": "b", "answer": "x"},
+        ]  # fmt: skip
+    with pytest.warns(QwenScopeWarning, match="1 of 3 rows"):
+        assert read_prompts(str(path), "prompt", "group", None, None, 0) == ["a", "b"]
+    with pytest.raises(InputError, match="has 0 prompts"):
+        read_rows(str(written(tmp_path / "bad.jsonl", [bad])), "prompt", None, 10, 0)
+
+
+def test_answers_that_are_missing(tmp_path: Path) -> None:
+    rows = [
+        {"prompt": "a", "answer": 1},
+        {"prompt": "b"},
+        {"prompt": "c", "answer": None},
+        {"prompt": "d", "answer": 0},
+    ]
+    with pytest.warns(QwenScopeWarning, match="2 without the column 'answer'"):
+        found = read_rows(str(written(tmp_path / "rows.jsonl", rows)), "prompt", "answer", 10, 0)
+    assert [row["answer"] for row in found] == ["1", "0"]
+    with pytest.raises(InputError, match="name it with --answer-column"):
+        read_rows(str(tmp_path / "rows.jsonl"), "prompt", "result", 10, 0)
+
+
+def test_texts_to_watch(tmp_path: Path) -> None:
+    path = written(tmp_path / "probe.jsonl", [{"text": "one"}, {"text": ""}, "x", {"text": "two"}])
+    with pytest.warns(QwenScopeWarning, match="2 of 4 rows of probe.jsonl .*: 1 empty, 1 bad JSON"):
+        assert probe_texts(str(path)) == ["one", "two"]
+
+
+def test_no_more_rows_are_read_than_asked_for() -> None:
+    corpus = Corpus(["a", "", "b", "c", ""], name="five")
+    with pytest.warns(QwenScopeWarning, match="1 of 3 rows of five"):
+        assert usable(corpus, only_text, 2) == ["a", "b"]
+
+
+def test_a_row_that_is_not_asked_for_is_no_problem() -> None:
+    assert usable(Corpus(["a", "b"]), lambda found: found.text if found.text == "b" else None) == ["b"]
+
+
+@pytest.mark.parametrize("command", ["prepare", "sft", "rl"])
+def test_every_row_unusable_is_one_sentence(tmp_path: Path, capsys, command: str) -> None:
+    path = written(tmp_path / "rows.jsonl", ["{no json", "{}", '{"prompt": 3}'])
+    more = {"prepare": ["--target", "zh"], "sft": ["--method", "plain"], "rl": ["--method", "vanilla"]}[command]
+    assert main(["posttrain", command, str(path), "-o", str(tmp_path / "out"), *more]) == 2
+    said = capsys.readouterr().err.strip().split("\n")
+    assert "rows.jsonl" in said[-1]
+    assert "bad JSON" in said[-1]
+    assert not (tmp_path / "out").exists()
