@@ -16,7 +16,7 @@ from qwen_scope.cli.posttrain import read_prompts
 from qwen_scope.cli.posttrain_data import probe_texts, read_rows
 from qwen_scope.corpus import Corpus
 from qwen_scope.errors import InputError, QwenScopeWarning
-from qwen_scope.posttrain import SFTRun, only_text, read_samples, run_sft, usable
+from qwen_scope.posttrain import SFTRun, SynthesisOptions, only_text, read_samples, run_sft, usable
 
 GOOD = {"prompt": "hello ", "completion": "The weather is fine.", "group": "en"}
 BAD = {
@@ -136,3 +136,24 @@ def test_every_row_unusable_is_one_sentence(tmp_path: Path, capsys, command: str
     assert "rows.jsonl" in said[-1]
     assert "bad JSON" in said[-1]
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"batch": True}, {"batch": 0}, {"accumulate": 1.5}, {"max_length": -1}, {"max_steps": -2}, {"warmup": -1},
+        {"save_every": -3}, {"seed": -1}, {"lr": float("nan")}, {"lr": True}, {"epochs": float("inf")}, {"lora": 0},
+        {"weight_decay": -0.1}, {"weight": float("nan")},
+    ],
+)  # fmt: skip
+def test_a_number_of_a_run_that_can_not_be(tmp_path: Path, wrong: dict) -> None:
+    with pytest.raises((InputError, TypeError)) as said:  # TypeError: the tests also check the types
+        SFTRun("lab", tmp_path, **wrong)
+    if isinstance(said.value, InputError):
+        assert next(iter(wrong)) in str(said.value) or "weight" in str(said.value)
+
+
+@pytest.mark.parametrize("wrong", [{"want": True}, {"budget": 1.5}, {"tries": -1}, {"seed": -1}, {"batch": False}])
+def test_a_number_of_a_synthesis_that_can_not_be(wrong: dict) -> None:
+    with pytest.raises((InputError, TypeError)):
+        SynthesisOptions(**wrong)

@@ -279,3 +279,18 @@ def test_what_is_passed_over_stays_where_nothing_else_is_whole(tmp_path: Path) -
             load(CONFIG, Checkpoints(tmp_path), Ranks())
     assert len(list(tmp_path.glob("step-*"))) == 2
     shutil.rmtree(tmp_path / "step-00000010")
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"d_sae": True}, {"d_sae": 64.0}, {"k": True}, {"tokens": 1e4}, {"batch": False}, {"seed": True},
+        {"warmup": 1.5},
+        {"lr": True}, {"decay": True}, {"aux_weight": float("nan")}, {"aux_weight": float("inf")}, {"clip": True},
+    ],
+)  # fmt: skip
+def test_a_number_of_a_config_that_can_not_be(wrong: dict) -> None:
+    with pytest.raises((InputError, TypeError)) as said:  # TypeError: the tests also check the types
+        replace(CONFIG, **wrong)
+    if isinstance(said.value, InputError):
+        assert next(iter(wrong)) in str(said.value)

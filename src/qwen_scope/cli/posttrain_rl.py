@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -171,6 +171,11 @@ def rl(
     if as_json:
         output.print_json({"folder": str(out), **metrics})
         return
+    show_trained(metrics, method, out)
+
+
+def show_trained(metrics: dict[str, Any], method: str, out: Path) -> None:
+    """What came out of a run."""
     shown = [(name, f"{value:.4f}") for name, value in metrics.items() if not isinstance(value, dict)]
     shares = {name: value for name, value in metrics.items() if isinstance(value, dict)}
     shown += [(name, f"{one['estimate']:.4f} [{one['low']:.4f}, {one['high']:.4f}]") for name, one in shares.items()]

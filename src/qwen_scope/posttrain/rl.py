@@ -37,7 +37,7 @@ from .loops import Detector, LoopShare, Sampling, loop_share
 from .prepare import versions
 from .rewards import NEEDS, reward_of
 from .rollouts import FiniteWeights, SteeredRollouts, SteeredTrainer
-from .runs import JsonlLog, adapters, save_model, trained_model, trl_settings, write_json, writing_to
+from .runs import JsonlLog, adapters, check_numbers, save_model, trained_model, trl_settings, write_json, writing_to
 
 RL_METHODS = ("vanilla", "steered", "random")
 Row = dict[str, Any]
@@ -106,9 +106,8 @@ class RLRun:
             raise InputError(f"the method is one of {', '.join(RL_METHODS)}, not {self.method!r}")
         if self.group < 2:
             raise InputError(f"a group has at least two answers to compare, not {self.group}")
-        for name in ("prompts", "micro", "steps", "updates", "lr", "max_new_tokens"):
-            if not getattr(self, name) > 0:
-                raise InputError(f"{name} is more than 0, not {getattr(self, name)}")
+        counts = {"prompts": 1, "micro": 1, "steps": 1, "updates": 1, "max_new_tokens": 1}
+        check_numbers(self, counts | {"warmup": 0, "save_every": 0, "seed": 0}, ("lr", "temperature", "top_p"))
         if self.prompts * self.group % self.micro:
             raise InputError(
                 f"{self.prompts} prompts times {self.group} answers are {self.prompts * self.group}, which forward"

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from peft import LoraConfig, PeftModel
 from safetensors import SafetensorError
 from transformers import TrainerCallback
 
-from qwen_scope.errors import QwenScopeError
+from qwen_scope.errors import InputError, QwenScopeError, check_count
 from qwen_scope.files import append_lines, lock_folder, read_lines, write_text
 from qwen_scope.model import LoadedModel
 
@@ -95,6 +96,25 @@ def remove_empty(folder: Path) -> None:
     for path in (*(folder.iterdir() if folder.is_dir() else ()), folder):
         with suppress(OSError):
             path.rmdir()
+
+
+def check_numbers(run: Any, counts: Mapping[str, int], positive: Sequence[str]) -> None:
+    """Refuse numbers of a run that can't be: booleans, fractions where things are counted, NaN.
+
+    Args:
+        counts: fields that count, each with the least it may be.   positive: fields above zero.
+
+    Raises:
+        InputError: one that is not so.
+    """
+    for name, least in counts.items():
+        check_count(name, getattr(run, name), least)
+    for name in positive:
+        value = getattr(run, name)
+        if isinstance(value, bool) or not 0 < value < math.inf:
+            raise InputError(f"{name} is more than 0, not {value}")
+    if run.lora is not None:
+        check_count("lora", run.lora)
 
 
 def trl_settings(run: Any, loaded: LoadedModel) -> dict[str, Any]:

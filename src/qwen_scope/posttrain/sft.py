@@ -23,7 +23,7 @@ from uuid import uuid4
 from transformers import PrinterCallback, TrainerCallback
 from trl.trainer.sft_config import SFTConfig
 
-from qwen_scope.errors import InputError
+from qwen_scope.errors import InputError, check_number
 from qwen_scope.model import LoadedModel, d_model, load_model
 from qwen_scope.scope import SAEs, model_source, resolve
 
@@ -32,7 +32,7 @@ from .checkpoints import last_checkpoint, run_id
 from .loss import ExtraLoss, FeatureLoss, TokenPenalty, check_scale
 from .monitor import Monitor, read_monitor
 from .prepare import versions
-from .runs import JsonlLog, adapters, save_model, trained_model, trl_settings, write_json, writing_to
+from .runs import JsonlLog, adapters, check_numbers, save_model, trained_model, trl_settings, write_json, writing_to
 from .samples import Sample, dataset_of
 from .table import AlphaTable
 from .trainer import TOO_LONG, FeatureSFTTrainer
@@ -103,9 +103,12 @@ class SFTRun:
         check_scale(self.weight, self.lambda_scale)
         if self.method == "plain" and (self.zero or self.enhance or self.layers):
             raise InputError("zero, enhance and layers belong to the method 'features'")
-        for name in ("lr", "batch", "accumulate", "epochs", "max_length"):
-            if not getattr(self, name) > 0:
-                raise InputError(f"{name} is more than 0, not {getattr(self, name)}")
+        check_numbers(
+            self,
+            {"batch": 1, "accumulate": 1, "max_length": 1, "max_steps": -1, "warmup": 0, "save_every": 0, "seed": 0},
+            ("lr", "epochs"),
+        )
+        check_number("weight_decay", self.weight_decay, 0)
         if self.resume and not self.save_every:
             raise InputError("going on needs checkpoints: set save_every (--save-every) in both runs")
 

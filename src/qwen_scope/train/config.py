@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from qwen_scope.errors import InputError, NotFoundError, nearest
+from qwen_scope.errors import InputError, NotFoundError, check_count, nearest
 from qwen_scope.model import TokenMask
 
 # A window of fewer steps without firing says nothing about a feature.
 DEAD_STEPS = 10
+
+ANY = -(2**63)  # the least of a whole number whose range is checked elsewhere
 
 # Steps of the runs that the published learning rate was found for: half a billion tokens and more, 4,096 a step.
 LONG_RUN = 120_000
@@ -78,6 +80,12 @@ class TrainConfig:
 
         if self.architecture not in ARCHITECTURES:
             raise NotFoundError(f"no architecture {self.architecture!r}; {nearest(self.architecture, ARCHITECTURES)}")
+        for name in ("d_sae", "k", "tokens", "batch", "seed", "warmup", "k_aux", "dead_tokens"):
+            if getattr(self, name) is not None:
+                check_count(name, getattr(self, name), ANY)
+        for name in ("decay", "aux_weight", "lr", "clip", "eps", "l0_weight", "bandwidth", "sink_multiple"):
+            if isinstance(getattr(self, name), bool):
+                raise InputError(f"{name} is a number, not {getattr(self, name)}")
         for name in ("d_sae", "k", "tokens", "batch"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -93,7 +101,7 @@ class TrainConfig:
             raise InputError(f"decay is a share of the run, 0 to 1, got {self.decay}")
         if self.warmup is not None and not 0 <= self.warmup <= self.steps:
             raise InputError(f"a warm-up of {self.warmup} steps does not fit a run of {self.steps}")
-        if self.aux_weight < 0:
+        if not 0 <= self.aux_weight < math.inf:
             raise InputError(f"aux_weight must not be negative, got {self.aux_weight}")
         TokenMask(sink_multiple=self.sink_multiple)
         kind = ARCHITECTURES[self.architecture]
