@@ -46,12 +46,12 @@ def feature_html(page: FeaturePage) -> str:
 
 
 def label_text(label: Label | None) -> str:
-    """A label with its scores, and who wrote it."""
+    """A label with its scores, and who wrote it; of one at chance it says so."""
     if label is None:
         return "No label yet."
     who = f"by {visible(label.source)}" if label.by_model else "typical tokens, no model wrote this"
     scores = f"detection {label.detection}, fuzzing {label.fuzzing}"
-    return f"{visible(label.text)} ({who}; {scores}: balanced accuracy, judged by {visible(label.scorer)})"
+    return f"{visible(label.shown)} ({who}; {scores}: balanced accuracy, judged by {visible(label.scorer)})"
 
 
 def page_facts(page: FeaturePage) -> list[tuple[str, float | int]]:
