@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Float64, Int
 from scipy import stats
 
-from qwen_scope.errors import InputError, MismatchError, check_count
+from qwen_scope.errors import InputError, MismatchError
 from qwen_scope.report import Points
 from qwen_scope.stats import Permuted, benjamini_hochberg, permuted, rate_difference
 
@@ -88,8 +88,6 @@ def drift_of(
     check_together(datasets, at_least=2)
     if len(datasets) != 2:
         raise InputError(f"drift compares two datasets, not {len(datasets)}")
-    check_count("--shuffles", shuffles)
-    check_count("--examples", examples, 0)
     if not 0 < near <= 1 or not 0 < level < 1:
         raise InputError(f"--near lies above 0 and at most at 1, --level between 0 and 1, not at {near} and {level}")
     a, b = datasets
@@ -112,7 +110,6 @@ def drift_of(
             "high": float(high[i]),
             "p": float(tests[fired[i]]),
             "adjusted_p": float(adjusted[i]),
-            "differs": bool(adjusted[i] <= level),
             "examples": example_documents(b if difference[i] > 0 else a, int(fired[i]), examples),
         }
         for i in rank[: max(called, SHOWN)]
@@ -176,40 +173,33 @@ def drift_result(
         (f"of them different (false-discovery rate {level:g})", called),
         (f"items of {b.name} with a near-duplicate in {a.name}", leaked),
     ]
-    tables, notes = [Table("Drift", ("", "value"), summary)], []
-    found = features[: min(called, SHOWN)]
-    if found:
-        rows = [
-            (
-                *(f[name] for name in ("feature", "rate_a", "rate_b", "difference")),
-                f"{f['low']:.3f} to {f['high']:.3f}",
-                f["adjusted_p"],
-                shown(f["examples"]),
-            )
-            for f in found
-        ]
-        columns = ("feature", f"in {a.name}", f"in {b.name}", "difference", "95% interval", "adjusted p", "example")
-        tables.append(Table("Features that differ", columns, rows))
-    else:
-        notes.append(
-            f"no feature differs between {a.name} and {b.name}: none of the {tested:,} tested passes a false-discovery"
-            f" rate of {level:g}"
+    rows = [
+        (
+            *(f[name] for name in ("feature", "rate_a", "rate_b", "difference")),
+            f"{f['low']:.3f} to {f['high']:.3f}",
+            f["adjusted_p"],
+            shown(f["examples"]),
         )
-    drawn = found or features[:SHOWN]
+        for f in features[:SHOWN]
+    ]
+    columns = ("feature", f"in {a.name}", f"in {b.name}", "difference", "95% interval", "adjusted p", "example")
     points = Points(
-        "Firing rates of the features that differ most" if found else "Firing rates; no feature differs",
+        "Firing rates of the features that differ most",
         a.name,
         b.name,
-        [str(f["feature"]) for f in drawn],
-        [f["rate_a"] for f in drawn],
-        [f["rate_b"] for f in drawn],
+        [str(f["feature"]) for f in features[:SHOWN]],
+        [f["rate_a"] for f in features[:SHOWN]],
+        [f["rate_b"] for f in features[:SHOWN]],
     )
+    notes = []
     if pairs:
         notes.append(
             f"{leaked} of {len(b)} items of {b.name} have a near-duplicate in {a.name} (Jaccard {near:g} or more),"
             f" such as {pairs[0]['b']} of {pairs[0]['a']}: if one is a test set, it leaks"
         )
-    return Result(data, tuple(tables), (points,), tuple(notes))
+    return Result(
+        data, (Table("Drift", ("", "value"), summary), Table("Features", columns, rows)), (points,), tuple(notes)
+    )
 
 
 def shown(examples: list[dict[str, Any]], width: int = 60) -> str:

@@ -161,9 +161,9 @@ def show_result(title: str, result: Result, out: Path | None, as_json: bool) -> 
         output.show(table.title, table.columns, table.rows)
     console = output.console()
     for note in result.notes:
-        console.print(f"Note: {note}", markup=False)
+        console.print(f"Note: {note}")
     if out is not None:
-        console.print(f"Written: {out / 'report.html'} and {len(result.figures)} figures as PNG", markup=False)
+        console.print(f"Written: {out / 'report.html'} and {len(result.figures)} figures as PNG")
 
 
 def write_report(title: str, result: Result, out: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Iterator
 from dataclasses import asdict
 from itertools import islice
@@ -123,7 +122,7 @@ def predict(
         lines = predictions(loaded, scope, corpus, lambda n: bar("labelling", corpus.share or 0.0, f"{n:,} documents"))
         if out is None:
             for line in lines:
-                sys.stdout.write(json.dumps(line, ensure_ascii=False) + "\n")
+                output.print_json_line(line)
         else:
             with write_whole(out) as part, part.open("w", encoding="utf-8", newline="") as file:
                 for line in lines:

@@ -51,7 +51,7 @@ def demo(
         'qwen-scope compare "Please wait." "Wait, idiot!" --drop-common',
         "qwen-scope catalog      # the released SAEs; then: qwen-scope plan GROUP",
     ):
-        out.print(f"  {command}", markup=False)
+        out.print(f"  {command}")
 
 
 def show_tokens(seen: TokenFeatures, layer: int) -> None:

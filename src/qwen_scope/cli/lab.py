@@ -39,7 +39,7 @@ def build(
     if as_json:
         output.print_json(metrics)
     else:
-        typer.echo(card(metrics), nl=False)
+        output.write(card(metrics))
 
 
 @app.command()
@@ -61,7 +61,7 @@ def card(
     if as_json:
         output.print_json(metrics)
     else:
-        typer.echo(card(metrics), nl=False)
+        output.write(card(metrics))
 
 
 @app.command()
@@ -133,12 +133,7 @@ def texts(
     out = output.console()
     for document in chosen:
         if as_json:
-            typer.echo(
-                json.dumps(
-                    {**vars(document), "factors": dict(document.factors), "spans": len(document.spans)},
-                    ensure_ascii=False,
-                )
-            )
+            output.print_json_line({**vars(document), "factors": dict(document.factors), "spans": len(document.spans)})
             continue
         title = " / ".join(x for x in (document.kind, document.language, document.register) if x)
         out.print(Text(f"{document.id}  {title}", style="bold"))

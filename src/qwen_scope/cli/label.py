@@ -84,7 +84,8 @@ def label(
     if endpoint is not None and not as_json:
         spent = endpoint.spent
         bad = f", {spent.unusable} answers of no use" if spent.unusable else ""
-        typer.echo(f"{spent.requests} requests, {spent.tokens:,} tokens, {spent.cached} answers from the cache{bad}")
+        cached = f"{spent.cached} answers from the cache{bad}"
+        output.console().print(f"{spent.requests} requests, {spent.tokens:,} tokens, {cached}")
 
 
 def judge_endpoint(
@@ -138,30 +139,17 @@ def keep(store: FeatureStore, layer: int, feature: int, note: str | None, verdic
 
 def print_labelled(found: dict, wanted: int, as_json: bool) -> None:
     """The labels, each with its scores, and why others have none."""
-    from qwen_scope.report import visible
-
     labelled = {place: one for place, one in found.items() if not isinstance(one, str)}
     failed = {place: one for place, one in found.items() if isinstance(one, str)}
     left = wanted - len(found)
     if as_json:
-        rows = [
-            {"layer": place[0], "feature": place[1], "label": one, "at_chance": one.at_chance}
-            for place, one in labelled.items()
-        ]
+        rows = [{"layer": place[0], "feature": place[1], "label": one} for place, one in labelled.items()]
         without = [{"layer": place[0], "feature": place[1], "reason": one} for place, one in failed.items()]
         output.print_json({"labels": rows, "without": without, "left_for_want_of_budget": left})
         return
-    rows = [
-        (place[1], str(one.detection), str(one.fuzzing), one.source, visible(one.shown))
-        for place, one in labelled.items()
-    ]
+    rows = [(place[1], str(one.detection), str(one.fuzzing), one.source, one.text) for place, one in labelled.items()]
     output.show("Labels", ("feature", "detection", "fuzzing", "by", "name"), rows)
-    if chance := sum(one.at_chance for one in labelled.values()):
-        typer.echo(
-            f"{chance} of {len(labelled)} names are at chance: the interval of their detection reaches 0.5, so nothing"
-            " says that they fit"
-        )
     if failed:
         output.show("Without a label", ("feature", "reason"), [(place[1], one) for place, one in failed.items()])
     if left:
-        typer.echo(f"{left} features are left for want of budget; the same command goes on")
+        output.console().print(f"{left} features are left for want of budget; the same command goes on")

@@ -1,16 +1,21 @@
-"""How commands print: tables for people, JSON for machines."""
+"""How commands print: tables for people, JSON for machines. Whatever is printed passes through here.
+
+What comes from outside (names in files, answers of a server, texts, cells) may hold control codes. They are escaped
+here, where a line, a table or a JSON document is printed, and nowhere before; markup is never read.
+"""
 
 from __future__ import annotations
 
 import functools
 import json
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, final
 
 from qwen_scope.errors import InputError, printable
 
@@ -18,15 +23,53 @@ from .lines import lines
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
 
 Report = Callable[[str, float, str], None]
 
+# What JSON lets stand although a terminal may obey it; it occurs inside texts alone, where an escape means the same.
+STEERING = re.compile("[\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
-def console() -> Console:
-    """Standard output, as wide as the terminal and at least readable when piped."""
-    from rich.console import Console
 
-    return Console(highlight=False, soft_wrap=False)
+@final
+class Terminal:
+    """Standard output, as wide as the terminal and at least readable when piped.
+
+    Attributes:
+        is_terminal: whether somebody watches, so that colours are seen.
+    """
+
+    def __init__(self) -> None:
+        from rich.console import Console
+
+        self._console = Console(highlight=False, soft_wrap=False)
+        self.is_terminal = self._console.is_terminal
+
+    def print(self, text: str | Text | Table = "", style: str = "", soft_wrap: bool = False) -> None:
+        """One or more lines, or a table; control codes are escaped but for the ends of lines.
+
+        Args:
+            style: of the whole, such as `bold`.
+            soft_wrap: leave it to the terminal where a line breaks, so that a path or a command can be copied whole.
+        """
+        from rich.table import Table
+
+        from qwen_scope.report import inert
+
+        shown = text if isinstance(text, Table) else inert(text, keep="\n")
+        self._console.print(shown, style=style or None, soft_wrap=soft_wrap)
+
+
+def console() -> Terminal:
+    """Standard output."""
+    return Terminal()
+
+
+def write(text: str) -> None:
+    """A piece of text on standard output as it comes, without an end of line."""
+    sys.stdout.write(printable(text, keep="\n\t"))
+    sys.stdout.flush()
 
 
 @functools.cache
@@ -74,21 +117,29 @@ def hold(out: Path | None, *inputs: str | Path) -> None:
 
 def show(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
     """A heading and a table."""
-    from rich.text import Text
-
     from qwen_scope.report import table
 
     out = console()
-    out.print(Text(title, style="bold"))
+    out.print(printable(title), style="bold")
     out.print(table(columns, rows))
     out.print()
 
 
 def print_json(data: Any) -> None:
-    """One JSON document on standard output; letters that its encoding lacks are escaped as JSON has it."""
+    """One JSON document on standard output."""
+    sys.stdout.write(json_text(data, indent=2) + "\n")
+
+
+def print_json_line(data: Any) -> None:
+    """One JSON document in one line."""
+    sys.stdout.write(json_text(data) + "\n")
+
+
+def json_text(data: Any, indent: int | None = None) -> str:
+    """JSON that reads back as the same data, with escapes for what would steer a terminal or its encoding lacks."""
     utf = (sys.stdout.encoding or "utf-8").lower().startswith("utf")
-    json.dump(data, sys.stdout, ensure_ascii=not utf, indent=2, default=plain)
-    sys.stdout.write("\n")
+    text = json.dumps(data, ensure_ascii=not utf, indent=indent, default=plain)
+    return STEERING.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
 
 
 def plain(value: Any) -> Any:
@@ -101,7 +152,9 @@ def plain(value: Any) -> Any:
 @contextmanager
 def status(message: str) -> Iterator[None]:
     """A spinner on standard error while something slow runs; where that is no terminal, a line now and then."""
-    with errors().status(message) if errors().is_terminal else lines(message):
+    from rich.text import Text
+
+    with errors().status(Text(printable(message))) if errors().is_terminal else lines(message):
         yield
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from qwen_scope.errors import InputError, NotFoundError
+from qwen_scope.errors import InputError, NotFoundError, printable
 
 from . import options, output
 from .store import the_layer
@@ -95,22 +95,18 @@ def listed_group(store: FeatureStore) -> str | None:
 
 def print_page(page: FeaturePage) -> None:
     """The page in the terminal."""
-    from rich.text import Text
-
     from qwen_scope.features import label_text, page_facts
     from qwen_scope.report import visible
 
     out = output.console()
-    out.print(Text(f"Layer {page.layer}, feature {page.feature}", style="bold"))
-    out.print(Text(f"{visible(page.group)}, {visible(page.model)}", style="dim"))
-    out.print(Text(label_text(page.label)))
+    out.print(f"Layer {page.layer}, feature {page.feature}", style="bold")
+    out.print(printable(f"{page.group}, {page.model}"), style="dim")
+    out.print(label_text(page.label))
     if page.verdict is not None:
-        out.print(Text(f"Verdict: {visible(str(page.verdict.get('outcome')))}"))
+        out.print(printable(f"Verdict: {page.verdict.get('outcome')}"))
     for note in page.notes:
         if note.kind == "note":
-            out.print(
-                Text(f"Note: {visible(note.body['text'])} ({visible(note.author) or 'no name'}, {note.made[:10]})")
-            )
+            out.print(printable(f"Note: {note.body['text']} ({note.author or 'no name'}, {note.made[:10]})"))
     out.print()
     if page.summary is not None:
         output.show("How often and how strongly", ("", ""), page_facts(page))

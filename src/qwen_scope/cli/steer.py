@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -137,9 +136,8 @@ def stream_text(
     for _, piece in stream(
         lambda on_text: generate(scope.model, scope.tokenizer, [prompt], interventions, on_text=on_text, **tools)
     ):
-        sys.stdout.write(piece)
-        sys.stdout.flush()
-    sys.stdout.write("\n")
+        output.write(piece)
+    output.write("\n")
 
 
 def one_intervention(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from qwen_scope.errors import InputError
+from qwen_scope.errors import InputError, foreign
 
 from . import options, output
 from .extract import show_store
@@ -28,7 +28,7 @@ def store(
     how: Annotated[str, typer.Option("--how", help="Contexts: top, random or quantiles.")] = "top",
     seed: Annotated[int, typer.Option("--seed", help="Of random and quantiles.")] = 0,
     query: Annotated[
-        str | None, typer.Option("--sql", help="A query for DuckDB; tables in docs/store-format.md.")
+        str | None, typer.Option("--sql", help="One SELECT for DuckDB; tables in docs/store-format.md.")
     ] = None,
     verify: Annotated[bool, typer.Option("--verify", help="Compare every part with its checksum.")] = False,
     as_json: options.Json = False,
@@ -40,7 +40,7 @@ def store(
         if verify:
             opened.verify()
         if query is not None:
-            show_rows("", opened.sql(query), as_json)
+            show_rows("", opened.answer(query), as_json)
         elif feature is not None:
             show_feature(opened, the_layer(opened, layer), feature, n, how, seed, as_json)
         elif layer is not None:
@@ -62,11 +62,13 @@ def the_layer(opened: FeatureStore, layer: int | None) -> int:
 
 def show_rows(title: str, table: Any, as_json: bool) -> None:
     """An arrow table as JSON or as a table."""
+    with foreign("the answer can't be shown", InputError, "cast the column to a text"):
+        columns = [column.to_pylist() for column in table.columns]
     if as_json:
-        output.print_json(table.to_pylist())
+        output.print_json([dict(zip(table.column_names, row, strict=True)) for row in zip(*columns, strict=True)])
         return
     rows = [
-        [v if isinstance(v, str | int | float | None) else str(v) for v in row.values()] for row in table.to_pylist()
+        [v if isinstance(v, str | int | float | None) else str(v) for v in row] for row in zip(*columns, strict=True)
     ]
     output.show(title, table.column_names, rows)
 

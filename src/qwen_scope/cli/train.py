@@ -108,7 +108,7 @@ def carry_out(run: TrainRun, model: str, as_json: bool) -> None:
     show_quality(f"Trained {len(result.saes)} SAEs", quality)
     out = output.console()
     out.print(f"Written to {result.folder}. Look at them:", soft_wrap=True)
-    out.print(f"  qwen-scope features TEXT --model {model} --sae {result.folder}", soft_wrap=True, markup=False)
+    out.print(f"  qwen-scope features TEXT --model {model} --sae {result.folder}", soft_wrap=True)
 
 
 def status_line(step: StepReport) -> str:

@@ -9,18 +9,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, final
 
-import duckdb
 import numpy as np
 import pyarrow as pa
 from jaxtyping import Float32, Float64, Int64
 
-from qwen_scope.errors import FormatError, InputError, MismatchError, NotFoundError, nearest
+from qwen_scope.errors import FormatError, MismatchError, NotFoundError, nearest
 from qwen_scope.sae import SAE, Identity
 
 from . import contexts, firing
 from .contexts import Context, FeatureSummary, Histogram
 from .layout import MANIFEST, TABLES, LayerInfo, Manifest
 from .parts import TableRows, check_parts
+from .queries import connect, read_bounded, refusals, select
 from .request import source_of
 
 MEMORY = "1500MB"
@@ -141,39 +141,36 @@ class FeatureStore:
 
     @property
     def connection(self) -> Any:
-        """DuckDB with one view per table of the store; nothing is copied into it."""
+        """DuckDB with one view per table of the store, confined to its folder; nothing is copied into it."""
         if self._connection is None:
-            config: dict[str, Any] = {"memory_limit": self._memory, "autoinstall_known_extensions": False}
-            self._connection = duckdb.connect(config={**config, "parquet_metadata_cache": True})
-            for name, table in self.tables.items():
-                if table.files:
-                    self._connection.read_parquet([str(path) for path in table.files]).to_view(name)
-                else:
-                    self._connection.from_arrow(TABLES[name].empty_table()).to_view(name)
+            self._connection = connect(self.folder, self.tables, self._memory)
         return self._connection
 
     def sql(self, query: str, params: Mapping[str, Any] | Sequence[Any] | None = None) -> pa.Table:
-        """The answer of DuckDB to a query over the tables of the store, which `docs/store-format.md` describes.
+        """The answer of DuckDB to one SELECT over the tables of the store, which `docs/store-format.md` describes.
 
         Args:
             params: values for `$name` (a mapping) or `?` (a sequence) in the query.
 
         Raises:
-            InputError: DuckDB refuses the query.
+            InputError: the query is something else, or DuckDB refuses it.
         """
-        return self.stream(query, params).read_all()
+        with refusals():
+            return self.stream(query, params).read_all()
+
+    def answer(self, query: str) -> pa.Table:
+        """As `sql`, for a query of somebody else: with an end after ten minutes or 100 MB.
+
+        Raises:
+            InputError: as `sql`, or it takes or gives more.
+        """
+        return read_bounded(self.connection, query)
 
     def stream(
         self, query: str, params: Mapping[str, Any] | Sequence[Any] | None = None, batch: int = 2**16
     ) -> pa.RecordBatchReader:
         """As `sql`, `batch` rows at a time: for answers larger than memory."""
-        try:
-            relation = self.connection.sql(query, params=None if params is None else _plain(params))
-            if relation is None:
-                raise InputError(f"the query gives no rows: {query!r:.200}")
-            return relation.to_arrow_reader(batch)
-        except duckdb.Error as error:
-            raise InputError(f"DuckDB refuses the query: {' '.join(str(error).split())[:300]}") from error
+        return select(self.connection, query, params, batch)
 
     def firing(
         self,
@@ -290,7 +287,7 @@ class FeatureStore:
     def check_feature(self, layer: int, feature: int) -> None:
         """Raise NotFoundError unless the layer has such a feature."""
         width = self.layer(layer).d_sae
-        if isinstance(feature, bool) or not 0 <= feature < width:
+        if not 0 <= feature < width:
             raise NotFoundError(f"layer {layer} has features 0 to {width - 1}, not {feature}")
 
     def check_document(self, document: int) -> None:
@@ -386,7 +383,3 @@ def _absent(folder: Path) -> str:
 
 def _plain_text(value: Any) -> str | None:
     return value if isinstance(value, str) or value is None else json.dumps(value, ensure_ascii=False)
-
-
-def _plain(params: Mapping[str, Any] | Sequence[Any]) -> dict[str, Any] | list[Any]:
-    return dict(params) if isinstance(params, Mapping) else list(params)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from qwen_scope.corpus import Context
+from qwen_scope.errors import printable
 from qwen_scope.report import Markup, element, html_bars, html_page, html_table, html_tokens, join, visible
 
 from .effects import TokenEffect
@@ -16,15 +17,15 @@ def feature_html(page: FeaturePage) -> str:
     title = f"Layer {page.layer}, feature {page.feature}"
     parts = [
         element("h1", title),
-        element("p", f"{visible(page.group)}, {visible(page.model)}", class_="place"),
+        element("p", f"{printable(page.group)}, {printable(page.model)}", class_="place"),
         element("p", label_text(page.label)),
     ]
     if page.verdict is not None:
-        parts.append(element("p", f"Verdict: {visible(str(page.verdict.get('outcome')))}"))
-        parts += [element("p", visible(str(reason)), class_="place") for reason in page.verdict.get("reasons", ())]
+        parts.append(element("p", f"Verdict: {printable(str(page.verdict.get('outcome')))}"))
+        parts += [element("p", printable(str(reason)), class_="place") for reason in page.verdict.get("reasons", ())]
     notes = [note for note in page.notes if note.kind == "note"]
     parts += [
-        element("p", f"{visible(n.body['text'])} ({visible(n.author) or 'no name'}, {n.made[:10]})") for n in notes
+        element("p", f"{printable(n.body['text'])} ({printable(n.author) or 'no name'}, {n.made[:10]})") for n in notes
     ]
     if page.summary is not None:
         parts += [element("h2", "How often and how strongly"), html_table(("", ""), page_facts(page))]
@@ -46,12 +47,12 @@ def feature_html(page: FeaturePage) -> str:
 
 
 def label_text(label: Label | None) -> str:
-    """A label with its scores, and who wrote it; of one at chance it says so."""
+    """A label with its scores, and who wrote it."""
     if label is None:
         return "No label yet."
-    who = f"by {visible(label.source)}" if label.by_model else "typical tokens, no model wrote this"
+    who = f"by {printable(label.source)}" if label.by_model else "typical tokens, no model wrote this"
     scores = f"detection {label.detection}, fuzzing {label.fuzzing}"
-    return f"{visible(label.shown)} ({who}; {scores}: balanced accuracy, judged by {visible(label.scorer)})"
+    return f"{printable(label.text)} ({who}; {scores}: balanced accuracy, judged by {printable(label.scorer)})"
 
 
 def page_facts(page: FeaturePage) -> list[tuple[str, float | int]]:

@@ -17,6 +17,7 @@ from .page import html_table as html_table
 from .page import html_tokens as html_tokens
 from .table import size as size
 from .table import table as table
+from .tokens import inert as inert
 from .tokens import legend as legend
 from .tokens import shaded as shaded
 from .tokens import visible as visible

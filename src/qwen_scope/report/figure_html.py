@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from qwen_scope.errors import printable
+
 from .figures import Curves, Figure, Heatmap, Line, Points
 from .markup import Markup, element
 from .table import cell_text
@@ -35,7 +37,8 @@ def figure_page(
     for figure in figures:
         body += [element("h2", figure.title), draw(figure)]
     head = element("head", element("meta", charset="utf-8"), element("title", title), element("style", Markup(STYLE)))
-    return f"<!doctype html>\n{element('html', head, element('body', *body), lang='en')}\n"
+    page = f"<!doctype html>\n{element('html', head, element('body', *body), lang='en')}\n"
+    return printable(page, keep="\n\t")
 
 
 def draw(figure: Figure) -> Markup:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from qwen_scope.errors import printable
+
 from .markup import Child, Markup, element, join
 from .tokens import SHADES, level, visible
 
@@ -22,7 +24,7 @@ POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 
 
 def html_page(title: str, *body: Child) -> str:
-    """A whole document; the policy in its head forbids scripts, images and any request."""
+    """A whole document; the policy in its head forbids scripts, images and any request. Control codes are escaped."""
     head = element(
         "head",
         element("meta", charset="utf-8"),
@@ -31,7 +33,7 @@ def html_page(title: str, *body: Child) -> str:
         element("title", visible(title)),
         element("style", Markup(STYLE)),
     )
-    return "<!doctype html>\n" + element("html", head, element("body", *body), lang="en") + "\n"
+    return printable("<!doctype html>\n" + element("html", head, element("body", *body), lang="en") + "\n", keep="\n\t")
 
 
 def html_tokens(tokens: Sequence[str], values: Sequence[float], maximum: float, place: str = "") -> Markup:

@@ -7,11 +7,14 @@ from collections.abc import Iterable, Sequence
 from rich.table import Table
 from rich.text import Text
 
+from .tokens import inert
+
 Cell = str | int | float | None | Text
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[Cell]]) -> Table:
-    """A table with numbers to the right and text to the left; text is shown as it is, never read as markup.
+    """A table with numbers to the right and text to the left; text is never read as markup, its control codes and ends
+    of lines are escaped.
 
     The last column folds where the terminal is too narrow; the others stay whole, so that a name can be copied.
     """
@@ -19,7 +22,8 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[Cell]]) -> Table:
     out = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="bold dim")
     for i, name in enumerate(columns):
         numeric = all(row[i] is None or isinstance(row[i], int | float) for row in rows)
-        out.add_column(name, justify="right" if numeric else "left", overflow="fold", no_wrap=i < len(columns) - 1)
+        side = "right" if numeric else "left"
+        out.add_column(inert(name), justify=side, overflow="fold", no_wrap=i < len(columns) - 1)
     for row in rows:
         out.add_row(*(cell_text(cell) for cell in row))
     return out
@@ -28,12 +32,12 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[Cell]]) -> Table:
 def cell_text(cell: Cell) -> Text:
     """One cell: floats to four significant digits, None as nothing."""
     if isinstance(cell, Text):
-        return cell
+        return inert(cell)
     if cell is None:
         return Text("")
     if isinstance(cell, float):
         return Text(f"{cell:.4g}")
-    return Text(str(cell))
+    return inert(str(cell))
 
 
 def size(n_bytes: float) -> str:

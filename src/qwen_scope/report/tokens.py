@@ -7,30 +7,61 @@ from collections.abc import Sequence
 
 from rich.text import Text
 
+from qwen_scope.errors import printable
+
 # Light to dark orange, readable with black or white on top; lightness carries it, so colour-blind eyes see it too.
 SHADES = ("#fff1e0", "#ffd9ad", "#ffb870", "#f08a2c", "#b85a00")
 
 LONGEST = 200
 
+HIDDEN = {"Cc", "Cf", "Cs", "Co", "Zl", "Zp"}
+JOINERS = "\u200c\u200d"
+
+
+def inert(text: str | Text, keep: str = "") -> Text:
+    """Text for the terminal, unchanged but for escaped control codes; of styled text the styles stay where they are.
+
+    Args:
+        keep: characters that are let through, such as a newline.
+    """
+    if isinstance(text, str):
+        return Text(printable(text, keep))
+    if printable(text.plain, keep) == text.plain:
+        return text
+    out = Text(style=text.style, justify=text.justify, overflow=text.overflow, no_wrap=text.no_wrap, end=text.end)
+    starts = [0]
+    for char in text.plain:
+        starts.append(starts[-1] + len(printable(char, keep)))
+    out.append(printable(text.plain, keep))
+    for span in text.spans:
+        out.stylize(span.style, starts[span.start], starts[span.end])
+    return out
+
 
 def visible(token: str) -> str:
     """A token as a reader should see it: new lines and tabs as signs; control and direction characters escaped.
 
-    Of a token longer than any real one only the beginning is shown.
+    Of a token longer than any real one only the beginning is shown. A joiner between two letters beyond ASCII does its
+    work in emoji and in the scripts of Persian or Hindi; anywhere else it is escaped like the others.
     """
     out = []
-    for char in token[:LONGEST]:
+    for i, char in enumerate(token[:LONGEST]):
         if char == "\n":
             out.append("⏎")
         elif char == "\t":
             out.append("⇥")
-        elif char == " " or unicodedata.category(char) not in {"Cc", "Cf", "Cs", "Co", "Zl", "Zp"}:
+        elif char == " " or unicodedata.category(char) not in HIDDEN or _joins(token, i):
             out.append(char)
         else:
             out.append(f"\\u{ord(char):04x}")
     if len(token) > LONGEST:
         out.append(f"… ({len(token) - LONGEST:,} more)")
     return "".join(out)
+
+
+def _joins(token: str, i: int) -> bool:
+    near = token[i - 1 : i], token[i + 1 : i + 2]
+    return token[i] in JOINERS and all(c > "\x7f" and unicodedata.category(c) not in HIDDEN for c in near)
 
 
 def level(value: float, top: float) -> int | None:
