@@ -274,6 +274,19 @@ def test_a_terminal_of_another_encoding_shows_any_text(encoding: str, store: Pat
             assert json.loads(out)[0]["a"] == FINE
 
 
+@pytest.mark.parametrize(
+    "module",
+    ["..", ".", "", "../{}", "a/{}", "/tmp/{}", "a\\{}", "{}\x00", "{0}", "{x}", "{:>99999999999}", "{", "é\n{}", EVIL],
+)
+def test_a_module_s_name_stays_in_the_output(module: str, store: Path, tmp_path: Path, capsys) -> None:
+    out = tmp_path / "deep" / "latents"
+    assert main(["export", str(store), "--to", "delphi", "-o", str(out), "--module", module, "--context", "8"]) == 2
+    err = capsys.readouterr().err
+    assert "one name" in err
+    assert not steers(err)
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
 # --- the door --------------------------------------------------------------------------------------------------------
 
 DOOR = {"output.py", "entry.py", "lines.py"}

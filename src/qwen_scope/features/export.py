@@ -6,6 +6,7 @@ import gzip
 import hashlib
 import json
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -309,8 +310,9 @@ def export_delphi(
     tokens = read[: rows * context].reshape(rows, context).astype(np.int64)
     first_token = store.sql("SELECT first_token FROM documents ORDER BY document")["first_token"].to_numpy()
     chosen = list(store.layers if layers is None else layers)
-    names = [module.format(layer) for layer in chosen]
-    if len(set(names)) < len(names) or any(Path(name).name != name for name in names):
+    # Each name becomes a folder: it stays inside the output, and on any system. Only `{}` stands for something.
+    names = [module.replace("{}", str(layer)) for layer in chosen]
+    if len(set(names)) < len(names) or any(not re.fullmatch(r"(?!\.+$)[\w.-]{1,200}", name) for name in names):
         raise InputError(
             f"the module of a layer is one name with {{}} for its number, such as layers.{{}}, not {module!r}"
         )
