@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import re
 import threading
@@ -17,6 +18,7 @@ from lab_store import LAYER
 
 from qwen_scope import FeatureStore
 from qwen_scope.cli import main
+from qwen_scope.cli.label import print_labelled
 from qwen_scope.errors import FormatError, InputError, MismatchError, NotFoundError
 from qwen_scope.features import (
     BudgetSpent,
@@ -29,6 +31,8 @@ from qwen_scope.features import (
     TokenJudge,
     excerpt,
     label_features,
+    label_text,
+    make_label,
     material,
     scored_label,
 )
@@ -380,3 +384,57 @@ def test_the_command_labels_notes_and_moves_them(store: FeatureStore, tmp_path: 
     ):
         assert main([*base, *words]) == 2
         assert said in capsys.readouterr().err
+
+
+def label_of(low: float, text: str = '".", ","', source: str = "summary", high: float = 0.61) -> Label:
+    detection = Interval((low + high) / 2, low, high, 20)
+    return Label(text, detection, Interval(0.9, 0.8, 0.95, 20), source, "tokens")
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "chance"),
+    [(0.35, 0.61, True), (0.5, 0.9, True), (0.501, 0.9, False), (0.1, 0.3, True), (0.9, 1.0, False), (0.0, 1.0, True)],
+)
+def test_a_name_at_chance_says_so_wherever_it_is_shown(low: float, high: float, chance: bool) -> None:
+    label = label_of(low, high=high)
+    assert label.at_chance is chance
+    assert label.shown == ("[at chance] " if chance else "") + '".", ","'
+    assert ("[at chance]" in label_text(label)) is chance
+
+
+def test_a_name_at_chance_is_shown_as_such_everywhere(store: FeatureStore, tmp_path: Path, capsys, monkeypatch) -> None:
+    """In the terminal, as JSON, as HTML, in a search, in the table of statistics; the notes keep the score."""
+    feature = busy(store)[0]
+    fingerprint = store.layer(LAYER).fingerprint
+    Notes(store).add(make_label(LAYER, feature, fingerprint, label_of(0.35)))
+    folder, place = str(store.folder), ["--layer", str(LAYER), "-f", str(feature)]
+    assert main(["show", folder, *place, "--no-model", "-n", "1"]) == 0
+    assert "[at chance]" in capsys.readouterr().out
+    page = tmp_path / "page.html"
+    assert main(["show", folder, *place, "--no-model", "-n", "1", "--json", "--html", str(page)]) == 0
+    shown = json.loads(capsys.readouterr().out)["label"]
+    assert (shown["at_chance"], shown["text"]) == (True, '".", ","')
+    assert "[at chance]" in page.read_text(encoding="utf-8")
+    assert main(["export", folder, "--to", "statistics", "-o", str(tmp_path / "s.csv")]) == 0
+    capsys.readouterr()
+    header, *rows = list(csv.reader((tmp_path / "s.csv").read_text(encoding="utf-8").splitlines()))
+    named = [dict(zip(header, row, strict=True)) for row in rows if row[header.index("label")]]
+    assert [(one["label_at_chance"], one["label_detection"]) for one in named] == [("true", "0.48")]
+    again = label_of(0.7, "greetings", "model", 0.9)
+    assert Notes(store).label(LAYER, feature).text == '".", ","'
+    Notes(store).add(make_label(LAYER, feature, fingerprint, again))
+    assert Notes(store).label(LAYER, feature) == again, "a name above chance is shown rather than one at chance"
+    Notes(store).add(make_label(LAYER, feature, fingerprint, label_of(0.4, "weather", "model", 0.99)))
+    assert Notes(store).label(LAYER, feature) == again
+    assert main(["find", folder, "--label", "weather"]) == 0
+    assert "[at chance] weather" in " ".join(capsys.readouterr().out.split())
+
+
+def test_the_label_command_counts_those_at_chance(capsys) -> None:
+    found = {(5, 1): label_of(0.35), (5, 2): label_of(0.7, "greetings"), (5, 3): "too few contexts"}
+    print_labelled(found, 3, False)
+    out = capsys.readouterr().out
+    assert "[at chance]" in out
+    assert "1 of 2 names are at chance" in out
+    print_labelled(found, 3, True)
+    assert [one["at_chance"] for one in json.loads(capsys.readouterr().out)["labels"]] == [True, False]

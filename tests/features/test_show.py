@@ -22,6 +22,7 @@ from qwen_scope.cli import main
 from qwen_scope.corpus import Corpus, ExtractOptions, extract
 from qwen_scope.errors import InputError, MismatchError, NotFoundError
 from qwen_scope.features import (
+    Creator,
     TokenJudge,
     cofiring,
     elsewhere,
@@ -249,8 +250,9 @@ def test_neuronpedia_gets_what_it_takes(tmp_path: Path) -> None:
         chosen = [half, *silent, *[f for f in range(140) if store.feature(LAYER, f).tokens]]
         chosen = list(dict.fromkeys(chosen))
         wanted = [f for f in chosen if f not in silent]
+        by = Creator("user1", "us", "Qwen", layers=6, neurons=256)
         n = export_neuronpedia(
-            store, LAYER, tmp_path / "np", model_id="lab", set_name="ours", features=chosen, contexts=5
+            store, LAYER, tmp_path / "np", model_id="lab", set_name="ours", creator=by, features=chosen, contexts=5
         )
         assert n == len(wanted)
         bodies = [json.loads(path.read_text()) for path in sorted((tmp_path / "np" / "upload").iterdir())]
@@ -264,7 +266,10 @@ def test_neuronpedia_gets_what_it_takes(tmp_path: Path) -> None:
                 assert one["quantileMin"] <= max(one["values"])
         first = next(row for row in rows if row["index"] == half)
         assert first["density"] == pytest.approx(store.feature(LAYER, half).frequency)
-        assert "detection" in first["explanations"][0]["methodName"]
+        assert first["explanations"][0]["methodName"] == "oai_token-act-pair"
+        (scored,) = [json.loads(line) for line in (tmp_path / "np" / "labels.jsonl").read_text().splitlines()]
+        assert scored["index"] == str(half)
+        assert 0 <= scored["detection"]["estimate"] <= 1
         bulk = [
             json.loads(line)
             for path in sorted((tmp_path / "np" / "features").iterdir())
@@ -300,6 +305,10 @@ def test_delphi_gets_its_layout(store: FeatureStore, tmp_path: Path) -> None:
     np.testing.assert_array_equal(dense, expected[: rows * 32])
     assert total == n
     assert json.loads((where / "config.json").read_text())["cache_ctx_len"] == 32
+    assert json.loads((where / "config.json").read_text())["model_name"] == store.manifest.model
+    export_delphi(store, tmp_path / "named", layers=[LAYER], context=32, splits=1, model_name="Qwen/Qwen3-1.7B")
+    named = json.loads((tmp_path / "named" / f"layers.{LAYER}" / "config.json").read_text())
+    assert named["model_name"] == "Qwen/Qwen3-1.7B"
     with pytest.raises(InputError, match="no row"):
         export_delphi(store, tmp_path / "other", context=10**7)
 
@@ -307,7 +316,8 @@ def test_delphi_gets_its_layout(store: FeatureStore, tmp_path: Path) -> None:
 def test_the_export_command(folder: Path, tmp_path: Path, capsys) -> None:
     base = ["export", str(folder), "--to"]
     assert main([*base, "statistics", "-o", str(tmp_path / "s.csv")]) == 0
-    assert main([*base, "delphi", "-o", str(tmp_path / "d"), "--context", "64", "--json"]) == 0
+    assert main([*base, "delphi", "-o", str(tmp_path / "d"), "--context", "64", "--model-name", "org/m", "--json"]) == 0
+    assert '"model_name": "org/m"' in next((tmp_path / "d").glob("*/config.json")).read_text()
     named = ["--model-id", "lab", "--layers", str(LAYER), "--features", "0-5"]
     assert main([*base, "neuronpedia", "-o", str(tmp_path / "n"), *named]) == 0
     capsys.readouterr()

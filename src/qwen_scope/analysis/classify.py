@@ -130,6 +130,7 @@ def noise_test(seeds: Labelled, shuffles: int = 200, seed: int = 0) -> Permuted:
     The best of many features looks good by chance; under shuffled labels there is nothing but chance. A p-value above
     `NOISE` says that the labels may be noise.
     """
+    check_count("shuffles", shuffles)
     labels = seeds.labels
     rng = np.random.default_rng(seed)
     mixed = np.stack([rng.permutation(labels) for _ in range(shuffles)], 1)
@@ -163,6 +164,7 @@ def data_efficiency(
         InputError: a size larger than a class.
     """
     positive, negative = np.flatnonzero(seeds.labels), np.flatnonzero(~seeds.labels)
+    check_count("repeats", repeats)
     check_count("a number of seeds per class", max(sizes), 1, min(len(positive), len(negative)))
     check_count("a number of seeds per class", min(sizes), 1, max(sizes))
     rng, out = np.random.default_rng(seed), np.empty((len(sizes), repeats))
@@ -183,6 +185,7 @@ def transfer(
 
 def shared_features(seeds: Mapping[str, Labelled], layer: int, k: int = 10) -> Float64[np.ndarray, "n n"]:
     """Jaccard similarity of the top `k` features of each pair of languages at a layer."""
+    check_count("k", k)
     tops = [set(np.argsort(-deltas(some.layers[layer], some.labels), kind="stable")[:k]) for some in seeds.values()]
     return np.array([[len(a & b) / len(a | b) for b in tops] for a in tops])
 

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Float64, Int
 from scipy import stats
 
-from qwen_scope.errors import InputError, MismatchError
+from qwen_scope.errors import InputError, MismatchError, check_count
 from qwen_scope.report import Points
 from qwen_scope.stats import Permuted, benjamini_hochberg, permuted, rate_difference
 
@@ -88,6 +88,8 @@ def drift_of(
     check_together(datasets, at_least=2)
     if len(datasets) != 2:
         raise InputError(f"drift compares two datasets, not {len(datasets)}")
+    check_count("--shuffles", shuffles)
+    check_count("--examples", examples, 0)
     if not 0 < near <= 1 or not 0 < level < 1:
         raise InputError(f"--near lies above 0 and at most at 1, --level between 0 and 1, not at {near} and {level}")
     a, b = datasets
@@ -110,6 +112,7 @@ def drift_of(
             "high": float(high[i]),
             "p": float(tests[fired[i]]),
             "adjusted_p": float(adjusted[i]),
+            "differs": bool(adjusted[i] <= level),
             "examples": example_documents(b if difference[i] > 0 else a, int(fired[i]), examples),
         }
         for i in rank[: max(called, SHOWN)]
@@ -173,33 +176,41 @@ def drift_result(
         (f"of them different (false-discovery rate {level:g})", called),
         (f"items of {b.name} with a near-duplicate in {a.name}", leaked),
     ]
-    rows = [
-        (
-            *(f[name] for name in ("feature", "rate_a", "rate_b", "difference")),
-            f"{f['low']:.3f} to {f['high']:.3f}",
-            f["adjusted_p"],
-            shown(f["examples"]),
+    tables, figures, notes = [Table("Drift", ("", "value"), summary)], [], []
+    found = features[: min(called, SHOWN)]
+    if found:
+        rows = [
+            (
+                *(f[name] for name in ("feature", "rate_a", "rate_b", "difference")),
+                f"{f['low']:.3f} to {f['high']:.3f}",
+                f["adjusted_p"],
+                shown(f["examples"]),
+            )
+            for f in found
+        ]
+        columns = ("feature", f"in {a.name}", f"in {b.name}", "difference", "95% interval", "adjusted p", "example")
+        tables.append(Table("Features that differ", columns, rows))
+        figures.append(
+            Points(
+                "Firing rates of the features that differ most",
+                a.name,
+                b.name,
+                [str(f["feature"]) for f in found],
+                [f["rate_a"] for f in found],
+                [f["rate_b"] for f in found],
+            )
         )
-        for f in features[:SHOWN]
-    ]
-    columns = ("feature", f"in {a.name}", f"in {b.name}", "difference", "95% interval", "adjusted p", "example")
-    points = Points(
-        "Firing rates of the features that differ most",
-        a.name,
-        b.name,
-        [str(f["feature"]) for f in features[:SHOWN]],
-        [f["rate_a"] for f in features[:SHOWN]],
-        [f["rate_b"] for f in features[:SHOWN]],
-    )
-    notes = []
+    else:
+        notes.append(
+            f"no feature differs between {a.name} and {b.name}: none of the {tested:,} tested passes a false-discovery"
+            f" rate of {level:g}"
+        )
     if pairs:
         notes.append(
             f"{leaked} of {len(b)} items of {b.name} have a near-duplicate in {a.name} (Jaccard {near:g} or more),"
             f" such as {pairs[0]['b']} of {pairs[0]['a']}: if one is a test set, it leaks"
         )
-    return Result(
-        data, (Table("Drift", ("", "value"), summary), Table("Features", columns, rows)), (points,), tuple(notes)
-    )
+    return Result(data, tuple(tables), tuple(figures), tuple(notes))
 
 
 def shown(examples: list[dict[str, Any]], width: int = 60) -> str:

@@ -20,6 +20,7 @@ from .dataset import Dataset, check_together
 from .result import Result, Table
 
 FEWEST = 4  # datasets, for a correlation over their pairs
+LEVEL = 0.05  # a smaller p-value is taken for a correlation
 
 
 def overlaps(datasets: Sequence[Dataset]) -> tuple[Float64[np.ndarray, "n n"], Float64[np.ndarray, "n n"]]:
@@ -132,6 +133,8 @@ def overlap_of(
         data["performance"] = performance
         tables.append(table)
         figures.append(figure)
+        if min(one["p"] for one in performance.values()) > LEVEL:
+            notes.append(f"overlap and scores are not shown to go together: no correlation has p at most {LEVEL:g}")
     return Result(data, tuple(tables), tuple(figures), tuple(notes))
 
 

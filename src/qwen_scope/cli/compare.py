@@ -40,9 +40,14 @@ def compare(
     if as_json:
         output.print_json({"a": a, "b": b, "layers": found})
         return
+    told = {layer: [c for c in features if c.difference] for layer, features in found.items()}
+    if not any(told.values()):
+        layers_said = ", ".join(map(str, found))
+        output.console().print(f"No feature of layers {layers_said} is more active on one of the two texts.")
+        return
     rows = [
         (layer if i == 0 else None, c.feature, f"{c.rate_a:.0%}", f"{c.rate_b:.0%}", f"{c.difference:+.0%}")
-        for layer, features in found.items()
+        for layer, features in told.items()
         for i, c in enumerate(features)
     ]
     columns = ("layer", "feature", "in the first", "in the second", "difference")

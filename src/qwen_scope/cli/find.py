@@ -144,14 +144,21 @@ def print_findings(found: Findings, as_json: bool) -> None:
             str(one.auroc),
             str(one.difference),
             one.q,
-            "" if one.significant else "not significant",
         )
         for one in found.found
+        if one.significant
     ]
     title = f"{found.positives} documents against {found.negatives}, ranked by {found.by}; measured on the other half"
-    output.show(title, ("layer", "feature", "is above", "F1", "AUROC", "difference", "q", ""), rows)
     said = f"{found.significant} features pass a false discovery rate of {found.level:g} among {found.tests:,} tests."
-    output.console().print(Text(said if found.significant else f"Nothing is significant: {said}"))
+    if rows:
+        output.show(title, ("layer", "feature", "is above", "F1", "AUROC", "difference", "q"), rows)
+    if rows and len(rows) < len(found.found):
+        said += f" Of the first {len(found.found)}, {len(found.found) - len(rows)} do not and are left out."
+    elif not rows and found.significant:
+        said = f"None of the first {len(found.found)} is significant; {said}"
+    elif not rows:
+        said = f"Nothing is significant: {said}"
+    output.console().print(Text(said))
 
 
 def print_groups(store: FeatureStore, column: str, layers: list[int] | None, n: int, seed: int, as_json: bool) -> None:
@@ -170,9 +177,13 @@ def print_groups(store: FeatureStore, column: str, layers: list[int] | None, n: 
     if as_json:
         output.print_json(found)
         return
-    rows = [(one.language, one.layer, one.feature, str(one.score), one.mean, max(one.others.values())) for one in found]
+    told = [one for one in found if one.score.low > 0]
+    rows = [(one.language, one.layer, one.feature, str(one.score), one.mean, max(one.others.values())) for one in told]
     columns = (column, "layer", "feature", "score", "mean here", "highest mean elsewhere")
-    output.show("Mean activation less the mean over the others", columns, rows)
+    if rows:
+        output.show("Mean activation less the mean over the others", columns, rows)
+    if len(told) < len(found):
+        output.console().print(f"Left out: {len(found) - len(told)} of {len(found)}, whose score's interval reaches 0.")
 
 
 def print_repeats(
@@ -191,11 +202,13 @@ def print_repeats(
     if as_json:
         output.print_json(found)
         return
-    rows = [
-        (one.layer, one.feature, str(one.rise), one.q, "" if one.significant else "not significant") for one in found
-    ]
+    rows = [(one.layer, one.feature, str(one.rise), one.q) for one in found if one.significant]
     title = "Activation at the last repeat of a token less that at its first occurrence"
-    output.show(title, ("layer", "feature", "rise", "q", ""), rows)
+    if rows:
+        output.show(title, ("layer", "feature", "rise", "q"), rows)
+    if len(rows) < len(found):
+        out = f"{len(found) - len(rows)} of the {len(found)} features that rise most do not pass"
+        output.console().print(f"{out} a false discovery rate of {level:g} and are left out.")
 
 
 def print_promoting(scope: Scope, words: str, layers: list[int] | None, n: int, as_json: bool) -> None:

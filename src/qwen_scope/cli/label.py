@@ -143,12 +143,20 @@ def print_labelled(found: dict, wanted: int, as_json: bool) -> None:
     failed = {place: one for place, one in found.items() if isinstance(one, str)}
     left = wanted - len(found)
     if as_json:
-        rows = [{"layer": place[0], "feature": place[1], "label": one} for place, one in labelled.items()]
+        rows = [
+            {"layer": place[0], "feature": place[1], "label": one, "at_chance": one.at_chance}
+            for place, one in labelled.items()
+        ]
         without = [{"layer": place[0], "feature": place[1], "reason": one} for place, one in failed.items()]
         output.print_json({"labels": rows, "without": without, "left_for_want_of_budget": left})
         return
-    rows = [(place[1], str(one.detection), str(one.fuzzing), one.source, one.text) for place, one in labelled.items()]
+    rows = [(place[1], str(one.detection), str(one.fuzzing), one.source, one.shown) for place, one in labelled.items()]
     output.show("Labels", ("feature", "detection", "fuzzing", "by", "name"), rows)
+    if chance := sum(one.at_chance for one in labelled.values()):
+        typer.echo(
+            f"{chance} of {len(labelled)} names are at chance: the interval of their detection reaches 0.5, so nothing"
+            " says that they fit"
+        )
     if failed:
         output.show("Without a label", ("feature", "reason"), [(place[1], one) for place, one in failed.items()])
     if left:

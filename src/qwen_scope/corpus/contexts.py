@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float64, Int64
 
-from qwen_scope.errors import InputError, NotFoundError
+from qwen_scope.errors import InputError, NotFoundError, check_count
 
 from .layout import ROW_GROUP
 from .parts import TableRows
@@ -115,8 +115,7 @@ def quantiles(features: TableRows, start: int, rows: int, shares: Sequence[float
 def histogram(features: TableRows, start: int, rows: int, bins: int | Sequence[float]) -> Histogram:
     """Counts of the values between edges, a row group at a time."""
     if isinstance(bins, int):
-        if bins < 1:
-            raise InputError(f"a histogram has at least one bin, not {bins}")
+        check_count("bins", bins)
         top = float(features.read(start, 1, ["value"])["value"][0].as_py()) if rows else 1.0
         edges = np.linspace(0.0, top, bins + 1)
     else:
@@ -138,8 +137,8 @@ def choose(rows: int, n: int, how: str, strata: int, seed: int) -> Int64[np.ndar
     """
     if how not in ("top", "random", "quantiles"):
         raise InputError(f"contexts are chosen by top, random or quantiles, not {how!r}")
-    if n < 1 or strata < 1:
-        raise InputError(f"at least one context and one stratum, not {n} and {strata}")
+    check_count("n", n)
+    check_count("strata", strata)
     if how == "top":
         return np.arange(min(n, rows), dtype=np.int64)
     generator = np.random.default_rng(seed)
@@ -181,8 +180,8 @@ def read(
     Raises:
         InputError: a negative number of tokens around.
     """
-    if before < 0 or after < 0:
-        raise InputError(f"tokens around a place are counted from 0 up, not {before} before and {after} after")
+    check_count("before", before, 0)
+    check_count("after", after, 0)
     if not len(chosen):
         return []
     columns = ["document", "position", "value"]
@@ -225,6 +224,8 @@ def silent(
     seed: int,
 ) -> list[Context]:
     """Random stretches of text without the feature, in different documents as far as there are enough."""
+    for name, value, least in (("n", n, 1), ("before", before, 0), ("after", after, 0)):
+        check_count(name, value, least)
     sizes = tables["documents"].read(0, tables["documents"].rows, ["first_token", "tokens"])
     first_token, length = (column.to_numpy() for column in sizes.columns)
     rng = np.random.default_rng(seed)

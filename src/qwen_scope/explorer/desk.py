@@ -201,7 +201,7 @@ class Desk:
     def label(self, layer: int, feature: int) -> Named | None:
         """The label of a feature with its score, where a store knows one for this SAE."""
         found = self._labels().get((layer, feature))
-        return None if found is None else Named(found.text, found.score)
+        return None if found is None else Named(found.shown, found.score)
 
     def _labels(self) -> dict[tuple[int, int], Label]:
         """The labels of all stores that fit the SAEs; read again when a file of notes has changed."""

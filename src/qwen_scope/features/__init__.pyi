@@ -12,7 +12,6 @@ from .endpoint import Endpoint as Endpoint
 from .endpoint import NoAccess as NoAccess
 from .endpoint import Refused as Refused
 from .export import export_delphi as export_delphi
-from .export import export_neuronpedia as export_neuronpedia
 from .export import export_statistics as export_statistics
 from .find import Finding as Finding
 from .find import Findings as Findings
@@ -40,6 +39,8 @@ from .neighbours import Neighbour as Neighbour
 from .neighbours import cofiring as cofiring
 from .neighbours import elsewhere as elsewhere
 from .neighbours import similar as similar
+from .neuronpedia import Creator as Creator
+from .neuronpedia import export_neuronpedia as export_neuronpedia
 from .notes import Label as Label
 from .notes import Note as Note
 from .notes import Notes as Notes

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from qwen_scope.errors import InputError
+from qwen_scope.errors import InputError, check_count
 from qwen_scope.model import final_norm, unembedding
 from qwen_scope.sae import SAE
 from qwen_scope.scope import Scope
@@ -58,6 +58,7 @@ def token_effects(
     layers do with the feature is not in it.
     """
     sae = scope.saes[scope.check_layers([layer])[0]]
+    check_count("n", n)
     logits = normed(scope, sae, [feature]) @ vocabulary(scope).T
     effect = (logits - logits.mean())[0].cpu()
     ranked = effect.argsort(descending=True, stable=True)
@@ -80,6 +81,7 @@ def promoting(scope: Scope, tokens: Sequence[int], layers: Sequence[int] | None 
     Raises:
         InputError: no token, or an id the vocabulary does not have.
     """
+    check_count("n", n)
     words = vocabulary(scope)
     if not tokens or not all(0 <= token < len(words) for token in tokens):
         raise InputError(f"name tokens by their ids, 0 to {len(words) - 1}, not {list(tokens)!r:.100}")

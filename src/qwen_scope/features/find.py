@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Float32, Int64, Shaped
 from scipy import stats as scipy_stats
 
-from qwen_scope.errors import InputError
+from qwen_scope.errors import InputError, check_count
 from qwen_scope.stats import Interval, auroc, benjamini_hochberg, difference, rank_test, resample
 
 from .pooled import REDUCTIONS, Pooled
@@ -128,8 +128,9 @@ def find(
     """
     if by not in get_args(By):
         raise InputError(f"features are ranked by {', '.join(get_args(By))}, not {by!r}")
-    if not 0 < level < 1 or n < 1:
-        raise InputError(f"a false discovery rate between 0 and 1 and at least one feature, not {level} and {n}")
+    check_count("n", n)
+    if not 0 < level < 1:
+        raise InputError(f"a false discovery rate lies between 0 and 1, not at {level}")
     if not positive or set(positive) != set(negative):
         raise InputError(f"both sets need the same layers, not {sorted(positive)} and {sorted(negative)}")
     sizes = [next(iter(some.values())).documents for some in (positive, negative)]

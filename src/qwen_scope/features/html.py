@@ -47,12 +47,12 @@ def feature_html(page: FeaturePage) -> str:
 
 
 def label_text(label: Label | None) -> str:
-    """A label with its scores, and who wrote it."""
+    """A label with its scores, and who wrote it; of one at chance it says so."""
     if label is None:
         return "No label yet."
     who = f"by {printable(label.source)}" if label.by_model else "typical tokens, no model wrote this"
     scores = f"detection {label.detection}, fuzzing {label.fuzzing}"
-    return f"{printable(label.text)} ({who}; {scores}: balanced accuracy, judged by {printable(label.scorer)})"
+    return f"{printable(label.shown)} ({who}; {scores}: balanced accuracy, judged by {printable(label.scorer)})"
 
 
 def page_facts(page: FeaturePage) -> list[tuple[str, float | int]]:

@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Shaped
 
 from qwen_scope.corpus import Context, FeatureStore
-from qwen_scope.errors import InputError
+from qwen_scope.errors import InputError, check_count
 from qwen_scope.stats import Interval, resample
 
 from .completion import BadAnswer
@@ -42,8 +42,9 @@ class LabelOptions:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.examples < 2 or self.tests < FEWEST:
-            raise InputError(f"a label takes at least 2 examples and {FEWEST} tests, not {self.examples}, {self.tests}")
+        check_count("the examples of a label", self.examples, 2)
+        check_count("the tests of a label", self.tests, FEWEST)
+        check_count("the seed", self.seed, 0)
 
 
 @dataclass(frozen=True)

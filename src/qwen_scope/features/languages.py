@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float64, Int64
 
-from qwen_scope.errors import InputError
+from qwen_scope.errors import InputError, check_count
 from qwen_scope.stats import Interval
 
 from .pooled import Pooled
@@ -56,6 +56,7 @@ def language_features(
         InputError: fewer than two languages, layers that differ, or a language with fewer than two documents or
             without a token.
     """
+    check_count("n", n)
     if len(groups) < 2 or len({tuple(sorted(group)) for group in groups.values()}) != 1:
         raise InputError("a language score compares at least two languages at the same layers")
     names, out = sorted(groups), {}

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from qwen_scope.corpus import FeatureStore
-from qwen_scope.errors import MismatchError
+from qwen_scope.errors import MismatchError, check_count
 from qwen_scope.scope import Scope
 
 from .effects import cosines
@@ -47,6 +47,7 @@ def similar(
     if not 0 <= feature < sae.d_sae:
         raise MismatchError(f"layer {layer} has features 0 to {sae.d_sae - 1}, not {feature}")
     other = layer if other_layer is None else scope.check_layers([other_layer])[0]
+    check_count("n", n)
     near = cosines(scope.saes[other], sae.W_dec[:, feature])
     if other == layer:
         near[feature] = -np.inf

@@ -17,11 +17,12 @@ from pathlib import Path
 from typing import Any, final
 
 from qwen_scope.corpus import FeatureStore
-from qwen_scope.errors import FormatError, InputError, MismatchError, NotFoundError, brief, foreign
+from qwen_scope.errors import FormatError, InputError, MismatchError, NotFoundError, brief, check_count, foreign
 from qwen_scope.files import Fields, append_lines, read_lines, write_text
 from qwen_scope.stats import Interval
 
 FILE = "notes.jsonl"
+CHANCE = 0.5  # the balanced accuracy of guessing
 SETTLED = 2_000_000_000  # nanoseconds; a file written just now may change again and keep its time and size
 KINDS = ("label", "note", "verdict")
 
@@ -48,6 +49,16 @@ class Label:
     def by_model(self) -> bool:
         """Whether a language model wrote it."""
         return self.source != "summary"
+
+    @property
+    def at_chance(self) -> bool:
+        """Whether the interval of its detection reaches chance: then nothing says that the name fits the feature."""
+        return self.detection.low <= CHANCE
+
+    @property
+    def shown(self) -> str:
+        """The name as it is shown everywhere; one at chance says so."""
+        return f"[at chance] {self.text}" if self.at_chance else self.text
 
     @property
     def score(self) -> float:
@@ -148,9 +159,12 @@ class Notes:
         ]
 
     def label(self, layer: int, feature: int) -> Label | None:
-        """The label to show: the best-scored one of a model, else the best-scored summary; None if there is none."""
+        """The label to show; None if there is none.
+
+        One above chance comes before one at chance, one of a model before a summary, then the better score counts.
+        """
         found = [note.label for note in self.of(layer, feature, "label")]
-        return max(found, key=lambda label: (label.by_model, label.score), default=None)
+        return max(found, key=lambda label: (not label.at_chance, label.by_model, label.score), default=None)
 
     def labels(self) -> dict[tuple[int, int], Label]:
         """The label to show for every feature that has one, by layer and feature."""
@@ -222,6 +236,8 @@ class Notes:
 
         A match counts more the rarer the word is among all entries, and less the longer the text is.
         """
+        if n is not None:
+            check_count("n", n)
         wanted = _words(words)
         if not wanted:
             raise InputError("search for at least one word")

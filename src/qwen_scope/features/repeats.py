@@ -11,7 +11,7 @@ from jaxtyping import Float64, Int64
 from scipy import sparse, stats
 
 from qwen_scope.corpus import FeatureStore
-from qwen_scope.errors import InputError
+from qwen_scope.errors import InputError, check_count
 from qwen_scope.sae import FeatureActs
 from qwen_scope.scope import Scope
 from qwen_scope.stats import Interval, benjamini_hochberg, bootstrap
@@ -141,6 +141,9 @@ def repeat_features(changes: Mapping[int, Changes], n: int = 10, *, level: float
     Raises:
         InputError: fewer than five documents with a repeated token.
     """
+    check_count("n", n)
+    if not 0 < level < 1:
+        raise InputError(f"a false discovery rate lies between 0 and 1, not at {level}")
     scored = []
     for layer, found in sorted(changes.items()):
         if (documents := len(found.tokens)) < FEWEST:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from qwen_scope.corpus import Context, FeatureStore, FeatureSummary, Histogram
-from qwen_scope.errors import InputError, NotFoundError
+from qwen_scope.errors import InputError, NotFoundError, check_count
 from qwen_scope.scope import Scope
 
 from .effects import TokenEffect, token_effects
@@ -64,6 +64,8 @@ class FeaturePage:
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
         data = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        if self.label is not None:
+            data["label"] = {**asdict(self.label), "at_chance": self.label.at_chance}
         data["notes"] = [note.to_json() for note in self.notes]
         if self.histogram is not None:
             data["histogram"] = {k: np.asarray(v).tolist() for k, v in vars(self.histogram).items()}
@@ -103,6 +105,8 @@ def feature_page(
         InputError: neither a store nor a scope.   NotFoundError: no such layer or feature.
         MismatchError: the store was made with another SAE.
     """
+    for name, value in {"n": n, "contexts": contexts, "bins": bins}.items():
+        check_count(name, value)
     if store is None and scope is None:
         raise InputError("a feature is shown from a store, from a model with its SAEs, or both")
     if scope is not None:

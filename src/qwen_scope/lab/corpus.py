@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 
-from qwen_scope.errors import InputError
+from qwen_scope.errors import InputError, check_count
 
 from . import chat, neutral, real, repetition, sums
 from .dice import Dice, digest
@@ -31,6 +31,8 @@ def documents(
     Naming languages or registers without naming kinds leaves out the kinds that have none (arithmetic, code, prose).
     Raises `NotFoundError` for a split, kind, language or register that does not exist.
     """
+    if n is not None:
+        check_count("n", n, 0)
     check_names("split", (split,), SPLITS)
     chosen = check_names("kind", kinds, KINDS)
     if kinds is None and (languages is not None or registers is not None):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
-from qwen_scope.errors import NotFoundError
+from qwen_scope.errors import NotFoundError, check_count
 
 from . import chat, neutral
 from .dice import Dice
@@ -16,10 +16,14 @@ from .types import LANGUAGES, REGISTERS, SPLITS, Prompt, check_names
 
 def neutral_prompts(seed: int = 0, n: int = 100) -> Iterator[Prompt]:
     """`n` prefixes without a language, which the grammar continues in each language with the mixture's shares."""
-    for i in range(n):
-        form, text = neutral.prefix(Dice(f"neutral|{seed}|{i}"))
-        # Tokenisers join a space to the word behind it, so a prompt ends before its space.
-        yield Prompt(text.rstrip(" "), "neutral", None, None, {"form": form})
+    check_count("n", n, 0)
+    return (_neutral(f"neutral|{seed}|{i}") for i in range(n))
+
+
+def _neutral(key: str) -> Prompt:
+    form, text = neutral.prefix(Dice(key))
+    # Tokenisers join a space to the word behind it, so a prompt ends before its space.
+    return Prompt(text.rstrip(" "), "neutral", None, None, {"form": form})
 
 
 def chat_prompts(
@@ -33,6 +37,7 @@ def chat_prompts(
 
     Raises `NotFoundError` for an unknown language, register or split.
     """
+    check_count("n", n, 0)
     spoken = check_names("language", languages, LANGUAGES)
     toned = check_names("register", registers, REGISTERS)
     check_names("split", (split,), SPLITS)
@@ -55,6 +60,7 @@ def drift_prompts(seed: int = 0, n: int = 100, into: str = "zh", split: str = "t
     Languages appear in proportion to how often they drift into it. Raises `NotFoundError` for a language that
     nothing drifts into.
     """
+    check_count("n", n, 0)
     check_names("language", (into,), LANGUAGES)
     check_names("split", (split,), SPLITS)
     mixture = default_mixture()
@@ -84,6 +90,7 @@ def arithmetic_prompts(
 
     Raises `NotFoundError` for an unknown language, register or split.
     """
+    check_count("n", n, 0)
     spoken = check_names("language", languages, LANGUAGES)
     toned = check_names("register", registers, REGISTERS)
     check_names("split", (split,), SPLITS)

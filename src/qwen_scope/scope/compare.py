@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from qwen_scope.errors import InputError
+from qwen_scope.errors import InputError, check_count
 from qwen_scope.sae import FeatureActs
 
 from .seen import TokenFeatures
@@ -50,6 +50,8 @@ def compare_seen(
     Raises:
         InputError: an empty set, or nothing left to compare.
     """
+    if n is not None:
+        check_count("n", n)
     texts = len(seen.texts)
     if not 0 < first < texts:
         raise InputError(f"{first} of {texts} texts leave one side empty; a comparison needs texts on both")

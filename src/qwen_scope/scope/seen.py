@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from qwen_scope.errors import InputError, NotFoundError
+from qwen_scope.errors import InputError, NotFoundError, check_count
 from qwen_scope.sae import FeatureActs
 
 
@@ -75,6 +75,8 @@ class TokenFeatures:
             tokens: which tokens count, such as `slice(start, None)` for an answer after its prompt.
         """
         acts = self.of(text, layer)
+        if n is not None:
+            check_count("n", n)
         start, stop, _ = (tokens or slice(None)).indices(len(self.tokens[text]))
         if stop <= start:
             raise InputError(f"tokens {start} to {stop} of a text of {len(self.tokens[text])} tokens are none")

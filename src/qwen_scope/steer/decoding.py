@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import numpy as np
@@ -19,7 +19,8 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from qwen_scope.errors import InputError
+from qwen_scope.errors import InputError, check_count, check_number
+from qwen_scope.files import Fields
 
 
 @dataclass(frozen=True)
@@ -49,23 +50,34 @@ class Decoding:
     prefill_chunk: int | None = None
 
     def __post_init__(self) -> None:
-        if self.max_new_tokens < 1:
-            raise InputError(f"max_new_tokens is at least 1, not {self.max_new_tokens}")
-        for name in ("temperature", "repetition_penalty"):
-            value = getattr(self, name)
-            if value is not None and not (math.isfinite(value) and value > 0):
+        check_count("max_new_tokens", self.max_new_tokens)
+        for name in ("temperature", "repetition_penalty", "top_p"):
+            if (value := getattr(self, name)) is None:
+                continue
+            if check_number(name, value) <= 0:
                 raise InputError(f"{name} is a number above 0, not {value}")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
+        if self.top_p is not None and self.top_p > 1:
             raise InputError(f"top_p is above 0 and at most 1, not {self.top_p}")
-        if self.top_k is not None and self.top_k < 0:
-            raise InputError(f"top_k is 0 (off) or more, not {self.top_k}")
-        if self.prefill_chunk is not None and self.prefill_chunk < 1:
-            raise InputError(f"prefill_chunk is at least 1, not {self.prefill_chunk}")
-        if self.seed < 0:
-            raise InputError(f"a seed is 0 or more, not {self.seed}")
+        if self.top_k is not None:
+            check_count("top_k (0 is off)", self.top_k, 0)
+        if self.prefill_chunk is not None:
+            check_count("prefill_chunk", self.prefill_chunk)
+        check_count("a seed", self.seed, 0)
         given = [name for name in ("temperature", "top_p", "top_k") if getattr(self, name) is not None]
         if given and not self.sample:
             raise InputError(f"{given[0]} has no effect on greedy decoding; set sample=True with it")
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Decoding:
+        """The decoding that an object of plain values describes, keys that are left out at their defaults.
+
+        Raises:
+            FormatError: a key that is none of a decoding's, or a value of the wrong kind.   InputError: out of range.
+        """
+        one = Fields(data, "a decoding", (), [field.name for field in fields(cls)])
+        read = dict.fromkeys(("max_new_tokens", "top_k", "seed", "prefill_chunk"), one.count)
+        read |= dict.fromkeys(("temperature", "top_p", "repetition_penalty"), one.number) | {"sample": one.flag}
+        return cls(**{key: one.maybe(read[key], key) for key in data if data[key] is not None})
 
     def filled(self, model: nn.Module) -> Decoding:
         """The same with every None replaced: by the model's generation config, else by what changes nothing."""

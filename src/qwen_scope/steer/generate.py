@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from qwen_scope.errors import InputError
+from qwen_scope.errors import InputError, check_count
 from qwen_scope.model import Tokens, context_length, input_device, tokenize
 
 from .decoding import Decoding, Watched, processors
@@ -111,8 +111,8 @@ def generate(
         NotFoundError, MismatchError: as in `steering`.
     """
     decoding = (decoding or Decoding()).filled(model)
-    if candidates is not None and candidates < 0:
-        raise InputError(f"candidates is 0 or more, not {candidates}")
+    if candidates is not None:
+        check_count("candidates", candidates, 0)
     interventions = resolve(model, interventions, saes, stats)
     tokens = tokenize(tokenizer, prompts, max_length=None, chat=chat, padding_side="left")
     check_lengths(tokens.lengths, decoding.max_new_tokens, context_length(model))

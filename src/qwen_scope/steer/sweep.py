@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from qwen_scope.errors import InputError
+from qwen_scope.errors import InputError, check_count, check_number
 from qwen_scope.model import tokenize
 from qwen_scope.stats import Interval, bootstrap
 
@@ -51,10 +51,9 @@ class Budget:
     tolerance: float = 0.0
 
     def __post_init__(self) -> None:
-        if not (self.perplexity_ratio >= 1 and self.repetition >= 0 and self.tolerance >= 0):
-            raise InputError(
-                "a budget allows at least the reference: perplexity_ratio from 1, repetition and tolerance from 0"
-            )
+        check_number("perplexity_ratio of a budget", self.perplexity_ratio, 1)
+        check_number("repetition of a budget", self.repetition, 0)
+        check_number("tolerance of a budget", self.tolerance, 0)
 
 
 @dataclass(frozen=True)
@@ -142,6 +141,7 @@ def sweep(
     Raises:
         InputError: fewer than two prompts, no intervention, or what `generate` refuses.
     """
+    check_count("refine", refine, 0)
     if len(prompts) < 2 or not interventions:
         raise InputError(f"a sweep needs two prompts and an intervention, not {len(prompts)} and {len(interventions)}")
     run = _Run(model, tokenizer, prompts, interventions, target, lower, saes, stats, decoding, chat, budget, reference)
