@@ -1,6 +1,6 @@
 """Does `find` put a feature first that holds on other documents? Every factor of the lab, 100 + 100 documents.
 
-    .venv/bin/python bench/find_lab.py [--write]
+    .venv/bin/python bench/find_lab.py [--write] [--seed 73]
 
 For each language, each register inside each language, code, arithmetic and chat, `find` gets 100 documents with the
 factor and 100 without; half of them choose, the other half measures. The last columns take the first feature and its
@@ -26,6 +26,7 @@ from qwen_scope.lab import Document, default_mixture
 EACH, SHUFFLES, AIM, AIM_HARDEST, HARDEST = 100, 40, 0.95, 0.9, 3
 SENTENCES = (7, 12)  # of a talk; of three sentences, one in eight carries no mark of its register at all
 TITLE = "Finding the lab's factors"
+MENDED = 2026  # the seed whose results led to the ranking of today
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,9 @@ def main() -> None:
     ask = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     ask.add_argument("--model", default="lab", help="the lab, or the folder of another build")
     ask.add_argument("--sae", default=None)
-    ask.add_argument("--seed", type=int, default=2026)
+    ask.add_argument(
+        "--seed", type=int, default=MENDED, help="of documents, sets and halves; another gets a section of its own"
+    )
     ask.add_argument("--write", action="store_true", help="write the table into docs/results.md")
     given = ask.parse_args()
     begun = time.monotonic()
@@ -79,11 +82,11 @@ def main() -> None:
         drawn = np.random.default_rng((given.seed, seed)).choice(len(docs), 2 * EACH, replace=False)
         found = find(some(pooled, drawn[:EACH]), some(pooled, drawn[EACH:]), n=1, seed=seed)
         reported.append(found.significant)
-    text = written(lines, reported, found.tests, found.level)
+    text = written(lines, reported, found.tests, found.level, given.seed)
     print(text)
     print(f"{time.monotonic() - begun:.0f} s")
     if given.write:
-        write_section(TITLE, text)
+        write_section(TITLE if given.seed == MENDED else f"{TITLE}: seed {given.seed}", text)
 
 
 def row_of(line: Line) -> str:
@@ -93,8 +96,13 @@ def row_of(line: Line) -> str:
     return "| " + " | ".join(map(str, cells)) + " |"
 
 
-def written(lines: list[Line], reported: list[int], tests: int, level: float) -> str:
+def written(lines: list[Line], reported: list[int], tests: int, level: float, seed: int) -> str:
     """The section of docs/results.md, without its title."""
+    of = (
+        "The ranking was mended after a run on this seed; a section below has a fresh one."
+        if seed == MENDED
+        else "Documents, sets and halves are other ones than those on which the ranking was mended."
+    )
     ranked = sorted(lines, key=lambda line: line.first.f1.estimate)
     below = [line.factor for line in ranked[HARDEST:] if line.first.f1.estimate < AIM]
     hardest = [line for line in ranked[:HARDEST] if line.first.f1.estimate < AIM_HARDEST]
@@ -109,6 +117,7 @@ def written(lines: list[Line], reported: list[int], tests: int, level: float) ->
 and {EACH} without. Half of them rank the features and set the threshold; F1 with its interval, and AUROC, are measured
 on the other half. The last column is the F1 of the same feature and threshold on other text: sentences, templates
 and combinations that the lab's model never saw in training. Talks have {SENTENCES[0]} to {SENTENCES[1]} sentences.
+{of}
 
 The aim was {AIM} for every factor and {AIM_HARDEST} for the hardest {HARDEST}; it {held}:
 {met} of {len(lines)} reach {AIM}. {said}

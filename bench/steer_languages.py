@@ -46,6 +46,7 @@ AFTER = 0.25  # the change of generated tokens, as a share of that of the prompt
 BUDGET = Budget(perplexity_ratio=2.0, repetition=0.1, tolerance=0.03)
 N_REFERENCE, N_FIT, N_TEST, N_RANDOM, N_EACH = 1500, 64, 300, 10, 100
 DECODING = Decoding(max_new_tokens=20, sample=True, temperature=0.7, top_k=0, top_p=1.0, seed=1)
+MOST_RANDOM = 0.05
 END = "<|endoftext|>"
 TITLE = "Steering the lab into a language"
 
@@ -178,13 +179,20 @@ def into(scope: Scope, means: dict, language: str, reference: list[Row], seed: i
     }
 
 
-def meets(row: dict) -> str:
-    """Which of the three conditions fail."""
+def meets(row: dict, random_alone: bool = False) -> str:
+    """Which of the three conditions fail.
+
+    Args:
+        random_alone: by the criterion that was set first, random features may not end in the language more often than
+            in `MOST_RANDOM` of the texts; else they may not add more than that to the unsteered share, since the
+            language comes out unsteered as well.
+    """
     if row["knob"] is None:
         return "no proposal"
     ratio = row["perplexity"] / row["unsteered_perplexity_in_language"]
     failed = [("share", row["share"].estimate < 0.8), ("perplexity", ratio > 2)]
-    failed.append(("random", row["random_beyond_unsteered"].estimate > 0.05))
+    measured = row["random_share"] if random_alone else row["random_beyond_unsteered"].estimate
+    failed.append(("random", measured > MOST_RANDOM))
     return ", ".join(name for name, wrong in failed if wrong) or "yes"
 
 
@@ -192,11 +200,13 @@ def section(rows: list[dict], scope: Scope, remark: str = "") -> str:
     cells = []
     for row in rows:
         if row["knob"] is None:
-            cells.append((row["language"], "none", "", "", row["unsteered"], "", "", "", meets(row)))
+            both = meets(row), meets(row, random_alone=True)
+            cells.append((row["language"], "none", "", "", row["unsteered"], "", "", "", *both))
             continue
         ratio = row["perplexity"] / row["unsteered_perplexity_in_language"]
         figures = (f"{row['amount']:.2f}", row["share"], row["unsteered"], ratio, row["random_share"])
-        cells.append((row["language"], row["knob"], *figures, row["random_beyond_unsteered"], meets(row)))
+        both = meets(row), meets(row, random_alone=True)
+        cells.append((row["language"], row["knob"], *figures, row["random_beyond_unsteered"], *both))
     columns = (
         "language",
         "knob",
@@ -207,6 +217,7 @@ def section(rows: list[dict], scope: Scope, remark: str = "") -> str:
         "random",
         "random minus unsteered",
         "all three",
+        "by the first criterion",
     )
     knobs = " or ".join(named(layers).removeprefix("layers ") for layers in choices(scope))
     how = f"""
@@ -219,11 +230,13 @@ def section(rows: list[dict], scope: Scope, remark: str = "") -> str:
         others. Random: {N_RANDOM} sets of features that fire about as often, with changes of the same length, on
         {N_EACH} prompts each; sets that by chance hold a feature of the same language are kept. {remark}"""
     held = [row for row in rows if meets(row) == "yes"]
-    raw = [row["language"] for row in held if row["random_share"] <= 0.05]
+    first = [row["language"] for row in rows if meets(row, random_alone=True) == "yes"]
     verdict = f"""
-        The aim: a share of at least 0.8, at most twice the perplexity, and random features that add at most 0.05 to
-        the unsteered share. {len(held)} of {len(rows)} languages meet all three; the aim was six. Of these the random
-        share itself, with what comes out in the language unsteered, is at most 0.05 for {", ".join(raw) or "none"}."""
+        The aim: a share of at least 0.8, at most twice the perplexity, and little under random features, for six
+        languages. Set first was that random features end in the language in at most {MOST_RANDOM} of the texts:
+        {len(first)} of {len(rows)} languages meet all three ({", ".join(first) or "none"}). It was loosened after the
+        first run to adding at most {MOST_RANDOM} to the unsteered share, because the language comes out unsteered as
+        well: {len(held)} of {len(rows)}."""
     return "\n\n".join([paragraph(how), table(columns, cells), paragraph(verdict)])
 
 
@@ -248,6 +261,11 @@ def main() -> None:
         title = f"{TITLE}: the {family} sibling"
         remark = f"""This model saw {measured["config"]["pretrain"]["tokens"]:,} tokens; its loss on held-out sentences
             is {measured["loss"]["heldout_sentences"]:.2f} nats per token."""
+    if given.seed:
+        title = f"{title}: seed {given.seed}"
+        remark = (
+            f"{remark} Every document, prompt and draw is another than in the table of seed 0 (--seed {given.seed})."
+        )
     if given.lines:
         lines = [line for line in given.lines.read_text().splitlines() if line.startswith("{")]
         write_section(title, section([json.loads(line, object_hook=revived) for line in lines], scope, remark))
