@@ -105,6 +105,8 @@ def test_a_sweep(client: Client) -> None:
         ("/steer", ("Hello", [{**CHANGE, "amount": "much"}]), "give the amount"),
         ("/steer", ("Hello", [{**CHANGE, "where": "<b>here</b>"}]), "&lt;b&gt;here"),
         ("/steer", ("Hello", [CHANGE], {"max_new_tokens": 100_000}), "up to 300 tokens"),
+        ("/steer", ("Hello", [CHANGE], {"temprature": 0.5}), "no key"),
+        ("/steer", ("Hello", [{**CHANGE, "unti": "raw"}]), "an intervention has no key"),
         ("/analyze", ("rm", ["german"], LAYER), "there is no analysis"),
         ("/analyze", ("drift", ["german"], LAYER), "at least 2 stores"),
     ],

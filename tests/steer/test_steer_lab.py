@@ -57,5 +57,5 @@ def test_a_verdict_on_the_lab(capsys, german, tmp_path) -> None:
     found = answer(capsys, *argv, "--selectivity")
     detection = found["evidence"]["detection"]
     assert detection["low"] > 0.1, "the card's detector fires on German"
-    assert found["outcome"] in ("causal", "entangled", "correlated only")
+    assert found["outcome"] in ("causal", "causal, but breaks fluency", "entangled", "correlated only")
     assert found["selectivity"]["features"]["full"]["estimate"] > 0, "without its feature German is harder to predict"

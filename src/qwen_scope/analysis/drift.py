@@ -176,7 +176,7 @@ def drift_result(
         (f"of them different (false-discovery rate {level:g})", called),
         (f"items of {b.name} with a near-duplicate in {a.name}", leaked),
     ]
-    tables, figures, notes = [Table("Drift", ("", "value"), summary)], [], []
+    tables, notes = [Table("Drift", ("", "value"), summary)], []
     found = features[: min(called, SHOWN)]
     if found:
         rows = [
@@ -190,27 +190,26 @@ def drift_result(
         ]
         columns = ("feature", f"in {a.name}", f"in {b.name}", "difference", "95% interval", "adjusted p", "example")
         tables.append(Table("Features that differ", columns, rows))
-        figures.append(
-            Points(
-                "Firing rates of the features that differ most",
-                a.name,
-                b.name,
-                [str(f["feature"]) for f in found],
-                [f["rate_a"] for f in found],
-                [f["rate_b"] for f in found],
-            )
-        )
     else:
         notes.append(
             f"no feature differs between {a.name} and {b.name}: none of the {tested:,} tested passes a false-discovery"
             f" rate of {level:g}"
         )
+    drawn = found or features[:SHOWN]
+    points = Points(
+        "Firing rates of the features that differ most" if found else "Firing rates; no feature differs",
+        a.name,
+        b.name,
+        [str(f["feature"]) for f in drawn],
+        [f["rate_a"] for f in drawn],
+        [f["rate_b"] for f in drawn],
+    )
     if pairs:
         notes.append(
             f"{leaked} of {len(b)} items of {b.name} have a near-duplicate in {a.name} (Jaccard {near:g} or more),"
             f" such as {pairs[0]['b']} of {pairs[0]['a']}: if one is a test set, it leaks"
         )
-    return Result(data, tuple(tables), tuple(figures), tuple(notes))
+    return Result(data, tuple(tables), (points,), tuple(notes))
 
 
 def shown(examples: list[dict[str, Any]], width: int = 60) -> str:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from qwen_scope.errors import InputError, brief, check_number, nearest
+from qwen_scope.files import Fields
 from qwen_scope.lab import neutral_prompts
 from qwen_scope.steer import (
     Continuations,
@@ -45,6 +46,7 @@ VALUE = 1000
 
 FIELDS = ("layer", "feature", "op", "amount", "unit", "where")
 DECODING = ("max_new_tokens", "sample", "temperature", "top_p", "top_k", "repetition_penalty", "seed")
+ROW = ("layer", "feature", "op", "amount", "unit", "where")
 TARGETS = ("feature", "regex", "script", "text")
 
 
@@ -54,6 +56,7 @@ def intervention(fields: Mapping[str, Any]) -> Intervention:
     Raises:
         InputError, FormatError: a field is missing, or they mean nothing together.
     """
+    fields = Fields(fields, "an intervention", (), ROW).data
     op = fields.get("op", "add")
     if unknown := sorted(map(str, set(fields) - set(FIELDS))):
         raise InputError(f"an intervention has no key {brief(unknown[0])}; {nearest(unknown[0][:60], FIELDS)}")

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,6 @@ from transformers import (
 )
 
 from qwen_scope.errors import InputError, check_count, check_number
-from qwen_scope.files import Fields
 
 
 @dataclass(frozen=True)
@@ -66,18 +65,6 @@ class Decoding:
         given = [name for name in ("temperature", "top_p", "top_k") if getattr(self, name) is not None]
         if given and not self.sample:
             raise InputError(f"{given[0]} has no effect on greedy decoding; set sample=True with it")
-
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> Decoding:
-        """The decoding that an object of plain values describes, keys that are left out at their defaults.
-
-        Raises:
-            FormatError: a key that is none of a decoding's, or a value of the wrong kind.   InputError: out of range.
-        """
-        one = Fields(data, "a decoding", (), [field.name for field in fields(cls)])
-        read = dict.fromkeys(("max_new_tokens", "top_k", "seed", "prefill_chunk"), one.count)
-        read |= dict.fromkeys(("temperature", "top_p", "repetition_penalty"), one.number) | {"sample": one.flag}
-        return cls(**{key: one.maybe(read[key], key) for key in data if data[key] is not None})
 
     def filled(self, model: nn.Module) -> Decoding:
         """The same with every None replaced: by the model's generation config, else by what changes nothing."""
