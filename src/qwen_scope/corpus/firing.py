@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from qwen_scope.errors import InputError
+from qwen_scope.errors import InputError, check_count
 
 Query = tuple[str, dict[str, Any]]
 
@@ -58,6 +58,15 @@ def firing_query(
     return f"WITH {', '.join(tables)} {REDUCTIONS[reduction]} ORDER BY document, layer, feature", params
 
 
+def rows_of(n: int | None) -> int:
+    """The most rows of an answer; None stands for all.
+
+    Raises:
+        InputError: a number that is none from 1 up.
+    """
+    return 2**62 if n is None else check_count("n", n)
+
+
 def cofiring_query(layer: int, feature: int, other: int, n: int | None) -> Query:
     """Features of the layer `other` on the tokens where this one fires."""
     query = """
@@ -69,7 +78,7 @@ def cofiring_query(layer: int, feature: int, other: int, n: int | None) -> Query
           "both"::DOUBLE / (stats.tokens + (SELECT count(*) FROM mine) - "both") AS jaccard
         FROM shared JOIN (SELECT feature, tokens FROM stats WHERE layer = $other) stats USING (feature)
         WHERE NOT (feature = $feature AND $other = $layer) ORDER BY jaccard DESC, feature LIMIT $n"""
-    return query, {"layer": layer, "feature": feature, "other": other, "n": 2**62 if n is None else n}
+    return query, {"layer": layer, "feature": feature, "other": other, "n": rows_of(n)}
 
 
 def document_query(document: int, layer: int, n: int | None) -> Query:
@@ -80,7 +89,7 @@ def document_query(document: int, layer: int, n: int | None) -> Query:
             sum(value::DOUBLE) AS "sum"
           FROM activations WHERE layer = $layer AND document = $document GROUP BY feature)
         ORDER BY maximum DESC, feature LIMIT $n"""
-    return query, {"layer": layer, "document": document, "n": 2**62 if n is None else n}
+    return query, {"layer": layer, "document": document, "n": rows_of(n)}
 
 
 def documents_query(layer: int, feature: int, n: int | None) -> Query:
@@ -88,4 +97,4 @@ def documents_query(layer: int, feature: int, n: int | None) -> Query:
     query = """
         SELECT document, max(value) AS maximum, count(*) AS tokens FROM features
         WHERE layer = $layer AND feature = $feature GROUP BY document ORDER BY maximum DESC, document LIMIT $n"""
-    return query, {"layer": layer, "feature": feature, "n": 2**62 if n is None else n}
+    return query, {"layer": layer, "feature": feature, "n": rows_of(n)}

@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 from jaxtyping import Float32, Float64, Int64
 
-from qwen_scope.errors import FormatError, MismatchError, NotFoundError, check_count, nearest
+from qwen_scope.errors import FormatError, MismatchError, NotFoundError, nearest
 from qwen_scope.sae import SAE, Identity
 
 from . import contexts, firing
@@ -219,19 +219,16 @@ class FeatureStore:
         """
         self.check_feature(layer, feature)
         other = self.layer(layer if other_layer is None else other_layer).layer
-        check_limit(n)
         return self.sql(*firing.cofiring_query(layer, feature, other, n))
 
     def document_features(self, document: int, layer: int, n: int | None = None) -> pa.Table:
         """Features of one document: feature, maximum, position of the maximum, tokens, sum; largest maximum first."""
         self.check_document(document)
-        check_limit(n)
         return self.sql(*firing.document_query(document, self.layer(layer).layer, n))
 
     def documents_of(self, layer: int, feature: int, n: int | None = None) -> pa.Table:
         """Documents where a feature fires: document, maximum, tokens; largest maximum first."""
         self.check_feature(layer, feature)
-        check_limit(n)
         return self.sql(*firing.documents_query(layer, feature, n))
 
     def stats(self, layer: int) -> pa.Table:
@@ -376,12 +373,6 @@ class FeatureStore:
                 raise FormatError(
                     f"{self.folder} has {self.tables[name].rows} rows of {name!r} and its manifest says {rows}"
                 )
-
-
-def check_limit(n: int | None) -> None:
-    """Refuse a number of rows that is none; None stands for all."""
-    if n is not None:
-        check_count("n", n)
 
 
 def _absent(folder: Path) -> str:
