@@ -65,7 +65,7 @@ def export(
         if to == "statistics":
             n = export_statistics(store, out, wanted)
         elif to == "delphi":
-            how = {"module": module, "context": context, "splits": splits, "model_name": model_name}
+            how: dict[str, Any] = {"module": module, "context": context, "splits": splits, "model_name": model_name}
             n = export_delphi(store, out, layers=wanted, report=report, **how)
         else:
             by = creator(creator_id, creator_name, owner, model_layers, model_neurons)
