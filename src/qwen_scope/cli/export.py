@@ -85,7 +85,9 @@ def export(
     else:
         output.console().print(f"{out}: {n:,} {what}", soft_wrap=True)
     if to == "neuronpedia" and creator_id is None and not as_json:
-        output.console().print("Only the upload; the bulk files need --creator-id, --creator-name and --owner", soft_wrap=True)
+        output.console().print(
+            "Only the upload; the bulk files need --creator-id, --creator-name and --owner", soft_wrap=True
+        )
 
 
 def neuronpedia(
