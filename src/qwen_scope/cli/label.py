@@ -153,9 +153,10 @@ def print_labelled(found: dict, wanted: int, as_json: bool) -> None:
     rows = [(place[1], str(one.detection), str(one.fuzzing), one.source, one.shown) for place, one in labelled.items()]
     output.show("Labels", ("feature", "detection", "fuzzing", "by", "name"), rows)
     if chance := sum(one.at_chance for one in labelled.values()):
-        typer.echo(
+        output.console().print(
             f"{chance} of {len(labelled)} names are at chance: the interval of their detection reaches 0.5, so nothing"
-            " says that they fit"
+            " says that they fit",
+            soft_wrap=True,
         )
     if failed:
         output.show("Without a label", ("feature", "reason"), [(place[1], one) for place, one in failed.items()])
