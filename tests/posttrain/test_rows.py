@@ -16,7 +16,8 @@ from qwen_scope.cli.posttrain import read_prompts
 from qwen_scope.cli.posttrain_data import probe_texts, read_rows
 from qwen_scope.corpus import Corpus
 from qwen_scope.errors import InputError, QwenScopeWarning
-from qwen_scope.posttrain import SFTRun, SynthesisOptions, only_text, read_samples, run_sft, usable
+from qwen_scope.model import load_model
+from qwen_scope.posttrain import SFTRun, SynthesisOptions, held_out_loss, only_text, read_samples, run_sft, usable
 
 GOOD = {"prompt": "hello ", "completion": "The weather is fine.", "group": "en"}
 BAD = {
@@ -109,6 +110,14 @@ def test_answers_that_are_missing(tmp_path: Path) -> None:
     assert [row["answer"] for row in found] == ["1", "0"]
     with pytest.raises(InputError, match="name it with --answer-column"):
         read_rows(str(tmp_path / "rows.jsonl"), "prompt", "result", 10, 0)
+
+
+def test_the_loss_on_held_out_rows_that_begin_with_one_that_is_too_long() -> None:
+    loaded = load_model(tiny.folder() / "model", device="cpu")
+    long = {**GOOD, "prompt": "hello " * 60}
+    with pytest.warns(QwenScopeWarning, match="1 of 2 rows of the eval data"):
+        found = held_out_loss(loaded, [long, GOOD], max_length=48)
+    assert found == pytest.approx(held_out_loss(loaded, [GOOD], max_length=48), abs=1e-6)
 
 
 def test_texts_to_watch(tmp_path: Path) -> None:

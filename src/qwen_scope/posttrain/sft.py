@@ -257,7 +257,8 @@ def held_out_loss(loaded: LoadedModel, samples: Sequence[Sample], *, batch: int 
         trainer = FeatureSFTTrainer(
             loaded.model,
             sft_config(run, loaded),
-            train_dataset=data.select(range(1)),
+            # TRL asks for one, and by its columns decides whether prompts count; nothing is trained.
+            train_dataset=dataset_of([dict.fromkeys(data.column_names, ".")]),
             eval_dataset=data,
             processing_class=loaded.tokenizer,
         )
