@@ -73,4 +73,6 @@ def _surely_silent(sae: TopK, h: Tensor, features: list[int]) -> bool:
 
 def _check(pre: Tensor) -> None:
     if not bool(pre.isfinite().all()):
-        raise InputError("a residual to steer is not finite: it holds NaN or infinity")
+        raise InputError(
+            "a residual to steer is not finite: it holds NaN or infinity; load the model with dtype bfloat16 or float32"
+        )

@@ -21,6 +21,8 @@ from transformers import (
 
 from qwen_scope.errors import InputError, check_count, check_number
 
+from .finite import CheckFinite
+
 
 @dataclass(frozen=True)
 class Decoding:
@@ -159,7 +161,7 @@ def processors(
         rows: the place of each row in the whole list of prompts.
         candidates: how many likeliest tokens to keep; None keeps no probabilities at all.
     """
-    chain: list[Any] = []
+    chain: list[Any] = [CheckFinite()]
     observe = Observe() if candidates is not None else None
     if observe is not None:
         chain.append(observe)

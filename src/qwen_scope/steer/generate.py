@@ -14,6 +14,7 @@ from qwen_scope.errors import InputError, check_count
 from qwen_scope.model import Tokens, context_length, input_device, tokenize
 
 from .decoding import Decoding, Watched, processors
+from .finite import NotFinite, explained
 from .intervention import Intervention
 from .pieces import Pieces, shown
 from .steering import SAEsByLayer, StatsByLayer, resolve, steering
@@ -107,7 +108,7 @@ def generate(
 
     Raises:
         InputError: no prompt, an empty one, one that does not fit the context with what is to be generated, a position
-            past the end, or whatever `steering` refuses.
+            past the end, whatever `steering` refuses, or a model that gives NaN or infinity.
         NotFoundError, MismatchError: as in `steering`.
     """
     decoding = (decoding or Decoding()).filled(model)
@@ -127,13 +128,17 @@ def generate(
         seq = max(tokens.lengths[i] for i in rows)
         place = input_device(model)
         lengths = [tokens.lengths[i] for i in rows]
-        with steering(model, interventions, saes, stats, prompt_lengths=lengths):
-            run.generate(
-                tokens.input_ids[rows, -seq:].to(place),
-                attention_mask=tokens.attention_mask[rows, -seq:].to(place),
-                generation_config=config,
-                logits_processor=chain,
-            )
+        try:
+            with steering(model, interventions, saes, stats, prompt_lengths=lengths):
+                run.generate(
+                    tokens.input_ids[rows, -seq:].to(place),
+                    attention_mask=tokens.attention_mask[rows, -seq:].to(place),
+                    generation_config=config,
+                    logits_processor=chain,
+                )
+        except NotFinite as found:
+            ids = found.ids[seq - lengths[found.row] :]
+            raise explained(model, ids, interventions, saes, stats) from None
         if on_text is not None:
             for i, row in enumerate(rows):
                 if rest := pieces[i].rest():

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from qwen_scope.errors import InputError
 from qwen_scope.model import input_device, padded, positions_from_mask
 
+from .finite import explained
 from .generate import Generation
 from .intervention import Intervention
 from .steering import SAEsByLayer, StatsByLayer, steering
@@ -122,4 +123,8 @@ def _logits(
             position_ids=positions_from_mask(mask).to(place),
             use_cache=False,
         )
-    return out.logits.float()
+    logits = out.logits.float()
+    bad = (~logits.amax(-1).isfinite() & mask.bool().to(logits.device)).any(-1)
+    if bad.any():
+        raise explained(model, rows[some[int(bad.nonzero()[0])]].ids, interventions, saes, stats)
+    return logits
