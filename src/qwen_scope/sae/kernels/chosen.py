@@ -12,9 +12,10 @@ from ..acts import FeatureActs
 from .bound import Screen, prepare
 from .screened import EncodeStats, can_screen, encode_topk_screened, low_is_fast
 from .tiled import encode_topk
+from .unchanged import Checksums, Twins, checksums, twins
 
 # Fewer rows than this read the weights for less than the rest of screening costs.
-FEWEST_ROWS = 32
+FEWEST_ROWS = 64
 # Preparing costs about as much as the fp32 product of this many rows, so it waits until they have come.
 PREPARE_AFTER = 256
 # Dictionaries with fewer weights are encoded in the time that screening takes to begin.
@@ -29,11 +30,15 @@ class EncoderCache:
         stats: how the last encode went, None before the first.
         screen: the bf16 encoder, made when it first pays.
         rows_seen: rows of earlier calls that could have been screened.
+        sums: of the weights as they were when the screen and the twins were made.
+        twins: features that are copies of each other.
     """
 
     stats: EncodeStats | None = None
     screen: Screen | None = None
     rows_seen: int = 0
+    sums: Checksums | None = None
+    twins: Twins | None = None
     _weights: tuple[tuple[int, int], ...] = ()
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -42,15 +47,43 @@ class EncoderCache:
 
     def screen_for(self, W_enc: Tensor, b_enc: Tensor, rows: int) -> Screen | None:
         """The screen of these weights if it is there or `rows` make it worth preparing; weights that changed since
-        in place are prepared anew."""
-        weights = tuple((t.data_ptr(), t._version) for t in (W_enc, b_enc))
+        in place are prepared anew.
+
+        PyTorch counts its own writes. Those that it does not count (through `.data`, `.numpy()` or a mapped file) are
+        found by the checksums, which are taken anew at every call that would use a screen.
+        """
         with self._lock:
-            if weights != self._weights:
-                self.screen, self.rows_seen, self._weights = None, 0, weights
+            self._begin(W_enc, b_enc)
+            if self.screen is not None:
+                now = checksums(W_enc, b_enc)
+                if self.sums is None or not self.sums.same_as(now):
+                    self._forget()
+                    self._look(W_enc, b_enc, now)
             self.rows_seen += rows
             if self.screen is None and self.rows_seen >= PREPARE_AFTER:
                 self.screen = prepare(W_enc, b_enc)
+                self._look(W_enc, b_enc, checksums(W_enc, b_enc))
             return self.screen
+
+    def twins_for(self, W_enc: Tensor, b_enc: Tensor) -> Twins | None:
+        """The features that are copies of each other now, for a call without a screen."""
+        with self._lock:
+            self._begin(W_enc, b_enc)
+            if self.sums is None or (self.twins is not None and not self.twins.still(W_enc, b_enc)):
+                self._look(W_enc, b_enc, checksums(W_enc, b_enc))
+            return self.twins
+
+    def _begin(self, W_enc: Tensor, b_enc: Tensor) -> None:
+        weights = tuple((t.data_ptr(), 0 if t.is_inference() else t._version) for t in (W_enc, b_enc))
+        if weights != self._weights:
+            self._forget()
+            self._weights = weights
+
+    def _forget(self) -> None:
+        self.screen, self.rows_seen, self.sums, self.twins = None, 0, None, None
+
+    def _look(self, W_enc: Tensor, b_enc: Tensor, sums: Checksums) -> None:
+        self.sums, self.twins = sums, twins(W_enc, b_enc, sums)
 
 
 def worth_screening(x: Tensor, W_enc: Tensor, b_enc: Tensor) -> bool:
@@ -76,8 +109,8 @@ def encode_topk_chosen(
     if worth_screening(x, W_enc, b_enc):
         screen = cache.screen_for(W_enc, b_enc, x.shape[:-1].numel())
         if screen is not None and can_screen(W_enc, k, screen):
-            acts, cache.stats = encode_topk_screened(x.to(W_enc.device), W_enc, b_enc, k, screen)
+            acts, cache.stats = encode_topk_screened(x.to(W_enc.device), W_enc, b_enc, k, screen, twins=cache.twins)
             return acts
-    acts = encode_topk(x, W_enc, b_enc, k)
+    acts = encode_topk(x, W_enc, b_enc, k, twins=cache.twins_for(W_enc, b_enc))
     cache.stats = EncodeStats("plain", acts.shape.numel())
     return acts

@@ -17,6 +17,7 @@ from ..acts import FeatureActs
 from . import compiled, on_gpu
 from .bound import ROUND_OUT, Rows, Screen, bound, keep_massive, lower_rows, massive_dimensions
 from .tiled import encode_topk, rows_per_tile
+from .unchanged import Twins
 
 # The bf16 pre-activations of one tile; the rest of a tile's working memory is a few times this.
 SCREEN_BYTES = 32 * 2**20
@@ -66,6 +67,7 @@ def encode_topk_screened(
     tile_bytes: int | None = None,
     use_compiled: bool | None = None,
     use_triton: bool | None = None,
+    twins: Twins | None = None,
 ) -> tuple[FeatureActs, EncodeStats]:
     """`encode_topk_reference` by certified screening; every row comes back exact, screened or not.
 
@@ -74,6 +76,7 @@ def encode_topk_screened(
         tile_bytes: the size of one tile of bf16 pre-activations.
         use_compiled: whether numba chooses and recomputes; by default where it is installed and reads this type.
         use_triton: whether Triton does; by default on CUDA.
+        twins: features that are copies of each other, for the rows that fall back.
 
     Raises:
         InputError: the weights or k can't be screened (`can_screen` tells).
@@ -104,7 +107,7 @@ def encode_topk_screened(
             candidates += found.candidates
     left = (~certified).nonzero().flatten()
     if len(left):
-        plain = encode_topk(rows[left], W_enc, b_enc, k)
+        plain = encode_topk(rows[left], W_enc, b_enc, k, twins=twins)
         values[left], features[left] = plain.values, plain.indices
     acts = FeatureActs(features, values, d_sae).reshape(*x.shape[:-1])
     return acts, EncodeStats(name, len(rows), len(left), candidates)

@@ -9,28 +9,42 @@ from torch import Tensor
 
 from ..acts import FeatureActs
 from .product import linear_fp32
+from .unchanged import Twins
 
 # The largest working tensor of one tile: pre-activations, or weights widened to fp32.
 TILE_BYTES = 64 * 2**20
 
 
-def encode_topk(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, tile_bytes: int = TILE_BYTES) -> FeatureActs:
-    """`encode_topk_reference`, holding at most about two tiles of `tile_bytes`."""
+def encode_topk(
+    x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, tile_bytes: int = TILE_BYTES, twins: Twins | None = None
+) -> FeatureActs:
+    """`encode_topk_reference`, holding at most about two tiles of `tile_bytes`; `twins` get equal values."""
     rows = x.reshape(-1, x.shape[-1]).to(W_enc.device)
     width = len(W_enc)
     best: FeatureActs | None = None
     with torch.no_grad():
         for features in feature_tiles(W_enc, tile_bytes):
             W, b = W_enc[features].float(), b_enc[features].float()
-            found = [
-                largest(linear_fp32(tile.float(), W, b).relu_(), min(k, len(W)))
-                for tile in rows.split(rows_per_tile(len(W), tile_bytes))
-            ]
+            found = []
+            for tile in rows.split(rows_per_tile(len(W), tile_bytes)):
+                pre = linear_fp32(tile.float(), W, b)
+                if twins is not None:
+                    level(pre, tile.float(), W_enc, b_enc, features, twins)
+                found.append(largest(pre.relu_(), min(k, len(W))))
             values, indices = (torch.cat(parts) for parts in zip(*found, strict=True))
             best = merge(best, FeatureActs((indices + features.start).int(), values, width), k)
     assert best is not None, "a dictionary has at least one feature"
     clean = FeatureActs(torch.where(best.values == 0, 0, best.indices), best.values, width)
     return clean.reshape(*x.shape[:-1])
+
+
+def level(pre: Tensor, x: Tensor, W_enc: Tensor, b_enc: Tensor, features: slice, twins: Twins) -> None:
+    """Give the copies of a feature among `features` its pre-activation, in place."""
+    here = (twins.features >= features.start) & (twins.features < features.stop)
+    first, which = twins.first[here].unique(return_inverse=True)
+    if len(first):
+        values = linear_fp32(x, W_enc[first].float(), b_enc[first].float())
+        pre[:, twins.features[here] - features.start] = values[:, which]
 
 
 def encode_threshold(
