@@ -12,8 +12,8 @@ import torch
 from sae_toys import residuals, toy
 from safetensors.torch import load_file, save_file
 
-from qwen_scope.errors import InputError, QwenScopeError
-from qwen_scope.sae import LAYOUTS, SAE, fingerprint, load_sae, save_sae
+from qwen_scope.errors import InputError, MismatchError, QwenScopeError
+from qwen_scope.sae import LAYOUTS, SAE, catalog, fingerprint, load_sae, save_sae
 from qwen_scope.sae.base import check_finite_weights
 from qwen_scope.steer import Intervention
 
@@ -152,3 +152,23 @@ def test_fingerprints_of_both_kinds_are_those_of_what_is_stored(tmp_path: Path) 
         tensors = {n: getattr(back, n) for n in ("W_enc", "W_dec", "b_enc", "b_dec")}
         extra = {"threshold": back.threshold} if kind == "jumprelu" else {}  # pyright: ignore[reportAttributeAccessIssue]
         assert back.identity.fingerprint == fingerprint(**tensors, **extra)
+
+
+@pytest.mark.parametrize("k", [0, -1, 65, 10**9])
+def test_a_k_that_can_not_be_is_refused(tmp_path: Path, k: int) -> None:
+    save_sae(toy(), tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"k": k}))
+    with pytest.raises(QwenScopeError, match="k"):
+        load_sae(tmp_path)
+
+
+def test_a_group_of_the_catalog_has_the_catalogs_k(tmp_path: Path) -> None:
+    save_sae(toy(), tmp_path)
+    listed = catalog.Group(
+        name="SAE-Res-Toy-W1K-L0_5", repo=None, folder=tmp_path, model="toy", kind="base", layers=1, d_model=16,
+        d_sae=64, k=5,
+    )  # fmt: skip
+    assert load_sae(listed).k == 5
+    with pytest.raises(MismatchError, match="k=7 according to the catalog, but layer 3 says k=5"):
+        load_sae(replace(listed, k=7))

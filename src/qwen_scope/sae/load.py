@@ -190,4 +190,9 @@ def read_entry(place: Source, entry: Entry, k: int | None) -> SAE:
             f"{place.where} should hold SAEs of {place.listed.d_sae} x {place.listed.d_model} according to the catalog,"
             f" but layer {entry.layer} is {sae.d_sae} x {sae.d_model}"
         )
+    if place.listed and sae.k is not None and sae.k != place.listed.k:
+        raise MismatchError(
+            f"{place.where} should hold SAEs of k={place.listed.k} according to the catalog, but layer {entry.layer}"
+            f" says k={sae.k}"
+        )
     return sae
