@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import torch
 
-from qwen_scope.sae import SAE, Identity, JumpReLU, TopK, fingerprint
+from qwen_scope.sae import Identity, JumpReLU, TopK, fingerprint
 
 GROUP = "SAE-Res-Toy-W1K-L0_5"
 
 
-def toy(kind: str = "topk", layer: int = 3, d_model: int = 16, d_sae: int = 64, k: int = 5, group: str = GROUP) -> SAE:
+def toy(
+    kind: str = "topk", layer: int = 3, d_model: int = 16, d_sae: int = 64, k: int = 5, group: str = GROUP
+) -> TopK | JumpReLU:
     """An SAE whose biases are large enough that a wrong fold shows; other layers have other weights."""
     g = torch.Generator().manual_seed(layer)
     weights = (

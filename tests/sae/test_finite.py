@@ -24,7 +24,7 @@ def broken(name: str, bad: float, kind: str = "topk") -> SAE:
     sae = toy(kind)
     tensor = getattr(sae, name).clone()
     tensor[3, 5] = bad
-    return replace(sae, **{name: tensor})  # pyright: ignore[reportArgumentType]
+    return replace(sae, **{name: tensor})
 
 
 @pytest.mark.parametrize("kind", ["topk", "jumprelu"])
@@ -101,7 +101,7 @@ def test_every_tensor_of_a_file_is_named(tmp_path: Path, layout: str, name: str)
 def test_a_residual_that_is_not_finite_says_where_and_what_to_do(bad: float) -> None:
     x = residuals().abs()
     x[2] = bad
-    sae = replace(toy(), W_enc=toy().W_enc.abs())  # pyright: ignore[reportCallIssue]
+    sae = replace(toy(), W_enc=toy().W_enc.abs())
     with pytest.raises(InputError, match=r"row 2 .* at layers\.3\.resid_post: .* bfloat16 or float32"):
         sae.encode(x)
 
@@ -146,7 +146,7 @@ def test_our_own_layouts_keep_the_type(tmp_path: Path, layout: str) -> None:
 
 def test_fingerprints_of_both_kinds_are_those_of_what_is_stored(tmp_path: Path) -> None:
     for kind in ("topk", "jumprelu"):
-        sae = replace(toy(kind), identity=replace(toy().identity, fingerprint=""))  # pyright: ignore[reportCallIssue]
+        sae = replace(toy(kind), identity=replace(toy().identity, fingerprint=""))
         save_sae(sae, tmp_path / kind)
         back = load_sae(tmp_path / kind)
         tensors = {n: getattr(back, n) for n in ("W_enc", "W_dec", "b_enc", "b_dec")}

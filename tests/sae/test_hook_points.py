@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -55,7 +56,7 @@ READ = [
 ]
 
 
-def sae_lens(folder: Path, sae: SAE | None = None, **config: object) -> Path:
+def sae_lens(folder: Path, sae: SAE | None = None, /, **config: Any) -> Path:
     sae = sae or toy()
     folder.mkdir(parents=True)
     tensors = {"W_enc": sae.W_enc.T, "W_dec": sae.W_dec.T, "b_enc": sae.b_enc, "b_dec": sae.b_dec}
@@ -206,7 +207,7 @@ def test_a_layer_in_the_folder_that_is_not_the_hooks(tmp_path: Path) -> None:
 @pytest.mark.parametrize("first", list(LAYOUTS))
 @pytest.mark.parametrize("second", list(LAYOUTS))
 def test_every_layout_writes_where_an_sae_reads(tmp_path: Path, stream: str, first: str, second: str) -> None:
-    sae = replace(toy(), hook_point=f"layers.3.{stream}")  # pyright: ignore[reportCallIssue]
+    sae = replace(toy(), hook_point=f"layers.3.{stream}")
     save_sae(sae, tmp_path / "a", first)
     save_sae(load_sae(tmp_path / "a"), tmp_path / "b", second)
     back = load_sae(tmp_path / "b")
@@ -225,7 +226,7 @@ def test_every_layout_writes_where_an_sae_reads(tmp_path: Path, stream: str, fir
     ],
 )
 def test_other_tools_are_told_in_their_own_spelling(tmp_path: Path, layout: str, key: tuple, expected: str) -> None:
-    save_sae(replace(toy(), hook_point="layers.3.mlp_out"), tmp_path, layout)  # pyright: ignore[reportCallIssue]
+    save_sae(replace(toy(), hook_point="layers.3.mlp_out"), tmp_path, layout)
     config = json.loads((tmp_path / LAYOUTS[layout].config_name).read_text())
     for part in key:
         config = config[part]
@@ -240,7 +241,7 @@ def test_the_spelling_of_transformers_that_came_is_kept(tmp_path: Path) -> None:
 
 
 def test_several_layers_of_one_part_share_a_folder(tmp_path: Path) -> None:
-    saes = [replace(toy(layer=n), hook_point=f"layers.{n}.attn_out") for n in (1, 6)]  # pyright: ignore[reportCallIssue]
+    saes = [replace(toy(layer=n), hook_point=f"layers.{n}.attn_out") for n in (1, 6)]
     for layout in ("official", "sparsify", "sae_lens"):
         save_sae(saes, tmp_path / layout, layout)
         assert [load_sae(tmp_path / layout, n).hook_point for n in (1, 6)] == ["layers.1.attn_out", "layers.6.attn_out"]

@@ -77,7 +77,7 @@ WRITES: dict[str, Callable[[TopK], object]] = {
     "numpy element": numpy_element,
     "numpy bias": numpy_bias,
     "bias.data": lambda one: one.b_enc.data.add_(torch.linspace(0, 9, D_SAE)),
-    "set": lambda one: one.W_enc.set_(randn(D_SAE, D_MODEL, seed=8)),
+    "set": lambda one: torch.Tensor.set_(one.W_enc, randn(D_SAE, D_MODEL, seed=8)),  # pyright: ignore
     "assigned data": lambda one: setattr(one.W_enc, "data", randn(D_SAE, D_MODEL, seed=8)),
     "swapped on the object": lambda one: object.__setattr__(one, "W_enc", randn(D_SAE, D_MODEL, seed=8)),
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny
@@ -41,7 +42,11 @@ def scope(sae_folder: Path) -> Scope:
 def seen_by_a_plain_hook(scope: Scope, layer: int, stream: str, ids: Tensor) -> Tensor:
     seen: list[Tensor] = []
     module: nn.Module = getattr(blocks(scope.model)[layer], MODULES[stream])
-    handle = module.register_forward_hook(lambda _, __, out: seen.append(out[0] if isinstance(out, tuple) else out))
+
+    def keep(_: nn.Module, __: Any, out: Any) -> None:
+        seen.append(out[0] if isinstance(out, tuple) else out)
+
+    handle = module.register_forward_hook(keep)
     with torch.no_grad():
         scope.model(input_ids=ids)
     handle.remove()

@@ -93,6 +93,7 @@ def test_tokens_that_are_ruled_out_are_no_fault(scope: Scope) -> None:
     one = broken(scope, 1, 0.1)
     plain = one.generate(TEXT, decoding=FEW)
     head = one.model.get_output_embeddings()
+    assert head is not None
     likeliest = plain.tokens[0].token_id
 
     def rule_out(_, __, logits):

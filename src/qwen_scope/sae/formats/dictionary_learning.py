@@ -78,7 +78,8 @@ def checked_hook(config: Mapping[str, Any], folder: str) -> hooks.Hook | None:
     hook = hooks.together({"submodule_name": name}, what, layer)
     if hook is None:
         hook = hooks.in_folder(folder) or (None if layer is None else hooks.Hook(layer, "resid_post"))
-    if hook is not None and None not in (layer, hook.layer) and hook.layer + hook.before != layer:
+    own = None if hook is None or hook.layer is None else hook.layer + hook.before
+    if layer is not None and own is not None and own != layer:
         raise FormatError(f"{what} contradicts itself: its trainer's layer is {layer}, and it reads {name or folder!r}")
     if (side := side_of(config)) != "out" and hook is not None and not hook.before:
         if side != "in" or hook.stream != "resid_post":

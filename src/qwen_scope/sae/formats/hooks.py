@@ -10,14 +10,17 @@ from qwen_scope.errors import FormatError
 
 STREAMS = ("resid_post", "mlp_out", "attn_out")
 
-_ATTENTION = ("attn_out", "attn", "attention", "self_attn", "self_attention", "linear_attn")
 # What stands behind the layer's number in a module path or a TransformerLens name, or before it in a folder's name.
-_TAILS = (
-    dict.fromkeys(("", "resid_post", "resid", "resid_out", "output", "block"), "resid_post")
-    | dict.fromkeys(("resid_pre", "resid_in", "input"), "resid_pre")
-    | dict.fromkeys(("mlp_out", "mlp", "feed_forward", "mlp.output"), "mlp_out")
-    | dict.fromkeys((*_ATTENTION, "self_attn.output"), "attn_out")
-)
+_NAMES: dict[str, tuple[str, ...]] = {
+    "resid_post": ("", "resid_post", "resid", "resid_out", "output", "block"),
+    "resid_pre": ("resid_pre", "resid_in", "input"),
+    "mlp_out": ("mlp_out", "mlp", "feed_forward", "mlp.output"),
+    "attn_out": (
+        *("attn_out", "attn", "attention", "self_attn", "self_attention", "linear_attn"),
+        "self_attn.output",
+    ),
+}
+_TAILS = {name: stream for stream, names in _NAMES.items() for name in names}
 _PATH = re.compile(
     r"(?P<before>(?:[a-z_]+\.)*)(?:layers|blocks|h)[.\[](?P<layer>[0-9]+)\]?(?:\.(?P<tail>[a-z0-9_.]+))?"
 )
