@@ -18,7 +18,8 @@ TEXTS = ["Hallo Welt", "x^{i} + y{2}", "aab\nccd", "{e<=3} done", "", "Äpfel 42
 @pytest.mark.parametrize(
     "pattern",
     [r"\bWelt$", r"\^{i}", r"y\{2}", r"a{2}b", r"a{,3}b", r"(?m)^c+d$", r"{e<=3}", r"[{}]", r"(?i)ÄPFEL", r"\d{2,}",
-     r"^$", r"(?P<x>c)(?P=x)", r"\N{LATIN SMALL LETTER C}", r"x{", r"{", r"{}", r"(?=.*l)(?!.*x)", r"\(\(\?R"],
+     r"^$", r"(?P<x>c)(?P=x)", r"\N{LATIN SMALL LETTER C}", r"x{", r"{", r"{}", r"(?=.*l)(?!.*x)", r"\(\(\?R",
+     r"[^\s\S]", r"x[^\W\w]?", r"[^\w\s]", r"[\d\D]"],
 )  # fmt: skip
 def test_a_pattern_means_what_it_means_in_python(pattern: str) -> None:
     expected = [float(re.search(pattern, text) is not None) for text in TEXTS]

@@ -67,7 +67,8 @@ class Desk:
     def places(self) -> dict[str, str]:
         """Where things lie on this machine, and what the page calls them instead."""
         named = {str(folder): name for name, folder in self.stores.items()}
-        return {str(self.scope.name): self.model_name, str(self.scope.saes.source): self.sae_name, **named}
+        named |= {str(self.scope.name): self.model_name, str(self.scope.saes.source): self.sae_name}
+        return {place: name for place, name in named.items() if "/" in place.strip("./") or Path(place).is_absolute()}
 
     def discreet(self, text: str) -> str:
         """A sentence without any path of this machine."""
@@ -91,12 +92,12 @@ class Desk:
         Raises:
             InputError, NotFoundError: as `Scope.features` does.
         """
-        key = (self.check_text(text), chat, layer)
+        mode, key = self.chat(chat), (self.check_text(text), chat, layer)
         with self._lock:
             if key in self._seen:
                 self._seen.move_to_end(key)
                 return self._seen[key]
-        found = self.scope.features([text], [layer], chat=self.chat(chat))
+        found = self.scope.features([text], [layer], chat=mode)
         with self._lock:
             self._seen[key] = found
             while len(self._seen) > 1 and self.remembered_bytes > self.limits.remembered_bytes:
@@ -109,7 +110,8 @@ class Desk:
         if self.scope.name != model_source("lab"):
             return []
         measured = json.loads((Path(model_source("lab")).parent / "metrics.json").read_text(encoding="utf-8"))
-        return sorted(measured["detectors"], key=lambda one: -one["f1"])
+        here = [one for one in measured["detectors"] if one["layer"] in self.layers]
+        return sorted(here, key=lambda one: -one["f1"])
 
     @cached_property
     def store_layer(self) -> int:

@@ -24,6 +24,7 @@ SECONDS = 10.0
 """What the searches of one target may take together; an ordinary search takes microseconds."""
 
 _RECURSION = re.compile(r"\(\?(?:R\)|[+-]?[0-9]|&|P>)")
+_NOTHING = re.compile(r"\[\^\\(?:w\\W|W\\w|s\\S|S\\s|d\\D|D\\d)\]")
 _BRACES = re.compile(r"\\[pPN]\{[^{}]*\}|\\.|\{(?![0-9]*,?[0-9]*\})", re.DOTALL)
 
 
@@ -44,8 +45,9 @@ def matches(pattern: str, seconds: float = SECONDS) -> Target:
         raise InputError(f"a regular expression is a text of 1 to {PATTERN:,} characters, not {brief(pattern)}")
     if _RECURSION.search(pattern):
         raise InputError(f"the regular expression {brief(pattern)} calls itself, which is not supported")
-    # `regex` reads a brace that is no repetition as a fuzzy match, Python's `re` as a brace.
-    literal = _BRACES.sub(lambda found: r"\{" if found[0] == "{" else found[0], pattern)
+    # `regex` reads a brace that is no repetition as a fuzzy match, Python's `re` as a brace; and a set of nothing, such
+    # as [^\s\S], as one of everything.
+    literal = _BRACES.sub(lambda found: r"\{" if found[0] == "{" else found[0], _NOTHING.sub("(?!)", pattern))
     with foreign(f"{brief(pattern)} is not a regular expression", InputError):
         expression = regex.compile(literal, cache_pattern=False)
     left = seconds
