@@ -37,7 +37,7 @@ def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (["extract", "g.parquet", "-o", "store"], "--column question"),
         (["find", "--positive", "g.jsonl", "--negative", "g.csv"], "--column question"),
         (["classify", "fit", "g.jsonl", "g.csv"], "--column question"),
-        (["train", "g.jsonl", "-o", "run", "--d-sae=64", "--k=4", "--tokens=4096"], "--field id"),
+        (["train", "g.jsonl", "-o", "run", "--d-sae=64", "--k=4", "--tokens=4096"], "--field question"),
         (["posttrain", "prepare", "g.jsonl", "--target", "de", "-o", "t.json"], "--column question"),
         (["posttrain", "sft", "g.jsonl", "--method", "plain", "-o", "out"], "--column question"),
         (["posttrain", "repetition", "g.jsonl", "-o", "r.json"], "--prompt-column question"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -10,7 +11,10 @@ from . import options, output
 
 
 def plan(
-    group: Annotated[str, typer.Argument(help="A group of the catalog: its name, Hub id or alias.")] = "lab",
+    group: Annotated[str, typer.Argument(help="A group of the catalog, or a folder of SAEs or of a model.")] = "lab",
+    model: Annotated[
+        str | None, typer.Option("--model", help="Of a folder of SAEs. Default: what its files or its name say.")
+    ] = None,
     layers: options.Layers = None,
     dtype: Annotated[str, typer.Option("--dtype", help="Type of the model's weights.")] = "bfloat16",
     sae_dtype: Annotated[str, typer.Option("--sae-dtype", help="Type of the SAEs' weights in memory.")] = "float32",
@@ -26,12 +30,19 @@ def plan(
     """
     from qwen_scope.report import size
     from qwen_scope.sae import catalog
-    from qwen_scope.scope import plan_group
+    from qwen_scope.scope import is_model, plan_folder, plan_group
     from qwen_scope.train import TrainConfig, memory_plan
 
     limit = None if device is None else options.parse_size(device)
-    found = catalog.find(group)
-    needs = plan_group(found, options.parse_layers(layers), dtype=dtype, sae_dtype=sae_dtype)
+    wanted = options.parse_layers(layers)
+    if catalog.lookup(group) is None and is_model(Path(group)):
+        show_model(Path(group), dtype, limit, as_json)
+        return
+    if catalog.lookup(group) is None and Path(group).is_dir():
+        found, needs = plan_folder(Path(group), wanted, model=model, dtype=dtype, sae_dtype=sae_dtype)
+    else:
+        found = catalog.find(group)
+        needs = plan_group(found, wanted, dtype=dtype, sae_dtype=sae_dtype)
     run = None
     if training:
         # The number of tokens trained on does not change what a step takes.
@@ -61,3 +72,25 @@ def plan(
     output.show(f"{found.name}: {needs.n_saes} layers", ("what", "bytes"), rows)
     if limit is not None:
         output.console().print(f"On a device of {size(limit)}: {needs.fits(limit)}.")
+
+
+def show_model(folder: Path, dtype: str, limit: int | None, as_json: bool) -> None:
+    """What a model alone needs; its SAEs are planned by their own name or folder."""
+    from qwen_scope.report import size
+    from qwen_scope.scope import plan_model
+
+    needs = plan_model(folder, dtype=dtype)
+    total = needs["model"] + needs["working"]
+    if as_json:
+        output.print_json({"folder": str(folder), **needs, "fits": None if limit is None else total <= limit})
+        return
+    rows = [
+        ("files of weights", size(needs["disk"])),
+        (f"language model in {dtype}", size(needs["model"])),
+        ("working memory of one batch (estimate)", size(needs["working"])),
+        ("device, without SAEs", size(total)),
+    ]
+    title = f"{folder}: {needs['layers']} layers, {needs['parameters']:,} parameters"
+    output.show(title, ("what", "bytes"), rows)
+    if limit is not None:
+        output.console().print(f"On a device of {size(limit)}: {'fits' if total <= limit else 'does not fit'}.")

@@ -4,8 +4,11 @@ from .compare import compare_seen as compare_seen
 from .generate import Sizes as Sizes
 from .plan import Plan as Plan
 from .plan import config_of as config_of
+from .plan import is_model as is_model
 from .plan import plan as plan
+from .plan import plan_folder as plan_folder
 from .plan import plan_group as plan_group
+from .plan import plan_model as plan_model
 from .saes import SAEs as SAEs
 from .scope import Scope as Scope
 from .scope import load_scope as load_scope

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import functools
 import importlib.resources
+import json
 import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qwen_scope.errors import InputError, NotFoundError
+from qwen_scope.errors import InputError, MismatchError, NotFoundError, foreign
 from qwen_scope.model import ModelSizes, model_sizes
-from qwen_scope.sae import catalog
+from qwen_scope.sae import catalog, layers_of, load_sae
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -106,16 +108,82 @@ def plan_group(
     )
 
 
-def config_of(model: str) -> PreTrainedConfig:
-    """The config of a language model of the catalog, without a download.
+def plan_folder(
+    folder: Path,
+    layers: Sequence[int] | None = None,
+    *,
+    model: str | None = None,
+    dtype: str = "bfloat16",
+    sae_dtype: str = "float32",
+) -> tuple[catalog.Group, Plan]:
+    """What a folder of SAEs holds, as a group, and its plan; the weights stay on disk.
+
+    Args:
+        model: the language model, a folder or one of the catalog; by default what the files or the folder's name say.
 
     Raises:
-        NotFoundError: the package does not know its shape.
+        InputError: they do not say which model, so `model` is needed.
+        NotFoundError: no SAE there, or none of a layer.   MismatchError: the model has another width.
+    """
+    there = list(layers_of(folder))
+    if missing := sorted(set(layers or ()) - set(there)):
+        raise NotFoundError(f"{folder} has no SAE for layer {missing[0]}; it has {', '.join(map(str, there))}")
+    sae, listed = load_sae(folder, there[0]), catalog.lookup(folder.resolve().name)
+    named = model or sae.meta.get("model") or (None if listed is None else listed.model)
+    if not isinstance(named, str):
+        raise InputError(f"the SAEs in {folder} do not say which language model they are for; name it with model=")
+    sizes = model_sizes(config_of(named))
+    if sizes.d_model != sae.d_model:
+        raise MismatchError(f"the SAEs in {folder} are for {sae.d_model} dimensions, {named} has {sizes.d_model}")
+    held = catalog.Group(
+        folder.resolve().name, None, folder, named, "base", len(there), sae.d_model, sae.d_sae, sae.k or 0
+    )
+    return held, plan(sizes, sae.d_sae, len(set(layers or there)), dtype=dtype, sae_dtype=sae_dtype)
+
+
+def plan_model(folder: Path, *, dtype: str = "bfloat16") -> dict[str, int]:
+    """What a language model in a folder takes without SAEs, from its config and the sizes of its files.
+
+    Returns:
+        `disk`, `model` (weights in `dtype`) and `working` (one batch, an estimate) in bytes, `parameters`, `d_model`
+        and `layers`.
+
+    Raises:
+        FormatError: a config that transformers can't read.
+    """
+    sizes = model_sizes(config_of(str(folder)))
+    files = [path for ending in ("*.safetensors", "*.bin") for path in folder.glob(ending)]
+    return {
+        "disk": sum(path.stat().st_size for path in files),
+        "model": sizes.weight_bytes(dtype),
+        "working": sizes.capture_bytes(1, TOKENS, 1, dtype),
+        "parameters": sizes.parameters,
+        "d_model": sizes.d_model,
+        "layers": len(sizes.blocks),
+    }
+
+
+def is_model(folder: Path) -> bool:
+    """Whether a folder holds a language model: its config names a `model_type`."""
+    path = folder / "config.json"
+    if not path.is_file():
+        return False
+    with foreign(f"{path} is not JSON"):
+        return "model_type" in json.loads(path.read_text(encoding="utf-8"))
+
+
+def config_of(model: str) -> PreTrainedConfig:
+    """The config of a language model of the catalog or in a folder, without a download; `lab` is the bundled one.
+
+    Raises:
+        NotFoundError: the package does not know its shape.   FormatError: a config that transformers can't read.
     """
     from transformers import AutoConfig
 
-    if any(group.model == model and group.folder is not None for group in catalog.groups()):
-        return AutoConfig.from_pretrained(model)
+    model = catalog.find("lab").model if model == "lab" else model
+    if (Path(model) / "config.json").is_file():
+        with foreign(f"the config of the model in {model} can't be read"):
+            return AutoConfig.from_pretrained(model)
     if model not in shapes():
         raise NotFoundError(f"the shape of {model!r} is not known here; known are {', '.join(shapes())}")
     row = dict(shapes()[model])
