@@ -187,7 +187,10 @@ def foreign(what: str, kind: type[QwenScopeError] = FormatError, hint: str = "")
         yield
     except (QwenScopeError, BrokenPipeError):
         raise
-    except Exception as error:
+    except BaseException as error:
+        # A panic of a library in Rust (tokenizers) is no Exception.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         raise kind(f"{what}: {reason(error)}" + (f"; {hint}" if hint else "")) from error
 
 

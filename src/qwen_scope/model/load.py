@@ -13,10 +13,9 @@ import torch
 import transformers
 from huggingface_hub import constants, get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
 from huggingface_hub import errors as hub
-from safetensors import SafetensorError
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from qwen_scope.errors import FormatError, InputError, NotFoundError, need
+from qwen_scope.errors import FormatError, InputError, NotFoundError, brief, foreign, need
 
 DTYPES = ("float32", "bfloat16", "float16", "auto")
 QUANTIZATIONS = ("8bit", "4bit")
@@ -72,11 +71,11 @@ def load_model(
     place = _folder(name) or name
     tokenizer = _tokenizer(name, place, revision)
     options = {"config": config, "revision": revision, "dtype": dtype, "use_safetensors": True, **placement}
-    try:  # what does not fit is reported below in one sentence, not raised with a table
-        model, info = auto.from_pretrained(place, ignore_mismatched_sizes=True, output_loading_info=True, **options)
-    except (OSError, SafetensorError) as error:
-        kind = FormatError if isinstance(error, SafetensorError) else NotFoundError
-        raise kind(f"the weights of {name!r} can't be loaded: {_sentence(error)}") from error
+    with foreign(f"the weights of {name!r} can't be loaded", hint=_quantised(config)):
+        try:  # what does not fit is reported below in one sentence, not raised with a table
+            model, info = auto.from_pretrained(place, ignore_mismatched_sizes=True, output_loading_info=True, **options)
+        except OSError as error:
+            raise NotFoundError(f"the weights of {name!r} can't be loaded: {_sentence(error)}") from error
     if mismatched := sorted(info["mismatched_keys"]):
         raise FormatError(
             f"the weights of {name!r} do not have the shapes its config.json says, such as {mismatched[0][0]!r}"
@@ -84,7 +83,9 @@ def load_model(
     if missing := sorted(info["missing_keys"]):
         raise FormatError(f"the weights of {name!r} lack {len(missing)} tensors, such as {missing[0]!r}")
     if "device_map" not in placement:
-        model = model.to(_device(device))
+        chosen = _device(device)
+        with foreign(f"{name!r} does not fit onto {str(chosen)!r}", InputError):
+            model = model.to(chosen)
     return LoadedModel(model.eval().requires_grad_(False), tokenizer, name)
 
 
@@ -99,10 +100,13 @@ def load_config(source: str | os.PathLike[str], *, revision: str | None = None) 
     name = os.fspath(source)
     place = _folder(name) or name
     _model_type(name, _read_config(name, place, revision))
-    try:
-        return transformers.AutoConfig.from_pretrained(place, revision=revision)
-    except (hub.StrictDataclassError, TypeError, ValueError, KeyError) as error:
-        raise FormatError(f"the config.json of {name!r} holds a value that does not fit: {_sentence(error)}") from error
+    with foreign(f"the config.json of {name!r} holds a value that does not fit"):
+        try:
+            return transformers.AutoConfig.from_pretrained(place, revision=revision)
+        except hub.StrictDataclassError as error:  # its first line names the class alone
+            raise FormatError(
+                f"the config.json of {name!r} holds a value that does not fit: {_sentence(error)}"
+            ) from error
 
 
 def auto_class(model_type: str, name: str | None = None) -> Any:
@@ -179,11 +183,14 @@ def _folder(name: str) -> str | None:
 def _read_config(name: str, place: str, revision: str | None) -> dict[str, Any]:
     path = Path(place, "config.json") if Path(place).is_dir() else Path(_fetch_config(place, revision))
     if not path.is_file():
+        if path.with_name("adapter_config.json").is_file():
+            raise FormatError(
+                f"the folder {name!r} holds an adapter (LoRA), not a model; merge it into the model it was trained"
+                " on (merge_and_unload of peft), save that, and name its folder"
+            )
         raise FormatError(f"the folder {name!r} has no config.json, so it holds no transformers model")
-    try:
+    with foreign(f"the config.json of {name!r} can't be read"):
         config = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise FormatError(f"the config.json of {name!r} can't be read: {error}") from error
     if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
         raise FormatError(f"the config.json of {name!r} names no model_type, so it is no transformers model")
     return config
@@ -221,13 +228,23 @@ def _fetch_config(repo: str, revision: str | None) -> str:
 
 
 def _tokenizer(name: str, place: str, revision: str | None) -> PreTrainedTokenizerBase:
-    try:
+    hint = f"a newer transformers than {transformers.__version__} may read it"
+    with foreign(f"{name!r} has no tokenizer that transformers can load", NotFoundError, hint):
         tokenizer = transformers.AutoTokenizer.from_pretrained(place, revision=revision)
-    except (OSError, ValueError) as error:
-        raise NotFoundError(f"{name!r} has no tokenizer that transformers can load: {_sentence(error)}") from error
-    if not tokenizer.encode("a", add_special_tokens=False):  # transformers makes an empty one where there is no file
+        known = tokenizer.encode("a", add_special_tokens=False)
+    if not known:  # transformers makes an empty one where there is no file
         raise NotFoundError(f"{name!r} has no tokenizer; put its tokenizer.json beside the weights")
     return tokenizer
+
+
+def _quantised(config: PreTrainedConfig) -> str:
+    """What helps where quantised weights can't be loaded; nothing for weights as they were trained."""
+    found = getattr(config, "quantization_config", None)
+    if not found:
+        return ""
+    method = found.get("quant_method") if isinstance(found, dict) else getattr(found, "quant_method", None)
+    how = f" ({brief(method)})" if isinstance(method, str) else ""
+    return f"its weights are quantised{how}: install what that needs, or name the model in its original precision"
 
 
 def _model_type(name: str, config: dict[str, Any]) -> str:

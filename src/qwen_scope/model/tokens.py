@@ -11,7 +11,7 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from qwen_scope.errors import InputError
+from qwen_scope.errors import InputError, brief, foreign
 
 Message = Mapping[str, str]
 CHATS = ("default", "thinking", "non_thinking")
@@ -85,11 +85,12 @@ def tokenize(
     rendered = [render(tokenizer, text, chat, i) for i, text in enumerate(texts)]
     rows, offsets, strings = [], [], []
     for i, text in enumerate(rendered):
-        # a chat template writes BOS itself where the model wants one
-        encoded = tokenizer(text, add_special_tokens=chat is None, return_offsets_mapping=True, verbose=False)
+        with foreign(f"the tokenizer fails on text {i}", InputError):
+            # a chat template writes BOS itself where the model wants one
+            encoded = tokenizer(text, add_special_tokens=chat is None, return_offsets_mapping=True, verbose=False)
         ids, spans = encoded["input_ids"], [tuple(span) for span in encoded["offset_mapping"]]
         if not ids:
-            raise InputError(f"text {i} ({text!r}) has no token")
+            raise InputError(f"text {i} ({brief(text)}) has no token")
         cut = max_length is not None and len(ids) > max_length
         if cut and not truncate:
             raise InputError(
@@ -114,7 +115,11 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, chat: str | None) -> Non
 
 def render(tokenizer: PreTrainedTokenizerBase, text: str | Sequence[Message], chat: str | None, i: int) -> str:
     """One text as it will be tokenised, after any chat template."""
-    content = text if isinstance(text, str) else "".join(message["content"] for message in text)
+    if not isinstance(text, str):
+        with foreign(f"text {i} is no text and no list of messages with role and content", InputError):
+            content = "".join(message["content"] for message in text if message["role"] is not None)
+    else:
+        content = text
     if not content:
         raise InputError(f"text {i} is empty")
     if not content.isascii():
@@ -131,7 +136,8 @@ def render(tokenizer: PreTrainedTokenizerBase, text: str | Sequence[Message], ch
     messages = [{"role": "user", "content": text}] if isinstance(text, str) else [dict(message) for message in text]
 
     def render(**switch: Any) -> str:
-        out = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **switch)
+        with foreign(f"the tokenizer's chat template refuses text {i}", InputError):
+            out = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **switch)
         assert isinstance(out, str)
         return out
 
