@@ -17,6 +17,7 @@ def catalog(
     as_json: options.Json = False,
 ) -> None:
     """List the released SAEs, or say all about one group."""
+    from qwen_scope.report import size
     from qwen_scope.sae import catalog as released
 
     groups = [released.find(name)] if name else list(released.groups())
@@ -26,9 +27,9 @@ def catalog(
     if name:
         output.show(groups[0].name, ("", "value"), list(describe(groups[0]).items()))
         return
-    rows = [(g.name, g.layers, g.d_model, g.d_sae, g.k, g.bytes_per_layer() / 1e9) for g in groups]
-    title = f"{len(groups)} groups, {sum(g.layers for g in groups)} SAEs; GB is one layer in fp32"
-    output.show(title, ("group", "layers", "d_model", "d_sae", "k", "GB"), rows)
+    rows = [(g.name, g.layers, g.d_model, g.d_sae, g.k, size(g.bytes_per_layer())) for g in groups]
+    title = f"{len(groups)} groups, {sum(g.layers for g in groups)} SAEs; a file is one layer in fp32"
+    output.show(title, ("group", "layers", "d_model", "d_sae", "k", "file"), rows)
     output.console().print("All about one: qwen-scope catalog GROUP. What it needs: qwen-scope plan GROUP.")
 
 

@@ -38,13 +38,17 @@ class Terminal:
 
     Attributes:
         is_terminal: whether somebody watches, so that colours are seen.
+        width: of a line, in columns.
     """
 
     def __init__(self) -> None:
+        self._console = self._of(None)
+        self.is_terminal, self.width = self._console.is_terminal, self._console.width
+
+    def _of(self, width: int | None) -> Console:
         from rich.console import Console
 
-        self._console = Console(highlight=False, soft_wrap=False)
-        self.is_terminal = self._console.is_terminal
+        return Console(highlight=False, soft_wrap=False, width=width)
 
     def print(self, text: str | Text | Table = "", style: str = "", soft_wrap: bool = False) -> None:
         """One or more lines, or a table; control codes are escaped but for the ends of lines.
@@ -57,8 +61,11 @@ class Terminal:
 
         from qwen_scope.report import inert
 
-        shown = text if isinstance(text, Table) else inert(text, keep="\n")
-        self._console.print(shown, style=style or None, soft_wrap=soft_wrap)
+        if isinstance(text, Table):
+            # One that can't be narrower is printed as wide as it is: a terminal wraps it, a file holds it whole.
+            self._of(max(self.width, text.min_width or 0)).print(text)
+        else:
+            self._console.print(inert(text, keep="\n"), style=style or None, soft_wrap=soft_wrap)
 
 
 def console() -> Terminal:
@@ -121,7 +128,7 @@ def show(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> N
 
     out = console()
     out.print(printable(title), style="bold")
-    out.print(table(columns, rows))
+    out.print(table(columns, rows, out.width))
     out.print()
 
 

@@ -139,7 +139,8 @@ def write_weights(path: Path, container: str, tensors: Mapping[str, Tensor], met
     if container == "safetensors":
         save_file(whole, path, metadata=dict(metadata))
     else:
-        torch.save(whole, path)
+        with path.open("wb") as file:  # by its name, that name would become a part of the file
+            torch.save(whole, file)
 
 
 def read_config(path: Path | None) -> dict[str, Any]:
