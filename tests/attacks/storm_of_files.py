@@ -3,7 +3,8 @@
 python tests/attacks/storm_of_files.py --count 300
 
 Every case runs in a child of one warm process, with limits on its time and memory, and ends in one class: `ok`,
-`refused` (one sentence, exit code 2), `traceback` (or a sentence that owns up to a bug), `hang`, `half-written`, `control codes`.
+`refused` (one sentence, exit code 2), `traceback` (or a sentence that owns up to a bug), `hang`, `half-written` or
+`control codes`.
 """
 
 from __future__ import annotations
@@ -188,9 +189,8 @@ def storm(numbers: list[int], seed: int, verbose: bool = False, every: bool = Fa
             found.append(run_case(number, seed, world, Path(folder)))
             if verbose and (every or found[-1].end not in GOOD):
                 one = found[-1]
-                print(
-                    f"{one.number} {one.family} {one.end} {one.seconds:.1f}s {one.words!r:.300}\n    {one.said[-1200:]}\n"
-                )
+                print(f"{one.number} {one.family} {one.end} {one.seconds:.1f}s {one.words!r:.300}")
+                print(f"    {one.said[-1200:]}\n")
     return found
 
 

@@ -36,7 +36,7 @@ HANG = 300.0  # seconds
 SIGNALS = (signal.SIGKILL,) * 4 + (signal.SIGTERM, signal.SIGINT)
 # What may differ between two runs that did the same: times, and what is made from them.
 VOLATILE = re.compile(
-    r"id|made|run_id|spent|seconds|runtime|time|.*_per_s(econd)?|.*_runtime|.*/s|versions|out|endpoint|peak.*"
+    r"id|made|run_id|resume|spent|seconds|runtime|time|.*_per_s(econd)?|.*_runtime|.*/s|versions|out|endpoint|peak.*"
 )
 PASSED_OVER = {"checkpoints", "cache", "work"}
 

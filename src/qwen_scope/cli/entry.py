@@ -82,7 +82,9 @@ def run(argv: Sequence[str] | None) -> int:
         error.show(text)
         write(printable(text.getvalue(), keep="\n"))
         return error.exit_code
-    except Abort:
+    except Abort as abort:
+        if isinstance(abort.__context__, EOFError):  # typer takes a file that ends too early for an end of the dialogue
+            raise abort.__context__ from None
         raise KeyboardInterrupt from None
     except SystemExit as end:
         if isinstance(end.code, str):
@@ -106,6 +108,8 @@ def explained(error: Exception) -> tuple[int, str]:
         return REFUSED, f"{at}{reason(error)}"
     if isinstance(error, MemoryError) or "out of memory" in str(error) or "can't allocate memory" in str(error):
         return REFUSED, f"not enough memory: {reason(error)}" if str(error) else "not enough memory"
+    if isinstance(error, EOFError):
+        return REFUSED, f"a file that was given ends too early: {reason(error)}"
     if isinstance(error, RecursionError):
         return REFUSED, f"something that was given is {reason(error)}"
     return BUG, (

@@ -118,18 +118,14 @@ def one_feature(features: str | None) -> int:
 
 def keep(store: FeatureStore, layer: int, feature: int, note: str | None, verdict: Path | None, author: str) -> None:
     """Add a note or a verdict."""
-    import json
-
     from qwen_scope.features import Notes
+    from qwen_scope.files import read_object
 
     store.check_feature(layer, feature)
     notes = Notes(store)
     if verdict is not None:
-        try:
-            found = json.loads(verdict.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise InputError(f"{verdict} holds no verdict: {error}") from error
-        if not isinstance(found, dict) or "outcome" not in found:
+        found = read_object(verdict, "write it with qwen-scope validate --json")
+        if "outcome" not in found:
             raise InputError(f"{verdict} holds no verdict: write it with qwen-scope validate --json")
         notes.verdict(layer, feature, found, author)
     if note is not None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from qwen_scope.errors import FormatError
+from qwen_scope.files import parse_value
 
 from . import options, output, steer, sweep, targets
 
@@ -122,8 +122,8 @@ def read_tasks(path: Path) -> list[tuple[str, str]]:
     pairs = []
     for number, line in enumerate(sweep.read_prompts(path), 1):
         try:
-            data = json.loads(line)
-        except json.JSONDecodeError:
+            data = parse_value(line, f"line {number} of {path.name}")
+        except FormatError:
             data = None
         if not isinstance(data, dict) or not all(isinstance(data.get(key), str) for key in ("prompt", "answer")):
             raise FormatError(f'line {number} of {path.name} is not {{"prompt": "...", "answer": "..."}}')

@@ -7,6 +7,7 @@ import gzip
 import json
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -16,7 +17,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from qwen_scope.errors import FormatError
+from qwen_scope.errors import FormatError, foreign
 
 UNITS = ("paragraph", "line", "file")
 SUFFIXES = (".txt", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
@@ -89,9 +90,13 @@ def opened(path: Path, offset: int) -> Any:
     """The bytes of a file, unzipped, from an offset on."""
     file: Any = gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb")  # noqa: SIM115  # the caller closes
     if offset:
-        file.seek(offset)
-    elif file.read(3) != b"\xef\xbb\xbf":  # a byte order mark is no text
-        file.seek(0)
+        with foreign(f"{path} can't be read up to where the work was stopped"):
+            file.seek(offset)
+        return file
+    with suppress(*DAMAGED):  # whoever reads the first line meets it again
+        if file.read(3) == b"\xef\xbb\xbf":  # a byte order mark is no text
+            return file
+    file.seek(0)
     return file
 
 

@@ -19,7 +19,7 @@ import pyarrow as pa
 from jaxtyping import Float32, Int32
 
 from qwen_scope.errors import InputError
-from qwen_scope.files import lock_folder, room, write_text
+from qwen_scope.files import lock_folder, read_object, room, write_text
 
 from .layout import MANIFEST, ROW_GROUP, TABLES, TOKEN_GROUP, WORK, LayerInfo, Manifest, Part, part_name, part_writer
 from .request import check_same
@@ -110,17 +110,15 @@ class StoreWriter:
     def _begin(self, asked: dict[str, Any]) -> None:
         request = self.work / "request.json"
         while (marker := self._marker(len(self.markers))).is_file():
-            self.markers.append(json.loads(marker.read_text(encoding="utf-8")))
+            self.markers.append(read_object(marker))
         if self.counts["tokens"] and request.is_file():
-            check_same(json.loads(request.read_text(encoding="utf-8")), asked, self.folder)
+            check_same(read_object(request), asked, self.folder)
         else:  # nothing is finished, so nothing is lost by another request
             self._empty()
             self.work.mkdir(parents=True)
             write_text(request, json.dumps(asked, ensure_ascii=False))
         kept = {part["file"] for marker in self.markers for part in marker["parts"]}
-        kept |= {
-            part["file"] for path in self.work.glob("layer-*.json") for part in json.loads(path.read_text())["parts"]
-        }
+        kept |= {part["file"] for path in self.work.glob("layer-*.json") for part in read_object(path)["parts"]}
         for table in TABLES:
             for path in (self.folder / table).glob("*"):
                 if f"{table}/{path.name}" not in kept:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import pickletools
 import re
 import warnings
@@ -18,7 +17,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from qwen_scope.errors import FormatError, NotFoundError
+from qwen_scope.errors import FormatError, NotFoundError, foreign
+from qwen_scope.files import parse_value
 
 # All that a dict of tensors needs when it is unpickled.
 HARMLESS = re.compile(
@@ -147,12 +147,11 @@ def read_config(path: Path | None) -> dict[str, Any]:
     """The JSON object in `path`, `{}` for None; raises FormatError for anything else."""
     if path is None:
         return {}
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise FormatError(f"{path} is not JSON: {one_line(error)}") from error
-    except FileNotFoundError as error:
-        raise NotFoundError(f"there is no file {path}") from error
+    if not path.exists():
+        raise NotFoundError(f"there is no file {path}")
+    with foreign(f"{path} can't be read"):
+        data = path.read_bytes()
+    config = parse_value(data, str(path))
     if not isinstance(config, dict):
         raise FormatError(f"{path} must hold a JSON object, not a {type(config).__name__}")
     return config
