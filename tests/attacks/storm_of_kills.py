@@ -46,13 +46,13 @@ class Command:
     """One command of the storm.
 
     Attributes:
-        words: its words for an output.   again: further words when it is run again.
+        words: its words for an output.   again: further words when it is run again, by what its output holds.
         start: called with the output before its first run.
     """
 
     name: str
     words: Callable[[Path], list[str]]
-    again: tuple[str, ...] = ()
+    again: Callable[[Path], tuple[str, ...]] = lambda out: ()
     start: Callable[[Path], Any] | None = None
 
 
@@ -265,7 +265,7 @@ def strike(
         number, at = dice.choice(SIGNALS), dice.uniform(0, seconds)
         while_writing = dice.randint(1, changes) if changes and dice.random() < 0.6 else 0
         code = struck(started([*one.words(out), *again], log), out, number, at, while_writing)
-        again, how = one.again, f"{how}{number.name} after {while_writing or f'{at:.2f} s'}; "
+        again, how = one.again(out), f"{how}{number.name} after {while_writing or f'{at:.2f} s'}; "
         if code == 0:  # too late
             continue
         tally.kills[number.name] += 1
@@ -336,7 +336,7 @@ def prepare(place: Path) -> list[Command]:
         Command(
             "train",
             lambda out: ["train", corpus, "-o", str(out), *where, "--layers", "0", *small, "--checkpoint-every", "4"],
-            again=("--resume",),
+            again=lambda out: ("--resume",),
         ),
         Command("convert", lambda out: ["convert", "lab", "-o", str(out), "--dtype", "float32", "--layers", "0-3"]),
         Command(
@@ -373,7 +373,8 @@ def prepare(place: Path) -> list[Command]:
                 *where,
                 *few,
             ],
-            again=("--resume",),
+            # One that was killed before it had begun says that there is nothing to resume.
+            again=lambda out: ("--resume",) if (out / "run.json").is_file() else (),
         ),
     ]
 

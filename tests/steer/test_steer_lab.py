@@ -27,7 +27,7 @@ def lines(path, texts) -> str:
 
 
 def answer(capsys, *argv: str) -> dict:
-    code = main([*argv, "--json"])
+    code = main([*argv, "--model", "lab", "--json"])
     out, err = capsys.readouterr()
     assert (code, err) == (0, "")
     return json.loads(out)

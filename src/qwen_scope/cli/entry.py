@@ -183,10 +183,12 @@ def ended_by_signals() -> Iterator[list[int]]:
     """
     ended: list[int] = []
     before: dict[int, Any] = {}
+    done = False
 
     def end(number: int, frame: FrameType | None) -> None:
-        ended.append(number)
-        raise KeyboardInterrupt
+        if not done:  # else the run is over, and there is nothing to unwind
+            ended.append(number)
+            raise KeyboardInterrupt
 
     names = ("SIGINT", "SIGHUP") if "WORLD_SIZE" in os.environ else ("SIGINT", "SIGHUP", "SIGTERM")
     for name in names:
@@ -197,6 +199,7 @@ def ended_by_signals() -> Iterator[list[int]]:
     try:
         yield ended
     finally:
+        done = True
         for number, handler in before.items():
             if signal.getsignal(number) is end:
                 signal.signal(number, handler)

@@ -190,10 +190,8 @@ def run_windows(
         writer.add(window, asdict(reader.state))
     if not writer.counts["tokens"]:
         said = ", ".join(f"{n} {reason}" for reason, n in writer.unreadable.items())
-        raise InputError(
-            f"there is no document to extract in {corpus.name}"
-            + (corpus.other_columns() or (f"; unreadable rows: {said}" if said else ""))
-        )
+        unreadable = f" (unreadable rows: {said})" if said else ""
+        raise InputError(f"there is no document to extract in {corpus.name}{unreadable}{corpus.other_columns()}")
     report("indexing", writer.counts["tokens"])
     writer.finish({int(layer): norm for layer, norm in reader.state.medians.items()})
 
