@@ -46,7 +46,7 @@ def fails(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
         (RecursionError("maximum recursion depth exceeded"), 2, "nested too deeply"),
         (ModuleNotFoundError("No module named 'gradio'", name="gradio.themes"), 2, "needs the package gradio"),
         (KeyboardInterrupt(), 130, "interrupted"),
-        (EOFError(), 130, "interrupted"),
+        (EOFError(), 2, "a file that was given ends too early: EOFError"),
         (SystemExit("a library's last words"), 1, "a library's last words"),
         (ZeroDivisionError("division by zero"), 70, "ZeroDivisionError: division by zero; this is a bug"),
         (AssertionError(), 70, "AssertionError: AssertionError; this is a bug"),

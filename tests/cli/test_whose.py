@@ -81,7 +81,9 @@ def test_every_command_with_a_model_says_whose_it_is() -> None:
     for path in LEAVES:
         if any(one.name == "model" for one in COMMANDS[path].params) and path not in ("convert", "plan"):
             module = inspect.getsource(inspect.getmodule(COMMANDS[path].callback.__wrapped__))
-            names = {node.attr for node in ast.walk(ast.parse(module)) if isinstance(node, ast.Attribute)}
+            nodes = list(ast.walk(ast.parse(module)))
+            names = {node.attr for node in nodes if isinstance(node, ast.Attribute)}
+            names |= {node.id for node in nodes if isinstance(node, ast.Name)}
             assert names & {"say_whose", "open_scope", "scope_of"}, path
 
 
