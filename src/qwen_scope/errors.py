@@ -64,11 +64,11 @@ def check_count(
     Raises:
         QwenScopeError: of that `kind`: it is none, or lies outside.
     """
-    whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
-    if not whole or value < least or (most is not None and value > most):
+    whole = int(value) if isinstance(value, numbers.Integral) and not isinstance(value, bool) else None
+    if whole is None or whole < least or (most is not None and whole > most):
         fits = f"from {least} up" if most is None or most >= 2**31 else f"from {least} to {most}"
         raise kind(f"{what} is a whole number {fits}, not {brief(value)}")
-    return int(value)
+    return whole
 
 
 def check_number(
@@ -84,13 +84,13 @@ def check_number(
     Raises:
         QwenScopeError: of that `kind`: it is none, or lies outside.
     """
-    real = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    if not real or not _finite(value) or not least <= value <= most:
+    real = float(value) if isinstance(value, numbers.Real) and _finite(value) and not isinstance(value, bool) else None
+    if real is None or not least <= real <= most:
         fits = {(True, False): f" from {least:g} up", (False, True): f" up to {most:g}"}.get(
             (least > -math.inf, most < math.inf), f" from {least:g} to {most:g}" if least > -math.inf else ""
         )
         raise kind(f"{what} is a finite number{fits}, not {brief(value)}")
-    return float(value)
+    return real
 
 
 def check_name(what: str, value: Any) -> str:

@@ -11,8 +11,6 @@ import typer
 from . import options, output
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from qwen_scope.scope import Scope, TokenFeatures
 
 TEXT = "Could you please tell me where the station is? Shut up, you fool!"
@@ -66,7 +64,7 @@ def show_tokens(seen: TokenFeatures, layer: int) -> None:
     output.show(title, ("token", "features"), rows)
 
 
-def show_features(out: Console, seen: TokenFeatures, detectors: list[dict[str, Any]]) -> None:
+def show_features(out: output.Terminal, seen: TokenFeatures, detectors: list[dict[str, Any]]) -> None:
     """For some factors of the corpus, the one feature that detects it best, over all texts."""
     from rich.text import Text
 

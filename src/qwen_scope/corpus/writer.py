@@ -244,7 +244,7 @@ class StoreWriter:
                 unreadable=self.unreadable,
                 parts=tuple(sorted(parts, key=lambda part: (order.index(part.table), part.file))),
                 versions={name: version(name) for name in PACKAGES},
-                sources=self.sources,
+                sources={name: dict(place) for name, place in self.sources.items()},
             )
             write_text(self.folder / MANIFEST, manifest.to_json())
         self.finished = True

@@ -93,11 +93,11 @@ class Api:
         leave_out: any of first, common, prefix.
         """
         desk, most = self.desk, self.desk.limits.set_texts
-        sides = [desk.limits.check_texts(side, "text", most) for side in (a, b)]
+        a, b = (desk.limits.check_texts(side, "text", most) for side in (a, b))
         if layers is not None:
             layers = [whole_number(layer, "layer") for layer in listed(layers, "layers", len(desk.layers))]
         chosen = desk.scope.check_layers(layers)
-        found, _ = desk.compare(*sides, chosen, desk.limits.check_features(n), leave_out or [], chat)
+        found, _ = desk.compare(a, b, chosen, desk.limits.check_features(n), leave_out or [], chat)
         return [asdict(one) for ranked in found.values() for one in ranked]
 
     def feature(self, layer: int, feature: int, store: str | None = None) -> dict[str, Any]:

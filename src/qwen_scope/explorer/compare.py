@@ -91,8 +91,8 @@ class CompareTab:
     ) -> dict[Any, Any]:
         """Both sides and the ranking."""
         desk = self.desk
-        sides = [desk.side(text_a, file_a, "first"), desk.side(text_b, file_b, "second")]
+        first_side, second_side = desk.side(text_a, file_a, "first"), desk.side(text_b, file_b, "second")
         layers, n = desk.layer_range(first, last), desk.limits.check_features(n or 5)
-        found, seen = desk.compare(*sides, layers, n, options, chat)
-        a, b, ranking = view.compared(found, seen, len(sides[0]), desk.label)
+        found, seen = desk.compare(first_side, second_side, layers, n, options, chat)
+        a, b, ranking = view.compared(found, seen, len(first_side), desk.label)
         return {self.side_a: a, self.side_b: b, self.ranking: ranking}

@@ -109,12 +109,12 @@ class Note:
             FormatError: it is not one.
         """
         one = Fields(data, "an entry", [f.name for f in fields(cls)], ["id"])
-        values = {name: one.text(name) for name in ("kind", "fingerprint", "author", "made")}
-        values |= {name: one.count(name) for name in ("layer", "feature")} | {"body": one.object("body")}
-        if values["kind"] not in KINDS:
-            raise FormatError(f"an entry is a label, note or verdict, not {brief(values['kind'])}")
-        _check_body(values["kind"], values["body"])
-        note = cls(**values)
+        kind, body = one.text("kind"), one.object("body")
+        if kind not in KINDS:
+            raise FormatError(f"an entry is a label, note or verdict, not {brief(kind)}")
+        _check_body(kind, body)
+        place = one.count("layer"), one.count("feature"), one.text("fingerprint")
+        note = cls(kind, *place, body, one.text("author"), one.text("made"))
         if data.get("id", note.id) != note.id:
             raise FormatError(f"the entry {data['id']!r:.40} has been changed: its content has the id {note.id}")
         return note

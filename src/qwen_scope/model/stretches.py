@@ -5,6 +5,7 @@ from __future__ import annotations
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -89,7 +90,8 @@ def stretches(
     """
     check_tokenizer(tokenizer, chat)
     whole = render(tokenizer, text, chat, 0)
-    inside = type(tokenizer.backend_tokenizer.model).__name__ == "BPE"
+    backend: Any = tokenizer.backend_tokenizer
+    inside = type(backend.model).__name__ == "BPE"
 
     def window(start: int, end: int) -> Window:
         part = whole[start:end]
