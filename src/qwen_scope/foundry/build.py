@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from qwen_scope.errors import InputError, NotFoundError, nearest
+from qwen_scope.files import write_folder, write_text
 from qwen_scope.lab import documents
 from qwen_scope.model import HookPoint, capture, load_model
 
@@ -83,7 +84,8 @@ SMALL = LabConfig(
 
 
 def build(out: Path, config: LabConfig, report: Report | None = None) -> dict[str, object]:
-    """Make the lab: `out/model`, `out/sae` and `out/metrics.json`, which is written last and returned.
+    """Make the lab: `out/model`, `out/sae` and `out/metrics.json`, which is returned; the folder appears when
+    it is complete, and an earlier lab stays until then.
 
     The promise is the metrics within tolerance, not the bytes.
 
@@ -96,22 +98,21 @@ def build(out: Path, config: LabConfig, report: Report | None = None) -> dict[st
     from .measure import measure
 
     say = report or (lambda stage, share, text: None)
-    if out.exists() and any(out.iterdir()) and not (out / "metrics.json").exists():
+    if out.is_dir() and any(out.iterdir()) and not (out / "metrics.json").exists():
         raise InputError(f"{out} is not empty and holds no lab; name another folder")
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "metrics.json").unlink(missing_ok=True)
-    began = time.monotonic()
-    make_language_model(out / "model", config, say)
-    trained = time.monotonic()
-    make_saes(out, config, say)
-    made = time.monotonic()
-    metrics: dict[str, object] = {
-        "config": asdict(config),
-        "group": config.group,
-        "seconds": {"language model": round(trained - began), "saes": round(made - trained)},
-        **measure(out / "model", out / "sae", seed=config.seed, per_factor=config.per_factor, report=say),
-    }
-    (out / "metrics.json").write_text(json.dumps(metrics, ensure_ascii=False, indent=1) + "\n")
+    with write_folder(out, replace=True) as part:
+        began = time.monotonic()
+        make_language_model(part / "model", config, say)
+        trained = time.monotonic()
+        make_saes(part, config, say)
+        made = time.monotonic()
+        metrics: dict[str, object] = {
+            "config": asdict(config),
+            "group": config.group,
+            "seconds": {"language model": round(trained - began), "saes": round(made - trained)},
+            **measure(part / "model", part / "sae", seed=config.seed, per_factor=config.per_factor, report=say),
+        }
+        write_text(part / "metrics.json", json.dumps(metrics, ensure_ascii=False, indent=1) + "\n")
     return metrics
 
 

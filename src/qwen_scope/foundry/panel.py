@@ -13,6 +13,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qwen_scope.errors import InputError
+from qwen_scope.files import lock_folder, write_folder, write_text, write_whole
 from qwen_scope.lab import LANGUAGES, default_mixture, documents
 from qwen_scope.model import load_model
 from qwen_scope.sae import catalog
@@ -80,14 +81,17 @@ def build_panel(out: Path, config: PanelConfig | None = None, report: Report | N
         InputError: `out` holds something else.
     """
     config, say = config or PanelConfig(), report or (lambda stage, share, text: None)
-    if out.exists() and any(out.iterdir()) and not (out / "config.json").exists():
+    with lock_folder(out):
+        return _build_panel(out, config, say)
+
+
+def _build_panel(out: Path, config: PanelConfig, say: Report) -> dict[str, Any]:
+    if any(path.name != ".lock" for path in out.iterdir()) and not (out / "config.json").exists():
         raise InputError(f"{out} is not empty and holds no panel; name another folder")
     wanted = json.dumps(asdict(config), indent=1) + "\n"
     if (out / "config.json").exists() and (out / "config.json").read_text() != wanted:
         raise InputError(f"{out} holds a panel of another configuration; name another folder")
-    for part in ("models", "benchmarks", "scores"):
-        (out / part).mkdir(parents=True, exist_ok=True)
-    (out / "config.json").write_text(wanted)
+    write_text(out / "config.json", wanted)
     tokenizer = load_model(catalog.find("lab").model, device="cpu").tokenizer
     for run in config.runs:
         if not (out / "models" / f"{run.name}-100").exists():
@@ -106,7 +110,7 @@ def build_panel(out: Path, config: PanelConfig | None = None, report: Report | N
         "benchmarks": [described(b) for b in config.benchmarks],
         "accuracy": means,
     }
-    (out / "panel.json").write_text(json.dumps(panel, indent=1) + "\n")
+    write_text(out / "panel.json", json.dumps(panel, indent=1) + "\n")
     return panel
 
 
@@ -136,10 +140,10 @@ def train_run(folder: Path, run: Run, config: PanelConfig, tokenizer: PreTrained
     def step_report(step: int, loss: float) -> None:
         say(f"training {run.name}", (step + 1) / plan.steps, f"loss {loss:.3f}")
         if step in keep:
-            where = folder / f"{run.name}-{keep[step]:03d}"
-            model.save_pretrained(where)
-            tokenizer.save_pretrained(where)
-            declare_float32(where / "config.json")
+            with write_folder(folder / f"{run.name}-{keep[step]:03d}", replace=True) as where:
+                model.save_pretrained(where)
+                tokenizer.save_pretrained(where)
+                declare_float32(where / "config.json")
 
     pretrain(model, rows, plan, step_report)
 
@@ -191,7 +195,7 @@ def ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
 def write_scores(path: Path, names: Sequence[str], some: Sequence[Item], scores: torch.Tensor) -> None:
     """A table of scores as `analyze --scores` takes it."""
-    with path.open("w", encoding="utf-8", newline="") as file:
+    with write_whole(path) as part, part.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["id", *names])
         writer.writerows([item.id, *row] for item, row in zip(some, scores.int().tolist(), strict=True))

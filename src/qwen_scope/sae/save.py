@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
-import uuid
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import torch
 from safetensors import SafetensorError
 
 from qwen_scope.errors import FormatError, InputError, MismatchError
+from qwen_scope.files import write_whole
 
 from .base import SAE
 from .formats import LAYOUTS, Layout, Written, find_entries, layout_named
@@ -141,42 +141,20 @@ def _existing(path: Path) -> dict[str, Any]:
 
 
 def _store(jobs: Sequence[_Job], configs: Mapping[Path, Mapping[str, Any]], layout: Layout) -> None:
-    """Write everything under temporary names, then move it into place, configs last."""
-    temporary: dict[Path, Path] = {}
-    made = []
+    """Write everything beside its place, then move it there, configs last."""
     try:
-        for job in jobs:
-            made += _make(job.folder)
-            target = job.folder / job.weights
-            temporary[target] = _temporary(target)
-            write_weights(temporary[target], layout.container, job.written.tensors, job.written.metadata)
-        for path, config in configs.items():
-            temporary[path] = _temporary(path)
-            temporary[path].write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        for target in list(temporary):
-            os.replace(temporary.pop(target), target)
-        made.clear()
-    except (OSError, SafetensorError, RuntimeError) as error:
-        raise InputError(f"the SAE could not be written to {jobs[0].folder}: {_reason(error)}") from error
-    finally:
-        for path in temporary.values():
-            path.unlink(missing_ok=True)
-        for folder in reversed(made):
-            folder.rmdir()
-
-
-def _make(folder: Path) -> list[Path]:
-    """Create a folder; returns the folders that were missing, outermost first."""
-    missing = [path for path in (folder, *folder.parents) if not path.exists()][::-1]
-    folder.mkdir(parents=True, exist_ok=True)
-    return missing
-
-
-def _temporary(target: Path) -> Path:
-    """A new empty file beside `target`, with its suffix."""
-    path = target.with_name(f".unfinished-{uuid.uuid4().hex}{target.suffix}")
-    path.touch(exist_ok=False)  # with the permissions the user's umask gives, unlike tempfile's
-    return path
+        with ExitStack() as stack:
+            # They are renamed in the opposite order.
+            targets = [*configs, *(job.folder / job.weights for job in reversed(jobs))]
+            parts = {path: stack.enter_context(write_whole(path)) for path in targets}
+            for job in jobs:
+                where = parts[job.folder / job.weights]
+                write_weights(where, layout.container, job.written.tensors, job.written.metadata)
+            for path, config in configs.items():
+                parts[path].write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    except (InputError, SafetensorError, RuntimeError) as error:
+        cause = error.__cause__ if isinstance(error, InputError) and error.__cause__ else error
+        raise InputError(f"the SAE could not be written to {jobs[0].folder}: {_reason(cause)}") from error
 
 
 def _reason(error: BaseException) -> str:
