@@ -88,6 +88,15 @@ def test_so_does_one_that_had_only_to_write_its_result(whole: Path, tmp_path: Pa
     same_as(whole, out)
 
 
+def test_means_that_wait_for_the_last_line_are_in_it(tmp_path: Path) -> None:
+    """No line of the log before the end: what all steps gave is told there, also by a run with no step left to do."""
+    train(tmp_path / "whole", **FEATURES, log_every=10)
+    out = copy_of(tmp_path / "whole", tmp_path / "run")
+    train(out, **FEATURES, log_every=10, resume=True)
+    assert lines(out / "log.jsonl") == lines(tmp_path / "whole" / "log.jsonl")
+    assert "entropy" in lines(out / "log.jsonl")[0]
+
+
 NAMES = ("model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json")
 NAMES += ("training_args.bin", "figures.rank0.json", "config.json", "tokenizer.json")
 

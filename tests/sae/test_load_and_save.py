@@ -224,3 +224,40 @@ def test_the_config_lists_what_the_folder_holds(folder: Path) -> None:
     assert list(config["fingerprints"]) == ["0", "1", "2", "12"]
     assert config["fingerprints"]["12"] == toy(layer=12).identity.fingerprint
     assert (config["k"], config["d_model"], config["d_sae"], config["hook_point"]) == (5, 16, 64, "resid_post")
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.bool]
+)
+def test_our_safetensors_are_what_their_package_reads(tmp_path: Path, dtype: torch.dtype) -> None:
+    from safetensors import safe_open
+    from safetensors.torch import load_file
+
+    from qwen_scope.sae.formats.container import write_safetensors
+
+    generator = torch.Generator().manual_seed(3)
+    made = {"b": torch.randn(3, 5, generator=generator), "a\u2028": torch.randn((), generator=generator)}
+    tensors = {name: one.to(dtype) for name, one in made.items()} | {"empty": torch.zeros(0, 2), "f": torch.ones(7)}
+    paths = [tmp_path / name for name in ("x.safetensors", "a_longer_name.safetensors")]
+    for path in paths:
+        write_safetensors(path, tensors, {"z": "1", "k": "\u00e4"})
+    assert paths[0].read_bytes() == paths[1].read_bytes()
+    read = load_file(paths[0])
+    assert read.keys() == tensors.keys()
+    for name, one in tensors.items():
+        assert read[name].dtype == one.dtype
+        assert read[name].shape == one.shape
+        assert torch.equal(read[name], one)
+    with safe_open(paths[0], "pt") as file:
+        assert file.metadata() == {"z": "1", "k": "\u00e4"}
+    write_safetensors(paths[0], {"only": tensors["b"]}, {})
+    assert torch.equal(load_file(paths[0])["only"], tensors["b"])
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_same_sae_is_the_same_bytes(tmp_path: Path, layout: str) -> None:
+    found = []
+    for name in "ab":
+        save_sae(toy(), tmp_path / name, layout)
+        found.append({p.name: p.read_bytes() for p in (tmp_path / name).rglob("*") if p.is_file()})
+    assert found[0] == found[1]

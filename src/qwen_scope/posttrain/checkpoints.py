@@ -95,6 +95,8 @@ class Figures(TrainerCallback):
         trainer._total_train_tokens = read.count("tokens")
         for name, values in read.object("means").items():
             trainer._metrics["train"][name] = list(values)
+        # As a step leaves it: where none is left to do, the end would be logged as an evaluation.
+        trainer.model.train()
 
 
 def figures_of(trainer: Any) -> dict[str, Any]:

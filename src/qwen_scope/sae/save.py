@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 
 from qwen_scope.errors import FormatError, InputError, MismatchError
 from qwen_scope.files import write_whole
@@ -152,7 +151,7 @@ def _store(jobs: Sequence[_Job], configs: Mapping[Path, Mapping[str, Any]], layo
                 write_weights(where, layout.container, job.written.tensors, job.written.metadata)
             for path, config in configs.items():
                 parts[path].write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    except (InputError, SafetensorError, RuntimeError) as error:
+    except (InputError, RuntimeError) as error:
         cause = error.__cause__ if isinstance(error, InputError) and error.__cause__ else error
         raise InputError(f"the SAE could not be written to {jobs[0].folder}: {_reason(cause)}") from error
 

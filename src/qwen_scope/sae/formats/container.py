@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pickletools
 import re
 import warnings
@@ -14,11 +15,21 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from qwen_scope.errors import FormatError, NotFoundError, foreign
 from qwen_scope.files import parse_value
+
+STORED = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
 
 # All that a dict of tensors needs when it is unpickled.
 HARMLESS = re.compile(
@@ -131,13 +142,34 @@ def globals_of(data: bytes) -> set[str]:
     return found
 
 
+def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """A safetensors file: eight bytes with the length of a JSON header, the header, the numbers, wide types first.
+
+    The package's own writer puts a further file beside the one it is given, which a kill leaves behind in full size,
+    and the keys of its header in any order. This one gives the same bytes every time.
+    """
+    order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
+    end = 0
+    for name in order:
+        start, end = end, end + tensors[name].nbytes
+        kind = STORED[tensors[name].dtype]
+        header[name] = {"dtype": kind, "shape": list(tensors[name].shape), "data_offsets": [start, end]}
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in order:
+            file.write(tensors[name].reshape(-1).view(torch.uint8).numpy())
+
+
 def write_weights(path: Path, container: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Store the tensors in a file of that kind; raises OSError or SafetensorError where the disk refuses."""
+    """Store the tensors in a file of that kind; raises OSError or RuntimeError where the disk refuses."""
     whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     # A view would drag the whole storage behind it into the file.
     whole = {n: t if t.untyped_storage().nbytes() == t.nbytes else t.clone() for n, t in whole.items()}
     if container == "safetensors":
-        save_file(whole, path, metadata=dict(metadata))
+        write_safetensors(path, whole, metadata)
     else:
         with path.open("wb") as file:  # by its name, that name would become a part of the file
             torch.save(whole, file)
