@@ -153,6 +153,8 @@ class Monitor(TrainerCallback):
         for line in lines:
             self._raised |= {(a["layer"], a["concept"]) for a in line["alarms"]}
             self._sides = self._beyond(line["concepts"])
+        if lines[-1]["step"] > max((entry["step"] for entry in state.log_history), default=-1):
+            self._hand_over(lines[-1]["layers"])
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Measure if it is time."""
@@ -196,6 +198,10 @@ class Monitor(TrainerCallback):
         self._took = seconds - (answered - asked) * (1 - 1 / max(1, self._turn - turn))
         line = {"step": step, "seconds": seconds, "layers": layers, "concepts": concepts, "alarms": alarms}
         append_lines(self.path, [json.dumps(line, ensure_ascii=False)])
+        self._hand_over(layers)
+
+    def _hand_over(self, layers: Sequence[Mapping[str, Any]]) -> None:
+        """Keep the numbers of a measurement for the next line of the log."""
         self.latest = {"monitor/alarms": float(len(self._raised))}
         for entry in layers:
             self.latest[f"monitor/drift_{entry['layer']}"] = entry["drift"]
