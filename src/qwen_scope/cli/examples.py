@@ -62,7 +62,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     ),
     "validate": (
         "qwen-scope validate out/examples/prompts.txt --recipe out/german.yaml --rule out/german.json"
-        " --sample --max-new-tokens 12 --positive out/examples/german.txt"
+        " --sample --max-new-tokens 8 --positive out/examples/german.txt"
         " --negative out/examples/french.txt --unrelated out/examples/others.txt",
     ),
     "analyze redundancy": ("qwen-scope analyze redundancy out/a out/b --out out/report",),
