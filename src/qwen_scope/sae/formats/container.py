@@ -160,7 +160,7 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mappi
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name in order:
-            file.write(tensors[name].reshape(-1).view(torch.uint8).numpy())
+            file.write(tensors[name].reshape(-1).view(torch.uint8).numpy().data)
 
 
 def write_weights(path: Path, container: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
