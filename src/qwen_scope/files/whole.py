@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from qwen_scope.errors import InputError
+from qwen_scope.errors import InputError, reason
 
 UNFINISHED = ".unfinished-"
 PART = re.compile(re.escape(UNFINISHED) + r"([0-9]+-[0-9a-f]{8}|[0-9a-f]{32})(\..*)?")
@@ -247,6 +247,10 @@ def told(named: str) -> Iterator[None]:
         name = str(error.filename or "")
         other = f" ({name})" if name and name != named and UNFINISHED not in name else ""
         raise InputError(f"can't write {named}: {error.strerror or error}{other}") from error
+    except Exception as error:
+        if "(os error " not in str(error):  # how safetensors and tokenizers, in Rust, repeat the system's words
+            raise
+        raise InputError(f"can't write {named}: {reason(error)}") from error
 
 
 @contextmanager
