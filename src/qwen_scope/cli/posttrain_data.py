@@ -53,8 +53,8 @@ def read_rows(
     """Prompts of a file with their answers, or of the lab: questions and sums, with what its reward asks for."""
     from collections import Counter
 
-    from qwen_scope.corpus import Corpus, Document
-    from qwen_scope.posttrain import PassOver, by_reason, lab_rows, only_text, usable
+    from qwen_scope.corpus import Corpus, Document, by_reason
+    from qwen_scope.posttrain import PassOver, lab_rows, only_text, usable
 
     if source == "lab":
         return lab_rows(n, seed, split="heldout_sentences" if held_out else "train")

@@ -29,7 +29,7 @@ def read_corpus(
 ) -> tuple[dict[int, Dataset], dict[int, np.ndarray], list[dict[str, Any]]]:
     """Firings by `max`, mean residuals and metadata of every document, by way of a store in a temporary folder."""
     from qwen_scope.analysis import Dataset
-    from qwen_scope.corpus import ExtractOptions, extract
+    from qwen_scope.corpus import ExtractOptions, extract, tell_unused
     from qwen_scope.model import LoadedModel
 
     loaded = LoadedModel(scope.model, scope.tokenizer, scope.name)
@@ -41,6 +41,8 @@ def read_corpus(
             found = {layer: Dataset.from_store(store, layer, "max", name=name, texts=True) for layer in layers}
             metas = store.sql("SELECT meta FROM documents ORDER BY document")["meta"].to_pylist()
             pooled = {layer: store.residuals(layer, "mean") for layer in layers}
+            unused = store.manifest.unreadable
+            tell_unused(unused, len(metas) + sum(unused.values()), corpus.name)
             return found, pooled, [json.loads(meta) for meta in metas]
 
 

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import random
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -16,6 +17,7 @@ from typing import Any, final
 from qwen_scope.errors import InputError, NotFoundError, need
 
 from .sources import SUFFIXES, UNITS, Problem, Source, dataset_rows, file_source, item_rows
+from .unused import by_reason, tell_unused
 
 DEEPEST = 50  # nested levels of metadata
 
@@ -129,8 +131,21 @@ class Corpus:
         self._offset, self._seen = int(cursor["offset"]), int(cursor["seen"])
 
     def __iter__(self) -> Iterator[Document]:
-        """The documents alone; use `rows` to see what could not be read."""
-        return (found for found in self.rows() if isinstance(found, Document))
+        """The documents alone; how many rows could not be used is said in a warning at the end. `rows` has them.
+
+        Raises:
+            InputError: at the end, where no row could be used.
+        """
+        used, unused = 0, Counter[str]()
+        for found in self.rows():
+            if isinstance(found, Document):
+                used += 1
+                yield found
+            else:
+                unused[found.reason] += 1
+        if unused and not used:
+            raise InputError(f"no row of {self.name} can be used: {by_reason(unused)}{self.other_columns()}")
+        tell_unused(unused, used + unused.total(), self.name)
 
     def rows(self) -> Iterator[Document | Unreadable]:
         """Every row from the cursor on."""

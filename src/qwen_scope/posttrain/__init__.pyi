@@ -34,7 +34,6 @@ from .rl import run_rl as run_rl
 from .rollouts import SteeredRollouts as SteeredRollouts
 from .rollouts import SteeredTrainer as SteeredTrainer
 from .rows import PassOver as PassOver
-from .rows import by_reason as by_reason
 from .rows import only_text as only_text
 from .rows import usable as usable
 from .samples import Sample as Sample

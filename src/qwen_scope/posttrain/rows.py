@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import warnings
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import TypeVar
 
-from qwen_scope.corpus import Corpus, Document
-from qwen_scope.errors import InputError, QwenScopeWarning
+from qwen_scope.corpus import Corpus, Document, tell_unused
+from qwen_scope.errors import InputError
 
 T = TypeVar("T")
 
@@ -46,21 +45,6 @@ def usable(
     if unused is not None:
         unused.update(counts)
     return out
-
-
-def tell_unused(counts: Mapping[str, int], of: int, name: str) -> None:
-    """Say how many rows can't be used, if there are any."""
-    if counts:
-        warnings.warn(
-            f"{sum(counts.values())} of {of} rows of {name} can't be used and are passed over: {by_reason(counts)}",
-            QwenScopeWarning,
-            3,
-        )
-
-
-def by_reason(counts: Mapping[str, int]) -> str:
-    """Rows that can't be used, by reason, as the end of a sentence."""
-    return ", ".join(f"{n} {why}" for why, n in counts.items())
 
 
 def only_text(found: Document) -> str:

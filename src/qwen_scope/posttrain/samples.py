@@ -10,10 +10,10 @@ from typing import Any
 from datasets import Dataset
 
 from qwen_scope import lab
-from qwen_scope.corpus import Corpus
+from qwen_scope.corpus import Corpus, by_reason, tell_unused
 from qwen_scope.errors import InputError
 
-from .rows import PassOver, by_reason, tell_unused, usable
+from .rows import PassOver, usable
 
 Sample = dict[str, Any]
 """`{"text"}`, or `{"prompt", "completion"}` (strings, or lists of messages), and `"group"`, a name or None."""

@@ -12,13 +12,13 @@ from torch import Tensor
 from trl.data_utils import pack_dataset
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling, SFTTrainer
 
+from qwen_scope.corpus import tell_unused
 from qwen_scope.errors import InputError, NotFoundError, nearest
 from qwen_scope.model import HookPoint, reading
 from qwen_scope.train import DivergedError
 
 from .checkpoints import WholeCheckpoints
 from .loss import IGNORED, NO_GROUP, ExtraLoss
-from .rows import tell_unused
 
 TOO_LONG = "whose prompt fills max_length"
 """Why a sample is left out that has no token to learn."""
