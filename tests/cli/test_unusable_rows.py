@@ -70,7 +70,9 @@ def test_bad_rows_among_good_ones(tmp_path: Path, rule: str, name: str, capsys: 
         assert err.count("can't be used and are passed over") == 1
         assert name == "train" or "12 of 20 rows" in err
     if name == "predict":
-        assert [json.loads(line)["row"] for line in (tmp_path / "p.jsonl").open()] == list(range(1, 17, 2))
+        assert [json.loads(line)["row"] for line in (tmp_path / "p.jsonl").read_text().splitlines()] == list(
+            range(1, 17, 2)
+        )
 
 
 @pytest.mark.filterwarnings("default::qwen_scope.errors.QwenScopeWarning")
