@@ -9,7 +9,7 @@ import math
 import os
 import re
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from datetime import UTC, datetime
 from functools import lru_cache
@@ -147,7 +147,7 @@ class Notes:
     def __len__(self) -> int:
         return len(self._entries)
 
-    def __iter__(self) -> Iterable[Note]:
+    def __iter__(self) -> Iterator[Note]:
         return iter(self._entries.values())
 
     def of(self, layer: int, feature: int, kind: str | None = None) -> list[Note]:
