@@ -128,15 +128,16 @@ def test_what_is_refused_is_one_short_sentence(api: Api, endpoint: str, argument
 
 def test_a_comparison_is_bounded_in_tokens_and_in_memory(desk: Desk) -> None:
     texts = ["Where is the station, please?"] * 4
-    tokens = sum(desk.scope.tokenize(texts).lengths)
+    tokens, k = sum(desk.scope.tokenize(texts).lengths), desk.scope.saes[LAYER].k
+    assert k is not None
     for limits, says in (
         (Limits(set_tokens=tokens - 1), f"{tokens:,} tokens together and this page compares up to {tokens - 1:,}"),
-        (Limits(set_bytes=tokens * desk.scope.saes[LAYER].k * 8 - 1), "give fewer layers or texts"),
+        (Limits(set_bytes=tokens * k * 8 - 1), "give fewer layers or texts"),
     ):
         own = Desk(desk.scope, limits=limits)
         with pytest.raises(InputError, match=re.escape(says)):
             own.compare(texts[:2], texts[2:], [LAYER], 5, [])
-    fits = Limits(set_tokens=tokens, set_bytes=tokens * desk.scope.saes[LAYER].k * 8)
+    fits = Limits(set_tokens=tokens, set_bytes=tokens * k * 8)
     _, seen = Desk(desk.scope, limits=fits).compare(texts[:2], texts[2:], [LAYER], 5, [])
     acts = seen.acts[LAYER]
     assert acts.indices.numel() * acts.indices.element_size() + acts.values.numel() * 4 == fits.set_bytes
@@ -326,6 +327,8 @@ def test_a_layer_is_chosen_among_those_there_are() -> None:
         slider, one, some = (layer_choice(layers) for layers in ([2, 3, 4], [7], [1, 4, 5]))
     assert isinstance(slider, gr.Slider)
     assert (slider.minimum, slider.maximum, slider.value) == (2, 4, 3)
+    assert isinstance(one, gr.Dropdown)
+    assert isinstance(some, gr.Dropdown)
     assert [value for _, value in one.choices] == [7]
     assert [value for _, value in some.choices] == [1, 4, 5]
     assert some.value == 4

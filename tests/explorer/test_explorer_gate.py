@@ -108,7 +108,8 @@ def test_what_is_no_host_is_refused_at_the_start(name: str) -> None:
 
 def test_requests_are_bounded_in_bytes() -> None:
     assert asked(body=b"x" * 5_000)[0] == 200
-    for headers in ({}, {"content_length": "5001"}, {"content_length": "9" * 5000}):
+    given: tuple[dict[str, Any], ...] = ({}, {"content_length": "5001"}, {"content_length": "9" * 5000})
+    for headers in given:
         status, told = asked(body=b"x" * 5_001, **headers)
         assert status == 413
         assert "larger than 5,000 bytes" in told
