@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-import resource
-import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import tiny
+from full_disk import full_after
 
 from qwen_scope.analysis import Rule, RuleFeature
 from qwen_scope.cli import main
@@ -19,19 +16,6 @@ from qwen_scope.files import lock_folder
 from qwen_scope.sae import load_sae
 
 WHERE = ["--model", str(tiny.folder() / "model"), "--sae", str(tiny.folder() / "sae"), "--device", "cpu"]
-
-
-@contextmanager
-def full_after(n: int) -> Iterator[None]:
-    """No file may grow beyond n bytes: what a full disk does, for this process alone."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    kept = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    try:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (n, before[1]))
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-        signal.signal(signal.SIGXFSZ, kept)
 
 
 @pytest.fixture

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import resource
-import signal
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import lab_store
 import numpy as np
 import pytest
+from full_disk import full_after
 from lab_store import LAYER
 
 from qwen_scope import FeatureStore
@@ -23,19 +21,6 @@ from qwen_scope.files import lock_folder
 from qwen_scope.posttrain.journal import Attempt, Journal
 
 ODD = ["a\u2028b", "c\u0085d", "e\x0bf\x0cg", "h\x1ci\x1dj\x1e", "k\u2029", "\r", "\ud7ff\U0001f600"]
-
-
-@contextmanager
-def full_after(n: int) -> Iterator[None]:
-    """No file may grow beyond n bytes: what a full disk does, for this process alone."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    kept = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    try:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (n, before[1]))
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-        signal.signal(signal.SIGXFSZ, kept)
 
 
 @pytest.fixture

@@ -5,13 +5,12 @@ from __future__ import annotations
 import errno
 import json
 import os
-import resource
-import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from full_disk import full_after
 
 from qwen_scope.errors import FormatError, InputError, QwenScopeWarning
 from qwen_scope.files import (
@@ -90,19 +89,13 @@ def test_what_cannot_be_written_is_one_sentence(tmp_path: Path) -> None:
 def test_a_full_disk_leaves_the_old_file(tmp_path: Path) -> None:
     target = tmp_path / "out"
     target.write_text("old")
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    kept = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    try:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    journal = tmp_path / "journal"
+    with full_after(1000):
         with pytest.raises(InputError, match="File too large"):
             write_text(target, "x" * 5000)
-        journal = tmp_path / "journal"
         append_lines(journal, [json.dumps("y" * 500)])
         with pytest.raises(InputError, match="File too large"):
             append_lines(journal, [json.dumps("z" * 700)])
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-        signal.signal(signal.SIGXFSZ, kept)
     assert target.read_text() == "old"
     assert read_lines(journal) == [json.dumps("y" * 500)]
     assert left(tmp_path) == ["journal", "out"]
