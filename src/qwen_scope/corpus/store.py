@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -14,6 +13,7 @@ import pyarrow as pa
 from jaxtyping import Float32, Float64, Int64
 
 from qwen_scope.errors import FormatError, MismatchError, NotFoundError, nearest
+from qwen_scope.files import digest_of
 from qwen_scope.sae import SAE, Identity
 
 from . import contexts, firing
@@ -133,9 +133,8 @@ class FeatureStore:
             FormatError: a part has changed.
         """
         for part in self.manifest.parts:
-            with (self.folder / part.file).open("rb") as file:
-                if hashlib.file_digest(file, "sha256").hexdigest() != part.sha256:
-                    raise FormatError(f"{part.file} in {self.folder} has changed since it was written")
+            if digest_of(self.folder / part.file) != part.sha256:
+                raise FormatError(f"{part.file} in {self.folder} has changed since it was written")
 
     # --- many features at once -------------------------------------------------------------------------------------
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -19,7 +18,7 @@ import pyarrow as pa
 from jaxtyping import Float32, Int32
 
 from qwen_scope.errors import InputError
-from qwen_scope.files import lock_folder, read_object, room, write_text
+from qwen_scope.files import digest_of, lock_folder, read_object, room, write_text
 
 from .layout import MANIFEST, ROW_GROUP, TABLES, TOKEN_GROUP, WORK, LayerInfo, Manifest, Part, part_name, part_writer
 from .request import check_same
@@ -279,9 +278,7 @@ def write_part(folder: Path, table: str, number: int, pieces: Iterator[pa.Table]
         if not rows:
             path.unlink()
             return Part(name, 0, 0, "")
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-            return Part(name, rows, path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest())
+        return Part(name, rows, path.stat().st_size, digest_of(path, sync=True))
     except OSError:
         path.unlink(missing_ok=True)
         raise

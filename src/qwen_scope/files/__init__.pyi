@@ -7,6 +7,7 @@ from .lines import append_lines as append_lines
 from .lines import read_lines as read_lines
 from .lock import lock_folder as lock_folder
 from .whole import check_output as check_output
+from .whole import digest_of as digest_of
 from .whole import not_onto_itself as not_onto_itself
 from .whole import room as room
 from .whole import write_text as write_text

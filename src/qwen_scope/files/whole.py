@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import re
 import shutil
@@ -281,6 +282,18 @@ def make_folder(folder: Path) -> list[Path]:
     missing = [path for path in (folder, *folder.parents) if not path.exists()][::-1]
     folder.mkdir(parents=True, exist_ok=True)
     return missing
+
+
+def digest_of(path: Path, *, sync: bool = False) -> str:
+    """The SHA-256 of a file's bytes in hexadecimal digits.
+
+    Args:
+        sync: put the file on the disk itself first.
+    """
+    with path.open("rb") as file:
+        if sync:
+            os.fsync(file.fileno())
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def sync_folder(folder: Path) -> None:

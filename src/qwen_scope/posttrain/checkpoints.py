@@ -8,9 +8,7 @@ when a run goes on.
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import re
 import shutil
 import time
@@ -23,7 +21,7 @@ import torch
 from transformers import TrainerCallback
 
 from qwen_scope.errors import FormatError, NotFoundError, QwenScopeError, QwenScopeWarning, foreign
-from qwen_scope.files import Fields, read_object, write_text
+from qwen_scope.files import Fields, digest_of, read_object, write_text
 
 FORMAT, VERSION = "qwen-scope checkpoint", 1
 MANIFEST = "manifest.json"
@@ -119,9 +117,7 @@ def seal(folder: Path, run_id: str | None = None) -> None:
     """Put all files of a checkpoint on the disk itself and write its manifest; from here on it counts."""
     files = {}
     for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST):
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        digest = digest_of(path, sync=True)
         files[path.relative_to(folder).as_posix()] = {"bytes": path.stat().st_size, "sha256": digest}
     manifest = {"format": FORMAT, "version": VERSION, "run": run_id, "files": files}
     write_text(folder / MANIFEST, json.dumps(manifest, indent=1) + "\n")
@@ -143,7 +139,7 @@ def check_whole(folder: Path, run_id: str | None = None) -> None:
         if not path.is_file():
             raise FormatError(f"{folder} lacks {name}")
         with foreign(f"{path} can't be read"):
-            same = path.stat().st_size == file.count("bytes") and _digest(path) == file.text("sha256")
+            same = path.stat().st_size == file.count("bytes") and digest_of(path) == file.text("sha256")
         if not same:
             raise FormatError(f"{path} is not the file that its manifest describes")
 
@@ -196,8 +192,3 @@ def run_id(out: Path) -> str | None:
     except QwenScopeError:
         return None
     return found["id"] if isinstance(found.get("id"), str) else None
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

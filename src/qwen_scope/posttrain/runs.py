@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
@@ -16,7 +15,7 @@ from safetensors import SafetensorError
 from transformers import TrainerCallback
 
 from qwen_scope.errors import InputError, QwenScopeError, check_count
-from qwen_scope.files import append_lines, lock_folder, read_lines, write_text
+from qwen_scope.files import append_lines, lock_folder, read_lines, write_folder, write_text
 from qwen_scope.model import LoadedModel
 
 
@@ -145,7 +144,7 @@ def trained_model(trainer: Any, out: Path) -> Any:
     model: Any = trainer.accelerator.unwrap_model(trainer.model)
     if isinstance(model, PeftModel):
         if trainer.is_world_process_zero():
-            with whole_folder(out / "adapter") as part:
+            with write_folder(out / "adapter", replace=True) as part:
                 model.save_pretrained(str(part))
         model = model.merge_and_unload()  # pyright: ignore[reportCallIssue]
     return model
@@ -153,27 +152,9 @@ def trained_model(trainer: Any, out: Path) -> Any:
 
 def save_model(model: Any, loaded: LoadedModel, out: Path) -> None:
     """The trained model and its tokenizer in `out/model`, as any command can load them."""
-    with whole_folder(out / "model") as part:
+    with write_folder(out / "model", replace=True) as part:
         model.save_pretrained(part)
         loaded.tokenizer.save_pretrained(part)
-
-
-@contextmanager
-def whole_folder(folder: Path) -> Iterator[Path]:
-    """Give a folder to fill beside `folder`; it takes that one's place when the block ends well, and goes otherwise."""
-    part = folder.with_name(f".unfinished-{folder.name}")
-    shutil.rmtree(part, ignore_errors=True)
-    try:
-        yield part
-        for path in part.rglob("*"):
-            if path.is_file():
-                with path.open("rb") as file:
-                    os.fsync(file.fileno())
-        shutil.rmtree(folder, ignore_errors=True)
-        part.rename(folder)
-    except BaseException:
-        shutil.rmtree(part, ignore_errors=True)
-        raise
 
 
 def write_json(path: Path, value: Any) -> None:

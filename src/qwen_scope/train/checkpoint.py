@@ -6,7 +6,6 @@ and moved into place, so its existence means that the checkpoint is whole. Nothi
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -23,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from qwen_scope.errors import FormatError, InputError, MismatchError, NotFoundError, QwenScopeWarning, foreign
-from qwen_scope.files import Fields, read_object, write_text
+from qwen_scope.files import Fields, digest_of, read_object, write_text
 
 from .config import TrainConfig
 from .parallel import Ranks
@@ -345,11 +344,6 @@ def under(tensors: Mapping[str, Tensor], prefix: str, separator: str = "/") -> d
 def plain(config: TrainConfig) -> dict[str, Any]:
     """The config as JSON gives it back."""
     return json.loads(json.dumps(asdict(config)))
-
-
-def digest_of(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def fsync(path: Path) -> None:
