@@ -219,10 +219,47 @@ WRONG_CONTENT: dict[str, tuple[Callable[[Path], Path], str, str]] = {
         "InputError",
         "k must be between 1",
     ),
+    "a threshold below zero": (
+        lambda f: st(f, jumping(torch.arange(-2.0, D_SAE - 2))),
+        "FormatError",
+        "threshold holds -2 at position 0; thresholds are 0 or above",
+    ),
+    "one threshold below zero": (
+        lambda f: st(f, jumping(torch.ones(D_SAE).index_fill(0, torch.tensor(7), -1e-30))),
+        "FormatError",
+        "threshold holds -1e-30 at position 7",
+    ),
+    "a threshold that is minus infinity": (
+        lambda f: st(f, jumping(torch.full((D_SAE,), -float("inf")))),
+        "FormatError",
+        "threshold holds NaN or infinity, first at position 0",
+    ),
+    "one threshold for all": (lambda f: st(f, jumping(torch.ones(1))), "MismatchError", r"threshold must be \(24,\)"),
+    "a threshold that is a number": (lambda f: st(f, jumping(torch.tensor(1.0))), "MismatchError", "threshold must be"),
+    "a threshold in a column": (lambda f: st(f, jumping(torch.ones(D_SAE, 1))), "MismatchError", "threshold must be"),
+    "whole thresholds": (lambda f: st(f, jumping(torch.ones(D_SAE).int())), "FormatError", "stored as torch.int32"),
+    "a k that is words": (
+        lambda f: st(f, noted(k="five")),
+        "FormatError",
+        "'k' beside the weights must be .* not 'five'",
+    ),
+    "a k of 5,000 digits": (lambda f: st(f, noted(k="9" * 5000)), "FormatError", "must be a whole number, not '9999"),
+    "a k of nothing": (lambda f: st(f, noted(k="0")), "InputError", "k must be between 1"),
+    "a layer of 5,000 digits": (lambda f: st(f, noted(layer="9" * 5000)), "FormatError", "'layer' beside the weights"),
     "NaN in a safetensors": (lambda f: st(f, as_safetensors(with_hole("b_enc", float("nan")))), "FormatError", "b_enc"),
     "float64 in a safetensors": (lambda f: st(f, as_safetensors(good(torch.float64))), "FormatError", "torch.float64"),
     "extra in a safetensors": (lambda f: st(f, as_safetensors(changed(x=torch.zeros(1)))), "FormatError", "unknown x"),
 }
+
+
+def jumping(threshold: torch.Tensor) -> bytes:
+    return as_safetensors({**good(), "threshold": threshold}, {"architecture": "jumprelu"})
+
+
+def noted(**metadata: str) -> bytes:
+    return as_safetensors(good(), metadata)
+
+
 CONFIGS: dict[str, tuple[bytes, str, str]] = {
     "no JSON": (b"{k: 5}", "FormatError", "config.json is not JSON"),
     "no text": (b"\xff\xfe\x00", "FormatError", "config.json is not JSON"),

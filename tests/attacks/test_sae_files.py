@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import shutil
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 from qwen_scope import errors
-from qwen_scope.sae import JumpReLU, load_sae, save_sae
+from qwen_scope.sae import Identity, JumpReLU, TopK, load_sae, save_sae
 
 
 def meets(folder: Path, kind: str, sentence: str, source: Path | None = None) -> None:
@@ -106,3 +107,35 @@ def test_a_file_that_says_another_layer_than_its_name(tmp_path: Path) -> None:
     (tmp_path / "s" / "layer3.sae.safetensors").rename(tmp_path / "s" / "layer4.sae.safetensors")
     with pytest.raises(errors.FormatError, match="name says layer 4, but it describes itself as layer 3"):
         load_sae(tmp_path / "s")
+
+
+K_GIVEN = {"nothing": 0, "below nothing": -5, "true": True, "a half": 2.5, "a float": 5.0, "words": "5", "more": 25}
+
+
+@pytest.mark.parametrize("k", K_GIVEN.values(), ids=K_GIVEN)
+def test_a_k_that_makes_no_sense_is_refused_where_it_is_given(tmp_path: Path, k: object) -> None:
+    (tmp_path / "plain").mkdir()
+    path = hostile.pt(tmp_path / "plain", hostile.good())
+    unchecked = inspect.unwrap(load_sae)  # without the checks of signatures that run in tests alone
+    with pytest.raises(
+        errors.InputError, match=r"^k (is a whole number from 1 up|must be between 1 and .* 24); got|, not"
+    ):
+        unchecked(path, k=k)
+    if isinstance(k, int):
+        with pytest.raises(errors.InputError, match=r"^k must be between 1 and the number of features, 24; got"):
+            TopK(*hostile.good().values(), k=k)
+
+
+@pytest.mark.parametrize("layout", ["official", "safetensors", "sparsify", "sae_lens", "dictionary_learning"])
+def test_a_name_that_says_another_k_than_the_config_is_told(tmp_path: Path, layout: str) -> None:
+    sae = TopK(*hostile.good().values(), k=5, identity=Identity("SAE-Res-Mine", 3, "f" * 64))
+    save_sae(sae, tmp_path / "SAE-Res-Mine-L0_7", layout)
+    with pytest.warns(errors.QwenScopeWarning, match=r"^the name 'SAE-Res-Mine-L0_7' says k=7, but .*k=5, which is"):
+        assert load_sae(tmp_path / "SAE-Res-Mine-L0_7", 3).k == 5
+    (tmp_path / "SAE-Res-Mine-L0_7").rename(tmp_path / "SAE-Res-Mine-L0_5")
+    assert load_sae(tmp_path / "SAE-Res-Mine-L0_5", 3).k == 5
+
+
+def test_a_threshold_below_zero_is_no_sae() -> None:
+    with pytest.raises(errors.InputError, match="threshold holds -3 at position 2; thresholds are 0 or above"):
+        JumpReLU(*hostile.good().values(), threshold=torch.ones(hostile.D_SAE).index_fill(0, torch.tensor(2), -3.0))

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from qwen_scope.sae import FeatureActs, TopK, kernels
+from qwen_scope.sae import FeatureActs, JumpReLU, TopK, kernels
 from qwen_scope.sae.kernels import chosen, screened
 from qwen_scope.sae.kernels.unchanged import checksums, twins
 
@@ -181,7 +181,63 @@ def test_copies_are_ties_in_rows_that_fall_back(dtype: torch.dtype) -> None:
     check_ties(one, acts)
 
 
-def check_ties(one: TopK, acts: FeatureActs) -> None:
+def jumping(dtype: torch.dtype = torch.float32) -> JumpReLU:
+    """The same copies, each with the threshold of its original."""
+    one = copied(dtype)
+    threshold = randn(D_SAE, seed=4).abs()
+    threshold[D_SAE // 2 :] = threshold[: D_SAE // 2].flip(0)
+    return JumpReLU(one.W_enc, one.W_dec, one.b_enc, one.b_dec, threshold)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rows", [1, 5, 17, 100, 1000])
+def test_copies_are_ties_where_a_threshold_chooses(dtype: torch.dtype, rows: int) -> None:
+    one, x = jumping(dtype), randn(rows, D_MODEL, seed=5)
+    acts = one.encode(x)
+    check_ties(one, acts)
+    pre = x.double() @ one.W_enc.double().T + one.b_enc.double()
+    truth = torch.where(pre > one.threshold, pre.relu(), 0).float()
+    near = (pre - one.threshold).abs() < 1e-4
+    torch.testing.assert_close(acts.to_dense()[~near], truth[~near], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("tile_bytes", [4 * 64 * 100, 4 * 64 * 700, 2**20])
+def test_copies_are_ties_across_tiles(tile_bytes: int) -> None:
+    """bf16 weights are widened a few features at a time, so a copy and its original meet only when tiles are merged."""
+    one, x = jumping(torch.bfloat16), randn(7, D_MODEL, seed=5)
+    found = twins(one.W_enc, one.b_enc, checksums(one.W_enc, one.b_enc))
+    check_ties(one, kernels.encode_threshold(x, one.W_enc, one.b_enc, one.threshold, tile_bytes, twins=found))
+
+
+@pytest.mark.parametrize("rows", [1, 5, 17, 100])
+def test_copies_are_ties_in_the_references(rows: int) -> None:
+    one, x = jumping(), randn(rows, D_MODEL, seed=5)
+    check_ties(one, kernels.encode_threshold_reference(x, one.W_enc, one.b_enc, one.threshold))
+    check_ties(one, kernels.encode_topk_reference(x, one.W_enc, one.b_enc, K))
+
+
+@pytest.mark.parametrize("way", ["pytorch", "compiled", "triton"])
+def test_copies_are_ties_whatever_recomputes_the_candidates(way: str) -> None:
+    pytest.importorskip({"pytorch": "torch", "compiled": "numba", "triton": "triton"}[way])
+    one, x = copied(), randn(70 if way != "triton" else 4, D_MODEL, seed=5)
+    x[1] *= 2.0**52  # the bound does not cover this row
+    found = twins(one.W_enc, one.b_enc, checksums(one.W_enc, one.b_enc))
+    acts, stats = kernels.encode_topk_screened(
+        x, one.W_enc, one.b_enc, K, kernels.prepare(one.W_enc, one.b_enc), twins=found,
+        use_compiled=way == "compiled", use_triton=way == "triton",
+    )  # fmt: skip
+    assert 0 < stats.fallback < len(x)
+    check_ties(one, acts)
+
+
+def test_a_threshold_may_be_written_to_and_copies_part() -> None:
+    one, x = jumping(), randn(5, D_MODEL, seed=5)
+    one.encode(x)
+    one.threshold[: D_SAE // 2] = 1e9
+    assert one.encode(x).indices[one.encode(x).values > 0].min() >= D_SAE // 2
+
+
+def check_ties(one: TopK | JumpReLU, acts: FeatureActs) -> None:
     """Where an upper copy is chosen, its original stands before it with the same value."""
     half = D_SAE // 2
     for features, values in zip(acts.indices.tolist(), acts.values.tolist(), strict=True):

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from qwen_scope.errors import MismatchError
+from qwen_scope.errors import InputError, MismatchError
 
 from . import kernels
 from .acts import FeatureActs
@@ -35,12 +35,15 @@ class JumpReLU(SAE):
     identity: Identity = UNNAMED
     meta: Mapping[str, Any] = field(default_factory=dict)
     _finite: set[str] = field(default_factory=set, init=False)
+    _encoder: kernels.EncoderCache = field(default_factory=kernels.EncoderCache, init=False)
     k: None = field(default=None, init=False)  # pyright: ignore[reportIncompatibleVariableOverride]
 
     def __post_init__(self) -> None:
         check_weights(self.W_enc, self.W_dec, self.b_enc, self.b_dec)
         if tuple(self.threshold.shape) != (self.d_sae,):
             raise MismatchError(f"threshold must be {(self.d_sae,)}, got {tuple(self.threshold.shape)}")
+        if (below := negative(self.threshold)) is not None:
+            raise InputError(f"threshold holds {below[1]:g} at position {below[0]}; thresholds are 0 or above")
 
     def pre_acts(
         self, x: Float[Tensor, "*rows d_model"], features: Sequence[int] | Tensor | None = None
@@ -55,7 +58,8 @@ class JumpReLU(SAE):
     def encode(self, x: Float[Tensor, "*rows d_model"]) -> FeatureActs:
         check_residual(x, self.d_model)
         self.check_finite("W_enc")
-        return check_finite(kernels.encode_threshold(x, self.W_enc, self.b_enc, self.threshold), x, self)
+        found = kernels.encode_threshold_chosen(x, self.W_enc, self.b_enc, self.threshold, self._encoder)
+        return check_finite(found, x, self)
 
     def decode(self, acts: FeatureActs) -> Float[Tensor, "*rows d_model"]:
         if acts.width != self.d_sae:
@@ -75,3 +79,11 @@ class JumpReLU(SAE):
         return "jumprelu"
 
     __repr__ = SAE.__str__
+
+
+def negative(threshold: Tensor) -> tuple[int, float] | None:
+    """Where a threshold lies below zero, and how far: ReLU would make it zero without a word."""
+    if threshold.device.type == "meta":
+        return None
+    where = (threshold < 0).flatten().nonzero()
+    return (int(where[0]), float(threshold.flatten()[where[0]])) if len(where) else None

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from qwen_scope.errors import FormatError, InputError, MismatchError, NotFoundError
+from qwen_scope.errors import FormatError, InputError, MismatchError, NotFoundError, check_count
 
 from .base import SAE
 from .catalog import Group
@@ -53,6 +53,8 @@ def load_sae(
     """
     if dtype is not None and dtype not in STORED_DTYPES:
         raise InputError(f"weights are kept as float32, bfloat16 or float16, not {dtype}")
+    if k is not None:
+        check_count("k", k)
     place = resolve(source, revision, cache_dir)
     entry = choose(place, entries_of(place), layer)
     sae = read_entry(place, entry, k)

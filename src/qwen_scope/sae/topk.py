@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from numbers import Integral
 from typing import Any, final
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from qwen_scope.errors import InputError, MismatchError
+from qwen_scope.errors import InputError, MismatchError, brief
 
 from . import kernels
 from .acts import FeatureActs
@@ -40,8 +41,9 @@ class TopK(SAE):
 
     def __post_init__(self) -> None:
         check_weights(self.W_enc, self.W_dec, self.b_enc, self.b_dec)
-        if not 1 <= self.k <= self.d_sae:
-            raise InputError(f"k must be between 1 and the number of features, {self.d_sae}; got {self.k}")
+        whole = isinstance(self.k, Integral) and not isinstance(self.k, bool)
+        if not whole or not 1 <= self.k <= self.d_sae:
+            raise InputError(f"k must be between 1 and the number of features, {self.d_sae}; got {brief(self.k)}")
 
     def pre_acts(
         self, x: Float[Tensor, "*rows d_model"], features: Sequence[int] | Tensor | None = None

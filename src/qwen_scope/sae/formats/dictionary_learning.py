@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor, tensor
+from torch import Tensor, int32, int64, tensor
 
 from qwen_scope.errors import FormatError
 
@@ -134,7 +134,7 @@ def k_of(tensors: Mapping[str, Tensor], trainer: Mapping[str, Any]) -> int | Non
     """k from the config and the state dict, which must agree."""
     k = integer(trainer, "k")
     if "k" in tensors:
-        if tensors["k"].numel() != 1 or tensors["k"].is_floating_point():
+        if tensors["k"].numel() != 1 or tensors["k"].dtype not in (int32, int64):
             raise FormatError("k in the weights file must be one whole number")
         inside = int(tensors["k"])
         if k is not None and k != inside:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -10,10 +11,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from qwen_scope.errors import FormatError, InputError, MismatchError
+from qwen_scope.errors import FormatError, InputError, MismatchError, QwenScopeWarning, brief
 
 from ..base import SAE, Identity, check_weights, fingerprint
-from ..jumprelu import JumpReLU
+from ..jumprelu import JumpReLU, negative
 from ..topk import TopK
 from .hooks import Hook, in_folder, layer_in
 
@@ -141,12 +142,21 @@ def identity_metadata(sae: SAE) -> dict[str, str]:
 
 def identity_of(metadata: Mapping[str, Any]) -> dict[str, Any]:
     """Group, layer and fingerprint from what `identity_metadata` wrote, as arguments of `Parsed`."""
-    layer = str(metadata.get("layer", ""))
     return {
-        "group": metadata.get("group"),
-        "layer": int(layer) if layer.isdecimal() else None,
-        "fingerprint": metadata.get("fingerprint"),
+        "group": text(metadata, "group"),
+        "layer": inside(metadata, "layer"),
+        "fingerprint": text(metadata, "fingerprint"),
     }
+
+
+def inside(metadata: Mapping[str, Any], key: str) -> int | None:
+    """A whole number that `identity_metadata` wrote as a string; raises FormatError for anything else."""
+    value = metadata.get(key)
+    if value is None:
+        return None
+    if not re.fullmatch(r"[0-9]{1,9}", str(value)):
+        raise FormatError(f"{key!r} beside the weights must be a whole number, not {brief(value)}")
+    return int(value)
 
 
 def need_keys(tensors: Mapping[str, Tensor], needed: Sequence[str], optional: Sequence[str] = ()) -> None:
@@ -164,7 +174,7 @@ def integer(config: Mapping[str, Any], key: str) -> int | None:
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise FormatError(f"{key!r} in the config must be a positive whole number, not {value!r}")
+        raise FormatError(f"{key!r} in the config must be a positive whole number, not {brief(value)}")
     return value
 
 
@@ -173,17 +183,23 @@ def text(config: Mapping[str, Any], key: str) -> str | None:
     value = config.get(key)
     if value is None or isinstance(value, str):
         return value
-    raise FormatError(f"{key!r} in the config must be a string, not {value!r}")
+    raise FormatError(f"{key!r} in the config must be a string, not {brief(value)}")
 
 
 def check_tensors(tensors: Mapping[str, Tensor]) -> None:
-    """Raise FormatError on a stored type that is not fp32, bf16 or fp16, or on a vector that is not finite."""
+    """Raise FormatError on a stored type that is not fp32, bf16 or fp16, on a vector that is not finite, or on a
+    threshold below zero."""
     for name, tensor in tensors.items():
         if tensor.dtype not in STORED_DTYPES:
             raise FormatError(f"{name} is stored as {tensor.dtype}; only float32, bfloat16 and float16 are read")
         if name in VECTORS and not tensor.isfinite().all():
             bad = int((~tensor.isfinite()).flatten().nonzero()[0])
             raise FormatError(f"{name} holds NaN or infinity, first at position {bad}")
+    if "threshold" in tensors and (below := negative(tensors["threshold"])) is not None:
+        raise FormatError(
+            f"threshold holds {below[1]:g} at position {below[0]}; thresholds are 0 or above, so the file is damaged or"
+            " keeps them in another way, such as their logarithm"
+        )
     if tensors["W_enc"].dtype != tensors["W_dec"].dtype:
         raise FormatError(f"W_enc is stored as {tensors['W_enc'].dtype} and W_dec as {tensors['W_dec'].dtype}")
 
@@ -195,15 +211,21 @@ def choose_k(given: int | None, parsed: Parsed, names: Sequence[str]) -> int:
         InputError: it is nowhere to be found, or what was given contradicts the files.
     """
     said, where = parsed.k, "its config"
-    for name in names if said is None else ():
-        if match := re.search(r"L0_([0-9]+)(?![0-9])", name):
-            said, where = int(match[1]), f"its name {name!r}"
-            break
+    if said is None and (named := k_in_name(names)):
+        said, where = named[0], f"its name {named[1]!r}"
     if said is None and given is None:
         raise InputError("neither the config nor the name says how many features are active per token; pass k=")
     if said is not None and given is not None and said != given:
         raise InputError(f"k={given} was asked for, but this SAE was trained with k={said} according to {where}")
     return said if said is not None else given  # type: ignore[return-value]
+
+
+def k_in_name(names: Sequence[str]) -> tuple[int, str] | None:
+    """The k that the first of the names with an `L0_...` says, and that name."""
+    for name in names:
+        if match := re.search(r"L0_([0-9]+)(?![0-9])", name):
+            return int(match[1]), name
+    return None
 
 
 def needs_sae_of_kind(sae: SAE, kinds: Sequence[str], layout: str) -> None:
@@ -214,6 +236,8 @@ def needs_sae_of_kind(sae: SAE, kinds: Sequence[str], layout: str) -> None:
 
 def build(parsed: Parsed, *, group: str, layer: int | None, k: int | None, names: Sequence[str] = ()) -> SAE:
     """The checked SAE; `group` and `layer` are what its place says, `names` may hold its k.
+
+    A name that says another k than the config is told in a `QwenScopeWarning`; the config's is used.
 
     Raises:
         FormatError: types, finiteness, or a file that contradicts its config or its name.
@@ -246,7 +270,11 @@ def build(parsed: Parsed, *, group: str, layer: int | None, k: int | None, names
         if "threshold" not in tensors:
             raise FormatError("a jumprelu SAE needs the tensor threshold, and the weights file has none")
         return JumpReLU(**tensors, **shared)
-    return TopK(**tensors, k=choose_k(k, parsed, names), **shared)
+    sae = TopK(**tensors, k=choose_k(k, parsed, names), **shared)
+    if parsed.k is not None and (named := k_in_name(names)) and named[0] != sae.k:
+        said = f"the name {named[1]!r} says k={named[0]}, but the SAE's own config says k={sae.k}, which is used"
+        warnings.warn(said, QwenScopeWarning, stacklevel=2)
+    return sae
 
 
 def need_layer(sae: SAE) -> int:

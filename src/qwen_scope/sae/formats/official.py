@@ -18,6 +18,7 @@ from .layout import (
     Written,
     identity_metadata,
     identity_of,
+    inside,
     integer,
     need_keys,
     need_layer,
@@ -35,28 +36,28 @@ def read_official(
 
     Identity stands in the metadata of a safetensors file, and in the config of a `.pt` folder.
     """
-    said = text(config, "architecture") or metadata.get("architecture") or "topk"
-    architecture = only_topk_or_jumprelu(said, "an SAE in the official layout")
+    kind = text(config, "architecture") or metadata.get("architecture") or "topk"
+    architecture = only_topk_or_jumprelu(kind, "an SAE in the official layout")
     need_keys(tensors, (*MATRICES, "threshold") if architecture == "jumprelu" else MATRICES)
-    inside = identity_of(metadata)
-    k, k_inside = integer(config, "k"), metadata.get("k", "")
-    if k and k_inside.isdecimal() and k != int(k_inside):
+    said = identity_of(metadata)
+    k, k_inside = integer(config, "k"), inside(metadata, "k")
+    if None not in (k, k_inside) and k != k_inside:
         raise FormatError(f"the config says k={k}, but the weights file says k={k_inside}")
-    layer = place.layer if inside["layer"] is None else inside["layer"]
+    layer = place.layer if said["layer"] is None else said["layer"]
     names = {"the config": text(config, "hook_point"), "the weights file": metadata.get("hook_point")}
     hook = hooks.together(names, "an SAE in the official layout", layer) or hooks.Hook(layer, "resid_post")
     if hook.before:
         raise FormatError("an SAE in the official layout can't say resid_pre; say resid_post of the layer before")
     fingerprints = config.get("fingerprints")
-    listed = fingerprints.get(str(layer)) if isinstance(fingerprints, dict) else None
+    listed = text(fingerprints, str(layer)) if isinstance(fingerprints, dict) else None
     return Parsed(
         tensors={name: tensors[name] for name in tensors},
         architecture=architecture,
-        k=k or (int(k_inside) if k_inside.isdecimal() else None),
+        k=k_inside if k is None else k,
         hook=hook,
-        group=inside["group"] or text(config, "group"),
+        group=said["group"] or text(config, "group"),
         layer=layer,
-        fingerprint=inside["fingerprint"] or listed,
+        fingerprint=said["fingerprint"] or listed,
         claims={"d_sae": integer(config, "d_sae"), "d_model": integer(config, "d_model")},
         meta={"model": config["model"]} if "model" in config else {},
     )

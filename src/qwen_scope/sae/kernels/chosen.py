@@ -11,7 +11,7 @@ from torch import Tensor
 from ..acts import FeatureActs
 from .bound import Screen, prepare
 from .screened import EncodeStats, can_screen, encode_topk_screened, low_is_fast
-from .tiled import encode_topk
+from .tiled import encode_threshold, encode_topk
 from .unchanged import Checksums, Twins, checksums, twins
 
 # Fewer rows than this read the weights for less than the rest of screening costs.
@@ -114,3 +114,14 @@ def encode_topk_chosen(
     acts = encode_topk(x, W_enc, b_enc, k, twins=cache.twins_for(W_enc, b_enc))
     cache.stats = EncodeStats("plain", acts.shape.numel())
     return acts
+
+
+def encode_threshold_chosen(
+    x: Float[Tensor, "*rows d_model"],
+    W_enc: Float[Tensor, "d_sae d_model"],
+    b_enc: Float[Tensor, " d_sae"],
+    threshold: Float[Tensor, " d_sae"],
+    cache: EncoderCache,
+) -> FeatureActs:
+    """`encode_threshold_reference`, copies of a feature in order of their index."""
+    return encode_threshold(x, W_enc, b_enc, threshold, twins=cache.twins_for(W_enc, b_enc))

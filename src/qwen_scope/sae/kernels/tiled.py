@@ -20,16 +20,16 @@ def encode_topk(
 ) -> FeatureActs:
     """`encode_topk_reference`, holding at most about two tiles of `tile_bytes`; `twins` get equal values."""
     rows = x.reshape(-1, x.shape[-1]).to(W_enc.device)
-    width = len(W_enc)
+    width, widest = len(W_enc), feature_step(W_enc, tile_bytes)
     best: FeatureActs | None = None
     with torch.no_grad():
         for features in feature_tiles(W_enc, tile_bytes):
             W, b = W_enc[features].float(), b_enc[features].float()
             found = []
-            for tile in rows.split(rows_per_tile(len(W), tile_bytes)):
+            for tile in rows.split(rows_per_tile(widest, tile_bytes)):
                 pre = linear_fp32(tile.float(), W, b)
                 if twins is not None:
-                    level(pre, tile.float(), W_enc, b_enc, features, twins)
+                    level(pre, tile.float(), W_enc, b_enc, features, twins, widest)
                 found.append(largest(pre.relu_(), min(k, len(W))))
             values, indices = (torch.cat(parts) for parts in zip(*found, strict=True))
             best = merge(best, FeatureActs((indices + features.start).int(), values, width), k)
@@ -38,28 +38,42 @@ def encode_topk(
     return clean.reshape(*x.shape[:-1])
 
 
-def level(pre: Tensor, x: Tensor, W_enc: Tensor, b_enc: Tensor, features: slice, twins: Twins) -> None:
-    """Give the copies of a feature among `features` its pre-activation, in place."""
+def level(pre: Tensor, x: Tensor, W_enc: Tensor, b_enc: Tensor, features: slice, twins: Twins, at_once: int) -> None:
+    """Give the copies of a feature among `features` its pre-activation, in place.
+
+    A product of another shape may round in another way, so every tile of features takes the values from the same ones:
+    of these rows with all features that have copies, `at_once` at a time.
+    """
     here = (twins.features >= features.start) & (twins.features < features.stop)
-    first, which = twins.first[here].unique(return_inverse=True)
-    if len(first):
-        values = linear_fp32(x, W_enc[first].float(), b_enc[first].float())
-        pre[:, twins.features[here] - features.start] = values[:, which]
+    originals, which = twins.first.unique(return_inverse=True)
+    for start in range(0, len(originals), at_once):
+        now = here & (which >= start) & (which < start + at_once)
+        if now.any():
+            part = originals[start : start + at_once]
+            values = linear_fp32(x, W_enc[part].float(), b_enc[part].float())
+            pre[:, twins.features[now] - features.start] = values[:, which[now] - start]
 
 
 def encode_threshold(
-    x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor, tile_bytes: int = TILE_BYTES
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor,
+    threshold: Tensor,
+    tile_bytes: int = TILE_BYTES,
+    twins: Twins | None = None,
 ) -> FeatureActs:
-    """`encode_threshold_reference`, holding at most about two tiles of `tile_bytes`."""
+    """`encode_threshold_reference`, holding at most about two tiles of `tile_bytes`; `twins` get equal values."""
     rows = x.reshape(-1, x.shape[-1]).to(W_enc.device)
-    width = len(W_enc)
+    width, widest = len(W_enc), feature_step(W_enc, tile_bytes)
     best: FeatureActs | None = None
     with torch.no_grad():
         for features in feature_tiles(W_enc, tile_bytes):
             W, b, t = W_enc[features].float(), b_enc[features].float(), threshold[features].float()
             parts = []
-            for tile in rows.split(rows_per_tile(len(W), tile_bytes)):
+            for tile in rows.split(rows_per_tile(widest, tile_bytes)):
                 pre = linear_fp32(tile.float(), W, b)
+                if twins is not None:
+                    level(pre, tile.float(), W_enc, b_enc, features, twins, widest)
                 # `~(<=)` lets NaN through, where the check on the result finds it.
                 kept = torch.where(~(pre <= t), pre.relu(), 0)
                 values, indices = largest(kept, most_active(kept))
@@ -78,11 +92,16 @@ def most_active(values: Tensor) -> int:
 
 
 def feature_tiles(W_enc: Tensor, tile_bytes: int) -> Iterator[slice]:
-    """Slices of features: all at once in fp32, else as many as fit the budget once widened."""
-    d_sae, d_model = W_enc.shape
-    step = d_sae if W_enc.dtype == torch.float32 else max(1, tile_bytes // (4 * d_model))
+    """Slices of features, `feature_step` at a time."""
+    step, d_sae = feature_step(W_enc, tile_bytes), len(W_enc)
     for start in range(0, d_sae, step):
         yield slice(start, min(start + step, d_sae))
+
+
+def feature_step(W_enc: Tensor, tile_bytes: int) -> int:
+    """How many features a tile has: all in fp32, else as many as fit the budget once widened."""
+    d_sae, d_model = W_enc.shape
+    return d_sae if W_enc.dtype == torch.float32 else min(d_sae, max(1, tile_bytes // (4 * d_model)))
 
 
 def rows_per_tile(width: int, tile_bytes: int) -> int:
