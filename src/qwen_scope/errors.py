@@ -204,7 +204,7 @@ def reason(error: BaseException) -> str:
         return "nested too deeply"
     if isinstance(error, ModuleNotFoundError) and error.name and not error.name.startswith("qwen_scope"):
         return absent("it", error.name.partition(".")[0])
-    words = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    words = next((line.strip() for line in str(error).split("\n") if line.strip()), "")
     if isinstance(error, KeyError) and words:
         words = f"{words} is missing"
     words = words or type(error).__name__

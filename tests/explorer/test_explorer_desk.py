@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import shutil
 import threading
 from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
 
 import pytest
+import torch
 from explored import ENGLISH, GERMAN, LAYER
 
+from qwen_scope import load_scope
+from qwen_scope.cli.sweep import read_prompts
 from qwen_scope.errors import InputError, MismatchError, NotFoundError, QwenScopeError
-from qwen_scope.explorer import Desk, Limits
+from qwen_scope.explorer import Desk, Limits, steering
 from qwen_scope.explorer.datasets import analysed
 from qwen_scope.explorer.explore_view import Reading, address
 from qwen_scope.explorer.feature_view import passage
@@ -20,6 +24,8 @@ from qwen_scope.explorer.jobs import Jobs, Stopped, Told, watched
 from qwen_scope.explorer.limits import whole_number
 from qwen_scope.explorer.shelf import Shelf
 from qwen_scope.features import Label, Notes, make_label
+from qwen_scope.files import text_lines
+from qwen_scope.scope import model_source
 from qwen_scope.stats import Interval
 
 
@@ -32,6 +38,72 @@ def test_what_was_read_lately_is_kept_by_bytes(desk: Desk) -> None:
     for i in range(20):
         small.seen(f"Hello there, number {i}", LAYER)
         assert small.remembered_bytes <= small.limits.remembered_bytes
+
+
+LABS = Path(model_source("lab")).parent / "sae"
+
+
+def group_of(folder: Path, layers: dict[int, int], change: float = 1.0) -> Path:
+    """A group of SAEs: those of the lab's layers under numbers of their own, their encoders multiplied by `change`."""
+    for layer, source in layers.items():
+        sae = torch.load(LABS / f"layer{source}.sae.pt", weights_only=True)
+        sae["W_enc"] = sae["W_enc"] * change
+        torch.save(sae, folder / f"layer{layer}.sae.pt")
+    config = json.loads((LABS / "config.json").read_text())
+    said = config.pop("fingerprints")  # of the weights before they were stored shorter
+    if change == 1.0:
+        config["fingerprints"] = {str(layer): said[str(source)] for layer, source in layers.items()}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("layers", "change", "ours"),
+    [
+        ({4: 4, 5: 5}, 1.0, {4, 5}),
+        ({4: 4}, 1.0, {4}),
+        ({4: 4, 5: 5}, 1.01, set()),
+        ({4: 5, 5: 4}, 1.0, set()),
+        ({3: 5, 5: 5}, 1.0, {5}),
+    ],
+    ids=["a copy", "one layer", "other weights", "layers swapped", "a layer from elsewhere"],
+)
+def test_the_lab_s_features_are_known_in_the_lab_s_saes_alone(
+    layers: dict[int, int], change: float, ours: set[int], tmp_path: Path, desk: Desk
+) -> None:
+    folder = group_of(tmp_path, layers, change)
+    found = Desk(load_scope("lab", sae=str(folder), device="cpu"))
+    every = {(one["layer"], one["feature"], one["factor"]) for one in desk.known}
+    assert {(one["layer"], one["feature"], one["factor"]) for one in found.known} == {x for x in every if x[0] in ours}
+    assert {one["layer"] for one in found.known} <= ours
+    begins = found.default_intervention()
+    assert (begins["feature"] is not None) == any(one["factor"] == "de" for one in found.known)
+    assert begins["layer"] in layers
+
+
+def test_the_lab_s_features_are_those_of_its_card(desk: Desk) -> None:
+    measured = json.loads((LABS.parent / "metrics.json").read_text())["detectors"]
+    assert sorted(one["factor"] for one in desk.known) == sorted(one["factor"] for one in measured)
+
+
+LINES = [
+    ("one\ntwo", ["one", "two"]),
+    ("one\r\ntwo\r\n", ["one", "two"]),
+    *((f"a{end}b\nc", [f"a{end}b", "c"]) for end in "\u2028\u2029\x85\x0b\x0c\x1c\x1d\x1e\r"),
+    ("\n \n a\n\t\nb ", [" a", "b "]),
+    ("\r\n\r\n", []),
+    ("", []),
+]
+
+
+@pytest.mark.parametrize(("text", "lines"), LINES, ids=lambda value: ascii(value)[:24])
+def test_a_line_ends_at_its_newline_alone(text: str, lines: list[str], desk: Desk, tmp_path: Path) -> None:
+    assert text_lines(text) == lines
+    if len(lines) > 1:
+        assert steering.sweep_prompts(desk, "unused", text) == lines
+    if lines:
+        (tmp_path / "prompts.txt").write_bytes(text.encode())
+        assert read_prompts(tmp_path / "prompts.txt") == lines
 
 
 def test_texts_that_may_not_be_read(desk: Desk) -> None:

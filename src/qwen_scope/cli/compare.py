@@ -6,12 +6,14 @@ from typing import Annotated
 
 import typer
 
+from qwen_scope.errors import InputError
+
 from . import options, output
 
 
 def compare(
-    a: Annotated[str, typer.Argument(help="The first text.")],
-    b: Annotated[str, typer.Argument(help="The second text.")],
+    a: Annotated[str, typer.Argument(help="The first text; '-' reads standard input.")],
+    b: Annotated[str, typer.Argument(help="The second text; '-' likewise.")],
     model: options.Model = "lab",
     sae: options.Sae = None,
     layers: options.Layers = None,
@@ -32,6 +34,9 @@ def compare(
     """
     mode = options.check_chat(chat)
     wanted = options.parse_layers(layers)
+    if a == b == "-":
+        raise InputError("standard input holds one text; write the other out")
+    a, b = options.typed_or_piped(a), options.typed_or_piped(b)
     with output.status("opening the model"):
         scope = options.open_scope(model, sae, device, dtype, k)
     found = scope.compare(

@@ -57,7 +57,7 @@ def convert(
     if model is not None:
         with output.status("reading residuals"):
             scope = options.open_scope(model, source, k=k)
-            tokens = scope.tokenize([text])
+            tokens = scope.tokenize([options.typed(text)])
             residuals = {layer: h[0].cpu() for layer, h in scope.capture(tokens, wanted or scope.layers).items()}
     for layer in chosen:
         with output.status(f"layer {layer}"):

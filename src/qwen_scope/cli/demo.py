@@ -20,7 +20,7 @@ PAIR = ("Where is the market? I am going to the market.", "Wo ist der Markt? Ich
 
 
 def demo(
-    text: Annotated[str, typer.Argument(help="A sentence to look at.")] = TEXT,
+    text: Annotated[str, typer.Argument(help="A sentence to look at; '-' reads standard input.")] = TEXT,
     device: options.Device = None,
 ) -> None:
     """Tour the bundled lab; no download.
@@ -29,6 +29,7 @@ def demo(
     """
     from qwen_scope.sae import catalog
 
+    text = options.typed_or_piped(text)
     with output.status("opening the bundled model and its SAEs"):
         scope = options.open_scope("lab", None, device)
     metrics = json.loads((Path(catalog.find("lab").model).parent / "metrics.json").read_text(encoding="utf-8"))

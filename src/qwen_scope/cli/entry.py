@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any
 
-from qwen_scope.errors import QwenScopeError, QwenScopeWarning, absent, printable, reason
+from qwen_scope.errors import InputError, QwenScopeError, QwenScopeWarning, absent, brief, printable, reason
 
 # Exit codes. 2 is what a usage error gives; 70 is EX_SOFTWARE of sysexits.h, 128 and a signal's number is the shell's.
 REFUSED, GONE, BUG, INTERRUPTED = 2, 1, 70, 130
@@ -74,6 +74,7 @@ def run(argv: Sequence[str] | None) -> int:
 
     # click's ClickException; which click it is depends on the version of typer
     usage: Any = next(kind for kind in BadParameter.__mro__ if kind.__name__ == "ClickException")
+    check_words(sys.argv[1:] if argv is None else argv)
     try:
         with output.command():
             code = app(args=None if argv is None else list(argv), standalone_mode=False)
@@ -93,6 +94,25 @@ def run(argv: Sequence[str] | None) -> int:
     if code == INTERRUPTED:  # what typer makes of an interrupt
         raise KeyboardInterrupt
     return code if isinstance(code, int) else 0
+
+
+def check_words(words: Sequence[str]) -> None:
+    """Refuse arguments that are no Unicode: Python passes on bytes that it could not read as halves of surrogate pairs.
+
+    Raises:
+        InputError: it says whether the argument or the locale is at fault.
+    """
+    for word in words:
+        if word.isascii() or not any("\ud800" <= char <= "\udfff" for char in word):
+            continue
+        try:
+            meant = os.fsencode(word).decode()
+        except UnicodeError:
+            raise InputError(f"the argument {brief(word)} is not UTF-8: type it anew, or rename the file") from None
+        raise InputError(
+            f"the argument {brief(meant)} is UTF-8, and this locale reads {sys.getfilesystemencoding()}:"
+            " set PYTHONUTF8=1, or a locale such as LC_ALL=C.UTF-8"
+        )
 
 
 def explained(error: Exception) -> tuple[int, str]:
@@ -134,7 +154,7 @@ def open_streams() -> None:
     """Make standard input, output and error usable whatever the shell did to them.
 
     A stream that is closed is opened on the null device, so that no file of ours gets its number, and a character that
-    the terminal's encoding lacks is escaped.
+    the terminal's encoding lacks is escaped. Where the locale says no encoding, what is piped is read as UTF-8.
     """
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         if getattr(sys, name) is None:
@@ -147,6 +167,8 @@ def open_streams() -> None:
                 os.dup2(opened, number)
                 os.close(opened)
             setattr(sys, name, os.fdopen(number, mode, encoding="utf-8"))
+    if isinstance(sys.stdin, io.TextIOWrapper) and sys.stdin.errors == "surrogateescape":  # the locale C, or POSIX
+        sys.stdin.reconfigure(encoding="utf-8", errors="strict")
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper) and stream.errors in ("strict", "surrogateescape"):
             stream.reconfigure(errors="backslashreplace")

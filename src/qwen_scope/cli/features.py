@@ -44,7 +44,7 @@ def features(
         wanted = [scope.layers[len(scope.layers) // 2]]
     start = 0
     if response is not None:
-        if not response:
+        if not options.typed(response):
             raise InputError("the response is empty")
         prompt = scope.tokenize([text], chat=mode, truncate=truncate)
         start, text, mode = prompt.lengths[0], prompt.texts[0] + response, None

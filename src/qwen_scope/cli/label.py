@@ -129,7 +129,7 @@ def keep(store: FeatureStore, layer: int, feature: int, note: str | None, verdic
             raise InputError(f"{verdict} holds no verdict: write it with qwen-scope validate --json")
         notes.verdict(layer, feature, found, author)
     if note is not None:
-        notes.write(layer, feature, note, author)
+        notes.write(layer, feature, options.typed(note), author)
     output.print_json([entry.to_json() for entry in notes.of(layer, feature)])
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
@@ -14,7 +15,7 @@ import typer
 
 from qwen_scope.errors import InputError, foreign
 
-from . import whose
+from . import output, whose
 
 OneOf = TypeVar("OneOf", bound=str)
 
@@ -116,9 +117,20 @@ def typed_or_piped(text: str) -> str:
         InputError: standard input is not text.
     """
     if text != "-":
-        return text
+        return typed(text)
     with foreign("standard input can't be read", InputError):
         return sys.stdin.read().removesuffix("\n").removesuffix("\r")
+
+
+def typed(text: str) -> str:
+    """A text from the command line; if it is the name of a file here, standard error says how to read that instead."""
+    # os.path takes any text; Path refuses one that is longer than a name may be
+    if text.strip("./\\") and os.path.exists(text):
+        folder = os.path.isdir(text)
+        how = "read its texts with qwen-scope extract" if folder else f'to read it, write "$(cat {shlex.quote(text)})"'
+        kind = "folder" if folder else "file"
+        output.say(f"qwen-scope: {text} is a {kind} here; its name was read as the text; {how}")
+    return text
 
 
 def check_chat(chat: str | None) -> ChatMode | None:

@@ -204,10 +204,10 @@ def read_prompts(path: Path) -> list[str]:
     Raises:
         InputError: no such file, not text, or no line.
     """
+    from qwen_scope.files import text_lines
+
     try:
-        # A prompt may hold separators that splitlines takes for line ends.
-        text = path.read_bytes().decode("utf-8")
-        lines = [line.removesuffix("\r") for line in text.split("\n") if line.strip()]
+        lines = text_lines(path.read_bytes().decode("utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"the prompts in {str(path)!r} can't be read: {type(error).__name__}") from None
     if not lines:

@@ -106,6 +106,7 @@ def synthesize(
     from qwen_scope.corpus import FeatureStore
     from qwen_scope.posttrain import SynthesisOptions, price, synthesize
 
+    instruction = options.typed(instruction)
     settings = SynthesisOptions(want, budget, tries, 64, shown, answer_tokens, temperature, pairs, instruction, seed)
     if sum(given is not None for given in (features, search, concept)) != 1:
         raise InputError("say which targets: one of --features 3,17,40-50, --search WORDS or --concept TEXT")

@@ -10,6 +10,8 @@ import typer
 
 from qwen_scope.errors import InputError
 
+from . import options
+
 if TYPE_CHECKING:
     from qwen_scope.scope import Scope
     from qwen_scope.steer import Continuations, Target
@@ -52,7 +54,7 @@ def chosen_target(
     if script:
         return script_share(script)
     if continuation:
-        return Continuations(tuple(continuation))
+        return Continuations(tuple(map(options.typed, continuation)))
     return rule_target(scope, rule) if rule else feature_target(scope, str(feature))
 
 

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 
 from qwen_scope.errors import InputError
 
-from .layout import PART_ROWS, ROW_GROUP, TABLES, WORK, LayerInfo, Part
+from .layout import PART_ROWS, ROW_GROUP, TABLES, WORK, LayerInfo, Part, in_utf8
 from .writer import write_part
 
 
@@ -24,7 +24,7 @@ def index_layer(folder: Path, info: LayerInfo, number: int, first_row: int, firs
         number: of the `stats` part.   first_row, first_part: rows and parts of `features` before this layer.
         memory: how much the sort may take before it goes to disk.
     """
-    files = [str(path) for path in sorted((folder / "activations").glob("*.parquet"))]
+    files = [in_utf8(path) for path in sorted((folder / "activations").glob("*.parquet"))]
     parts: list[Part] = []
     stream = sorted_rows(files, info.layer, folder / WORK / "spill", memory) if files else iter(())
     for pieces in in_parts(stream):
@@ -35,7 +35,7 @@ def index_layer(folder: Path, info: LayerInfo, number: int, first_row: int, firs
 
 def sorted_rows(files: list[str], layer: int, spill: Path, memory: str) -> Iterator[pa.Table]:
     """The rows of a layer by feature, then falling value, then document and position; whole row groups but the last."""
-    with duckdb.connect(config={"memory_limit": memory, "temp_directory": str(spill)}) as connection:
+    with duckdb.connect(config={"memory_limit": memory, "temp_directory": in_utf8(spill)}) as connection:
         rows = connection.sql(
             "SELECT layer, document, position, feature, value FROM read_parquet($files) WHERE layer = $layer"
             " ORDER BY feature, value DESC, document, position",

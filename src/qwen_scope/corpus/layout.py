@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
@@ -11,7 +12,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from qwen_scope.errors import FormatError, brief
+from qwen_scope.errors import FormatError, InputError, brief
 from qwen_scope.files import parse_value
 
 FORMAT, VERSION = "qwen-scope-store", 1
@@ -82,6 +83,19 @@ def encoding(table: str) -> dict[str, Any]:
         "column_encoding": {**numbers, **floats},
         "store_schema": False,
     }
+
+
+def in_utf8(path: str | os.PathLike[str]) -> str:
+    """A path in full, as DuckDB takes it: in UTF-8, whatever the locale reads.
+
+    Raises:
+        InputError: its bytes are no UTF-8.
+    """
+    whole = os.path.realpath(path)
+    try:
+        return os.fsencode(whole).decode("utf-8")
+    except UnicodeDecodeError:
+        raise InputError(f"DuckDB reads no folder whose name is not UTF-8: rename {whole}") from None
 
 
 def part_name(table: str, number: int) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,7 +13,7 @@ import pyarrow as pa
 
 from qwen_scope.errors import InputError, reason
 
-from .layout import TABLES
+from .layout import TABLES, in_utf8
 from .parts import TableRows
 
 LONGEST = 100_000  # characters of a query
@@ -38,10 +37,10 @@ def connect(folder: Path, tables: Mapping[str, TableRows], memory: str) -> duckd
     connection = duckdb.connect(config=config)
     for name, table in tables.items():
         if table.files:
-            connection.read_parquet([os.path.realpath(path) for path in table.files]).to_view(name)
+            connection.read_parquet([in_utf8(path) for path in table.files]).to_view(name)
         else:
             connection.from_arrow(TABLES[name].empty_table()).to_view(name)
-    place = os.path.realpath(folder).replace("'", "''")
+    place = in_utf8(folder).replace("'", "''")
     for setting in (
         "autoload_known_extensions = false", "allow_community_extensions = false", f"allowed_directories = ['{place}']",
         "enable_external_access = false", "lock_configuration = true",

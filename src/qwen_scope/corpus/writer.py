@@ -20,7 +20,19 @@ from jaxtyping import Float32, Int32
 from qwen_scope.errors import InputError
 from qwen_scope.files import digest_of, lock_folder, read_object, room, write_text
 
-from .layout import MANIFEST, ROW_GROUP, TABLES, TOKEN_GROUP, WORK, LayerInfo, Manifest, Part, part_name, part_writer
+from .layout import (
+    MANIFEST,
+    ROW_GROUP,
+    TABLES,
+    TOKEN_GROUP,
+    WORK,
+    LayerInfo,
+    Manifest,
+    Part,
+    in_utf8,
+    part_name,
+    part_writer,
+)
 from .request import check_same
 
 PACKAGES = ("qwen-scope", "torch", "transformers", "pyarrow", "duckdb")
@@ -71,7 +83,8 @@ class StoreWriter:
         state: of the last complete window, or None.
 
     Raises:
-        InputError: the folder holds something else, a store of another request, or another run writes to it now.
+        InputError: the folder holds something else, or a store of another request; another run writes to it now; or its
+            path is not UTF-8.
     """
 
     def __init__(
@@ -82,6 +95,7 @@ class StoreWriter:
         layers: Sequence[LayerInfo],
         sources: Mapping[str, Mapping[str, str]] | None = None,
     ) -> None:
+        in_utf8(folder)  # refused before the work, not after it
         self.folder, self.work = Path(folder), Path(folder) / WORK
         self.layers = {info.layer: info for info in sorted(layers, key=lambda info: info.layer)}
         self.model, self.request, self.sources = model, json.loads(json.dumps(request)), dict(sources or {})

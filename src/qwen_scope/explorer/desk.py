@@ -14,7 +14,7 @@ from typing import Any, Generic, Literal, TypeVar
 from qwen_scope.corpus import Corpus, FeatureStore, Unreadable
 from qwen_scope.errors import InputError, brief
 from qwen_scope.features import FeaturePage, Label, Neighbour, Notes, cofiring, elsewhere, feature_page, similar
-from qwen_scope.sae import SAE
+from qwen_scope.sae import SAE, catalog, layers_of, load_sae
 from qwen_scope.scope import Comparison, Scope, TokenFeatures, compare_seen, model_source
 from qwen_scope.steer import Generation
 
@@ -106,12 +106,19 @@ class Desk:
 
     @cached_property
     def known(self) -> list[dict[str, Any]]:
-        """Features of the lab that detect a factor of its texts, best first; empty for any other model."""
+        """Features of the lab that detect a factor of its texts, best first; none of another model or SAE."""
         if self.scope.name != model_source("lab"):
             return []
         measured = json.loads((Path(model_source("lab")).parent / "metrics.json").read_text(encoding="utf-8"))
-        here = [one for one in measured["detectors"] if one["layer"] in self.layers]
-        return sorted(here, key=lambda one: -one["f1"])
+        ours = {layer for layer in self.layers if self.of_the_lab(layer)}
+        return sorted((one for one in measured["detectors"] if one["layer"] in ours), key=lambda one: -one["f1"])
+
+    def of_the_lab(self, layer: int) -> bool:
+        """Whether the SAE of a layer is the lab's own, wherever it lies; in any other its numbers mean nothing."""
+        group = catalog.find("lab").name
+        return layer in layers_of(group) and (
+            load_sae(group, layer).identity.fingerprint == self.scope.saes[layer].identity.fingerprint
+        )
 
     @cached_property
     def store_layer(self) -> int:

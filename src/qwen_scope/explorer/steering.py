@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from qwen_scope.errors import InputError, brief, check_number, nearest
-from qwen_scope.files import Fields
+from qwen_scope.files import Fields, text_lines
 from qwen_scope.lab import neutral_prompts
 from qwen_scope.steer import (
     Continuations,
@@ -216,7 +216,7 @@ def sweep_target(desk: Desk, kind: str, value: str, first: Intervention) -> Targ
 
 def sweep_prompts(desk: Desk, prompt: str, more: str) -> list[str]:
     """The prompts of a sweep: those given, one a line, else the one prompt and prefixes without a language."""
-    lines = [line for line in more.splitlines() if line.strip()]
+    lines = text_lines(more)
     if not lines:
         lines = [prompt, *(one.text for one in neutral_prompts(0, SWEEP_PROMPTS - 1))]
     if len(lines) < 2:

@@ -5,6 +5,7 @@ from .fields import read_object as read_object
 from .folder import write_folder as write_folder
 from .lines import append_lines as append_lines
 from .lines import read_lines as read_lines
+from .lines import text_lines as text_lines
 from .lock import lock_folder as lock_folder
 from .whole import check_output as check_output
 from .whole import digest_of as digest_of

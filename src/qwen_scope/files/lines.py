@@ -43,6 +43,11 @@ def read_lines(path: str | os.PathLike[str]) -> list[str]:
     return [line for line in text.split("\n") if line.strip()]
 
 
+def text_lines(text: str) -> list[str]:
+    """The lines of a text, without their ends, `\\n` or `\\r\\n`; blank ones are left out."""
+    return [line.removesuffix("\r") for line in text.split("\n") if line.strip()]
+
+
 def append_lines(path: str | os.PathLike[str], lines: Iterable[str]) -> None:
     """Add lines, each without its end, in one write that is on the disk when this returns.
 

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from qwen_scope.errors import InputError, reason
+from qwen_scope.errors import InputError, brief, reason
 
 UNFINISHED = ".unfinished-"
 PART = re.compile(re.escape(UNFINISHED) + r"([0-9]+-[0-9a-f]{8}|[0-9a-f]{32})(\..*)?")
@@ -248,6 +248,9 @@ def told(named: str) -> Iterator[None]:
         name = str(error.filename or "")
         other = f" ({name})" if name and name != named and UNFINISHED not in name else ""
         raise InputError(f"can't write {named}: {error.strerror or error}{other}") from error
+    except UnicodeEncodeError as error:  # the name of a file or folder, which Python passes on whatever its bytes are
+        odd = brief(error.object[max(0, error.start - 20) : error.end + 10])
+        raise InputError(f"can't write {named}: it would hold a name that is not UTF-8 ({odd}); rename that") from error
     except Exception as error:
         if "(os error " not in str(error):  # how safetensors and tokenizers, in Rust, repeat the system's words
             raise

@@ -150,7 +150,7 @@ def make_language_model(out: Path, config: LabConfig, say: Report) -> None:
 
 def declare_float32(path: Path) -> None:
     """The weights are stored in bf16 for size; arithmetic on a CPU is faster and steadier in fp32."""
-    config = json.loads(path.read_text())
+    config = json.loads(path.read_text(encoding="utf-8"))
     config.pop("torch_dtype", None)
     config["dtype"] = "float32"
     path.write_text(json.dumps(config, indent=2) + "\n")

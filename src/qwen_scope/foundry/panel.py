@@ -89,7 +89,7 @@ def _build_panel(out: Path, config: PanelConfig, say: Report) -> dict[str, Any]:
     if any(path.name != ".lock" for path in out.iterdir()) and not (out / "config.json").exists():
         raise InputError(f"{out} is not empty and holds no panel; name another folder")
     wanted = json.dumps(asdict(config), indent=1) + "\n"
-    if (out / "config.json").exists() and (out / "config.json").read_text() != wanted:
+    if (out / "config.json").exists() and (out / "config.json").read_text(encoding="utf-8") != wanted:
         raise InputError(f"{out} holds a panel of another configuration; name another folder")
     write_text(out / "config.json", wanted)
     tokenizer = load_model(catalog.find("lab").model, device="cpu").tokenizer

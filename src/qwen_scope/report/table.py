@@ -52,7 +52,7 @@ def column_widths(
 ) -> list[int]:
     """How wide each column is: as its longest cell, or, to fit into `width`, the widest ones down to their words."""
     texts = [[name, *(row[i].plain for row in cells)] for i, name in enumerate(columns)]
-    wide = [max(cell_len(line) for text in some for line in (text.splitlines() or [""])) for some in texts]
+    wide = [max(cell_len(line) for text in some for line in text.split("\n")) for some in texts]
     words = [max(cell_len(word) for text in some for word in (text.split() or [""])) for some in texts]
     least = [one if number else word for one, word, number in zip(wide, words, numeric, strict=True)]
     for i, word in enumerate(least):

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from qwen_scope.errors import FormatError, InputError, MismatchError
+from qwen_scope.errors import FormatError, InputError, MismatchError, reason
 from qwen_scope.files import write_whole
 
 from .base import SAE
@@ -153,9 +153,4 @@ def _store(jobs: Sequence[_Job], configs: Mapping[Path, Mapping[str, Any]], layo
                 parts[path].write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     except (InputError, RuntimeError) as error:
         cause = error.__cause__ if isinstance(error, InputError) and error.__cause__ else error
-        raise InputError(f"the SAE could not be written to {jobs[0].folder}: {_reason(cause)}") from error
-
-
-def _reason(error: BaseException) -> str:
-    """Why the disk refused, in a few words."""
-    return (error.strerror if isinstance(error, OSError) else None) or str(error).splitlines()[0]
+        raise InputError(f"the SAE could not be written to {jobs[0].folder}: {reason(cause)}") from error
