@@ -100,8 +100,9 @@ def typer_option(parameter: inspect.Parameter, hint: Any) -> inspect.Parameter:
         raise TypeError(f"the option {parameter.name!r} of an analysis is Annotated[type, 'its help']")
     kind, said = get_args(hint)[:2]
     flag = "--" + parameter.name.replace("_", "-")
+    limits = options.SEED if parameter.name == "seed" else {}
     return parameter.replace(
-        kind=parameter.POSITIONAL_OR_KEYWORD, annotation=Annotated[kind, typer.Option(flag, help=said)]
+        kind=parameter.POSITIONAL_OR_KEYWORD, annotation=Annotated[kind, typer.Option(flag, help=said, **limits)]
     )
 
 

@@ -46,7 +46,7 @@ def fit(
         float | None, typer.Option("--fpr", help="Raise thresholds until at most this share of negative seeds passes.")
     ] = None,
     name: Annotated[str | None, typer.Option("--name", help="Of the property. Default: the positive file's.")] = None,
-    seed: Annotated[int, typer.Option("--seed", help="Of the split and the intervals.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", help="Of the split and the intervals.", **options.SEED)] = 0,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder for report.html and PNG figures.")] = None,
     column: options.Column = "text",
     unit: options.DocumentUnit = "line",
@@ -230,7 +230,7 @@ def distil(
     truth: Annotated[
         str | None, typer.Option("--truth", help="A column with true labels (true/false or 1/0), to measure both.")
     ] = None,
-    seed: Annotated[int, typer.Option("--seed", help="Of the fifth that is held out.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", help="Of the fifth that is held out.", **options.SEED)] = 0,
     column: options.Column = "text",
     unit: options.DocumentUnit = "line",
     model: options.Model = "lab",

@@ -74,7 +74,7 @@ def export(
                 out,
                 wanted,
                 model_id,
-                options.parse_layers(features),
+                options.parse_features(features) if features else None,
                 no_model,
                 report,
                 {"set_name": set_name, "creator": by, "method": method, "explainer": explainer},

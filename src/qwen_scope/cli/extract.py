@@ -35,7 +35,7 @@ def extract(
         int | None,
         typer.Option("--sample", help="Only so many documents, drawn evenly. Default: all; of the lab 1000.", min=1),
     ] = None,
-    seed: Annotated[int, typer.Option("--seed", help="Of the sample.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", help="Of the sample.", **options.SEED)] = 0,
     split: Annotated[str, typer.Option("--split", help="Of a dataset or the lab.")] = "train",
     subset: Annotated[str | None, typer.Option("--subset", help="Of a dataset.")] = None,
     row: Annotated[

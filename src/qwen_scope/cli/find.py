@@ -41,7 +41,9 @@ def find(
     n: Annotated[int, typer.Option("-n", help="How many features.", min=1)] = 10,
     each: Annotated[int, typer.Option("--documents", help="So many documents of the lab.", min=4)] = 100,
     column: options.Column = "text",
-    seed: Annotated[int, typer.Option("--seed", help="Of the halves that choose and measure, and of intervals.")] = 0,
+    seed: Annotated[
+        int, typer.Option("--seed", help="Of the halves that choose and measure, and of intervals.", **options.SEED)
+    ] = 0,
     model: options.StoreModel = None,
     sae: options.Sae = None,
     layers: options.Layers = None,

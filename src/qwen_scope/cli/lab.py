@@ -25,7 +25,7 @@ def build(
     small: Annotated[
         bool | None, typer.Option("--small/--full", help="Two minutes or half an hour. Default: full for dense.")
     ] = None,
-    seed: Annotated[int, typer.Option("--seed", help="Of what is drawn.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", help="Of what is drawn.", **options.SEED)] = 0,
     as_json: options.Json = False,
 ) -> None:
     """Make corpus, tokenizer, language model and SAEs anew and measure them: the metrics come back, not the bytes."""
@@ -84,7 +84,7 @@ def panel(
 @app.command()
 def examples(
     out: Annotated[Path, typer.Option("--out", "-o", help="The folder to write; an older copy is replaced.")],
-    seed: Annotated[int, typer.Option("--seed", help="Of the texts.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", help="Of the texts.", **options.SEED)] = 0,
     as_json: options.Json = False,
 ) -> None:
     """Write small files to try the other commands on: texts, prompts, tasks and a corpus with columns."""
@@ -114,7 +114,7 @@ def texts(
     split: Annotated[
         str, typer.Option("--split", help="train, heldout_sentences, heldout_templates or heldout_combinations.")
     ] = "train",
-    seed: Annotated[int, typer.Option("--seed", help="Of what is drawn.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", help="Of what is drawn.", **options.SEED)] = 0,
     as_json: options.Json = False,
 ) -> None:
     """Print documents of the lab's corpus with their factors, one JSON object per line with --json."""

@@ -41,7 +41,7 @@ def label(
     ] = None,
     export: Annotated[Path | None, typer.Option("--export", help="Write all labels, notes and verdicts here.")] = None,
     merge: Annotated[Path | None, typer.Option("--merge", help="Add those of an exported file.")] = None,
-    seed: Annotated[int, typer.Option("--seed", help="Of the contexts.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", help="Of the contexts.", **options.SEED)] = 0,
     as_json: options.Json = False,
 ) -> None:
     """Name features of a store and score the names on contexts they were not made from.
@@ -104,7 +104,7 @@ def which(store: FeatureStore, layer: int, features: str | None, n: int | None) 
     if (features is None) == (n is None):
         raise InputError("say which features: --features 3,17,40-50, or -n for the most frequent ones")
     if features is not None:
-        return options.parse_layers(features) or []
+        return options.parse_features(features)
     rows = store.stats(layer).sort_by([("tokens", "descending"), ("feature", "ascending")]).slice(0, n)
     return rows["feature"].to_pylist()
 

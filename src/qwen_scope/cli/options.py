@@ -13,11 +13,15 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_args
 
 import typer
 
-from qwen_scope.errors import InputError, foreign
+from qwen_scope.errors import InputError, brief, foreign
 
 from . import output, whose
 
 OneOf = TypeVar("OneOf", bound=str)
+
+# The range of a seed that every generator of random numbers below us takes.
+SEED: Any = {"min": 0, "max": 2**32 - 1}
+MOST = 10**6  # numbers that a list such as 0,2-5 may stand for
 
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 
@@ -77,13 +81,10 @@ def parse_layers(text: str | None) -> list[int] | None:
     """
     if text is None or text.strip() == "all":
         return None
-    layers: list[int] = []
+    layers: set[int] = set()
     for part in text.split(","):
-        if match := re.fullmatch(r"\s*(\d+)\s*-\s*(\d+)\s*", part):
-            first, last = int(match[1]), int(match[2])
-            if last < first:
-                raise InputError(f"the range {part.strip()!r} runs backwards; write {last}-{first}")
-            layers += range(first, last + 1)
+        if (found := numbers_in(part)) is not None:
+            layers.update(found)
         else:
             from qwen_scope.model import HookPoint
 
@@ -93,8 +94,39 @@ def parse_layers(text: str | None) -> list[int] | None:
                     f"--layers takes the number of a layer, {point.layer} for {part.strip()!r}: the SAE's files say"
                     " which stream it reads"
                 )
-            layers.append(point.layer)
-    return sorted(set(layers))
+            layers.add(point.layer)
+    return sorted(layers)
+
+
+def parse_features(text: str) -> list[int]:
+    """`3,17,40-50` as features, in ascending order, each once.
+
+    Raises:
+        InputError: anything else.
+    """
+    features: set[int] = set()
+    for part in text.split(","):
+        if (found := numbers_in(part)) is None:
+            raise InputError(f"--features takes numbers and ranges, such as 3,17,40-50, not {brief(part.strip())}")
+        features.update(found)
+    return sorted(features)
+
+
+def numbers_in(part: str) -> range | None:
+    """The numbers of `3` or `2-5`, or None where it is neither.
+
+    Raises:
+        InputError: a range that runs backwards, or of more than `MOST` numbers.
+    """
+    match = re.fullmatch(r"\s*([0-9]{1,9})(?:\s*-\s*([0-9]{1,9}))?\s*", part)
+    if match is None:
+        return None
+    first, last = int(match[1]), int(match[2] or match[1])
+    if last < first:
+        raise InputError(f"the range {part.strip()!r} runs backwards; write {last}-{first}")
+    if last - first >= MOST:
+        raise InputError(f"the range {part.strip()!r} has more than {MOST:,} numbers")
+    return range(first, last + 1)
 
 
 def open_scope(
@@ -159,9 +191,9 @@ def weight_type(name: str | None) -> torch.dtype | None:
 
 def parse_size(text: str) -> int:
     """`24GB`, `16 GiB`, `500MB` or plain bytes; raises InputError for anything else."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]i?)?b?\s*", text.lower())
+    match = re.fullmatch(r"\s*([0-9]{1,15}(?:\.[0-9]{1,15})?)\s*([kmgt]i?)?b?\s*", text.lower())
     if not match:
-        raise InputError(f"{text!r} is not a size; write it as 24GB or 16GiB")
+        raise InputError(f"{brief(text)} is not a size; write it as 24GB or 16GiB")
     return int(float(match[1]) * UNITS[match[2] or ""])
 
 

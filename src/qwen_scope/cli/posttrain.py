@@ -28,7 +28,7 @@ Column = Annotated[str, typer.Option("--column", help="The text, the completion,
 PromptColumn = Annotated[str, typer.Option("--prompt-column", help="The prompt, where completions are learnt.")]
 GroupColumn = Annotated[str, typer.Option("--group-column", help="The name of a row's group, such as its language.")]
 Number = Annotated[int | None, typer.Option("-n", help="At most so many rows, drawn evenly.", min=1)]
-Seed = Annotated[int, typer.Option("--seed", help="Of what is drawn.", min=0)]
+Seed = Annotated[int, typer.Option("--seed", help="Of what is drawn.", **options.SEED)]
 
 
 @app.command()
@@ -52,7 +52,8 @@ def prepare(
         typer.Option("--quantile", help="Alpha is this quantile of the pre-activations, not their mean.", min=0, max=1),
     ] = None,
     at_random: Annotated[
-        int | None, typer.Option("--random", help="A seed that draws other features instead: the control.", min=0)
+        int | None,
+        typer.Option("--random", help="A seed that draws other features instead: the control.", **options.SEED),
     ] = None,
     column: Column = "text",
     group_column: GroupColumn = "group",

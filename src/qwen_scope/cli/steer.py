@@ -27,7 +27,7 @@ Temperature = Annotated[float | None, typer.Option("--temperature", help="With -
 TopP = Annotated[float | None, typer.Option("--top-p", help="With --sample. Default: the model's own.")]
 TopK = Annotated[int | None, typer.Option("--top-k", help="With --sample. Default: the model's own.")]
 Penalty = Annotated[float | None, typer.Option("--repetition-penalty", help="Above 1 discourages repetition.")]
-Seed = Annotated[int, typer.Option("--seed", help="Of the draws.")]
+Seed = Annotated[int, typer.Option("--seed", help="Of the draws.", **options.SEED)]
 
 
 def steer(

@@ -26,7 +26,7 @@ def store(
     feature: Annotated[int | None, typer.Option("--feature", "-f", help="All about one feature.")] = None,
     n: Annotated[int, typer.Option("-n", help="How many contexts, or features.", min=1)] = 10,
     how: Annotated[str, typer.Option("--how", help="Contexts: top, random or quantiles.")] = "top",
-    seed: Annotated[int, typer.Option("--seed", help="Of random and quantiles.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", help="Of random and quantiles.", **options.SEED)] = 0,
     query: Annotated[
         str | None, typer.Option("--sql", help="One SELECT for DuckDB; tables in docs/store-format.md.")
     ] = None,

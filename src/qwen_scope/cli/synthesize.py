@@ -59,7 +59,7 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="Ask nothing; say what i
 PriceIn = Annotated[float | None, typer.Option("--price-in", help="Of a million tokens of prompts.", min=0)]
 PriceOut = Annotated[float | None, typer.Option("--price-out", help="Of a million tokens of answers.", min=0)]
 Number = Annotated[int | None, typer.Option("-n", help="At most so many documents of SEED; of the lab 200.", min=1)]
-Seed = Annotated[int, typer.Option("--seed", help="Of the contexts shown, and of samples.", min=0)]
+Seed = Annotated[int, typer.Option("--seed", help="Of the contexts shown, and of samples.", **options.SEED)]
 
 
 def synthesize(
@@ -183,7 +183,7 @@ def targets_of(
     from qwen_scope.posttrain import judged_targets, listed_targets, searched_targets
 
     if features is not None:
-        return listed_targets(store, [(layer, i) for i in options.parse_layers(features) or []], strength, seed)
+        return listed_targets(store, [(layer, i) for i in options.parse_features(features)], strength, seed)
     if search is not None:
         return searched_targets(store, search, strength, seed)
     if dry_run:

@@ -40,7 +40,7 @@ def train(
         float | None, typer.Option("--lr", help="Peak learning rate. Default: 2e-4 / sqrt(d_sae / 2^14).")
     ] = None,
     start_from: Annotated[str | None, typer.Option("--start-from", help="SAEs to continue from.")] = None,
-    seed: Annotated[int, typer.Option("--seed", help="Of the start and the order.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", help="Of the start and the order.", **options.SEED)] = 0,
     group: Annotated[
         str | None, typer.Option("--group", help="The name of the set of SAEs. Default: from model, width and k.")
     ] = None,
@@ -141,7 +141,7 @@ def evaluate(
     skip_special: options.SkipSpecial = False,
     sinks: options.Sinks = None,
     loss: Annotated[bool, typer.Option("--loss/--no-loss", help="Measure what the predictions lose, too.")] = True,
-    seed: Annotated[int, typer.Option("--seed", help="Of the resampling of the transfer report.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", help="Of the resampling of the transfer report.", **options.SEED)] = 0,
     device: options.Device = None,
     dtype: options.Dtype = "auto",
     as_json: options.Json = False,

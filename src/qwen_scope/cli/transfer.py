@@ -35,7 +35,9 @@ def transfer(
     ] = 60,
     top: Annotated[int, typer.Option("--top", help="How many features of one layer, joined by OR.", min=1)] = 2,
     shared: Annotated[int, typer.Option("--shared", help="Top features compared between languages.", min=1)] = 10,
-    seed: Annotated[int, typer.Option("--seed", help="Of the third that is held out, and of intervals.")] = 0,
+    seed: Annotated[
+        int, typer.Option("--seed", help="Of the third that is held out, and of intervals.", **options.SEED)
+    ] = 0,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder for report.html and PNG figures.")] = None,
     column: options.Column = "text",
     unit: options.DocumentUnit = "line",

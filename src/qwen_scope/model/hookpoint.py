@@ -5,14 +5,14 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from qwen_scope.errors import InputError, MismatchError
+from qwen_scope.errors import InputError, MismatchError, brief
 
 STREAMS = ("resid_post", "mlp_out", "attn_out")
 
-_BARE = re.compile(r"(?:layer_?)?([0-9]+)")
+_BARE = re.compile(r"(?:layer_?)?([0-9]{1,9})")
 _DOTTED = re.compile(
     r"(?:(?:base_model|model|language_model|text_model|transformer|decoder|gpt_neox)\.)*"
-    r"(?:layers|blocks|h)\.([0-9]+)(?:\.(?:hook_)?([a-z_]+))?"
+    r"(?:layers|blocks|h)\.([0-9]{1,9})(?:\.(?:hook_)?([a-z_]+))?"
 )
 # What module paths call the two parts of a block.
 _PARTS = {"mlp": "mlp_out", "feed_forward": "mlp_out"} | dict.fromkeys(
@@ -71,7 +71,7 @@ class HookPoint:
         if match := _DOTTED.fullmatch(name):
             stream = match[2] or "resid_post"
             return cls(int(match[1]), _PARTS.get(stream, stream))
-        raise InputError(f"{text!r} is not a hook point; {_FITS}")
+        raise InputError(f"{brief(text)} is not a hook point; {_FITS}")
 
     @classmethod
     def read_by(cls, hook_point: str | None, layer: int) -> HookPoint:

@@ -139,8 +139,12 @@ def _device(device: str | torch.device | None) -> torch.device:
     except RuntimeError:
         raise InputError(f"{device!r} is not a device; write 'cpu', 'cuda', 'cuda:1' or 'mps'") from None
     there = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available}.get(chosen.type, lambda: True)
+    missing, has = f"device {str(chosen)!r} is not available here", f"this machine has {default_device().type!r}"
     if not there():
-        raise InputError(f"device {str(chosen)!r} is not available here; this machine has {default_device().type!r}")
+        raise InputError(f"{missing}; {has}")
+    # Its number, and a kind that only some builds have or that holds no numbers, show when it is used.
+    with foreign(missing, InputError, has):
+        torch.zeros(1, device=chosen).item()
     return chosen
 
 

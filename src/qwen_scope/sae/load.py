@@ -172,7 +172,7 @@ def parse_layer(layer: int | str) -> int:
         return number(layer)
     name = layer.strip()
     hook = hooks.about(name)
-    if match := re.fullmatch(r"(?:layer_?)?([0-9]+)", name):
+    if match := re.fullmatch(r"(?:layer_?)?([0-9]{1,9})", name):
         return int(match[1])
     if hook is None or hook.layer is None or hook.before or hook.stream != "resid_post":
         raise InputError(f"{layer!r} is not the output of a layer; write it as 12, 'layer12' or 'layers.12.resid_post'")

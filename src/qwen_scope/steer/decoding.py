@@ -19,7 +19,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from qwen_scope.errors import InputError, check_count, check_number
+from qwen_scope.errors import FormatError, InputError, check_count, check_number
 
 from .finite import CheckFinite
 
@@ -69,13 +69,19 @@ class Decoding:
             raise InputError(f"{given[0]} has no effect on greedy decoding; set sample=True with it")
 
     def filled(self, model: nn.Module) -> Decoding:
-        """The same with every None replaced: by the model's generation config, else by what changes nothing."""
+        """The same with every None replaced: by the model's generation config, else by what changes nothing.
+
+        Raises:
+            FormatError: the config has something that is no number.
+        """
         config = getattr(model, "generation_config", None) if self.sample else None
         neutral = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "repetition_penalty": 1.0}
         changes = {}
         for name, default in neutral.items():
             if getattr(self, name) is None:
                 found = getattr(config, name, None)
+                if found is not None:
+                    check_number(f"{name} of the model's generation config", found, kind=FormatError)
                 changes[name] = type(default)(found) if found is not None else default
         # `given` without `sample` is refused above, so neutral values are set only where they are inert
         return replace(self, **changes) if self.sample else replace(self, repetition_penalty=self.repetition_penalty)

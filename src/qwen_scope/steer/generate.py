@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from qwen_scope.errors import InputError, check_count
+from qwen_scope.errors import FormatError, InputError, check_count
 from qwen_scope.model import Tokens, context_length, input_device, tokenize
 
 from .decoding import Decoding, Watched, processors
@@ -200,9 +200,15 @@ def check_reach(interventions: Sequence[Intervention], lengths: Sequence[int], n
 def generation_config(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, decoding: Decoding
 ) -> GenerationConfig:
-    """What `generate` is told: nothing of how tokens are chosen, which is the processors' affair."""
+    """What `generate` is told: nothing of how tokens are chosen, which is the processors' affair.
+
+    Raises:
+        FormatError: the model's own config ends a text at something that is no token.
+    """
     own = model.generation_config
     eos = next((ids for ids in (own and own.eos_token_id, tokenizer.eos_token_id) if ids is not None), None)
+    for one in eos if isinstance(eos, list | tuple) else [] if eos is None else [eos]:
+        check_count("eos_token_id of the model's generation config", one, -1, kind=FormatError)
     pad = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if isinstance(i, int)), 0)
     return GenerationConfig(
         max_new_tokens=decoding.max_new_tokens,

@@ -83,6 +83,7 @@ class TrainConfig:
         for name in ("d_sae", "k", "tokens", "batch", "seed", "warmup", "k_aux", "dead_tokens"):
             if getattr(self, name) is not None:
                 check_count(name, getattr(self, name), ANY)
+        check_count("seed", self.seed, 0, 2**32 - 1)
         for name in ("decay", "aux_weight", "lr", "clip", "eps", "l0_weight", "bandwidth", "sink_multiple"):
             if isinstance(getattr(self, name), bool):
                 raise InputError(f"{name} is a number, not {getattr(self, name)}")

@@ -22,12 +22,12 @@ _NAMES: dict[str, tuple[str, ...]] = {
 }
 _TAILS = {name: stream for stream, names in _NAMES.items() for name in names}
 _PATH = re.compile(
-    r"(?P<before>(?:[a-z_]+\.)*)(?:layers|blocks|h)[.\[](?P<layer>[0-9]+)\]?(?:\.(?P<tail>[a-z0-9_.]+))?"
+    r"(?P<before>(?:[a-z_]+\.)*)(?:layers|blocks|h)[.\[](?P<layer>[0-9]{1,9})\]?(?:\.(?P<tail>[a-z0-9_.]+))?"
 )
-_FLAT = re.compile(r"(?:(?P<tail>[a-z_]+?)_)?layer_?(?P<layer>[0-9]+)(?:[._](?P<behind>[a-z_]+))?")
+_FLAT = re.compile(r"(?:(?P<tail>[a-z_]+?)_)?layer_?(?P<layer>[0-9]{1,9})(?:[._](?P<behind>[a-z_]+))?")
 _BARE = re.compile(r"(?:layers?|blocks?)?[_.]?[0-9]+")
 _INSIDE = re.compile(r"(?:[A-Za-z_]+\.)*(?:layers|blocks|h)\.[0-9]+(?:\.[A-Za-z0-9_]+)*")
-_LAYER = re.compile(r"(?:^|[/_.\-])(?:(?:layers?|blocks)[_.\-]?|h\.)([0-9]+)(?![0-9])", re.IGNORECASE)
+_LAYER = re.compile(r"(?:^|[/_.\-])(?:(?:layers?|blocks)[_.\-]?|h\.)([0-9]{1,9})(?![0-9])", re.IGNORECASE)
 _TOWERS = ("vision", "visual", "encoder", "audio")
 _MODULES = {"resid_post": "", "mlp_out": ".mlp", "attn_out": ".self_attn"}
 

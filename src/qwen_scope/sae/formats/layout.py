@@ -223,7 +223,7 @@ def choose_k(given: int | None, parsed: Parsed, names: Sequence[str]) -> int:
 def k_in_name(names: Sequence[str]) -> tuple[int, str] | None:
     """The k that the first of the names with an `L0_...` says, and that name."""
     for name in names:
-        if match := re.search(r"L0_([0-9]+)(?![0-9])", name):
+        if match := re.search(r"L0_([0-9]{1,9})(?![0-9])", name):
             return int(match[1]), name
     return None
 
