@@ -168,17 +168,25 @@ def show_result(title: str, result: Result, out: Path | None, as_json: bool) -> 
 
 
 def write_report(title: str, result: Result, out: Path) -> None:
-    """`report.html`, and every figure as `figureN.png`: all of them, or none where one can't be written."""
+    """`report.html`, and every figure as `figureN.png`: all of them, or none where one can't be written.
+
+    Figures beyond, which an earlier report in the folder had, are removed with it.
+    """
     from qwen_scope.files import write_whole
     from qwen_scope.report import figure_page, save_png
 
     tables = [(t.title, t.columns, t.rows) for t in result.tables]
+    earlier = (out / "report.html").is_file()
     with ExitStack() as stack:
         # They are renamed in the opposite order, the page last.
         page = stack.enter_context(write_whole(out / "report.html"))
         page.write_text(figure_page(title, tables, result.figures, result.notes), encoding="utf-8")
         for i, figure in enumerate(result.figures, 1):
             save_png(figure, stack.enter_context(write_whole(out / f"figure{i}.png")))
+    for path in out.glob("figure*.png") if earlier else ():
+        number = path.stem.removeprefix("figure")
+        if number.isdecimal() and int(number) > len(result.figures):
+            path.unlink()
 
 
 def strict(value: Any) -> Any:

@@ -46,7 +46,7 @@ class Limits:
     sweep_prompts: int = 32
     sweep_tokens: int = 2_000
     pattern_seconds: int = 1
-    recipe_bytes: int = 100_000
+    recipe_bytes: int = 30_000
     upload_bytes: int = 2_000_000
     request_bytes: int = 2_000_000
     waiting: int = 60

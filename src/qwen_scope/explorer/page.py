@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Iterator, Sequence
 from functools import partial
 from importlib.resources import files
@@ -22,6 +23,7 @@ from .datasets import DatasetsTab
 from .desk import Desk
 from .explore import ExploreTab
 from .feature import NO_STORE, FeatureTab
+from .fits import check_gradio
 from .gate import Gate, check_host
 from .steer import SteerTab
 from .turns import take_turns, waiting
@@ -30,6 +32,10 @@ from .wiring import LOOK, panel, told
 TABS = ("explore", "compare", "steer", "feature", "datasets")
 TITLE = "qwen-scope explorer"
 EVERYWHERE = ("0.0.0.0", "::", "")
+SLICE = 0.0005
+"""Seconds that a thread of pure Python, such as a recipe being read, keeps the others waiting. At Python's own 5 ms a
+short request, which gives the interpreter away at each of its hundreds of steps, takes seconds beside one."""
+
 WAITING = 200
 """Requests that wait in all queues together."""
 
@@ -120,13 +126,16 @@ def launch(
 
     Raises:
         InputError: the address is taken, or none of this machine's; or a host that is none.
+        MismatchError: a Gradio that the page does not fit.
     """
     names = [*map(check_host, allow_hosts), *([] if host in EVERYWHERE else [check_host(host)])]
     page = build(desk)
     page.queue(max_size=WAITING, default_concurrency_limit=1, api_open=False)  # nobody goes past the queue
+    check_gradio(page)
     take_turns(page)
     forget_events(page)
     gate = Middleware(Gate, names=names, limits=desk.limits, waiting=partial(waiting, page))
+    sys.setswitchinterval(SLICE)
     try:
         _, url, _ = page.launch(
             server_name=host,
