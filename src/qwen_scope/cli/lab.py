@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from qwen_scope.errors import NotFoundError
+from qwen_scope.errors import NotFoundError, foreign
 
 from . import options, output
 from .commands import App
@@ -48,6 +47,7 @@ def card(
     as_json: options.Json = False,
 ) -> None:
     """Print the card of a lab: data, sizes, seeds, losses, per-factor F1, and what it is not."""
+    from qwen_scope.files import read_object
     from qwen_scope.foundry import card
     from qwen_scope.sae import catalog
 
@@ -57,11 +57,13 @@ def card(
         raise NotFoundError(
             f"{path.parent} holds no lab: there is no metrics.json; make one with: qwen-scope lab build -o DIR"
         )
-    metrics = json.loads(path.read_text(encoding="utf-8"))
+    metrics = read_object(path)
     if as_json:
         output.print_json(metrics)
-    else:
-        output.write(card(metrics))
+        return
+    with foreign(f"{path} does not hold the metrics of a lab"):
+        text = card(metrics)
+    output.write(text)
 
 
 @app.command()

@@ -350,5 +350,5 @@ def read_prompts(
     )
     if not found:
         where = corpus.other_columns("prompt_column") or f" in a column {prompt_column!r}"
-        raise InputError(f"{source} has no prompt{where}" + (" of these groups" if groups else ""))
+        raise InputError(f"{source} has no prompt" + (" of these groups" if groups else "") + where)
     return found

@@ -11,6 +11,8 @@ from qwen_scope.errors import InputError
 
 from . import options, output, steer, targets
 
+ROWS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
+
 if TYPE_CHECKING:
     from qwen_scope.scope import Scope
     from qwen_scope.steer import Intervention, Row, Sweep
@@ -199,6 +201,19 @@ def print_sweep(found: Sweep, name: str = "") -> None:
 
 
 def read_prompts(path: Path) -> list[str]:
+    """The texts of a file that holds one per line.
+
+    Raises:
+        InputError: a file of rows, whose lines are no texts, or as `read_lines_of`.
+    """
+    if path.name.removesuffix(".gz").endswith(ROWS):
+        raise InputError(
+            f"{path.name} holds rows, and here every line of a file is a text; write one per line into a .txt file"
+        )
+    return read_lines_of(path)
+
+
+def read_lines_of(path: Path) -> list[str]:
     """The lines of a file that are not empty.
 
     Raises:

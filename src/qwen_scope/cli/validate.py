@@ -120,7 +120,7 @@ def read_tasks(path: Path) -> list[tuple[str, str]]:
         FormatError: a line that is not an object with a prompt and an answer.
     """
     pairs = []
-    for number, line in enumerate(sweep.read_prompts(path), 1):
+    for number, line in enumerate(sweep.read_lines_of(path), 1):
         try:
             data = parse_value(line, f"line {number} of {path.name}")
         except FormatError:

@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 from jaxtyping import Float32, Int32
 
-from qwen_scope.errors import InputError
+from qwen_scope.errors import InputError, foreign
 from qwen_scope.files import digest_of, lock_folder, read_object, room, write_text
 
 from .layout import (
@@ -104,7 +104,9 @@ class StoreWriter:
         self._held: ExitStack | None = None
         self.finished = (self.folder / MANIFEST).is_file()
         if self.finished:
-            old = Manifest.from_json((self.folder / MANIFEST).read_text(encoding="utf-8"))
+            with foreign(f"{self.folder / MANIFEST} can't be read"):
+                text = (self.folder / MANIFEST).read_text(encoding="utf-8")
+            old = Manifest.from_json(text)
             bare = [asdict(replace(i, tokens=0, activations=0, median_norm=None)) for i in old.layers.values()]
             check_same({"model": old.model, "request": old.request, "layers": bare}, asked, self.folder)
             self._tidy()

@@ -1,3 +1,4 @@
+from .bounded import first_bytes as first_bytes
 from .bounded import parse_value as parse_value
 from .fields import Fields as Fields
 from .fields import parse_object as parse_object

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Hashable
+from pathlib import Path
 from typing import Any, Literal
 
 from qwen_scope.errors import FormatError, brief, foreign
@@ -43,6 +44,16 @@ def parse_value(text: str | bytes, what: str, form: Form = "JSON") -> Any:
     if len(text) > CHARACTERS:
         raise FormatError(f"{what} is too large: {len(text):,} characters, of which {CHARACTERS:,} are read")
     return _json(text, what) if form == "JSON" else _yaml(text, what)
+
+
+def first_bytes(path: Path) -> bytes:
+    """The bytes of a file, or of one without end more than `parse_value` takes.
+
+    Raises:
+        OSError: it can't be read.
+    """
+    with path.open("rb") as file:
+        return file.read(4 * CHARACTERS + 1)  # a character has at most four bytes
 
 
 def _json(text: str, what: str) -> Any:

@@ -10,7 +10,7 @@ from typing import Any, TypeVar, final
 
 from qwen_scope.errors import FormatError, NotFoundError, brief, check_count, check_number, foreign, nearest
 
-from .bounded import parse_value
+from .bounded import first_bytes, parse_value
 
 T = TypeVar("T")
 
@@ -132,5 +132,5 @@ def read_object(path: str | os.PathLike[str], hint: str = "") -> dict[str, Any]:
     with foreign(f"{path} can't be read"):
         if not place.exists():
             raise NotFoundError(f"there is no file {str(path)!r}" + (f"; {hint}" if hint else ""))
-        data = place.read_bytes()
+        data = first_bytes(place)
     return parse_object(data, str(path))

@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from qwen_scope.errors import FormatError, NotFoundError, foreign
-from qwen_scope.files import parse_value
+from qwen_scope.files import first_bytes, parse_value
 
 STORED = {
     torch.float64: "F64",
@@ -182,7 +182,7 @@ def read_config(path: Path | None) -> dict[str, Any]:
     if not path.exists():
         raise NotFoundError(f"there is no file {path}")
     with foreign(f"{path} can't be read"):
-        data = path.read_bytes()
+        data = first_bytes(path)
     config = parse_value(data, str(path))
     if not isinstance(config, dict):
         raise FormatError(f"{path} must hold a JSON object, not a {type(config).__name__}")
