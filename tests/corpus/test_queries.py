@@ -109,6 +109,19 @@ HOSTILE = [
     "FROM params",
     "SELECT ?",
     "SELECT '\udcff'",
+    "SELECT * FROM duckdb_secrets()",
+    "FROM read_text('/proc/self/environ')",
+    "FROM read_csv_auto('/dev/stdin')",
+    "FROM read_text('{store}//../secret.txt')",
+    "SET VARIABLE x = 1",
+    "PIVOT tokens ON document USING count(*)",
+    "EXPLAIN SELECT 1",
+    "SELECT * FROM query('SELECT 1; SELECT 2')",
+    "SELECT * FROM query_table('/etc/passwd')",
+    "FROM parquet_kv_metadata('{out}/secret.parquet')",
+    "SELECT $1",
+    "\x00SELECT 1",
+    "SELECT TIMESTAMP 'infinity'",
 ]  # fmt: skip
 
 

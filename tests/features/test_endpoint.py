@@ -304,6 +304,34 @@ def test_an_answer_without_end_ends(answer: Callable[[Handler, dict], None]) -> 
     assert time.monotonic() - begin < 2.5
 
 
+@pytest.mark.parametrize(
+    "raw",
+    [
+        b"hello",
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nZZZ\r\nabc",
+        b"HTTP/1.1 200 OK\r\nContent-Length: -5\r\n\r\n{}",
+        b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\nContent-Length: 7\r\n\r\n{}",
+        b"HTTP/1.1 200 OK\r\nContent-Length: 5000\r\n\r\n{",
+        b"HTTP/1.1 200 OK\r\nX: \x00\r\nContent-Length: 2\r\n\r\n{}",
+        b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: x\r\n\r\n",
+        b"HTTP/1.1 999 \x1b[31m\r\nContent-Length: 0\r\n\r\n",
+        b'HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n\r\ndata: {"choices": []}\n\ndata: [DONE]\n\n',
+        b"HTTP/1.1 200 OK\r\n\r\n<html>log in</html>",
+        b'HTTP/1.1 200 OK\r\n\r\n{"choices":[{"message":{"content":"x"}}],"usage":' + b"9" * 5000 + b"}",
+    ],
+    ids=range(11),
+)
+def test_what_is_no_answer_of_http_or_no_json_is_one_sentence(raw: bytes) -> None:
+    def answer(handler: Handler, body: dict) -> None:
+        handler.close_connection = True
+        handler.wfile.write(raw)
+
+    with serving(answer) as server, pytest.raises((NotFoundError, InputError, BadAnswer)) as caught:
+        Endpoint(server.url, "m", KEY, tries=1, timeout=2.0).ask(ASK)
+    assert "\n" not in str(caught.value)
+    assert "geheim" not in str(caught.value)
+
+
 def test_packed_answers_are_unpacked_and_unknown_packing_refused() -> None:
     raw = json.dumps(says("packed")).encode()
     for data, name in ((gzip.compress(raw), "gzip"), (zlib.compress(raw), "deflate"), (raw, "identity")):
