@@ -84,6 +84,7 @@ def extract(
     wanted = scope.check_layers(options.parse_layers(layers))
     # Memory-mapped: each comes to the device for its turn.
     on_disk = type(scope.saes)(scope.saes.source, d_model=scope.d_model, k=k, dtype=scope.saes.dtype)
+    on_disk.tell(scope.joined.meet)
     saes = {layer: on_disk[layer] for layer in wanted}
     place = None if torch.device(scope.saes.device).type == "cpu" else scope.saes.device
     loaded = LoadedModel(scope.model, scope.tokenizer, model)

@@ -71,12 +71,14 @@ def find(
         with output.status("opening the model"):
             return show.scope_of(store, model, sae, device, dtype, k)
 
+    if store is not None and promotes is None and near is None:
+        show.check_saes(store, model, sae, wanted, k)
     if words is not None:
         print_labels(need(store, "--label"), words, n, as_json)
     elif promotes is not None:
         print_promoting(scope(), promotes, wanted, n, as_json)
     elif near is not None:
-        print_near(near, store, None if store is not None and model is None else scope(), n, as_json)
+        print_near(near, store, None if store and model is None and sae is None else scope(), n, as_json)
     elif repetition is not None:
         print_repeats(repetition, store, scope, wanted, n, each, column, level, as_json)
     elif groups is not None:

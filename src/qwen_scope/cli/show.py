@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from qwen_scope.errors import InputError, NotFoundError, printable
+from qwen_scope.errors import InputError, NotFoundError, QwenScopeWarning, printable
 
 from . import options, output
 from .store import the_layer
@@ -70,11 +71,45 @@ def show(
 def scope_of(
     store: FeatureStore | None, model: str | None, sae: str | None, device: str | None, dtype: str, k: int | None
 ) -> Scope:
-    """The scope that was asked for; what is left out is taken from the store."""
-    if store is not None and model is None:
-        model = store.source("model") or store.manifest.model
+    """The scope that was asked for; what is left out is taken from the store.
+
+    Each SAE that is opened must be the store's where the store has its layer; another model than the store's is said.
+    """
+    if store is None:
+        return options.open_scope(model or "lab", sae, device, dtype, k)
+    if model is None:
         sae = sae or store.source("saes") or listed_group(store)
-    return options.open_scope(model or "lab", sae, device, dtype, k)
+    else:
+        tell_of_another_model(store, model)
+    model = model or store.source("model") or store.manifest.model
+    scope = options.open_scope(model, sae, device, dtype, k)
+    scope.saes.tell(lambda layer, opened: store.require(layer, opened) if layer in store.layers else None)
+    return scope
+
+
+def tell_of_another_model(store: FeatureStore, model: str) -> None:
+    """Say in a warning that a store was made with another model than the one that was named beside it."""
+    from qwen_scope.scope import store_of_another
+
+    if said := store_of_another(store.manifest.model, model):
+        warnings.warn(said, QwenScopeWarning, stacklevel=2)
+
+
+def check_saes(
+    store: FeatureStore, model: str | None, sae: str | None, layers: list[int] | None, k: int | None
+) -> None:
+    """Refuse SAEs that are named beside a store that was made with others, where the store alone is read.
+
+    Raises:
+        MismatchError: a layer that both have has another SAE.   NotFoundError, FormatError: there are no such SAEs.
+    """
+    from qwen_scope.sae import layers_of, load_sae
+
+    if model is not None:
+        tell_of_another_model(store, model)
+    if sae is not None:
+        for layer in sorted(set(layers or store.layers) & set(store.layers) & set(layers_of(sae))):
+            store.require(layer, load_sae(sae, layer, k=k))
 
 
 def listed_group(store: FeatureStore) -> str | None:

@@ -76,7 +76,12 @@ def elsewhere(
 
     Firing decides where there is a store, because the residual stream turns from layer to layer and directions alone
     drift apart. The cosine stands beside it where there is a scope. A layer without any candidate is left out.
+
+    Raises:
+        MismatchError: the store was made with another SAE than the scope's.
     """
+    if scope is not None and store is not None:
+        store.require(layer, scope.saes[layer])
     out = []
     for other in layers:
         if other == layer:
@@ -87,6 +92,7 @@ def elsewhere(
         elif not fires:
             out += similar(scope, layer, feature, 1, other_layer=other)
         else:
+            store.require(other, scope.saes[other])
             near = cosines(scope.saes[other], scope.saes[layer].W_dec[:, feature])
             out += [replace(one, cosine=float(near[one.feature])) for one in fires]
     return tuple(out)

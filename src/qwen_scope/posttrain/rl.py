@@ -28,8 +28,8 @@ from trl.trainer.grpo_config import GRPOConfig
 from qwen_scope.errors import InputError
 from qwen_scope.features import matched_random
 from qwen_scope.files import read_object
-from qwen_scope.model import LoadedModel, d_model, load_model
-from qwen_scope.scope import SAEs, model_source, resolve
+from qwen_scope.model import LoadedModel, load_model
+from qwen_scope.scope import model_source, resolve, saes_on
 from qwen_scope.steer import Recipe, calibrate
 
 from .checkpoints import last_checkpoint, run_id
@@ -222,7 +222,7 @@ def rollouts_of(run: RLRun, loaded: LoadedModel, recipe: Recipe | None) -> Steer
         raise InputError(
             f"the method {run.method!r} needs a recipe of features; make one with qwen-scope posttrain repetition"
         )
-    saes = SAEs(resolve(run.model, run.sae)[1], d_model=d_model(loaded.model), device=loaded.model.device)
+    saes = saes_on(loaded, resolve(run.model, run.sae)[1], device=loaded.model.device)
     recipe.check(loaded.model, saes)
     if not recipe.effect.get("causal") and not run.unchecked:
         parts = {"estimate", "low", "high"}

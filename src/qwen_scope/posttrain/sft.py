@@ -24,8 +24,8 @@ from transformers import PrinterCallback, TrainerCallback
 from trl.trainer.sft_config import SFTConfig
 
 from qwen_scope.errors import InputError, check_number
-from qwen_scope.model import LoadedModel, d_model, load_model
-from qwen_scope.scope import SAEs, model_source, resolve
+from qwen_scope.model import LoadedModel, load_model
+from qwen_scope.scope import model_source, resolve, saes_on
 
 from .answers import Asked
 from .checkpoints import last_checkpoint, run_id
@@ -200,7 +200,7 @@ def extra_of(run: SFTRun, loaded: LoadedModel, table: AlphaTable | None) -> Extr
         raise InputError(f"the method {run.method!r} needs an alpha table; make one with qwen-scope posttrain prepare")
     if run.method == "penalty":
         return TokenPenalty(table, loaded.model, weight=run.weight, scale=run.lambda_scale)
-    saes = SAEs(resolve(run.model, run.sae)[1], d_model=d_model(loaded.model))
+    saes = saes_on(loaded, resolve(run.model, run.sae)[1])
     return FeatureLoss(
         table, saes, weight=run.weight, scale=run.lambda_scale, layers=run.layers, zero=run.zero, enhance=run.enhance
     )
@@ -210,7 +210,7 @@ def monitor_of(
     run: SFTRun, loaded: LoadedModel, table: AlphaTable | None, probe: Sequence[str], asked: Sequence[str]
 ) -> Monitor:
     """The watch of a run: on the features of its table, where it has one."""
-    saes = SAEs(resolve(run.model, run.sae)[1], d_model=d_model(loaded.model), device=loaded.model.device)
+    saes = saes_on(loaded, resolve(run.model, run.sae)[1], device=loaded.model.device)
     watch = None if table is None else {one.layer: one.features for one in table.layers}
     labels = {}
     for one in table.layers if table else ():

@@ -2,6 +2,9 @@ from .compare import Comparison as Comparison
 from .compare import compare_rates as compare_rates
 from .compare import compare_seen as compare_seen
 from .generate import Sizes as Sizes
+from .joined import Joined as Joined
+from .joined import saes_on as saes_on
+from .joined import store_of_another as store_of_another
 from .plan import Plan as Plan
 from .plan import config_of as config_of
 from .plan import is_model as is_model

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import json
 import re
+import threading
+import warnings
 from pathlib import Path
+from typing import Literal
 
+import torch
 from torch import nn
 
-from qwen_scope.errors import MismatchError
-from qwen_scope.model import HookPoint, norms_parts
+from qwen_scope.errors import MismatchError, QwenScopeWarning
+from qwen_scope.model import HookPoint, LoadedModel, d_model, n_layers, norms_parts
 from qwen_scope.sae import SAE, catalog
+
+from .saes import SAEs
 
 # What TransformerLens and sae_lens call models that have another name on the Hub.
 SHORT = {"gpt2-small": "gpt2", "gpt2-xl": "gpt2-xl"}
@@ -21,6 +27,61 @@ STORED = re.compile(
     r"hf|gguf|ggml|mlx|awq|gptq|fp8|bf16|fp16|float16|float32|bnb|int[48]|[48]bit|q[2-8](_[a-z0-9_]+)?|dynamic|unsloth"
 )
 _SNAPSHOT = re.compile(r"models--([^/]+)--([^/]+)/snapshots/")
+
+
+class Joined:
+    """A language model and the source of SAEs that are used on it: every SAE passes here before it is used.
+
+    Args:
+        loaded: the model.
+        source: where the SAEs are read from.
+        variants: whether a variant of the SAEs' model (base or post-trained) is odd, too; it is not where two variants
+            are what is compared.
+
+    Attributes:
+        notes: what is odd about the pair, each also given once as a `QwenScopeWarning`.
+    """
+
+    def __init__(self, loaded: LoadedModel, source: str, *, variants: bool = True) -> None:
+        self.model, self.name, self.source, self.variants = loaded.model, loaded.name, source, variants
+        self.notes: tuple[str, ...] = ()
+        self._lock = threading.Lock()
+
+    def meet(self, layer: int, sae: SAE) -> SAE:
+        """The SAE, if the model can be read by it at this layer; what is odd about the pair is said.
+
+        Raises:
+            MismatchError: another width, a layer the model does not have, or a stream it has two of.
+        """
+        width, depth = d_model(self.model), n_layers(self.model)
+        if sae.d_model != width:
+            raise MismatchError(
+                f"the SAE {sae.identity.group} reads residuals of {sae.d_model} dimensions, the model's have {width}:"
+                " they do not belong together"
+            )
+        point = HookPoint.read_by(sae.hook_point, layer)
+        if point.layer >= depth:
+            raise MismatchError(f"{sae.identity} reads {point}, but {self.name} has {depth} layers, counted from 0")
+        check_stream(sae, self.model, point)
+        named = model_named_by(sae, self.source)
+        said = None if named is None else difference(named, self.name, variants=self.variants)
+        with self._lock:
+            if said is None or said in self.notes:
+                return sae
+            self.notes = (*self.notes, said)
+        warnings.warn(said, QwenScopeWarning, stacklevel=2)
+        return sae
+
+
+def saes_on(loaded: LoadedModel, source: str, *, device: torch.device | str = "cpu") -> SAEs:
+    """The SAEs of a source for a model without a `Scope`, each compared with the model when it is opened.
+
+    Raises:
+        NotFoundError: the source does not exist or holds no SAE.
+    """
+    saes = SAEs(source, d_model=d_model(loaded.model), device=device)
+    saes.tell(Joined(loaded, source).meet)
+    return saes
 
 
 def words(name: str) -> tuple[frozenset[str], frozenset[str]]:
@@ -62,32 +123,49 @@ def model_named_by(sae: SAE, source: str) -> str | None:
     return None if group is None else group.model
 
 
-def difference(trained_on: str, model: str) -> str | None:
+def difference(trained_on: str, model: str, *, variants: bool = True) -> str | None:
     """One sentence where SAEs of one model are used on another, told apart by name alone; None for the same.
 
     Args:
         trained_on: the model that the SAEs' files name.
         model: the source of the language model: a Hub id or a folder.
+        variants: whether another variant of the same model is a difference.
     """
-    bundled = [group for group in catalog.groups() if group.folder is not None]
-    trained_on = next((group.model for group in bundled if trained_on in group.aliases), trained_on)
-    names = names_of_model(model)
-    if trained_on == model or _same_folder(trained_on, model):
-        return None
-    which, variant = words(trained_on)
-    found = [words(name) for name in names]
-    if (which, variant) in found:
-        return None
-    shown = names[0]
-    if any(which == other for other, _ in found):
+    kin = kinship(trained_on, model)
+    shown = names_of_model(model)[0]
+    if kin == "variant" and variants:
         return (
             f"the SAEs were trained on {trained_on:.100}, and {shown} is another variant of that model (base or"
             " post-trained): most features carry over, figures measured on the one don't hold for the other"
         )
+    if kin == "other":
+        return (
+            f"the SAEs were trained on another model: their files name {trained_on:.100}, and the model is {shown};"
+            " unless that is the same model under another name, their features mean nothing here"
+        )
+    return None
+
+
+def store_of_another(made_with: str, model: str) -> str | None:
+    """One sentence where a store is read beside another model than it was made with; None for the same."""
+    if kinship(made_with, model) == "same":
+        return None
     return (
-        f"the SAEs were trained on another model: their files name {trained_on:.100}, and the model is {shown}; unless"
-        " that is the same model under another name, their features mean nothing here"
+        f"the store was made with {made_with:.100}, and the model is {names_of_model(model)[0]}; unless that is the"
+        " same model, what the one says of a feature doesn't hold for the other"
     )
+
+
+def kinship(one: str, other: str) -> Literal["same", "variant", "other"]:
+    """How two names or folders of models are related, as far as names tell."""
+    bundled = [group for group in catalog.groups() if group.folder is not None]
+    one, other = (next((g.model for g in bundled if name in g.aliases), name) for name in (one, other))
+    if one == other or _same_folder(one, other):
+        return "same"
+    ours, theirs = ([words(name) for name in names_of_model(source)] for source in (one, other))
+    if any(name in theirs for name in ours):
+        return "same"
+    return "variant" if {which for which, _ in ours} & {which for which, _ in theirs} else "other"
 
 
 def check_stream(sae: SAE, model: nn.Module, point: HookPoint) -> None:

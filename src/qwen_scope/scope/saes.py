@@ -42,7 +42,7 @@ class SAEs:
         self._held: OrderedDict[int, SAE] = OrderedDict()
         self._points: dict[int, HookPoint] = {}
         self._lock = threading.Lock()
-        self._join: Callable[[SAE], None] | None = None
+        self._joins: list[Callable[[int, SAE], object]] = []
 
     def __getitem__(self, layer: int) -> SAE:
         """The SAE of a layer.
@@ -61,9 +61,9 @@ class SAEs:
                 self._held.popitem(last=False)
             return self._held[layer]
 
-    def tell(self, join: Callable[[SAE], None]) -> None:
-        """Call `join` with every SAE when it is opened: the place where it meets its model."""
-        self._join = join
+    def tell(self, join: Callable[[int, SAE], object]) -> None:
+        """Call `join` with layer and SAE whenever one is opened: the place where it meets its model, or a store."""
+        self._joins.append(join)
 
     def hook_point(self, layer: int) -> HookPoint:
         """Where the SAE of a layer reads, as its files say; where they don't, the output of the layer.
@@ -74,7 +74,7 @@ class SAEs:
         if layer not in self._points:
             # On the CPU its matrices stay in the mapped file; another device needs them only when it encodes.
             on_cpu = torch.device(self.device).type == "cpu" or layer not in self.layers
-            sae = self[layer] if on_cpu else self._opened(load_sae(self.source, layer, k=self.k))
+            sae = self[layer] if on_cpu else self._opened(layer, load_sae(self.source, layer, k=self.k))
             self._points[layer] = HookPoint.read_by(sae.hook_point, layer)
         return self._points[layer]
 
@@ -95,16 +95,16 @@ class SAEs:
         return sum(sae.nbytes for sae in self._held.values())
 
     def _read(self, layer: int) -> SAE:
-        return self._opened(load_sae(self.source, layer, k=self.k, device=self.device, dtype=self.dtype))
+        return self._opened(layer, load_sae(self.source, layer, k=self.k, device=self.device, dtype=self.dtype))
 
-    def _opened(self, sae: SAE) -> SAE:
+    def _opened(self, layer: int, sae: SAE) -> SAE:
         if sae.d_model != self.d_model:
             raise MismatchError(
                 f"the SAE {sae.identity.group} reads residuals of {sae.d_model} dimensions, the model's have "
                 f"{self.d_model}: they do not belong together"
             )
-        if self._join is not None:
-            self._join(sae)
+        for join in self._joins:
+            join(layer, sae)
         return sae
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import threading
-import warnings
 from collections.abc import Sequence
 from typing import Literal, overload
 
@@ -13,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from qwen_scope.errors import InputError, MismatchError, NotFoundError, QwenScopeWarning
+from qwen_scope.errors import InputError, MismatchError, NotFoundError
 from qwen_scope.model import (
     HookPoint,
     LoadedModel,
@@ -27,12 +25,12 @@ from qwen_scope.model import (
     n_layers,
     tokenize,
 )
-from qwen_scope.sae import SAE, FeatureActs, catalog
+from qwen_scope.sae import FeatureActs, catalog
 from qwen_scope.steer import Decoding, Generation, Intervention, Target
 
 from .compare import Comparison, compare_seen
 from .generate import Sizes, generate_in_scope
-from .joined import check_stream, difference, model_named_by
+from .joined import Joined
 from .plan import Plan, plan
 from .saes import CACHE_BYTES, SAEs, brief
 from .seen import TokenFeatures
@@ -53,8 +51,7 @@ class Scope:
         name: the model's source.
         saes: `saes[layer]`, read on first use and evicted by bytes.
         sizes: `sizes[layer]`, typical residual norm and feature maxima, measured on first use.
-        notes: what is odd about the pair of model and SAEs, such as SAEs that name another model; each is also given
-            as a `QwenScopeWarning` when the first SAE that says so is opened.
+        joined: the pair of model and SAEs; every SAE passes it when it is opened, and what is odd is then said once.
     """
 
     def __init__(self, loaded: LoadedModel, saes: SAEs) -> None:
@@ -67,22 +64,13 @@ class Scope:
             raise MismatchError(
                 f"{saes.source} has SAEs for layers {brief(beyond)}, {self.name} has {self.n_layers} layers"
             )
+        self.joined = Joined(loaded, saes.source)
+        saes.tell(self.joined.meet)
 
-        self.notes: tuple[str, ...] = ()
-        self._told = threading.Lock()
-        saes.tell(self._meet)
-
-    def _meet(self, sae: SAE) -> None:
-        """Compare what the SAE's files say with the model; what is odd is said once."""
-        if sae.identity.layer is not None:
-            check_stream(sae, self.model, HookPoint.read_by(sae.hook_point, sae.identity.layer))
-        named = model_named_by(sae, self.saes.source)
-        said = None if named is None else difference(named, self.name)
-        with self._told:
-            if said is None or said in self.notes:
-                return
-            self.notes = (*self.notes, said)
-        warnings.warn(said, QwenScopeWarning, stacklevel=2)
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What is odd about the pair of model and SAEs, such as SAEs that name another model."""
+        return self.joined.notes
 
     @property
     def layers(self) -> list[int]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import islice
 
@@ -11,7 +11,7 @@ import torch
 from qwen_scope.errors import InputError
 from qwen_scope.model import HookPoint, LoadedModel, TokenMask, load_model
 from qwen_scope.sae import SAE, layers_of, load_sae
-from qwen_scope.scope import model_source
+from qwen_scope.scope import Joined, model_source
 
 from .data import Documents, TokenRows
 from .evaluate import Quality, evaluate
@@ -76,20 +76,36 @@ def run_eval(run: EvalRun, progress: Callable[[str, float], None] | None = None)
     saes = saes_of(run, loaded)
     rows = rows_of(run, loaded)
     mask = TokenMask.of(loaded.tokenizer, run.skip_special, run.sink_multiple)
+    post = post_of(run, loaded, saes)
     quality = evaluate(loaded.model, saes, rows, loss=run.loss, mask=mask, progress=progress)
-    if run.post is None:
+    if post is None:
         return EvalResult(quality, {})
-    post = load_model(model_source(run.post), device=run.device, dtype=run.dtype)
-    if post.tokenizer.get_vocab() != loaded.tokenizer.get_vocab():
-        raise InputError(f"{run.model} and {run.post} split text differently, so their tokens can't be compared")
     return EvalResult(quality, transfer(loaded.model, post.model, saes, rows, seed=run.seed, progress=progress))
 
 
 def saes_of(run: EvalRun, loaded: LoadedModel) -> dict[HookPoint, SAE]:
     """The SAEs of the chosen layers, on the model's device."""
     layers = layers_of(run.sae) if run.layers is None else list(run.layers)
-    saes = [(layer, load_sae(run.sae, layer, device=loaded.model.device)) for layer in layers]
+    joined = Joined(loaded, run.sae)
+    saes = [(layer, joined.meet(layer, load_sae(run.sae, layer, device=loaded.model.device))) for layer in layers]
     return {HookPoint.read_by(sae.hook_point, layer): sae for layer, sae in saes}
+
+
+def post_of(run: EvalRun, loaded: LoadedModel, saes: Mapping[HookPoint, SAE]) -> LoadedModel | None:
+    """The other checkpoint, if one is named and the SAEs can be carried over to it.
+
+    Raises:
+        InputError: it splits text in another way.   MismatchError: it has another shape.
+    """
+    if run.post is None:
+        return None
+    post = load_model(model_source(run.post), device=run.device, dtype=run.dtype)
+    if post.tokenizer.get_vocab() != loaded.tokenizer.get_vocab():
+        raise InputError(f"{run.model} and {run.post} split text differently, so their tokens can't be compared")
+    joined = Joined(post, run.sae, variants=False)
+    for point, sae in saes.items():
+        joined.meet(point.layer, sae)
+    return post
 
 
 def rows_of(run: EvalRun, loaded: LoadedModel) -> list[torch.Tensor]:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
@@ -28,7 +28,7 @@ from qwen_scope.errors import InputError, NotFoundError, check_name
 from qwen_scope.files import lock_folder, read_object, write_text
 from qwen_scope.model import HookPoint, LoadedModel, TokenMask, context_length, load_model, n_layers
 from qwen_scope.sae import LAYOUTS, SAE, load_sae, save_sae
-from qwen_scope.scope import model_source
+from qwen_scope.scope import Joined, model_source
 
 from .buffer import ResidualBuffer
 from .card import write_card
@@ -171,7 +171,7 @@ def _run(
     loaded = load_model(model_source(run.model), device=run.device, dtype=run.dtype)
     points = hook_points(run, loaded)
     source = source_of(run, loaded, ranks.owned([str(point) for point in points]), ranks)
-    init = {str(p): load_sae(run.start_from, p.layer) for p in points} if run.start_from else None
+    init = start_of(run, loaded, points)
     journals = journals_of(run, ranks)
     facts = facts_of(run, loaded)
     if ranks.first:
@@ -197,6 +197,18 @@ def _run(
         write_json(run.out / "run.json", facts)
         finish_folder(run, folder, facts)
     return TrainResult(folder, saes, quality)
+
+
+def start_of(run: TrainRun, loaded: LoadedModel, points: Sequence[HookPoint]) -> dict[str, SAE] | None:
+    """The SAEs to go on from, by hook point; None where training begins anew.
+
+    Raises:
+        NotFoundError, MismatchError: a layer without one, or SAEs of another model's shape.
+    """
+    if not run.start_from:
+        return None
+    joined = Joined(loaded, run.start_from)
+    return {str(p): joined.meet(p.layer, load_sae(run.start_from, p.layer)) for p in points}
 
 
 def finish_folder(run: TrainRun, folder: Path, facts: Mapping[str, Any]) -> None:
