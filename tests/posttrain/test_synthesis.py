@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -142,6 +143,34 @@ def test_a_stopped_run_goes_on_to_the_same_result(clean: Path, tmp_path: Path) -
     assert content(tmp_path / "grown") == content(clean)
     with lab.failing() as server, pytest.raises(InputError, match="another tries"):
         run(server, out, replace(SMALL, tries=5))
+
+
+def test_the_command_is_interrupted_at_a_slow_server_and_goes_on(tmp_path: Path, capsys, monkeypatch) -> None:
+    features = ",".join(str(t.feature) for t in lab.targets()[:3])
+    words = ["synthesize", "lab", "-n", "4", "--store", str(lab.folder()), "--strength", "0.9", "--device", "cpu"]
+    words += ["-f", features, "--budget", "6", "--json", "-o"]
+    monkeypatch.setenv("OPENAI_MODEL", "lab")
+    struck = []
+
+    def strike() -> None:
+        struck.append(time.monotonic())
+        os.kill(os.getpid(), signal.SIGINT)
+
+    with lab.failing(*["timeout"] * 3) as server:
+        monkeypatch.setenv("OPENAI_BASE_URL", server.url)
+        server.after[1] = strike
+        assert main([*words, str(tmp_path / "out")]) == 130
+        assert time.monotonic() - struck[0] < 20  # the server takes 60 s
+        server.over.set()
+        out, err = capsys.readouterr()
+        assert out == ""
+        assert err.splitlines()[-1] == "qwen-scope: interrupted"
+        assert "Traceback" not in err
+        assert not (tmp_path / "out" / "data.jsonl").exists()
+        assert not [path for path in tmp_path.rglob("*") if "unfinished" in path.name]
+        for name in ("out", "clean"):
+            assert main([*words, str(tmp_path / name)]) == 0
+    assert content(tmp_path / "out") == content(tmp_path / "clean")
 
 
 @pytest.mark.slow
