@@ -11,7 +11,7 @@ import tiny
 from full_disk import full_after
 
 from qwen_scope.analysis import Rule, RuleFeature
-from qwen_scope.cli import main
+from qwen_scope.cli import main, output
 from qwen_scope.files import lock_folder
 from qwen_scope.sae import load_sae
 
@@ -157,3 +157,13 @@ def test_convert_holds_its_folder_and_leaves_nothing_unfinished(tmp_path: Path, 
     for inside in (tiny.folder() / "sae", tiny.folder() / "sae" / "below"):
         assert main([*words[:3], str(inside)]) == 2
         assert "which is read" in capsys.readouterr().err
+
+
+def test_each_answer_reaches_a_reader_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Standard output that is a pipe is buffered; whoever reads it sees the line when it is printed."""
+    read, write = os.pipe()
+    with os.fdopen(read, "rb") as reader, os.fdopen(write, "w") as pipe:
+        monkeypatch.setattr("sys.stdout", pipe)
+        output.print_json_line({"label": True})
+        os.set_blocking(read, False)
+        assert reader.read() == b'{"label": true}\n'

@@ -138,8 +138,9 @@ def print_json(data: Any) -> None:
 
 
 def print_json_line(data: Any) -> None:
-    """One JSON document in one line."""
+    """One JSON document in one line, which a reader of a pipe gets at once."""
     sys.stdout.write(json_text(data) + "\n")
+    sys.stdout.flush()
 
 
 def json_text(data: Any, indent: int | None = None) -> str:
