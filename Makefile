@@ -11,7 +11,7 @@ demo: $(VENV)/.core
 	$(BIN)/qwen-scope demo
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -13,7 +13,7 @@ from qwen_scope.model import HookPoint, capture
 from qwen_scope.sae import Identity, TopK, fingerprint
 from qwen_scope.train import Documents, TokenRows
 
-steps, layer, d_sae, k, k_aux, lr = int((sys.argv[1:] or ["100"])[0]), 3, 1024, 32, 64, 3e-3
+steps, layer, d_sae, k, k_aux, lr = int((sys.argv[1:] or ["50"])[0]), 3, 1024, 32, 64, 3e-3
 scope, point = load_scope("lab"), HookPoint(layer)
 rows = iter(TokenRows(Documents("lab"), scope.tokenizer, row=128, rows=16))
 

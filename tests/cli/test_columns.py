@@ -12,6 +12,7 @@ import pytest
 
 from qwen_scope.cli import main
 from qwen_scope.corpus import Corpus
+from qwen_scope.errors import InputError
 
 ROWS = [
     {"id": "a7", "question": "What is 2 + 2?", "answer": "4"},
@@ -70,7 +71,8 @@ def test_a_missing_column_is_answered_with_those_there_are(words: list, option: 
 )
 def test_the_column_that_looks_like_text_is_offered(row: dict, says: str) -> None:
     corpus = Corpus([row])
-    assert list(corpus) == []
+    with pytest.raises(InputError, match="no row of list can be used"):
+        list(corpus)
     assert corpus.other_columns() == says
 
 

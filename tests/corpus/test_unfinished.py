@@ -148,27 +148,30 @@ def test_a_run_killed_after_its_last_file_is_tidied(tmp_path: Path) -> None:
 
 
 def test_windows_grow_so_that_an_early_end_loses_little(tmp_path: Path, monkeypatch) -> None:
-    rows = stores.TEXTS * 24
+    module = sys.modules["qwen_scope.corpus.extract"]
+    assert module.FIRST_WINDOW == 2_048  # here it is smaller, and the corpus with it
+    monkeypatch.setattr(module, "FIRST_WINDOW", first := 256)
+    rows = stores.TEXTS * 3
     with pytest.raises(Killed):
-        run(tmp_path / "s", rows, until=2_300)
-    assert 2_048 <= sizes(tmp_path / "s")[0] < 2_048 + stores.ROW_TOKENS
+        run(tmp_path / "s", rows, until=first + 40)
+    assert first <= sizes(tmp_path / "s")[0] < first + stores.ROW_TOKENS
     run(tmp_path / "s", rows).close()
     with run(tmp_path / "whole", rows) as whole:
         total = whole.manifest.tokens
-    assert total > 3 * 2_048
+    assert total > 3 * first
     assert stores.digest(tmp_path / "s") == stores.digest(tmp_path / "whole")
     with pytest.raises(Killed):
         run(tmp_path / "t", rows, until=total)
-    assert [round(n / 2_048) for n in sizes(tmp_path / "t")] == [1, 2]
+    assert [round(n / first) for n in sizes(tmp_path / "t")] == [1, 2]
     # On a machine that takes longer than half a minute they don't grow.
-    monkeypatch.setattr(sys.modules["qwen_scope.corpus.extract"], "LONGEST_WINDOW", -1.0)
+    monkeypatch.setattr(module, "LONGEST_WINDOW", -1.0)
     with pytest.raises(Killed):
         run(tmp_path / "u", rows, until=total)
-    assert {round(n / 2_048) for n in sizes(tmp_path / "u")} == {1}
+    assert {round(n / first) for n in sizes(tmp_path / "u")} == {1}
     assert len(sizes(tmp_path / "u")) >= 3
     # A median over a small first window would be another one.
     with pytest.raises(Killed):
-        run(tmp_path / "v", rows, until=2_300, sink_multiple=5.0)
+        run(tmp_path / "v", rows, until=first + 40, sink_multiple=5.0)
     assert not (tmp_path / "v").exists()
 
 
