@@ -90,13 +90,10 @@ def examples(
     as_json: options.Json = False,
 ) -> None:
     """Write small files to try the other commands on: texts, prompts, tasks and a corpus with columns."""
-    from qwen_scope.errors import InputError
     from qwen_scope.files import write_text
     from qwen_scope.lab import example_files
 
-    if out.exists() and not out.is_dir():
-        raise InputError(f"{out} is a file; name a folder")
-    out.mkdir(parents=True, exist_ok=True)
+    output.hold(out)
     made = example_files(seed)
     for name, text in made.items():
         write_text(out / name, text)

@@ -12,7 +12,7 @@ from qwen_scope.errors import InputError, need
 
 from . import options, output, whose
 from .commands import App
-from .posttrain_data import PROBES, probe_texts, read_rows, training_samples
+from .posttrain_data import PROBES, given_files, probe_texts, read_rows, training_samples
 
 if TYPE_CHECKING:
     from qwen_scope.posttrain import AlphaTable, Sample, SFTRun
@@ -71,9 +71,11 @@ def prepare(
     have an SAE are used. Groups may be languages, styles or anything else that rows are labelled by.
     """
     check_packages()
+    from qwen_scope.files import check_output
     from qwen_scope.posttrain import prepare as run
     from qwen_scope.posttrain import read_samples, responses, switches
 
+    check_output(out, *given_files(corpus, onsets), *options.folders(model, sae), endings=[".json"])
     if (onsets is None) != (script is None):
         raise InputError("ranking by effect needs both: --onsets with rows, and --script with what begins in them")
     labelled = responses(read_samples(corpus, column=column, group_column=group_column, n=n, seed=seed, kinds=["talk"]))
@@ -185,9 +187,12 @@ def sft(
     """
     given = locals()
     check_packages()
-    from qwen_scope.posttrain import SFTRun, read_table
+    from qwen_scope.files import check_folder
+    from qwen_scope.posttrain import WRITTEN, SFTRun, read_table
 
     quiet()
+    read = given_files(corpus, held_out, monitor, monitor_prompts, *([table] if table else []))
+    check_folder(out, WRITTEN, *read, *options.folders(model, sae))
     run = SFTRun(
         **options.same_named(SFTRun, given)
         | {"layers": tuple(options.parse_layers(layers) or ()) or None, "watch_every": monitor_every}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qwen_scope.errors import InputError
@@ -13,6 +14,11 @@ if TYPE_CHECKING:
 
 PROBES = 64
 """At most so many texts, and so many prompts, are measured by the monitor."""
+
+
+def given_files(*sources: str | Path | None) -> list[str | Path]:
+    """What is read of this machine's files, of sources that may also be the lab or left out."""
+    return [source for source in sources if source is not None and source != "lab"]
 
 
 def training_samples(

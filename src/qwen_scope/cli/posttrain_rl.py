@@ -10,7 +10,7 @@ import typer
 
 from . import options, output, whose
 from .posttrain import PromptColumn, Seed, check_packages, quiet
-from .posttrain_data import read_rows
+from .posttrain_data import given_files, read_rows
 
 Prompts = Annotated[str, typer.Argument(metavar="PROMPTS", help="A file whose rows have a prompt, or 'lab'.")]
 Number = Annotated[int, typer.Option("-n", help="So many prompts.", min=2)]
@@ -59,8 +59,10 @@ def repetition(
     """
     check_packages()
     from qwen_scope.corpus import Corpus
+    from qwen_scope.files import check_output
     from qwen_scope.posttrain import Detector, Sampling, only_text, repetition_recipe, usable
 
+    check_output(out, *given_files(prompts, looping), *options.folders(model, sae), endings=options.RECIPES)
     sampling = Sampling(max_new_tokens, temperature, top_p, Detector(longest, times, least), seed)
     asked = [row["prompt"] for row in read_rows(prompts, prompt_column, None, n, seed)]
     texts = usable(Corpus(looping), only_text) if looping else []
@@ -143,10 +145,13 @@ def rl(
     """
     given = locals()
     check_packages()
-    from qwen_scope.posttrain import Detector, RLRun, run_rl
+    from qwen_scope.files import check_folder
+    from qwen_scope.posttrain import WRITTEN, Detector, RLRun, run_rl
     from qwen_scope.steer import load_recipe
 
     quiet()
+    read = given_files(prompts, held_out, *([recipe] if recipe else []))
+    check_folder(out, WRITTEN, *read, *options.folders(model, sae))
     reward = reward or ("lab" if prompts == "lab" else "answer")
     run = RLRun(
         **options.same_named(RLRun, given)

@@ -13,6 +13,7 @@ import typer
 from qwen_scope.errors import InputError
 
 from . import options, output
+from .posttrain_data import given_files
 from .show import scope_of
 from .store import the_layer
 
@@ -104,8 +105,11 @@ def synthesize(
     knows the lab's grammar. OUT gets data.jsonl and data.parquet with the provenance of every text.
     """
     from qwen_scope.corpus import FeatureStore
-    from qwen_scope.posttrain import SynthesisOptions, price, synthesize
+    from qwen_scope.files import check_folder, check_output
+    from qwen_scope.posttrain import MADE, SynthesisOptions, price, synthesize
 
+    check_output(out / MADE[0])
+    check_folder(out, MADE, store, *given_files(seed_corpus, against), *options.folders(model, sae))
     instruction = options.typed(instruction)
     settings = SynthesisOptions(want, budget, tries, 64, shown, answer_tokens, temperature, pairs, instruction, seed)
     if sum(given is not None for given in (features, search, concept)) != 1:

@@ -8,6 +8,7 @@ from .lines import append_lines as append_lines
 from .lines import read_lines as read_lines
 from .lines import text_lines as text_lines
 from .lock import lock_folder as lock_folder
+from .whole import check_folder as check_folder
 from .whole import check_output as check_output
 from .whole import digest_of as digest_of
 from .whole import not_onto_itself as not_onto_itself

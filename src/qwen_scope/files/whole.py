@@ -237,6 +237,29 @@ def check_output(path: str | os.PathLike[str], *inputs: str | os.PathLike[str], 
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
 
+def check_folder(folder: str | os.PathLike[str], written: Sequence[str], *inputs: str | os.PathLike[str]) -> None:
+    """Refuse before the work a folder of a run in which it would write over what it reads; other inputs may lie there.
+
+    Args:
+        folder: of the run.   written: the names in it that the run writes.   inputs: as in `not_onto_itself`.
+
+    Raises:
+        InputError: it is a file, it lies in a folder that is read, or an input has or lies under one of those names.
+    """
+    place = Path(folder)
+    if place.exists() and not place.is_dir():
+        raise InputError(f"{folder} is a file; name a folder")
+    not_onto_itself(folder, *inputs)
+    for name in written:
+        target = place / name
+        not_onto_itself(target, *inputs)
+        for given in inputs:
+            if Path(os.path.realpath(target)) in Path(os.path.realpath(given)).parents:
+                raise InputError(
+                    f"{given}, which is read, lies in {target}, which is written anew; name another folder"
+                )
+
+
 @contextmanager
 def told(named: str) -> Iterator[None]:
     """Turn what the system says of an output into one sentence."""

@@ -36,6 +36,7 @@ from .rollouts import SteeredTrainer as SteeredTrainer
 from .rows import PassOver as PassOver
 from .rows import only_text as only_text
 from .rows import usable as usable
+from .runs import WRITTEN as WRITTEN
 from .samples import Sample as Sample
 from .samples import chats_only as chats_only
 from .samples import dataset_of as dataset_of
@@ -46,6 +47,7 @@ from .sft import METHODS as METHODS
 from .sft import SFTRun as SFTRun
 from .sft import held_out_loss as held_out_loss
 from .sft import run_sft as run_sft
+from .synthesize import MADE as MADE
 from .synthesize import price as price
 from .synthesize import synthesize as synthesize
 from .table import AlphaTable as AlphaTable

@@ -46,6 +46,10 @@ from .writer import Made, Say, SynthesisOptions, Writer, activations, digest, fi
 from .writing import Price, avoid_prompt, priced, write_prompt
 
 PACKAGES = ("qwen-scope", "torch", "transformers", "pyarrow", "duckdb")
+MADE = ("run.json", "data.jsonl", "data.parquet", "targets.jsonl", "rounds", "pairs", "untargeted", "pairs.jsonl")
+MADE += ("pairs.parquet", "curves.json", "coverage.png", "metrics.json")
+"""What a job writes in its folder, beside the store of the seed corpus and the cache."""
+
 IMITATED = 2000
 """Texts of the seed corpus that the control may see."""
 

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 from qwen_scope.errors import InputError, NotFoundError, check_name
-from qwen_scope.files import lock_folder, read_object, write_text
+from qwen_scope.files import check_folder, lock_folder, read_object, write_text
 from qwen_scope.model import HookPoint, LoadedModel, TokenMask, context_length, load_model, n_layers
 from qwen_scope.sae import LAYOUTS, SAE, load_sae, save_sae
 from qwen_scope.scope import Joined, model_source
@@ -154,6 +154,8 @@ def run_train(
     Raises:
         QwenScopeError: with one sentence, before training where the cause can be known before.
     """
+    read = [one for one in (run.data, run.start_from, run.model) if one is not None and str(one) != "lab"]
+    check_folder(run.out, (*RESERVED, run.name, *run.exports), *read)
     ranks = Ranks() if run.spread == "alone" else join(run.spread)
     # Of several processes of one run the first holds its folder.
     with lock_folder(run.out) if ranks.first else nullcontext():
