@@ -93,6 +93,34 @@ def check_number(
     return real
 
 
+def check_positive(what: str, value: Any) -> float:
+    """A finite number above zero, as a Python float.
+
+    Raises:
+        InputError: it is none.
+    """
+    if not (real := check_number(what, value, 0)):
+        raise InputError(f"{what} is more than 0, not {brief(value)}")
+    return real
+
+
+def check_share(what: str, value: Any, *, zero: bool = False, one: bool = True) -> float:
+    """A share of a whole, above 0 and up to 1, as a Python float.
+
+    Args:
+        zero, one: whether the ends are shares too.
+
+    Raises:
+        InputError: it is none.
+    """
+    real = check_number(what, value, 0, 1)
+    if (not zero and real == 0) or (not one and real == 1):
+        raise InputError(
+            f"{what} lies {'from' if zero else 'above'} 0 {'up to' if one else 'to below'} 1, not at {brief(value)}"
+        )
+    return real
+
+
 def check_name(what: str, value: Any) -> str:
     """A name that becomes that of a file or folder: one plain part of a path, such as `SAE-Res-Tiny-W1K-L0_8`.
 

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, replace
 import numpy as np
 from jaxtyping import Bool, Float32, Float64
 
-from qwen_scope.errors import InputError
+from qwen_scope.errors import InputError, check_count
 from qwen_scope.report import Heatmap
 from qwen_scope.stats import Interval, rates
 
@@ -55,6 +55,7 @@ def across(languages: Mapping[str, Language], *, top: int = 2, shared: int = 10,
     """
     if len(languages) < 2:
         raise InputError(f"transfer takes at least two languages, not {len(languages)}")
+    check_count("shared", shared)
     names = list(languages)
     cells: dict[str, dict[tuple[str, str], Interval]] = {}
     rules = {name: fit_rule(one.seeds, top, name=name) for name, one in languages.items()}

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from jaxtyping import Bool, Float64, Int
 
-from qwen_scope.errors import InputError, MismatchError, check_count
+from qwen_scope.errors import InputError, MismatchError, check_count, check_share
 from qwen_scope.stats import Permuted, Rates, permuted, rates
 
 from .dataset import Dataset
@@ -64,6 +64,7 @@ class Labelled:
         Raises:
             InputError: a class is too small to be split.
         """
+        check_share("a share of documents", share, one=False)
         rng, first, second = np.random.default_rng(seed), [], []
         for label in (True, False):
             items = rng.permutation(np.flatnonzero(self.labels == label))

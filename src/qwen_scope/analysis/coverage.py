@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import numpy as np
 
-from qwen_scope.errors import InputError
+from qwen_scope.errors import InputError, check_count, check_share
 from qwen_scope.report import Curves, Line, thinned
 from qwen_scope.stats import kendall
 
@@ -28,8 +28,7 @@ def greedy(dataset: Dataset, share: float = 1.0) -> tuple[list[int], list[int]]:
     Raises:
         InputError: a share that is not in (0, 1], or no firing at all.
     """
-    if not 0 < share <= 1:
-        raise InputError(f"a share of the footprint lies above 0 and at most at 1, not at {share}")
+    check_share("a share of the footprint", share)
     start = np.searchsorted(dataset.item, np.arange(len(dataset) + 1))
     goal = share * int((dataset.counts() > 0).sum())
     if goal == 0:
@@ -65,6 +64,8 @@ def subset_of(
         InputError, MismatchError: a share that makes no sense, or datasets that do not belong together.
     """
     check_together(datasets)
+    check_share("--share", share)
+    check_count("--draws", draws)
     data: dict[str, Any] = {}
     rows, lines = [], []
     for dataset in datasets:

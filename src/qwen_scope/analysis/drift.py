@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Float64, Int
 from scipy import stats
 
-from qwen_scope.errors import InputError, MismatchError, check_count
+from qwen_scope.errors import InputError, MismatchError, check_count, check_share
 from qwen_scope.report import Points
 from qwen_scope.stats import Permuted, benjamini_hochberg, permuted, rate_difference
 
@@ -52,6 +52,7 @@ def distance_test(a: Dataset, b: Dataset, shuffles: int, seed: int, paired: bool
     """The distance of the rates beside what it is when items change sides at random; pairs change sides together."""
     from scipy.sparse import vstack
 
+    check_count("shuffles", shuffles)
     n_a, n_b = len(a), len(b)
     matrix = vstack([a.matrix(), b.matrix()]).tocsr().T.tocsr()
     total = a.counts() + b.counts()
@@ -90,8 +91,8 @@ def drift_of(
         raise InputError(f"drift compares two datasets, not {len(datasets)}")
     check_count("--shuffles", shuffles)
     check_count("--examples", examples, 0)
-    if not 0 < near <= 1 or not 0 < level < 1:
-        raise InputError(f"--near lies above 0 and at most at 1, --level between 0 and 1, not at {near} and {level}")
+    check_share("--near", near)
+    check_share("--level", level, one=False)
     a, b = datasets
     if paired and a.ids != b.ids:
         raise MismatchError(f"{a.name} and {b.name} are not the same items in the same order, so they are not paired")

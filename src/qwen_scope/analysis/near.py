@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float64, Int64
 
+from qwen_scope.errors import check_share
+
 from .dataset import Dataset
 
 Pairs = tuple[Int64[np.ndarray, " pairs"], Int64[np.ndarray, " pairs"], Float64[np.ndarray, " pairs"]]
@@ -19,6 +21,7 @@ def near_duplicates(a: Dataset, b: Dataset, jaccard: float) -> Pairs:
     Two sets as similar as J share one of the `|x| - ceil(J |x|) + 1` rarest features of each (prefix filtering, Bayardo
     et al. 2007), so only pairs that do are counted out. Nothing is missed.
     """
+    check_share("a Jaccard similarity", jaccard)
     order = np.argsort(np.argsort(a.counts() + b.counts(), kind="stable"))
     left, right = prefixes(a, order, jaccard), prefixes(b, order, jaccard).T.tocsc()
     whole_a, whole_b = a.matrix().tocsr(), b.matrix().tocsr()

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import numpy as np
 from jaxtyping import Float64
 
-from qwen_scope.errors import InputError
+from qwen_scope.errors import InputError, check_share
 from qwen_scope.report import Figure, Heatmap
 from qwen_scope.stats import pair_correlation, partial
 
@@ -43,6 +43,7 @@ def clusters(similar: Float64[np.ndarray, "n n"], cut: float) -> tuple[list[int]
     Args:
         cut: members of one cluster are on average at least so similar.
     """
+    check_share("the cut of a cluster", cut, zero=True)
     from scipy.cluster.hierarchy import fcluster, leaves_list, linkage
     from scipy.spatial.distance import squareform
 
@@ -83,6 +84,8 @@ def overlap_of(
         InputError, MismatchError: fewer than two datasets, or some that do not belong together.
     """
     check_together(datasets, at_least=2)
+    check_share("--cut", cut, zero=True)
+    check_share("--newcomer", newcomer, zero=True)
     names = [d.name for d in datasets]
     if general is not None and general not in names:
         raise InputError(f"--general names {general!r}, which is none of {', '.join(names)}")

@@ -12,7 +12,7 @@ from typing import Annotated
 import numpy as np
 from jaxtyping import Float64, Int
 
-from qwen_scope.errors import InputError
+from qwen_scope.errors import InputError, check_count
 from qwen_scope.report import Curves, Figure, Line, Points, thinned
 from qwen_scope.stats import Interval, bootstrap, correlation, kendall
 
@@ -72,6 +72,7 @@ def sampled_coverage(dataset: Dataset, draws: int, seed: int = 0) -> Float64[np.
     Raises:
         InputError: no feature fires.
     """
+    check_count("draws", draws)
     order = np.argsort(dataset.feature, kind="stable")
     features, start = np.unique(dataset.feature[order], return_index=True)
     if not len(features):
@@ -125,6 +126,7 @@ def ranking(scores: Scores, draws: int = 100, seed: int = 0) -> Ranking:
     Raises:
         InputError: fewer than three models, or all of them score the same on the whole.
     """
+    check_count("draws", draws)
     values, n = scores.values, len(scores.values)
     whole = values.mean(0)
     if len(whole) < 3 or np.ptp(whole) == 0:

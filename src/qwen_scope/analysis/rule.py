@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float64
 
-from qwen_scope.errors import FormatError, InputError, MismatchError, NotFoundError
+from qwen_scope.errors import FormatError, MismatchError, NotFoundError, check_share
 from qwen_scope.files import Fields, read_object, write_text
 
 from .dataset import Dataset
@@ -132,8 +132,7 @@ class Rule:
         Raises:
             InputError: a rate that is not in [0, 1).
         """
-        if not 0 <= fpr < 1:
-            raise InputError(f"a false-positive rate lies from 0 to below 1, not at {fpr}")
+        check_share("a false-positive rate", fpr, zero=True, one=False)
         values = self.values(negatives)
         ranked = -np.sort(-values, axis=0)
         passing = int(np.floor(fpr * len(values) + 1e-9))

@@ -12,7 +12,7 @@ from qwen_scope.errors import InputError, need
 
 from . import options, output, whose
 from .commands import App
-from .posttrain_data import PROBES, given_files, probe_texts, read_rows, training_samples
+from .posttrain_data import PROBES, check_run, given_files, probe_texts, read_rows, training_samples
 
 if TYPE_CHECKING:
     from qwen_scope.posttrain import AlphaTable, Sample, SFTRun
@@ -181,18 +181,16 @@ def sft(
     """Fine-tune: plainly, with SASFT's auxiliary loss on features, or with a penalty on tokens.
 
     The result lies in OUT/model and loads like any model. Defaults are the published settings of SASFT, but for the
-    scale of lambda: take a published lambda with --lambda-scale published. --monitor
-    measures features on texts while training, into OUT/monitor.jsonl, and says when one of the table's moves far; with
-    --monitor-prompts also when the model writes what they stand for.
+    scale of lambda: take a published lambda with --lambda-scale published. --monitor measures features on texts while
+    training, into OUT/monitor.jsonl, and says when one of the table's moves far; with --monitor-prompts also when the
+    model writes what they stand for.
     """
     given = locals()
     check_packages()
-    from qwen_scope.files import check_folder
-    from qwen_scope.posttrain import WRITTEN, SFTRun, read_table
+    from qwen_scope.posttrain import SFTRun, read_table
 
     quiet()
-    read = given_files(corpus, held_out, monitor, monitor_prompts, *([table] if table else []))
-    check_folder(out, WRITTEN, *read, *options.folders(model, sae))
+    check_run(out, model, sae, corpus, held_out, monitor, monitor_prompts, table)
     run = SFTRun(
         **options.same_named(SFTRun, given)
         | {"layers": tuple(options.parse_layers(layers) or ()) or None, "watch_every": monitor_every}

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 from qwen_scope.errors import InputError
 
+from . import options
+
 if TYPE_CHECKING:
     from collections import Counter
 
@@ -19,6 +21,14 @@ PROBES = 64
 def given_files(*sources: str | Path | None) -> list[str | Path]:
     """What is read of this machine's files, of sources that may also be the lab or left out."""
     return [source for source in sources if source is not None and source != "lab"]
+
+
+def check_run(out: Path, model: str, sae: str | None, *sources: str | Path | None) -> None:
+    """Refuse a folder of a run in which it would write over what it reads."""
+    from qwen_scope.files import check_folder
+    from qwen_scope.posttrain import WRITTEN
+
+    check_folder(out, WRITTEN, *given_files(*sources), *options.folders(model, sae))
 
 
 def training_samples(

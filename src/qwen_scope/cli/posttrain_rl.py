@@ -10,7 +10,7 @@ import typer
 
 from . import options, output, whose
 from .posttrain import PromptColumn, Seed, check_packages, quiet
-from .posttrain_data import given_files, read_rows
+from .posttrain_data import check_run, given_files, read_rows
 
 Prompts = Annotated[str, typer.Argument(metavar="PROMPTS", help="A file whose rows have a prompt, or 'lab'.")]
 Number = Annotated[int, typer.Option("-n", help="So many prompts.", min=2)]
@@ -145,13 +145,11 @@ def rl(
     """
     given = locals()
     check_packages()
-    from qwen_scope.files import check_folder
-    from qwen_scope.posttrain import WRITTEN, Detector, RLRun, run_rl
+    from qwen_scope.posttrain import Detector, RLRun, run_rl
     from qwen_scope.steer import load_recipe
 
     quiet()
-    read = given_files(prompts, held_out, *([recipe] if recipe else []))
-    check_folder(out, WRITTEN, *read, *options.folders(model, sae))
+    check_run(out, model, sae, prompts, held_out, recipe)
     reward = reward or ("lab" if prompts == "lab" else "answer")
     run = RLRun(
         **options.same_named(RLRun, given)

@@ -158,6 +158,11 @@ def parallel(seed: int = 0, n: int = 100) -> Iterator[ParallelGroup]:
 
     Hold-outs are decided language by language, so each group says of which split its sentences are.
     """
+    check_count("n", n, 0)
+    return _parallel(seed, n)
+
+
+def _parallel(seed: int, n: int) -> Iterator[ParallelGroup]:
     spoken = {code: load(code) for code in LANGUAGES}
     by_meaning = {
         code: {(t.register, t.meaning): t for tone in REGISTERS for t in language.templates[tone]}

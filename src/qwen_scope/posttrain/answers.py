@@ -16,7 +16,7 @@ from jaxtyping import Float64
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
-from qwen_scope.errors import InputError
+from qwen_scope.errors import InputError, check_count
 from qwen_scope.model import HookPoint, by_length, capture, padded, tokenize
 from qwen_scope.sae import SAE
 from qwen_scope.steer import Decoding, generate
@@ -42,7 +42,7 @@ class Asked:
         seed: of the draws.
 
     Raises:
-        InputError: fewer than two prompts, or no answer at the start.
+        InputError: fewer than two prompts, no answer at the start, or a number that can't be.
     """
 
     prompts: Sequence[str]
@@ -53,11 +53,11 @@ class Asked:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if len(self.prompts) < 2 or self.at_start < 1:
-            raise InputError(
-                "a share of answers needs at least two prompts and one answer to each at the start, not"
-                f" {len(self.prompts)} and {self.at_start}"
-            )
+        if len(self.prompts) < 2:
+            raise InputError(f"a share of answers needs at least two prompts, not {len(self.prompts)}")
+        check_count("at_start", self.at_start)
+        check_count("seed", self.seed, 0)
+        self.decoding(0)
 
     def decoding(self, turn: int) -> Decoding:
         """The draws of one answer per prompt."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from qwen_scope.errors import InputError, NotFoundError
+from qwen_scope.errors import InputError, NotFoundError, check_count
 from qwen_scope.stats import Interval, bootstrap
 from qwen_scope.steer import Decoding, generate, script
 
@@ -57,10 +57,11 @@ def code_switch_ratio(
         seed: of the draws; the same prompts, seed and model give the same answers.
 
     Raises:
-        InputError: fewer than two prompts, an unknown script, or a prompt too long for the context.
+        InputError: fewer than two prompts, no sample, an unknown script, or a prompt too long for the context.
     """
     if len(prompts) < 2:
         raise InputError(f"a ratio needs at least two prompts, not {len(prompts)}")
+    check_count("samples", samples)
     share = script(name)
     decoding = Decoding(max_new_tokens, True, temperature, top_p, top_k=0, repetition_penalty=1.0)
     answers: list[list[str]] = [[] for _ in prompts]

@@ -22,6 +22,7 @@ from typing import Any, final
 import numpy as np
 
 from qwen_scope import lab
+from qwen_scope.errors import check_number
 
 LIBRARY, DRAWN, GRAM, AROUND = 4000, 48, 3, 8
 Library = tuple[dict[str, np.ndarray], dict[str, float], list[tuple[str, str | None, str | None]]]
@@ -42,7 +43,7 @@ class LabWriter:
     """
 
     def __init__(self, error_rate: float = 0.1, seed: int = 0) -> None:
-        self.error_rate, self.seed = error_rate, seed
+        self.error_rate, self.seed = check_number("error_rate", error_rate, 0, 1), seed
         self.written: dict[str, lab.Document] = {}
         self._lock = threading.Lock()
 

@@ -15,12 +15,12 @@ detects loops.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from qwen_scope.errors import InputError
+from qwen_scope.errors import InputError, check_count
 from qwen_scope.stats import Interval, bootstrap
 from qwen_scope.steer import Decoding, Intervention, SAEsByLayer, generate
 
@@ -43,11 +43,8 @@ class Detector:
     least: int = 16
 
     def __post_init__(self) -> None:
-        if self.longest < 1 or self.times < 2 or self.least < 1:
-            raise InputError(
-                "a loop is a block of at least 1 token, at least 2 times in a row, at least 1 token long; got"
-                f" longest={self.longest}, times={self.times}, least={self.least}"
-            )
+        for name, least in {"longest": 1, "times": 2, "least": 1}.items():
+            check_count(f"{name} of a loop", getattr(self, name), least)
 
     def find(self, ids: Sequence[int]) -> Loop | None:
         """The loop that these tokens end in; whether the model ended the answer is the caller's to ask."""
@@ -69,7 +66,7 @@ class Sampling:
         seed: of the draws; a prompt draws alike with and without interventions.
 
     Raises:
-        InputError: a limit below what a loop needs.
+        InputError: a limit below what a loop needs, or a number that can't be.
     """
 
     max_new_tokens: int = 512
@@ -79,8 +76,13 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        self.decoding(self.seed)
         if self.max_new_tokens < self.detector.least:
             raise InputError(f"{self.max_new_tokens} new tokens can't hold a loop of {self.detector.least}; allow more")
+
+    def decoding(self, seed: int) -> Decoding:
+        """One draw."""
+        return Decoding(self.max_new_tokens, True, self.temperature, self.top_p, 0, 1.0, seed)
 
 
 @dataclass(frozen=True)
@@ -146,15 +148,15 @@ def loop_share(
         interventions, saes: the model is steered so while it answers.
 
     Raises:
-        InputError: fewer than two prompts, or what `generate` refuses.
+        InputError: fewer than two prompts, no sample, or what `generate` refuses.
     """
     sampling = sampling or Sampling()
     if len(prompts) < 2:
         raise InputError(f"a share needs at least two prompts, not {len(prompts)}")
-    decoding = Decoding(sampling.max_new_tokens, True, sampling.temperature, sampling.top_p, 0, 1.0)
+    check_count("samples", samples)
     rows: list[list[Answer]] = [[] for _ in prompts]
     for turn in range(samples):
-        mine = replace(decoding, seed=sampling.seed * samples + turn)
+        mine = sampling.decoding(sampling.seed * samples + turn)
         for i, found in enumerate(generate(model, tokenizer, prompts, interventions, saes=saes, decoding=mine)):
             ids = tuple(token.token_id for token in found.tokens)
             loop = None if found.finished else sampling.detector.find(ids)

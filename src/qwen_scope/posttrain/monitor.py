@@ -16,7 +16,7 @@ from typing import Any, final
 import numpy as np
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
 
-from qwen_scope.errors import InputError, NotFoundError, foreign
+from qwen_scope.errors import InputError, NotFoundError, check_count, check_positive, foreign
 from qwen_scope.files import Fields, append_lines, parse_object, read_lines, write_whole
 from qwen_scope.model import Tokens, context_length, tokenize
 from qwen_scope.report import Curves, Line
@@ -92,8 +92,15 @@ class Monitor(TrainerCallback):
     ) -> None:
         if len(probe) < 2 or not saes:
             raise InputError("a monitor needs at least two probe texts and the SAE of at least one layer")
-        if (every is not None and every < 1) or not 0 < share <= 1 or not alarm > 0:
+        if (every is not None and every < 1) or not 0 < share <= 1:
             raise InputError("a monitor measures every step or less often, in a share of the time above 0 and up to 1")
+        if every is not None:
+            check_count("every", every)
+        check_count("top", top, 0)
+        check_positive("share", share)
+        for name, bound in {"alarm": alarm, "more": more, "drift_alarm": drift_alarm}.items():
+            if bound is not None:
+                check_positive(name, bound)
         if asked is not None and not watch:
             raise InputError("answers are read by the features that are watched; name some, or ask nothing")
         for layer, features in (watch or {}).items():

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float64
 
-from qwen_scope.errors import InputError, NotFoundError, nearest
+from qwen_scope.errors import InputError, NotFoundError, check_count, nearest
 from qwen_scope.features import Pooled, attribute, group_scores, pool_texts
 from qwen_scope.model import by_length, capture
 from qwen_scope.scope import Scope
@@ -111,9 +111,8 @@ def checked(labelled: Sequence[tuple[str, str]], target: str, features: int, qua
         raise NotFoundError(f"no text belongs to the target {target!r}; {nearest(target, groups) if groups else ''}")
     if len(groups) < 2:
         raise InputError(f"every text belongs to {target!r}; a score needs texts of other groups to compare with")
-    if features < 1:
-        raise InputError(f"choose at least one feature per layer, not {features}")
-    if quantile is not None and not 0 <= quantile <= 1:
+    check_count("features per layer", features)
+    if quantile is not None and (isinstance(quantile, bool) or not 0 <= quantile <= 1):
         raise InputError(f"a quantile lies between 0 and 1, not at {quantile}")
     return groups
 

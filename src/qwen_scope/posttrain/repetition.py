@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 
-from qwen_scope.errors import InputError
+from qwen_scope.errors import InputError, check_count, check_number
 from qwen_scope.features import attribute
 from qwen_scope.scope import Scope
 from qwen_scope.stats import Interval, bootstrap
@@ -100,8 +100,13 @@ def repetition_recipe(
         A recipe in raw units whose `effect` holds the figures of the check, and whether it holds.
 
     Raises:
-        InputError: too few loops, no feature that makes them begin, or what `loop_share` refuses.
+        InputError: too few loops, no feature that makes them begin, a number that can't be, or what `loop_share`
+            refuses.
     """
+    check_count("features", features)
+    check_count("samples", samples)
+    if amount is not None:
+        check_number("amount", amount)
     sampling, report = sampling or Sampling(), say or (lambda stage, share: None)
     found = shares(scope, prompts, sampling, samples=samples, report=lambda share: report("sampling", share))
     loops = [one for one in found.answers if one.loop is not None]

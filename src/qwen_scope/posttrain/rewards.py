@@ -9,7 +9,7 @@ from importlib import import_module
 from typing import Any
 
 from qwen_scope import lab
-from qwen_scope.errors import InputError, NotFoundError, nearest
+from qwen_scope.errors import InputError, NotFoundError, check_count, check_number, nearest
 
 Reward = Callable[..., Any]
 """As TRL calls it: `reward(prompts=, completions=, completion_ids=, **columns)` is one number per completion."""
@@ -103,6 +103,8 @@ def script_of(char: str) -> str:
 
 def lab_rows(n: int, seed: int = 0, *, split: str = "train", sums: float = 0.4) -> list[dict[str, Any]]:
     """Questions of the lab for `lab_reward`: prompts, the language asked in, and of a share of sums the result."""
+    check_count("n", n, 0)
+    check_number("sums", sums, 0, 1)
     some = round(n * sums)
     asked = [*lab.chat_prompts(seed, n - some, split=split), *lab.arithmetic_prompts(seed, some, split=split)]
     return [{"prompt": one.text, "language": one.language, "expected": one.expected} for one in asked]

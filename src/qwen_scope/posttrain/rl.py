@@ -25,7 +25,7 @@ from datasets import Dataset
 from transformers import PrinterCallback, TrainerCallback
 from trl.trainer.grpo_config import GRPOConfig
 
-from qwen_scope.errors import InputError
+from qwen_scope.errors import InputError, check_count, check_number, check_share
 from qwen_scope.features import matched_random
 from qwen_scope.files import read_object
 from qwen_scope.model import LoadedModel, load_model
@@ -106,8 +106,11 @@ class RLRun:
             raise InputError(f"the method is one of {', '.join(RL_METHODS)}, not {self.method!r}")
         if self.group < 2:
             raise InputError(f"a group has at least two answers to compare, not {self.group}")
-        counts = {"prompts": 1, "micro": 1, "steps": 1, "updates": 1, "max_new_tokens": 1}
-        check_numbers(self, counts | {"warmup": 0, "save_every": 0, "seed": 0}, ("lr", "temperature", "top_p"))
+        counts = {"group": 2, "prompts": 1, "micro": 1, "steps": 1, "updates": 1, "max_new_tokens": 1}
+        check_numbers(self, counts | {"warmup": 0, "save_every": 0, "seed": 0}, ("lr", "temperature"))
+        for name in ("epsilon_low", "epsilon_high"):
+            check_number(name, getattr(self, name), 0)
+        check_share("top_p", self.top_p)
         if self.prompts * self.group % self.micro:
             raise InputError(
                 f"{self.prompts} prompts times {self.group} answers are {self.prompts * self.group}, which forward"
@@ -302,7 +305,8 @@ def grpo_config(run: RLRun, loaded: LoadedModel) -> GRPOConfig:
 
 
 def last_rewards(history: Sequence[dict[str, float]], n: int = 10) -> dict[str, float]:
-    """The mean rewards over the last steps that were logged."""
+    """The mean rewards over the last `n` steps that were logged."""
+    check_count("n", n)
     out = {}
     for name in ("reward", "ordinary/reward", "steered/reward"):
         if found := [line[name] for line in history if name in line][-n:]:

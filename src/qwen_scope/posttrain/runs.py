@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
@@ -14,7 +13,7 @@ from peft import LoraConfig, PeftModel
 from safetensors import SafetensorError
 from transformers import TrainerCallback
 
-from qwen_scope.errors import InputError, QwenScopeError, check_count
+from qwen_scope.errors import QwenScopeError, check_count, check_positive
 from qwen_scope.files import append_lines, lock_folder, read_lines, write_folder, write_text
 from qwen_scope.model import LoadedModel
 
@@ -121,9 +120,7 @@ def check_numbers(run: Any, counts: Mapping[str, int], positive: Sequence[str]) 
     for name, least in counts.items():
         check_count(name, getattr(run, name), least)
     for name in positive:
-        value = getattr(run, name)
-        if isinstance(value, bool) or not 0 < value < math.inf:
-            raise InputError(f"{name} is more than 0, not {value}")
+        check_positive(name, getattr(run, name))
     if run.lora is not None:
         check_count("lora", run.lora)
 

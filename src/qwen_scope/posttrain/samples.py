@@ -11,7 +11,7 @@ from datasets import Dataset
 
 from qwen_scope import lab
 from qwen_scope.corpus import Corpus, by_reason, tell_unused
-from qwen_scope.errors import InputError
+from qwen_scope.errors import InputError, check_count
 
 from .rows import PassOver, usable
 
@@ -49,10 +49,13 @@ def read_samples(
         unused: gets the rows that can't be used added, by reason.
 
     Raises:
-        InputError: no sample, or none with a group.   NotFoundError, FormatError: as `Corpus`.
+        InputError: no sample, none with a group, or an `n` below 1.   NotFoundError, FormatError: as `Corpus`.
     """
+    if n is not None:
+        check_count("n", n)
+    check_count("seed", seed, 0)
     if os.fspath(source) == "lab":
-        return lab_samples(lab.documents(split=split, seed=seed, n=n or 1000, kinds=kinds))
+        return lab_samples(lab.documents(split=split, seed=seed, n=1000 if n is None else n, kinds=kinds))
     corpus = Corpus(source, column=column, sample=n, seed=seed, split=split)
     counts: Counter[str] = Counter() if unused is None else unused
     samples = usable(

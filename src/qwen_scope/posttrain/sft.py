@@ -23,7 +23,7 @@ from uuid import uuid4
 from transformers import PrinterCallback, TrainerCallback
 from trl.trainer.sft_config import SFTConfig
 
-from qwen_scope.errors import InputError, check_number
+from qwen_scope.errors import InputError, check_count, check_number
 from qwen_scope.model import LoadedModel, load_model
 from qwen_scope.scope import model_source, resolve, saes_on
 
@@ -105,10 +105,21 @@ class SFTRun:
             raise InputError("zero, enhance and layers belong to the method 'features'")
         check_numbers(
             self,
-            {"batch": 1, "accumulate": 1, "max_length": 1, "max_steps": -1, "warmup": 0, "save_every": 0, "seed": 0},
+            {
+                "batch": 1,
+                "accumulate": 1,
+                "max_length": 1,
+                "max_steps": -1,
+                "warmup": 0,
+                "save_every": 0,
+                "seed": 0,
+                "log_every": 1,
+            },
             ("lr", "epochs"),
         )
         check_number("weight_decay", self.weight_decay, 0)
+        if self.watch_every is not None:
+            check_count("watch_every", self.watch_every)
         if self.resume and not self.save_every:
             raise InputError("going on needs checkpoints: set save_every (--save-every) in both runs")
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from qwen_scope.corpus import Context, FeatureStore
-from qwen_scope.errors import FormatError, InputError, NotFoundError, QwenScopeError, QwenScopeWarning
+from qwen_scope.errors import FormatError, InputError, NotFoundError, QwenScopeError, QwenScopeWarning, check_number
 from qwen_scope.features import BadAnswer, Endpoint, Label, Notes, TokenJudge, one_line
 
 SHOWN, BEFORE, AFTER = 20, 20, 11
@@ -99,8 +99,9 @@ def judged_targets(
         InputError: a tau outside 0 to 1, or an empty concept.   NotFoundError: no label, or none that is relevant.
         FormatError: the model gives no list of numbers for any label.   BudgetSpent: the budget ends before.
     """
-    if not 0 <= tau <= 1 or not concept.strip():
-        raise InputError(f"a concept in words and a tau from 0 to 1 are needed, not {concept!r} and {tau}")
+    check_number("tau", tau, 0, 1)
+    if not concept.strip():
+        raise InputError("a concept in words is needed, not an empty one")
     labels = Notes(store).labels()
     if not labels:
         raise NotFoundError(f"no feature of {store.folder} has a label; make labels with qwen-scope label")

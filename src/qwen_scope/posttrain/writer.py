@@ -12,7 +12,7 @@ from typing import final
 import numpy as np
 from jaxtyping import Bool, Float32, Int64
 
-from qwen_scope.errors import InputError, NotFoundError, QwenScopeError, check_count
+from qwen_scope.errors import InputError, NotFoundError, QwenScopeError, check_count, check_number
 from qwen_scope.features import Endpoint, pool_texts
 from qwen_scope.scope import Scope
 
@@ -58,8 +58,7 @@ class SynthesisOptions:
         for name in ("want", "budget", "tries", "batch", "shown", "max_answer_tokens"):
             check_count(name, getattr(self, name))
         check_count("seed", self.seed, 0)
-        if not 0 <= self.temperature <= 2:
-            raise InputError(f"a temperature is from 0 to 2, not {self.temperature}")
+        check_number("temperature", self.temperature, 0, 2)
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float
 
+from qwen_scope.errors import check_count
+
 
 @dataclass(frozen=True)
 class Line:
@@ -58,4 +60,6 @@ Figure = Curves | Points | Heatmap
 
 def thinned(n: int, most: int = 200) -> list[int]:
     """At most `most` of the indices 0 to n - 1, evenly, both ends included: enough to draw a curve."""
+    check_count("n", n, 0)
+    check_count("most", most, 2)
     return sorted({round(i) for i in np.linspace(0, n - 1, min(n, most))})

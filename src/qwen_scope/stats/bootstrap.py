@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Float
 from scipy import stats
 
-from qwen_scope.errors import InputError
+from qwen_scope.errors import InputError, check_share
 
 LEVEL, RESAMPLES, FEWEST = 0.95, 2000, 2
 
@@ -86,8 +86,7 @@ def _difference(a: np.ndarray, b: np.ndarray, axis: int = -1) -> np.ndarray:
 
 
 def _interval(samples: tuple[np.ndarray, ...], statistic, level: float, seed: int) -> tuple[float, float]:
-    if not 0 < level < 1:
-        raise InputError(f"the level of an interval is between 0 and 1, not {level}")
+    check_share("the level of an interval", level, one=False)
     found = stats.bootstrap(
         samples,
         statistic,

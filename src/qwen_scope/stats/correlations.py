@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Float
 from scipy import stats
 
-from qwen_scope.errors import InputError
+from qwen_scope.errors import InputError, check_count, check_share
 
 from .bootstrap import LEVEL, RESAMPLES, Interval
 
@@ -26,6 +26,7 @@ def correlation(
     Raises:
         InputError: fewer than four points, or one side is constant.
     """
+    check_share("the level of an interval", level, one=False)
     r = coefficient(x, y, kind)
     n = len(x)
     error = np.sqrt((1 + r**2 / 2 if kind == "spearman" else 1.0) / (n - 3))
@@ -76,6 +77,8 @@ def pair_correlation(
     Raises:
         InputError: fewer than four members, or one table is the same everywhere.
     """
+    check_share("the level of an interval", level, one=False)
+    check_count("resamples", resamples)
     n = len(a)
     if n < FEWEST_POINTS:
         raise InputError(f"a correlation over pairs needs at least {FEWEST_POINTS} members, not {n}")

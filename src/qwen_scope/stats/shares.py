@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int, Shaped
 from scipy import stats
 
-from qwen_scope.errors import InputError
+from qwen_scope.errors import InputError, check_share
 
 from .bootstrap import LEVEL, RESAMPLES, Interval
 
@@ -38,6 +38,7 @@ class Rates:
 
 def wilson(successes: Count, n: Count, level: float = LEVEL) -> tuple[np.ndarray, np.ndarray]:
     """Low and high end of Wilson's score interval (1927) of a share, elementwise; 0 to 1 where there is no trial."""
+    check_share("the level of an interval", level, one=False)
     s, n = np.asarray(successes, float), np.asarray(n, float)
     z2 = stats.norm.ppf((1 + level) / 2) ** 2
     safe = np.maximum(n, 1e-300)
@@ -111,8 +112,9 @@ def threshold_at(negatives: Float[np.ndarray, " n"], fpr: float) -> float:
     Raises:
         InputError: no score, or a rate that is not between 0 and 1.
     """
-    if not len(negatives) or not 0 <= fpr < 1:
-        raise InputError(f"a threshold needs negative items and a rate from 0 to below 1, not {fpr}")
+    if not len(negatives):
+        raise InputError("a threshold needs negative items")
+    check_share("a false-positive rate", fpr, zero=True, one=False)
     allowed = int(np.floor(fpr * len(negatives) + 1e-9))
     return float(np.sort(negatives)[::-1][allowed])
 
@@ -136,5 +138,6 @@ def tpr_at(
 
 
 def _ends(drawn: Shaped[np.ndarray, " n"], level: float) -> tuple[float, float]:
+    check_share("the level of an interval", level, one=False)
     low, high = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)

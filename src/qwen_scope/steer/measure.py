@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from qwen_scope.errors import InputError
+from qwen_scope.errors import InputError, check_count
 from qwen_scope.model import input_device, padded, positions_from_mask
 
 from .finite import explained
@@ -89,6 +89,7 @@ def perplexity(log_probability: Sequence[Float[np.ndarray, " _"]]) -> float:
 
 def repetition(ids: Sequence[int], n: int = 3) -> float:
     """The share of n-grams of a sequence that occurred before in it; 0 for a sequence shorter than n + 1."""
+    check_count("n", n)
     grams = [tuple(ids[i : i + n]) for i in range(len(ids) - n + 1)]
     return 1 - len(set(grams)) / len(grams) if len(grams) > 1 else 0.0
 

@@ -21,7 +21,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from qwen_scope.errors import FormatError, InputError, MismatchError, NotFoundError, QwenScopeWarning, foreign
+from qwen_scope.errors import (
+    FormatError,
+    InputError,
+    MismatchError,
+    NotFoundError,
+    QwenScopeWarning,
+    check_count,
+    foreign,
+)
 from qwen_scope.files import Fields, digest_of, read_object, write_text
 
 from .config import TrainConfig
@@ -71,8 +79,8 @@ class Checkpoints:
     resume: bool = False
 
     def __post_init__(self) -> None:
-        if self.every < 1 or self.keep < 1:
-            raise InputError(f"every and keep must be at least 1, got {self.every} and {self.keep}")
+        check_count("every", self.every)
+        check_count("keep", self.keep)
 
     def prepare(self) -> None:
         """Make the folder and try to write into it.

@@ -8,7 +8,7 @@ from itertools import islice
 
 import torch
 
-from qwen_scope.errors import InputError
+from qwen_scope.errors import InputError, check_count
 from qwen_scope.model import HookPoint, LoadedModel, TokenMask, load_model
 from qwen_scope.sae import SAE, layers_of, load_sae
 from qwen_scope.scope import Joined, model_source
@@ -56,6 +56,10 @@ class EvalRun:
     dtype: str = "auto"
     device: str | None = None
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, least in {"tokens": 2, "row": 2, "rows": 1, "seed": 0}.items():
+            check_count(name, getattr(self, name), least)
 
 
 @dataclass(frozen=True)

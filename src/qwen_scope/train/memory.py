@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from qwen_scope.errors import check_count
+
 from .choice import TILE_BYTES
 from .config import TrainConfig
 
@@ -47,6 +49,9 @@ def memory_plan(config: TrainConfig, d_model: int, n_layers: int, *, buffer: int
         buffer: bytes of stored residuals on the same device (`ResidualBuffer.nbytes`).
         world: over how many processes each dictionary's features are spread.
     """
+    for name, value in {"d_model": d_model, "n_layers": n_layers, "world": world}.items():
+        check_count(name, value)
+    check_count("buffer", buffer, 0)
     d_sae = config.d_sae // world
     matrix, row = FLOAT * d_sae * d_model, FLOAT * config.batch * d_model
     parameters = 2 * matrix + FLOAT * (d_sae + d_model)

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from qwen_scope.errors import need
+from qwen_scope.errors import check_count, need
 from qwen_scope.files import Fields, append_lines, parse_object, read_lines, write_text
 
 from .loop import StepReport
@@ -24,7 +24,7 @@ class JsonlMetrics:
     """
 
     def __init__(self, path: Path, every: int = 10) -> None:
-        self.path, self.every = path, every
+        self.path, self.every = path, check_count("every", every)
         self._begun = False
 
     def __call__(self, report: StepReport) -> None:
@@ -56,7 +56,7 @@ class TensorBoardMetrics:
 
     def __init__(self, folder: Path, every: int = 10) -> None:
         need("writing for TensorBoard", "tensorboard")
-        self.folder, self.every = folder, every
+        self.folder, self.every = folder, check_count("every", every)
         self.writer: Any = None
 
     def __call__(self, report: StepReport) -> None:
@@ -85,7 +85,8 @@ class WandbMetrics:
         need("logging to Weights & Biases", "wandb")
         import wandb  # pyright: ignore[reportMissingImports]
 
-        self.run, self.every = wandb.init(**init), every
+        self.every = check_count("every", every)
+        self.run = wandb.init(**init)
 
     def __call__(self, report: StepReport) -> None:
         if report.step % self.every == 0 or report.step == report.steps:

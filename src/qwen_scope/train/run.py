@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from qwen_scope.errors import InputError, NotFoundError, check_name
+from qwen_scope.errors import InputError, NotFoundError, check_count, check_name
 from qwen_scope.files import check_folder, lock_folder, read_object, write_text
 from qwen_scope.model import HookPoint, LoadedModel, TokenMask, context_length, load_model, n_layers
 from qwen_scope.sae import LAYOUTS, SAE, load_sae, save_sae
@@ -42,6 +42,11 @@ from .parallel import Mode, Ranks, join
 
 RESERVED = ("checkpoints", "tensorboard", "run.json", "metrics.jsonl", "quality.json")
 """What a run writes into its folder beside the group."""
+
+
+RUN_COUNTS = {"row": 2, "rows": 1, "budget": 1, "checkpoint_every": 1, "keep": 1, "log_every": 1, "eval_tokens": 0}
+RUN_COUNTS |= {"hold_out": 0}
+"""What is counted in a run, and the least it may be."""
 
 
 @dataclass(frozen=True)
@@ -109,6 +114,8 @@ class TrainRun:
         check_name("the group", self.name)
         if self.name in (*RESERVED, *self.exports):
             raise InputError(f"the run itself writes to {self.name!r} in its folder; name the group otherwise")
+        for name, least in RUN_COUNTS.items():
+            check_count(name, getattr(self, name), least)
         if self.store not in ("float32", "bfloat16"):
             raise InputError(f"residuals are held as float32 or bfloat16, not {self.store!r}")
         if self.layers is not None and (not self.layers or len(set(self.layers)) < len(self.layers)):

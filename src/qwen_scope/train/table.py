@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qwen_scope.errors import InputError
+from qwen_scope.errors import InputError, check_count
 
 
 class ResidualTable:
@@ -26,6 +26,7 @@ class ResidualTable:
     """
 
     def __init__(self, residuals: Mapping[str, Tensor], batch: int = 4096, seed: int = 0) -> None:
+        check_count("batch", batch)
         lengths = {name: len(tensor) for name, tensor in residuals.items()}
         if len(set(lengths.values())) != 1:
             raise InputError(f"every hook point needs the same tokens, got {lengths or 'no hook points'}")
