@@ -59,6 +59,7 @@ COUNTS = {
     "drift, shuffles": lambda n: drift_of([DATA, OTHER], shuffles=n),
     "subset, draws": lambda n: subset_of([DATA], draws=n),
     "pair_correlation": lambda n: pair_correlation(TABLE, TABLE, resamples=n),
+    "tpr_at, resamples": lambda n: tpr_at(VALUES, VALUES, 0.1, resamples=n),
     "thinned": lambda n: thinned(9, n),
 }
 """Everything that takes how many, from 1 up."""

@@ -438,3 +438,18 @@ def test_the_label_command_counts_those_at_chance(capsys) -> None:
     assert "1 of 2 names are at chance" in out
     print_labelled(found, 3, True)
     assert [one["at_chance"] for one in json.loads(capsys.readouterr().out)["labels"]] == [True, False]
+
+
+@pytest.mark.parametrize("as_json", [[], ["--json"]])
+def test_the_label_command_fails_where_no_feature_got_a_label(store: FeatureStore, capsys, as_json: list[str]) -> None:
+    stats = store.stats(LAYER)
+    silent = [
+        f for f, tokens in zip(stats["feature"].to_pylist(), stats["tokens"].to_pylist(), strict=True) if not tokens
+    ]
+    words = ["label", str(store.folder), "--layer", str(LAYER), "--summary", *as_json]
+    assert main([*words, "-f", f"{silent[0]},{silent[1]}"]) == 2
+    out, err = capsys.readouterr()
+    assert "none of the 2 features that were looked at got a label" in err
+    assert len(err.strip().splitlines()) == 1
+    assert not as_json or len(json.loads(out)["without"]) == 2
+    assert main([*words, "-f", f"{silent[0]},{busy(store)[0]}"]) == 0

@@ -328,3 +328,20 @@ def test_the_export_command(folder: Path, tmp_path: Path, capsys) -> None:
     ):
         assert main([*base, *bad]) == 2
         assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("ignored", [["--sae", "mine"], ["--model", "lab"], ["--k", "3"]])
+def test_a_model_is_not_named_beside_no_model(folder: Path, capsys, ignored: list[str]) -> None:
+    assert main(["show", str(folder), "--layer", str(LAYER), "-f", "3", "--no-model", *ignored]) == 2
+    assert f"so {ignored[0]} would change nothing" in capsys.readouterr().err
+
+
+@pytest.mark.filterwarnings("always::qwen_scope.errors.QwenScopeWarning")
+@pytest.mark.parametrize("asked", [["--label", "words"], ["--positive", "language=de"], ["--groups", "language"]])
+def test_find_in_a_store_says_that_it_was_made_with_another_model(folder: Path, capsys, asked: list[str]) -> None:
+    """These look in the store alone; a model beside it changes nothing, which is said where it is another."""
+    assert main(["find", str(folder), *asked, "-n", "1", "--model", "google/gemma-2-2b"]) == 0
+    said = capsys.readouterr().err
+    assert "the store was made with lab, and the model is google/gemma-2-2b" in said
+    assert main(["find", str(folder), *asked, "-n", "1", "--model", "lab"]) == 0
+    assert "was made with" not in capsys.readouterr().err

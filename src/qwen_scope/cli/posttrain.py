@@ -191,10 +191,8 @@ def sft(
 
     quiet()
     check_run(out, model, sae, corpus, held_out, monitor, monitor_prompts, table)
-    run = SFTRun(
-        **options.same_named(SFTRun, given)
-        | {"layers": tuple(options.parse_layers(layers) or ()) or None, "watch_every": monitor_every}
-    )
+    chosen = tuple(options.parse_layers(layers) or ()) or None
+    run = SFTRun(**options.same_named(SFTRun, given) | {"layers": chosen, "watch_every": monitor_every})
     found = None if table is None else read_table(table)
     unused = Counter[str]()
     learnt = training_samples(corpus, column, prompt_column, group_column, n, 0, unused)

@@ -49,6 +49,10 @@ def show(
         raise InputError("name a feature with --feature; qwen-scope find tells which tell two sets of texts apart")
     if folder is None and no_model:
         raise InputError("without a model a feature is shown from a store; name its folder")
+    if no_model and (given := [name for name, value in (("--model", model), ("--sae", sae), ("--k", k)) if value]):
+        raise InputError(
+            f"--no-model opens no model and no SAE, so {given[0]} would change nothing; leave one of them out"
+        )
     store = FeatureStore(folder) if folder is not None else None
     with output.status("opening the model"):
         scope = None if no_model else scope_of(store, model, sae, device, dtype, k)

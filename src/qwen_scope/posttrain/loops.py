@@ -43,6 +43,11 @@ class Detector:
     least: int = 16
 
     def __post_init__(self) -> None:
+        if self.longest < 1 or self.times < 2 or self.least < 1:
+            raise InputError(
+                "a loop is a block of at least 1 token, at least 2 times in a row, at least 1 token long; got"
+                f" longest={self.longest}, times={self.times}, least={self.least}"
+            )
         for name, least in {"longest": 1, "times": 2, "least": 1}.items():
             check_count(f"{name} of a loop", getattr(self, name), least)
 

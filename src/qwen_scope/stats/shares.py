@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int, Shaped
 from scipy import stats
 
-from qwen_scope.errors import InputError, check_share
+from qwen_scope.errors import InputError, check_count, check_share
 
 from .bootstrap import LEVEL, RESAMPLES, Interval
 
@@ -128,6 +128,7 @@ def tpr_at(
     resamples: int = 500,
 ) -> Interval:
     """The share of positives above the threshold that keeps the false-positive rate of the negatives at most `fpr`."""
+    check_count("resamples", resamples)
     rng = rng or np.random.default_rng(0)
     found = float((positives > threshold_at(negatives, fpr)).mean())
     drawn = [
