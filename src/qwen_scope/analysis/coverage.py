@@ -64,7 +64,6 @@ def subset_of(
         InputError, MismatchError: a share that makes no sense, or datasets that do not belong together.
     """
     check_together(datasets)
-    check_share("--share", share)
     check_count("--draws", draws)
     data: dict[str, Any] = {}
     rows, lines = [], []
