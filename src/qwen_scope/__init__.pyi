@@ -7,3 +7,5 @@ from .sae import save_sae as save_sae
 from .scope import Scope as Scope
 from .scope import load_scope as load_scope
 from .steer import Intervention as Intervention
+
+__version__: str

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # A wheel built from the tree, installed with the extras that the README names into an empty environment, must run the
 # demo and every command of the README that needs no Hub, in an empty folder: the lab travels inside, nothing else does.
+# pyright, in a project that depends on it, sees the public types.
 set -euo pipefail
 root=$(cd "$(dirname "$0")/../.." && pwd)
 work=$(mktemp -d); trap 'rm -rf "$work"' EXIT
@@ -22,4 +23,11 @@ while IFS= read -r line; do
   n=$((n + 1))
 done <"$work/lines"
 python -c 'import gradio, trl, qwen_scope.explorer, qwen_scope.posttrain'
+[ "$(qwen-scope --version)" = "qwen-scope $(python -c 'import qwen_scope; print(qwen_scope.__version__)')" ]
+# A project that depends on the wheel sees our types: Unknown anywhere in it, or another type than it names, is an error.
+mkdir "$work/project" && cp "$root/tests/wheel/uses_types.py" "$work/project/"
+cat >"$work/project/pyrightconfig.json" <<J
+{"include": ["uses_types.py"], "typeCheckingMode": "strict", "pythonVersion": "3.11"}
+J
+"$root/.venv/bin/pyright" --project "$work/project" --pythonpath "$work/venv/bin/python"
 echo "wheel: $(stat -c %s "$work"/dist/*.whl) bytes with [$extras]; the demo and $n commands of the README ran outside any checkout"
