@@ -5,13 +5,20 @@ BIN    := $(VENV)/bin
 
 EXTRAS := explorer posttrain datasets fast gpu track spread
 
-.PHONY: demo test lint bench bench-gpu clean $(EXTRAS)
+.PHONY: demo test test-fast lint bench bench-gpu clean $(EXTRAS)
 
 demo: $(VENV)/.core
 	$(BIN)/qwen-scope demo
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
+
+# Under two minutes on two cores. Besides tests marked slow, folders are left out where most tests train or serve something:
+# posttrain and foundry train language models, explorer starts servers, attacks feeds thousands of hostile files.
+NOT_FAST := posttrain foundry explorer attacks
+
+test-fast: $(VENV)/.dev
+	$(BIN)/python -m pytest -m "not slow" -n auto --maxprocesses 8 --dist worksteal $(NOT_FAST:%=--ignore=tests/%)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

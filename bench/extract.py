@@ -19,9 +19,13 @@ import torch  # isort: skip
 from transformers import Qwen3Config, Qwen3ForCausalLM  # isort: skip
 
 from qwen_scope import load_scope  # isort: skip
-from qwen_scope.corpus import Corpus, ExtractOptions, extract  # isort: skip
+from qwen_scope.corpus import ExtractOptions, extract  # isort: skip
+from qwen_scope.text import Corpus
+
 from qwen_scope.lab import documents  # isort: skip
-from qwen_scope.model import LoadedModel, by_length  # isort: skip
+from qwen_scope.model import LoadedModel  # isort: skip
+from qwen_scope.text import by_length
+
 from qwen_scope.sae import Identity, TopK, fingerprint  # isort: skip
 
 D_SAE, K, BATCH = 32768, 50, 4096

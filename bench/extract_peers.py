@@ -23,7 +23,9 @@ from extract import D_SAE, K, SHAPE, model_of  # isort: skip
 from safetensors.numpy import save_file  # isort: skip
 
 from qwen_scope import FeatureStore, load_scope  # isort: skip
-from qwen_scope.corpus import Corpus, ExtractOptions, extract  # isort: skip
+from qwen_scope.corpus import ExtractOptions, extract  # isort: skip
+from qwen_scope.text import Corpus
+
 from qwen_scope.lab import documents  # isort: skip
 from qwen_scope.model import LoadedModel  # isort: skip
 from qwen_scope.sae import Identity, TopK, fingerprint  # isort: skip

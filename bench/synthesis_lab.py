@@ -25,12 +25,13 @@ from sections import paragraph, table, write_section
 
 from qwen_scope import FeatureStore, Scope, load_scope
 from qwen_scope.analysis import Dataset, Labelled, fit_rule, logistic, text_baseline
-from qwen_scope.corpus import Corpus, extract
+from qwen_scope.corpus import extract
 from qwen_scope.features import Endpoint, pool_texts
 from qwen_scope.lab import LANGUAGES, Document, Mixture, default_mixture, documents
 from qwen_scope.model import LoadedModel
 from qwen_scope.posttrain import SynthesisOptions, Target, listed_targets, serving_lab, synthesize
 from qwen_scope.stats import bootstrap
+from qwen_scope.text import Corpus
 
 LAYER, REFERENCE, SEED_TEXTS, BUDGET, WANT, TEST = 5, 2000, 200, 160, 3, 20
 STRENGTHS, CLASSIFIED = (0.95, 0.0), 0.95

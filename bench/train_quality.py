@@ -72,12 +72,12 @@ def arguments() -> argparse.Namespace:
 def make_residuals(folder: Path, args: argparse.Namespace) -> None:
     """Shuffled residuals of the lab's text, the held-out ones from documents that training never sees."""
     from qwen_scope.model import HookPoint, capture, load_model
-    from qwen_scope.train import Documents, TokenRows
+    from qwen_scope.text import Corpus, TokenRows
 
     loaded, point = load_model(args.model, device="cpu"), HookPoint(args.layer)
     found = {}
     for name, wanted, held_out in (("train", args.tokens, False), ("held", HELD_OUT, True)):
-        documents = Documents("lab", hold_out=20, held_out=held_out)
+        documents = Corpus("lab", hold_out=20, held_out=held_out)
         parts, have = [], 0
         for ids in TokenRows(documents, loaded.tokenizer, row=256, rows=16):
             parts.append(capture(loaded.model, ids, [point])[point].flatten(0, 1))

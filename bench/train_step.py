@@ -51,7 +51,7 @@ def dead_mask() -> torch.Tensor:
 
 def ours(x: torch.Tensor, dead: bool) -> tuple[Layer, Way]:
     # No input scale, so that every trainer reads the same numbers.
-    config = TrainConfig(d_sae=D_SAE, k=K, tokens=10**9, batch=TOKENS, scale_input=False, sink_multiple=None)
+    config = TrainConfig(d_sae=D_SAE, k=K, tokens=10**9, batch=TOKENS, scale_input=False)
     layer = start(config, "layers.0", x, Ranks())
 
     def way() -> None:

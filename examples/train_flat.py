@@ -9,28 +9,28 @@ import sys
 import torch
 
 from qwen_scope import load_scope
-from qwen_scope.model import HookPoint, capture
+from qwen_scope.model import HookPoint, capture, measure_counted
 from qwen_scope.sae import Identity, TopK, fingerprint
-from qwen_scope.train import Documents, TokenRows
+from qwen_scope.text import Corpus, TokenRows
 
 steps, layer, d_sae, k, k_aux, lr = int((sys.argv[1:] or ["50"])[0]), 3, 1024, 32, 64, 3e-3
 scope, point = load_scope("lab"), HookPoint(layer)
-rows = iter(TokenRows(Documents("lab"), scope.tokenizer, row=128, rows=16))
+rows = iter(TokenRows(Corpus("lab"), scope.tokenizer, row=128, rows=16))
+counted = measure_counted(scope.model, scope.tokenizer, rows)
 
 
 def next_batch() -> torch.Tensor:
-    x = capture(scope.model, next(rows), [point])[point].flatten(0, 1)
-    return x[x.norm(dim=1) <= 10 * x.norm(dim=1).median()]  # without sinks, at any position
+    h = capture(scope.model, ids := next(rows), [point])[point]
+    return h[counted.keep(h, point, ids)]  # without first and special tokens, and sinks at any position
 
 
 x = next_batch()
 scale = (x.shape[1] / x.square().sum(1).mean()).sqrt()  # mean squared norm = d_model; folded away at the end
-torch.manual_seed(0)
-W_dec = torch.nn.functional.normalize(torch.randn(d_sae, x.shape[1]), dim=1).requires_grad_()
+W_dec = torch.randn(d_sae, x.shape[1], generator=torch.manual_seed(0))
+W_dec = (W_dec / W_dec.norm(dim=1, keepdim=True)).requires_grad_()
 W_enc, b_enc = (W_dec.detach() / 2).requires_grad_(), torch.zeros(d_sae, requires_grad=True)  # real: a fitted factor
 b_dec = (x.mean(0) * scale).requires_grad_()  # the real one takes the geometric median
-optimiser = torch.optim.Adam([W_enc, W_dec, b_enc, b_dec], lr=lr, eps=6.25e-10)
-silent = torch.zeros(d_sae)
+optimiser, silent = torch.optim.Adam([W_enc, W_dec, b_enc, b_dec], lr=lr, eps=6.25e-10), torch.zeros(d_sae)
 for step in range(steps):
     x = next_batch() * scale
     pre = ((x - b_dec) @ W_enc.T + b_enc).relu()

@@ -40,6 +40,7 @@ ROOMS = (
     "scope",
     "stats",
     "steer",
+    "text",
     "train",
 )
 install_import_hook([f"qwen_scope.{room}" for room in ROOMS], "shapes.check")

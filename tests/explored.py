@@ -9,10 +9,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from qwen_scope.corpus import Corpus, extract
+from qwen_scope.corpus import extract
 from qwen_scope.explorer import Desk, launch
 from qwen_scope.model import LoadedModel
 from qwen_scope.scope import Scope
+from qwen_scope.text import Corpus
 
 HOSTILE = "<script>window.hit=1</script><img src=x onerror='window.hit=2'> \"q\" ${1} {{x}} `b` \u202eשלום مرحبا 🙂"
 GERMAN = ["Wo ist der Bahnhof?", "Guten Morgen, wie geht es dir?", "Der Zug kommt um neun.", HOSTILE]

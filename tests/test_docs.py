@@ -18,7 +18,7 @@ from typed import context, typed
 from qwen_scope.cli.examples import EXAMPLES
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 # Examples of help that run for minutes, or until they are stopped.
@@ -35,7 +35,13 @@ def shown(page: Path, *languages: str) -> list[str]:
     return [line for match in found if match[1] in languages for line in typed(match[2])]
 
 
-PYTHON = [pytest.param(code, id=f"{page.name}-{i}") for page in PAGES for i, code in enumerate(blocks(page, "python"))]
+# Blocks that are a file of the package are written and tested by test_guides.py.
+PYTHON = [
+    pytest.param(code, id=f"{page.name}-{i}")
+    for page in PAGES
+    for i, code in enumerate(blocks(page, "python"))
+    if not code.startswith("# src/")
+]
 WITH_COMMANDS = [page for page in PAGES if shown(page, "sh")]
 
 

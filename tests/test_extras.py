@@ -113,6 +113,7 @@ def run_without(*lines: list[str], folder: Path) -> list[tuple[int, str]]:
     return [tuple(json.loads(line)) for line in done.stdout.splitlines()]
 
 
+@pytest.mark.slow
 def test_a_command_without_its_extra_ends_with_the_line_to_type(tmp_path: Path) -> None:
     small = ["--d-sae", "64", "--k", "4", "--tokens", "4096", "-o", "run"]
     asked = {
@@ -131,13 +132,14 @@ def test_a_command_without_its_extra_ends_with_the_line_to_type(tmp_path: Path) 
         assert re.search(rf"-m pip install .*{package}", err), err
 
 
+@pytest.mark.slow
 def test_what_needs_no_extra_runs_without_them(tmp_path: Path) -> None:
     small = ["--sample", "8", "--layers", "5"]
     done = run_without(
         ["extract", "lab", *small, "-o", "a"],
         ["extract", "lab", *small, "--seed", "1", "-o", "b"],
         ["analyze", "redundancy", "a", "b", "--out", "report"],
-        ["synthesize", "lab", "-n", "5", "--store", "a", "-f", "3", "--dry-run", "-o", "more"],
+        ["synthesize", "lab", "--sample", "5", "--store", "a", "-f", "3", "--dry-run", "-o", "more"],
         ["export", "a", "--to", "statistics", "-o", "statistics.csv"],
         folder=tmp_path,
     )

@@ -5,6 +5,8 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import pytest
+
 HEAVY = ("torch", "transformers", "numpy", "scipy", "huggingface_hub", "safetensors", "duckdb", "gradio", "matplotlib")
 
 
@@ -29,11 +31,16 @@ for room in pkgutil.iter_modules(qwen_scope.__path__):
     assert loaded_after(code) == set()
 
 
-def test_help_loads_nothing_heavy() -> None:
-    code = """
+def test_asking_for_the_version_loads_nothing_heavy() -> None:
+    assert loaded_after("import qwen_scope; assert qwen_scope.__version__") == set()
+
+
+@pytest.mark.parametrize("option", ["--help", "--version"])
+def test_help_and_version_load_nothing_heavy(option: str) -> None:
+    code = f"""
 import contextlib, io
 from qwen_scope.cli import main
 with contextlib.redirect_stdout(io.StringIO()):
-    assert main(["--help"]) == 0
+    assert main(["{option}"]) == 0
 """
     assert loaded_after(code) == set()

@@ -13,7 +13,8 @@ SRC = Path(__file__).parents[1] / "src" / "qwen_scope"
 ROWS = [
     ["errors"],
     ["files", "stats", "report", "lab"],
-    ["sae", "model"],
+    ["sae", "text"],
+    ["model"],
     ["steer", "corpus"],
     ["scope"],
     ["features", "analysis", "train"],
@@ -27,7 +28,7 @@ ALLOWED = {room: {other for other in ROW if ROW[other] < ROW[room]} for room in 
 ALLOWED["analysis"] = {"errors", "files", "stats", "report", "corpus"}
 for _room in ALLOWED:
     # The lab is text, read by those who make or measure with it; its bundled weights are data, found by the catalog.
-    if _room not in {"train", "foundry", "posttrain", "explorer", "cli"}:
+    if _room not in {"text", "train", "foundry", "posttrain", "explorer", "cli"}:
         ALLOWED[_room].discard("lab")
 
 MAX_FILE, MAX_FUNCTION, MAX_ROOT_NAMES = 400, 80, 20

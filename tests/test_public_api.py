@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import re
+import tomllib
+from pathlib import Path
+
 import pytest
 
 import qwen_scope
+from qwen_scope.cli import main
 from qwen_scope.cli.app import app
+
+ROOT = Path(__file__).parents[1]
 
 ROOT_NAMES = {
     "FeatureActs",
@@ -52,6 +59,25 @@ def test_the_root_offers_exactly_these_names() -> None:
 @pytest.mark.parametrize("name", sorted(ROOT_NAMES))
 def test_each_name_can_be_had(name: str) -> None:
     assert getattr(qwen_scope, name) is not None
+
+
+def test_the_version_is_the_project_s() -> None:
+    """Python, the command and the changelog name the version that is built."""
+    built = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["version"]
+    assert qwen_scope.__version__ == built
+    changes = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    released = re.findall(r"^## \[(\d+\.\d+\.\d+)\] - \d{4}-\d{2}-\d{2}$", changes, re.MULTILINE)
+    assert not released or released[0] == built
+    assert "## [Unreleased]" in changes
+
+
+def test_the_command_says_the_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"qwen-scope {qwen_scope.__version__}\n"
+
+
+def test_types_are_offered_to_checkers() -> None:
+    assert (Path(qwen_scope.__file__).parent / "py.typed").is_file()
 
 
 def test_the_commands_are_these() -> None:

@@ -10,6 +10,7 @@ import tiny
 
 from qwen_scope.analysis import Rule
 from qwen_scope.cli import main
+from qwen_scope.text import CorpusOptions
 
 WHERE = ["--model", str(tiny.folder() / "model"), "--sae", str(tiny.folder() / "sae"), "--device", "cpu"]
 
@@ -67,7 +68,10 @@ def test_predictions_equal_the_rule_on_a_store(folder: Path, capsys) -> None:
     def bar(*_: object) -> None:
         pass
 
-    read = [read_documents(scope, folder / name, [0, 2], "text", "line", bar) for name in ("east.jsonl", "west.jsonl")]
+    read = [
+        read_documents(scope, str(folder / name), [0, 2], CorpusOptions(unit="line"), bar)
+        for name in ("east.jsonl", "west.jsonl")
+    ]
     seeds, _ = labelled(read, [0, 2])
     rule = fit_rule(seeds, several=2)
     data = seeds.layers[0]

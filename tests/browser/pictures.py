@@ -18,11 +18,12 @@ from PIL import Image
 from playwright.sync_api import Page, expect, sync_playwright
 
 from qwen_scope import load_scope
-from qwen_scope.corpus import Corpus, extract
+from qwen_scope.corpus import extract
 from qwen_scope.explorer import Desk
 from qwen_scope.lab import documents
 from qwen_scope.model import LoadedModel
 from qwen_scope.scope import Scope
+from qwen_scope.text import Corpus
 
 OUT = Path(__file__).parents[2] / "docs" / "explorer"
 LANGUAGES = ("de", "fr", "ja", "en")

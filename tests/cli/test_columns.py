@@ -11,8 +11,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from qwen_scope.cli import main
-from qwen_scope.corpus import Corpus
 from qwen_scope.errors import InputError
+from qwen_scope.text import Corpus
 
 ROWS = [
     {"id": "a7", "question": "What is 2 + 2?", "answer": "4"},
@@ -38,14 +38,11 @@ def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (["extract", "g.parquet", "-o", "store"], "--column question"),
         (["find", "--positive", "g.jsonl", "--negative", "g.csv"], "--column question"),
         (["classify", "fit", "g.jsonl", "g.csv"], "--column question"),
-        (["train", "g.jsonl", "-o", "run", "--d-sae=64", "--k=4", "--tokens=4096"], "--field question"),
+        (["train", "g.jsonl", "-o", "run", "--d-sae=64", "--k=4", "--tokens=4096"], "--column question"),
         (["posttrain", "prepare", "g.jsonl", "--target", "de", "-o", "t.json"], "--column question"),
         (["posttrain", "sft", "g.jsonl", "--method", "plain", "-o", "out"], "--column question"),
-        (["posttrain", "repetition", "g.jsonl", "-o", "r.json"], "--prompt-column question"),
-        (
-            ["posttrain", "rl", "g.jsonl", "--method", "vanilla", "--reward", "language", "-o", "o"],
-            "--prompt-column question",
-        ),
+        (["posttrain", "repetition", "g.jsonl", "-o", "r.json"], "--column question"),
+        (["posttrain", "rl", "g.jsonl", "--method", "vanilla", "--reward", "language", "-o", "o"], "--column question"),
         (["posttrain", "eval", "g.jsonl", "--script", "CJK"], "--prompt-column question"),
     ],
     ids=lambda x: " ".join(x[:3]) if isinstance(x, list) else None,

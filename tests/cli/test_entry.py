@@ -129,6 +129,7 @@ def command(script: str, **options: object) -> subprocess.Popen[bytes]:
 RUN = "import sys; from qwen_scope.cli import main; sys.exit(main())"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("number", "code", "said"),
     [("SIGINT", 130, b"qwen-scope: interrupted\n"), ("SIGHUP", 129, b""), ("SIGTERM", 143, b"")],

@@ -87,6 +87,7 @@ def test_every_command_with_a_model_says_whose_it_is() -> None:
             assert names & {"say_whose", "open_scope", "scope_of"}, path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "words", [["features", "The weather"], ["compare", "a", "b"], ["eval", "OWN", "--tokens", "600"]]
 )
@@ -165,6 +166,7 @@ def test_the_command_line_says_options_and_python_says_parameters(tmp_path: Path
     assert main(["features", "word " * 200, *where, "--truncate"]) == 0
 
 
+@pytest.mark.slow
 def test_no_message_names_a_parameter_in_a_way_that_is_not_translated() -> None:
     """Every `name=` in a sentence that is raised has a form that `in_options` knows, or a value that is no setting."""
     flags = {

@@ -50,14 +50,19 @@ def test_a_manifest_that_is_none_where_a_store_would_go_on(
     assert "manifest.json" in sentence(words, capsys)
 
 
-@pytest.mark.parametrize("name", ["p.jsonl", "p.csv", "p.tsv", "p.parquet", "p.json", "p.ndjson", "p.jsonl.gz"])
-def test_rows_are_no_prompts(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [("p.json", "row per line"), ("p.csv", "no text"), ("p.tsv", "no text"), ("p.jsonl", "no text")],
+)
+def test_rows_without_a_text_are_no_prompts(
+    name: str, says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     rows, texts = tmp_path / name, tmp_path / "p.txt"
-    rows.write_text('{"text": "hi"}\n')
+    rows.write_text('{"prose": "hi"}\n')
     texts.write_text("hi\n")
     sweep = ["--layer", "5", "--feature", "1", "--regex", "a", "--model", "lab"]
-    assert "one per line into a .txt" in sentence(["sweep", str(rows), *sweep], capsys)
-    assert "one per line into a .txt" in sentence(["sweep", str(texts), *sweep, "--reference", str(rows)], capsys)
+    assert says in sentence(["sweep", str(rows), *sweep], capsys)
+    assert says in sentence(["sweep", str(texts), *sweep, "--reference", str(rows)], capsys)
     sides = dict.fromkeys(("positive", "negative", "unrelated"), texts) | {"negative": rows}
     words = [word for side, path in sides.items() for word in (f"--{side}", str(path))]
     assert name in sentence(["validate", str(texts), *sweep, *words], capsys)

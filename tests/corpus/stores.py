@@ -9,10 +9,11 @@ from pathlib import Path
 import numpy as np
 import tiny
 
-from qwen_scope.corpus import Corpus, ExtractOptions, FeatureStore, extract
+from qwen_scope.corpus import ExtractOptions, FeatureStore, extract
 from qwen_scope.model import LoadedModel
 from qwen_scope.sae import SAE
 from qwen_scope.scope import Scope, load_scope
+from qwen_scope.text import Corpus
 
 LAYERS = (0, 2)
 TEXTS = [text * n for n in (1, 3, 2) for text in tiny.TEXTS] + ["hello hello hello", "x"]

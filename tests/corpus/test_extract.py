@@ -18,11 +18,12 @@ import stores
 import tiny
 import torch
 
-from qwen_scope.corpus import Corpus, ExtractOptions, FeatureStore, batches, extract, turns
+from qwen_scope.corpus import ExtractOptions, FeatureStore, batches, extract, turns
 from qwen_scope.corpus import Progress as ProgressOf
 from qwen_scope.errors import InputError, MismatchError
 from qwen_scope.model import HookPoint, capture
 from qwen_scope.sae import TopK
+from qwen_scope.text import Corpus
 
 # Everything at once: pieces, windows that end inside a document, masks, pooled residuals.
 HARD = {"row_tokens": 7, "window_tokens": 30, "pool": ("mean", "last"), "sink_multiple": 1.3, "skip_special": True}
@@ -45,6 +46,7 @@ def test_the_store_equals_the_scope_on_every_token(tmp_path, layer) -> None:
         np.testing.assert_array_equal(found, seen.of(i, layer).to_dense().numpy())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layer", stores.LAYERS)
 def test_pieces_and_windows_do_not_change_what_is_found(tmp_path, layer) -> None:
     for window in (1, 33, 10**6):
@@ -54,6 +56,7 @@ def test_pieces_and_windows_do_not_change_what_is_found(tmp_path, layer) -> None
                 assert ((found > 0) == (expected > 0)).mean() > 0.999
 
 
+@pytest.mark.slow
 def test_masks_leave_tokens_out_and_say_which(tmp_path) -> None:
     plain, masked = stores.make(tmp_path / "a"), stores.make(tmp_path / "b", sink_multiple=1.3, skip_special=True)
     special = set(stores.scope().tokenizer.all_special_ids)
@@ -252,6 +255,7 @@ def test_what_does_not_belong_together_is_refused(tmp_path) -> None:
     assert isinstance(run({0: sae}), FeatureStore)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", [{"hold_bytes": 1}, {"sae_device": "cpu"}, {"sae_device": "cpu", "hold_bytes": 1}])
 @pytest.mark.parametrize("overlapped", [False, True])
 def test_turns_and_overlap_change_nothing(tmp_path, monkeypatch, how, overlapped) -> None:

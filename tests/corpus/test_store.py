@@ -12,10 +12,11 @@ import stores
 import tiny
 import torch
 
-from qwen_scope.corpus import Corpus, ExtractOptions, FeatureStore, Manifest, extract
+from qwen_scope.corpus import ExtractOptions, FeatureStore, Manifest, extract
 from qwen_scope.corpus.firing import firing_query
 from qwen_scope.errors import InputError, MismatchError, NotFoundError
 from qwen_scope.sae import Identity
+from qwen_scope.text import Corpus
 
 
 @pytest.fixture(scope="module")

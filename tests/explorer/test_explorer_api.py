@@ -135,6 +135,7 @@ def resident_bytes() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
+@pytest.mark.slow
 def test_bursts_are_answered_in_order_without_growth(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
     own = Desk(desk.scope, limits=Limits(remembered_bytes=100_000))
     done, seen = [], own.seen
@@ -249,6 +250,7 @@ def test_uploads_of_another_type_are_refused_with_a_sentence(url: str, kind: str
     assert "/" not in told.split("Invalid file type", 1)[1].split('"')[0]
 
 
+@pytest.mark.slow
 def test_with_a_password_nobody_else_enters(desk: Desk) -> None:
     with served(desk, auth=[("ada", "secret")]) as url:
         with pytest.raises((AuthenticationError, ValueError)):

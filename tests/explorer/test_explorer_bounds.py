@@ -283,6 +283,7 @@ def test_large_recipes_of_one_visitor_delay_no_other(
     work.result()
 
 
+@pytest.mark.slow
 def test_answers_and_errors_name_no_folder(desk: Desk, stores: dict[str, Path], tmp_path: Path, url: str) -> None:
     with desk.store("german") as store:
         good = Interval(0.9, 0.8, 1.0, 20)
@@ -326,6 +327,7 @@ def test_paths_are_cut_to_their_last_part(text: str, shown: str) -> None:
     assert discreet(text, {"/srv/a b/store": "store"}) == shown
 
 
+@pytest.mark.slow
 def test_an_unforeseen_error_is_one_sentence_too(desk: Desk, monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
     own = Desk(desk.scope)
 
@@ -341,6 +343,7 @@ def test_an_unforeseen_error_is_one_sentence_too(desk: Desk, monkeypatch: pytest
     assert "CUDA is out of memory" in capfd.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layers", [[0], [5], [1, 4], [0, 2, 3, 5]])
 def test_groups_with_one_layer_or_scattered_layers_have_a_page(tmp_path: Path, layers: list[int]) -> None:
     source = Path(model_source("lab")).parent / "sae"

@@ -186,6 +186,7 @@ def test_visitors_take_turns() -> None:
     assert [one.name for one in turns] == ["last"]
 
 
+@pytest.mark.slow
 def test_a_served_page_keeps_the_gate(desk: Desk) -> None:
     with (
         served(desk, auth=[("ada", "secret")], allow_hosts=["scope.example.org"]) as url,
@@ -237,6 +238,7 @@ def test_nobody_goes_past_the_queue(url: str) -> None:
         assert answer.status_code == 404
 
 
+@pytest.mark.slow
 def test_a_crowd_of_one_address_is_told_to_wait(desk: Desk) -> None:
     own = Desk(desk.scope, limits=Limits(waiting=4))
     go_on, seen = threading.Event(), own.seen

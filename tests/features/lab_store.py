@@ -8,10 +8,11 @@ import tempfile
 from pathlib import Path
 
 from qwen_scope import load_scope
-from qwen_scope.corpus import Corpus, extract
+from qwen_scope.corpus import extract
 from qwen_scope.lab import documents
 from qwen_scope.model import LoadedModel
 from qwen_scope.scope import Scope
+from qwen_scope.text import Corpus
 
 LAYER, OTHER = 5, 2
 

@@ -113,6 +113,7 @@ def test_figures_come_from_documents_that_chose_nothing() -> None:
     assert abs(np.mean(held) - 0.5) < 0.12
 
 
+@pytest.mark.slow
 def test_shuffled_labels_report_nothing(store: FeatureStore) -> None:
     pooled = pool_store(store, range(48))
     quiet = 0
@@ -196,6 +197,7 @@ def test_the_interval_of_the_language_score_is_that_of_documents() -> None:
     assert one.score != language_features(groups, n=1, seed=1)[0].score
 
 
+@pytest.mark.slow
 def test_repeats_compare_the_same_token(store: FeatureStore, scope: Scope) -> None:
     rows = store.where(("kind", "repetition", True)).tolist()
     stored = repeats_in_store(store, [LAYER], documents=rows)[LAYER]
@@ -251,6 +253,7 @@ def test_metadata_choose_documents(store: FeatureStore) -> None:
         store.where(("langage", "de", True))
 
 
+@pytest.mark.slow
 def test_the_command_finds_in_a_store_and_in_files(folder: Path, tmp_path: Path, capsys) -> None:
     layers = ["--layers", str(LAYER)]
     assert main(["find", str(folder), "--positive", "language=de", *layers, "-n", "2", "--json"]) == 0

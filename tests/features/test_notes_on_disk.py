@@ -107,6 +107,7 @@ def test_one_label_run_at_a_time_but_a_note_goes_beside_it(store: FeatureStore, 
     assert len(Notes(store)) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("to", "more"), [("delphi", ["--context", "64"]), ("neuronpedia", ["--model-id", "x", "--layers", str(LAYER)])]
 )

@@ -45,6 +45,7 @@ def planted(scope, layer: int = 0) -> TopK:
     return TopK(W_enc, W_dec, b_enc, sae.b_dec, sae.k, sae.hook_point, sae.identity)
 
 
+@pytest.mark.slow
 def test_both_ways_do_the_same_to_the_concept(scope) -> None:
     saes = {0: planted(scope)}
     found = selectivity(scope, [Intervention.add(layer=0, feature=0, amount=1.0)], EXAMPLES, saes=saes)

@@ -19,7 +19,7 @@ from safetensors.numpy import load_file
 
 from qwen_scope import FeatureStore
 from qwen_scope.cli import main
-from qwen_scope.corpus import Corpus, ExtractOptions, extract
+from qwen_scope.corpus import ExtractOptions, extract
 from qwen_scope.errors import InputError, MismatchError, NotFoundError
 from qwen_scope.features import (
     Creator,
@@ -39,6 +39,7 @@ from qwen_scope.features import (
 )
 from qwen_scope.model import LoadedModel, final_norm, unembedding
 from qwen_scope.report import html_tokens, shaded
+from qwen_scope.text import Corpus
 
 HOSTILE = [
     "<script>alert(1)</script> <img src=x onerror=alert(2)> {{7*7}} ${x} `id`",
@@ -151,6 +152,7 @@ class Elements(HTMLParser):
         self.text += data
 
 
+@pytest.mark.slow
 def test_hostile_documents_are_shown_inertly(tmp_path: Path, capsys) -> None:
     """HTML, scripts, control and direction characters, half a surrogate, invalid UTF-8, a long line."""
     source = tmp_path / "bad.txt"
@@ -197,6 +199,7 @@ def test_a_token_of_ten_megabytes_is_cut() -> None:
     assert "<b>" not in html
 
 
+@pytest.mark.slow
 def test_the_command_writes_terminal_json_and_html(folder: Path, tmp_path: Path, capsys, store: FeatureStore) -> None:
     words = ["show", str(folder), "--layer", str(LAYER), "-f", str(busiest(store)), "-n", "2"]
     assert main(words) == 0
@@ -313,6 +316,7 @@ def test_delphi_gets_its_layout(store: FeatureStore, tmp_path: Path) -> None:
         export_delphi(store, tmp_path / "other", context=10**7)
 
 
+@pytest.mark.slow
 def test_the_export_command(folder: Path, tmp_path: Path, capsys) -> None:
     base = ["export", str(folder), "--to"]
     assert main([*base, "statistics", "-o", str(tmp_path / "s.csv")]) == 0

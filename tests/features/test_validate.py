@@ -206,6 +206,7 @@ def run(scope, **options):
     return validate(scope, knob, target, prompts, examples, **options)
 
 
+@pytest.mark.slow
 def test_a_verdict_has_every_arm_and_is_reproducible(scope) -> None:
     found = run(scope)
     names = [arm.name for arm in found.arms]
@@ -277,6 +278,7 @@ def test_a_prompt_that_says_it_all_is_no_knob(scope) -> None:
     assert found.evidence.gain.estimate == 0
 
 
+@pytest.mark.slow
 def test_the_command(capsys, tmp_path) -> None:
     from qwen_scope.cli import main
 

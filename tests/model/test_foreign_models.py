@@ -9,10 +9,13 @@ from typing import Any
 
 import pytest
 import tiny
+import torch
+from safetensors.torch import load_file, save_file
 
 from qwen_scope.cli import main
 from qwen_scope.errors import InputError, QwenScopeError
-from qwen_scope.model import load_model, tokenize
+from qwen_scope.model import load_model
+from qwen_scope.text import tokenize
 
 
 @pytest.fixture
@@ -46,6 +49,8 @@ def refused(folder: Path, said: str = "") -> str:
         {"quant_method": "hqq", "quant_config": {}, "skip_modules": []},
         {"quant_method": "eetq"},
         {"group_size": 64, "bits": 4},  # MLX names no method
+        {"quant_method": "of-tomorrow", "bits": 3},
+        {"quant_method": ["gptq"]},
     ],
     ids=lambda q: str(q.get("quant_method", "none")),
 )
@@ -54,6 +59,15 @@ def test_quantised_weights_without_their_package(folder: Path, quantised: dict[s
     message = refused(folder)
     assert "quantised" in message
     assert "original precision" in message
+
+
+@pytest.mark.parametrize("name", ["mlp.up_proj.weight_scale_inv", "self_attn.q_proj.scales", "mlp.up_proj.absmax"])
+def test_scales_that_would_be_ignored(folder: Path, name: str) -> None:
+    """A checkpoint in FP8 whose config.json does not say so: its weights would be read without their scales."""
+    path = next(folder.glob("*.safetensors"))
+    tensors = load_file(path) | {f"model.layers.0.{name}": torch.ones(1, 1)}
+    save_file(tensors, path, {"format": "pt"})
+    assert "would be ignored" in refused(folder, "come with scales")
 
 
 @pytest.mark.parametrize(

@@ -89,6 +89,7 @@ def test_the_published_scale_is_that_of_the_published_code(cut: str, wanted, tmp
         assert extra.item() > 0.6 * len(passes) * wanted[1]
 
 
+@pytest.mark.slow
 def test_the_scales_differ_by_the_number_of_passes_of_equal_length(tmp_path) -> None:
     """The published batching, 32 passes of one sample each, is 31 to 32 times the mean of the step."""
     rows = [small.ROWS[0]] * 32
@@ -103,6 +104,7 @@ def test_the_scales_differ_by_the_number_of_passes_of_equal_length(tmp_path) -> 
     assert found["published"] / found["mean"] == pytest.approx(32 * (n + 1 / 32) / (n + 1), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_the_penalty_has_both_scales(tmp_path) -> None:
     policy, _ = small.model()
     found = {}
@@ -126,6 +128,7 @@ def test_a_scale_that_does_not_exist(tmp_path) -> None:
         SFTRun("lab", tmp_path, lambda_scale="Published")
 
 
+@pytest.mark.slow
 def test_variants_equal_the_restatement(tmp_path) -> None:
     """A threshold of zero, and enhancement, which acts on the target's samples alone."""
     for variant in ({"zero": True}, {"enhance": True}):

@@ -73,6 +73,7 @@ def copy_of(whole: Path, out: Path) -> Path:
     return out
 
 
+@pytest.mark.slow
 def test_a_run_that_goes_on_reports_what_an_unbroken_one_does(whole: Path, tmp_path: Path) -> None:
     """From the checkpoint of step 4, in the middle of what one line of the log is the mean of."""
     out = copy_of(whole, tmp_path / "run")
@@ -82,12 +83,14 @@ def test_a_run_that_goes_on_reports_what_an_unbroken_one_does(whole: Path, tmp_p
     assert [line["step"] for line in lines(out / "log.jsonl")] == [3, 6, 6, 6]
 
 
+@pytest.mark.slow
 def test_so_does_one_that_had_only_to_write_its_result(whole: Path, tmp_path: Path) -> None:
     out = copy_of(whole, tmp_path / "run")
     train(out, **FEATURES, resume=True)
     same_as(whole, out)
 
 
+@pytest.mark.slow
 def test_means_that_wait_for_the_last_line_are_in_it(tmp_path: Path) -> None:
     """No line of the log before the end: what all steps gave is told there, also by a run with no step left to do."""
     train(tmp_path / "whole", **FEATURES, log_every=10)
@@ -213,7 +216,7 @@ def test_a_second_writer_is_refused_and_the_first_unharmed(tmp_path: Path) -> No
         with pytest.raises(InputError, match=r"another process .*is writing to"):
             train(out, **FEATURES)
         assert sorted(path.name for path in out.iterdir()) == before
-        words = ["posttrain", "sft", "lab", "-n", "20", "-o", str(out), "--method", "plain"]
+        words = ["posttrain", "sft", "lab", "--sample", "20", "-o", str(out), "--method", "plain"]
         assert main(words) == 2
 
 
@@ -237,6 +240,7 @@ def test_torn_journals_are_mended(whole: Path, tmp_path: Path) -> None:
     same_as(whole, out)
 
 
+@pytest.mark.slow
 def test_a_monitor_holds_its_folder_while_a_model_is_trained(tmp_path: Path) -> None:
     from test_monitor import make, run
 

@@ -104,6 +104,7 @@ def test_more_is_a_test_of_two_proportions() -> None:
     assert more(np.zeros(10), np.zeros(10)) == 0.0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("asked", [None, ASKED])
 def test_a_run_is_watched_and_left_as_it_is(tmp_path, asked) -> None:
     monitor = make(tmp_path, watch=WATCH, labels=LABELS, asked=asked, every=2, alarm=0.01, drift_alarm=0.5)
@@ -258,6 +259,7 @@ def test_the_many_answers_of_the_start_do_not_put_off_what_follows(tmp_path) -> 
     assert due[1] == pytest.approx(first + 5 / 0.02, abs=1.0)
 
 
+@pytest.mark.slow
 def test_a_run_that_goes_on_keeps_its_step_0(tmp_path) -> None:
     watched = {"watch": WATCH, "labels": LABELS, "asked": ASKED, "every": 1}
     monitor = make(tmp_path, **watched)

@@ -232,6 +232,7 @@ def run(capsys, *words: object) -> dict:
     return json.loads(capsys.readouterr().out)
 
 
+@pytest.mark.slow
 def test_prepare_by_effect_at_a_quantile(corpus, tmp_path, capsys) -> None:
     words = ("prepare", corpus / "texts.jsonl", "--target", "loud", "--model", tiny.folder() / "model")
     words += ("--sae", tiny.folder() / "sae", "--onsets", corpus / "chats.jsonl", "--script", "cjk")
@@ -292,6 +293,7 @@ def test_an_interrupted_run_goes_on(corpus, tmp_path, capsys) -> None:
     assert weights[0] == weights[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "says"),
     [
@@ -306,9 +308,12 @@ def test_an_interrupted_run_goes_on(corpus, tmp_path, capsys) -> None:
             ["sft", "lab", "-o", "out", "--method", "plain", "--resume", "--save-every", "5"],
             "no checkpoint to go on from",
         ),
-        (["sft", "lab", "-o", "file/out", "--method", "plain", "-n", "20"], "can't be written: Not a directory"),
-        (["sft", "lab", "-o", "out", "--method", "plain", "-n", "20", "--monitor", "one.txt"], "at least two texts"),
-        (["sft", "lab", "-o", "out", "--method", "plain", "-n", "20", "--monitor", "no.txt"], "no.txt"),
+        (["sft", "lab", "-o", "file/out", "--method", "plain", "--sample", "20"], "can't be written: Not a directory"),
+        (
+            ["sft", "lab", "-o", "out", "--method", "plain", "--sample", "20", "--monitor", "one.txt"],
+            "at least two texts",
+        ),
+        (["sft", "lab", "-o", "out", "--method", "plain", "--sample", "20", "--monitor", "no.txt"], "no.txt"),
         (
             [
                 "sft",
@@ -317,7 +322,7 @@ def test_an_interrupted_run_goes_on(corpus, tmp_path, capsys) -> None:
                 "out",
                 "--method",
                 "plain",
-                "-n",
+                "--sample",
                 "20",
                 "--monitor",
                 "lab",
@@ -327,7 +332,7 @@ def test_an_interrupted_run_goes_on(corpus, tmp_path, capsys) -> None:
             "goes with --monitor and --table",
         ),
         (["prepare", "lab", "--target", "zh", "-o", "t.json", "--onsets", "lab"], "ranking by effect needs both"),
-        (["prepare", "lab", "--target", "tlh", "-o", "t.json", "-n", "30"], "no text belongs to the target"),
+        (["prepare", "lab", "--target", "tlh", "-o", "t.json", "--sample", "30"], "no text belongs to the target"),
     ],
 )
 def test_bad_input_ends_with_one_sentence(words, says, capsys, tmp_path, monkeypatch) -> None:

@@ -70,6 +70,7 @@ def test_features_are_ranked_by_what_makes_a_turn_begin(scope) -> None:
     assert [one.effect for one in found] == pytest.approx(effects[order].tolist(), rel=1e-3)
 
 
+@pytest.mark.slow
 def test_the_first_amount_that_makes_half_loop_is_taken(scope) -> None:
     looping = loops_in(scope, ["yes " + "no no? " * 5, "a b " * 8], Detector(8, 4, 8))
     drivers = beginning(scope, looping, scope.layers, 3)
@@ -90,6 +91,7 @@ def test_the_first_amount_that_makes_half_loop_is_taken(scope) -> None:
         assert one.amount * length == pytest.approx(amount * scope.sizes[one.layer].norm_median, rel=1e-3)
 
 
+@pytest.mark.slow
 def test_a_recipe_holds_its_own_figures(scope) -> None:
     recipe = repetition_recipe(scope, PROMPTS, features=3, amount=0.3, sampling=COLD, looping=["no no? " * 5] * 5)
     effect = recipe.effect

@@ -125,6 +125,7 @@ def hooks(model: Any) -> int:
     return sum(len(part._forward_hooks) + len(part._forward_pre_hooks) for part in model.modules())
 
 
+@pytest.mark.slow
 def test_old_probabilities_are_the_unsteered_policys(tmp_path, recipe, monkeypatch) -> None:
     """With two updates per answer TRL keeps the old log-probabilities; they equal a forward pass without any hook."""
     kept: list[dict[str, Any]] = []

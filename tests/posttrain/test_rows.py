@@ -12,12 +12,12 @@ import pytest
 import tiny
 
 from qwen_scope.cli import main
-from qwen_scope.cli.posttrain import read_prompts
-from qwen_scope.cli.posttrain_data import probe_texts, read_rows
-from qwen_scope.corpus import Corpus
+from qwen_scope.cli.posttrain_data import probe_texts, read_prompts, read_rows
+from qwen_scope.cli.posttrain_rl import PROMPTS
 from qwen_scope.errors import InputError, QwenScopeWarning
 from qwen_scope.model import load_model
-from qwen_scope.posttrain import SFTRun, SynthesisOptions, held_out_loss, only_text, read_samples, run_sft, usable
+from qwen_scope.posttrain import SFTRun, SynthesisOptions, held_out_loss, read_samples, run_sft
+from qwen_scope.text import Corpus, only_text, usable
 
 GOOD = {"prompt": "hello ", "completion": "The weather is fine.", "group": "en"}
 BAD = {
@@ -89,13 +89,13 @@ def test_so_they_are_under_the_auxiliary_loss(tmp_path: Path) -> None:
 def test_prompts_that_can_not_be_used(tmp_path: Path, bad: str) -> None:
     path = written(tmp_path / "rows.jsonl", [{"prompt": "a", "answer": 3}, bad, {"prompt": "b", "answer": "x"}])
     with pytest.warns(QwenScopeWarning, match="1 of 3 rows"):
-        assert read_rows(str(path), "prompt", "answer", 10, 0) == [
+        assert read_rows(str(path), PROMPTS, "answer", 10, "lab") == [
             {"prompt": "a", "answer": "3"}, {"prompt": "b", "answer": "x"},
         ]  # fmt: skip
     with pytest.warns(QwenScopeWarning, match="1 of 3 rows"):
-        assert read_prompts(str(path), "prompt", "group", None, None, 0) == ["a", "b"]
+        assert read_prompts(str(path), PROMPTS, "group", None, None, "lab") == ["a", "b"]
     with pytest.raises(InputError, match="has 0 prompts"):
-        read_rows(str(written(tmp_path / "bad.jsonl", [bad])), "prompt", None, 10, 0)
+        read_rows(str(written(tmp_path / "bad.jsonl", [bad])), PROMPTS, None, 10, "lab")
 
 
 def test_answers_that_are_missing(tmp_path: Path) -> None:
@@ -106,10 +106,10 @@ def test_answers_that_are_missing(tmp_path: Path) -> None:
         {"prompt": "d", "answer": 0},
     ]
     with pytest.warns(QwenScopeWarning, match="2 without the column 'answer'"):
-        found = read_rows(str(written(tmp_path / "rows.jsonl", rows)), "prompt", "answer", 10, 0)
+        found = read_rows(str(written(tmp_path / "rows.jsonl", rows)), PROMPTS, "answer", 10, "lab")
     assert [row["answer"] for row in found] == ["1", "0"]
     with pytest.raises(InputError, match="name it with --answer-column"):
-        read_rows(str(tmp_path / "rows.jsonl"), "prompt", "result", 10, 0)
+        read_rows(str(tmp_path / "rows.jsonl"), PROMPTS, "result", 10, "lab")
 
 
 def test_the_loss_on_held_out_rows_that_begin_with_one_that_is_too_long() -> None:
@@ -140,11 +140,12 @@ def test_a_row_that_is_not_asked_for_is_no_problem() -> None:
 def test_every_row_unusable_is_one_sentence(tmp_path: Path, capsys, command: str) -> None:
     path = written(tmp_path / "rows.jsonl", ["{no json", "{}", '{"prompt": 3}'])
     more = {"prepare": ["--target", "zh"], "sft": ["--method", "plain"], "rl": ["--method", "vanilla"]}[command]
-    assert main(["posttrain", command, str(path), "-o", str(tmp_path / "out"), *more]) == 2
+    out = tmp_path / ("out.json" if command == "prepare" else "out")
+    assert main(["posttrain", command, str(path), "-o", str(out), *more]) == 2
     said = capsys.readouterr().err.strip().split("\n")
     assert "rows.jsonl" in said[-1]
     assert "bad JSON" in said[-1]
-    assert not (tmp_path / "out").exists()
+    assert not out.exists()
 
 
 @pytest.mark.parametrize(

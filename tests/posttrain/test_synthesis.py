@@ -101,6 +101,7 @@ def test_what_is_kept_fires_and_says_where_it_comes_from(clean: Path) -> None:
     assert set(json.loads((clean / "run.json").read_text())) >= {"request", "versions", "budget"}
 
 
+@pytest.mark.slow
 def test_failures_of_the_server_change_nothing(clean: Path, tmp_path: Path) -> None:
     ways = ("timeout", "429", "500", "cut-off JSON", "cut-off connection", "500", "429", "cut-off JSON")
     with lab.failing(*ways) as server:
@@ -147,7 +148,7 @@ def test_a_stopped_run_goes_on_to_the_same_result(clean: Path, tmp_path: Path) -
 
 def test_the_command_is_interrupted_at_a_slow_server_and_goes_on(tmp_path: Path, capsys, monkeypatch) -> None:
     features = ",".join(str(t.feature) for t in lab.targets()[:3])
-    words = ["synthesize", "lab", "-n", "4", "--store", str(lab.folder()), "--strength", "0.9", "--device", "cpu"]
+    words = ["synthesize", "lab", "--sample", "4", "--store", str(lab.folder()), "--strength", "0.9", "--device", "cpu"]
     words += ["-f", features, "--budget", "6", "--json", "-o"]
     monkeypatch.setenv("OPENAI_MODEL", "lab")
     struck = []
@@ -388,7 +389,7 @@ def test_the_command_writes_prices_and_refuses(tmp_path: Path, capsys, monkeypat
     for name in ("OPENAI_BASE_URL", "OPENAI_MODEL", "OPENAI_API_KEY"):
         monkeypatch.delenv(name, raising=False)
     features = ",".join(str(t.feature) for t in lab.targets()[:3])
-    base = ["synthesize", "lab", "-n", "4", "--store", str(lab.folder()), "--strength", "0.9", "--device", "cpu"]
+    base = ["synthesize", "lab", "--sample", "4", "--store", str(lab.folder()), "--strength", "0.9", "--device", "cpu"]
     made = [*base, "-o", str(tmp_path / "out"), "-f", features, "--budget", "6"]
     assert main([*made, "--writer", "lab", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)

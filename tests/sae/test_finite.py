@@ -150,8 +150,8 @@ def test_fingerprints_of_both_kinds_are_those_of_what_is_stored(tmp_path: Path) 
         save_sae(sae, tmp_path / kind)
         back = load_sae(tmp_path / kind)
         tensors = {n: getattr(back, n) for n in ("W_enc", "W_dec", "b_enc", "b_dec")}
-        extra = {"threshold": back.threshold} if kind == "jumprelu" else {}  # pyright: ignore[reportAttributeAccessIssue]
-        assert back.identity.fingerprint == fingerprint(**tensors, **extra)
+        assert set(back.own_tensors()) == ({"threshold"} if kind == "jumprelu" else set())
+        assert back.identity.fingerprint == fingerprint(**tensors, **back.own_tensors())
 
 
 @pytest.mark.parametrize("k", [0, -1, 65, 10**9])

@@ -15,7 +15,7 @@ from qwen_scope.sae import LAYOUTS, SAE, compare_saes, layers_of, load_sae, save
 
 FOLDED = {("sparsify", "topk"), ("dictionary_learning", "topk")}
 KINDS = ("topk", "jumprelu")
-CASES = [(layout, kind) for layout in LAYOUTS for kind in KINDS if (layout, kind) != ("sparsify", "jumprelu")]
+CASES = [(layout, kind) for layout in LAYOUTS for kind in KINDS if kind in (LAYOUTS[layout].kinds or KINDS)]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)

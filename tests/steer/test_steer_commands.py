@@ -140,13 +140,16 @@ BAD = [
     (["steer", "x", "--recipe", "/nowhere.yaml"], "no recipe"),
     (["steer", "", "--layer", "0", "--feature", "1", "--op", "ablate"], "is empty"),
     (["steer", "x", "--layer", "0", "--feature", "1", "--op", "ablate", "--temperature", "1"], "no effect on greedy"),
-    (["sweep", "/nowhere.txt", "--layer", "0", "--feature", "1", "--regex", "a"], "can't be read"),
+    (["sweep", "/nowhere.txt", "--layer", "0", "--feature", "1", "--regex", "a"], "no file, folder or dataset"),
     (["sweep", "PROMPTS", "--layer", "0", "--feature", "1"], "name one target"),
     (["sweep", "PROMPTS", "--layer", "0", "--feature", "1", "--regex", "("], "not a regular expression"),
     (["sweep", "PROMPTS", "--layer", "0", "--feature", "1", "--regex", "a", "--amounts", "a"], "--amounts are"),
     (["sweep", "PROMPTS", "--layer", "0", "--feature", "1", "--target-feature", "2"], "LAYER:FEATURE"),
     (["sweep", "PROMPTS", "--layer", "0", "--feature", "1", "--rule", "/nowhere.json"], "no file"),
-    (["sweep", "PROMPTS", "--layer", "0", "--feature", "1", "--regex", "a", "--reference", "/no.txt"], "can't be read"),
+    (
+        ["sweep", "PROMPTS", "--layer", "0", "--feature", "1", "--regex", "a", "--reference", "/no.txt"],
+        "no file, folder or dataset",
+    ),
     (["sweep", "PROMPTS", "--layer", "0", "--feature", "1", "--regex", "a", "--tolerance", "-1"], "budget"),
 ]
 

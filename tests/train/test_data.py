@@ -15,7 +15,8 @@ import torch
 from qwen_scope.cli import main
 from qwen_scope.errors import FormatError, InputError, NotFoundError, QwenScopeWarning
 from qwen_scope.model import HookPoint, capture
-from qwen_scope.train import Documents, ResidualBuffer, ResidualTable, TokenRows, TrainConfig, train
+from qwen_scope.text import Corpus, Counted, TokenRows
+from qwen_scope.train import ResidualBuffer, ResidualTable, TrainConfig, train
 
 from .conftest import sentences
 
@@ -23,7 +24,7 @@ POINTS = [HookPoint(0), HookPoint(2)]
 
 
 def once(source, **options) -> list:
-    return list(Documents(source, repeat=False, **options))
+    return [document.text for document in Corpus(source, **options)]
 
 
 def test_every_kind_of_file_gives_the_same_documents(tmp_path: Path) -> None:
@@ -43,8 +44,8 @@ def test_parquet(tmp_path: Path) -> None:
 
     pq.write_table(pa.table({"text": sentences(700), "n": list(range(700))}), tmp_path / "a.parquet")
     assert once(tmp_path / "a.parquet") == sentences(700)
-    with pytest.raises(InputError, match="no column 'body'; it has text, n"):
-        once(tmp_path / "a.parquet", field="body")
+    with pytest.raises(InputError, match="no column 'body' but 'text', 'n'; pass column='text'"):
+        once(tmp_path / "a.parquet", column="body")
     (tmp_path / "b.parquet").write_bytes(b"PAR1 not really")
     with pytest.raises(FormatError, match="not a Parquet file"):
         once(tmp_path / "b.parquet")
@@ -66,45 +67,49 @@ def test_a_hub_data_set_is_streamed_and_skipped_not_stored(monkeypatch: pytest.M
     module.__spec__ = types.SimpleNamespace()  # type: ignore[assignment]
     module.load_dataset = load_dataset  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "datasets", module)
-    documents = Documents("owner/set", subset="en", split="test", repeat=False)
-    documents.seek({"epoch": 0, "document": 7})
-    assert list(documents) == ["row 7", "row 8", "row 9"]
+    documents = Corpus("owner/set", subset="en", split="test")
+    assert [document.text for document in islice(documents, 7)] == [f"row {i}" for i in range(7)]
+    again = Corpus("owner/set", subset="en", split="test")
+    again.seek(documents.cursor())
+    assert [document.text for document in again] == ["row 7", "row 8", "row 9"]
     assert asked == {"name": "owner/set", "subset": "en", "split": "test", "streaming": True, "skipped": 7}
 
 
 def test_the_lab_corpus_has_no_end() -> None:
-    assert all(isinstance(d, str) for d in islice(Documents("lab"), 3))
+    assert all(isinstance(d.text, str) for d in islice(Corpus("lab"), 3))
 
 
 def test_sources_that_do_not_exist(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(NotFoundError, match="no file or folder"):
-        Documents(tmp_path / "none.txt")
+    with pytest.raises(NotFoundError, match="no file, folder or dataset"):
+        Corpus(tmp_path / "none.txt", repeat=True)
     with pytest.raises(InputError, match="holds no file that ends with"):
-        Documents(tmp_path)
+        Corpus(tmp_path, repeat=True)
     (tmp_path / "a.pdf").write_text("")
-    with pytest.raises(InputError, match="not text this package reads"):
-        Documents(tmp_path / "a.pdf")
+    with pytest.raises(InputError, match="no corpus this package reads"):
+        Corpus(tmp_path / "a.pdf", repeat=True)
     monkeypatch.setattr("qwen_scope.errors.find_spec", lambda name: None)
     with pytest.raises(NotFoundError, match="pip install 'datasets>="):
-        Documents("owner/set")
+        Corpus("owner/set", repeat=True)
 
 
 def test_lines_that_do_not_fit(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "fine"}\n{"body": "x"}\n')
-    with pytest.warns(QwenScopeWarning, match=r"1 row of .*: line 2 of .* has no field 'text'; it has body"):
+    with pytest.warns(
+        QwenScopeWarning, match=r"1 of 2 rows .*\(the first: row 2 of a.jsonl: no 'text'; it has 'body'\)"
+    ):
         assert once(path) == ["fine"]
     path.write_text('{"body": "x"}\n')
-    with pytest.raises(InputError, match=r"line 1 of .* has no field 'text'; it has body"):
+    with pytest.raises(InputError, match=r"no row of a.jsonl can be used.* have no column 'text' but 'body'"):
         once(path)
     path.write_text("{not json}\n")
-    with pytest.raises(FormatError, match=r"line 1 of .* is not JSON"):
+    with pytest.raises(InputError, match=r"1 bad JSON \(the first: row 1 of a.jsonl: Expecting"):
         once(path)
     path.write_text('{"text": 3}\n')
-    with pytest.raises(InputError, match="is int, not a text"):
+    with pytest.raises(InputError, match=r"not text .*int: 3"):
         once(path)
     path.write_bytes(b'{"text": "\xff"}\n')
-    with pytest.raises(FormatError, match="not UTF-8"):
+    with pytest.raises(InputError, match="invalid UTF-8"):
         once(path)
 
 
@@ -119,26 +124,26 @@ UNUSABLE = [
 def test_a_row_that_holds_no_document_is_counted_and_passed_over(tmp_path: Path, line: str) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text("\n".join(['{"text": "one"}', line, '{"text": "two"}', line, ""]))
-    documents = Documents(path, repeat=False)
-    with pytest.warns(QwenScopeWarning, match=r"2 rows of .*a\.jsonl can't be used and are passed over") as said:
-        assert list(documents) == ["one", "two"]
+    documents = Corpus(path)
+    with pytest.warns(QwenScopeWarning, match=r"2 of 4 rows of a\.jsonl can't be used .*row 2 of a") as said:
+        assert [document.text for document in documents] == ["one", "two"]
     assert len(said) == 1
-    assert documents.passed_over == 2
+    assert documents.unused.total() == 2
     path.write_text(line + "\n")
-    with pytest.raises((InputError, FormatError), match=r"line 1 of .*a\.jsonl"):
-        list(Documents(path))
+    with pytest.raises(InputError, match=r"no row of a\.jsonl can be used"):
+        list(Corpus(path, repeat=True))
 
 
 def test_bytes_that_are_no_text_cost_their_row_alone(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes(b"one\n\nt\xffo\n\n" + "three\u0085four\u2028\n".encode())
-    with pytest.warns(QwenScopeWarning, match="1 row of .*is not UTF-8"):
-        assert once(tmp_path / "a.txt") == ["one\n", "three\u0085four\u2028\n"]
+    with pytest.warns(QwenScopeWarning, match="1 of 3 rows of .*invalid UTF-8"):
+        assert once(tmp_path / "a.txt") == ["one", "three\u0085four\u2028"]
     whole = gzip.compress(b"".join(b'{"text": "row %d"}\n' % i for i in range(5000)))
     (tmp_path / "b.jsonl.gz").write_bytes(whole[: len(whole) // 2])
-    with pytest.warns(QwenScopeWarning, match="1 row of .*can't be unzipped to its end"):
+    with pytest.warns(QwenScopeWarning, match="1 damaged file"):
         assert len(once(tmp_path / "b.jsonl.gz")) > 100
     (tmp_path / "c.jsonl.gz").write_bytes(b"not zipped")
-    with pytest.raises(FormatError, match="can't be unzipped"):
+    with pytest.raises(InputError, match="1 damaged file"):
         once(tmp_path / "c.jsonl.gz")
 
 
@@ -147,29 +152,29 @@ def test_a_passed_over_row_keeps_its_number(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text("".join(json.dumps({"text": str(i)}) + "\n" if i % 3 else "x\n" for i in range(30)))
     with pytest.warns(QwenScopeWarning):
-        whole = [list(Documents(path, repeat=False, hold_out=5, rank=rank, world=2)) for rank in range(2)]
+        whole = [once(path, hold_out=5, rank=rank, world=2) for rank in range(2)]
     with pytest.warns(QwenScopeWarning):
-        held = list(Documents(path, repeat=False, hold_out=5, held_out=True))
+        held = once(path, hold_out=5, held_out=True)
     assert held == [str(i) for i in range(0, 30, 5) if i % 3]
     assert sorted(map(int, whole[0] + whole[1])) == [i for i in range(30) if i % 5 and i % 3]
-    documents = Documents(path, repeat=False)
+    documents = Corpus(path)
     first = list(islice(documents, 7))
-    again = Documents(path, repeat=False)
+    again = Corpus(path)
     again.seek(documents.cursor())
     with pytest.warns(QwenScopeWarning):
-        assert first + list(again) == [str(i) for i in range(30) if i % 3]
+        assert [document.text for document in [*first, *again]] == [str(i) for i in range(30) if i % 3]
 
 
 @pytest.mark.parametrize(
     "name", ["nosuch.jsonl", "data/nosuch.jsonl", "data/nosuch.csv", "data/a.json", "data/x.txt.gz", "a/b/c", "~/none"]
 )
 def test_a_misspelt_file_is_one_sentence_and_asks_nobody(name: str, capsys, tmp_path: Path) -> None:
-    with pytest.raises(NotFoundError, match="there is no file or folder"):
-        Documents(name)
+    with pytest.raises(NotFoundError, match="there is no file, folder or dataset"):
+        Corpus(name, repeat=True)
     words = ["train", name, "-o", str(tmp_path / "run"), "--d-sae", "64", "--k", "4", "--tokens", "8192"]
     assert main(words) == 2
     said = capsys.readouterr().err.strip().split("\n")
-    assert "there is no file or folder" in said[-1]
+    assert "there is no file, folder or dataset" in said[-1]
 
 
 def test_a_data_set_that_the_hub_does_not_give(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -182,15 +187,15 @@ def test_a_data_set_that_the_hub_does_not_give(monkeypatch: pytest.MonkeyPatch) 
     module.__spec__ = types.SimpleNamespace()  # type: ignore[assignment]
     monkeypatch.setitem(sys.modules, "datasets", module)
     module.load_dataset = lambda *a, **k: Torn()  # type: ignore[attr-defined]
-    with pytest.raises(FormatError, match=r"'owner/set' can't be read on: the line went dead$"):
-        list(Documents("owner/set", repeat=False))
+    with pytest.raises(FormatError, match=r"can't be read on: the line went dead$"):
+        list(Corpus("owner/set"))
 
     def refuse(*args, **options):
         raise RuntimeError("Cannot send a request, as the client is offline")
 
     module.load_dataset = refuse  # type: ignore[attr-defined]
     with pytest.raises(NotFoundError, match="no file 'owner/set' here, and the Hub does not give it"):
-        Documents("owner/set")
+        Corpus("owner/set", repeat=True)
 
 
 def test_shares_and_held_out_documents_part_the_source() -> None:
@@ -200,24 +205,29 @@ def test_shares_and_held_out_documents_part_the_source() -> None:
     shares = [once(texts, hold_out=7, rank=rank, world=3) for rank in range(3)]
     assert sorted([*kept, *(d for share in shares for d in share)], key=int) == texts
     assert {len(share) for share in shares} == {14}
-    documents = Documents(texts, hold_out=7, rank=1, world=3, repeat=False)
-    documents.seek({"epoch": 0, "document": 5})
-    assert list(documents) == shares[1][5:]
+    documents = Corpus(texts, hold_out=7, rank=1, world=3)
+    assert len(list(islice(documents, 5))) == 5
+    again = Corpus(texts, hold_out=7, rank=1, world=3)
+    again.seek(documents.cursor())
+    assert [document.text for document in again] == shares[1][5:]
     with pytest.raises(InputError, match="nothing to train on"):
-        Documents(texts, hold_out=1)
+        Corpus(texts, hold_out=1, repeat=True)
 
 
 def test_a_source_repeats_unless_it_can_not() -> None:
-    documents = Documents(["a", "b"])
-    assert list(islice(documents, 5)) == ["a", "b", "a", "b", "a"]
-    assert documents.cursor() == {"epoch": 2, "document": 1}
-    assert list(Documents(iter(["a", "b"]))) == ["a", "b"]
-    assert list(Documents([])) == []
+    documents = Corpus(["a", "b"], repeat=True)
+    assert [document.text for document in islice(documents, 5)] == ["a", "b", "a", "b", "a"]
+    assert {"epoch": 2, "seen": 1}.items() <= documents.cursor().items()
+    assert once(iter(["a", "b"]), repeat=True) == ["a", "b"]
+    assert once([], repeat=True) == []
+    assert once(["held out"], repeat=True, hold_out=100) == []
+    assert once(["one", "two"], repeat=True, rank=2, world=3) == []
+    assert list(Corpus(["one"], repeat=True, rank=1, world=2).rows()) == []
 
 
 def test_rows_are_the_documents_with_ends_between_them(loaded) -> None:
     texts = sentences(200)
-    rows = list(TokenRows(Documents(texts, repeat=False), loaded.tokenizer, row=16, rows=4))
+    rows = list(TokenRows(Corpus(texts), loaded.tokenizer, row=16, rows=4))
     flat = [i for text in texts for i in [*loaded.tokenizer(text)["input_ids"], loaded.tokenizer.eos_token_id]]
     got = torch.cat(rows).flatten().tolist()
     assert got == flat[: len(got)]
@@ -233,17 +243,17 @@ def test_ids_beyond_eighteen_bits_survive() -> None:
     raw = Tokenizer(models.WordLevel(ids, unk_token="a"))
     raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     wide = PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="</s>")
-    rows = next(iter(TokenRows(Documents(["a b c"] * 8), wide, row=4, rows=2)))
+    rows = next(iter(TokenRows(Corpus(["a b c"] * 8, repeat=True), wide, row=4, rows=2)))
     assert rows.tolist() == [list(ids.values())] * 2
 
 
 def test_conversations_are_rendered_by_the_chat_template(loaded) -> None:
     talk = [{"role": "user", "content": "the cat"}, {"role": "assistant", "content": "sat"}]
-    rows = TokenRows(Documents([talk] * 4), loaded.tokenizer, row=8, rows=1, chat=True)
+    rows = TokenRows(Corpus([talk] * 4, repeat=True), loaded.tokenizer, row=8, rows=1, chat="default")
     words = loaded.tokenizer.convert_ids_to_tokens(next(iter(rows))[0].tolist())
     assert words[:5] == ["<unk>", "<unk>", "the", "cat", "</s>"] or words[1:4] == ["the", "cat", "</s>"]
-    with pytest.raises(InputError, match="read it with chat on"):
-        next(iter(TokenRows(Documents([talk]), loaded.tokenizer, row=4, rows=1)))
+    with pytest.raises(InputError, match="pass chat='default' to use the chat template"):
+        next(iter(TokenRows(Corpus([talk], repeat=True), loaded.tokenizer, row=4, rows=1)))
 
 
 @pytest.mark.parametrize("taken", [0, 1, 3, 7])
@@ -251,7 +261,7 @@ def test_rows_go_on_from_a_cursor(loaded, taken: int) -> None:
     texts = sentences(37)  # seven batches need several epochs
 
     def fresh() -> TokenRows:
-        return TokenRows(Documents(texts, hold_out=5), loaded.tokenizer, row=16, rows=4)
+        return TokenRows(Corpus(texts, hold_out=5, repeat=True), loaded.tokenizer, row=16, rows=4)
 
     first = fresh()
     stream = iter(first)
@@ -265,15 +275,16 @@ def test_rows_go_on_from_a_cursor(loaded, taken: int) -> None:
 
 
 def buffer(loaded, texts=None, **options) -> ResidualBuffer:
-    rows = TokenRows(Documents(texts or sentences(300)), loaded.tokenizer, row=16, rows=4)
-    return ResidualBuffer(loaded.model, rows, POINTS, **{"batch": 32, "budget": 2 * 32 * 4 * 640, **options})
+    rows = TokenRows(Corpus(texts or sentences(300), repeat=True), loaded.tokenizer, row=16, rows=4)
+    every = {"batch": 32, "budget": 2 * 32 * 4 * 640, "counted": Counted.everything()}
+    return ResidualBuffer(loaded.model, rows, POINTS, **{**every, **options})
 
 
 def test_a_filling_is_the_models_residuals_shuffled(loaded) -> None:
     source = buffer(loaded)
     assert (source.tokens, source.nbytes) == (640, 2 * 32 * 4 * 640)
     batches = list(islice(source, 20))
-    rows = torch.cat(list(islice(TokenRows(Documents(sentences(300)), loaded.tokenizer, row=16, rows=4), 10)))
+    rows = torch.cat(list(islice(TokenRows(Corpus(sentences(300), repeat=True), loaded.tokenizer, row=16, rows=4), 10)))
     expected = capture(loaded.model, rows, POINTS)
     for point in POINTS:
         got = torch.cat([batch[str(point)] for batch in batches])
@@ -285,11 +296,11 @@ def test_a_filling_is_the_models_residuals_shuffled(loaded) -> None:
 
 
 def test_special_tokens_are_left_out_of_a_filling(loaded) -> None:
-    rows = torch.cat(list(islice(TokenRows(Documents(sentences(300)), loaded.tokenizer, row=16, rows=4), 10)))
+    rows = torch.cat(list(islice(TokenRows(Corpus(sentences(300), repeat=True), loaded.tokenizer, row=16, rows=4), 10)))
     special = frozenset(rows[0, :2].tolist())
     kept = ~torch.isin(rows, torch.tensor(sorted(special)))
     assert 0 < kept.sum() < rows.numel()
-    source = buffer(loaded, special=special)
+    source = buffer(loaded, counted=Counted(first=0, special=special))
     batches = list(islice(source, int(kept.sum()) // 32))
     assert (source.filling, source.served) == (0, len(batches))
     expected = capture(loaded.model, rows, POINTS)
@@ -299,7 +310,7 @@ def test_special_tokens_are_left_out_of_a_filling(loaded) -> None:
         assert (apart.amin(1) < 1e-3).all()
         assert len(got) > len(want) - 32
     with pytest.raises(InputError, match="too small for one batch"):
-        buffer(loaded, batch=512, budget=2 * 32 * 4 * 640, special=special)
+        buffer(loaded, batch=512, budget=2 * 32 * 4 * 640, counted=Counted(first=0, special=special))
 
 
 def test_a_short_run_fills_no_more_than_it_needs(loaded) -> None:
@@ -341,7 +352,7 @@ def test_a_run_resumes_through_the_buffer_bit_for_bit(loaded, tmp_path: Path) ->
 
 
 def test_too_little_text_or_memory_is_said_at_once(loaded) -> None:
-    once_only = TokenRows(Documents(sentences(2), repeat=False), loaded.tokenizer, row=16, rows=4)
+    once_only = TokenRows(Corpus(sentences(2)), loaded.tokenizer, row=16, rows=4)
     config = TrainConfig(d_sae=64, k=4, tokens=320, batch=32)
     short = ResidualBuffer(loaded.model, once_only, POINTS, batch=32)
     with pytest.raises(InputError, match="less than one batch of 32"):
@@ -350,7 +361,7 @@ def test_too_little_text_or_memory_is_said_at_once(loaded) -> None:
         buffer(loaded, budget=1000)
     with pytest.raises(InputError, match="at least one hook point"):
         ResidualBuffer(loaded.model, once_only, [])
-    ends = TokenRows(Documents(sentences(15), repeat=False), loaded.tokenizer, row=16, rows=4)
+    ends = TokenRows(Corpus(sentences(15)), loaded.tokenizer, row=16, rows=4)
     with pytest.raises(InputError, match=r"ended after \d+ of 10 steps"):
         train(config, ResidualBuffer(loaded.model, ends, POINTS, batch=32))
     with pytest.raises(InputError, match="the config asks for 32 rows at a time"):

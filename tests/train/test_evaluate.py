@@ -11,14 +11,16 @@ import pytest
 import torch
 
 from qwen_scope.errors import InputError, MismatchError
-from qwen_scope.model import HookPoint, TokenMask, capture, load_model
+from qwen_scope.model import HookPoint, capture, load_model
 from qwen_scope.sae import SAE, FeatureActs, JumpReLU, TopK
-from qwen_scope.train import Documents, TokenRows, evaluate, evaluate_residuals, transfer
+from qwen_scope.text import Corpus, Counted, TokenRows
+from qwen_scope.train import evaluate, evaluate_residuals, transfer
 from qwen_scope.train.transfer import jaccard
 
 from .conftest import make_model, sentences
 
 POINT = HookPoint(1)
+ALL = Counted.everything()
 
 
 def some_sae(kind: str, d_model: int = 32, d_sae: int = 64, seed: int = 1) -> SAE:
@@ -36,7 +38,7 @@ def some_sae(kind: str, d_model: int = 32, d_sae: int = 64, seed: int = 1) -> SA
 
 @pytest.fixture(scope="module")
 def rows(loaded) -> list[torch.Tensor]:
-    return list(islice(TokenRows(Documents(sentences(400)), loaded.tokenizer, row=24, rows=4), 6))
+    return list(islice(TokenRows(Corpus(sentences(400), repeat=True), loaded.tokenizer, row=24, rows=4), 6))
 
 
 def by_definition(sae: SAE, x: torch.Tensor, first: torch.Tensor) -> dict[str, float]:
@@ -70,7 +72,7 @@ def by_definition(sae: SAE, x: torch.Tensor, first: torch.Tensor) -> dict[str, f
 @pytest.mark.parametrize("kind", ["topk", "jumprelu"])
 def test_reconstruction_agrees_with_the_definitions_in_float64(loaded, rows: list[torch.Tensor], kind: str) -> None:
     sae = some_sae(kind)
-    figures = evaluate(loaded.model, {POINT: sae}, rows, loss=False)[POINT]
+    figures = evaluate(loaded.model, {POINT: sae}, rows, loss=False, counted=ALL)[POINT]
     x = torch.cat([capture(loaded.model, ids, [POINT])[POINT].flatten(0, 1) for ids in rows])
     first = torch.zeros(len(x), dtype=torch.bool)
     first[::24] = True
@@ -90,9 +92,9 @@ def test_reconstruction_agrees_with_the_definitions_in_float64(loaded, rows: lis
 def test_the_figure_per_token_is_the_legacy_one_of_sae_lens_for_one_batch_only(loaded, cuts: int) -> None:
     """sae_lens' `explained_variance_legacy`, restated: per token, against the mean of the batch it came in."""
     sae = some_sae("topk")
-    ids = torch.cat(list(islice(TokenRows(Documents(sentences(300)), loaded.tokenizer, row=24, rows=8), 3)))
+    ids = torch.cat(list(islice(TokenRows(Corpus(sentences(300), repeat=True), loaded.tokenizer, row=24, rows=8), 3)))
     rows = list(ids.split(len(ids) // cuts))
-    figures = evaluate(loaded.model, {POINT: sae}, rows, loss=False)[POINT].reconstruction
+    figures = evaluate(loaded.model, {POINT: sae}, rows, loss=False, counted=ALL)[POINT].reconstruction
     legacy, xs = [], []
     for batch in rows:
         x = capture(loaded.model, batch, [POINT])[POINT].flatten(0, 1).double()
@@ -130,7 +132,7 @@ def test_spliced_loss_agrees_with_a_forward_pass_by_hand(loaded, rows: list[torc
 
     p, q = torch.softmax(clean, -1), torch.softmax(spliced, -1)
     kl = float((p * (p / q).log()).sum(-1).mean())
-    got = evaluate(model, {POINT: sae}, rows)[POINT].loss
+    got = evaluate(model, {POINT: sae}, rows, counted=ALL)[POINT].loss
     assert got is not None
     assert got.ce_clean == pytest.approx(ce(clean), abs=1e-6)
     assert got.ce_spliced == pytest.approx(ce(spliced), abs=1e-6)
@@ -143,7 +145,7 @@ def test_a_perfect_dictionary_loses_nothing(loaded, rows: list[torch.Tensor]) ->
     eye, none = torch.eye(32), torch.zeros(32)
     W_enc, W_dec = torch.cat([eye, -eye]), torch.cat([eye, -eye], dim=1)
     sae = TopK(W_enc, W_dec, torch.zeros(64), none, k=32, hook_point=str(POINT))
-    found = evaluate(loaded.model, {POINT: sae}, rows)[POINT]
+    found = evaluate(loaded.model, {POINT: sae}, rows, counted=ALL)[POINT]
     assert found.reconstruction.fvu == pytest.approx(0, abs=1e-10)
     assert found.reconstruction.cosine == pytest.approx(1)
     assert found.loss is not None
@@ -163,19 +165,19 @@ def test_masked_tokens_are_not_looked_at_and_keep_their_residual(loaded, rows: l
     first = torch.zeros_like(kept)
     first[:, 0] = True
     expected = by_definition(sae, torch.cat(h)[kept], first[kept])
-    mask = TokenMask(frozenset({special}), multiple)
-    found = evaluate(loaded.model, {POINT: sae}, rows, mask=mask)[POINT]
+    counted = Counted(0, frozenset({special}), {str(POINT): float(multiple * norms.median())})
+    found = evaluate(loaded.model, {POINT: sae}, rows, counted=counted)[POINT]
     assert 0 < found.reconstruction.left_out == int((~kept).sum()) < kept.numel() / 2
     assert found.reconstruction.tokens == int(kept.sum())
     for name in ("fvu", "fvu_without_first", "cosine", "l0", "dead"):
         assert getattr(found.reconstruction, name) == pytest.approx(expected[name], rel=1e-6)
     # What would be replaced by zeros is not: with nearly all left out the model is nearly untouched.
-    whole = evaluate(loaded.model, {POINT: sae}, rows)[POINT]
+    whole = evaluate(loaded.model, {POINT: sae}, rows, counted=ALL)[POINT]
     assert found.loss is not None
     assert whole.loss is not None
     assert abs(found.loss.ce_zero - found.loss.ce_clean) < abs(whole.loss.ce_zero - whole.loss.ce_clean)
     with pytest.raises(InputError, match=r"every token at layers\.1\.resid_post is left out"):
-        evaluate(loaded.model, {POINT: sae}, rows, mask=TokenMask(frozenset(range(10_000))))
+        evaluate(loaded.model, {POINT: sae}, rows, counted=Counted(special=frozenset(range(10_000))))
 
 
 def test_large_vocabularies_are_taken_in_pieces(

@@ -23,7 +23,7 @@ def test_a_step_is_the_dense_formula_with_torchs_adam() -> None:
     """Five steps of the package against dense autograd restated here, with AuxK from the third step on."""
     g = torch.Generator().manual_seed(0)
     x = torch.randn(5, 64, 12, generator=g) * 3 + 1
-    config = TrainConfig(d_sae=96, k=4, tokens=320, batch=64, lr=1e-3, dead_tokens=128, sink_multiple=None)
+    config = TrainConfig(d_sae=96, k=4, tokens=320, batch=64, lr=1e-3, dead_tokens=128)
     layer = start(config, "layers.0", x[0], Ranks())
     w = layer.weights
     W_enc, W_dec, b_enc, b_dec = (t.detach().clone().requires_grad_() for t in (w.W_enc, w.W_dec, w.b_enc, w.b_dec))

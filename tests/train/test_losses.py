@@ -7,9 +7,11 @@ from dataclasses import replace
 import pytest
 import torch
 
+from qwen_scope.errors import NotFoundError
+from qwen_scope.text import Counted
 from qwen_scope.train import Ranks, TrainConfig, train
 from qwen_scope.train.losses import aux_k, fvu, total_variance
-from qwen_scope.train.step import keep_ordinary, start, step
+from qwen_scope.train.step import DivergedError, start, step, without_sinks
 from qwen_scope.train.weights import Weights, trainable
 
 D_MODEL, D_SAE, N = 5, 12, 9
@@ -87,6 +89,7 @@ def test_fvu_is_one_for_the_mean_and_zero_for_the_residual_itself() -> None:
     assert fvu(x, x, total_variance(x)) == 0
 
 
+FIRST = "layers.0.resid_post"
 CONFIG = TrainConfig(d_sae=40, k=4, tokens=320, batch=32, lr=1e-2)
 
 
@@ -111,19 +114,28 @@ def test_sinks_are_dropped_at_any_position_and_counted() -> None:
     x = torch.randn(64, 8, generator=g)
     x[5] *= 200
     x[40] *= 50
-    layer = start(replace(CONFIG, batch=64), "layers.0.resid_post", x, Ranks())
-    kept = keep_ordinary(CONFIG, layer, x, Ranks())
+    counted = Counted(
+        norms={FIRST: 10 * float(x.norm(dim=1).median()), "layers.1.resid_post": 1e-3, "layers.2.resid_post": None}
+    )
+    layer = start(replace(CONFIG, batch=64), "layers.0.resid_post", x, Ranks(), counted=counted)
+    kept = without_sinks(counted, layer.name, x)
     assert torch.equal(kept, torch.cat([x[:5], x[6:40], x[41:]]))
-    report = step(CONFIG, layer, x, 1e-3, Ranks())
+    report = step(CONFIG, layer, x, 1e-3, Ranks(), counted)
     assert (report.dropped, layer.tokens) == (2, 62)
-    all_kept = replace(CONFIG, sink_multiple=None)
-    assert len(keep_ordinary(all_kept, layer, x, Ranks())) == 64
+    for all_kept in (Counted(), Counted.everything(), Counted(norms={FIRST: None})):
+        assert len(without_sinks(all_kept, layer.name, x)) == 64
+    assert len(without_sinks(counted, "layers.1.resid_post", x)) == 0
+    assert len(without_sinks(counted, "layers.2", x)) == 64
+    with pytest.raises(NotFoundError, match=r"no threshold for sinks was measured at layers\.3"):
+        without_sinks(counted, "layers.3.resid_post", x)
 
 
-def test_the_running_median_follows_the_stream() -> None:
+def test_what_is_not_finite_is_no_sink_to_a_run() -> None:
     x = torch.randn(64, 8, generator=torch.Generator().manual_seed(0))
-    layer = start(CONFIG, "layers.0.resid_post", x, Ranks())
-    before = layer.median_norm
-    assert before == pytest.approx(float(x.norm(dim=1).median()))
-    keep_ordinary(CONFIG, layer, 3 * x, Ranks())
-    assert layer.median_norm == pytest.approx(before + 0.01 * 2 * before)
+    counted = Counted(norms={FIRST: 10 * float(x.norm(dim=1).median())})
+    layer = start(CONFIG, "layers.0.resid_post", x, Ranks(), counted=counted)
+    for bad in (float("nan"), float("inf"), -float("inf")):
+        poisoned = x.clone()
+        poisoned[7, 3] = bad
+        with pytest.raises(DivergedError, match=r"residuals of layers\.0\.resid_post hold NaN or infinity"):
+            step(CONFIG, layer, poisoned, 1e-3, Ranks(), counted)

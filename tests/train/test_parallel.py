@@ -25,6 +25,7 @@ from dataclasses import replace
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
+from qwen_scope.text import Counted
 from qwen_scope.train import Checkpoints, Ranks, TrainConfig, join, train
 from qwen_scope.train.parallel import leave
 out, world = Path(sys.argv[1]), int(sys.argv[2])
@@ -34,6 +35,8 @@ which = torch.rand(640, 40, generator=g).topk(4).indices
 x = 7 * (torch.einsum("nk,nkd->nd", torch.rand(640, 4, generator=g) + 0.5, directions[which]) + 0.3)
 x[100] *= 100
 names = ["layers.0.resid_post", "layers.1.resid_post", "layers.3.resid_post"]
+usual = float(x.norm(dim=1).median())
+counted = Counted(norms={name: 10 * usual * (1 + i) for i, name in enumerate(names)})
 for architecture in sys.argv[3].split(","):
     # Dead from the third step on, so that AuxK works in all modes.
     config = TrainConfig(d_sae=64, k=4, tokens=640, batch=64, lr=2e-3, dead_tokens=128, architecture=architecture)
@@ -52,10 +55,12 @@ for architecture in sys.argv[3].split(","):
         def stop(report):
             if report.step == 5: raise Stop
         try:
-            train(config, batches(), checkpoints=half, callbacks=[stop], ranks=ranks)
+            train(config, batches(), checkpoints=half, callbacks=[stop], ranks=ranks, counted=counted)
         except Stop:
             pass
-        saes = train(config, batches(), checkpoints=replace(half, resume=True), callbacks=[seen.append], ranks=ranks)
+        again = replace(half, resume=True)
+        saes = train(config, batches(), checkpoints=again, callbacks=[seen.append], ranks=ranks, counted=counted)
+        assert ranks.of_first(torch.tensor([ranks.rank + 5.0])).tolist() == [5.0]
         parts = ("W_enc", "W_dec", "b_enc", "b_dec", "threshold")
         torch.save(
             {

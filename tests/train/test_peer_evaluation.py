@@ -14,7 +14,8 @@ from safetensors.torch import save_file
 
 from qwen_scope.model import HookPoint
 from qwen_scope.sae import save_sae
-from qwen_scope.train import Documents, ResidualBuffer, TokenRows, TrainConfig, evaluate, train
+from qwen_scope.text import Corpus, Counted, TokenRows
+from qwen_scope.train import ResidualBuffer, TrainConfig, evaluate, train
 
 from .conftest import sentences
 
@@ -28,14 +29,17 @@ POINT = HookPoint(1)
 def test_our_figures_are_those_of_sae_lens(loaded, model_folder: Path, tmp_path: Path, architecture: str) -> None:
     source = ResidualBuffer(
         loaded.model,
-        TokenRows(Documents(sentences(500)), loaded.tokenizer, row=16, rows=8),
+        TokenRows(Corpus(sentences(500), repeat=True), loaded.tokenizer, row=16, rows=8),
         [POINT],
         batch=128,
         most=128 * 50,
+        counted=Counted.everything(),
     )
     config = TrainConfig(d_sae=64, k=4, tokens=128 * 50, batch=128, lr=3e-3, architecture=architecture)
     sae = train(config, source)[str(POINT)]
-    ids = torch.cat(list(islice(TokenRows(Documents(sentences(300, seed=1)), loaded.tokenizer, row=24, rows=8), 4)))
+    ids = torch.cat(
+        list(islice(TokenRows(Corpus(sentences(300, seed=1), repeat=True), loaded.tokenizer, row=24, rows=8), 4))
+    )
     save_sae(sae, tmp_path / "sae", layout="sae_lens")
     save_file({"ids": ids}, tmp_path / "tokens.safetensors")
     paths = [tmp_path / "sae", "model.layers.1", tmp_path / "tokens.safetensors", tmp_path / "out.json"]
@@ -44,7 +48,7 @@ def test_our_figures_are_those_of_sae_lens(loaded, model_folder: Path, tmp_path:
         check=True, capture_output=True, env={**os.environ, "WANDB_MODE": "disabled", "HF_HUB_OFFLINE": "1"},
     )  # fmt: skip
     theirs = json.loads((tmp_path / "out.json").read_text())
-    found = evaluate(loaded.model, {POINT: sae}, [ids])[POINT]
+    found = evaluate(loaded.model, {POINT: sae}, [ids], counted=Counted.everything())[POINT]
     ours = found.plain()
     for our_name, their_name in {
         "explained_variance": "explained_variance",

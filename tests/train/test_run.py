@@ -36,6 +36,7 @@ def run(model_folder: Path, tmp_path: Path) -> TrainRun:
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_run_leaves_everything_needed(run: TrainRun) -> None:
     steps, said = [], set()
     result = run_train(run, progress=lambda r: steps.append(r.step), say=lambda what, share: said.add(what))
@@ -66,6 +67,7 @@ def test_a_run_leaves_everything_needed(run: TrainRun) -> None:
     assert "CE recovered" in card
 
 
+@pytest.mark.slow
 def test_the_card_has_plots(run: TrainRun) -> None:
     folder = run_train(run).folder
     for name in ("loss", "fvu", "dead", "density"):
@@ -73,6 +75,7 @@ def test_the_card_has_plots(run: TrainRun) -> None:
         assert f"plots/{name}.png" in (folder / "README.md").read_text()
 
 
+@pytest.mark.slow
 def test_a_finished_run_resumes_to_the_same_folder(run: TrainRun) -> None:
     first = run_train(run)
     with pytest.raises(InputError, match="resume it, or name another folder"):
@@ -83,6 +86,7 @@ def test_a_finished_run_resumes_to_the_same_folder(run: TrainRun) -> None:
         assert again.quality[name].reconstruction == first.quality[name].reconstruction
 
 
+@pytest.mark.slow
 def test_a_run_continues_a_group_on_another_checkpoint(run: TrainRun, tmp_path: Path) -> None:
     first = run_train(replace(run, eval_tokens=0))
     post = make_model(tmp_path / "post", seed=5)
@@ -92,6 +96,7 @@ def test_a_run_continues_a_group_on_another_checkpoint(run: TrainRun, tmp_path: 
         assert torch.cosine_similarity(tuned.saes[name].W_dec, sae.W_dec, dim=0).min() > 0.999
 
 
+@pytest.mark.slow
 def test_evaluation_by_name_and_the_transfer_report(run: TrainRun, tmp_path: Path) -> None:
     folder = run_train(replace(run, eval_tokens=0)).folder
     post = make_model(tmp_path / "post", seed=5)
@@ -115,12 +120,12 @@ def test_evaluation_by_name_and_the_transfer_report(run: TrainRun, tmp_path: Pat
         ({"row": 512}, InputError, "do not fit the model's context of 128"),
         ({"budget": 10}, InputError, "too small for one batch"),
         ({"exports": ("sea_lens",)}, NotFoundError, "no layout 'sea_lens'"),
-        ({"data": "nowhere.txt"}, NotFoundError, "no file or folder"),
+        ({"data": "nowhere.txt"}, NotFoundError, "no file, folder or dataset"),
         ({"store": "int8"}, InputError, "held as float32 or bfloat16"),
         ({"hold_out": 0}, InputError, "needs held-out documents"),
         ({"start_from": "nowhere/at/all"}, NotFoundError, "nowhere"),
         ({"spread": "data"}, InputError, "torchrun"),
-        ({"chat": True, "data": "lab", "wandb": "x"}, NotFoundError, "pip install 'wandb>="),
+        ({"chat": "default", "data": "lab", "wandb": "x"}, NotFoundError, "pip install 'wandb>="),
     ],
 )
 def test_bad_input_is_one_sentence_before_training(
@@ -133,6 +138,7 @@ def test_bad_input_is_one_sentence_before_training(
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.slow
 def test_a_group_of_another_width_is_refused(run: TrainRun, tmp_path: Path) -> None:
     folder = run_train(replace(run, eval_tokens=0)).folder
     wider = replace(run, out=tmp_path / "wider", start_from=str(folder), train=replace(run.train, d_sae=128))

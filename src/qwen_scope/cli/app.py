@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
+import typer
+
 from . import (
     analyze,
     catalog,
@@ -16,6 +20,7 @@ from . import (
     find,
     lab,
     label,
+    output,
     plan,
     posttrain,
     posttrain_rl,
@@ -35,6 +40,25 @@ app = App(
     no_args_is_help=True,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+def say_version(asked: bool) -> bool:
+    """Print the version and end the command if it was `asked` for."""
+    if asked:
+        import qwen_scope
+
+        output.write(f"qwen-scope {qwen_scope.__version__}\n")
+        raise typer.Exit
+    return asked
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=say_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None: ...
+
 
 START, LOOK, CORPORA = "First steps", "Features of a text", "Features of a corpus"
 KNOBS, TRAIN = "Steering", "SAEs and training"

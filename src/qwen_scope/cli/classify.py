@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,16 +12,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from qwen_scope.errors import InputError, MismatchError
+from qwen_scope.text import CorpusOptions
 
 from . import options, output, transfer
 from .analyze import show_result
 from .commands import App
-from .seeds import labelled, read_documents
+from .groups import LINES, grouped
+from .seeds import labelled, name_of, read_documents
 
 if TYPE_CHECKING:
     from qwen_scope.analysis import Dataset, Rule, Student
-    from qwen_scope.corpus import Corpus, Document
     from qwen_scope.scope import Scope
+    from qwen_scope.text import Chat, Corpus, Document
 
 app = App(help="Classifiers of a few features: fit, predict, and distil into one without a model.")
 app.info.no_args_is_help = True
@@ -32,12 +34,13 @@ WINDOW = 512  # documents read at once: sorted by length, they share passes thro
 
 
 @app.command()
+@grouped
 def fit(
-    positive: Annotated[Path, typer.Argument(help="Documents with the property: a corpus, as extract reads it.")],
-    negative: Annotated[Path, typer.Argument(help="Documents without it.")],
+    positive: Annotated[str, typer.Argument(help="Documents with the property: a corpus, as extract reads it.")],
+    negative: Annotated[str, typer.Argument(help="Documents without it.")],
     rule: Annotated[Path | None, typer.Option("--rule", "-r", help="Where to write the rule (JSON).")] = None,
-    test_positive: Annotated[Path | None, typer.Option("--test-positive", help="Held-out ones with it.")] = None,
-    test_negative: Annotated[Path | None, typer.Option("--test-negative", help="Held-out ones without it.")] = None,
+    test_positive: Annotated[str | None, typer.Option("--test-positive", help="Held-out ones with it.")] = None,
+    test_negative: Annotated[str | None, typer.Option("--test-negative", help="Held-out ones without it.")] = None,
     top: Annotated[int, typer.Option("--top", help="How many features of one layer, joined by OR.", min=1)] = 2,
     several: Annotated[
         int, typer.Option("--several", help="Instead the best feature of each of so many layers.", min=1)
@@ -48,8 +51,7 @@ def fit(
     name: Annotated[str | None, typer.Option("--name", help="Of the property. Default: the positive file's.")] = None,
     seed: Annotated[int, typer.Option("--seed", help="Of the split and the intervals.", **options.SEED)] = 0,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder for report.html and PNG figures.")] = None,
-    column: options.Column = "text",
-    unit: options.DocumentUnit = "line",
+    reading: CorpusOptions = LINES,
     model: options.Model = "lab",
     sae: options.Sae = None,
     layers: options.Layers = None,
@@ -68,7 +70,7 @@ def fit(
     if (test_positive is None) != (test_negative is None):
         raise InputError("give both --test-positive and --test-negative, or neither")
     sources = [positive, negative] + [path for path in (test_positive, test_negative) if path is not None]
-    given = [*sources, *options.folders(model, sae)]
+    given = [*options.files(*sources), *options.folders(model, sae)]
     if rule is not None:
         check_output(rule, *given)
     output.hold(out, *given)
@@ -76,7 +78,9 @@ def fit(
         scope = options.open_scope(model, sae, device, dtype, k)
     where = scope.check_layers(options.parse_layers(layers))
     with output.progress() as bar:
-        read = [read_documents(scope, path, where, column, unit, bar) for path in sources]
+        # Each with a seed of its own, so that parts of the lab with the same factors share no document.
+        asked = [replace(reading, seed=reading.seed + i) for i in range(len(sources))]
+        read = [read_documents(scope, one, where, how, bar) for one, how in zip(sources, asked, strict=True)]
     seeds, pooled = labelled(read[:2], where)
     if len(read) == 4:
         test, test_pooled = labelled(read[2:], where)
@@ -86,7 +90,15 @@ def fit(
         seeds, pooled = seeds.take(chosen), {layer: x[chosen] for layer, x in pooled.items()}
     with output.status("comparing classifiers"):
         found, result = try_rule(
-            seeds, test, pooled, test_pooled, top=top, several=several, fpr=fpr, name=name or positive.stem, seed=seed
+            seeds,
+            test,
+            pooled,
+            test_pooled,
+            top=top,
+            several=several,
+            fpr=fpr,
+            name=name or name_of(positive),
+            seed=seed,
         )
     if rule is not None:
         found.save(rule)
@@ -94,12 +106,12 @@ def fit(
 
 
 @app.command()
+@grouped
 def predict(
     classifier: Annotated[Path, typer.Argument(metavar="RULE", help="A rule of classify fit, or a student of distil.")],
     source: Annotated[str, typer.Argument(metavar="CORPUS", help="The documents, as extract reads them.")],
     out: Annotated[Path | None, typer.Option("--out", "-o", help="A .jsonl file. Default: standard output.")] = None,
-    column: options.Column = "text",
-    unit: options.DocumentUnit = "line",
+    reading: CorpusOptions = LINES,
     model: options.Model = "lab",
     sae: options.Sae = None,
     device: options.Device = None,
@@ -110,16 +122,16 @@ def predict(
 
     A document longer than the model's context is read up to there.
     """
-    from qwen_scope.corpus import Corpus
     from qwen_scope.files import check_output, write_whole
 
     # A shell may have sent standard output into the corpus, which would then never end.
-    check_output(out or "/dev/stdout", classifier, source, *options.folders(model, sae))
+    check_output(out or "/dev/stdout", classifier, *options.files(source), *options.folders(model, sae))
     loaded = load_classifier(classifier)
-    corpus = Corpus(source, column=column, unit=unit)
+    corpus = options.read(source, reading)
     scope = None if not hasattr(loaded, "features") else options.open_scope(model, sae, device, dtype, k)
     with output.progress() as bar:
-        lines = predictions(loaded, scope, corpus, lambda n: bar("labelling", corpus.share or 0.0, f"{n:,} documents"))
+        report = lambda n: bar("labelling", corpus.progress or 0.0, f"{n:,} documents")  # noqa: E731
+        lines = predictions(loaded, scope, corpus, reading.chat, report)
         if out is None:
             for line in lines:
                 output.print_json_line(line)
@@ -137,28 +149,31 @@ def load_classifier(path: Path) -> Rule | Student:
     return Student.load(path) if read_object(path).get("format") == "qwen-scope-student" else Rule.load(path)
 
 
-def predictions(loaded: Any, scope: Scope | None, corpus: Corpus, report: Any) -> Iterator[dict[str, Any]]:
-    """One answer per document, in order."""
+def predictions(
+    loaded: Any, scope: Scope | None, corpus: Corpus, chat: Chat | None, report: Any
+) -> Iterator[dict[str, Any]]:
+    """One answer per document, in order; a rule has none for a conversation without `chat`."""
     done = 0
-    for documents in windows(corpus):
-        texts = [text_of(document) for document in documents]
+    for documents in windows(corpus, any_kind=scope is None or chat is not None):
         where = [
             {"source": d.source, "row": d.row, **({"id": d.meta["id"]} if "id" in d.meta else {})} for d in documents
         ]
         if scope is None:
-            scores = loaded.scores(texts)
+            scores = loaded.scores([text_of(document) for document in documents])
             yield from ({**w, "label": bool(s > 0), "score": float(s)} for w, s in zip(where, scores, strict=True))
         else:
-            yield from label_window(loaded, scope, texts, where)
+            yield from label_window(loaded, scope, [document.text for document in documents], where, chat)
         done += len(documents)
         report(done)
     if not done:
         raise InputError(f"there is no document to label in {corpus.name}{corpus.other_columns()}")
 
 
-def label_window(rule: Rule, scope: Scope, texts: list[str], where: list[dict]) -> Iterator[dict[str, Any]]:
+def label_window(
+    rule: Rule, scope: Scope, texts: list[Any], where: list[dict], chat: Chat | None = None
+) -> Iterator[dict[str, Any]]:
     """The answers of a rule, each with its evidence: feature, layer, position and token."""
-    found, tokens = rule_firings(rule, scope, texts)
+    found, tokens = rule_firings(rule, scope, texts, chat)
     called, scores = rule.decide(found), rule.scores(found)
     for i, place in enumerate(where):
         because = [{**asdict(e), "token": tokens[i][e.position]} for e in rule.trace(found, i)] if called[i] else []
@@ -179,14 +194,16 @@ def check_rule(rule: Rule, scope: Scope) -> None:
             raise MismatchError(f"{error}; name its model and SAEs with --model and --sae") from error
 
 
-def rule_firings(rule: Rule, scope: Scope, texts: list[str]) -> tuple[dict[int, Dataset], list[list[str]]]:
-    """The firings of a rule's features alone, by `max`, and the tokens."""
+def rule_firings(
+    rule: Rule, scope: Scope, texts: list[Any], chat: Chat | None = None
+) -> tuple[dict[int, Dataset], list[list[str]]]:
+    """The firings of a rule's features alone, by `max`, and the tokens; with `chat` texts may be conversations."""
     import numpy as np
 
     from qwen_scope.analysis import Dataset
 
     check_rule(rule, scope)
-    seen = scope.features(texts, rule.layers, truncate=True)
+    seen = scope.features(texts, rule.layers, chat=chat, truncate=True)
     ids, found = tuple(map(str, range(len(texts)))), {}
     for layer in rule.layers:
         acts = seen.acts[layer]
@@ -208,11 +225,20 @@ def rule_firings(rule: Rule, scope: Scope, texts: list[str]) -> tuple[dict[int, 
     return found, seen.tokens
 
 
-def windows(corpus: Corpus) -> Iterator[list[Document]]:
-    """The documents, some hundred at a time."""
-    stream = iter(corpus)
+def windows(corpus: Corpus, *, any_kind: bool) -> Iterator[list[Document]]:
+    """The documents, some hundred at a time; conversations are passed over and counted unless they are taken too."""
+    from qwen_scope.text import NO_CHAT, tell_unused
+
+    stream, left_out, taken = iter(corpus), 0, 0
     while some := list(islice(stream, WINDOW)):
-        yield some
+        kept = [one for one in some if any_kind or isinstance(one.text, str)]
+        left_out, taken = left_out + len(some) - len(kept), taken + len(kept)
+        if kept:
+            yield kept
+    if left_out and taken:
+        tell_unused({NO_CHAT: left_out}, left_out + taken, corpus.name)
+    elif left_out:
+        raise InputError(f"{corpus.name} holds nothing but conversations; with --chat default they are read")
 
 
 def text_of(document: Document) -> str:
@@ -223,6 +249,7 @@ def text_of(document: Document) -> str:
 
 
 @app.command()
+@grouped
 def distil(
     rule: Annotated[Path, typer.Argument(help="A rule of classify fit.")],
     source: Annotated[str, typer.Argument(metavar="CORPUS", help="Unlabelled documents, as extract reads them.")],
@@ -231,8 +258,7 @@ def distil(
         str | None, typer.Option("--truth", help="A column with true labels (true/false or 1/0), to measure both.")
     ] = None,
     seed: Annotated[int, typer.Option("--seed", help="Of the fifth that is held out.", **options.SEED)] = 0,
-    column: options.Column = "text",
-    unit: options.DocumentUnit = "line",
+    reading: CorpusOptions = LINES,
     model: options.Model = "lab",
     sae: options.Sae = None,
     device: options.Device = None,
@@ -247,22 +273,21 @@ def distil(
     import numpy as np
 
     from qwen_scope.analysis import Result, Rule, Student, rates_table
-    from qwen_scope.corpus import Corpus
     from qwen_scope.files import check_output
     from qwen_scope.stats import rates
 
-    check_output(student, rule, source, *options.folders(model, sae))
+    check_output(student, rule, *options.files(source), *options.folders(model, sae))
     loaded = Rule.load(rule)
-    corpus = Corpus(source, column=column, unit=unit)
+    corpus = options.read(source, reading)
     scope = options.open_scope(model, sae, device, dtype, k)
     texts, labels, true = [], [], []
     with output.progress() as bar:
-        for documents in windows(corpus):
-            some = [text_of(document) for document in documents]
-            labels += loaded.decide(rule_firings(loaded, scope, some)[0]).tolist()
-            texts += some
+        for documents in windows(corpus, any_kind=reading.chat is not None):
+            some: list[Any] = [document.text for document in documents]
+            labels += loaded.decide(rule_firings(loaded, scope, some, reading.chat)[0]).tolist()
+            texts += [text_of(document) for document in documents]
             true += [truth_of(document, truth) for document in documents] if truth else []
-            bar("labelling", corpus.share or 0.0, f"{len(texts):,} documents")
+            bar("labelling", corpus.progress or 0.0, f"{len(texts):,} documents")
     y = np.array(labels, dtype=bool)
     order = np.random.default_rng(seed).permutation(len(texts))
     held, kept = np.sort(order[: len(order) // 5]), np.sort(order[len(order) // 5 :])

@@ -22,6 +22,7 @@ def compare(
     drop_common: Annotated[bool, typer.Option("--drop-common", help="Leave out tokens that occur in both.")] = False,
     drop_prefix: Annotated[bool, typer.Option("--drop-prefix", help="Leave out the common beginning.")] = False,
     chat: options.Chat = None,
+    phase: options.Phase = None,
     device: options.Device = None,
     dtype: options.Dtype = "auto",
     k: options.K = None,
@@ -32,7 +33,7 @@ def compare(
     By the difference of their activation rates, layer by layer.
     A feature's activation rate is the share of a text's tokens on which it is active.
     """
-    mode = options.check_chat(chat)
+    mode, phases = options.check_chat(chat), options.check_phases(phase)
     wanted = options.parse_layers(layers)
     if a == b == "-":
         raise InputError("standard input holds one text; write the other out")
@@ -40,8 +41,9 @@ def compare(
     with output.status("opening the model"):
         scope = options.open_scope(model, sae, device, dtype, k)
     found = scope.compare(
-        a, b, wanted, n=top, drop_first=drop_first, drop_common=drop_common, drop_prefix=drop_prefix, chat=mode
-    )
+        a, b, wanted, n=top, drop_first=drop_first, drop_common=drop_common, drop_prefix=drop_prefix, phases=phases,
+        chat=mode,
+    )  # fmt: skip
     if as_json:
         output.print_json({"a": a, "b": b, "layers": found})
         return

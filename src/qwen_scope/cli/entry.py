@@ -71,13 +71,14 @@ def run(argv: Sequence[str] | None) -> int:
 
     from . import output
     from .app import app
+    from .spellings import respelled
 
     # click's ClickException; which click it is depends on the version of typer
     usage: Any = next(kind for kind in BadParameter.__mro__ if kind.__name__ == "ClickException")
     check_words(sys.argv[1:] if argv is None else argv)
     try:
         with output.command():
-            code = app(args=None if argv is None else list(argv), standalone_mode=False)
+            code = app(args=respelled(sys.argv[1:] if argv is None else argv), standalone_mode=False)
     except usage as error:
         text = io.StringIO()
         error.show(text)

@@ -72,10 +72,10 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     "train": (
         "qwen-scope train lab -o out/run --layers 4 --d-sae 512 --k 16 --tokens 100000 --batch 1024 --eval-tokens 8192",
     ),
-    "posttrain prepare": ("qwen-scope posttrain prepare lab --target zh --layers 5 -n 200 -o out/table.json",),
+    "posttrain prepare": ("qwen-scope posttrain prepare lab --target zh --layers 5 --sample 200 -o out/table.json",),
     "posttrain sft": (
-        "qwen-scope posttrain sft lab -n 64 --table out/table.json --weight 0.5 --batch 8 --accumulate 1 --warmup 0"
-        " -o out/sft",
+        "qwen-scope posttrain sft lab --sample 64 --table out/table.json --weight 0.5 --batch 8 --accumulate 1"
+        " --warmup 0 -o out/sft",
     ),
     "posttrain eval": (
         "qwen-scope posttrain eval lab --groups ar,ko,ru -n 6 --script CJK --samples 2 --max-new-tokens 24"
@@ -84,8 +84,10 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     "posttrain repetition": ("qwen-scope posttrain repetition lab --layers 5 -n 100 -o out/loops.json",),
     "posttrain rl": ("qwen-scope posttrain rl lab --recipe out/loops.json --held-out lab -o out/rl",),
     "synthesize": (
-        "qwen-scope synthesize lab -n 10 --store out/store -f 3,17 --strength 0.9 --budget 6 --writer lab -o out/more",
-        "qwen-scope synthesize lab -n 10 --store out/store -f 3,17 --dry-run --price-in 2.5 --price-out 10 -o out/more",
+        "qwen-scope synthesize lab --sample 10 --store out/store -f 3,17 --strength 0.9 --budget 6 --writer lab"
+        " -o out/more",
+        "qwen-scope synthesize lab --sample 10 --store out/store -f 3,17 --dry-run --price-in 2.5 --price-out 10"
+        " -o out/more",
     ),
     "eval": ("qwen-scope eval lab --layers 4 --tokens 8192",),
     "convert": ("qwen-scope convert lab --layers 4 --layout sae_lens -o out/sae_lens",),

@@ -8,36 +8,29 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from qwen_scope.text import CorpusOptions
+
 from . import options, output
+from .groups import PARAGRAPHS, grouped
 
 if TYPE_CHECKING:
-    from qwen_scope.corpus import Corpus, FeatureStore, Progress
+    from qwen_scope.corpus import FeatureStore, Progress
 
 LAB_DOCUMENTS = 1000
 
 
+@grouped
 def extract(
-    source: Annotated[
-        str,
-        typer.Argument(
-            metavar="CORPUS",
-            help="A .txt, .jsonl, .csv, .tsv or .parquet file (also .gz), a folder of such, a dataset of the Hub"
-            " (owner/name), or 'lab'.",
-        ),
-    ],
+    source: options.Documents,
     out: Annotated[Path, typer.Option("--out", "-o", help="The store to write; an unfinished one goes on.")],
     model: options.Model = "lab",
     sae: options.Sae = None,
     layers: options.Layers = None,
-    column: Annotated[str, typer.Option("--column", help="The column with the text or the messages.")] = "text",
-    unit: options.DocumentUnit = "paragraph",
     sample: Annotated[
         int | None,
         typer.Option("--sample", help="Only so many documents, drawn evenly. Default: all; of the lab 1000.", min=1),
     ] = None,
-    seed: Annotated[int, typer.Option("--seed", help="Of the sample.", **options.SEED)] = 0,
-    split: Annotated[str, typer.Option("--split", help="Of a dataset or the lab.")] = "train",
-    subset: Annotated[str | None, typer.Option("--subset", help="Of a dataset.")] = None,
+    reading: CorpusOptions = PARAGRAPHS,
     row: Annotated[
         int | None, typer.Option("--row", help="Read long documents in pieces of so many tokens. Default: whole.")
     ] = None,
@@ -46,7 +39,6 @@ def extract(
     ] = None,
     window: Annotated[int, typer.Option("--window", help="Tokens written at once: what a stop loses at most.")] = 2**15,
     batch: Annotated[int, typer.Option("--batch", help="Tokens per forward pass, padding included.")] = 4096,
-    chat: options.Chat = None,
     skip_special: options.SkipSpecial = False,
     sinks: options.Sinks = None,
     pool: Annotated[str | None, typer.Option("--pool", help="Also keep residuals per document: mean, last.")] = None,
@@ -72,13 +64,13 @@ def extract(
         max_tokens=max_tokens,
         window_tokens=window,
         batch_tokens=batch,
-        chat=options.check_chat(chat),
+        chat=reading.chat,
         skip_special=skip_special,
         sink_multiple=sinks,
         pool=tuple(part.strip() for part in pool.split(",")) if pool else (),
     )
-    not_onto_itself(out, *([] if source == "lab" else [source]), *options.folders(model, sae))
-    corpus = open_corpus(source, column, unit, sample, seed, split, subset)
+    not_onto_itself(out, *options.files(source), *options.folders(model, sae))
+    corpus = options.read(source, reading, LAB_DOCUMENTS)
     with output.status("opening the model"):
         scope = options.open_scope(model, sae, device, dtype, k)
     wanted = scope.check_layers(options.parse_layers(layers))
@@ -104,24 +96,6 @@ def reporting(bar: output.Report) -> Callable[[Progress], None]:
         bar(now.stage, now.share or 0.0, rate + bad)
 
     return report
-
-
-def open_corpus(
-    source: str, column: str, unit: str, sample: int | None, seed: int, split: str, subset: str | None
-) -> Corpus:
-    """The corpus a command was asked for; `lab` is the lab's own, with its factors as metadata."""
-    from qwen_scope.corpus import Corpus
-
-    if source == "lab":
-        from qwen_scope.lab import documents
-
-        n = sample or LAB_DOCUMENTS
-        rows = [
-            {"text": d.text, "id": d.id, "kind": d.kind, "language": d.language, "register": d.register, **d.factors}
-            for d in documents(split, seed, n)
-        ]
-        return Corpus(rows, name=f"lab:{split}:{seed}:{n}")
-    return Corpus(source, column=column, unit=unit, sample=sample, seed=seed, split=split, subset=subset)
 
 
 def show_store(store: FeatureStore, as_json: bool) -> None:

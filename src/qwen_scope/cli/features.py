@@ -12,6 +12,7 @@ from . import options, output
 
 if TYPE_CHECKING:
     from qwen_scope.scope import TokenFeatures
+    from qwen_scope.text import Phase
 
 
 def features(
@@ -24,6 +25,7 @@ def features(
         str | None, typer.Option("--response", help="The model's answer to the text: ranks the answer's features.")
     ] = None,
     chat: options.Chat = None,
+    phase: options.Phase = None,
     truncate: Annotated[bool, typer.Option("--truncate", help="Cut a text longer than the context.")] = False,
     device: options.Device = None,
     dtype: options.Dtype = "auto",
@@ -35,7 +37,9 @@ def features(
     With --response the text is the prompt and the features of the whole answer are ranked by strength: the way to see
     which feature stands behind a bad answer.
     """
-    mode = options.check_chat(chat)
+    mode, phases = options.check_chat(chat), options.check_phases(phase)
+    if phases is not None and response is not None:
+        raise InputError("--phase tells the parts of one conversation apart; leave it out with --response")
     wanted = options.parse_layers(layers)
     text = options.typed_or_piped(text)
     with output.status("opening the model"):
@@ -51,36 +55,44 @@ def features(
     seen = scope.features([text], wanted, chat=mode, truncate=truncate)
     if response is not None:
         print_ranking(seen, start, top, as_json)
-    elif as_json:
-        print_tokens_json(seen, top)
+        return
+    told = None if phases is None else seen.phases(0)
+    chosen = [i for i in range(len(seen.tokens[0])) if told is None or told[i] in (phases or ())]
+    if not chosen:
+        raise InputError(f"no token is of the phase {phase}; this text has {', '.join(dict.fromkeys(told or ()))}")
+    if as_json:
+        print_tokens_json(seen, chosen, told, top)
     else:
-        print_tokens(seen, top)
+        print_tokens(seen, chosen, told, top)
 
 
-def print_tokens(seen: TokenFeatures, top: int) -> None:
-    """A table per layer: token, then its strongest features with their activations."""
+def print_tokens(seen: TokenFeatures, chosen: list[int], phases: list[Phase] | None, top: int) -> None:
+    """A table per layer: token, its phase if that was asked for, then its strongest features with their activations."""
     from qwen_scope.report import visible
 
     for layer in seen.layers:
         acts = seen.of(0, layer)
         rows = []
-        for i, token in enumerate(seen.tokens[0]):
+        for i in chosen:
             pairs = zip(acts.indices[i].tolist(), acts.values[i].tolist(), strict=True)
             shown = [f"{f}:{v:.3g}" for f, v in list(pairs)[:top] if v > 0]
-            rows.append((i, visible(token), "  ".join(shown)))
+            rows.append((i, visible(seen.tokens[0][i]), *([phases[i]] if phases else []), "  ".join(shown)))
         title = f"Layer {layer}: the strongest features of each token (feature:activation)"
-        output.show(title, ("#", "token", "features"), rows)
+        output.show(title, ("#", "token", *(["phase"] if phases else []), "features"), rows)
 
 
-def print_tokens_json(seen: TokenFeatures, top: int) -> None:
+def print_tokens_json(seen: TokenFeatures, chosen: list[int], phases: list[Phase] | None, top: int) -> None:
     data = []
-    for i, token in enumerate(seen.tokens[0]):
+    for i in chosen:
         here = {}
         for layer in seen.layers:
             acts = seen.of(0, layer)
             pairs = zip(acts.indices[i].tolist(), acts.values[i].tolist(), strict=True)
             here[layer] = [{"feature": f, "activation": v} for f, v in list(pairs)[:top] if v > 0]
-        data.append({"position": i, "id": int(seen.input_ids[0, i]), "token": token, "layers": here})
+        told = {"phase": phases[i]} if phases else {}
+        data.append(
+            {"position": i, "id": int(seen.input_ids[0, i]), "token": seen.tokens[0][i], **told, "layers": here}
+        )
     output.print_json({"text": seen.texts[0], "tokens": data})
 
 

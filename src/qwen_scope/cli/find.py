@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from qwen_scope.errors import InputError
+from qwen_scope.text import CorpusOptions
 
 from . import documents, options, output, show
+from .groups import LINES, grouped
 
 if TYPE_CHECKING:
     from qwen_scope.corpus import FeatureStore
     from qwen_scope.features import Findings, Pooled
     from qwen_scope.scope import Scope
 
-SETS = "A text file (a document per line), .jsonl, .csv or .parquet; lab:language=de; with a STORE language=de"
+SETS = "A corpus, as extract reads it; lab:language=de; with a STORE language=de"
 
 
+@grouped
 def find(
     folder: Annotated[
         Path | None, typer.Argument(metavar="[STORE]", help="Look in a store that extract has written.")
@@ -40,7 +44,7 @@ def find(
     level: Annotated[float, typer.Option("--level", help="False discovery rate.")] = 0.01,
     n: Annotated[int, typer.Option("-n", help="How many features.", min=1)] = 10,
     each: Annotated[int, typer.Option("--documents", help="So many documents of the lab.", min=4)] = 100,
-    column: options.Column = "text",
+    reading: CorpusOptions = LINES,
     seed: Annotated[
         int, typer.Option("--seed", help="Of the halves that choose and measure, and of intervals.", **options.SEED)
     ] = 0,
@@ -80,18 +84,18 @@ def find(
     elif near is not None:
         print_near(near, store, None if store and model is None and sae is None else scope(), n, as_json)
     elif repetition is not None:
-        print_repeats(repetition, store, scope, wanted, n, each, column, level, as_json)
+        print_repeats(repetition, store, scope, wanted, n, each, reading, level, as_json)
     elif groups is not None:
         print_groups(need(store, "--groups"), groups, wanted, n, seed, as_json)
     else:
         assert positive is not None
-        sets = two_sets(positive, negative, store, scope, wanted, each, column, seed)
+        sets = two_sets(positive, negative, store, scope, wanted, each, reading)
         print_findings(search(sets, n, by, level, seed), as_json)
 
 
 def two_sets(
     positive: str, negative: str | None, store: FeatureStore | None, scope: Any, layers: list[int] | None, each: int,
-    column: str, seed: int,
+    reading: CorpusOptions,
 ) -> list[dict[int, Pooled]]:  # fmt: skip
     """Both sets of documents as features."""
     import numpy as np
@@ -111,8 +115,9 @@ def two_sets(
     if negative is None:
         raise InputError("name documents without the property with --negative")
     # Another seed, so that sets that overlap by name share no document.
-    texts = [documents.texts_of(p, each, column, seed + i) for i, p in enumerate((positive, negative))]
-    if both := set(texts[0]) & set(texts[1]):
+    asked = (reading, replace(reading, seed=reading.seed + 1))
+    texts = [documents.texts_of(p, each, how) for p, how in zip((positive, negative), asked, strict=True)]
+    if both := set.intersection(*({one if isinstance(one, str) else repr(one) for one in some} for some in texts)):
         raise InputError(f"{len(both)} texts are in both sets, such as {min(both)!r:.60}")
     opened = scope()
     out = []
@@ -120,7 +125,11 @@ def two_sets(
         for name, some in zip(("with it", "without it"), texts, strict=True):
             out.append(
                 pool_texts(
-                    opened, some, layers, report=lambda done, name=name, some=some: bar(name, done / len(some), "")
+                    opened,
+                    some,
+                    layers,
+                    chat=reading.chat,
+                    report=lambda done, name=name, some=some: bar(name, done / len(some), ""),
                 )
             )
     return out
@@ -191,8 +200,8 @@ def print_groups(store: FeatureStore, column: str, layers: list[int] | None, n: 
 
 
 def print_repeats(
-    spec: str, store: FeatureStore | None, scope: Any, layers: list[int] | None, n: int, each: int, column: str,
-    level: float, as_json: bool,
+    spec: str, store: FeatureStore | None, scope: Any, layers: list[int] | None, n: int, each: int,
+    reading: CorpusOptions, level: float, as_json: bool,
 ) -> None:  # fmt: skip
     """Features that rise from the first occurrence of a token to its last repeat."""
     from qwen_scope.features import repeat_features, repeats_in_store, repeats_in_texts
@@ -201,7 +210,8 @@ def print_repeats(
         chosen = None if spec == "all" else documents.documents_of(store, spec).tolist()
         changes = repeats_in_store(store, layers, documents=chosen)
     else:
-        changes = repeats_in_texts(scope(), documents.texts_of(spec, each, column), layers)
+        texts = documents.texts_of(spec, each, replace(reading, seed=0) if reading.sample is None else reading)
+        changes = repeats_in_texts(scope(), texts, layers, chat=reading.chat)
     found = repeat_features(changes, n, level=level)
     if as_json:
         output.print_json(found)

@@ -86,8 +86,8 @@ def label(
         bad = f", {spent.unusable} answers of no use" if spent.unusable else ""
         cached = f"{spent.cached} answers from the cache{bad}"
         output.console().print(f"{spent.requests} requests, {spent.tokens:,} tokens, {cached}")
-    if (reasons := [one for one in found.values() if isinstance(one, str)]) and len(reasons) == len(found):
-        raise InputError(f"none of the {len(found)} features that were looked at got a label: {reasons[0]}")
+    if (reasons := [one for one in found.values() if isinstance(one, str)]) and len(reasons) == len(chosen):
+        raise InputError(f"none of the {len(found)} features got a label: {reasons[0]}")
 
 
 def judge_endpoint(

@@ -7,9 +7,9 @@ import re
 import shlex
 import sys
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_args
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     import torch
 
     from qwen_scope.scope import Scope
+    from qwen_scope.text import Chat as ChatMode
+    from qwen_scope.text import Corpus, CorpusOptions, Counted
 
 RECIPES = (".json", ".yaml", ".yml")
 
@@ -67,10 +69,43 @@ SkipSpecial = Annotated[bool, typer.Option("--skip-special", help="Leave special
 Sinks = Annotated[
     float | None, typer.Option("--sink-multiple", help="Leave out norms above so many medians; 10 is usual.")
 ]
-ChatMode = Literal["default", "thinking", "non_thinking"]
-Column = Annotated[str, typer.Option("--column", help="The column with the text.")]
-DocumentUnit = Annotated[str, typer.Option("--unit", help="A document of a .txt: paragraph, line or file.")]
+Count = Annotated[
+    str | None,
+    typer.Option(
+        "--count",
+        help="all: every token counts. Default: all but the first of each row, special tokens and sinks.",
+    ),
+]
+Documents = Annotated[
+    str,
+    typer.Argument(
+        metavar="CORPUS",
+        help="A .txt, .jsonl, .csv, .tsv or .parquet file (also .gz), a folder of such, a dataset of the Hub"
+        " (owner/name), or 'lab', of which lab:language=de is a part.",
+    ),
+]
+Phase = Annotated[
+    str | None,
+    typer.Option(
+        "--phase",
+        help="Only these phases of a conversation: system, user, thinking, answer, tool_call, tool_result; or all.",
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines instead of tables.")]
+
+
+def parse_count(text: str | None) -> Counted | None:
+    """Which tokens count: all for `all`, None where that is left to what is measured.
+
+    Raises:
+        InputError: anything else.
+    """
+    if text is None:
+        return None
+    from qwen_scope.text import Counted
+
+    one_of("--count", text, ("all",))
+    return Counted.everything()
 
 
 def parse_layers(text: str | None) -> list[int] | None:
@@ -165,14 +200,33 @@ def typed(text: str) -> str:
     return text
 
 
+def read(source: str, reading: CorpusOptions, lab: int | None = 1000) -> Corpus:
+    """The documents of a source; of the lab, which has no end, `lab` where no sample is asked for."""
+    from qwen_scope.text import Corpus, is_lab
+
+    if is_lab(source) and reading.sample is None:
+        reading = replace(reading, sample=lab)
+    return Corpus.of(source, reading)
+
+
 def check_chat(chat: str | None) -> ChatMode | None:
     """The mode of the chat template, or None; raises InputError for anything else."""
-    for mode in get_args(ChatMode):
-        if chat == mode:
-            return mode
-    if chat is None:
+    from qwen_scope.text import CHATS
+
+    return None if chat is None else one_of("--chat", chat, CHATS)
+
+
+def check_phases(phase: str | None) -> list[str] | None:
+    """`thinking,answer` as a list, all of them for `all`, or None; raises InputError for a phase that there is not."""
+    from qwen_scope.text import PHASES, phase_numbers
+
+    if phase is None:
         return None
-    raise InputError(f"--chat is one of {', '.join(get_args(ChatMode))}, not {chat!r}")
+    if phase == "all":
+        return list(PHASES)
+    phases = [part.strip() for part in phase.split(",")]
+    phase_numbers(phases)
+    return phases
 
 
 def weight_type(name: str | None) -> torch.dtype | None:
@@ -215,6 +269,13 @@ def sae_source(model: str, sae: str | None) -> str:
 def folders(*sources: str | Path | None) -> list[str | Path]:
     """Of models, SAEs and corpora those that lie on this machine, by their path; a bare name is one of the catalog."""
     return [one for one in sources if one is not None and (isinstance(one, Path) or "/" in one or os.sep in one)]
+
+
+def files(*sources: str | None) -> list[str]:
+    """Of sources of documents those that may lie on this machine: all but the lab."""
+    from qwen_scope.text import is_lab
+
+    return [one for one in sources if one is not None and not is_lab(one)]
 
 
 def quiet() -> None:

@@ -3,16 +3,29 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from qwen_scope.errors import InputError, need
+from qwen_scope.text import CorpusOptions
 
 from . import options, output, whose
 from .commands import App
-from .posttrain_data import PROBES, check_run, given_files, probe_texts, read_rows, training_samples
+from .groups import PARAGRAPHS, grouped
+from .posttrain_data import (
+    PROBES,
+    check_run,
+    given_files,
+    labelled_texts,
+    probe_texts,
+    read_prompts,
+    read_rows,
+    training_samples,
+)
 
 if TYPE_CHECKING:
     from qwen_scope.posttrain import AlphaTable, Sample, SFTRun
@@ -24,14 +37,16 @@ app = App(
 Samples = Annotated[
     str, typer.Argument(metavar="CORPUS", help="A file, folder or dataset whose rows name their group, or 'lab'.")
 ]
-Column = Annotated[str, typer.Option("--column", help="The text, the completion, or the messages.")]
 PromptColumn = Annotated[str, typer.Option("--prompt-column", help="The prompt, where completions are learnt.")]
 GroupColumn = Annotated[str, typer.Option("--group-column", help="The name of a row's group, such as its language.")]
-Number = Annotated[int | None, typer.Option("-n", help="At most so many rows, drawn evenly.", min=1)]
 Seed = Annotated[int, typer.Option("--seed", help="Of what is drawn.", **options.SEED)]
+
+COMPLETIONS = CorpusOptions(column="completion")
+COMPLETION_LINES = replace(COMPLETIONS, unit="line")
 
 
 @app.command()
+@partial(grouped, without=["chat"])
 def prepare(
     corpus: Samples,
     target: Annotated[str, typer.Option("--target", help="The group whose features are wanted.")],
@@ -55,9 +70,8 @@ def prepare(
         int | None,
         typer.Option("--random", help="A seed that draws other features instead: the control.", **options.SEED),
     ] = None,
-    column: Column = "text",
     group_column: GroupColumn = "group",
-    n: Number = None,
+    reading: CorpusOptions = PARAGRAPHS,
     seed: Seed = 0,
     device: options.Device = None,
     dtype: options.Dtype = "auto",
@@ -73,17 +87,17 @@ def prepare(
     check_packages()
     from qwen_scope.files import check_output
     from qwen_scope.posttrain import prepare as run
-    from qwen_scope.posttrain import read_samples, responses, switches
+    from qwen_scope.posttrain import switches
 
     check_output(out, *given_files(corpus, onsets), *options.folders(model, sae), endings=[".json"])
     if (onsets is None) != (script is None):
         raise InputError("ranking by effect needs both: --onsets with rows, and --script with what begins in them")
-    labelled = responses(read_samples(corpus, column=column, group_column=group_column, n=n, seed=seed, kinds=["talk"]))
+    labelled = labelled_texts(corpus, replace(reading, seed=seed), group_column)
     with output.status("opening the model"):
         scope = options.open_scope(model, sae, device, dtype, k)
     begun = None
     if onsets and script:
-        rows = training_samples(onsets, "completion", "prompt", group_column, None, seed + 1)
+        rows = training_samples(onsets, replace(COMPLETIONS, seed=seed + 1), "prompt", group_column)
         begun = switches(rows, scope.tokenizer, target, script)
     with output.progress() as bar:
         table = run(
@@ -123,6 +137,7 @@ def show_table(table: AlphaTable) -> None:
 
 
 @app.command()
+@grouped
 def sft(
     corpus: Samples,
     out: Annotated[Path, typer.Option("--out", "-o", help="The folder of the run.")],
@@ -145,10 +160,9 @@ def sft(
     zero: Annotated[bool, typer.Option("--zero", help="Thresholds of zero instead of alpha.")] = False,
     enhance: Annotated[bool, typer.Option("--enhance", help="Lift the features on the target instead.")] = False,
     held_out: Annotated[str | None, typer.Option("--held-out", help="Rows to report the loss on.")] = None,
-    column: Column = "completion",
     prompt_column: PromptColumn = "prompt",
     group_column: GroupColumn = "group",
-    n: Number = None,
+    reading: CorpusOptions = COMPLETIONS,
     lr: Annotated[float, typer.Option("--lr", help="Peak learning rate.")] = 5e-5,
     batch: Annotated[int, typer.Option("--batch", help="Samples per forward pass.", min=1)] = 1,
     accumulate: Annotated[int, typer.Option("--accumulate", help="Forward passes per step.", min=1)] = 32,
@@ -191,16 +205,18 @@ def sft(
 
     quiet()
     check_run(out, model, sae, corpus, held_out, monitor, monitor_prompts, table)
-    chosen = tuple(options.parse_layers(layers) or ()) or None
-    run = SFTRun(**options.same_named(SFTRun, given) | {"layers": chosen, "watch_every": monitor_every})
-    found = None if table is None else read_table(table)
-    unused = Counter[str]()
-    learnt = training_samples(corpus, column, prompt_column, group_column, n, 0, unused)
-    kept = training_samples(held_out, column, prompt_column, group_column, None, 1) if held_out else []
+    chosen = {"layers": tuple(options.parse_layers(layers) or ()) or None, "watch_every": monitor_every}
+    run = SFTRun(**options.same_named(SFTRun, given) | chosen)
+    found, unused = None if table is None else read_table(table), Counter[str]()
+    # Whatever the seed of the training is, the rows are the same.
+    learnt = training_samples(corpus, replace(reading, seed=0), prompt_column, group_column, model, unused)
+    rest = replace(reading, sample=None, seed=1)
+    kept = training_samples(held_out, rest, prompt_column, group_column, model) if held_out else []
     probe = probe_texts(monitor) if monitor else []
     if monitor_prompts and not (probe and found):
         raise InputError("--monitor-prompts goes with --monitor and --table: the table's features are read on answers")
-    rows = read_rows(monitor_prompts, prompt_column, None, PROBES, 3, held_out=True) if monitor_prompts else []
+    how = replace(rest, column=prompt_column, unit="line", seed=3)
+    rows = read_rows(monitor_prompts, how, None, PROBES, model, held_out=True) if monitor_prompts else []
     carry_out(run, learnt, kept, found, probe, [row["prompt"] for row in rows], as_json, unused)
 
 
@@ -265,6 +281,7 @@ def losses(log: dict[str, float]) -> str:
 
 
 @app.command("eval")
+@grouped
 def evaluate(
     prompts: Annotated[
         str | None,
@@ -284,10 +301,10 @@ def evaluate(
         float, typer.Option("--top-p", help="Draw among the likeliest tokens that make up this share.")
     ] = 0.8,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", help="Where an answer is cut off.", min=1)] = 2048,
-    column: Column = "completion",
     prompt_column: PromptColumn = "prompt",
     group_column: GroupColumn = "group",
-    n: Number = None,
+    n: Annotated[int | None, typer.Option("-n", help="At most so many prompts, and rows to report on.", min=1)] = None,
+    reading: CorpusOptions = COMPLETION_LINES,
     seed: Seed = 0,
     device: options.Device = None,
     dtype: options.Dtype = "auto",
@@ -305,7 +322,11 @@ def evaluate(
     if prompts is None and held_out is None:
         raise InputError("nothing to measure: give PROMPTS and --script, or --held-out, or both")
     wanted = [part.strip() for part in groups.split(",")] if groups else None
-    asked = [] if prompts is None else read_prompts(prompts, prompt_column, group_column, wanted, n, seed)
+    asked = (
+        []
+        if prompts is None
+        else read_prompts(prompts, replace(reading, column=prompt_column), group_column, wanted, n, model)
+    )
     with output.status("opening the model"):
         loaded = load_model(model_source(model), device=device, dtype=dtype)
     whose.say_whose()
@@ -326,30 +347,12 @@ def evaluate(
             )
         found |= {"script": script, "prompts": len(asked), "samples": samples, "code_switch_ratio": switch.ratio}
     if held_out is not None:
-        rows = training_samples(held_out, column, prompt_column, group_column, n, 1)
+        rows = training_samples(
+            held_out, replace(reading, sample=reading.sample or n, seed=1), prompt_column, group_column, model
+        )
         with output.status("measuring the loss"):
             found["held_out_loss"] = held_out_loss(loaded, rows)
     if as_json:
         output.print_json(found)
     else:
         output.show("Measured", ("figure", "value"), [(name, str(value)) for name, value in found.items()])
-
-
-def read_prompts(
-    source: str, prompt_column: str, group_column: str, groups: list[str] | None, n: int | None, seed: int
-) -> list[str]:
-    """The prompts of a file, or questions of the lab."""
-    from qwen_scope.corpus import Corpus
-    from qwen_scope.lab import chat_prompts
-    from qwen_scope.posttrain import only_text, usable
-
-    if source == "lab":
-        return [prompt.text for prompt in chat_prompts(seed=seed, n=n or 100, languages=groups)]
-    corpus = Corpus(source, column=prompt_column, unit="line", seed=seed)
-    found = usable(
-        corpus, lambda row: only_text(row) if groups is None or row.meta.get(group_column) in groups else None, n
-    )
-    if not found:
-        where = corpus.other_columns("prompt_column") or f" in a column {prompt_column!r}"
-        raise InputError(f"{source} has no prompt" + (" of these groups" if groups else "") + where)
-    return found

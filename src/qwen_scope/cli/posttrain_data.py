@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from qwen_scope.errors import InputError
 
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
     from collections import Counter
 
     from qwen_scope.posttrain import Row, Sample
+    from qwen_scope.text import CorpusOptions, Document
 
 PROBES = 64
 """At most so many texts, and so many prompts, are measured by the monitor."""
@@ -32,52 +34,104 @@ def check_run(out: Path, model: str, sae: str | None, *sources: str | Path | Non
 
 
 def training_samples(
-    corpus: str,
-    column: str,
+    source: str,
+    reading: CorpusOptions,
     prompt_column: str,
     group_column: str,
-    n: int | None,
-    seed: int,
+    model: str | None = None,
     unused: Counter[str] | None = None,
 ) -> list[Sample]:
-    """Rows to learn from; of the lab its chats, those that drift into another language among them."""
-    from qwen_scope.posttrain import chats_only, read_samples
+    """Rows to learn from; of the lab its chats, those that drift into another language among them.
+
+    Args:
+        model: whose chat template they are written with, where `reading` asks for one.
+    """
+    from qwen_scope.model import load_tokenizer
+    from qwen_scope.posttrain import chats_only, read_samples, with_chat
+    from qwen_scope.scope import model_source
 
     found = read_samples(
-        corpus,
-        column=column,
+        source,
+        column=reading.column,
         prompt_column=prompt_column,
         group_column=group_column,
-        n=n,
-        seed=seed,
+        n=reading.sample,
+        seed=reading.seed,
+        split=reading.split,
+        unit=reading.unit,
+        subset=reading.subset,
         kinds=["chat", "drift"],
         unused=unused,
     )
-    return chats_only(found) if corpus == "lab" else found
+    if source == "lab":  # which are written as the model reads them
+        return chats_only(found)
+    if reading.chat is None or model is None:
+        return found
+    return with_chat(found, load_tokenizer(model_source(model)), reading.chat)
+
+
+def prompts_in(model: str, reading: CorpusOptions) -> Callable[[Document], str]:
+    """What reads the prompt in a row, up to where the answer begins: its text, or with a chat template what the model's
+    makes of the text or the conversation."""
+    from qwen_scope.text import PassOver, only_text
+
+    chat = reading.chat
+    if chat is None:
+        return only_text
+    from qwen_scope.model import load_tokenizer
+    from qwen_scope.posttrain import prompt_text
+    from qwen_scope.scope import model_source
+
+    tokenizer = load_tokenizer(model_source(model))
+
+    def read(found: Document) -> str:
+        if not isinstance(found.text, str) and found.text[-1]["role"] == "assistant":
+            raise PassOver("a conversation that is answered, not a prompt")
+        return prompt_text(tokenizer, found.text, chat)
+
+    return read
+
+
+def labelled_texts(source: str, reading: CorpusOptions, group_column: str) -> list[tuple[str, str]]:
+    """Texts with the name of their group; of the lab its talk, by language."""
+    from qwen_scope.posttrain import read_samples, responses
+
+    found = read_samples(
+        source,
+        column=reading.column,
+        group_column=group_column,
+        n=reading.sample,
+        seed=reading.seed,
+        split=reading.split,
+        unit=reading.unit,
+        subset=reading.subset,
+        kinds=["talk"],
+    )
+    return responses(found)
 
 
 def read_rows(
     source: str,
-    prompt_column: str,
+    reading: CorpusOptions,
     answer_column: str | None,
     n: int,
-    seed: int,
+    model: str,
     *,
     held_out: bool = False,
     unused: Counter[str] | None = None,
 ) -> list[Row]:
-    """Prompts of a file with their answers, or of the lab: questions and sums, with what its reward asks for."""
+    """Prompts of a source with their answers, or of the lab: questions and sums, with what its reward asks for."""
     from collections import Counter
 
-    from qwen_scope.corpus import Corpus, Document, by_reason
-    from qwen_scope.posttrain import PassOver, lab_rows, only_text, usable
+    from qwen_scope.posttrain import lab_rows
+    from qwen_scope.text import PassOver, by_reason, usable
 
     if source == "lab":
-        return lab_rows(n, seed, split="heldout_sentences" if held_out else "train")
-    lacking = f"without the column {answer_column!r}"
+        return lab_rows(reading.sample or n, reading.seed, split="heldout_sentences" if held_out else reading.split)
+    lacking, prompt_of = f"without the column {answer_column!r}", prompts_in(model, reading)
 
     def row_of(found: Document) -> Row:
-        row = {"prompt": only_text(found)}
+        row: dict[str, Any] = {"prompt": prompt_of(found)}
         if answer_column is None:
             return row
         if found.meta.get(answer_column) is None:
@@ -85,21 +139,40 @@ def read_rows(
         return {**row, "answer": str(found.meta[answer_column])}
 
     counts: Counter[str] = Counter() if unused is None else unused
-    corpus = Corpus(source, column=prompt_column, unit="line", seed=seed)
+    corpus = options.read(source, reading)
     rows = usable(corpus, row_of, n, counts)
     if not rows and counts[lacking]:
         raise InputError(f"no row of {source} has a column {answer_column!r}; name it with --answer-column")
     if len(rows) < 2:
-        why = corpus.other_columns("prompt_column") or f" in a column {prompt_column!r}; two are the least"
+        why = corpus.other_columns() or f" in a column {reading.column!r}; two are the least"
         raise InputError(f"{source} has {len(rows)} prompts{why}" + (f" ({by_reason(counts)})" if counts else ""))
     return rows
 
 
+def read_prompts(
+    source: str, reading: CorpusOptions, group_column: str, groups: list[str] | None, n: int | None, model: str
+) -> list[str]:
+    """The prompts of a source, or questions of the lab."""
+    from qwen_scope.lab import chat_prompts
+    from qwen_scope.text import usable
+
+    if source == "lab":
+        asked = chat_prompts(seed=reading.seed, n=reading.sample or n or 100, languages=groups, split=reading.split)
+        return [prompt.text for prompt in asked]
+    corpus, prompt_of = options.read(source, reading), prompts_in(model, reading)
+    found = usable(
+        corpus, lambda row: prompt_of(row) if groups is None or row.meta.get(group_column) in groups else None, n
+    )
+    if not found:
+        where = corpus.other_columns("prompt_column") or f" in a column {reading.column!r}"
+        raise InputError(f"{source} has no prompt" + (" of these groups" if groups else "") + where)
+    return found
+
+
 def probe_texts(source: str) -> list[str]:
-    """Texts to measure features on: those of a file, or held-out chats of the lab."""
-    from qwen_scope.corpus import Corpus
+    """Texts to measure features on: those of a source, or held-out chats of the lab."""
     from qwen_scope.lab import documents
-    from qwen_scope.posttrain import only_text, usable
+    from qwen_scope.text import Corpus, only_text, usable
 
     if source == "lab":
         return [found.text for found in documents(split="heldout_sentences", seed=2, n=PROBES, kinds=["chat"])]

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from qwen_scope.text import CorpusOptions
+
 from . import options, output, whose
-from .posttrain import PromptColumn, Seed, check_packages, quiet
+from .groups import grouped
+from .posttrain import Seed, check_packages, quiet
 from .posttrain_data import check_run, given_files, read_rows
 
 Prompts = Annotated[str, typer.Argument(metavar="PROMPTS", help="A file whose rows have a prompt, or 'lab'.")]
@@ -21,7 +25,10 @@ Longest = Annotated[int, typer.Option("--longest", help="A loop's block in token
 Times = Annotated[int, typer.Option("--times", help="How often a loop's block stands in a row, at least.", min=2)]
 Least = Annotated[int, typer.Option("--least", help="How many tokens a loop is long, at least.", min=1)]
 
+PROMPTS = CorpusOptions(column="prompt", unit="line")
 
+
+@grouped
 def repetition(
     prompts: Prompts,
     out: Annotated[Path, typer.Option("--out", "-o", help="The recipe to write, .json or .yaml.")],
@@ -37,7 +44,7 @@ def repetition(
         str | None, typer.Option("--looping", help="Texts that end in a loop, beside the model's own.")
     ] = None,
     n: Number = 200,
-    prompt_column: PromptColumn = "prompt",
+    reading: CorpusOptions = PROMPTS,
     max_new_tokens: NewTokens = 512,
     temperature: Temperature = 1.0,
     top_p: TopP = 1.0,
@@ -58,13 +65,13 @@ def repetition(
     check does not hold.
     """
     check_packages()
-    from qwen_scope.corpus import Corpus
     from qwen_scope.files import check_output
-    from qwen_scope.posttrain import Detector, Sampling, only_text, repetition_recipe, usable
+    from qwen_scope.posttrain import Detector, Sampling, repetition_recipe
+    from qwen_scope.text import Corpus, only_text, usable
 
     check_output(out, *given_files(prompts, looping), *options.folders(model, sae), endings=options.RECIPES)
     sampling = Sampling(max_new_tokens, temperature, top_p, Detector(longest, times, least), seed)
-    asked = [row["prompt"] for row in read_rows(prompts, prompt_column, None, n, seed)]
+    asked = [row["prompt"] for row in read_rows(prompts, reading, None, n, model)]
     texts = usable(Corpus(looping), only_text) if looping else []
     with output.status("opening the model"):
         scope = options.open_scope(model, sae, device, dtype, k)
@@ -96,6 +103,7 @@ def repetition(
     output.console().print(f"The check {'holds' if effect['causal'] else 'does not hold'}. Written to {out}.")
 
 
+@grouped
 def rl(
     prompts: Prompts,
     out: Annotated[Path, typer.Option("--out", "-o", help="The folder of the run.")],
@@ -112,7 +120,7 @@ def rl(
     held_out: Annotated[str | None, typer.Option("--held-out", help="Prompts to measure loops on.")] = None,
     n: Number = 1000,
     held_out_n: Annotated[int, typer.Option("--held-out-n", help="So many of them.", min=2)] = 200,
-    prompt_column: PromptColumn = "prompt",
+    reading: CorpusOptions = PROMPTS,
     answer_column: Annotated[
         str, typer.Option("--answer-column", help="The right answer, for that reward.")
     ] = "answer",
@@ -155,17 +163,18 @@ def rl(
         **options.same_named(RLRun, given)
         | {"reward": reward, "prompts": per_step, "detector": Detector(longest, times, least)}
     )
-    found = None if recipe is None else load_recipe(recipe)
     unused = Counter[str]()
-    rows = read_rows(prompts, prompt_column, answer_column if reward == "answer" else None, n, 0, unused=unused)
-    asked = read_rows(held_out, prompt_column, None, held_out_n, 1, held_out=True) if held_out else []
+    # Whatever the seed of the training is, the prompts are the same.
+    reading, rest = replace(reading, seed=0), replace(reading, sample=None, seed=1)
+    rows = read_rows(prompts, reading, answer_column if reward == "answer" else None, n, model, unused=unused)
+    asked = read_rows(held_out, rest, None, held_out_n, model, held_out=True) if held_out else []
     whose.say_whose()
     with output.progress() as bar:
         metrics = run_rl(
             run,
             rows,
             [row["prompt"] for row in asked],
-            found,
+            None if recipe is None else load_recipe(recipe),
             unused=unused,
             progress=lambda step, total, log: bar(
                 "training", step / max(1, total), f"reward {log.get('reward', 0):.2f}"

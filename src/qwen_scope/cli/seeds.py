@@ -7,35 +7,41 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from . import options
+
 if TYPE_CHECKING:
     import numpy as np
 
     from qwen_scope.analysis import Dataset, Labelled
-    from qwen_scope.corpus import Corpus
     from qwen_scope.scope import Scope
+    from qwen_scope.text import Chat, Corpus, CorpusOptions
 
 
 def read_documents(
-    scope: Scope, source: Path, layers: list[int], column: str, unit: str, bar: Any
+    scope: Scope, source: str, layers: list[int], reading: CorpusOptions, bar: Any
 ) -> tuple[dict[int, Dataset], dict[int, np.ndarray]]:
-    """Firings by `max` and mean residuals of every document of a file."""
-    from qwen_scope.corpus import Corpus
+    """Firings by `max` and mean residuals of every document of a source."""
+    return read_corpus(scope, options.read(source, reading), name_of(source), layers, bar, reading.chat)[:2]
 
-    return read_corpus(scope, Corpus(source, column=column, unit=unit), source.stem, layers, bar)[:2]
+
+def name_of(source: str) -> str:
+    """What a set of documents is called where nobody says it: a file's name without its ending."""
+    return source if source.startswith("lab:") else Path(source.removesuffix(".gz")).stem
 
 
 def read_corpus(
-    scope: Scope, corpus: Corpus, name: str, layers: list[int], bar: Any
+    scope: Scope, corpus: Corpus, name: str, layers: list[int], bar: Any, chat: Chat | None = None
 ) -> tuple[dict[int, Dataset], dict[int, np.ndarray], list[dict[str, Any]]]:
     """Firings by `max`, mean residuals and metadata of every document, by way of a store in a temporary folder."""
     from qwen_scope.analysis import Dataset
-    from qwen_scope.corpus import ExtractOptions, extract, tell_unused
+    from qwen_scope.corpus import ExtractOptions, extract
     from qwen_scope.model import LoadedModel
+    from qwen_scope.text import tell_unused
 
     loaded = LoadedModel(scope.model, scope.tokenizer, scope.name)
     saes = {layer: scope.saes[layer] for layer in layers}
     with tempfile.TemporaryDirectory(prefix="qwen-scope-") as folder:
-        chosen = ExtractOptions(pool=("mean",))
+        chosen = ExtractOptions(pool=("mean",), chat=chat)
         report = lambda now: bar(corpus.name, now.share or 0.0, f"{now.tokens:,} tokens")  # noqa: E731
         with extract(corpus, loaded, saes, Path(folder) / "store", chosen, report) as store:
             found = {layer: Dataset.from_store(store, layer, "max", name=name, texts=True) for layer in layers}

@@ -14,6 +14,7 @@ from . import options, output
 if TYPE_CHECKING:
     from qwen_scope.scope import Scope
     from qwen_scope.steer import Decoding, Generation, Intervention
+    from qwen_scope.text import Chat
 
 Layer = Annotated[int | None, typer.Option("--layer", help="The layer of the feature.")]
 Feature = Annotated[int | None, typer.Option("--feature", help="The feature's index.")]
@@ -93,7 +94,7 @@ def show_sides(
     prompt: str,
     interventions: list[Intervention],
     decoding: Decoding,
-    mode: options.ChatMode | None,
+    mode: Chat | None,
     candidates: int,
     as_json: bool,
 ) -> None:
@@ -127,7 +128,7 @@ def stream_text(
     prompt: str,
     interventions: list[Intervention],
     decoding: Decoding,
-    mode: options.ChatMode | None,
+    mode: Chat | None,
 ) -> None:
     """The steered continuation, piece by piece."""
     from qwen_scope.steer import generate, stream

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from qwen_scope.errors import InputError
+from qwen_scope.text import CorpusOptions
 
-from . import options, output, steer, targets
-
-ROWS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
+from . import documents, options, output, steer, targets
+from .groups import LINES, grouped
 
 if TYPE_CHECKING:
     from qwen_scope.scope import Scope
     from qwen_scope.steer import Intervention, Row, Sweep
 
-Prompts = Annotated[Path, typer.Argument(help="A text file with one prompt per line.")]
+Prompts = Annotated[
+    str, typer.Argument(help="Prompts: a .txt file with one per line, or any other corpus, as extract reads it.")
+]
 Recipes = Annotated[
     list[Path] | None, typer.Option("--recipe", help="A saved recipe instead; of several the best is proposed.")
 ]
@@ -25,13 +29,17 @@ Tolerance = Annotated[
     float, typer.Option("--tolerance", help="Propose a smaller amount whose effect is this close to the largest.")
 ]
 Reference = Annotated[
-    Path | None,
+    str | None,
     typer.Option(
-        "--reference", help="Texts, one per line, whose perplexity the budget counts from. Default: unsteered."
+        "--reference", help="Texts, read like prompts, whose perplexity the budget counts from. Default: unsteered."
     ),
 ]
 
+LAB_PROMPTS = 100
+"""So many texts of the lab are prompts."""
 
+
+@partial(grouped, without=["unit", "sample", "seed"])
 def sweep(
     prompts: Prompts,
     model: options.Model = "lab",
@@ -56,6 +64,7 @@ def sweep(
     save_recipe: Annotated[Path | None, typer.Option("--save-recipe", help="Save the proposal (.json, .yaml).")] = None,
     plot: Annotated[Path | None, typer.Option("--plot", help="Write a figure (.png).")] = None,
     chat: options.Chat = None,
+    reading: CorpusOptions = LINES,
     max_new_tokens: steer.NewTokens = 40,
     sample: steer.Sample = False,
     temperature: steer.Temperature = None,
@@ -77,9 +86,8 @@ def sweep(
     decoding = Decoding(max_new_tokens, sample, temperature, seed=seed)
     budget = Budget(max_perplexity, max_repetition, tolerance)
     grid = None if amounts is None else parse_amounts(amounts)
-    amount = None if op == "ablate" else 1.0
-    one = None if recipe else steer.one_intervention(layer, feature, op, amount, unit, where)
-    lines, texts = read_prompts(prompts), read_prompts(reference) if reference is not None else []
+    one = None if recipe else steer.one_intervention(layer, feature, op, None if op == "ablate" else 1, unit, where)
+    lines, texts = read_prompts(prompts, reading), read_prompts(reference, reading) if reference is not None else []
     with output.status("opening the model"):
         scope = options.open_scope(model, sae, device, dtype, k)
     target = targets.chosen_target(scope, regex, script, continuation, target_feature, rule)
@@ -200,17 +208,24 @@ def print_sweep(found: Sweep, name: str = "") -> None:
         out.print(f"Proposed: {found.best.amount:g}, effect {found.best.effect}.")
 
 
-def read_prompts(path: Path) -> list[str]:
-    """The texts of a file that holds one per line.
+def read_prompts(source: str | Path, reading: CorpusOptions = LINES) -> list[str]:
+    """The texts of a source; in a text file of whatever name every line is one.
 
     Raises:
-        InputError: a file of rows, whose lines are no texts, or as `read_lines_of`.
+        InputError: a conversation or nothing instead of texts, a `.txt` file that is no text.
+        NotFoundError: no such file or dataset.
     """
-    if path.name.removesuffix(".gz").endswith(ROWS):
+    from qwen_scope.text import is_readable
+
+    path = Path(source)
+    if path.suffix == ".json":
         raise InputError(
-            f"{path.name} holds rows, and here every line of a file is a text; write one per line into a .txt file"
+            f"{path.name} is one value of JSON, not a text per line; write a row per line into a .jsonl file"
         )
-    return read_lines_of(path)
+    if path.is_file() and (path.suffix == ".txt" or not is_readable(path)):
+        return read_lines_of(path)
+    found = documents.texts_of(str(source), LAB_PROMPTS, replace(reading, chat=None))
+    return [text for text in found if isinstance(text, str)]
 
 
 def read_lines_of(path: Path) -> list[str]:

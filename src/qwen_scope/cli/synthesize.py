@@ -5,23 +5,28 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from qwen_scope.errors import InputError
+from qwen_scope.text import CorpusOptions
 
 from . import options, output
+from .groups import PARAGRAPHS, grouped
 from .posttrain_data import given_files
 from .show import scope_of
 from .store import the_layer
 
 if TYPE_CHECKING:
-    from qwen_scope.corpus import Corpus, FeatureStore
+    from qwen_scope.corpus import FeatureStore
     from qwen_scope.features import Endpoint
     from qwen_scope.posttrain import Target
+    from qwen_scope.text import Corpus
 
+LAB_DOCUMENTS = 200
 NOTHING = "http://localhost:1/v1"
 """The address of an endpoint that is never asked."""
 
@@ -59,10 +64,14 @@ Timeout = Annotated[float, typer.Option("--timeout", help="Seconds for one reque
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Ask nothing; say what it would take.")]
 PriceIn = Annotated[float | None, typer.Option("--price-in", help="Of a million tokens of prompts.", min=0)]
 PriceOut = Annotated[float | None, typer.Option("--price-out", help="Of a million tokens of answers.", min=0)]
-Number = Annotated[int | None, typer.Option("-n", help="At most so many documents of SEED; of the lab 200.", min=1)]
+Sample = Annotated[
+    int | None,
+    typer.Option("--sample", help="Only so many documents, drawn evenly. Default: all; of the lab 200.", min=1),
+]
 Seed = Annotated[int, typer.Option("--seed", help="Of the contexts shown, and of samples.", **options.SEED)]
 
 
+@grouped
 def synthesize(
     seed_corpus: SeedCorpus,
     store: Store,
@@ -91,9 +100,8 @@ def synthesize(
     dry_run: DryRun = False,
     price_in: PriceIn = None,
     price_out: PriceOut = None,
-    column: options.Column = "text",
-    unit: options.DocumentUnit = "paragraph",
-    n: Number = None,
+    sample: Sample = None,
+    reading: CorpusOptions = PARAGRAPHS,
     seed: Seed = 0,
     device: options.Device = None,
     dtype: options.Dtype = "auto",
@@ -112,14 +120,15 @@ def synthesize(
     check_folder(out, MADE, store, *given_files(seed_corpus, against), *options.folders(model, sae))
     instruction = options.typed(instruction)
     settings = SynthesisOptions(want, budget, tries, 64, shown, answer_tokens, temperature, pairs, instruction, seed)
+    settings = replace(settings, chat=reading.chat)
     if sum(given is not None for given in (features, search, concept)) != 1:
         raise InputError("say which targets: one of --features 3,17,40-50, --search WORDS or --concept TEXT")
     if (price_in is None) != (price_out is None):
         raise InputError("a price needs both: --price-in and --price-out, per million tokens")
     per_million = None if price_in is None or price_out is None else (price_in, price_out)
     with FeatureStore(store) as opened, asked(writer, out, tokens, concurrency, timeout, dry_run) as endpoint:
-        corpus = seed_of(seed_corpus, column, unit, n, seed)
-        more = None if against is None else seed_of(against, column, unit, budget, seed + 1)
+        corpus = seed_of(seed_corpus, reading)
+        more = None if against is None else seed_of(against, replace(reading, sample=budget, seed=seed + 1))
         if isinstance(more, FeatureStore):
             raise InputError(f"--against takes documents to read, not a store such as {against}")
         with output.status("choosing targets"):
@@ -157,17 +166,13 @@ def asked(
     yield found or Endpoint(os.environ.get("OPENAI_BASE_URL") or NOTHING, writer or "none", **limits)
 
 
-def seed_of(source: str, column: str, unit: str, n: int | None, seed: int) -> Corpus | FeatureStore:
+def seed_of(source: str, reading: CorpusOptions) -> Corpus | FeatureStore:
     """The corpus to complete, or its store."""
-    from qwen_scope.corpus import Corpus, FeatureStore
-    from qwen_scope.lab import documents
+    from qwen_scope.corpus import FeatureStore
 
-    if source == "lab":
-        rows = [{"text": found.text} for found in documents(seed=seed, n=n or 200)]
-        return Corpus(rows, name=f"lab:{seed}")
     if (Path(source) / "manifest.json").is_file():
         return FeatureStore(source)
-    return Corpus(source, column=column, unit=unit, sample=n, seed=seed)
+    return options.read(source, reading, LAB_DOCUMENTS)
 
 
 def targets_of(

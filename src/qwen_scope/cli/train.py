@@ -2,30 +2,27 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from qwen_scope.text import CorpusOptions
+
 from . import options, output, whose
+from .groups import PARAGRAPHS, grouped
 
 if TYPE_CHECKING:
     from qwen_scope.train import EvalResult, StepReport, TrainRun
 
-Data = Annotated[
-    str,
-    typer.Argument(help="Text: .txt, .jsonl, .parquet, a folder of them, a Hugging Face dataset, or 'lab'."),
-]
-Field = Annotated[str, typer.Option("--field", help="The column of text or messages.")]
-Split = Annotated[str, typer.Option("--split", help="Of a Hugging Face dataset.")]
-Subset = Annotated[str | None, typer.Option("--subset", help="Of a Hugging Face dataset.")]
-ChatData = Annotated[bool, typer.Option("--chat", help="Render conversations with the chat template.")]
 Row = Annotated[int, typer.Option("--row", help="Tokens per row of packed text.", min=2)]
 Rows = Annotated[int, typer.Option("--rows", help="Rows per forward pass.", min=1)]
 
 
+@grouped
 def train(
-    data: Data,
+    data: options.Documents,
     out: Annotated[Path, typer.Option("--out", "-o", help="The folder of the run.")],
     d_sae: Annotated[int, typer.Option("--d-sae", help="Features of each SAE.")],
     k: Annotated[int, typer.Option("--k", help="Features active per token.")],
@@ -44,14 +41,8 @@ def train(
     group: Annotated[
         str | None, typer.Option("--group", help="The name of the set of SAEs. Default: from model, width and k.")
     ] = None,
-    field: Field = "text",
-    split: Split = "train",
-    subset: Subset = None,
-    chat: ChatData = False,
-    skip_special: options.SkipSpecial = False,
-    sinks: Annotated[
-        float, typer.Option("--sink-multiple", help="Leave out norms above so many medians; 0 leaves none out.")
-    ] = 10.0,
+    reading: CorpusOptions = PARAGRAPHS,
+    count: options.Count = None,
     row: Row = 256,
     rows: Rows = 16,
     budget: Annotated[str, typer.Option("--buffer", help="Memory for shuffled residuals.")] = "1GB",
@@ -75,14 +66,14 @@ def train(
 
     options.quiet()
     config = TrainConfig(
-        d_sae=d_sae, k=k, tokens=tokens, architecture=architecture, batch=batch, lr=lr, sink_multiple=sinks or None,
-        seed=seed,
+        d_sae=d_sae, k=k, tokens=tokens, architecture=architecture, batch=batch, lr=lr, seed=seed,
     )  # fmt: skip
     wanted = options.parse_layers(layers)
     run = TrainRun(
         model=model, data=data, out=out, train=config, layers=None if wanted is None else tuple(wanted), group=group,
-        start_from=start_from, field=field, split=split, subset=subset, chat=chat, skip_special=skip_special, row=row,
-        rows=rows, budget=options.parse_size(budget), store=store, dtype=dtype, device=device,
+        start_from=start_from, column=reading.column, unit=reading.unit, sample=reading.sample, split=reading.split,
+        subset=reading.subset, chat=reading.chat, counted=options.parse_count(count), row=row, rows=rows,
+        budget=options.parse_size(budget), store=store, dtype=dtype, device=device,
         spread=options.one_of("--spread", spread, ("alone", "data", "layers", "features")),
         checkpoint_every=checkpoint_every, resume=resume, tensorboard=tensorboard, wandb=wandb,
         eval_tokens=eval_tokens, exports=tuple(exports.split(",")) if exports else (),
@@ -123,23 +114,29 @@ def status_line(step: StepReport) -> str:
     return f"{figures}  {speed:,.0f} tokens/s"
 
 
+@grouped
 def evaluate(
-    data: Data,
+    data: options.Documents,
     model: options.Model = "lab",
     sae: options.Sae = None,
     post: Annotated[
         str | None, typer.Option("--post", help="Another checkpoint: may these SAEs be used on it, too?")
     ] = None,
     layers: options.Layers = None,
-    tokens: Annotated[int, typer.Option("--tokens", help="About how many to measure on.", min=2)] = 65536,
-    field: Field = "text",
-    split: Split = "train",
-    subset: Subset = None,
-    chat: ChatData = False,
-    row: Row = 256,
-    rows: Rows = 16,
-    skip_special: options.SkipSpecial = False,
-    sinks: options.Sinks = None,
+    tokens: Annotated[int | None, typer.Option("--tokens", help="About how many. Default: 65536.", min=2)] = None,
+    hold_out: Annotated[
+        int | None,
+        typer.Option(
+            "--hold-out",
+            min=0,
+            help="Read one document in so many, those that training keeps out; 0 for all. Default: what the SAEs' run"
+            " kept out, if the text is its own.",
+        ),
+    ] = None,
+    reading: CorpusOptions = PARAGRAPHS,
+    row: Annotated[int | None, typer.Option("--row", help="Tokens per row. Default: 256.", min=2)] = None,
+    rows: Annotated[int | None, typer.Option("--rows", help="Rows per forward pass. Default: 16.", min=1)] = None,
+    count: options.Count = None,
     loss: Annotated[bool, typer.Option("--loss/--no-loss", help="Measure what the predictions lose, too.")] = True,
     seed: Annotated[int, typer.Option("--seed", help="Of the resampling of the transfer report.", **options.SEED)] = 0,
     device: options.Device = None,
@@ -148,6 +145,7 @@ def evaluate(
 ) -> None:
     """Measure SAEs: reconstruction, sparsity, and the loss of the model.
 
+    Of the text that the SAEs were trained on, the documents that were kept out are read, as the run read them.
     With --post also the transfer report: the same SAEs on another checkpoint, with 95% intervals.
     """
     from qwen_scope.train import EvalRun, run_eval
@@ -162,18 +160,14 @@ def evaluate(
         post=post,
         layers=None if wanted is None else tuple(wanted),
         tokens=tokens,
-        field=field,
-        split=split,
-        subset=subset,
-        chat=chat,
+        **asdict(reading),
         row=row,
         rows=rows,
         loss=loss,
-        skip_special=skip_special,
-        sink_multiple=sinks,
+        counted=options.parse_count(count),
+        hold_out=hold_out,
         dtype=dtype,
         device=device,
-        seed=seed,
     )
     whose.say_whose()
     with output.progress() as report:
@@ -183,6 +177,8 @@ def evaluate(
         return
     data_ = plain(result)
     show_quality(f"{run.sae} on {model}", data_["quality"])
+    read = f"the documents kept out of training, one in {result.held_out}" if result.held_out else "all documents"
+    output.console().print(f"Measured on {read}.", soft_wrap=True)
     if data_["transfer"]:
         show_transfer(f"The same SAEs on {post}, with 95% intervals", data_["transfer"])
 
@@ -191,6 +187,8 @@ def plain(result: EvalResult) -> dict[str, Any]:
     return {
         "quality": {str(point): found.plain() for point, found in result.quality.items()},
         "transfer": {str(point): found.plain() for point, found in result.transfer.items()},
+        "counted": result.counted.to_json(),
+        "held_out": result.held_out,
     }
 
 
@@ -198,10 +196,20 @@ def show_quality(title: str, quality: dict[str, Any]) -> None:
     """The figures people ask for first; the rest is in the JSON."""
     if not quality:
         return
-    names = ("fvu", "fvu_without_first", "explained_variance_per_token", "cosine", "l0", "dead", "ce_recovered", "kl")
-    heads = ("hook point", "FVU", "w/o first", "EV/token", "cosine", "L0", "dead", "CE rec.", "KL")
-    rows = [(point, *(figures.get(name) for name in names)) for point, figures in quality.items()]
-    output.show(title, heads, rows)
+    columns = {
+        "fvu": "FVU", "fvu_without_first": "w/o first", "explained_variance_per_token": "EV/token", "cosine": "cosine",
+        "l0": "L0", "dead": "dead", "ce_recovered": "CE rec.", "kl": "KL", "left_out": "left out",
+    }  # fmt: skip
+    if all(figures["reasons"]["first"] for figures in quality.values()):
+        del columns["fvu_without_first"]  # the same figure
+    rows = [(point, *(figures.get(name) for name in columns)) for point, figures in quality.items()]
+    output.show(title, ("hook point", *columns.values()), rows)
+    from qwen_scope.text import summary
+
+    said = {point: summary(figures["reasons"]) for point, figures in quality.items()}
+    for line in dict.fromkeys(said.values()):
+        where = [point for point, one in said.items() if one == line]
+        output.console().print(line if len(where) == len(said) else f"{', '.join(where)}: {line}", soft_wrap=True)
 
 
 def show_transfer(title: str, transfer: dict[str, Any]) -> None:

@@ -8,20 +8,23 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from qwen_scope.errors import InputError, NotFoundError, nearest
+from qwen_scope.text import CorpusOptions
 
 from . import options, output
 from .analyze import show_result
+from .groups import LINES, grouped
 from .seeds import read_corpus
 
 if TYPE_CHECKING:
     import numpy as np
 
     from qwen_scope.analysis import Dataset, Language
-    from qwen_scope.corpus import Corpus
+    from qwen_scope.text import Corpus
 
 FEWEST = 4  # documents of a class, so that some teach and some are held out
 
 
+@grouped
 def transfer(
     source: Annotated[
         str, typer.Argument(metavar="CORPUS", help="Documents with their language and class in columns, or 'lab'.")
@@ -39,8 +42,7 @@ def transfer(
         int, typer.Option("--seed", help="Of the third that is held out, and of intervals.", **options.SEED)
     ] = 0,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder for report.html and PNG figures.")] = None,
-    column: options.Column = "text",
-    unit: options.DocumentUnit = "line",
+    reading: CorpusOptions = LINES,
     model: options.Model = "lab",
     sae: options.Sae = None,
     layers: options.Layers = None,
@@ -55,21 +57,17 @@ def transfer(
     others: F1 from row to column. Rows of the corpus without a language or a class are left out.
     """
     from qwen_scope.analysis import across
-    from qwen_scope.corpus import Corpus
 
     what, sign, value = (part.strip() for part in wanted.partition("="))
     if not (what and sign and value):
         raise InputError(f"--positive is COLUMN=VALUE, such as register=rude, not {wanted!r}")
-    if source == "lab":
-        corpus = lab_corpus(what, value, groups, each, seed)
-    else:
-        corpus = Corpus(source, column=column, unit=unit)
-    output.hold(out, *([] if source == "lab" else [source]), *options.folders(model, sae))
+    corpus = lab_corpus(what, value, groups, each, seed) if source == "lab" else options.read(source, reading)
+    output.hold(out, *options.files(source), *options.folders(model, sae))
     with output.status("opening the model"):
         scope = options.open_scope(model, sae, device, dtype, k)
     where = scope.check_layers(options.parse_layers(layers))
     with output.progress() as bar:
-        found, pooled, metas = read_corpus(scope, corpus, "documents", where, bar)
+        found, pooled, metas = read_corpus(scope, corpus, "documents", where, bar, reading.chat)
     languages, left_out = by_language(found, pooled, metas, groups, what, value, seed)
     with output.status("comparing classifiers"):
         result = across(languages, top=top, shared=shared, seed=seed)
@@ -78,8 +76,8 @@ def transfer(
 
 def lab_corpus(what: str, value: str, groups: str, each: int, seed: int) -> Corpus:
     """Talk of the lab in every language: so many documents of one register, and as many of the others together."""
-    from qwen_scope.corpus import Corpus
     from qwen_scope.lab import LANGUAGES, REGISTERS, documents
+    from qwen_scope.text import Corpus
 
     if (what, groups) != ("register", "language"):
         raise InputError(

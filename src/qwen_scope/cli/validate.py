@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -9,8 +10,10 @@ import typer
 
 from qwen_scope.errors import FormatError
 from qwen_scope.files import parse_value
+from qwen_scope.text import CorpusOptions
 
 from . import options, output, steer, sweep, targets
+from .groups import LINES, grouped
 
 if TYPE_CHECKING:
     from qwen_scope.features import Selectivity, Verdict
@@ -18,11 +21,12 @@ if TYPE_CHECKING:
     from qwen_scope.steer import Target
 
 
+@partial(grouped, without=["unit", "sample", "seed"])
 def validate(
     prompts: sweep.Prompts,
-    positive: Annotated[Path, typer.Option("--positive", help="Texts with the property, one per line.")],
-    negative: Annotated[Path, typer.Option("--negative", help="Texts without it, one per line.")],
-    unrelated: Annotated[Path, typer.Option("--unrelated", help="Texts that have nothing to do with it.")],
+    positive: Annotated[str, typer.Option("--positive", help="Texts with the property, read like prompts.")],
+    negative: Annotated[str, typer.Option("--negative", help="Texts without it.")],
+    unrelated: Annotated[str, typer.Option("--unrelated", help="Texts that have nothing to do with it.")],
     amount: Annotated[float, typer.Option("--amount", help="The amount that sweep proposes, in --unit.")] = 1.0,
     model: options.Model = "lab",
     sae: options.Sae = None,
@@ -48,6 +52,7 @@ def validate(
         bool, typer.Option("--selectivity", help="Also compare removing the feature with removing a direction.")
     ] = False,
     chat: options.Chat = None,
+    reading: CorpusOptions = LINES,
     max_new_tokens: steer.NewTokens = 40,
     sample: steer.Sample = False,
     temperature: steer.Temperature = None,
@@ -71,9 +76,9 @@ def validate(
     how["decoding"] = Decoding(max_new_tokens, sample, temperature, seed=seed)
     how["rules"] = Rules(perplexity_ratio=max_perplexity, repetition=max_repetition)
     one = None if recipe is not None else steer.one_intervention(layer, feature, "add", amount, unit, where)
-    lines = [tuple(sweep.read_prompts(path)) for path in (prompts, positive, negative, unrelated)]
+    lines = [tuple(sweep.read_prompts(path, reading)) for path in (prompts, positive, negative, unrelated)]
     questions = None if tasks is None else read_tasks(tasks)
-    texts = sweep.read_prompts(reference) if reference is not None else []
+    texts = sweep.read_prompts(reference, reading) if reference is not None else []
     with output.status("opening the model"):
         scope = options.open_scope(model, sae, device, dtype, k)
     target = text_target(scope, regex, script, target_feature, rule)

@@ -7,11 +7,6 @@ from .extract import extract as extract
 from .layout import LayerInfo as LayerInfo
 from .layout import Manifest as Manifest
 from .store import FeatureStore as FeatureStore
-from .text import Corpus as Corpus
-from .text import Document as Document
-from .text import Unreadable as Unreadable
-from .unused import by_reason as by_reason
-from .unused import tell_unused as tell_unused
 from .writer import LayerRows as LayerRows
 from .writer import StoreWriter as StoreWriter
 from .writer import Window as Window

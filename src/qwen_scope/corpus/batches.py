@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from qwen_scope.errors import InputError
-from qwen_scope.model import HookPoint, LoadedModel, TokenMask, by_length, capture, padded, stretches
+from qwen_scope.model import HookPoint, LoadedModel, TokenMask, capture
 from qwen_scope.sae import SAE
+from qwen_scope.text import Corpus, Document, Unreadable, by_length, chunks, meta_json, padded, start_ids
 
 from .layout import TABLES
-from .text import Corpus, Document, Unreadable, meta_json
 from .turns import ahead, in_turn
 from .writer import LayerRows, Window
 
@@ -51,13 +51,19 @@ class State:
 
 @dataclass(frozen=True, eq=False)
 class Row:
-    """Consecutive tokens of one document, read by the model together."""
+    """Consecutive tokens of one document, read by the model together.
+
+    Attributes:
+        lead: what the model reads before them, and nobody keeps: a row that begins within a document begins with what
+            the tokenizer puts before a text, such as a BOS.
+    """
 
     document: int
     start: int
     ids: list[int]
     texts: list[str]
     ends: bool
+    lead: list[int]
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,6 +94,7 @@ class Reader:
     ) -> None:
         self.corpus, self.tokenizer, self.state = corpus, loaded.tokenizer, state
         self.row_tokens, self.max_tokens, self.chat = row_tokens, max_tokens, chat
+        self.lead = start_ids(loaded.tokenizer)
         corpus.seek(state.cursor)
         self.stream = corpus.rows()
         self.tokens = state.tokens
@@ -128,14 +135,14 @@ class Reader:
         return Pieces(rows, entries, list(self.unreadable), after)
 
     def _begin(self, document: Document, entries: list[dict[str, Any]]) -> None:
-        """Tokenise a document, a stretch at a time: beside its text only what is kept of it is held, as numbers.
+        """Tokenise a document, a chunk at a time: beside its text only what is kept of it is held, as numbers.
 
         Rows that are in the store already are not given out again.
         """
         ids, texts, total = array("i"), [], 0
         same: dict[str, str] = {}
         try:
-            for part in stretches(self.tokenizer, document.text, chat=self.chat):
+            for part in chunks(self.tokenizer, document, chat=self.chat):
                 room = len(part.ids) if self.max_tokens is None else max(0, self.max_tokens - len(ids))
                 ids.extend(part.ids[:room])
                 # Most tokens of a long text show what others show.
@@ -165,6 +172,7 @@ class Reader:
                 ids[s : s + self.row_tokens].tolist(),
                 texts[s : s + self.row_tokens],
                 s + self.row_tokens >= len(ids),
+                self.lead if s else [],
             )
             for s in starts
             if s >= skip
@@ -175,10 +183,13 @@ def residuals(
     model: nn.Module, points: Sequence[HookPoint], rows: Sequence[Row], batch_tokens: int
 ) -> Iterator[tuple[list[int], dict[int, Tensor]]]:
     """Per batch which rows it has, and per layer the residuals of their tokens one after the other."""
-    for batch in by_length([len(row.ids) for row in rows], batch_tokens):
-        ids, mask = padded([rows[i].ids for i in batch])
+    for batch in by_length([len(row.lead) + len(row.ids) for row in rows], batch_tokens):
+        ids, mask = padded([[*rows[i].lead, *rows[i].ids] for i in batch])
         found = capture(model, ids, points, mask)
-        yield batch, {point.layer: h[mask.bool().to(h.device)] for point, h in found.items()}
+        kept = mask.bool()
+        for line, i in enumerate(batch):
+            kept[line, : len(rows[i].lead)] = False
+        yield batch, {point.layer: h[kept.to(h.device)] for point, h in found.items()}
 
 
 def held(

@@ -13,12 +13,12 @@ import torch
 from qwen_scope.errors import InputError, MismatchError
 from qwen_scope.model import HookPoint, LoadedModel, TokenMask, context_length, d_model
 from qwen_scope.sae import SAE
+from qwen_scope.text import Corpus, start_ids
 
 from .batches import HOLD_BYTES, Pieces, Reader, State, encode_window, median_norms, points_of
 from .layout import LayerInfo
 from .request import place_of
 from .store import FeatureStore
-from .text import Corpus
 from .writer import StoreWriter
 
 # Rows of a model that states no context.
@@ -125,8 +125,11 @@ def extract(
     infos = [layer_info(layer, sae, loaded) for layer, sae in sorted(saes.items())]
     if not infos:
         raise InputError("name at least one layer to extract")
-    context = context_length(loaded.model)
-    row_tokens = min(limit for limit in (options.row_tokens, context, LONGEST_ROW) if limit is not None)
+    if corpus.endless:
+        raise InputError(f"{corpus.name} has no end; say how many documents to read with sample")
+    context, lead = context_length(loaded.model), len(start_ids(loaded.tokenizer))
+    room = None if context is None else max(1, context - lead)
+    row_tokens = min(limit for limit in (options.row_tokens, room, LONGEST_ROW) if limit is not None)
     request = {**asdict(options), "row_tokens": row_tokens, "corpus": corpus.description}
     request["dtype"] = str(loaded.model.dtype).removeprefix("torch.")
     request["sae_dtypes"] = sorted({str(sae.dtype).removeprefix("torch.") for sae in saes.values()})
@@ -160,7 +163,7 @@ def run_windows(
         if progress is not None:
             rate = (done - before) / max(1e-9, time.monotonic() - begun)
             bad = sum(writer.unreadable.values()) + len(reader.unreadable)
-            share = corpus.share if stage == "reading" else 1.0
+            share = corpus.progress if stage == "reading" else 1.0
             progress(Progress(stage, reader.documents, done, rate, share, bad))
 
     while True:

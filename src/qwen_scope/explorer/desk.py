@@ -9,14 +9,15 @@ from collections.abc import Hashable, Mapping
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Generic, Literal, TypeVar
+from typing import Any, Generic, TypeVar
 
-from qwen_scope.corpus import Corpus, FeatureStore, Unreadable
+from qwen_scope.corpus import FeatureStore
 from qwen_scope.errors import InputError, brief
 from qwen_scope.features import FeaturePage, Label, Neighbour, Notes, cofiring, elsewhere, feature_page, similar
 from qwen_scope.sae import SAE, catalog, layers_of, load_sae
 from qwen_scope.scope import Comparison, Scope, TokenFeatures, compare_seen, model_source
 from qwen_scope.steer import Generation
+from qwen_scope.text import Chat, Corpus, Unreadable
 
 from .discreet import discreet
 from .jobs import Jobs
@@ -26,9 +27,8 @@ from .shelf import Shelf, stamp
 
 T = TypeVar("T")
 
-ChatMode = Literal["thinking", "non_thinking"]
 
-CHATS: dict[str, ChatMode | None] = {"plain": None, "thinking": "thinking", "non_thinking": "non_thinking"}
+CHATS: dict[str, Chat | None] = {"plain": None, "thinking": "thinking", "non_thinking": "non_thinking"}
 """How a text is put to the model, by the name the page and the API use."""
 
 COMPANY = 10
@@ -82,7 +82,7 @@ class Desk:
         """The text, if it is one that may be read; raises InputError for an empty or too long one."""
         return self.limits.check_text(text, what)
 
-    def chat(self, name: str) -> ChatMode | None:
+    def chat(self, name: str) -> Chat | None:
         """The chat mode of that name; raises InputError for another."""
         return CHATS[one_of(name, CHATS, "how a text is put to the model")]
 
@@ -183,8 +183,8 @@ class Desk:
                 raise InputError(f"tokens are left out by first, common or prefix, not {brief(option)}")
         self.check_set([*a, *b], layers, chat)
         seen = self.scope.features([*a, *b], layers, chat=self.chat(chat), truncate=len(a) + len(b) > 2)
-        left_out = {f"drop_{name}": name in options for name in ("first", "common", "prefix")}
-        return compare_seen(seen, len(a), n=n, **left_out), seen
+        first, common, prefix = (name in options for name in ("first", "common", "prefix"))
+        return compare_seen(seen, len(a), n=n, drop_first=first, drop_common=common, drop_prefix=prefix), seen
 
     def check_set(self, texts: list[str], layers: list[int], chat: str) -> None:
         """Refuse a comparison of more tokens, or of more activations, than one visitor may keep the model busy with."""

@@ -89,7 +89,7 @@ def elsewhere(
         fires = cofiring(store, layer, feature, 1, other_layer=other) if store is not None else ()
         if scope is None:
             out += fires
-        elif not fires:
+        elif store is None or not fires:
             out += similar(scope, layer, feature, 1, other_layer=other)
         else:
             store.require(other, scope.saes[other])

@@ -12,6 +12,7 @@ from scipy import sparse
 from qwen_scope.corpus import FeatureStore
 from qwen_scope.errors import InputError
 from qwen_scope.scope import Scope
+from qwen_scope.text import Chat, Message
 
 REDUCTIONS = ("max", "mean")
 
@@ -67,17 +68,17 @@ class Pooled:
 
 def pool_texts(
     scope: Scope,
-    texts: Sequence[str],
+    texts: Sequence[str | Sequence[Message]],
     layers: Sequence[int] | None = None,
     *,
-    chat: str | None = None,
+    chat: Chat | None = None,
     skip_first: bool = False,
     report: object = None,
 ) -> dict[int, Pooled]:
     """The features of texts, by layer, straight from the model; a text longer than the context is cut.
 
     Args:
-        chat: wrap each text as a user's message in the chat template.
+        chat: render the texts, a conversation among them, with the chat template, in this mode.
         skip_first: leave out the first token of each text, which often carries a huge residual.
         report: called with the number of texts done.
 
@@ -88,7 +89,7 @@ def pool_texts(
     tokens: list[int] = []
     parts: dict[int, list[tuple[np.ndarray, ...]]] = {layer: [] for layer in wanted}
     for start in range(0, max(1, len(texts)), TEXTS):
-        seen = scope.features(texts[start : start + TEXTS], wanted, chat=chat, truncate=True)  # pyright: ignore[reportArgumentType]
+        seen = scope.features(texts[start : start + TEXTS], wanted, chat=chat, truncate=True)
         lengths = [len(row) for row in seen.tokens]
         tokens += [length - skip_first for length in lengths]
         for layer in wanted:

@@ -15,6 +15,7 @@ from qwen_scope.errors import InputError, check_count
 from qwen_scope.sae import FeatureActs
 from qwen_scope.scope import Scope
 from qwen_scope.stats import Interval, benjamini_hochberg, bootstrap
+from qwen_scope.text import Chat, Message
 
 from .pooled import TEXTS
 
@@ -58,12 +59,19 @@ class RepeatFeature:
 
 
 def repeats_in_texts(
-    scope: Scope, texts: Sequence[str], layers: Sequence[int] | None = None, *, times: int = 2
+    scope: Scope,
+    texts: Sequence[str | Sequence[Message]],
+    layers: Sequence[int] | None = None,
+    *,
+    times: int = 2,
+    chat: Chat | None = None,
 ) -> dict[int, Changes]:
     """The changes in texts, by layer, straight from the model.
 
     Args:
+        texts: with `chat` also conversations.
         times: how often a token has to occur in a text to count.
+        chat: render the texts with the chat template, in this mode.
 
     Raises:
         InputError: no text, an empty one, or none in which a token occurs so often.
@@ -72,7 +80,7 @@ def repeats_in_texts(
     parts: dict[int, list[sparse.csr_array]] = {layer: [] for layer in wanted}
     tokens: list[int] = []
     for start in range(0, max(1, len(texts)), TEXTS):
-        seen = scope.features(texts[start : start + TEXTS], wanted, truncate=True)
+        seen = scope.features(texts[start : start + TEXTS], wanted, chat=chat, truncate=True)
         for text in range(len(seen.texts)):
             first, last = pairs_of(seen.input_ids[text][: len(seen.tokens[text])].numpy(), times)
             if not len(first):

@@ -10,7 +10,7 @@ import numpy as np
 from torch import Tensor
 
 from qwen_scope.errors import InputError
-from qwen_scope.model import capture, padded
+from qwen_scope.model import capture
 from qwen_scope.scope import Scope
 from qwen_scope.stats import Interval, bootstrap
 from qwen_scope.steer import (
@@ -25,6 +25,7 @@ from qwen_scope.steer import (
     log_probabilities,
     next_token_kl,
 )
+from qwen_scope.text import padded
 
 from .arms import mean_direction
 from .validate import Examples

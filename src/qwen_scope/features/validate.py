@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,6 +30,7 @@ from qwen_scope.steer import (
     resolve,
     rows_of,
 )
+from qwen_scope.text import Chat
 
 from .arms import along, halved, matched_random, mean_direction
 from .fluency import perplexity_ratio
@@ -38,7 +39,6 @@ from .verdict import Evidence, Rules, judge
 # From so many times the firing rate on negative examples, a feature is of the concept itself.
 CONCEPT_RATIO = 2
 
-Chat = Literal["default", "thinking", "non_thinking"]
 
 Task = Callable[[list[Intervention]], np.ndarray]
 """A task's score per item (1 right, 0 wrong) under interventions; called with none for the unsteered model."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from qwen_scope.errors import InputError, NotFoundError, nearest
 from qwen_scope.files import write_folder, write_text
 from qwen_scope.lab import documents
-from qwen_scope.model import HookPoint, capture, load_model
+from qwen_scope.model import HookPoint, capture, load_model, measure_counted
 
 from .models import FAMILIES, make_model
 from .pretrain import PretrainConfig, pack, pretrain
@@ -167,11 +167,14 @@ def make_saes(out: Path, config: LabConfig, say: Report) -> None:
     # The default rate is meant for runs a hundred times as long.
     plan = TrainConfig(d_sae=config.d_sae, k=config.k, tokens=config.sae_tokens, seed=config.seed, lr=3e-3, batch=2048)
     layers = range(config.n_layers)
+    measured = measure_counted(loaded.model, loaded.tokenizer, rows.split(16), sample="the lab's texts")
     saes = train(
         plan,
         residual_batches(loaded.model, rows, layers, plan.batch, config.seed),
         callbacks=[lambda r: say("SAEs", r.step / r.steps, f"{r.tokens:,} tokens")],
         group=config.group,
+        # The batches hold first and special tokens, too.
+        counted=replace(measured, first=0, special=frozenset()),
     )
     for layer in layers:
         save_sae(saes[str(HookPoint(layer))], out / "sae", layout="official", dtype=torch.bfloat16)

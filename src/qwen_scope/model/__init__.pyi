@@ -1,3 +1,5 @@
+from .counted import counted_of as counted_of
+from .counted import measure_counted as measure_counted
 from .families import block_path as block_path
 from .families import blocks as blocks
 from .families import context_length as context_length
@@ -19,15 +21,10 @@ from .load import LoadedModel as LoadedModel
 from .load import default_device as default_device
 from .load import load_config as load_config
 from .load import load_model as load_model
+from .load import load_tokenizer as load_tokenizer
 from .masks import TokenMask as TokenMask
 from .masks import special_ids as special_ids
 from .sizes import ModelSizes as ModelSizes
 from .sizes import model_sizes as model_sizes
 from .stats import LayerStats as LayerStats
 from .stats import residual_norms as residual_norms
-from .stretches import Stretch as Stretch
-from .stretches import stretches as stretches
-from .tokens import Tokens as Tokens
-from .tokens import by_length as by_length
-from .tokens import padded as padded
-from .tokens import tokenize as tokenize

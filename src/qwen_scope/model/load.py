@@ -14,11 +14,14 @@ import transformers
 from huggingface_hub import constants, get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
 from huggingface_hub import errors as hub
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
 from qwen_scope.errors import FormatError, InputError, NotFoundError, brief, foreign, need
 
 DTYPES = ("float32", "bfloat16", "float16", "auto")
 QUANTIZATIONS = ("8bit", "4bit")
+# Tensors beside quantised weights; a loader that does not use them would take the weights for what they are not.
+SCALES = ("weight_scale_inv", "weight_scale", "input_scale", ".scales", ".qzeros", ".absmax", ".SCB")
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,7 @@ def load_model(
     auto = auto_class(config.model_type, name)
     place = _folder(name) or name
     tokenizer = _tokenizer(name, place, revision)
+    _check_quantisation(name, config)
     options = {"config": config, "revision": revision, "dtype": dtype, "use_safetensors": True, **placement}
     with foreign(f"the weights of {name!r} can't be loaded", hint=_quantised(config)):
         try:  # what does not fit is reported below in one sentence, not raised with a table
@@ -82,6 +86,11 @@ def load_model(
         )
     if missing := sorted(info["missing_keys"]):
         raise FormatError(f"the weights of {name!r} lack {len(missing)} tensors, such as {missing[0]!r}")
+    if scales := sorted(key for key in info["unexpected_keys"] if key.endswith(SCALES)):
+        raise FormatError(
+            f"the weights of {name!r} come with scales, such as {scales[0]!r}, which its config.json does"
+            " not speak of and which would be ignored; name the model in its original precision"
+        )
     if "device_map" not in placement:
         chosen = _device(device)
         with foreign(f"{name!r} does not fit onto {str(chosen)!r}", InputError):
@@ -231,6 +240,16 @@ def _fetch_config(repo: str, revision: str | None) -> str:
         ) from error
 
 
+def load_tokenizer(source: str | os.PathLike[str], *, revision: str | None = None) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model, without its weights, from the same sources as `load_model`.
+
+    Raises:
+        NotFoundError: there is none.
+    """
+    name = os.fspath(source)
+    return _tokenizer(name, _folder(name) or name, revision)
+
+
 def _tokenizer(name: str, place: str, revision: str | None) -> PreTrainedTokenizerBase:
     hint = f"a newer transformers than {transformers.__version__} may read it"
     with foreign(f"{name!r} has no tokenizer that transformers can load", NotFoundError, hint):
@@ -239,6 +258,24 @@ def _tokenizer(name: str, place: str, revision: str | None) -> PreTrainedTokeniz
     if not known:  # transformers makes an empty one where there is no file
         raise NotFoundError(f"{name!r} has no tokenizer; put its tokenizer.json beside the weights")
     return tokenizer
+
+
+def _check_quantisation(name: str, config: PreTrainedConfig) -> None:
+    """Refuse weights that are quantised in a way that transformers would not see, and read as they stand.
+
+    Raises:
+        InputError: a method that this transformers does not know.
+    """
+    found = getattr(config, "quantization_config", None)
+    if not isinstance(found, dict) or found.get("load_in_4bit") or found.get("load_in_8bit"):
+        return
+    method = found.get("quant_method")
+    if not isinstance(method, str) or method not in AUTO_QUANTIZATION_CONFIG_MAPPING:
+        by = "in a way that their config.json does not name" if method is None else f"by {brief(method)}"
+        raise InputError(
+            f"the weights of {name!r} are quantised {by}, which transformers {transformers.__version__} can't read;"
+            " name the model in its original precision"
+        )
 
 
 def _quantised(config: PreTrainedConfig) -> str:

@@ -11,8 +11,9 @@ import numpy as np
 import torch
 from jaxtyping import Float64
 
-from qwen_scope.model import HookPoint, Tokens, by_length, capture
+from qwen_scope.model import HookPoint, capture
 from qwen_scope.sae import SAE
+from qwen_scope.text import Tokens, by_length
 
 BATCH_TOKENS = 4096
 

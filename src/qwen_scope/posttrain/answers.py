@@ -17,9 +17,10 @@ from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
 from qwen_scope.errors import InputError, check_count
-from qwen_scope.model import HookPoint, by_length, capture, padded, tokenize
+from qwen_scope.model import HookPoint, capture
 from qwen_scope.sae import SAE
 from qwen_scope.steer import Decoding, generate
+from qwen_scope.text import by_length, padded, tokenize
 
 from .activity import BATCH_TOKENS, evaluating
 

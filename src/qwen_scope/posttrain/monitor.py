@@ -18,9 +18,10 @@ from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
 
 from qwen_scope.errors import InputError, NotFoundError, check_count, check_positive, foreign
 from qwen_scope.files import Fields, append_lines, parse_object, read_lines, write_whole
-from qwen_scope.model import Tokens, context_length, tokenize
+from qwen_scope.model import context_length
 from qwen_scope.report import Curves, Line
 from qwen_scope.sae import SAE
+from qwen_scope.text import Tokens, tokenize
 
 from .activity import Activity, activity_of
 from .answers import Asked, more, written

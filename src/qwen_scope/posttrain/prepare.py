@@ -13,8 +13,9 @@ from jaxtyping import Float64
 
 from qwen_scope.errors import InputError, NotFoundError, check_count, nearest
 from qwen_scope.features import Pooled, attribute, group_scores, pool_texts
-from qwen_scope.model import by_length, capture
+from qwen_scope.model import capture
 from qwen_scope.scope import Scope
+from qwen_scope.text import by_length
 
 from .table import AlphaTable, LayerTable
 

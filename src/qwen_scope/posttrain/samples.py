@@ -4,16 +4,26 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
 
 from qwen_scope import lab
-from qwen_scope.corpus import Corpus, by_reason, tell_unused
 from qwen_scope.errors import InputError, check_count
-
-from .rows import PassOver, usable
+from qwen_scope.text import (
+    Chat,
+    Corpus,
+    Message,
+    PassOver,
+    by_reason,
+    is_lab,
+    render,
+    start_ids,
+    tell_unused,
+    usable,
+)
 
 Sample = dict[str, Any]
 """`{"text"}`, or `{"prompt", "completion"}` (strings, or lists of messages), and `"group"`, a name or None."""
@@ -31,6 +41,8 @@ def read_samples(
     n: int | None = None,
     seed: int = 0,
     split: str = "train",
+    unit: str = "paragraph",
+    subset: str | None = None,
     kinds: Iterable[str] | None = None,
     unused: Counter[str] | None = None,
 ) -> list[Sample]:
@@ -45,7 +57,8 @@ def read_samples(
         group_column: the name of the group; a row without it has none. In the lab it is the language.
         n: at most so many, drawn evenly; of the lab 1,000 where it is None.
         seed, split: of the draw, and of the lab or a dataset.
-        kinds: of the lab's documents.
+        unit, subset: of a `.txt` file, and of a dataset, as `Corpus` takes them.
+        kinds: of the lab's documents; with conditions behind `lab:` those it names, if it names any.
         unused: gets the rows that can't be used added, by reason.
 
     Raises:
@@ -56,7 +69,8 @@ def read_samples(
     check_count("seed", seed, 0)
     if os.fspath(source) == "lab":
         return lab_samples(lab.documents(split=split, seed=seed, n=1000 if n is None else n, kinds=kinds))
-    corpus = Corpus(source, column=column, sample=n, seed=seed, split=split)
+    n = 1000 if n is None and is_lab(source) else n
+    corpus = Corpus(source, column=column, unit=unit, sample=n, seed=seed, split=split, subset=subset)
     counts: Counter[str] = Counter() if unused is None else unused
     samples = usable(
         corpus,
@@ -117,6 +131,37 @@ def lab_samples(documents: Iterable[lab.Document]) -> list[Sample]:
 def chats_only(samples: Iterable[Sample]) -> list[Sample]:
     """The samples that have a prompt."""
     return [sample for sample in samples if "prompt" in sample]
+
+
+def with_chat(samples: Iterable[Sample], tokenizer: PreTrainedTokenizerBase, chat: Chat) -> list[Sample]:
+    """Samples whose prompt and completion are the strings that the chat template makes of them; plain texts stay.
+
+    Raises:
+        InputError: a template that writes the prompt differently once it is answered.
+    """
+    return [_templated(sample, tokenizer, chat) if "prompt" in sample else sample for sample in samples]
+
+
+def _templated(sample: Sample, tokenizer: PreTrainedTokenizerBase, chat: Chat) -> Sample:
+    asked, answer = sample["prompt"], sample["completion"]
+    messages = [{"role": "user", "content": asked}] if isinstance(asked, str) else list(asked)
+    answered = [{"role": "assistant", "content": answer}] if isinstance(answer, str) else list(answer)
+    prompt = prompt_text(tokenizer, messages, chat)
+    whole = prompt_text(tokenizer, [*messages, *answered], chat)
+    # A template may write an empty thinking block for a prompt alone.
+    start = next((one for one in (prompt, prompt_text(tokenizer, messages, "default")) if whole.startswith(one)), None)
+    if start is None:
+        raise InputError(
+            "the chat template writes a prompt differently once it is answered; read it without a template"
+        )
+    return {**sample, "prompt": prompt, "completion": whole.removeprefix(start).rstrip()}
+
+
+def prompt_text(tokenizer: PreTrainedTokenizerBase, document: str | Sequence[Message], chat: Chat) -> str:
+    """A text or a conversation as the chat template writes it, to be tokenised like any text: the template's BOS is
+    left out where the tokenizer adds one."""
+    text = render(tokenizer, document, chat).text
+    return text.removeprefix(str(tokenizer.bos_token)) if start_ids(tokenizer) else text
 
 
 def responses(samples: Iterable[Sample]) -> list[tuple[str, str]]:

@@ -31,16 +31,16 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int64
 
-from qwen_scope.corpus import Corpus, FeatureStore, extract
+from qwen_scope.corpus import ExtractOptions, FeatureStore, extract
 from qwen_scope.errors import InputError, MismatchError
 from qwen_scope.features import Endpoint
 from qwen_scope.files import lock_folder, room, write_text, write_whole
 from qwen_scope.model import LoadedModel
 from qwen_scope.report import Curves, Line, save_png
 from qwen_scope.scope import Scope
+from qwen_scope.text import Chat, Corpus, usable
 
 from .journal import KEPT, OUTCOMES, Attempt, check_folder, write_lines
-from .rows import usable
 from .targets import Target
 from .writer import Made, Say, SynthesisOptions, Writer, activations, digest, fire
 from .writing import Price, avoid_prompt, priced, write_prompt
@@ -88,7 +88,7 @@ def synthesize(
     with room(out, "what was answered"), lock_folder(out):
         request = _request(scope, seed, targets, endpoint, o)
         check_folder(out, request)
-        with seed_store(scope, seed, [target.layer for target in targets], out / "seed") as store:
+        with seed_store(scope, seed, [target.layer for target in targets], out / "seed", o.chat) as store:
             counts, (known, texts) = seed_counts(store, targets), seed_texts(store, o.seed)
         out.mkdir(parents=True, exist_ok=True)
         facts = {"request": request, "budget": o.budget, "endpoint": endpoint.shown, "versions": versions()}
@@ -150,7 +150,7 @@ def seed_counts(store: FeatureStore, targets: Sequence[Target]) -> Int64[np.ndar
 
 @contextmanager
 def seed_store(
-    scope: Scope, seed: Corpus | FeatureStore, layers: Sequence[int], folder: Path
+    scope: Scope, seed: Corpus | FeatureStore, layers: Sequence[int], folder: Path, chat: Chat | None = None
 ) -> Iterator[FeatureStore]:
     """The features of the seed corpus: a store that is given, or one made in `folder`.
 
@@ -163,7 +163,8 @@ def seed_store(
             seed.require(layer, sae)
         yield seed
         return
-    with extract(seed, LoadedModel(scope.model, scope.tokenizer, scope.name), saes, folder) as store:
+    how = ExtractOptions(chat=chat)
+    with extract(seed, LoadedModel(scope.model, scope.tokenizer, scope.name), saes, folder, how) as store:
         yield store
 
 
@@ -330,7 +331,7 @@ def price(
     with (
         room(out, "what was answered"),
         lock_folder(out),
-        seed_store(scope, seed, [target.layer for target in targets], out / "seed") as store,
+        seed_store(scope, seed, [target.layer for target in targets], out / "seed", o.chat) as store,
     ):
         counts = seed_counts(store, targets)
         typical = store.manifest.tokens / store.manifest.documents
@@ -357,7 +358,7 @@ def _request(
         [*target.place, target.threshold, target.label, target.relevance, len(target.contexts)] for target in targets
     ]
     corpus = seed.manifest.request if isinstance(seed, FeatureStore) else seed.description
-    settings = {name: value for name, value in asdict(o).items() if name != "budget"}
+    settings = {name: value for name, value in asdict(o).items() if name != "budget" and value is not None}
     return {
         "model": scope.name,
         "saes": {str(layer): scope.saes[layer].identity.fingerprint for layer in sorted({t.layer for t in targets})},

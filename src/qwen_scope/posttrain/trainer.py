@@ -12,9 +12,9 @@ from torch import Tensor
 from trl.data_utils import pack_dataset
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling, SFTTrainer
 
-from qwen_scope.corpus import tell_unused
 from qwen_scope.errors import InputError, NotFoundError, nearest
 from qwen_scope.model import HookPoint, reading
+from qwen_scope.text import tell_unused
 from qwen_scope.train import DivergedError
 
 from .checkpoints import WholeCheckpoints

@@ -15,6 +15,7 @@ from jaxtyping import Bool, Float32, Int64
 from qwen_scope.errors import InputError, NotFoundError, QwenScopeError, check_count, check_number
 from qwen_scope.features import Endpoint, pool_texts
 from qwen_scope.scope import Scope
+from qwen_scope.text import Chat
 
 from .journal import DUPLICATE, EMPTY, FAILED, FIRING, KEPT, SILENT, Attempt, Journal
 from .targets import Target
@@ -38,6 +39,8 @@ class SynthesisOptions:
         pairs: also ask for each kept text without its feature.
         instruction: the column `prompt` of the pairs.
         seed: of which contexts are shown.
+        chat: render the documents of the seed corpus with the chat template, in this mode; without one a conversation
+            there can't be used.
 
     Raises:
         InputError: a number that can't be.
@@ -53,6 +56,7 @@ class SynthesisOptions:
     pairs: bool = False
     instruction: str = "Write a short text."
     seed: int = 0
+    chat: Chat | None = None
 
     def __post_init__(self) -> None:
         for name in ("want", "budget", "tries", "batch", "shown", "max_answer_tokens"):

@@ -8,6 +8,7 @@ from .base import fingerprint as fingerprint
 from .catalog import Group as Group
 from .formats import LAYOUTS as LAYOUTS
 from .jumprelu import JumpReLU as JumpReLU
+from .kinds import KINDS as KINDS
 from .load import layers_of as layers_of
 from .load import load_sae as load_sae
 from .save import folder_name as folder_name

@@ -6,7 +6,7 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
@@ -46,6 +46,11 @@ class SAE(ABC):
     Arithmetic is fp32 whatever type the matrices are stored in, so a type only chooses memory. Biases and thresholds
     are always kept in fp32: they are small, and rounding them would move every activation.
 
+    A concrete class says as class attributes how files keep it:
+        architecture: the name under which files know it, such as `topk`.
+        own: the names of its tensors beside the four below, each a vector `(d_sae,)` and a field of the class.
+        fixed_k: whether every token has the same number of active features, given to the class as `k`.
+
     Attributes:
         W_enc: `(d_sae, d_model)`.   W_dec: `(d_model, d_sae)`.   b_enc: `(d_sae,)`.   b_dec: `(d_model,)`.
         k: the number of features active per token, or None where it varies.
@@ -53,6 +58,10 @@ class SAE(ABC):
         identity: group, layer and fingerprint.
         meta: everything else the files say, as plain data.
     """
+
+    architecture: ClassVar[str]
+    own: ClassVar[tuple[str, ...]] = ()
+    fixed_k: ClassVar[bool] = False
 
     W_enc: Tensor
     W_dec: Tensor
@@ -104,10 +113,14 @@ class SAE(ABC):
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> SAE:
         """The same SAE (same identity) on another device or with its matrices stored in another type."""
 
-    @property
-    @abstractmethod
-    def architecture(self) -> str:
-        """The name under which files know this kind: `topk` or `jumprelu`."""
+    @classmethod
+    def problem(cls, tensors: Mapping[str, Tensor]) -> str | None:
+        """What is wrong with the values of tensors `own` that came from a file, as a clause; None if nothing is."""
+        return None
+
+    def own_tensors(self) -> dict[str, Tensor]:
+        """The tensors of this architecture beside the four that every SAE has."""
+        return {name: getattr(self, name) for name in self.own}
 
     @property
     def d_sae(self) -> int:
@@ -131,7 +144,8 @@ class SAE(ABC):
     @property
     def nbytes(self) -> int:
         """Bytes of all weights."""
-        return sum(t.numel() * t.element_size() for t in (self.W_enc, self.W_dec, self.b_enc, self.b_dec))
+        tensors = (self.W_enc, self.W_dec, self.b_enc, self.b_dec, *self.own_tensors().values())
+        return sum(t.numel() * t.element_size() for t in tensors)
 
     def __str__(self) -> str:
         kind = f"{self.architecture}, k={self.k}" if self.k else self.architecture
@@ -206,15 +220,17 @@ def check_features(features: Sequence[int] | Tensor, d_sae: int, device: torch.d
     return wanted
 
 
-def fingerprint(W_enc: Tensor, W_dec: Tensor, b_enc: Tensor, b_dec: Tensor, threshold: Tensor | None = None) -> str:
+def fingerprint(W_enc: Tensor, W_dec: Tensor, b_enc: Tensor, b_dec: Tensor, **own: Tensor) -> str:
     """SHA-256 over the shapes, square blocks along the diagonal of both matrices, and all vectors, as fp32.
+
+    The tensors of an architecture's own, such as `threshold`, follow in the order of their names.
 
     A function of the values alone, whichever way a matrix lies in memory. The blocks keep the opening of a
     memory-mapped file cheap in either orientation; two trainings never agree on them.
     """
     digest = hashlib.sha256(repr([tuple(t.shape) for t in (W_enc, W_dec)]).encode())
     blocks = [block for matrix in (W_enc, W_dec) for block in diagonal_blocks(matrix)]
-    for values in (*blocks, b_enc, b_dec, *([] if threshold is None else [threshold])):
+    for values in (*blocks, b_enc, b_dec, *(own[name] for name in sorted(own))):
         digest.update(values.detach().float().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, final
+from typing import Any, ClassVar, final
 
 import torch
 from jaxtyping import Float
@@ -25,6 +25,9 @@ class JumpReLU(SAE):
     How many features are active varies from token to token, so `k` is None and `encode` returns as many slots as
     the fullest token of the batch needs.
     """
+
+    architecture: ClassVar[str] = "jumprelu"
+    own: ClassVar[tuple[str, ...]] = ("threshold",)
 
     W_enc: Tensor
     W_dec: Tensor
@@ -74,9 +77,14 @@ class JumpReLU(SAE):
         vectors = {name: getattr(self, name).to(device=device) for name in ("b_enc", "b_dec", "threshold")}
         return replace(self, **matrices, **vectors)
 
-    @property
-    def architecture(self) -> str:
-        return "jumprelu"
+    @classmethod
+    def problem(cls, tensors: Mapping[str, Tensor]) -> str | None:
+        if (below := negative(tensors["threshold"])) is None:
+            return None
+        return (
+            f"threshold holds {below[1]:g} at position {below[0]}; thresholds are 0 or above, so the file is damaged or"
+            " keeps them in another way, such as their logarithm"
+        )
 
     __repr__ = SAE.__str__
 

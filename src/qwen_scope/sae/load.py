@@ -16,7 +16,7 @@ from .catalog import Group
 from .formats import LAYOUTS, Entry, Layout, Place, build, find_entries, hooks
 from .formats.container import read_config, read_weights
 from .formats.hooks import layer_in
-from .formats.layout import STORED_DTYPES
+from .formats.layout import STORED_DTYPES, kept_meta
 from .source import Source, resolve
 
 
@@ -185,7 +185,9 @@ def read_entry(place: Source, entry: Entry, k: int | None) -> SAE:
     config_file = place.fetch_optional(entry.config) if entry.config else None
     tensors, metadata = read_weights(place.fetch(entry.weights))
     folder = entry.folder or place.label
-    parsed = layout.read(tensors, read_config(config_file), metadata, Place(entry.layer, folder))
+    config = read_config(config_file)
+    parsed = layout.read(tensors, config, metadata, Place(entry.layer, folder))
+    parsed = replace(parsed, meta={**kept_meta(config, metadata), **parsed.meta})
     sae = build(parsed, group=place.group, layer=entry.layer, k=k, names=[*folder.split("/")[::-1], place.group])
     if place.listed and (sae.d_sae, sae.d_model) != (place.listed.d_sae, place.listed.d_model):
         raise MismatchError(

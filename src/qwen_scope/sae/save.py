@@ -18,7 +18,7 @@ from .base import SAE
 from .formats import LAYOUTS, Layout, Written, find_entries, layout_named
 from .formats.container import read_config, write_weights
 from .formats.hooks import module_name, of_sae
-from .formats.layout import STORED_DTYPES, need_layer
+from .formats.layout import KEPT, STORED_DTYPES, need_layer
 from .load import load_sae
 
 
@@ -61,6 +61,8 @@ def save_sae(
         raise InputError(f"weights are stored as float32, bfloat16 or float16, not {dtype}")
     dtype = dtype or (torch.float32 if chosen.computes_as_stored else None)
     layers = [need_layer(one) for one in saes]
+    for one in saes:
+        chosen.check_kind(one)
     if len(set(layers)) < len(layers):
         raise InputError(f"several of the SAEs are for the same layer: {', '.join(map(str, sorted(layers)))}")
     if len(groups := {one.identity.group for one in saes}) > 1:
@@ -122,8 +124,9 @@ def merged(old: Mapping[str, Any], new: Mapping[str, Any], folder: Path) -> dict
     """The config of a folder with one more layer; raises MismatchError where the two contradict each other."""
     if not old:
         return dict(new)
+    kept = {key: _joined(key, old.get(key), new, folder) for key in KEPT if key in old or key in new}
     for key, value in new.items():
-        if key == "fingerprints":
+        if key == "fingerprints" or key in KEPT:
             continue
         if key in old and old[key] != value:
             raise MismatchError(f"{folder} holds SAEs with {key} {old[key]!r}, and this one has {value!r}")
@@ -132,7 +135,26 @@ def merged(old: Mapping[str, Any], new: Mapping[str, Any], folder: Path) -> dict
         if both.setdefault(layer, fingerprint) != fingerprint:
             raise MismatchError(f"{folder} already holds another SAE for layer {layer}; choose another folder")
     ordered = dict(sorted(both.items(), key=lambda item: int(item[0])))
-    return {**old, **new, **({"fingerprints": ordered} if both else {})}
+    found = {**old, **new, **kept, **({"fingerprints": ordered} if both else {})}
+    return {key: value for key, value in found.items() if key not in KEPT or value is not None}
+
+
+def _joined(key: str, old: Any, config: Mapping[str, Any], folder: Path) -> dict[str, Any] | None:
+    """What a folder says of all its SAEs once there is one more: each one's own threshold for sinks, and else nothing
+    where they differ; raises MismatchError where they were trained on other tokens."""
+    new = config.get(key)
+    if old == new:
+        return new
+    if key != "counted" or not isinstance(old, dict) or not isinstance(new, dict):
+        return None
+    if differ := [name for name in ("first", "special", "phases") if old.get(name) != new.get(name)]:
+        raise MismatchError(
+            f"{folder} holds SAEs that were trained on other tokens ({', '.join(differ)} of 'counted' differ); choose"
+            " another folder"
+        )
+    names = [f"layers.{layer}.{config['hook_point']}" for layer in config["fingerprints"]]
+    own = {name: new["norms"][name] for name in names if name in new["norms"]}
+    return {**new, "norms": {**new["norms"], **old["norms"], **own}}
 
 
 def _existing(path: Path) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from numbers import Integral
-from typing import Any, final
+from typing import Any, ClassVar, final
 
 import torch
 from jaxtyping import Float
@@ -27,6 +27,9 @@ class TopK(SAE):
     ReLU comes before the choice, as in the official demo; the card's snippet leaves it out, which differs only
     on tokens with fewer than k positive pre-activations.
     """
+
+    architecture: ClassVar[str] = "topk"
+    fixed_k: ClassVar[bool] = True
 
     W_enc: Tensor
     W_dec: Tensor
@@ -77,9 +80,5 @@ class TopK(SAE):
         matrices = {name: getattr(self, name).to(device=device, dtype=dtype) for name in ("W_enc", "W_dec")}
         vectors = {name: getattr(self, name).to(device=device) for name in ("b_enc", "b_dec")}
         return replace(self, **matrices, **vectors)
-
-    @property
-    def architecture(self) -> str:
-        return "topk"
 
     __repr__ = SAE.__str__

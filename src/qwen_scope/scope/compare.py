@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from qwen_scope.errors import InputError, check_count
 from qwen_scope.sae import FeatureActs
+from qwen_scope.text import phase_numbers
 
 from .seen import TokenFeatures
 
@@ -40,12 +42,14 @@ def compare_seen(
     drop_first: bool = False,
     drop_common: bool = False,
     drop_prefix: bool = False,
+    phases: Collection[str] | None = None,
 ) -> dict[int, list[Comparison]]:
     """Per layer, the `n` features whose activation rates differ most between two sets of texts that were seen together.
 
     Args:
         first: how many of the texts, from the first on, are the one set; the others are the other set.
         drop_first, drop_common, drop_prefix: as in `kept_tokens`.
+        phases: only tokens of these phases.
 
     Raises:
         InputError: an empty set, or nothing left to compare.
@@ -59,6 +63,10 @@ def compare_seen(
     kept = kept_tokens(
         ids[:first], ids[first:], drop_first=drop_first, drop_common=drop_common, drop_prefix=drop_prefix
     )
+    if phases is not None:
+        wanted = phase_numbers(phases)
+        kept = [keep & torch.from_numpy(np.isin(seen.source.phases(i)[1], wanted)) for i, keep in enumerate(kept)]
+        check_left(kept[:first], kept[first:])
     return {
         layer: compare_rates(
             layer,
@@ -100,11 +108,16 @@ def kept_tokens(
         keep[:start] = False
         if common:
             keep &= torch.tensor([x not in common for x in ids])
-    for name, side in (("first", kept[: len(a)]), ("second", kept[len(a) :])):
+    check_left(kept[: len(a)], kept[len(a) :])
+    return kept
+
+
+def check_left(a: Sequence[Bool[Tensor, " _"]], b: Sequence[Bool[Tensor, " _"]]) -> None:
+    """Raise InputError where no token of one side counts."""
+    for name, side in (("first", a), ("second", b)):
         if not any(bool(keep.any()) for keep in side):
             what = "text" if len(side) == 1 else "set of texts"
             raise InputError(f"nothing is left of the {name} {what} to compare; drop fewer of its tokens")
-    return kept
 
 
 def rates(acts: FeatureActs) -> Float[Tensor, " width"]:

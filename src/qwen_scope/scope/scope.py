@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from typing import Literal, overload
+from collections.abc import Collection, Sequence
+from typing import overload
 
 import numpy as np
 import torch
@@ -12,21 +12,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from qwen_scope.errors import InputError, MismatchError, NotFoundError
-from qwen_scope.model import (
-    HookPoint,
-    LoadedModel,
-    Tokens,
-    by_length,
-    capture,
-    context_length,
-    d_model,
-    load_model,
-    model_sizes,
-    n_layers,
-    tokenize,
-)
+from qwen_scope.model import HookPoint, LoadedModel, capture, context_length, d_model, load_model, model_sizes, n_layers
 from qwen_scope.sae import FeatureActs, catalog
 from qwen_scope.steer import Decoding, Generation, Intervention, Target
+from qwen_scope.text import Chat, Message, Tokens, by_length, tokenize
 
 from .compare import Comparison, compare_seen
 from .generate import Sizes, generate_in_scope
@@ -34,8 +23,6 @@ from .joined import Joined
 from .plan import Plan, plan
 from .saes import CACHE_BYTES, SAEs, brief
 from .seen import TokenFeatures
-
-Chat = Literal["default", "thinking", "non_thinking"]
 
 # Tokens (padding included) of one forward pass; texts of like length share one.
 BATCH_TOKENS = 4096
@@ -98,8 +85,10 @@ class Scope:
             on_gpu=one.device.type != "cpu",
         )
 
-    def tokenize(self, texts: Sequence[str], *, chat: Chat | None = None, truncate: bool = False) -> Tokens:
-        """Texts to tokens, within the model's context. No BOS is invented.
+    def tokenize(
+        self, texts: Sequence[str | Sequence[Message]], *, chat: Chat | None = None, truncate: bool = False
+    ) -> Tokens:
+        """Texts, or conversations with `chat`, to tokens within the model's context. No BOS is invented.
 
         Raises:
             InputError: an empty text, or one longer than the context unless `truncate`.
@@ -116,7 +105,7 @@ class Scope:
 
     def features(
         self,
-        texts: Sequence[str],
+        texts: Sequence[str | Sequence[Message]],
         layers: Sequence[int] | None = None,
         *,
         chat: Chat | None = None,
@@ -126,9 +115,9 @@ class Scope:
         """The features of every token of every text.
 
         Args:
-            texts: one or more texts, each a string.
+            texts: one or more, each a string or, with `chat`, a conversation: a list of messages.
             layers: which layers; by default all that have an SAE.
-            chat: wrap each text as a user's message in the tokenizer's chat template.
+            chat: render each with the tokenizer's chat template, in this mode; a string becomes a user's message.
             truncate: cut a text longer than the context instead of refusing it.
             batch_tokens: tokens per forward pass, padding included.
 
@@ -151,24 +140,25 @@ class Scope:
                 parts[point.layer].append(self.saes[point.layer].encode(kept).to("cpu"))
         order = [i for rows in batches for i in rows]
         acts = {layer: spread(FeatureActs.cat(found), mask, order) for layer, found in parts.items()}
-        return TokenFeatures(tokens.texts, tokens.strings, tokens.input_ids, mask, acts)
+        return TokenFeatures(tokens.texts, tokens.strings, tokens.input_ids, mask, acts, tokens)
 
     def compare(
         self,
-        a: str | Sequence[str],
-        b: str | Sequence[str],
+        a: str | Sequence[str | Sequence[Message]],
+        b: str | Sequence[str | Sequence[Message]],
         layers: Sequence[int] | None = None,
         *,
         n: int | None = 5,
         drop_first: bool = False,
         drop_common: bool = False,
         drop_prefix: bool = False,
+        phases: Collection[str] | None = None,
         chat: Chat | None = None,
     ) -> dict[int, list[Comparison]]:
         """Per layer, the `n` features whose activation rates differ most between two texts, or two sets of texts.
 
-        The options leave out the first token of each text, tokens whose id occurs on both sides, or the beginning that
-        all texts share.
+        The options leave out the first token of each text, tokens whose id occurs on both sides, the beginning that
+        all texts share, or tokens of other phases of a conversation than those named.
 
         Raises:
             InputError: an empty text, or nothing left to compare.
@@ -177,7 +167,13 @@ class Scope:
         one, other = ([side] if isinstance(side, str) else list(side) for side in (a, b))
         seen = self.features([*one, *other], layers, chat=chat)
         return compare_seen(
-            seen, len(one), n=n, drop_first=drop_first, drop_common=drop_common, drop_prefix=drop_prefix
+            seen,
+            len(one),
+            n=n,
+            drop_first=drop_first,
+            drop_common=drop_common,
+            drop_prefix=drop_prefix,
+            phases=phases,
         )
 
     def feature_target(self, layer: int, feature: int) -> Target:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
 from qwen_scope.errors import InputError, NotFoundError, check_count
 from qwen_scope.sae import FeatureActs
+from qwen_scope.text import PHASES, Phase, Tokens, phase_numbers
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,7 @@ class TokenFeatures:
         input_ids: `(texts, seq)`, padded on the right.
         mask: `(texts, seq)`, True at tokens and False at padding, where no feature is active.
         acts: per layer, `(texts, seq, k)` feature activations.
+        source: the tokens as they were read; it knows the turn and the phase of each.
     """
 
     texts: list[str]
@@ -49,6 +52,7 @@ class TokenFeatures:
     input_ids: Int[Tensor, "texts seq"]
     mask: Bool[Tensor, "texts seq"]
     acts: Mapping[int, FeatureActs]
+    source: Tokens
 
     @property
     def layers(self) -> list[int]:
@@ -61,18 +65,46 @@ class TokenFeatures:
             InputError: there is no such text.
             NotFoundError: the layer was not asked for.
         """
-        if not 0 <= text < len(self.texts):
-            raise InputError(f"there is no text {text}: these are texts 0 to {len(self.texts) - 1}")
+        self._check_text(text)
         if layer not in self.acts:
             raise NotFoundError(f"layer {layer} was not looked at; these are here: {self.layers}")
         return self.acts[layer][text, : len(self.tokens[text])]
 
-    def strongest(self, text: int, layer: int, n: int | None = None, tokens: slice | None = None) -> list[Strongest]:
+    def phases(self, text: int) -> list[Phase]:
+        """The phase of every token of a text: `text` outside chats.
+
+        Raises:
+            InputError: there is no such text, or its chat template gives no markers to tell the phases by.
+        """
+        self._check_text(text)
+        return [PHASES[i] for i in self.source.phases(text)[1]]
+
+    def turns(self, text: int) -> list[int]:
+        """The turn of every token of a text: the index of its message, as `Span` counts them.
+
+        Raises:
+            InputError: as `phases`.
+        """
+        self._check_text(text)
+        return self.source.phases(text)[0].tolist()
+
+    def strongest(
+        self,
+        text: int,
+        layer: int,
+        n: int | None = None,
+        tokens: slice | None = None,
+        phases: Collection[str] | None = None,
+    ) -> list[Strongest]:
         """The features of a text ranked by their largest activation; equal ones by lower index.
 
         Args:
             n: how many; by default all that are active.
             tokens: which tokens count, such as `slice(start, None)` for an answer after its prompt.
+            phases: of these, only tokens of some phases, such as `("thinking",)`.
+
+        Raises:
+            InputError: no such text, no token that counts, or a phase that there is not.
         """
         acts = self.of(text, layer)
         if n is not None:
@@ -80,9 +112,14 @@ class TokenFeatures:
         start, stop, _ = (tokens or slice(None)).indices(len(self.tokens[text]))
         if stop <= start:
             raise InputError(f"tokens {start} to {stop} of a text of {len(self.tokens[text])} tokens are none")
-        acts = acts[start:stop]
+        chosen = np.arange(start, stop)
+        if phases is not None:
+            chosen = chosen[np.isin(self.source.phases(text)[1][chosen], phase_numbers(phases))]
+            if not len(chosen):
+                raise InputError(f"no token of the text is of the phase {' or '.join(sorted(phases))}")
+        acts = acts[torch.from_numpy(chosen).to(acts.indices.device)]
         values, features = acts.values.float().cpu().numpy(), acts.indices.cpu().numpy()
-        position = np.broadcast_to(np.arange(start, stop)[:, None], values.shape)
+        position = np.broadcast_to(chosen[:, None], values.shape)
         on = values > 0
         values, features, position = values[on], features[on], position[on]
         order = np.lexsort((position, -values, features))
@@ -90,7 +127,7 @@ class TokenFeatures:
         ids, first, count = np.unique(features, return_index=True, return_counts=True)
         total = np.add.reduceat(values, first) if len(first) else values
         rank = np.lexsort((ids, -values[first]))[:n]
-        span = stop - start
+        span = len(chosen)
         return [
             Strongest(
                 feature=int(ids[i]),
@@ -101,3 +138,7 @@ class TokenFeatures:
             )
             for i in rank
         ]
+
+    def _check_text(self, text: int) -> None:
+        if not 0 <= text < len(self.texts):
+            raise InputError(f"there is no text {text}: these are texts 0 to {len(self.texts) - 1}")

@@ -8,8 +8,9 @@ from dataclasses import replace
 import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from qwen_scope.model import HookPoint, LayerStats, capture, context_length, residual_norms, tokenize
+from qwen_scope.model import HookPoint, LayerStats, capture, context_length, residual_norms
 from qwen_scope.sae import SAE
+from qwen_scope.text import tokenize
 
 SAMPLE = (
     "The committee met on Tuesday to discuss the new bridge. After two hours they agreed to ask for a second opinion,"

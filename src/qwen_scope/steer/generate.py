@@ -11,7 +11,8 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from qwen_scope.errors import FormatError, InputError, check_count
-from qwen_scope.model import Tokens, context_length, input_device, tokenize
+from qwen_scope.model import context_length, input_device
+from qwen_scope.text import Tokens, tokenize
 
 from .decoding import Decoding, Watched, processors
 from .finite import NotFinite, explained

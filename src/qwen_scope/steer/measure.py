@@ -12,7 +12,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from qwen_scope.errors import InputError, check_count
-from qwen_scope.model import input_device, padded, positions_from_mask
+from qwen_scope.model import input_device, positions_from_mask
+from qwen_scope.text import padded
 
 from .finite import explained
 from .generate import Generation

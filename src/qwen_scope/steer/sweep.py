@@ -12,8 +12,8 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qwen_scope.errors import InputError, check_count, check_number
-from qwen_scope.model import tokenize
 from qwen_scope.stats import Interval, bootstrap
+from qwen_scope.text import tokenize
 
 from .decoding import Decoding
 from .generate import Generation, generate

@@ -3,8 +3,6 @@ from .buffer import ResidualBuffer as ResidualBuffer
 from .card import write_card as write_card
 from .checkpoint import Checkpoints as Checkpoints
 from .config import TrainConfig as TrainConfig
-from .data import Documents as Documents
-from .data import TokenRows as TokenRows
 from .evaluate import Quality as Quality
 from .evaluate import Reconstruction as Reconstruction
 from .evaluate import evaluate as evaluate

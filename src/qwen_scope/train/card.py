@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen_scope.files import write_text, write_whole
+from qwen_scope.text import Counted, summary
 
 from .evaluate import DENSITY_EDGES
 from .metrics import read_metrics
@@ -29,8 +30,8 @@ EXPLAINED = """\
 the mean over tokens of `1 - |x - x_hat|^2 / |x - mean|^2`, `mean` being that of all evaluated tokens (sae_lens'
 `explained_variance_legacy` takes the mean of each batch). `dead` is the share of features that fired on none of the
 evaluated tokens. `CE recovered` is `(zeros - spliced) / (zeros - clean)` of the next-token loss when the reconstruction
-takes the residual's place at every position of that one layer; `KL` is the divergence of that prediction from the clean
-one, in nats per token.
+takes the residual's place, at that one layer and at every token that counts; `KL` is the divergence of that prediction
+from the clean one, in nats per token.
 """
 
 
@@ -83,12 +84,38 @@ def text_of(run: Mapping[str, Any], quality: Mapping[str, Mapping[str, Any]], pl
     if quality:
         tokens = next(iter(quality.values()))["tokens"]
         lines += [f"Measured on {tokens:,} tokens of {run['eval_data']}.", ""]
-    dropped = ", ".join(f"{name} {count:,}" for name, count in run["dropped"].items())
-    lines += ["## Sinks", "", f"Tokens whose norm was far above the median were left out of training: {dropped}.", ""]
+    lines += ["## Which tokens count", "", *which_count(run, quality), ""]
     if plots:
         lines += ["## Curves", "", *(f"![{Path(plot).stem}](plots/{plot})" for plot in plots), ""]
     lines += ["## Configuration", "", "```json", json.dumps(run, indent=1), "```", ""]
     return "\n".join(lines)
+
+
+def which_count(run: Mapping[str, Any], quality: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Which tokens were left out of training and measuring, why, and how many."""
+    counted = Counted.from_json(run["counted"])
+    what = []
+    if counted.first:
+        what.append(f"the first {'token' if counted.first == 1 else f'{counted.first} tokens'} of each row")
+    if counted.special:
+        what.append(f"special tokens ({len(counted.special):,} ids)")
+    if counted.norms:
+        what.append(f"sinks, whose norm is above a threshold measured on {counted.sample}")
+    if not what:
+        return ["All tokens were trained and measured on, sinks and special ones too."]
+    lines = [
+        f"Left out of training and measuring, because such tokens would outweigh all others: {'; '.join(what)}.",
+        "",
+        f"Read for training, {summary(run['tokens_read'])}; besides, sinks of each layer:",
+        "",
+        "| layer | threshold | sinks in training | measured |",
+        "| --- | --- | --- | --- |",
+    ]
+    for name, dropped in run["dropped"].items():
+        limit = counted.norms.get(name)
+        seen = summary(quality[name]["reasons"]) if name in quality else ""
+        lines.append(f"| {name} | {'none' if limit is None else f'{limit:.4g}'} | {dropped:,} | {seen} |")
+    return lines
 
 
 def table(quality: Mapping[str, Mapping[str, Any]]) -> list[str]:

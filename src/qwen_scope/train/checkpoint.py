@@ -31,13 +31,15 @@ from qwen_scope.errors import (
     foreign,
 )
 from qwen_scope.files import Fields, digest_of, read_object, write_text
+from qwen_scope.text import Counted
 
 from .config import TrainConfig
 from .parallel import Ranks
 from .step import Layer, adam
 from .weights import Weights
 
-FORMAT = "qwen-scope-train/1"
+FORMAT = "qwen-scope-train/2"
+OLDER = ("qwen-scope-train/1",)
 MANIFEST = "manifest.json"
 _NAME = re.compile(r"step-(\d{8})")
 
@@ -48,10 +50,11 @@ class RunState:
 
     Attributes:
         step: steps done.
-        layers: per hook point the weights, the optimiser, the dead counters and the sink filter's median.
+        layers: per hook point the weights, the optimiser and the dead counters.
         cursor: where the residuals go on, or None where their source can't say; then it is advanced by `step` batches.
         rng: torch's generators, `cpu` and, where there is one, `cuda`.
         seconds: of training.
+        counted: which tokens count, the same from the first step to the last.
     """
 
     step: int = 0
@@ -59,6 +62,7 @@ class RunState:
     cursor: dict[str, Any] | None = None
     rng: dict[str, Tensor] = field(default_factory=dict)
     seconds: float = 0.0
+    counted: Counted = field(default_factory=Counted.everything)
 
 
 @dataclass(frozen=True)
@@ -181,6 +185,7 @@ def write_manifest(state: RunState, config: TrainConfig, place: Path, ranks: Ran
         "step": state.step,
         "seconds": state.seconds,
         "config": plain(config),
+        "counted": state.counted.to_json(),
         "mode": ranks.mode,
         "world": ranks.world,
         "ranks": notes,
@@ -188,16 +193,19 @@ def write_manifest(state: RunState, config: TrainConfig, place: Path, ranks: Ran
     write_text(place / MANIFEST, json.dumps(manifest, indent=1))
 
 
-def load(config: TrainConfig, where: Checkpoints, ranks: Ranks, device: torch.device | str | None = None) -> RunState:
+def load(
+    config: TrainConfig, where: Checkpoints, ranks: Ranks, device: torch.device | str | None = None,
+    counted: Counted = Counted.everything(),  # noqa: B008 - frozen
+) -> RunState:  # fmt: skip
     """The newest checkpoint of a run whose files are all whole; newer ones are said and removed.
 
     Raises:
         NotFoundError: there is none.
-        MismatchError: it was written by a run with another config or spread over other processes.
+        MismatchError: it was written by a run with another config, on other tokens, or spread over other processes.
         FormatError: there are some, and each is damaged; what is said is about the newest.
     """
     place, manifest = newest(where)
-    check_same_run(manifest, config, ranks, place)
+    check_same_run(manifest, config, counted, ranks, place)
     path, note = place / f"rank{ranks.rank}.safetensors", manifest["ranks"][ranks.rank]
     tensors = read_tensors(path)
     source = tensors
@@ -213,7 +221,7 @@ def load(config: TrainConfig, where: Checkpoints, ranks: Ranks, device: torch.de
         if later.name > place.name:
             (later / MANIFEST).unlink()
             shutil.rmtree(later)
-    return RunState(manifest["step"], layers, note["cursor"], under(tensors, "rng"), manifest["seconds"])
+    return RunState(manifest["step"], layers, note["cursor"], under(tensors, "rng"), manifest["seconds"], counted)
 
 
 def newest(where: Checkpoints) -> tuple[Path, dict[str, Any]]:
@@ -247,12 +255,14 @@ def read_manifest(place: Path) -> dict[str, Any]:
     """
     path = place / MANIFEST
     data = read_object(path)
+    if data.get("format") in OLDER:
+        raise FormatError(f"{path} was written by an earlier version; finish the run with that one")
     if data.get("format") != FORMAT:
         raise FormatError(f"{path} is not a manifest of the format {FORMAT}")
-    read = Fields(
-        {"seconds": 0.0, **data}, str(path), ("format", "step", "seconds", "config", "mode", "world", "ranks")
-    )
+    known = ("format", "step", "seconds", "config", "counted", "mode", "world", "ranks")
+    read = Fields({"seconds": 0.0, **data}, str(path), known)
     found = {"step": read.count("step"), "seconds": read.number("seconds", 0), "config": read.object("config")}
+    found["counted"] = Counted.from_json(read.object("counted"), f"'counted' of {path}")
     found |= {"mode": read.text("mode"), "world": read.count("world", 1), "ranks": []}
     for note in read.items("ranks"):
         one = Fields(note, f"a rank of {path}", ("layers", "cursor", "bytes", "sha256"))
@@ -263,7 +273,9 @@ def read_manifest(place: Path) -> dict[str, Any]:
     return found
 
 
-def check_same_run(manifest: Mapping[str, Any], config: TrainConfig, ranks: Ranks, place: Path) -> None:
+def check_same_run(
+    manifest: Mapping[str, Any], config: TrainConfig, counted: Counted, ranks: Ranks, place: Path
+) -> None:
     """Raise MismatchError unless the checkpoint was written by a run like this one, naming what differs."""
     mine, theirs = plain(config), manifest["config"]
     differ = [
@@ -271,6 +283,9 @@ def check_same_run(manifest: Mapping[str, Any], config: TrainConfig, ranks: Rank
         for name in sorted({*mine, *theirs})
         if mine.get(name) != theirs.get(name)
     ]
+    if manifest["counted"] != counted:
+        said = manifest["counted"].difference(counted, ("that run", "this one"))
+        differ.append(said or "its thresholds for sinks were measured on another sample")
     if (manifest["mode"], manifest["world"]) != (ranks.mode, ranks.world):
         differ.append(f"{manifest['world']} processes ({manifest['mode']}) there and {ranks.world} ({ranks.mode}) here")
     if differ:
@@ -310,7 +325,7 @@ def numbers_of(layer: Layer) -> dict[str, Any]:
     w = layer.weights
     return {
         "scale": w.scale, "pre_bias": w.pre_bias, "first": w.first, "trained": sorted(w.parameters()),
-        "median_norm": layer.median_norm, "tokens": layer.tokens, "dropped": layer.dropped,
+        "tokens": layer.tokens, "dropped": layer.dropped,
     }  # fmt: skip
 
 
@@ -331,7 +346,6 @@ def layer_from(
         weights,
         adam(config, weights),
         here["silent"],
-        numbers["median_norm"],
         numbers["tokens"],
         numbers["dropped"],
     )

@@ -6,7 +6,6 @@ import math
 from dataclasses import dataclass
 
 from qwen_scope.errors import InputError, NotFoundError, check_count, nearest
-from qwen_scope.model import TokenMask
 
 # A window of fewer steps without firing says nothing about a feature.
 DEAD_STEPS = 10
@@ -41,7 +40,6 @@ class TrainConfig:
         pre_bias: encode `x - b_dec` in training; folded into `b_enc` on export. Without it, features whose direction
             points away from the mean residual start dead and AuxK, which sees them through a ReLU, can't reach them.
         scale_input: divide residuals by a constant so that their mean squared norm is d_model; folded on export.
-        sink_multiple: drop tokens whose norm is above so many times the running median norm; None keeps all.
         prefixes: shares of the dictionary that must reconstruct on their own (Matryoshka only).
         l0_weight: weight of `(L0 / k - 1)**2` (JumpReLU only).
         bandwidth: width of the band around a threshold in which it gets gradient, in units of the scaled
@@ -69,7 +67,6 @@ class TrainConfig:
     dead_tokens: int | None = None
     pre_bias: bool = True
     scale_input: bool = True
-    sink_multiple: float | None = 10.0
     prefixes: tuple[float, ...] | None = None
     l0_weight: float | None = None
     bandwidth: float | None = None
@@ -84,7 +81,7 @@ class TrainConfig:
             if getattr(self, name) is not None:
                 check_count(name, getattr(self, name), ANY)
         check_count("seed", self.seed, 0, 2**32 - 1)
-        for name in ("decay", "aux_weight", "lr", "clip", "eps", "l0_weight", "bandwidth", "sink_multiple"):
+        for name in ("decay", "aux_weight", "lr", "clip", "eps", "l0_weight", "bandwidth"):
             if isinstance(getattr(self, name), bool):
                 raise InputError(f"{name} is a number, not {getattr(self, name)}")
         for name in ("d_sae", "k", "tokens", "batch"):
@@ -94,7 +91,7 @@ class TrainConfig:
             raise InputError(f"k is {self.k}, but the dictionary has only {self.d_sae} features")
         if self.tokens < self.batch:
             raise InputError(f"{self.tokens} tokens are fewer than one batch of {self.batch}; lower batch")
-        for name in ("lr", "clip", "eps", "l0_weight", "bandwidth", "sink_multiple"):
+        for name in ("lr", "clip", "eps", "l0_weight", "bandwidth"):
             value = getattr(self, name)
             if value is not None and not (value > 0 and math.isfinite(value)):
                 raise InputError(f"{name} must be a positive number, got {value}")
@@ -104,7 +101,6 @@ class TrainConfig:
             raise InputError(f"a warm-up of {self.warmup} steps does not fit a run of {self.steps}")
         if not 0 <= self.aux_weight < math.inf:
             raise InputError(f"aux_weight must not be negative, got {self.aux_weight}")
-        TokenMask(sink_multiple=self.sink_multiple)
         kind = ARCHITECTURES[self.architecture]
         for name in sorted({option for other in ARCHITECTURES.values() for option in other.options} - kind.options):
             if getattr(self, name) is not None:

@@ -14,17 +14,18 @@ Sums are kept in float64. Two definitions of explained variance are in use, and 
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from qwen_scope.errors import InputError, MismatchError
-from qwen_scope.model import HookPoint, TokenMask, capture, d_model
+from qwen_scope.model import HookPoint, capture, d_model
 from qwen_scope.sae import SAE
+from qwen_scope.text import REASONS, Counted
+from qwen_scope.text import tally as tally_of
 
 from .splice import SplicedLoss, spliced_losses
 
@@ -36,7 +37,7 @@ class Reconstruction:
     """How well one SAE reconstructs, and with how much.
 
     Attributes:
-        tokens: evaluated tokens.   left_out: special tokens and sinks that were not looked at.
+        tokens: evaluated tokens.   left_out: tokens that do not count, which were not looked at.
         fvu: fraction of variance unexplained, all tokens.
         fvu_without_first: the same without the first token of each row, against the mean of those that are left.
         explained_variance, explained_variance_per_token: the two definitions at the top of this file.
@@ -45,6 +46,8 @@ class Reconstruction:
         dead: share of features that fired on no token; it falls as more tokens are looked at.
         density: how many features fire on a share of tokens between `10**edge` and `10**next_edge`, for the edges
             -6, -5.75, ..., 0; rarer ones count in the first, features that never fire in none.
+        reasons: how many tokens counted, and how many were left out for which of `text.REASONS`; `text.summary` says
+            it in a line.
     """
 
     tokens: int
@@ -57,6 +60,7 @@ class Reconstruction:
     l0: float
     dead: float
     density: tuple[int, ...]
+    reasons: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -160,7 +164,7 @@ def evaluate(
     rows: Sequence[Tensor],
     *,
     loss: bool = True,
-    mask: TokenMask = TokenMask(),  # noqa: B008 - frozen
+    counted: Counted = Counted(),  # noqa: B008 - frozen
     progress: Callable[[str, float], None] | None = None,
 ) -> dict[HookPoint, Quality]:
     """Measure SAEs on a language model, all layers from the same tokens.
@@ -168,62 +172,56 @@ def evaluate(
     Args:
         rows: batches of full rows of token ids, `(rows, row)`; gone through twice.
         loss: also measure what the model's predictions lose when the reconstruction takes the residual's place.
-        mask: tokens that are left out: no SAE reads them, and their residuals stay as they are. Sinks are measured
-            against the median norm of the first batch.
+        counted: which tokens count; no SAE reads the others, and their residuals stay as they are. By default the first
+            token of each row is left out alone; `measure_counted` of room `model` also finds special tokens and sinks.
         progress: called with what is being done and its share done, 0 to 1.
 
     Raises:
         InputError: no SAE or no tokens.   MismatchError: an SAE of another width than the model.
-        NotFoundError: a layer that the model does not have.
+        NotFoundError: a layer that the model does not have, or for which `counted` has no threshold.
     """
     say = progress or (lambda what, share: None)
     check_pairing(model, saes, rows)
     layers = {str(point): sae for point, sae in saes.items()}
     every, later = ({name: Moments(sae.d_model) for name, sae in layers.items()} for _ in range(2))
-    kept = Kept(mask, {} if mask.sink_multiple is None else median_norms(model, list(saes), rows[0]))
-    for share, name, x, first in residuals_of(model, list(saes), rows, kept):
-        every[name].add(x)
-        later[name].add(x[~first])
-        say("means", share)
+    found: dict[str, Mapping[str, int]] = {name: dict.fromkeys(REASONS, 0) for name in layers}
+    for number, ids in enumerate(rows, 1):
+        for point, h in capture(model, ids, list(saes)).items():
+            name, reasons = str(point), counted.reasons(ids, sinks=counted.sinks(h, point))
+            x, first = counting(h, reasons)
+            every[name].add(x)
+            later[name].add(x[~first])
+            found[name] = {reason: found[name][reason] + n for reason, n in tally_of(reasons).items()}
+        say("means", number / len(rows))
     if empty := [name for name, moments in every.items() if not moments.n]:
         raise InputError(f"every token at {empty[0]} is left out; there is nothing to measure")
     total = sum(ids.numel() for ids in rows)
     tallies = {name: Tally(sae, every[name].mean, later[name].mean, total) for name, sae in layers.items()}
-    for share, name, x, first in residuals_of(model, list(saes), rows, kept):
-        tallies[name].add(x, first)
-        say("reconstruction", share)
-    losses = spliced_losses(model, saes, rows, kept=kept.at, progress=say) if loss else {}
-    return {point: Quality(tallies[str(point)].result(), losses.get(point)) for point in saes}
-
-
-@dataclass(frozen=True)
-class Kept:
-    """Which tokens are looked at: those the mask leaves, given the median norm of each layer if it names sinks."""
-
-    mask: TokenMask
-    medians: Mapping[HookPoint, float]
-
-    def at(self, point: HookPoint, ids: Tensor, h: Tensor) -> Tensor:
-        """Of token ids `(rows, row)` and their residuals `(rows, row, d_model)`, `(rows, row)` bool."""
-        return ~(self.mask.special_at(ids).to(h.device) | self.mask.sinks_at(h, self.medians.get(point, math.inf)))
-
-
-def median_norms(model: nn.Module, points: Sequence[HookPoint], ids: Tensor) -> dict[HookPoint, float]:
-    """The median norm of the residuals of one batch, by layer."""
-    found = capture(model, ids, points)
-    return {point: float(torch.linalg.vector_norm(h.float(), dim=-1).median()) for point, h in found.items()}
-
-
-def residuals_of(
-    model: nn.Module, points: Sequence[HookPoint], rows: Sequence[Tensor], kept: Kept
-) -> Iterator[tuple[float, str, Tensor, Tensor]]:
-    """Of each batch and layer: the share done, the layer, its residuals `(n, d_model)`, and which are first tokens."""
     for number, ids in enumerate(rows, 1):
-        first = torch.zeros(ids.shape, dtype=torch.bool)
-        first[:, 0] = True
-        for point, h in capture(model, ids, points).items():
-            here = kept.at(point, ids, h)
-            yield number / len(rows), str(point), h[here], first.to(h.device)[here]
+        for point, h in capture(model, ids, list(saes)).items():
+            tallies[str(point)].add(*counting(h, counted.reasons(ids, sinks=counted.sinks(h, point))))
+        say("reconstruction", number / len(rows))
+
+    def kept(point: HookPoint, ids: Tensor, h: Tensor) -> Tensor:
+        return counted.keep(h, point, ids)
+
+    losses = spliced_losses(model, saes, rows, kept=kept, progress=say) if loss else {}
+    return {
+        point: Quality(replace(tallies[str(point)].result(), reasons=found[str(point)]), losses.get(point))
+        for point in saes
+    }
+
+
+def counting(h: Tensor, reasons: Tensor) -> tuple[Tensor, Tensor]:
+    """The residuals that count, `(n, d_model)`, and which of them are first tokens of rows, `(n,)` bool.
+
+    Args:
+        h: `(rows, row, d_model)`.   reasons: 0 for a token that counts, `(rows, row)`.
+    """
+    here = (reasons == 0).to(h.device)
+    first = torch.zeros_like(here)
+    first[:, 0] = True
+    return h[here], first[here]
 
 
 def check_pairing(model: nn.Module, saes: Mapping[HookPoint, SAE], rows: Sequence[Tensor]) -> None:

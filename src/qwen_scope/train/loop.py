@@ -13,6 +13,7 @@ from torch import Tensor
 from qwen_scope.errors import InputError, MismatchError
 from qwen_scope.model import HookPoint
 from qwen_scope.sae import SAE
+from qwen_scope.text import Counted
 
 from . import checkpoint
 from .architectures import ARCHITECTURES
@@ -43,7 +44,7 @@ class StepReport:
 
     Attributes:
         step: counted from 1.   steps: of the whole run.
-        tokens: tokens seen so far, over all ranks, before the sink filter.
+        tokens: tokens seen so far, over all ranks, sinks included.
         seconds: of training, over all parts of the run.
         tokens_per_s: since the run started or was resumed.
         lr: the learning rate of this step.
@@ -70,6 +71,8 @@ def train(
     group: str = "trained",
     ranks: Ranks = Ranks(),  # noqa: B008 - frozen
     device: torch.device | str | None = None,
+    counted: Counted | None = None,
+    facts: Mapping[str, Any] | None = None,
 ) -> dict[str, SAE]:
     """Train one SAE per hook point, all on the same batches.
 
@@ -86,6 +89,10 @@ def train(
         group: the name of the set that the SAEs will belong to.
         ranks: how the run is spread over processes.
         device: where the SAEs are trained; None means where the residuals are.
+        counted: which tokens count, as `measure_counted` of room `model` gives it: sinks by the threshold of their
+            layer are left out, and the SAEs say so. The residuals themselves have neither place nor id, so whoever
+            gives them leaves out first and special tokens (`ResidualBuffer` does). None trains on all that are given.
+        facts: what else the SAEs' `meta` is to say.
 
     Returns:
         The SAEs by hook point, on the CPU, reading the raw residual; with layers spread over ranks, this rank's.
@@ -97,18 +104,20 @@ def train(
         MismatchError: `init` or a checkpoint does not belong to this run.
     """
     batches = iter(residuals)
-    state = begin(config, residuals, batches, checkpoints, ranks, device)
+    facts = {**({} if counted is None else {"counted": counted.to_json()}), **(facts or {})}
+    counted = Counted.everything() if counted is None else counted
+    state = begin(config, residuals, batches, checkpoints, ranks, device, counted)
     began, before, earlier = time.monotonic(), state.step, state.seconds
     while state.step < config.steps:
         batch = {str(name): x for name, x in next(batches, {}).items()}
         check_batch(config, batch, state, ranks)
         if not state.layers:
-            state.layers = first_layers(config, batch, init or {}, checkpoints, ranks, device)
+            state.layers = first_layers(config, batch, init or {}, checkpoints, ranks, device, counted)
         lr = config.lr_at(state.step)
         reports = {}
         for name, layer in state.layers.items():
             try:
-                reports[name] = step(config, layer, batch[name], lr, ranks)
+                reports[name] = step(config, layer, batch[name], lr, ranks, counted)
             except DivergedError as error:
                 raise DivergedError(where_diverged(str(error), state, residuals, checkpoints)) from error
         state.step += 1
@@ -125,21 +134,21 @@ def train(
         for callback in callbacks:
             callback(report)
     # One after the other, so that a layer's optimiser is gone before the next layer's weights are copied.
-    return {name: finish(config, state.layers.pop(name), group, ranks) for name in list(state.layers)}
+    return {name: finish(config, state.layers.pop(name), group, ranks, facts) for name in list(state.layers)}
 
 
 def begin(
     config: TrainConfig, residuals: Residuals, batches: Iterator[Any], checkpoints: Checkpoints | None,
-    ranks: Ranks, device: torch.device | str | None,
+    ranks: Ranks, device: torch.device | str | None, counted: Counted,
 ) -> RunState:  # fmt: skip
     """A new state, or that of the latest checkpoint with the residuals moved to where it left off."""
     ranks.slice_of(config.d_sae)
     if checkpoints is None:
-        return RunState()
+        return RunState(counted=counted)
     checkpoints.prepare()
     if not checkpoints.resume or checkpoints.latest() is None:
-        return RunState()
-    state = checkpoint.load(config, checkpoints, ranks, device)
+        return RunState(counted=counted)
+    state = checkpoint.load(config, checkpoints, ranks, device, counted)
     checkpoint.restore_rng(state.rng)
     if isinstance(residuals, Resumable) and state.cursor is not None:
         residuals.seek(state.cursor)
@@ -167,7 +176,7 @@ def check_batch(config: TrainConfig, batch: Mapping[str, Tensor], state: RunStat
 
 def first_layers(
     config: TrainConfig, batch: Mapping[str, Tensor], init: Mapping[str, SAE], checkpoints: Checkpoints | None,
-    ranks: Ranks, device: torch.device | str | None,
+    ranks: Ranks, device: torch.device | str | None, counted: Counted,
 ) -> dict[str, Layer]:  # fmt: skip
     """The layers of this rank before their first step; bad names, sizes and a full disk are found here."""
     for name in batch:
@@ -178,7 +187,10 @@ def first_layers(
     for name, sae in init.items():
         if sae.hook_point is not None and HookPoint.parse(sae.hook_point) != HookPoint.parse(name):
             raise MismatchError(f"the SAE to continue from at {name} reads {sae.hook_point}")
-    layers = {name: start(config, name, batch[name].to(device, torch.float32), ranks, init.get(name)) for name in batch}
+    layers = {
+        name: start(config, name, x.to(device, torch.float32), ranks, init.get(name), counted)
+        for name, x in batch.items()
+    }
     if checkpoints:
         parameters = sum(p.numel() for layer in layers.values() for p in layer.weights.parameters().values())
         checkpoints.check_space(3 * 4 * parameters)
@@ -193,7 +205,7 @@ def where_diverged(what: str, state: RunState, residuals: Residuals, checkpoints
     return f"{what} at step {state.step + 1} (batch {state.step + 1} of the residuals{cursor}); {left}"
 
 
-def finish(config: TrainConfig, layer: Layer, group: str, ranks: Ranks) -> SAE:
+def finish(config: TrainConfig, layer: Layer, group: str, ranks: Ranks, facts: Mapping[str, Any]) -> SAE:
     """The SAE of a trained layer."""
-    meta = {"training": asdict(config), "tokens": layer.tokens, "sinks_dropped": layer.dropped}
+    meta = {"training": asdict(config), "tokens": layer.tokens, "sinks_dropped": layer.dropped, **facts}
     return ARCHITECTURES[config.architecture].export(exported(layer.weights, layer.name, group, meta, ranks), config)

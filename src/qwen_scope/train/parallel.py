@@ -120,6 +120,13 @@ class Ranks:
             raise InputError(f"{len(names)} layers can't be spread over {self.world} processes; start fewer")
         return list(names)[self.rank :: self.world]
 
+    def of_first(self, tensor: Tensor) -> Tensor:
+        """The first rank's values, on every rank."""
+        out = tensor.detach().clone()
+        if self.world > 1:
+            dist.broadcast(out, 0)
+        return out
+
     def barrier(self) -> None:
         """Wait for the other ranks."""
         if self.world > 1:

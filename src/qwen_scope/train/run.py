@@ -13,34 +13,37 @@ out/
 from __future__ import annotations
 
 import json
+import math
 import platform
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from qwen_scope.errors import InputError, NotFoundError, check_count, check_name
+from qwen_scope.errors import InputError, MismatchError, NotFoundError, check_count, check_name
 from qwen_scope.files import check_folder, lock_folder, read_object, write_text
-from qwen_scope.model import HookPoint, LoadedModel, TokenMask, context_length, load_model, n_layers
+from qwen_scope.model import HookPoint, LoadedModel, context_length, load_model, measure_counted, n_layers
 from qwen_scope.sae import LAYOUTS, SAE, load_sae, save_sae
 from qwen_scope.scope import Joined, model_source
+from qwen_scope.text import REASONS, Chat, Corpus, Counted, TokenRows
 
 from .buffer import ResidualBuffer
 from .card import write_card
 from .checkpoint import Checkpoints
 from .config import TrainConfig
-from .data import Documents, TokenRows
 from .evaluate import Quality, evaluate
+from .held_out import KEY, HeldOut, digest
 from .loop import StepReport, train
 from .metrics import JsonlMetrics, TensorBoardMetrics, WandbMetrics
 from .parallel import Mode, Ranks, join
 
-RESERVED = ("checkpoints", "tensorboard", "run.json", "metrics.jsonl", "quality.json")
+RUN = "run.json"
+RESERVED = ("checkpoints", "tensorboard", RUN, "metrics.jsonl", "quality.json")
 """What a run writes into its folder beside the group."""
 
 
@@ -55,15 +58,17 @@ class TrainRun:
 
     Attributes:
         model: `lab`, or folder or Hub id of the language model.
-        data: where the text is, as `Documents` takes it.
+        data: where the text is, as `Corpus` takes it.
         out: the folder of the run.
         train: the dictionary and how it is trained.
         layers: layers to train on, counting from 0; None means all.
         group: the name of the set and of its folder in `out`; None means one made of the model's name, the width and k.
         start_from: a group, folder or Hub id of SAEs to continue from.
-        field, split, subset: of the data, as `Documents` takes them.
-        chat: render conversations with the tokenizer's chat template.
-        skip_special: leave out what the tokenizer calls special, in training and in measuring.
+        column, unit, sample, split, subset: of the data, as `Corpus` takes them; the sample is drawn by the run's seed.
+        chat: render conversations with the chat template, in this mode.
+        counted: which tokens count, in training and in measuring. None leaves out the first token of each row, special
+            tokens, and sinks by thresholds that are measured on the text at the start; `Counted.everything()` trains on
+            all.
         row, rows: tokens per row, and rows per forward pass.
         budget: bytes of residuals that are held and shuffled.
         store: how residuals are held, `float32` or `bfloat16`.
@@ -88,11 +93,13 @@ class TrainRun:
     layers: tuple[int, ...] | None = None
     group: str | None = None
     start_from: str | None = None
-    field: str = "text"
+    column: str = "text"
+    unit: str = "paragraph"
+    sample: int | None = None
     split: str = "train"
     subset: str | None = None
-    chat: bool = False
-    skip_special: bool = False
+    chat: Chat | None = None
+    counted: Counted | None = None
     row: int = 512
     rows: int = 16
     budget: int = 2**30
@@ -179,33 +186,70 @@ def _run(
     checkpoints.prepare()
     loaded = load_model(model_source(run.model), device=run.device, dtype=run.dtype)
     points = hook_points(run, loaded)
-    source = source_of(run, loaded, ranks.owned([str(point) for point in points]), ranks)
+    counted = kept_counted(run, checkpoints) or counted_at_start(run, loaded, ranks)
+    source = source_of(run, loaded, ranks.owned([str(point) for point in points]), ranks, counted)
     init = start_of(run, loaded, points)
     journals = journals_of(run, ranks)
-    facts = facts_of(run, loaded)
+    facts = facts_of(run, loaded, counted)
     if ranks.first:
-        write_json(run.out / "run.json", facts)
+        write_json(run.out / RUN, facts)
     saes = train(
         run.train, source, init=init, checkpoints=checkpoints, journals=journals,
         callbacks=[progress] if progress and ranks.first else [], group=run.name, ranks=ranks,
-        device=loaded.model.device,
+        device=loaded.model.device, counted=counted, facts={KEY: held_out_by(run).to_json()} if run.hold_out else {},
     )  # fmt: skip
-    source.rows.documents.tell()
-    facts["rows_passed_over"] = source.rows.documents.passed_over
+    source.rows.corpus.tell()
+    facts["rows_passed_over"] = source.rows.corpus.unused.total()
+    read = ranks.over_rows(torch.tensor([source.read[reason] for reason in REASONS], device=loaded.model.device))
+    facts["tokens_read"] = dict(zip(REASONS, read.tolist(), strict=True))
     folder = run.out / run.name
     alone = ranks.mode != "layers"
     if ranks.first or not alone:
         save(run, saes, folder, ranks)
-    quality = measured(run, loaded, saes, say) if ranks.first or not alone else {}
+    quality = measured(run, loaded, saes, counted, say) if ranks.first or not alone else {}
     plain = {name: quality[name].plain() if quality else {} for name in saes}
     note = {name: {**figures, "dropped": saes[name].meta["sinks_dropped"]} for name, figures in plain.items()}
     if ranks.first or not alone:
         write_json(run.out / f"quality.rank{ranks.rank}.json", note)
     ranks.barrier()
     if ranks.first:
-        write_json(run.out / "run.json", facts)
+        write_json(run.out / RUN, facts)
         finish_folder(run, folder, facts)
     return TrainResult(folder, saes, quality)
+
+
+def kept_counted(run: TrainRun, checkpoints: Checkpoints) -> Counted | None:
+    """Which tokens count, as the caller says or, where a run goes on, as it began; None where that is to be measured.
+
+    Raises:
+        MismatchError: the run was begun by a version that measured no thresholds.
+    """
+    if run.counted is not None or not checkpoints.resume or checkpoints.latest() is None:
+        return run.counted
+    data = read_object(run.out / RUN)
+    if data.get("counted") is None:
+        raise MismatchError(f"{run.out} was begun by an earlier version; finish the run with that one")
+    return Counted.from_json(data["counted"], f"'counted' of {run.out / RUN}")
+
+
+def counted_at_start(run: TrainRun, loaded: LoadedModel, ranks: Ranks) -> Counted:
+    """Which tokens count, with thresholds for sinks from the first rows of the run, on every rank the same."""
+    corpus = corpus_of(run, repeat=True, quiet=True)
+    rows = iter(TokenRows(corpus, loaded.tokenizer, row=run.row, rows=run.rows, chat=run.chat))
+    if (first := next(rows, None)) is None:
+        return Counted.of(loaded.tokenizer)  # nothing to train on, which is said where batches are asked for
+    found = measure_counted(loaded.model, loaded.tokenizer, chain([first], rows), sample=corpus.name)
+    limits = [math.nan if norm is None else norm for norm in found.norms.values()]
+    limits = ranks.of_first(torch.tensor(limits, dtype=torch.float64, device=loaded.model.device)).tolist()
+    return replace(
+        found,
+        norms={at: None if math.isnan(norm) else norm for at, norm in zip(found.norms, limits, strict=True)},
+    )
+
+
+def held_out_by(run: TrainRun) -> HeldOut:
+    """The documents that a run keeps out of training, and how it measures on them."""
+    return HeldOut(digest(corpus_of(run)), run.hold_out, run.row, run.rows, run.eval_tokens, run.chat)
 
 
 def start_of(run: TrainRun, loaded: LoadedModel, points: Sequence[HookPoint]) -> dict[str, SAE] | None:
@@ -244,18 +288,31 @@ def hook_points(run: TrainRun, loaded: LoadedModel) -> list[HookPoint]:
     return [HookPoint(layer) for layer in sorted(run.layers or range(count))]
 
 
-def source_of(run: TrainRun, loaded: LoadedModel, names: list[str], ranks: Ranks) -> ResidualBuffer:
+def source_of(run: TrainRun, loaded: LoadedModel, names: list[str], ranks: Ranks, counted: Counted) -> ResidualBuffer:
     """The residuals that this rank trains on: all of them, its documents' share, or its layers."""
     rank, world = (ranks.rank, ranks.world) if ranks.mode == "data" else (0, 1)
-    documents = Documents(
-        run.data, field=run.field, split=run.split, subset=run.subset, rank=rank, world=world, hold_out=run.hold_out
-    )
-    rows = TokenRows(documents, loaded.tokenizer, row=run.row, rows=run.rows, chat=run.chat)
+    corpus = corpus_of(run, rank=rank, world=world, repeat=True)
+    rows = TokenRows(corpus, loaded.tokenizer, row=run.row, rows=run.rows, chat=run.chat)
     return ResidualBuffer(
         loaded.model, rows, [HookPoint.parse(name) for name in names], batch=ranks.share_of(run.train.batch),
         budget=run.budget, most=ranks.share_of(run.train.batch) * run.train.steps, seed=run.train.seed,
-        special=mask_of(run, loaded).special, dtype=getattr(torch, run.store),
+        counted=counted, dtype=getattr(torch, run.store),
     )  # fmt: skip
+
+
+def corpus_of(run: TrainRun, **share: Any) -> Corpus:
+    """The documents of a run: a process' share of them, or those held out."""
+    return Corpus(
+        run.data,
+        column=run.column,
+        unit=run.unit,
+        sample=run.sample,
+        seed=0 if run.sample is None else run.train.seed,
+        split=run.split,
+        subset=run.subset,
+        hold_out=run.hold_out,
+        **share,
+    )
 
 
 def journals_of(run: TrainRun, ranks: Ranks) -> list[Callable[[StepReport], None]]:
@@ -286,21 +343,16 @@ def save(run: TrainRun, saes: Mapping[str, SAE], folder: Path, ranks: Ranks) -> 
 
 def held_out_rows(run: TrainRun, loaded: LoadedModel) -> list[torch.Tensor]:
     """Rows of documents that training never sees, of about `eval_tokens` tokens."""
-    documents = Documents(
-        run.data,
-        field=run.field,
-        split=run.split,
-        subset=run.subset,
-        hold_out=run.hold_out,
-        held_out=True,
-        repeat=False,
-    )
-    rows = TokenRows(documents, loaded.tokenizer, row=run.row, rows=run.rows, chat=run.chat)
+    rows = TokenRows(corpus_of(run, held_out=True), loaded.tokenizer, row=run.row, rows=run.rows, chat=run.chat)
     return list(islice(rows, max(1, run.eval_tokens // (run.row * run.rows))))
 
 
 def measured(
-    run: TrainRun, loaded: LoadedModel, saes: Mapping[str, SAE], say: Callable[[str, float], None] | None
+    run: TrainRun,
+    loaded: LoadedModel,
+    saes: Mapping[str, SAE],
+    counted: Counted,
+    say: Callable[[str, float], None] | None,
 ) -> dict[str, Quality]:
     """The quality of this rank's SAEs on held-out documents."""
     if not run.eval_tokens:
@@ -309,18 +361,14 @@ def measured(
     if not rows:
         raise InputError(f"the SAEs are saved, but the held-out documents of {run.data} fill no row to measure on")
     here = {HookPoint.parse(name): sae.to(loaded.model.device) for name, sae in saes.items()}
-    found = evaluate(loaded.model, here, rows, mask=mask_of(run, loaded), progress=say)
+    found = evaluate(loaded.model, here, rows, counted=counted, progress=say)
     return {str(point): figures for point, figures in found.items()}
 
 
-def mask_of(run: TrainRun, loaded: LoadedModel) -> TokenMask:
-    """The tokens that neither training nor measuring looks at."""
-    return TokenMask.of(loaded.tokenizer, run.skip_special, run.train.sink_multiple)
-
-
-def facts_of(run: TrainRun, loaded: LoadedModel) -> dict[str, Any]:
+def facts_of(run: TrainRun, loaded: LoadedModel, counted: Counted) -> dict[str, Any]:
     """What a reader needs to repeat the run."""
-    facts = json.loads(json.dumps(asdict(replace(run, group=run.name)), default=str))
+    facts = json.loads(json.dumps(asdict(replace(run, group=run.name, counted=None)), default=str))
+    facts["counted"] = counted.to_json()
     facts["train"] |= {"lr": run.train.peak_lr, "warmup": run.train.warmup_steps, "dead_tokens": run.train.dead_window}
     versions = {"python": platform.python_version()}
     for package in ("qwen-scope", "torch", "transformers", "numpy"):

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from qwen_scope.errors import QwenScopeError
-from qwen_scope.model import TokenMask
+from qwen_scope.model import HookPoint
 from qwen_scope.sae import SAE
+from qwen_scope.text import Counted
 
 from . import losses
 from .architectures import ARCHITECTURES
@@ -30,15 +31,13 @@ class Layer:
     Attributes:
         name: the hook point.
         silent: tokens since each feature last fired, `(d_sae,)` int64.
-        median_norm: running median of the residual norm, for the sink filter.
-        tokens, dropped: how many were trained on, how many the sink filter took out, over all ranks.
+        tokens, dropped: how many were trained on, how many were left out as sinks, over all ranks.
     """
 
     name: str
     weights: Weights
     optimiser: torch.optim.Adam
     silent: Tensor
-    median_norm: float
     tokens: int = 0
     dropped: int = 0
 
@@ -53,7 +52,7 @@ class LayerReport:
         aux: AuxK before its weight, 0 while nothing is dead.
         l0: active features per token.
         dead: share of the features that are dead.
-        dropped: tokens the sink filter has taken out so far.
+        dropped: tokens left out as sinks so far.
     """
 
     loss: float
@@ -64,16 +63,15 @@ class LayerReport:
     dropped: int
 
 
-# How fast the running median of the norm follows the batches.
-MEDIAN_RATE = 0.01
+EVERYTHING = Counted.everything()
 
 
-def start(config: TrainConfig, name: str, x: Tensor, ranks: Ranks, sae: SAE | None = None) -> Layer:
+def start(
+    config: TrainConfig, name: str, x: Tensor, ranks: Ranks, sae: SAE | None = None, counted: Counted = EVERYTHING
+) -> Layer:
     """A layer before its first step, from its first batch `(n, d_model)`, new or continuing a finished SAE."""
     kind = ARCHITECTURES[config.architecture]
-    everyone = ranks.all_rows(x)
-    median = float(torch.linalg.vector_norm(everyone, dim=1).median())
-    ordinary = everyone[~TokenMask(sink_multiple=config.sink_multiple).sinks_at(everyone, median)]
+    ordinary = without_sinks(counted, name, ranks.all_rows(x))
     if sae is None:
         weights = fresh(config, name, ordinary, ranks)
         # Every rank has all rows here, so only slices of the dictionary are left to agree.
@@ -84,7 +82,7 @@ def start(config: TrainConfig, name: str, x: Tensor, ranks: Ranks, sae: SAE | No
         weights = continued(config, sae, ordinary, ranks)
         weights.extra = kind.extra_of(config, weights, sae)
     silent = torch.zeros(weights.d_sae, dtype=torch.int64, device=x.device)
-    return Layer(name, weights, adam(config, weights), silent, median)
+    return Layer(name, weights, adam(config, weights), silent)
 
 
 def adam(config: TrainConfig, weights: Weights) -> torch.optim.Adam:
@@ -93,26 +91,24 @@ def adam(config: TrainConfig, weights: Weights) -> torch.optim.Adam:
     return torch.optim.Adam(parameters, lr=config.peak_lr, betas=config.betas, eps=config.eps, fused=True)
 
 
-def keep_ordinary(config: TrainConfig, layer: Layer, x: Tensor, ranks: Ranks) -> Tensor:
-    """The rows without those whose norm is above `sink_multiple` running medians, wherever they stand."""
-    if config.sink_multiple is None:
-        return x
-    norms = torch.linalg.vector_norm(x, dim=1)
-    layer.median_norm += MEDIAN_RATE * (float(ranks.all_rows(norms).median()) - layer.median_norm)
-    keep = ~TokenMask(sink_multiple=config.sink_multiple).sinks_at(x, layer.median_norm)
-    if keep.all():
-        return x
-    return x[keep]
+def without_sinks(counted: Counted, name: str, x: Tensor) -> Tensor:
+    """The rows whose norm is at most the threshold of the hook point; those that are not finite stay, to be found."""
+    sinks = counted.sinks(x, HookPoint.parse(name))
+    return x[~sinks | ~x.isfinite().all(1)] if sinks.any() else x
 
 
-def step(config: TrainConfig, layer: Layer, rows: Tensor, lr: float, ranks: Ranks) -> LayerReport:
+def step(
+    config: TrainConfig, layer: Layer, rows: Tensor, lr: float, ranks: Ranks, counted: Counted = EVERYTHING
+) -> LayerReport:
     """Update one layer on one batch of raw residuals `(n, d_model)`, or in data-parallel training a share of it.
+
+    Sinks by the threshold of the layer are left out, wherever they stand.
 
     Raises:
         DivergedError: the residuals or the loss are not finite; the weights are as before.
     """
     kind, w = ARCHITECTURES[config.architecture], layer.weights
-    kept = keep_ordinary(config, layer, rows.to(w.b_dec.device, torch.float32), ranks)
+    kept = without_sinks(counted, layer.name, rows.to(w.b_dec.device, torch.float32))
     counts = ranks.over_rows(torch.tensor([len(rows), len(kept)], device=kept.device))
     n = int(counts[1])
     x = kept * w.scale

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from qwen_scope.errors import InputError, MismatchError
 from qwen_scope.model import HookPoint, capture, d_model
 from qwen_scope.sae import SAE, FeatureActs
+from qwen_scope.text import Counted
 
 from .evaluate import Moments, check_pairing
 
@@ -73,7 +74,7 @@ def transfer(
     saes: Mapping[HookPoint, SAE],
     rows: Sequence[Tensor],
     *,
-    skip_first: bool = True,
+    counted: Counted = Counted(),  # noqa: B008 - frozen
     seed: int = 0,
     progress: Callable[[str, float], None] | None = None,
 ) -> dict[HookPoint, Transfer]:
@@ -81,11 +82,12 @@ def transfer(
 
     Args:
         rows: batches of full rows of token ids, `(rows, row)`, the same for both; gone through twice.
-        skip_first: leave out the first token of each row, whose norm would hide all others.
+        counted: which tokens count, on both models alike: a token that is a sink on either one counts on neither. By
+            default the first token of each row is left out alone.
         seed: of the resampling.
 
     Raises:
-        InputError: fewer than two rows, which allow no interval, or no SAE.
+        InputError: fewer than two rows, which allow no interval, no SAE, or no token that counts on both.
         MismatchError: models of different widths or an SAE that does not fit them.
     """
     say = progress or (lambda what, share: None)
@@ -94,25 +96,40 @@ def transfer(
         raise MismatchError(f"the models have {d_model(base)} and {d_model(post)} dimensions; SAEs move between equals")
     if sum(len(ids) for ids in rows) < 2:
         raise InputError("an interval needs at least two rows of text")
-    start, points = int(skip_first), list(saes)
+    points = list(saes)
     means = {(point, which): Moments(d_model(base)) for point in points for which in (0, 1)}
     for number, ids in enumerate(rows, 1):
-        for which, model in enumerate((base, post)):
-            for point, h in capture(model, ids, points).items():
-                means[point, which].add(h[:, start:].flatten(0, 1))
+        of_base, of_post = capture(base, ids, points), capture(post, ids, points)
+        for point in points:
+            keep = kept_on_both(counted, point, ids, of_base[point], of_post[point])
+            for which, h in enumerate((of_base[point], of_post[point])):
+                means[point, which].add(h[keep.to(h.device)])
         say("means", number / len(rows))
+    for (point, _), moments in means.items():
+        if not moments.n:
+            raise InputError(f"every token at {point} is left out on one of the models; there is nothing to compare")
     sums: dict[HookPoint, list[Tensor]] = {point: [] for point in points}
     for number, ids in enumerate(rows, 1):
         of_base, of_post = capture(base, ids, points), capture(post, ids, points)
         for point, sae in saes.items():
-            pair = of_base[point][:, start:], of_post[point][:, start:]
-            sums[point].append(row_sums(sae, *pair, means[point, 0].mean, means[point, 1].mean))
+            pair = of_base[point], of_post[point]
+            keep = kept_on_both(counted, point, ids, *pair).cpu()
+            sums[point].append(row_sums(sae, *pair, means[point, 0].mean, means[point, 1].mean, keep))
         say("transfer", number / len(rows))
     return {point: estimates(torch.cat(parts).numpy(), seed) for point, parts in sums.items()}
 
 
-def row_sums(sae: SAE, x: Tensor, y: Tensor, mean_x: Tensor, mean_y: Tensor) -> Tensor:
-    """The sums over the tokens of each row, `(rows, len(SUMS))` float64, from residuals `(rows, row, d_model)`."""
+def kept_on_both(counted: Counted, point: HookPoint, ids: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    """The tokens that count at a layer, `(rows, row)` bool, given the residuals of both models."""
+    return counted.keep(x, point, ids) & ~counted.sinks(y, point).to(x.device)
+
+
+def row_sums(sae: SAE, x: Tensor, y: Tensor, mean_x: Tensor, mean_y: Tensor, keep: Tensor) -> Tensor:
+    """The sums over the tokens of each row that count, `(rows, len(SUMS))` float64.
+
+    Args:
+        x, y: residuals of the two models, `(rows, row, d_model)`.   keep: which tokens count, `(rows, row)`.
+    """
     a, b = sae.encode(x), sae.encode(y)
     x_hat, y_hat, x, y = (t.double().cpu() for t in (sae.decode(a), sae.decode(b), x, y))
     per_token = [
@@ -126,7 +143,7 @@ def row_sums(sae: SAE, x: Tensor, y: Tensor, mean_x: Tensor, mean_y: Tensor) -> 
         torch.cosine_similarity(y, y_hat, dim=-1),
         torch.cosine_similarity(x, y, dim=-1),
     ]
-    return torch.stack([each.sum(1) for each in per_token], dim=1)
+    return torch.stack([torch.where(keep, each, 0.0).sum(1) for each in per_token], dim=1)
 
 
 def jaccard(a: FeatureActs, b: FeatureActs) -> Tensor:

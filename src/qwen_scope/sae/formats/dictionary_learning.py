@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,12 +14,14 @@ from ..base import SAE, check_weights
 from ..jumprelu import JumpReLU
 from . import folds, hooks
 from .layout import (
+    Layout,
     Parsed,
     Place,
     Written,
     identity_metadata,
     identity_of,
     integer,
+    kept_meta,
     need_keys,
     need_layer,
     text,
@@ -116,7 +119,8 @@ def read_dictionary(
         read["threshold"] = one_threshold(tensors, kind).expand(len(b_enc)).clone()
     hook = checked_hook(config, place.folder)
     ours = config.get(OURS)
-    said = identity_of(ours if isinstance(ours, dict) else {})
+    ours = ours if isinstance(ours, dict) else {}
+    said = identity_of(ours)
     return Parsed(
         tensors=read,
         architecture="topk" if kind == "AutoEncoderTopK" else "jumprelu",
@@ -126,7 +130,9 @@ def read_dictionary(
         layer=said["layer"],
         fingerprint=said["fingerprint"],
         claims={"d_sae": integer(trainer, "dict_size"), "d_model": integer(trainer, "activation_dim")},
-        meta={"dictionary_learning": dict(config)} | ({"model": trainer["lm_name"]} if trainer.get("lm_name") else {}),
+        meta={"dictionary_learning": dict(config)}
+        | ({"model": trainer["lm_name"]} if trainer.get("lm_name") else {})
+        | kept_meta({}, ours),
     )
 
 
@@ -180,3 +186,20 @@ def write_dictionary(sae: SAE) -> Written:
         "dict_size": sae.d_sae,
     }
     return Written(tensors, {"trainer": trainer, OURS: identity_metadata(sae)})
+
+
+DICTIONARY_LEARNING = Layout(
+    name="dictionary_learning",
+    weights=re.compile(r"(?P<folder>(?:.*/)?)ae\.pt"),
+    weights_name=lambda layer: "ae.pt",
+    config_name="config.json",
+    config_of=lambda match: ("config.json",),
+    config_needed=True,
+    shared=False,
+    container="pt",
+    hook_of=hook_of_dictionary,
+    read=read_dictionary,
+    write=write_dictionary,
+    computes_as_stored=True,
+    kinds=("topk", "jumprelu"),
+)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -12,14 +13,14 @@ import torch
 from torch import Tensor
 
 from qwen_scope.errors import FormatError, InputError, MismatchError, QwenScopeWarning, brief
+from qwen_scope.files import parse_value
 
 from ..base import SAE, Identity, check_weights, fingerprint
-from ..jumprelu import JumpReLU, negative
-from ..topk import TopK
+from ..kinds import KINDS
 from .hooks import Hook, in_folder, layer_in
 
 STORED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-VECTORS = ("b_enc", "b_dec", "threshold")
+MATRICES = ("W_enc", "W_dec")
 
 
 @dataclass(frozen=True)
@@ -27,13 +28,14 @@ class Parsed:
     """What the files of one SAE say, in this package's orientation; None where they don't say.
 
     Attributes:
-        tensors: `W_enc (d_sae, d_model)`, `W_dec (d_model, d_sae)`, `b_enc`, `b_dec` and, for jumprelu, `threshold`,
-            such that `pre = x @ W_enc.T + b_enc` on the raw residual.
+        tensors: `W_enc (d_sae, d_model)`, `W_dec (d_model, d_sae)`, `b_enc`, `b_dec` and what the architecture calls
+            its `own`, such as `threshold`, so that `pre = x @ W_enc.T + b_enc` on the raw residual.
+        architecture: one of `KINDS`.
         claims: sizes the config states, such as `{"d_sae": 32768}`, to be compared with the tensors.
     """
 
     tensors: Mapping[str, Tensor]
-    architecture: Literal["topk", "jumprelu"]
+    architecture: str
     k: int | None = None
     hook: Hook | None = None
     group: str | None = None
@@ -91,6 +93,7 @@ class Layout:
         computes_as_stored: whether the tool that reads it computes in the type the matrices are stored in, so that a
             smaller type changes its features; such a layout is written in fp32 unless another type is asked for.
         hook_of: the hook point that a config mentions, for folders whose name does not say it.
+        kinds: the architectures it can hold; None where it names each by `SAE.architecture` and keeps its own tensors.
         read: tensors, config, metadata and what the place says in, `Parsed` out.
         write: an SAE in, `Written` out.
     """
@@ -107,6 +110,14 @@ class Layout:
     read: Callable[[Mapping[str, Tensor], Mapping[str, Any], Mapping[str, str], Place], Parsed]
     write: Callable[[SAE], Written]
     computes_as_stored: bool = False
+    kinds: tuple[str, ...] | None = None
+
+    def check_kind(self, sae: SAE) -> None:
+        """Raise InputError if the layout has no way of saying what this SAE computes."""
+        if self.kinds is not None and sae.architecture not in self.kinds:
+            raise InputError(
+                f"the {self.name} layout can only hold {' and '.join(self.kinds)} SAEs, not {sae.architecture}"
+            )
 
     def entries(self, names: Sequence[str]) -> list[Entry]:
         """The SAEs of this layout among the file `names`."""
@@ -127,6 +138,10 @@ class Layout:
         return found
 
 
+KEPT = ("counted", "held_out")
+"""Parts of an SAE's `meta` that its files carry: which tokens counted in training, and what was kept out of it."""
+
+
 def identity_metadata(sae: SAE) -> dict[str, str]:
     """What a file with room for strings says about the SAE in it, in every layout alike."""
     said = {
@@ -137,7 +152,28 @@ def identity_metadata(sae: SAE) -> dict[str, str]:
         "layer": sae.identity.layer,
         "fingerprint": sae.identity.fingerprint,
     }
-    return {key: str(value) for key, value in said.items() if value is not None}
+    kept = {key: json.dumps(sae.meta[key]) for key in KEPT if key in sae.meta}
+    return {key: str(value) for key, value in said.items() if value is not None} | kept
+
+
+def kept_meta(config: Mapping[str, Any], metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """Of what files say, the parts of an SAE's `meta` that every layout keeps: objects of a config of ours, or as
+    `identity_metadata` wrote them.
+
+    Raises:
+        FormatError: one of them is no JSON object.
+    """
+    found: dict[str, Any] = {}
+    for key in KEPT:
+        if key in metadata:
+            found[key] = parse_value(str(metadata[key]), f"{key!r} beside the weights")
+        elif key in config:
+            found[key] = config[key]
+        else:
+            continue
+        if not isinstance(found[key], dict):
+            raise FormatError(f"{key!r} in the SAE's files is an object with keys, not {brief(found[key])}")
+    return found
 
 
 def identity_of(metadata: Mapping[str, Any]) -> dict[str, Any]:
@@ -186,20 +222,17 @@ def text(config: Mapping[str, Any], key: str) -> str | None:
     raise FormatError(f"{key!r} in the config must be a string, not {brief(value)}")
 
 
-def check_tensors(tensors: Mapping[str, Tensor]) -> None:
-    """Raise FormatError on a stored type that is not fp32, bf16 or fp16, on a vector that is not finite, or on a
-    threshold below zero."""
+def check_tensors(tensors: Mapping[str, Tensor], kind: type[SAE]) -> None:
+    """Raise FormatError on a stored type that is not fp32, bf16 or fp16, on a vector that is not finite, or on a value
+    that the architecture can't have, such as a threshold below zero."""
     for name, tensor in tensors.items():
         if tensor.dtype not in STORED_DTYPES:
             raise FormatError(f"{name} is stored as {tensor.dtype}; only float32, bfloat16 and float16 are read")
-        if name in VECTORS and not tensor.isfinite().all():
+        if name not in MATRICES and not tensor.isfinite().all():
             bad = int((~tensor.isfinite()).flatten().nonzero()[0])
             raise FormatError(f"{name} holds NaN or infinity, first at position {bad}")
-    if "threshold" in tensors and (below := negative(tensors["threshold"])) is not None:
-        raise FormatError(
-            f"threshold holds {below[1]:g} at position {below[0]}; thresholds are 0 or above, so the file is damaged or"
-            " keeps them in another way, such as their logarithm"
-        )
+    if (problem := kind.problem(tensors)) is not None:
+        raise FormatError(problem)
     if tensors["W_enc"].dtype != tensors["W_dec"].dtype:
         raise FormatError(f"W_enc is stored as {tensors['W_enc'].dtype} and W_dec as {tensors['W_dec'].dtype}")
 
@@ -228,12 +261,6 @@ def k_in_name(names: Sequence[str]) -> tuple[int, str] | None:
     return None
 
 
-def needs_sae_of_kind(sae: SAE, kinds: Sequence[str], layout: str) -> None:
-    """Raise InputError if the layout has no way of saying what this SAE computes."""
-    if sae.architecture not in kinds:
-        raise InputError(f"the {layout} layout can only hold {' and '.join(kinds)} SAEs, not {sae.architecture}")
-
-
 def build(parsed: Parsed, *, group: str, layer: int | None, k: int | None, names: Sequence[str] = ()) -> SAE:
     """The checked SAE; `group` and `layer` are what its place says, `names` may hold its k.
 
@@ -251,8 +278,13 @@ def build(parsed: Parsed, *, group: str, layer: int | None, k: int | None, names
     if hook is not None and None not in (hook.layer, layer) and hook.layer != layer:
         raise FormatError(f"the SAE contradicts itself: it is of layer {layer}, and it says that it reads {hook}")
     layer = hook.layer if layer is None and hook else layer
-    check_tensors(parsed.tensors)
-    tensors = {name: t.float() if name in VECTORS else t for name, t in parsed.tensors.items()}
+    kind: Any = KINDS[parsed.architecture]
+    if missing := sorted(set(kind.own) - set(parsed.tensors)):
+        raise FormatError(
+            f"a {kind.architecture} SAE needs the tensor {', '.join(missing)}, and the weights file has none"
+        )
+    check_tensors(parsed.tensors, kind)
+    tensors = {name: t if name in MATRICES else t.float() for name, t in parsed.tensors.items()}
     check_weights(tensors["W_enc"], tensors["W_dec"], tensors["b_enc"], tensors["b_dec"])
     d_sae, d_model = tensors["W_enc"].shape
     for name, claim in parsed.claims.items():
@@ -264,13 +296,12 @@ def build(parsed: Parsed, *, group: str, layer: int | None, k: int | None, names
     if hook is not None and (layer is not None or hook.stream != "resid_post"):
         hook_point = hook.stream if layer is None else f"layers.{layer}.{hook.stream}"
     shared = {"hook_point": hook_point, "identity": identity, "meta": dict(parsed.meta)}
-    if parsed.architecture == "jumprelu":
+    if not kind.fixed_k:
         if k is not None:
-            raise InputError(f"k={k} was asked for, but a jumprelu SAE has a threshold per feature and no k")
-        if "threshold" not in tensors:
-            raise FormatError("a jumprelu SAE needs the tensor threshold, and the weights file has none")
-        return JumpReLU(**tensors, **shared)
-    sae = TopK(**tensors, k=choose_k(k, parsed, names), **shared)
+            has = f"has a {' and a '.join(kind.own)} per feature and no k" if kind.own else "has no k"
+            raise InputError(f"k={k} was asked for, but a {kind.architecture} SAE {has}")
+        return kind(**tensors, **shared)
+    sae = kind(**tensors, k=choose_k(k, parsed, names), **shared)
     if parsed.k is not None and (named := k_in_name(names)) and named[0] != sae.k:
         said = f"the name {named[1]!r} says k={named[0]}, but the SAE's own config says k={sae.k}, which is used"
         warnings.warn(said, QwenScopeWarning, stacklevel=2)
@@ -291,8 +322,9 @@ def refuse(config: Mapping[str, Any], allowed: Mapping[str, tuple], what: str) -
             raise FormatError(f"{what} with {key}={config[key]!r} can't be read: its arithmetic can't be folded away")
 
 
-def only_topk_or_jumprelu(name: str, what: str) -> Literal["topk", "jumprelu"]:
-    """The architecture if it is one of ours, else FormatError."""
-    if name == "topk" or name == "jumprelu":
-        return name
-    raise FormatError(f"{what} of architecture {name!r} can't be read; topk and jumprelu can")
+def known_kind(name: str, what: str, kinds: Sequence[str] | None = None) -> type[SAE]:
+    """The class of an architecture, which must be one of `kinds` (by default all of `KINDS`); else FormatError."""
+    known = tuple(KINDS) if kinds is None else kinds
+    if name not in known:
+        raise FormatError(f"{what} of architecture {name!r} can't be read; {' and '.join(known)} can")
+    return KINDS[name]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,9 +11,10 @@ from torch import Tensor
 from qwen_scope.errors import FormatError
 
 from ..base import SAE
-from ..jumprelu import JumpReLU
 from . import hooks
 from .layout import (
+    KEPT,
+    Layout,
     Parsed,
     Place,
     Written,
@@ -20,9 +22,9 @@ from .layout import (
     identity_of,
     inside,
     integer,
+    known_kind,
     need_keys,
     need_layer,
-    only_topk_or_jumprelu,
     text,
 )
 
@@ -32,13 +34,13 @@ MATRICES = ("W_enc", "W_dec", "b_enc", "b_dec")
 def read_official(
     tensors: Mapping[str, Tensor], config: Mapping[str, Any], metadata: Mapping[str, str], place: Place
 ) -> Parsed:
-    """`W_enc (d_sae, d_model)`, `W_dec (d_model, d_sae)`, `b_enc`, `b_dec`; `threshold` where the config says jumprelu.
+    """`W_enc (d_sae, d_model)`, `W_dec (d_model, d_sae)`, `b_enc`, `b_dec` and what the architecture calls its own.
 
     Identity stands in the metadata of a safetensors file, and in the config of a `.pt` folder.
     """
-    kind = text(config, "architecture") or metadata.get("architecture") or "topk"
-    architecture = only_topk_or_jumprelu(kind, "an SAE in the official layout")
-    need_keys(tensors, (*MATRICES, "threshold") if architecture == "jumprelu" else MATRICES)
+    said_kind = text(config, "architecture") or metadata.get("architecture") or "topk"
+    kind = known_kind(said_kind, "an SAE in the official layout")
+    need_keys(tensors, (*MATRICES, *kind.own))
     said = identity_of(metadata)
     k, k_inside = integer(config, "k"), inside(metadata, "k")
     if None not in (k, k_inside) and k != k_inside:
@@ -52,7 +54,7 @@ def read_official(
     listed = text(fingerprints, str(layer)) if isinstance(fingerprints, dict) else None
     return Parsed(
         tensors={name: tensors[name] for name in tensors},
-        architecture=architecture,
+        architecture=kind.architecture,
         k=k_inside if k is None else k,
         hook=hook,
         group=said["group"] or text(config, "group"),
@@ -64,11 +66,9 @@ def read_official(
 
 
 def write_official(sae: SAE) -> Written:
-    """The released tensors, plus `threshold` and `"architecture"` for an SAE that is not TopK."""
+    """The released tensors, and `"architecture"` with the tensors of its own, such as `threshold`."""
     layer = need_layer(sae)
-    tensors = {name: getattr(sae, name) for name in MATRICES}
-    if isinstance(sae, JumpReLU):
-        tensors["threshold"] = sae.threshold
+    tensors = {name: getattr(sae, name) for name in MATRICES} | sae.own_tensors()
     config = {
         "architecture": sae.architecture,
         **({"k": sae.k} if sae.k else {}),
@@ -77,6 +77,37 @@ def write_official(sae: SAE) -> Written:
         "d_sae": sae.d_sae,
         "group": sae.identity.group,
         **({"model": sae.meta["model"]} if "model" in sae.meta else {}),
+        **{key: sae.meta[key] for key in KEPT if key in sae.meta},
         "fingerprints": {str(layer): sae.identity.fingerprint},
     }
     return Written(tensors, config, identity_metadata(sae))
+
+
+OFFICIAL = Layout(
+    name="official",
+    weights=re.compile(r"(?P<folder>)layer(?P<layer>[0-9]+)\.sae\.pt"),
+    weights_name=lambda layer: f"layer{layer}.sae.pt",
+    config_name="config.json",
+    config_of=lambda match: ("config.json",),
+    config_needed=False,
+    shared=True,
+    container="pt",
+    hook_of=lambda config: None,
+    read=read_official,
+    write=write_official,
+)
+
+
+SAFETENSORS = Layout(
+    name="safetensors",
+    weights=re.compile(r"(?P<folder>)layer(?P<layer>[0-9]+)\.sae\.safetensors"),
+    weights_name=lambda layer: f"layer{layer}.sae.safetensors",
+    config_name="config.json",
+    config_of=lambda match: ("config.json",),
+    config_needed=False,
+    shared=True,
+    container="safetensors",
+    hook_of=lambda config: None,
+    read=read_official,
+    write=write_official,
+)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,24 +11,25 @@ from torch import Tensor
 from qwen_scope.errors import FormatError
 
 from ..base import SAE, check_weights
-from ..jumprelu import JumpReLU
 from . import folds, hooks
 from .layout import (
+    Layout,
     Parsed,
     Place,
     Written,
     identity_metadata,
     identity_of,
     integer,
+    known_kind,
     need_keys,
     need_layer,
-    only_topk_or_jumprelu,
     refuse,
     text,
 )
 
 WHAT = "a sae_lens SAE"
 MATRICES = ("W_enc", "W_dec", "b_enc", "b_dec")
+KINDS = ("topk", "jumprelu")  # of those that sae_lens has, the ones that are read here
 VERSION = "6.0.0"  # the first whose configs have the keys written here
 
 
@@ -40,9 +42,9 @@ def read_sae_lens(
     """
     said = described(config)
     architecture, k = architecture_of(config)
+    own = known_kind(architecture, WHAT, KINDS).own
     refuse_unfoldable(tensors, config, name_of(config))
-    needed = (*MATRICES, "threshold") if architecture == "jumprelu" else MATRICES
-    need_keys(tensors, needed, optional=("scaling_factor",))
+    need_keys(tensors, (*MATRICES, *own), optional=("scaling_factor",))
     W_enc, W_dec, b_enc, b_dec = tensors["W_enc"].T, tensors["W_dec"].T, tensors["b_enc"], tensors["b_dec"]
     check_weights(W_enc, W_dec, b_enc, b_dec)
     if config.get("apply_b_dec_to_input", True):
@@ -55,7 +57,7 @@ def read_sae_lens(
     identity = identity_of(metadata)
     model = said.get("model_name") or text(config, "model_name")
     return Parsed(
-        tensors=read | ({"threshold": tensors["threshold"]} if architecture == "jumprelu" else {}),
+        tensors=read | {name: tensors[name] for name in own},
         architecture=architecture,
         k=k,
         hook=checked_hook(config, metadata.get("hook_point")),
@@ -67,14 +69,14 @@ def read_sae_lens(
     )
 
 
-def architecture_of(config: Mapping[str, Any]) -> tuple[Any, int | None]:
+def architecture_of(config: Mapping[str, Any]) -> tuple[str, int | None]:
     """The architecture and k; before version 6 a "standard" SAE with the activation function topk is a topk one."""
     function = config.get("activation_fn") or config.get("activation_fn_str")
     arguments = config.get("activation_fn_kwargs")
     k = integer(config, "k")
     if function == "topk" and isinstance(arguments, dict) and arguments.get("k") is not None:
         return "topk", integer(arguments, "k")
-    return only_topk_or_jumprelu(text(config, "architecture") or "standard", WHAT), k
+    return text(config, "architecture") or "standard", k
 
 
 def described(config: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -140,8 +142,7 @@ def write_sae_lens(sae: SAE) -> Written:
     """The folder sae_lens loads from disk; every key that has a surprising default is written out."""
     layer = need_layer(sae)
     tensors = {"W_enc": sae.W_enc.T, "W_dec": sae.W_dec.T, "b_enc": sae.b_enc, "b_dec": sae.b_dec}
-    if isinstance(sae, JumpReLU):
-        tensors["threshold"] = sae.threshold
+    tensors |= sae.own_tensors()
     hook, said = hooks.of_sae(sae.hook_point, layer), described(sae.meta.get("sae_lens") or {})
     twin = text(said, "hf_hook_name")
     config = {
@@ -171,3 +172,21 @@ def write_sae_lens(sae: SAE) -> Written:
         },
     }
     return Written(tensors, config, identity_metadata(sae))
+
+
+SAE_LENS = Layout(
+    name="sae_lens",
+    # OpenInterpretability keeps all layers in one folder: sae_L11_latest.safetensors, sae_L11_cfg.json.
+    weights=re.compile(r"(?P<folder>(?:.*/)?)(?:sae_weights|sae_L(?P<layer>[0-9]+)(?:_latest)?)\.safetensors"),
+    weights_name=lambda layer: "sae_weights.safetensors",
+    config_name="cfg.json",
+    config_of=lambda match: ("cfg.json",) if match["layer"] is None else (f"sae_L{match['layer']}_cfg.json",),
+    config_needed=True,
+    shared=False,
+    container="safetensors",
+    hook_of=hook_of_sae_lens,
+    read=read_sae_lens,
+    write=write_sae_lens,
+    computes_as_stored=True,
+    kinds=KINDS,
+)

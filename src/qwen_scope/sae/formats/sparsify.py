@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,6 +13,7 @@ from qwen_scope.errors import FormatError
 from ..base import SAE, check_weights
 from . import folds, hooks
 from .layout import (
+    Layout,
     Parsed,
     Place,
     Written,
@@ -20,7 +22,6 @@ from .layout import (
     integer,
     need_keys,
     need_layer,
-    needs_sae_of_kind,
     refuse,
     text,
 )
@@ -73,7 +74,6 @@ def read_sparsify(
 def write_sparsify(sae: SAE) -> Written:
     """The folder sparsify loads from disk, with `encoder.bias = b_enc + W_enc @ b_dec`."""
     layer = need_layer(sae)
-    needs_sae_of_kind(sae, ("topk",), "sparsify")
     tensors = {
         "encoder.weight": sae.W_enc,
         "encoder.bias": folds.with_b_dec(sae.W_enc, sae.b_enc, sae.b_dec),
@@ -93,3 +93,20 @@ def write_sparsify(sae: SAE) -> Written:
         "hookpoint": hooks.module_name(hooks.of_sae(sae.hook_point, layer)),
     }
     return Written(tensors, config, identity_metadata(sae))
+
+
+SPARSIFY = Layout(
+    name="sparsify",
+    weights=re.compile(r"(?P<folder>(?:.*/)?)sae\.safetensors"),
+    weights_name=lambda layer: "sae.safetensors",
+    config_name="cfg.json",
+    config_of=lambda match: ("cfg.json",),
+    config_needed=True,
+    shared=False,
+    container="safetensors",
+    hook_of=hook_of_sparsify,
+    read=read_sparsify,
+    write=write_sparsify,
+    computes_as_stored=True,
+    kinds=("topk",),
+)

@@ -7,12 +7,12 @@ import random
 from collections.abc import Callable
 
 import pytest
-from test_stretches import GAPS, WORDS, together
+from test_chunks import GAPS, WORDS, together
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from qwen_scope.lab import documents
-from qwen_scope.model import tokenize
+from qwen_scope.text import tokenize
 
 TEXT = "\n".join(document.text for document in documents(seed=3, n=60)) + "".join(WORDS) + "abababab aaaa 0123456789"
 SPECIAL = ["<unk>", "<s>", "</s>", "<pad>", "<|im_start|>"]
@@ -153,11 +153,11 @@ TEXTS = ("mixed", "page", "one word", "letters", "pairs", "numbers", "spaces", "
 def test_the_tokens_are_those_of_the_whole(
     tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
-    """With stretches so short that a page has many seams."""
+    """With chunks so short that a page has many seams."""
     rng = random.Random(f"{kind} {tokenizer.backend_tokenizer.model}")
-    place = importlib.import_module("qwen_scope.model.stretches")
-    stretch, margin = rng.choice([(400, 60), (700, 40), (1000, 240)])
-    monkeypatch.setattr(place, "STRETCH", stretch)
+    place = importlib.import_module("qwen_scope.text.chunks")
+    chunk, margin = rng.choice([(400, 60), (700, 40), (1000, 240)])
+    monkeypatch.setattr(place, "CHUNK", chunk)
     monkeypatch.setattr(place, "MARGIN", margin)
     text = text_of(kind, rng)
     whole = tokenize(tokenizer, [text], max_length=None)

@@ -1,4 +1,4 @@
-"""A text read a stretch at a time gives the tokens of the whole."""
+"""A text read a chunk at a time gives the tokens of the whole."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from qwen_scope import load_scope
 from qwen_scope.errors import InputError
 from qwen_scope.lab import documents
-from qwen_scope.model import stretches, tokenize
+from qwen_scope.text import chunks, tokenize
 
 WORDS = [
     "the",
@@ -43,13 +43,13 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
     """Stretches so short that a page has many seams."""
     import importlib
 
-    place = importlib.import_module("qwen_scope.model.stretches")
-    monkeypatch.setattr(place, "STRETCH", 400)
+    place = importlib.import_module("qwen_scope.text.chunks")
+    monkeypatch.setattr(place, "CHUNK", 400)
     monkeypatch.setattr(place, "MARGIN", 60)
 
 
 def together(tokenizer: PreTrainedTokenizerBase, text: str, **options: str) -> tuple[list[int], list[str], int]:
-    parts = list(stretches(tokenizer, text, **options))
+    parts = list(chunks(tokenizer, text, **options))
     return [i for part in parts for i in part.ids], [s for part in parts for s in part.strings], len(parts)
 
 

@@ -1,15 +1,19 @@
-"""Rows of a corpus as they are used: those that can't be are counted, said once, and passed over."""
+"""What a command makes of the rows of a corpus, those that can't be used passed over."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
-from qwen_scope.corpus import Corpus, Document, tell_unused
 from qwen_scope.errors import InputError
 
+from .corpus import Corpus
+from .document import Document
+from .unused import tell_unused
+
 T = TypeVar("T")
+NO_CHAT = "a conversation, not a text"
 
 
 class PassOver(InputError):
@@ -50,5 +54,10 @@ def usable(
 def only_text(found: Document) -> str:
     """The text of a row."""
     if not isinstance(found.text, str):
-        raise PassOver("a conversation, not a text")
+        raise PassOver(NO_CHAT)
     return found.text
+
+
+def as_read(found: Document, chat: str | None) -> str | list[dict[str, Any]]:
+    """The text of a row, or with `chat` its conversation, which is rendered where it is tokenised."""
+    return only_text(found) if chat is None else found.text

@@ -5,7 +5,7 @@ from tokenizers import normalizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from qwen_scope.errors import InputError
-from qwen_scope.model import tokenize
+from qwen_scope.text import tokenize
 
 
 def strings(tokenizer, text, **options):

@@ -6,14 +6,15 @@ import csv
 import datetime
 import gzip
 import json
+from itertools import islice
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from qwen_scope.corpus import Corpus, Document, Unreadable
-from qwen_scope.errors import FormatError, InputError, NotFoundError
+from qwen_scope.errors import FormatError, InputError, NotFoundError, QwenScopeWarning
+from qwen_scope.text import Corpus, Document, Unreadable
 
 ROWS = [{"text": f'Text {i} äß你\nnext "line", with, commas', "n": i} for i in range(23)]
 
@@ -92,7 +93,7 @@ def test_a_folder_is_read_in_the_order_of_names(tmp_path) -> None:
         again = Corpus(tmp_path, unit=unit)
         again.seek(corpus.cursor())
         assert first + list(again.rows()) == whole
-        assert again.share == 1.0
+        assert again.progress == 1.0
 
 
 def test_unreadable_rows_are_reported_with_their_place(tmp_path) -> None:
@@ -146,6 +147,19 @@ def test_ten_megabytes_in_one_line(tmp_path) -> None:
         assert [len(texts[0]), texts[1]] == [10_000_000, "after"]
 
 
+def test_rows_that_can_not_be_used_are_counted_over_all_parts_of_a_reading(tmp_path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join('{"text": "x"}\n' if i % 3 else "no\n" for i in range(20)))
+    first = Corpus(path)
+    for _ in islice(first, 5):
+        pass
+    again = Corpus(path)
+    again.seek(json.loads(json.dumps(first.cursor())))
+    with pytest.warns(QwenScopeWarning, match="7 of 20 rows of a.jsonl can't be used"):
+        rest = list(again)
+    assert (len(rest), again.used, again.unused) == (8, 13, {"bad JSON": 7})
+
+
 def test_metadata_survives_as_json(tmp_path) -> None:
     rows = [
         {"text": "x", "when": datetime.datetime(2026, 1, 2), "raw": b"\x00", "tags": [{"a": 1, "b": None}], "on": True}
@@ -170,7 +184,7 @@ def test_datasets_from_disk_in_memory_and_streamed(tmp_path, monkeypatch) -> Non
     assert [d.meta["n"] for d in [*first, *again.rows()]] == list(range(23))
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: dataset.to_iterable_dataset())
     hub = Corpus("owner/name", split="train")
-    assert (hub.name, hub.share) == ("owner/name", None)
+    assert (hub.name, hub.progress) == ("owner/name", None)
     assert [d.row for d in hub] == list(range(1, 24))
     with pytest.raises(InputError, match="no known size"):
         Corpus("owner/name", sample=3)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import csv
 import gzip
 import json
+import shutil
+import tempfile
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,6 @@ import pyarrow.parquet as pq
 
 from qwen_scope.errors import FormatError, foreign
 
-UNITS = ("paragraph", "line", "file")
 SUFFIXES = (".txt", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
 DAMAGED = (gzip.BadGzipFile, EOFError, zlib.error)
 
@@ -62,8 +62,13 @@ class Source:
     read: Callable[[int, int], Iterator[Raw]]
 
 
+def is_readable(path: Path) -> bool:
+    """Whether the name is that of a kind of file a corpus can be read from."""
+    return (path.with_suffix("") if path.suffix == ".gz" else path).suffix in SUFFIXES
+
+
 def file_source(path: Path, name: str, unit: str) -> Source:
-    """The source in a file, by its suffix; all but Parquet may be gzipped.
+    """The source in a file, by its suffix.
 
     Raises:
         FormatError: it is no Parquet file.
@@ -73,9 +78,9 @@ def file_source(path: Path, name: str, unit: str) -> Source:
     size = None if zipped else path.stat().st_size
     if suffix == ".parquet":
         try:
-            with pq.ParquetFile(path) as file:
+            with parquet(path) as file:
                 return Source(name, file.metadata.num_rows, partial(parquet_rows, path))
-        except (pa.ArrowException, OSError) as error:
+        except (pa.ArrowException, OSError, *DAMAGED) as error:
             raise FormatError(f"{path} is not a Parquet file: {' '.join(str(error).split())[:200]}") from error
     if suffix in (".csv", ".tsv"):
         return Source(name, size, partial(csv_rows, path, "\t" if suffix == ".tsv" else ","))
@@ -164,9 +169,22 @@ def csv_rows(path: Path, delimiter: str, rows: int, offset: int) -> Iterator[Raw
                 yield Raw(rows, file.tell(), partial(parse_record, header, record))
 
 
+@contextmanager
+def parquet(path: Path) -> Iterator[pq.ParquetFile]:
+    """An open Parquet file; a gzipped one is unpacked beside memory, since its end has to be read first."""
+    if path.suffix != ".gz":
+        with pq.ParquetFile(path) as file:
+            yield file
+        return
+    with tempfile.TemporaryFile() as whole, gzip.open(path, "rb") as zipped:
+        shutil.copyfileobj(zipped, whole)
+        with pq.ParquetFile(whole) as file:
+            yield file
+
+
 def parquet_rows(path: Path, rows: int, offset: int) -> Iterator[Raw]:
     """The rows of a Parquet file; a row group that can't be read is one row that can't."""
-    with pq.ParquetFile(path) as file:
+    with parquet(path) as file:
         first = 0
         for group in range(file.num_row_groups):
             end = first + file.metadata.row_group(group).num_rows
@@ -182,19 +200,6 @@ def parquet_rows(path: Path, rows: int, offset: int) -> Iterator[Raw]:
                     problem = Problem("damaged file", f"rows {at + 1} to {end}: {' '.join(str(error).split())[:200]}")
                     yield Raw(at + 1, end, partial(same, problem))
             first = end
-
-
-def dataset_rows(dataset: Any, rows: int, offset: int) -> Iterator[Raw]:
-    """The rows of a Hugging Face dataset, streamed or not."""
-    rest = dataset.skip(rows) if rows else dataset
-    for number, row in enumerate(rest, rows + 1):
-        yield Raw(number, number, partial(same, row))
-
-
-def item_rows(items: Sequence[Any], rows: int, offset: int) -> Iterator[Raw]:
-    """The items of a list: texts, or mappings of columns."""
-    for number, item in enumerate(islice(items, rows, None), rows + 1):
-        yield Raw(number, number, partial(same, item))
 
 
 def next_line(file: Any) -> bytes | Problem:

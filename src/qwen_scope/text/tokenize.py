@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
-from jaxtyping import Int
+from jaxtyping import Int, Int8, Int32
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from qwen_scope.errors import InputError, brief, foreign
 
-Message = Mapping[str, str]
-CHATS = ("default", "thinking", "non_thinking")
+from .chat import Message, Rendered, render
+from .document import Document
+from .phases import token_phases
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,6 +32,7 @@ class Tokens:
         strings: per text and token, what to display. A character split over several tokens shows at the first of them
             and the others are empty, so the strings join to the text (to its beginning where it was truncated); an
             added token such as BOS shows its own name.
+        rendered: per text, what knows the turn, role and phase of its characters.
     """
 
     input_ids: Int[Tensor, "batch seq"]
@@ -37,6 +40,7 @@ class Tokens:
     texts: list[str]
     offsets: list[list[tuple[int, int]]]
     strings: list[list[str]]
+    rendered: list[Rendered]
 
     def __len__(self) -> int:
         """How many texts."""
@@ -46,6 +50,14 @@ class Tokens:
     def lengths(self) -> list[int]:
         """How many tokens each text has, padding not counted."""
         return [len(row) for row in self.strings]
+
+    def phases(self, text: int) -> tuple[Int32[np.ndarray, " seq"], Int8[np.ndarray, " seq"]]:
+        """Turn and phase (an index into `PHASES`) of every token of one text, each `(seq,)`, padding not counted.
+
+        Raises:
+            InputError: the chat template gives no markers to tell the phases by.
+        """
+        return token_phases(self.rendered[text].spans, self.offsets[text])
 
     def to(self, device: torch.device | str) -> Tokens:
         """The same tokens with ids and mask on `device`."""
@@ -68,9 +80,8 @@ def tokenize(
     Args:
         max_length: the longest text in tokens, usually `context_length(model)`; None for no limit.
         truncate: keep the first `max_length` tokens of a longer text instead of refusing it.
-        chat: render each text (one user message, or a list of `{"role", "content"}` messages) with the tokenizer's chat
-            template first, up to where the assistant begins: `default` as the template has it, `thinking` or
-            `non_thinking` with its switch set.
+        chat: render each text (one user message, or a list of messages) with the tokenizer's chat template first; see
+            `render`.
 
     Raises:
         InputError: no text, an empty text, a text longer than `max_length`, a text that is not Unicode, messages
@@ -81,10 +92,10 @@ def tokenize(
         raise InputError("texts is a list of texts; put the one text into a list")
     if not texts:
         raise InputError("there is no text to tokenise")
-    check_tokenizer(tokenizer, chat)
-    rendered = [render(tokenizer, text, chat, i) for i, text in enumerate(texts)]
+    check_tokenizer(tokenizer)
+    rendered = [render(tokenizer, text, chat, where=f"text {i}") for i, text in enumerate(texts)]
     rows, offsets, strings = [], [], []
-    for i, text in enumerate(rendered):
+    for i, text in enumerate(one.text for one in rendered):
         with foreign(f"the tokenizer fails on text {i}", InputError):
             # a chat template writes BOS itself where the model wants one
             encoded = tokenizer(text, add_special_tokens=chat is None, return_offsets_mapping=True, verbose=False)
@@ -102,51 +113,56 @@ def tokenize(
         offsets.append(spans)
         strings.append(display(text, spans, tokenizer.convert_ids_to_tokens(ids), whole=not cut))
     input_ids, attention_mask = _pad(rows, _pad_id(tokenizer), padding_side)
-    return Tokens(input_ids, attention_mask, rendered, offsets, strings)
+    return Tokens(input_ids, attention_mask, [one.text for one in rendered], offsets, strings, rendered)
 
 
-def check_tokenizer(tokenizer: PreTrainedTokenizerBase, chat: str | None) -> None:
-    """Raise InputError for a tokenizer without character offsets, or a mode of the chat template there is not."""
-    if chat is not None and chat not in CHATS:
-        raise InputError(f"chat is one of {', '.join(CHATS)}, not {chat!r}")
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise InputError for a tokenizer without character offsets."""
     if not tokenizer.is_fast:
         raise InputError(f"{type(tokenizer).__name__} gives no character offsets; a tokenizer.json is needed")
 
 
-def render(tokenizer: PreTrainedTokenizerBase, text: str | Sequence[Message], chat: str | None, i: int) -> str:
-    """One text as it will be tokenised, after any chat template."""
-    if not isinstance(text, str):
-        with foreign(f"text {i} is no text and no list of messages with role and content", InputError):
-            content = "".join(message["content"] for message in text if message["role"] is not None)
-    else:
-        content = text
-    if not content:
-        raise InputError(f"text {i} is empty")
-    if not content.isascii():
-        try:
-            content.encode()
-        except UnicodeEncodeError:
-            raise InputError(f"text {i} is not valid Unicode: it holds half a surrogate pair") from None
-    if chat is None:
-        if not isinstance(text, str):
-            raise InputError(f"text {i} is a list of messages; pass chat='default' to use the chat template")
-        return text
-    if not tokenizer.chat_template:
-        raise InputError("the tokenizer has no chat template; pass the text without chat")
-    messages = [{"role": "user", "content": text}] if isinstance(text, str) else [dict(message) for message in text]
+def token_ids(tokenizer: PreTrainedTokenizerBase, documents: Sequence[Document], chat: str | None) -> list[list[int]]:
+    """The ids of every document, the same as `tokenize` and `chunks` give.
 
-    def render(**switch: Any) -> str:
-        with foreign(f"the tokenizer's chat template refuses text {i}", InputError):
-            out = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **switch)
-        assert isinstance(out, str)
-        return out
+    Raises:
+        InputError: as `tokenize`.
+    """
+    if not documents:
+        return []
+    texts = [render_document(tokenizer, document, chat).text for document in documents]
+    with foreign("the tokenizer fails on a text", InputError):
+        found: Any = tokenizer(texts, add_special_tokens=chat is None, verbose=False)["input_ids"]
+    return found
 
-    if chat == "default":
-        return render()
-    thinking, non_thinking = render(enable_thinking=True), render(enable_thinking=False)
-    if thinking == non_thinking:
-        raise InputError("the tokenizer's chat template has no thinking switch; pass chat='default'")
-    return thinking if chat == "thinking" else non_thinking
+
+def render_document(tokenizer: PreTrainedTokenizerBase, document: Document, chat: str | None) -> Rendered:
+    """A document as it will be tokenised; the tools that its row names go to the chat template."""
+    tools = document.meta.get("tools") if chat is not None else None
+    where = f"row {document.row} of {document.source}" if document.source else "the text"
+    return render(
+        tokenizer,
+        document.text,
+        chat,
+        tools=tools if chat is not None and isinstance(tools, list) else None,
+        where=where,
+    )
+
+
+def start_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The ids that a tokenizer itself puts before every text, such as a BOS: rows begin with them.
+
+    Found by tokenising, so it holds for `add_bos_token` and for post-processors alike.
+
+    Raises:
+        InputError: the tokenizer fails on a text of one letter.
+    """
+    call: Any = tokenizer
+    with foreign("the tokenizer fails on the text 'a'", InputError):
+        bare = list(call("a", add_special_tokens=False)["input_ids"])
+        whole = list(call("a")["input_ids"])
+    starts = [i for i in range(len(whole) - len(bare) + 1) if whole[i : i + len(bare)] == bare]
+    return whole[: starts[0]] if bare and starts else []
 
 
 def display(

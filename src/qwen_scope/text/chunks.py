@@ -1,4 +1,4 @@
-"""A text of any length as tokens, a stretch at a time: what is held follows the stretch, not the text."""
+"""A text of any length as tokens, a chunk at a time, so that memory follows the chunk and not the text."""
 
 from __future__ import annotations
 
@@ -7,14 +7,19 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+from jaxtyping import Int8, Int32
 from transformers import PreTrainedTokenizerBase
 
 from qwen_scope.errors import InputError, brief, foreign
 
-from .tokens import Message, check_tokenizer, display, render
+from .chat import Message
+from .document import Document
+from .phases import token_phases
+from .tokenize import check_tokenizer, display, render_document
 
 # Characters that are tokenised at once, and how many of them two neighbours must agree on where one hands over.
-STRETCH, MARGIN = 2**16, 256
+CHUNK, MARGIN = 2**16, 256
 
 # The ends of two neighbours differ by one more than a multiple of this. Where numbers are split into groups counted
 # from their end, the groups then differ, and what a cut has made of a long number is not taken for agreement.
@@ -22,15 +27,18 @@ GROUPS = 60
 
 
 @dataclass(frozen=True, eq=False)
-class Stretch:
+class Chunk:
     """Consecutive tokens of a text.
 
     Attributes:
-        ids: their ids.   strings: what each shows, as in `Tokens`; those of all stretches join to the text.
+        ids: their ids.   strings: what each shows, as in `Tokens`; those of all chunks join to the text.
+        turns, phases: turn and phase (an index into `PHASES`) of each, or None where they were not asked for.
     """
 
     ids: list[int]
     strings: list[str]
+    turns: Int32[np.ndarray, " seq"] | None = None
+    phases: Int8[np.ndarray, " seq"] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,9 +79,13 @@ class Window:
         return next(reached, len(self.ids))
 
 
-def stretches(
-    tokenizer: PreTrainedTokenizerBase, text: str | Sequence[Message], *, chat: str | None = None
-) -> Iterator[Stretch]:
+def chunks(
+    tokenizer: PreTrainedTokenizerBase,
+    document: Document | str | Sequence[Message],
+    *,
+    chat: str | None = None,
+    phases: bool = False,
+) -> Iterator[Chunk]:
     """The tokens that `tokenize` gives for a text, without tokenising all of it at once where that can be avoided.
 
     Two windows that overlap are tokenised for themselves; where they give the same tokens over `MARGIN` characters, the
@@ -84,12 +96,16 @@ def stretches(
 
     Args:
         chat: as in `tokenize`.
+        phases: also tell turn and phase of every token.
 
     Raises:
         InputError: as in `tokenize`, or the tokenizer fails.
     """
-    check_tokenizer(tokenizer, chat)
-    whole = render(tokenizer, text, chat, 0)
+    check_tokenizer(tokenizer)
+    if not isinstance(document, Document):
+        document = Document(document if isinstance(document, str) else [dict(message) for message in document])
+    rendered = render_document(tokenizer, document, chat)
+    whole = rendered.text
     backend: Any = tokenizer.backend_tokenizer
     inside = type(backend.model).__name__ == "BPE"
 
@@ -100,9 +116,9 @@ def stretches(
         spans = [(start + first, start + last) for first, last in found["offset_mapping"]]
         return Window(start, end, found["input_ids"], spans, found.word_ids(), part, inside)
 
-    here, first, shown = window(0, min(STRETCH, len(whole))), 0, 0
+    here, first, shown = window(0, min(CHUNK, len(whole))), 0, 0
     if not here.ids and here.end == len(whole):
-        raise InputError(f"text 0 ({brief(whole)}) has no token")
+        raise InputError(f"the text ({brief(whole)}) has no token")
     while True:
         here, first, stop, then, first_then = handover(window, here, first, len(whole))
         last = then is None
@@ -113,9 +129,9 @@ def stretches(
             # What no token covers goes to the next one if it is spaces, else to the last.
             kept = last or not whole[tail:end].isspace()
             relative = [(start - base, end - base) for start, end in spans]
-            yield Stretch(
-                here.ids[first:stop], display(whole[base:end], relative, names, whole=kept, shown=shown - base)
-            )
+            strings = display(whole[base:end], relative, names, whole=kept, shown=shown - base)
+            told = token_phases(rendered.spans, spans) if phases else ()
+            yield Chunk(here.ids[first:stop], strings, *told)
             shown = end if kept else tail
         if then is None:
             return
@@ -163,12 +179,12 @@ def overlap(here: Window, first: int) -> int | None:
 
 def next_end(here: Window, begin: int, length: int) -> int:
     """The end of the next window, which is always past the end of this one."""
-    end = max(begin + STRETCH, here.end + GROUPS)
+    end = max(begin + CHUNK, here.end + GROUPS)
     return length if end >= length else end - (end - here.end - 1) % GROUPS
 
 
 def seam(here: Window, then: Window, first: int) -> tuple[int, int] | None:
-    """The same token in two windows, in the middle of a stretch in which they agree; None where they do not."""
+    """The same token in two windows, in the middle of a chunk in which they agree; None where they do not."""
     a, b, same = here.at(here.end - MARGIN), then.at(here.end - MARGIN), 0
     while a - same > first + 1 and b - same > 0 and alike(here, a - same - 1, then, b - same - 1):
         same += 1

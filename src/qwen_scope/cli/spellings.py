@@ -1,0 +1,73 @@
+"""Spellings of the command line that a version ago were the usual ones: they still work, with a note."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+
+from qwen_scope.errors import QwenScopeWarning
+
+# By command: an option as it was spelt, and as it is spelt now. An option that took no value now takes the one given.
+OLD: dict[str, dict[str, tuple[str, ...]]] = {
+    "train": {"--field": ("--column",), "--chat": ("--chat", "default")},
+    "eval": {"--field": ("--column",), "--chat": ("--chat", "default")},
+    "synthesize": {"-n": ("--sample",)},
+    "posttrain prepare": {"-n": ("--sample",)},
+    "posttrain sft": {"-n": ("--sample",)},
+    "posttrain repetition": {"--prompt-column": ("--column",)},
+    "posttrain rl": {"--prompt-column": ("--column",)},
+}
+
+# By command: options whose work a measured threshold has taken over, and whether they took a value.
+GONE = {command: {"--skip-special": False, "--sink-multiple": True} for command in ("train", "eval")}
+
+
+def respelled(argv: Sequence[str]) -> list[str]:
+    """The arguments with old spellings replaced; each is said in a warning."""
+    words = list(argv)
+    known = {*OLD, *GONE}
+    first = next((n for n in (1, 2) if " ".join(words[:n]) in known), 0)
+    command, out, words = " ".join(words[:first]), words[:first], words[first:]
+    old, gone = OLD.get(command, {}), GONE.get(command, {})
+    while words:
+        word = words.pop(0)
+        name, equals, value = word.partition("=")
+        if name in gone:
+            if gone[name] and not equals:
+                value = words.pop(0) if words else ""
+            out += _without(name, value)
+            continue
+        if word[:2] in old and not equals and word[2:]:  # a short option with its value
+            name, equals, value = word[:2], "=", word[2:]
+        new = old.get(name)
+        if new is None or (new[0] == name and (equals or not _lacks_value(words))):
+            out.append(word)
+            continue
+        _say(f"{name} is now {' '.join(new)}")
+        out += [new[0] + equals + value, *new[1:]]
+    return out
+
+
+def _without(name: str, value: str) -> list[str]:
+    """What an option that is gone stands for now: nothing, or where it left no sinks out, that every token counts."""
+    if name == "--sink-multiple" and _is_zero(value):
+        _say("--sink-multiple 0 is now --count all, which leaves special tokens in, too")
+        return ["--count", "all"]
+    _say(f"{name} is not needed: first and special tokens and sinks, by a measured threshold, are left out by default")
+    return []
+
+
+def _is_zero(value: str) -> bool:
+    try:
+        return float(value) == 0
+    except ValueError:
+        return False
+
+
+def _say(what: str) -> None:
+    warnings.warn(f"{what}; the old spelling goes with the next version", QwenScopeWarning, 3)
+
+
+def _lacks_value(rest: Sequence[str]) -> bool:
+    """Whether what follows an option is not its value: nothing, or another option."""
+    return not rest or rest[0].startswith("-")

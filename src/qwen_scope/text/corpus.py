@@ -1,0 +1,244 @@
+"""`Corpus`: documents with their metadata from wherever they are, in a fixed order, with a cursor."""
+
+from __future__ import annotations
+
+import os
+import random
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict
+from itertools import islice
+from typing import Any, final
+
+from qwen_scope.errors import InputError
+
+from .document import Document, Unreadable, document_of
+from .lab import is_lab
+from .options import CorpusOptions
+from .source import find_sources
+from .unused import by_reason, tell_unused, the_first
+
+# A source is given up when so many rows from its beginning held no document.
+HOPELESS = 10_000
+
+
+@final
+class Corpus:
+    """Documents in a fixed order: files by name, rows as they stand.
+
+    A row that holds no document keeps its number and is passed over; how many were is said in a warning at the end.
+
+    Args:
+        source: a file or a folder of files (`.txt`, `.jsonl`, `.ndjson`, `.csv`, `.tsv`, `.parquet`, also gzipped), a
+            folder written by `datasets`, a dataset of the Hub (`owner/name`, streamed), `lab` or some of its documents
+            (`lab:language=de,register!=rude`; without end, unless there is a `sample`), a `datasets` object, a frame of
+            pandas or polars, an Arrow table, a mapping of columns, or texts or mappings in a list or from a generator.
+        column: the column that holds the text: a string or a list of messages.
+        unit: what one document of a `.txt` file is: a `paragraph` (up to a blank line), a `line`, or the `file`.
+        sample: only this many rows, drawn evenly from all of them, in their order; of the lab the first ones.
+        seed: of the sample, and of the lab's documents.
+        split: of a dataset, a dictionary of splits, or the lab.
+        subset: of a dataset of the Hub.
+        name: what to call an object, so that an extraction that is resumed knows it again.
+        hold_out: of training: keep every `hold_out`-th row, the first included, for measuring; 0 keeps none.
+        held_out: give the rows that are kept, instead of the others.
+        rank, world: every `world`-th of the rows, from `rank` on: the share of one process.
+        repeat: begin again at the end; a source that can be read only once then ends.
+        quiet: no warning of rows that can't be used: another reading of the same documents gives it.
+
+    Attributes:
+        name: what the source is called.
+        endless: whether documents never end.
+        epoch: how often it has begun again.
+        used: documents of the first pass so far.   unused: rows of the first pass without one, by reason.
+
+    Raises:
+        NotFoundError: there is no such file, dataset, split or package.   FormatError: a `.parquet` file is none.
+        InputError: a folder without a file of a known kind, an object without documents, or a sample of a source
+            whose size is not known.
+    """
+
+    def __init__(
+        self,
+        source: str | os.PathLike[str] | Iterable[Any] | Any,
+        *,
+        column: str = "text",
+        unit: str = "paragraph",
+        sample: int | None = None,
+        seed: int = 0,
+        split: str = "train",
+        subset: str | None = None,
+        name: str | None = None,
+        hold_out: int = 0,
+        held_out: bool = False,
+        rank: int = 0,
+        world: int = 1,
+        repeat: bool = False,
+        quiet: bool = False,
+    ) -> None:
+        asked = asdict(CorpusOptions(column, unit, sample, seed, split, subset))
+        if hold_out < 0 or hold_out == 1:
+            raise InputError(
+                f"hold_out {hold_out} would leave nothing to train on; 100 keeps one document in a hundred"
+            )
+        self.column, self.rank, self.world = column, rank, world
+        self.hold_out, self.held_out = hold_out, held_out
+        self._once = isinstance(source, Iterator)
+        self.repeat = repeat and not self._once
+        self.sources, self.name = find_sources(
+            source, unit=unit, split=split, subset=subset, seed=seed, n=sample, name=name
+        )
+        self.options = {name: value for name, value in asked.items() if name != "chat"}
+        lab = is_lab(source)
+        self.endless = self.repeat or (lab and sample is None)
+        self.epoch, self._at, self._rows, self._offset, self._seen = 0, 0, 0, 0, 0
+        self.used, self.unused, self._told = 0, Counter[str](), quiet
+        self._first: Unreadable | None = None  # the first row that can't be used
+        self._lacking: Mapping[str, Any] | None = None  # the first row without the column
+        self._drawn = None if sample is None or lab else self._draw(sample, seed)
+
+    @classmethod
+    def of(cls, source: str | os.PathLike[str] | Iterable[Any] | Any, options: CorpusOptions, **share: Any) -> Corpus:
+        """The corpus of a source read with `options`; `share` takes the other arguments, such as `rank` and `name`.
+
+        Its `chat` is for what turns the documents into tokens.
+        """
+        chosen = asdict(options)
+        del chosen["chat"]
+        return cls(source, **chosen, **share)
+
+    @property
+    def description(self) -> dict[str, Any]:
+        """What decides which documents come: the sources with their sizes, and the options."""
+        return {"sources": [[source.name, source.size] for source in self.sources], **self.options}
+
+    @property
+    def progress(self) -> float | None:
+        """How much has been read, from 0 to 1, or None where the size is not known."""
+        if any(source.size is None for source in self.sources):
+            return None
+        total = sum(source.size or 0 for source in self.sources)
+        done = sum(source.size or 0 for source in self.sources[: self._at]) + self._offset
+        return min(1.0, done / total) if total else 1.0
+
+    def other_columns(self, parameter: str = "column") -> str:
+        """The end of a sentence about a corpus without a document: which columns its rows have in place of the one
+        that was asked for, and which to pass as `parameter`; nothing where that is not the reason."""
+        if self._lacking is None:
+            return ""
+        texts = {name: value for name, value in self._lacking.items() if isinstance(value, str | list) and value}
+        spoken = (name for name, value in texts.items() if isinstance(value, list) or " " in value.strip())
+        best = next(spoken, next(iter(texts), None))
+        has = ", ".join(map(repr, islice(self._lacking, 20))) or "none"
+        said = f": its rows have no column {self.column!r} but {has}"
+        return said if best is None else f"{said}; pass {parameter}={best!r}"
+
+    def cursor(self) -> dict[str, Any]:
+        """The place after the row taken last, and how many rows of the first pass were of use: plain data."""
+        return {
+            "epoch": self.epoch,
+            "source": self._at,
+            "rows": self._rows,
+            "offset": self._offset,
+            "seen": self._seen,
+            "used": self.used,
+            "unused": dict(self.unused),
+        }
+
+    def seek(self, cursor: Mapping[str, Any]) -> None:
+        """Go on from a cursor of the same corpus; to be called before the first row is taken."""
+        self.epoch, self._at, self._rows = int(cursor.get("epoch", 0)), int(cursor["source"]), int(cursor["rows"])
+        self._offset, self._seen = int(cursor["offset"]), int(cursor["seen"])
+        self.used, self.unused = int(cursor.get("used", 0)), Counter(cursor.get("unused", {}))
+
+    def __iter__(self) -> Iterator[Document]:
+        """The documents alone; `rows` also has the rows that can't be used.
+
+        Raises:
+            InputError: at the end of a pass from the beginning, where no row could be used.
+        """
+        while True:
+            whole, taken = self._seen == 0, 0
+            for found in self._pass():
+                if isinstance(found, Document):
+                    taken += 1
+                    yield found
+                elif whole and not self.used and self.unused.total() == HOPELESS:
+                    raise self._no_use(f"none of the first {HOPELESS:,} rows")
+            if whole and not self.used and self.unused and not self.held_out:
+                raise self._no_use("no row")
+            self.tell()
+            if (whole and not taken) or not self._again():
+                return
+
+    def rows(self) -> Iterator[Document | Unreadable]:
+        """Every row of the share, from the cursor on, also those that can't be used; nothing is said about them."""
+        while True:
+            whole, taken = self._seen == 0, 0
+            for found in self._pass():
+                taken += 1
+                yield found
+            if (whole and not taken) or not self._again():
+                return
+
+    def tell(self) -> None:
+        """Say in a warning how many rows of the first pass can't be used, if there are any and it was not said yet."""
+        if not self._told and self.unused:
+            self._told = True
+            tell_unused(self.unused, self.used + self.unused.total(), self.name, self._first)
+
+    def _pass(self) -> Iterator[Document | Unreadable]:
+        """The rows of the share that are still to come in this pass."""
+        while self._at < len(self.sources):
+            source = self.sources[self._at]
+            for raw in source.read(self._rows, self._offset):
+                self._rows, self._offset, self._seen = raw.row, raw.offset, self._seen + 1
+                if not self._wanted(self._seen - 1):
+                    continue
+                value = raw.parse()
+                if self._lacking is None and isinstance(value, Mapping) and self.column not in value:
+                    self._lacking = value
+                found = document_of(value, self.column, source.name, raw.row)
+                if self.epoch == 0:
+                    if isinstance(found, Document):
+                        self.used += 1
+                    else:
+                        self.unused[found.reason] += 1
+                        self._first = self._first or found
+                yield found
+            self._at, self._rows, self._offset = self._at + 1, 0, 0
+
+    def _no_use(self, which: str) -> InputError:
+        why = self.other_columns() or the_first(self._first)
+        return InputError(f"{which} of {self.name} can be used: {by_reason(self.unused)}{why}")
+
+    def _again(self) -> bool:
+        """Begin another pass, if one was asked for."""
+        if not self.repeat:
+            return False
+        self.epoch, self._at, self._rows, self._offset, self._seen = self.epoch + 1, 0, 0, 0, 0
+        return True
+
+    def _wanted(self, number: int) -> bool:
+        """Whether a row, by its number in all sources, belongs to the sample, to this side of the hold-out, and to this
+        share."""
+        if self._drawn is not None:
+            at = bisect_left(self._drawn, number)
+            if at == len(self._drawn) or self._drawn[at] != number:
+                return False
+            number = at
+        if self.hold_out:
+            if (number % self.hold_out == 0) is not self.held_out:
+                return False
+            number = number // self.hold_out if self.held_out else number - number // self.hold_out - 1
+        return number % self.world == self.rank
+
+    def _draw(self, sample: int, seed: int) -> list[int] | None:
+        """The numbers of the rows of the sample, in order."""
+        if any(source.size is None and source.name.startswith("hub:") for source in self.sources):
+            raise InputError("a streamed dataset has no known size to sample from; load it with datasets and pass it")
+        if self._once:
+            raise InputError("what can be read only once has no known size to sample from; make a list of it")
+        total = sum(sum(1 for _ in source.read(0, 0)) for source in self.sources)
+        return None if sample >= total else sorted(random.Random(seed).sample(range(total), sample))

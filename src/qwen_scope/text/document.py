@@ -1,0 +1,121 @@
+"""What a row of a corpus holds: a text or a conversation with its metadata, or why it can't be used."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any
+
+from .read import Problem
+
+DEEPEST = 50  # nested levels of metadata
+
+
+@dataclass(frozen=True)
+class Document:
+    """One text or conversation.
+
+    Attributes:
+        text: a string, or a list of `{"role", "content"}` messages.
+        meta: the other columns of its row, as plain JSON data.
+        source, row: where it came from; rows count from 1.
+    """
+
+    text: str | list[dict[str, Any]]
+    meta: dict[str, Any] = field(default_factory=dict)
+    source: str = ""
+    row: int = 0
+
+
+@dataclass(frozen=True)
+class Unreadable:
+    """A row that could not be used: where it is, a reason to count by, and what came."""
+
+    source: str
+    row: int
+    reason: str
+    detail: str
+
+
+def document_of(value: Any, column: str, source: str, row: int) -> Document | Unreadable:
+    """The document in a row, or why there is none."""
+    found = text_of(value, column)
+    source = source.encode("utf-8", "replace").decode()
+    if isinstance(found, Problem):
+        return Unreadable(source, row, found.reason, found.detail.encode("utf-8", "replace").decode()[:500])
+    rest = {str(k): plain(v) for k, v in value.items() if k != column} if isinstance(value, Mapping) else {}
+    return Document(found, rest, source, row)
+
+
+def text_of(value: Any, column: str) -> str | list[dict[str, Any]] | Problem:
+    """The text or the messages in a row."""
+    if isinstance(value, Problem):
+        return value
+    if isinstance(value, Mapping):
+        if column not in value:
+            has = ", ".join(map(repr, islice(value, 20)))
+            return Problem("missing column", f"no {column!r}; it has {has or 'none'}")
+        value = value[column]
+    if isinstance(value, str):
+        content, found = [value], value
+    elif isinstance(value, list | tuple) and value and all(isinstance(m, Mapping) for m in value):
+        found = [made for message in value if (made := message_of(message)) is not None]
+        if len(found) < len(value):
+            return Problem("not text", "a message lacks role or content")
+        content = [text for message in value for text in within({**message, "role": None})]
+    else:
+        return Problem("not text", f"{type(value).__name__}: {value!r:.100}")
+    if not any(content):
+        return Problem("empty", "no character")
+    for text in content:
+        if not text.isascii():
+            try:
+                text.encode()
+            except UnicodeEncodeError as error:
+                return Problem("not Unicode", f"half a surrogate pair at character {error.start}")
+    return found
+
+
+def message_of(message: Mapping[str, Any]) -> dict[str, Any] | None:
+    """A message as chat templates take it: a role, with text or parts of it as content; None if it is none.
+
+    What a table fills in as missing is left out, and a message of tool calls alone has an empty content.
+    """
+    held = {str(key): plain(value) for key, value in message.items() if value is not None}
+    if held.get("tool_calls"):
+        held.setdefault("content", "")
+    content = held.get("content")
+    parts = isinstance(content, list) and bool(content) and all(isinstance(part, dict) for part in content)
+    return held if isinstance(held.get("role"), str) and (isinstance(content, str) or parts) else None
+
+
+def within(value: Any, depth: int = 0) -> Iterator[str]:
+    """The strings in a value."""
+    if isinstance(value, str):
+        yield value
+    elif depth < DEEPEST and isinstance(value, Mapping | list | tuple):
+        for inner in value.values() if isinstance(value, Mapping) else value:
+            yield from within(inner, depth + 1)
+
+
+def plain(value: Any, depth: int = 0) -> Any:
+    """Metadata as JSON keeps it: what JSON does not know, or nests too deep, becomes text."""
+    if isinstance(value, str):
+        return value.encode("utf-8", "replace").decode()
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if value is None or isinstance(value, bool | int | float):
+        return value
+    if isinstance(value, Mapping) and depth < DEEPEST:
+        return {plain(str(k)): plain(v, depth + 1) for k, v in value.items()}
+    if isinstance(value, list | tuple) and depth < DEEPEST:
+        return [plain(v, depth + 1) for v in value]
+    return plain(f"{type(value).__name__}" if depth >= DEEPEST else str(value))
+
+
+def meta_json(meta: Mapping[str, Any]) -> str:
+    """The metadata of a document as the store keeps it."""
+    return json.dumps(plain(meta), ensure_ascii=False)

@@ -1,0 +1,49 @@
+"""`CorpusOptions`: how documents are read, the same for everything that reads them; light enough for `--help`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from qwen_scope.errors import InputError, check_count
+
+UNITS = ("paragraph", "line", "file")
+Chat = Literal["default", "thinking", "non_thinking"]
+CHATS: tuple[Chat, ...] = get_args(Chat)
+
+
+@dataclass(frozen=True)
+class CorpusOptions:
+    """How to read documents, wherever they are; `Corpus.of` opens a source with them.
+
+    Attributes:
+        column: the column that holds the text: a string or a list of messages.
+        unit: what one document of a `.txt` file is: a `paragraph` (up to a blank line), a `line`, or the `file`.
+        sample: only this many rows, drawn evenly from all of them, in their order; of the lab the first ones.
+        seed: of the sample, and of the lab's documents.
+        split: of a dataset, a dictionary of splits, or the lab.
+        subset: of a dataset of the Hub.
+        chat: render documents with the tokenizer's chat template, in this mode: a conversation as it is, a plain text
+            as one user message. With None a conversation can't be used.
+
+    Raises:
+        InputError: a unit or a mode of the chat template that there is not, or a sample without a row.
+    """
+
+    column: str = "text"
+    unit: str = "paragraph"
+    sample: int | None = None
+    seed: int = 0
+    split: str = "train"
+    subset: str | None = None
+    chat: Chat | None = None
+
+    def __post_init__(self) -> None:
+        if self.unit not in UNITS:
+            raise InputError(f"a document of a text file is one of {', '.join(UNITS)}, not {self.unit!r}")
+        if self.sample is not None:
+            check_count("sample", self.sample, 0)
+            if not self.sample:
+                raise InputError(f"a sample has at least one row, not {self.sample}")
+        if self.chat is not None and self.chat not in CHATS:
+            raise InputError(f"chat is one of {', '.join(CHATS)}, not {self.chat!r}")

@@ -1,0 +1,70 @@
+"""Which documents a run kept out of training, so that they are found again in the same text, and how it read them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from qwen_scope.errors import FormatError
+from qwen_scope.files import Fields
+from qwen_scope.sae import SAE
+from qwen_scope.text import CHATS, Corpus
+
+KEY = "held_out"
+"""Where the record is in an SAE's `meta` and files."""
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """The documents that training did not see, and how they were read when the SAEs were measured.
+
+    Attributes:
+        text: a digest of the sources with their sizes and of how they are cut into documents, wherever they lie.
+        every: one document in so many.
+        row, rows: tokens per row, and rows per forward pass.
+        tokens: about how many were measured on; 0 for none.
+        chat: how conversations were rendered.
+    """
+
+    text: str
+    every: int
+    row: int
+    rows: int
+    tokens: int
+    chat: str | None
+
+    def to_json(self) -> dict[str, Any]:
+        """As values of JSON."""
+        return asdict(self)
+
+    def is_of(self, corpus: Corpus) -> bool:
+        """Whether these documents are of that text, cut in the same way."""
+        return self.text == digest(corpus)
+
+
+def digest(corpus: Corpus) -> str:
+    """What tells one text from another: its files' names below the folder with their sizes, and the options."""
+    return hashlib.sha256(json.dumps(corpus.description, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def held_out_of(saes: Iterable[SAE]) -> HeldOut | None:
+    """The record that all SAEs carry; None where one carries none, or another one.
+
+    Raises:
+        FormatError: a record that is none.
+    """
+    found: list[HeldOut] = []
+    for sae in saes:
+        if KEY not in sae.meta:
+            return None
+        what = f"{KEY!r} in the files of {sae.identity}"
+        read = Fields(sae.meta[KEY], what, [*HeldOut.__dataclass_fields__])
+        chat = read.maybe(read.text, "chat")
+        if chat is not None and chat not in CHATS:
+            raise FormatError(f"'chat' of {what} is one of {', '.join(CHATS)}, not {chat!r}")
+        row, rows = read.count("row", 2), read.count("rows", 1)
+        found.append(HeldOut(read.text("text"), read.count("every", 2), row, rows, read.count("tokens"), chat))
+    return found[0] if found and len(set(found)) == 1 else None
