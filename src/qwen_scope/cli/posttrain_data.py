@@ -47,21 +47,11 @@ def training_samples(
         model: whose chat template they are written with, where `reading` asks for one.
     """
     from qwen_scope.model import load_tokenizer
-    from qwen_scope.posttrain import chats_only, read_samples, with_chat
+    from qwen_scope.posttrain import chats_only, with_chat
     from qwen_scope.scope import model_source
 
-    found = read_samples(
-        source,
-        column=reading.column,
-        prompt_column=prompt_column,
-        group_column=group_column,
-        n=reading.sample,
-        seed=reading.seed,
-        split=reading.split,
-        unit=reading.unit,
-        subset=reading.subset,
-        kinds=["chat", "drift"],
-        unused=unused,
+    found = samples_of(
+        source, reading, group_column, prompt_column=prompt_column, kinds=["chat", "drift"], unused=unused
     )
     if source == "lab":  # which are written as the model reads them
         return chats_only(found)
@@ -94,9 +84,16 @@ def prompts_in(model: str, reading: CorpusOptions) -> Callable[[Document], str]:
 
 def labelled_texts(source: str, reading: CorpusOptions, group_column: str) -> list[tuple[str, str]]:
     """Texts with the name of their group; of the lab its talk, by language."""
-    from qwen_scope.posttrain import read_samples, responses
+    from qwen_scope.posttrain import responses
 
-    found = read_samples(
+    return responses(samples_of(source, reading, group_column, kinds=["talk"]))
+
+
+def samples_of(source: str, reading: CorpusOptions, group_column: str, **more: Any) -> list[Sample]:
+    """Samples of a source read with the options; `more` goes to `read_samples`."""
+    from qwen_scope.posttrain import read_samples
+
+    return read_samples(
         source,
         column=reading.column,
         group_column=group_column,
@@ -105,9 +102,8 @@ def labelled_texts(source: str, reading: CorpusOptions, group_column: str) -> li
         split=reading.split,
         unit=reading.unit,
         subset=reading.subset,
-        kinds=["talk"],
+        **more,
     )
-    return responses(found)
 
 
 def read_rows(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -98,16 +99,10 @@ OFFICIAL = Layout(
 )
 
 
-SAFETENSORS = Layout(
+SAFETENSORS = replace(
+    OFFICIAL,
     name="safetensors",
     weights=re.compile(r"(?P<folder>)layer(?P<layer>[0-9]+)\.sae\.safetensors"),
     weights_name=lambda layer: f"layer{layer}.sae.safetensors",
-    config_name="config.json",
-    config_of=lambda match: ("config.json",),
-    config_needed=False,
-    shared=True,
     container="safetensors",
-    hook_of=lambda config: None,
-    read=read_official,
-    write=write_official,
 )
