@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from qwen_scope.errors import InputError
-from qwen_scope.model import TokenMask, special_ids
+from qwen_scope.model import TokenMask
+from qwen_scope.text import special_ids
 
 
 def test_a_sink_is_longer_than_so_many_medians() -> None:

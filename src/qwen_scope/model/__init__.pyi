@@ -23,7 +23,6 @@ from .load import load_config as load_config
 from .load import load_model as load_model
 from .load import load_tokenizer as load_tokenizer
 from .masks import TokenMask as TokenMask
-from .masks import special_ids as special_ids
 from .sizes import ModelSizes as ModelSizes
 from .sizes import model_sizes as model_sizes
 from .stats import LayerStats as LayerStats

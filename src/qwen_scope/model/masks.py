@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -11,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from qwen_scope.errors import InputError
+from qwen_scope.text import special_ids
 
 
 @dataclass(frozen=True)
@@ -49,10 +49,3 @@ class TokenMask:
         if self.sink_multiple is None:
             return torch.zeros(h.shape[:-1], dtype=torch.bool, device=h.device)
         return torch.linalg.vector_norm(h.float(), dim=-1) > self.sink_multiple * median
-
-
-def special_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """Ids that a tokenizer calls special."""
-    known: Any = tokenizer
-    added = {i for i, token in known.added_tokens_decoder.items() if token.special}
-    return frozenset({*known.all_special_ids, *added})

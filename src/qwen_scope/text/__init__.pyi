@@ -30,6 +30,7 @@ from .sinks import thresholds as thresholds
 from .tokenize import Tokens as Tokens
 from .tokenize import by_length as by_length
 from .tokenize import padded as padded
+from .tokenize import special_ids as special_ids
 from .tokenize import start_ids as start_ids
 from .tokenize import tokenize as tokenize
 from .unused import by_reason as by_reason

@@ -18,6 +18,7 @@ from qwen_scope.files import Fields
 
 from .phases import PHASES
 from .sinks import point_name, thresholds
+from .tokenize import special_ids
 
 REASONS = ("counts", "padding", "special", "first", "phase", "sink")
 """What `Counted.reasons` answers per token, as an index; the earliest reason that applies, after "counts"."""
@@ -82,11 +83,7 @@ class Counted:
 
         `<think>` and `<tool_call>` are no special tokens in Qwen's tokenizers; ask for phases to leave them out.
         """
-        known: Any = tokenizer
-        added = {i for i, token in known.added_tokens_decoder.items() if token.special}
-        return cls(
-            first, frozenset({*known.all_special_ids, *added}), phases=None if phases is None else _phases(phases)
-        )
+        return cls(first, special_ids(tokenizer), phases=None if phases is None else _phases(phases))
 
     def measure(
         self,

@@ -165,6 +165,13 @@ def start_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return whole[: starts[0]] if bare and starts else []
 
 
+def special_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """Ids that a tokenizer calls special."""
+    known: Any = tokenizer
+    added = {i for i, token in known.added_tokens_decoder.items() if token.special}
+    return frozenset({*known.all_special_ids, *added})
+
+
 def display(
     text: str, spans: Sequence[tuple[int, int]], names: Sequence[str], *, whole: bool, shown: int = 0
 ) -> list[str]:
