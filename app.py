@@ -15,11 +15,11 @@ def main(argv: list[str] | None = None) -> int:
     """Serve the page; 2 with one sentence where the flags and the weights contradict each other."""
     given = parser().parse_args(argv)
     try:
-        desk = opened(given)
-        desk.warm()
+        state = opened(given)
+        state.warm()
         from qwen_scope.explorer import launch
 
-        page, url = launch(desk, port=given.server_port, block=False)
+        page, url = launch(state, port=given.server_port, block=False)
     except QwenScopeError as error:
         sys.stderr.write(f"app.py: {error}\n")
         return 2
@@ -45,14 +45,14 @@ def parser() -> argparse.ArgumentParser:
 
 
 def opened(given: argparse.Namespace):
-    """The desk for these flags.
+    """The state for these flags.
 
     Raises:
         MismatchError: a flag contradicts the weights.
     """
     from transformers.utils import logging
 
-    from qwen_scope.explorer import Desk
+    from qwen_scope.explorer import AppState
     from qwen_scope.scope import load_scope
 
     logging.disable_progress_bar()
@@ -69,7 +69,7 @@ def opened(given: argparse.Namespace):
     if given.sae_cache_max < 1:
         raise MismatchError(f"--sae-cache-max is at least 1, not {given.sae_cache_max}")
     scope.saes.cache_bytes = given.sae_cache_max * sae.nbytes
-    return Desk(scope, model_name=given.model_name_analyzing_now, trained_from=given.model_name_sae_trained_from)
+    return AppState(scope, model_name=given.model_name_analyzing_now, trained_from=given.model_name_sae_trained_from)
 
 
 if __name__ == "__main__":

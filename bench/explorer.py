@@ -22,9 +22,9 @@ from sections import table
 from side_by_side import write
 
 from qwen_scope import load_scope
-from qwen_scope.corpus import FeatureStore, LayerInfo, StoreWriter
-from qwen_scope.explorer import Desk, launch
+from qwen_scope.explorer import AppState, launch
 from qwen_scope.scope import Scope
+from qwen_scope.store import FeatureStore, LayerInfo, StoreWriter
 
 LAYER = 4
 TEXT = "Could you wait, please? Round {i} of the talk about the station, the garden and the letter."
@@ -134,15 +134,15 @@ def measure(rounds: int, activations: int) -> None:
     scope = load_scope("lab")
     with tempfile.TemporaryDirectory() as folder:
         large_store(scope, Path(folder) / "large", activations)
-        desk = Desk(scope, {"large": Path(folder) / "large"})
-        with FeatureStore(desk.stores["large"]) as store:
+        state = AppState(scope, {"large": Path(folder) / "large"})
+        with FeatureStore(state.stores["large"]) as store:
             busy = np.argsort(-store.stats(LAYER)["tokens"].to_numpy(), kind="stable")
             rows = store.layer(LAYER).activations
         chosen = [int(f) for f in busy[np.linspace(0, len(busy) - 1, rounds).astype(int)]]
-        desk.feature_page(LAYER, chosen[0], "large")
-        gathered = [seconds(lambda f=f: desk.feature_page(LAYER, f, "large")) for f in chosen]
-        desk.warm()
-        page, url = launch(desk, block=False)
+        state.feature_page(LAYER, chosen[0], "large")
+        gathered = [seconds(lambda f=f: state.feature_page(LAYER, f, "large")) for f in chosen]
+        state.warm()
+        page, url = launch(state, block=False)
         with sync_playwright() as tools:
             chromium = shutil.which("chromium")
             browser = tools.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu"])

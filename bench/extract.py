@@ -19,7 +19,7 @@ import torch  # isort: skip
 from transformers import Qwen3Config, Qwen3ForCausalLM  # isort: skip
 
 from qwen_scope import load_scope  # isort: skip
-from qwen_scope.corpus import ExtractOptions, extract  # isort: skip
+from qwen_scope.scope import ExtractOptions, extract  # isort: skip
 from qwen_scope.text import Corpus
 
 from qwen_scope.lab import documents  # isort: skip

@@ -23,7 +23,7 @@ from extract import D_SAE, K, SHAPE, model_of  # isort: skip
 from safetensors.numpy import save_file  # isort: skip
 
 from qwen_scope import FeatureStore, load_scope  # isort: skip
-from qwen_scope.corpus import ExtractOptions, extract  # isort: skip
+from qwen_scope.scope import ExtractOptions, extract  # isort: skip
 from qwen_scope.text import Corpus
 
 from qwen_scope.lab import documents  # isort: skip

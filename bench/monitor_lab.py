@@ -37,9 +37,9 @@ from qwen_scope import Scope, load_scope
 from qwen_scope.lab import documents
 from qwen_scope.model import load_model
 from qwen_scope.posttrain import (
-    Asked,
     FeatureSFTTrainer,
     Monitor,
+    ProbePrompts,
     Sample,
     dataset_of,
     prepare,
@@ -88,7 +88,7 @@ class Behaviour(TrainerCallback):
     """Counts answers that show a concept, to questions that the monitor does not ask, when the monitor measures."""
 
     def __init__(self, tokenizer: Any) -> None:
-        self.tokenizer, self.asked = tokenizer, Asked(questions(8, PROMPTS), TOKENS, seed=1000)
+        self.tokenizer, self.asked = tokenizer, ProbePrompts(questions(8, PROMPTS), TOKENS, seed=1000)
         self.hits: dict[str, list[int]] = {concept: [] for concept in PLANTED}
         self.answers: list[int] = []
 
@@ -173,7 +173,7 @@ def one_run(start: str, scope: Scope, watch: Watch, planted: str | None, seed: i
             folder,
             watch=together,
             labels=labels,
-            asked=Asked(questions(9, PROMPTS), TOKENS, at_start=AT_START),
+            probe_prompts=ProbePrompts(questions(9, PROMPTS), TOKENS, at_start=AT_START),
             every=EVERY,
             alarm=ALARM,
             more=MORE,
@@ -190,14 +190,14 @@ def one_run(start: str, scope: Scope, watch: Watch, planted: str | None, seed: i
             concept: [one[reading] for line in lines for one in line["concepts"] if one["concept"] == concept]
             for concept in watch
         }
-        for reading in ("effect", "more")
+        for reading in ("effect", "rise_in_generation")
     }
     alarms = {str(one["concept"]): int(one["step"]) for line in lines for one in line["alarms"]}
     steps = [int(line["step"]) for line in lines]
     return Run(planted, seed, steps, losses, **readings, alarms=alarms, hits=behaviour.hits, answers=behaviour.answers)
 
 
-def cost(start: str, scope: Scope, watch: Watch, asked: Asked | None, steps: int) -> dict[str, float]:
+def cost(start: str, scope: Scope, watch: Watch, asked: ProbePrompts | None, steps: int) -> dict[str, float]:
     """The share of CPU time that goes into the monitor's callbacks at its own cadence; step 0 and the end apart."""
     kept = held_out(TEXTS)
     spent = {"on_train_begin": 0.0, "on_step_end": 0.0, "on_log": 0.0, "on_train_end": 0.0}
@@ -208,7 +208,7 @@ def cost(start: str, scope: Scope, watch: Watch, asked: Asked | None, steps: int
             texts_of(kept)[:COST_PROBES],
             folder,
             watch=watch["zh"],
-            asked=asked,
+            probe_prompts=asked,
             clock=time.process_time,
         )
 
@@ -366,7 +366,7 @@ def main() -> None:
     if not (keep / "cost.json").is_file():
         price = {"texts": cost(start, scope, watch, None, COST_STEPS)}
         price["answers"] = cost(
-            start, scope, watch, Asked(questions(9, COST_PROMPTS), TOKENS, at_start=AT_START), LONG_COST
+            start, scope, watch, ProbePrompts(questions(9, COST_PROMPTS), TOKENS, at_start=AT_START), LONG_COST
         )
         (keep / "cost.json").write_text(json.dumps(price))
     body = written(runs, json.loads((keep / "cost.json").read_text()))

@@ -21,8 +21,8 @@ from sections import paragraph, table, write_section
 
 from qwen_scope import load_scope
 from qwen_scope.analysis import Dataset, overlap_of, redundancy_of, subset_of
-from qwen_scope.corpus import ExtractOptions, extract
 from qwen_scope.model import LoadedModel
+from qwen_scope.scope import ExtractOptions, extract
 from qwen_scope.text import Corpus
 
 TITLE = "Benchmarks seen as features"

@@ -10,7 +10,7 @@ Looping is measured on held-out questions before, along the way and after. All t
 get stuck: the rarer loops are, the less vanilla sees of them.
 
 Everything finished lies in FOLDER/SHARE/SEED and is taken from there, so the work can be cut into calls: `start/`,
-`recipe.json`, and a file per arm.
+`recipe.json`, and a file per condition.
 """
 
 from __future__ import annotations
@@ -65,11 +65,11 @@ TITLE = "Endless repetition on the lab"
 SETUP = f"""`bench/repetition_lab.py`: every seed makes its own start model, the bundled one fine-tuned on {CHATS:,}
     chats of at most {SENTENCES} sentences ({START_STEPS} steps of {START_BATCH}, lr {START_LR:g}), of which a share
     repeat their last {BLOCK} tokens to the limit of {NEW_TOKENS}; finds its own {FEATURES} features of repetition and
-    their amount; and runs every arm from there: {STEPS} steps of {PROMPTS} questions times {GROUP} answers, lr {LR:g},
-    T = {TEMPERATURE}, no top-p, reward 1 for an answer that ends and is in the language asked. Looping is measured on
-    {HELD_OUT:,} held-out questions per figure; intervals are over seeds and prompts. The aim: steered rollouts lower
-    the looping share at least twice as far as vanilla in the same number of steps. The way features and amounts are
-    found, learning rate and steps were chosen on other start models."""
+    their amount; and runs every condition from there: {STEPS} steps of {PROMPTS} questions times {GROUP} answers, lr
+    {LR:g}, T = {TEMPERATURE}, no top-p, reward 1 for an answer that ends and is in the language asked. Looping is
+    measured on {HELD_OUT:,} held-out questions per figure; intervals are over seeds and prompts. The aim: steered
+    rollouts lower the looping share at least twice as far as vanilla in the same number of steps. The way features and
+    amounts are found, learning rate and steps were chosen on other start models."""
 PUBLISHED = """Published: the ratio falls sharply to a very low level in all three models, with vanilla DAPO only
     slightly; the values of its Figure 22 could not be had, nor is there a random control."""
 
@@ -167,20 +167,20 @@ class Curve(TrainerCallback):
                 self.measure(state.global_step, model)
 
 
-def one_run(keep: Path, arm: str, seed: int, recipe: Recipe) -> dict[str, Any]:
-    """Train one arm; the curve, rewards while training and seconds. The arm `start` is the model untrained."""
+def one_run(keep: Path, condition: str, seed: int, recipe: Recipe) -> dict[str, Any]:
+    """Train one condition; the curve, rewards while training and seconds. `start` is the untrained model."""
     begun = time.monotonic()
     loaded = load_model(str(keep / "start"), device="cpu")
     curve = Curve(loaded.tokenizer, seed)
     metrics: dict[str, Any] = {}
-    if arm == "start":
+    if condition == "start":
         curve.measure(0, loaded.model)
     else:
         run = RLRun(
             str(keep / "start"),
-            keep / f"rl-{arm}",
-            method="vanilla" if arm == "blind" else arm,
-            reward="repetition_lab:blind" if arm == "blind" else "lab",
+            keep / f"rl-{condition}",
+            method="vanilla" if condition == "blind" else condition,
+            reward="repetition_lab:blind" if condition == "blind" else "lab",
             sae="lab",
             unchecked=True,
             group=GROUP,
@@ -195,24 +195,32 @@ def one_run(keep: Path, arm: str, seed: int, recipe: Recipe) -> dict[str, Any]:
             seed=seed,
         )
         rows = lab_rows(400, 300 + seed, sums=0.0)
-        metrics = run_rl(run, rows, (), None if arm in {"vanilla", "blind"} else recipe, callbacks=[curve])
-    return {"arm": arm, "seed": seed, "points": curve.points, "seconds": time.monotonic() - begun, **metrics}
+        metrics = run_rl(run, rows, (), None if condition in {"vanilla", "blind"} else recipe, callbacks=[curve])
+    return {
+        "condition": condition,
+        "seed": seed,
+        "points": curve.points,
+        "seconds": time.monotonic() - begun,
+        **metrics,
+    }
 
 
 def runs_of(keep: Path, stuck: float, seed: int) -> list[dict[str, Any]]:
-    """Start model, recipe and arms of one seed, made where the folder lacks them."""
+    """Start model, recipe and conditions of one seed, made where the folder lacks them."""
     keep.mkdir(parents=True, exist_ok=True)
     if not (keep / "start" / "config.json").is_file():
         make_start(keep / "start", stuck, seed)
     if not (keep / "recipe.json").is_file():
         make_recipe(keep / "start", seed).save(keep / "recipe.json")
     runs = []
-    for arm in ("start", *ARMS):
-        path = keep / f"{arm}.json"
+    for condition in ("start", *ARMS):
+        path = keep / f"{condition}.json"
         if not path.is_file():
-            path.write_text(json.dumps(one_run(keep, arm, seed, load_recipe(keep / "recipe.json"))))
+            path.write_text(json.dumps(one_run(keep, condition, seed, load_recipe(keep / "recipe.json"))))
         runs.append(json.loads(path.read_text()))
-        print(stuck, seed, arm, [(p["step"], round(np.mean(p["loops"]), 4)) for p in runs[-1]["points"]], flush=True)
+        print(
+            stuck, seed, condition, [(p["step"], round(np.mean(p["loops"]), 4)) for p in runs[-1]["points"]], flush=True
+        )
     return runs
 
 
@@ -252,9 +260,9 @@ def spread(values: np.ndarray) -> str:
     return f"{values.mean():.2%} [{low:.2%}, {high:.2%}]"
 
 
-def loops_of(runs: Sequence[dict[str, Any]], arm: str, step: int) -> np.ndarray:
+def loops_of(runs: Sequence[dict[str, Any]], condition: str, step: int) -> np.ndarray:
     """`(seeds, prompts)`: which answers loop."""
-    found = [p["loops"] for run in runs if run["arm"] == arm for p in run["points"] if p["step"] == step]
+    found = [p["loops"] for run in runs if run["condition"] == condition for p in run["points"] if p["step"] == step]
     return np.array(found, float)
 
 
@@ -264,10 +272,12 @@ def written(stuck: float, runs: Sequence[dict[str, Any]], recipes: Sequence[Reci
     each = ", ".join(f"{value:.2%}" for value in before.mean(1))
     rows = [("start", "0", spread(before), each, "", *means(runs, "start", 0))]
     for step in range(EVERY, STEPS + 1, EVERY):
-        for arm in ARMS:
-            left = loops_of(runs, arm, step)
+        for condition in ARMS:
+            left = loops_of(runs, condition, step)
             each = ", ".join(f"{value:.2%}" for value in left.mean(1))
-            rows.append((arm, str(step), spread(left), each, spread(before - left), *means(runs, arm, step)))
+            rows.append(
+                (condition, str(step), spread(left), each, spread(before - left), *means(runs, condition, step))
+            )
     effects = [recipe.effect for recipe in recipes]
     figures = {
         name: ", ".join(f"{effect[name]['estimate']:.1%}" for effect in effects)
@@ -282,24 +292,26 @@ def written(stuck: float, runs: Sequence[dict[str, Any]], recipes: Sequence[Reci
         {worst:g}. Amounts, in median residual norms: {", ".join(str(effect["amount"]) for effect in effects)}."""
     columns = ("trained", "steps", "looping", "per seed", "fallen by", "ended", "reward")
     steps = range(EVERY, STEPS + 1, EVERY)
-    said = [verdict(step, {arm: before - loops_of(runs, arm, step) for arm in ARMS}) for step in steps]
+    said = [
+        verdict(step, {condition: before - loops_of(runs, condition, step) for condition in ARMS}) for step in steps
+    ]
     return [paragraph(head), table(columns, rows), paragraph(" ".join(said))]
 
 
-def means(runs: Sequence[dict[str, Any]], arm: str, step: int) -> tuple[str, str]:
+def means(runs: Sequence[dict[str, Any]], condition: str, step: int) -> tuple[str, str]:
     """Over seeds, the share of answers that ended and the reward."""
-    found = [p for run in runs if run["arm"] == arm for p in run["points"] if p["step"] == step]
+    found = [p for run in runs if run["condition"] == condition for p in run["points"] if p["step"] == step]
     return f"{np.mean([p['finished'] for p in found]):.1%}", f"{np.mean([p['reward'] for p in found]):.3f}"
 
 
 def verdict(step: int, fall: dict[str, np.ndarray]) -> str:
     """Whether the aim is met after so many steps."""
     said = []
-    for arm in ("vanilla", "random", "blind"):
-        against, own = fall[arm].mean(), fall["steered"].mean()
+    for condition in ("vanilla", "random", "blind"):
+        against, own = fall[condition].mean(), fall["steered"].mean()
         times = f"{own / against:.1f} times as far" if against > 0 else "where that does not lower it"
-        twice = spread(fall["steered"] - 2 * fall[arm])
-        said.append(f"against {arm} {times} (less twice the other's fall, in points: {twice})")
+        twice = spread(fall["steered"] - 2 * fall[condition])
+        said.append(f"against {condition} {times} (less twice the other's fall, in points: {twice})")
     part = fall["blind"].mean() / fall["vanilla"].mean()
     return f"""After {step} steps, steered rollouts have lowered the looping share, {"; ".join(said)}. Blind, to which
         loops teach nothing, falls {part:.0%} as far as vanilla: so much comes with what the policy learns elsewhere."""

@@ -1,6 +1,6 @@
 """SASFT on the lab: does the auxiliary loss cure the code-switching that plain fine-tuning on the same data teaches?
 
-    .venv/bin/python bench/sasft_lab.py [--write] [--targets zh,ru,ko] [--arms plain,features] [--keep RUNS.jsonl]
+    .venv/bin/python bench/sasft_lab.py [--write] [--targets zh,ru,ko] [--conditions plain,features] [--keep RUNS.jsonl]
 
 For every target language the lab's chats are mixed with chats whose answers drift into it, and the bundled model is
 fine-tuned on them: plainly; with the auxiliary loss on the features that begin the target; with the same loss on
@@ -82,7 +82,7 @@ class Run:
     """
 
     target: str
-    arm: str
+    condition: str
     seed: int
     ratio: float
     loss: float
@@ -119,19 +119,19 @@ def clean_chats(split: str, seed: int, n: int) -> list[Sample]:
 
 
 def tables_of(scope: Scope, target: str, seeds: Sequence[int]) -> dict[tuple[str, int], AlphaTable]:
-    """The alpha table of every arm and seed; of random features one per seed."""
+    """The alpha table of every condition and seed; of random features one per seed."""
     clean = responses(clean_chats("train", 500, 450))
     begun = switches(training_data(target, 0, 2 * SAMPLES), scope.tokenizer, target, SCRIPTS[target])
     sizes: dict[str, Any] = {"layers": LAYERS, "features": FEATURES}
     best = prepare(scope, clean, target, **sizes, onsets=begun, quantile=QUANTILE)
     published = prepare(scope, clean, target, **sizes)
-    out = {(arm, seed): published if arm == "published" else best for arm in ARMS for seed in seeds}
+    out = {(condition, seed): published if condition == "published" else best for condition in ARMS for seed in seeds}
     for seed in seeds:
         out["random", seed] = prepare(scope, clean, target, **sizes, onsets=begun, quantile=QUANTILE, at_random=seed)
     return out
 
 
-def tokenised(samples: Sequence[Sample], tokenizer: Any, groups: Sequence[str], target: str, arm: str) -> Dataset:
+def tokenised(samples: Sequence[Sample], tokenizer: Any, groups: Sequence[str], target: str, condition: str) -> Dataset:
     """Samples as token ids with a group per token: the sample's up to a switch, none after it.
 
     What comes after the switch *is* text of the target, which the method leaves out. The penalty acts on the token to
@@ -147,7 +147,7 @@ def tokenised(samples: Sequence[Sample], tokenizer: Any, groups: Sequence[str], 
         switch = len(text) if at is None else at
         number = NO_GROUP if sample["group"] in SHARES_SCRIPT[target] else groups.index(sample["group"])
         own = [number if end <= switch else NO_GROUP for _, end in said["offset_mapping"]]
-        if arm == "penalty" and NO_GROUP in own:
+        if condition == "penalty" and NO_GROUP in own:
             own[own.index(NO_GROUP)] = number
         ids = said["input_ids"]
         row = {"input_ids": asked + ids, "labels": [IGNORED] * len(asked) + ids}
@@ -155,7 +155,7 @@ def tokenised(samples: Sequence[Sample], tokenizer: Any, groups: Sequence[str], 
     return Dataset.from_list(rows)
 
 
-def fine_tuned(scope: Scope, target: str, arm: str, seed: int, chosen: AlphaTable) -> LoadedModel:
+def fine_tuned(scope: Scope, target: str, condition: str, seed: int, chosen: AlphaTable) -> LoadedModel:
     """The bundled model after the chats of a seed."""
     loaded = load_model(model_source("lab"))
     loaded.model.requires_grad_(True)
@@ -166,8 +166,8 @@ def fine_tuned(scope: Scope, target: str, arm: str, seed: int, chosen: AlphaTabl
         "random": lambda: FeatureLoss(chosen, scope.saes, weight=WEIGHT),
         "published": lambda: FeatureLoss(chosen, scope.saes, weight=WEIGHT),
         "penalty": lambda: TokenPenalty(chosen, loaded.model, weight=PENALTY),
-    }[arm]()
-    rows = tokenised(training_data(target, seed), loaded.tokenizer, chosen.groups, target, arm)
+    }[condition]()
+    rows = tokenised(training_data(target, seed), loaded.tokenizer, chosen.groups, target, condition)
     with tempfile.TemporaryDirectory() as folder:
         settings = SFTConfig(
             folder,
@@ -217,11 +217,11 @@ def rewarded(loaded: LoadedModel, target: str, seed: int) -> LoadedModel:
         return load_model(out / "model", device="cpu")
 
 
-def one_run(scope: Scope, target: str, arm: str, seed: int, chosen: AlphaTable) -> Run:
+def one_run(scope: Scope, target: str, condition: str, seed: int, chosen: AlphaTable) -> Run:
     """Fine-tune and measure."""
     begun = time.monotonic()
-    loaded = fine_tuned(scope, target, arm, seed, chosen)
-    if arm == "grpo":
+    loaded = fine_tuned(scope, target, condition, seed, chosen)
+    if condition == "grpo":
         loaded = rewarded(loaded, target, seed)
     loaded.model.eval()
     held_out = clean_chats("heldout_sentences", 4000 + seed, HELD_OUT)
@@ -237,7 +237,7 @@ def one_run(scope: Scope, target: str, arm: str, seed: int, chosen: AlphaTable) 
         max_new_tokens=NEW_TOKENS,
         seed=seed,
     )
-    return Run(target, arm, seed, found.ratio.estimate, loss, own, time.monotonic() - begun)
+    return Run(target, condition, seed, found.ratio.estimate, loss, own, time.monotonic() - begun)
 
 
 def rises(scope: Scope, target: str, chosen: AlphaTable) -> list[tuple[object, ...]]:
@@ -274,30 +274,36 @@ def rises(scope: Scope, target: str, chosen: AlphaTable) -> list[tuple[object, .
 def main() -> None:
     ask = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     ask.add_argument("--targets", default="zh,ru,ko")
-    ask.add_argument("--arms", default=",".join(ARMS))
+    ask.add_argument("--conditions", default=",".join(ARMS))
     ask.add_argument("--seeds", default=SEEDS)
     ask.add_argument("--keep", type=Path, help="a .jsonl that finished runs are added to and taken from")
     ask.add_argument("--write", action="store_true", help="write the section of docs/results.md")
     given = ask.parse_args()
     datasets.disable_progress_bars()
     logging.disable_progress_bar()
-    seeds, arms, targets = [int(s) for s in given.seeds.split(",")], given.arms.split(","), given.targets.split(",")
+    seeds, conditions, targets = (
+        [int(s) for s in given.seeds.split(",")],
+        given.conditions.split(","),
+        given.targets.split(","),
+    )
     scope = load_scope("lab")
     kept = given.keep.read_text().splitlines() if given.keep and given.keep.is_file() else []
     runs = [Run(**json.loads(line)) for line in kept]
-    done = {(run.target, run.arm, run.seed) for run in runs}
+    done = {(run.target, run.condition, run.seed) for run in runs}
     tables = {}
     for target in targets:
-        wanted = [(arm, seed) for seed in seeds for arm in arms if (target, arm, seed) not in done]
+        wanted = [
+            (condition, seed) for seed in seeds for condition in conditions if (target, condition, seed) not in done
+        ]
         if wanted or target == targets[0]:
             tables[target] = tables_of(scope, target, seeds)
-        for arm, seed in wanted:
-            runs.append(one_run(scope, target, arm, seed, tables[target][arm, seed]))
+        for condition, seed in wanted:
+            runs.append(one_run(scope, target, condition, seed, tables[target][condition, seed]))
             print(runs[-1], flush=True)
             if given.keep:
                 with given.keep.open("a") as file:
                     file.write(json.dumps(asdict(runs[-1])) + "\n")
-    some = [run for run in runs if run.target in targets and run.arm in arms and run.seed in seeds]
+    some = [run for run in runs if run.target in targets and run.condition in conditions and run.seed in seeds]
     body = f"{written(some)}\n\n{before_the_switch(scope, targets[0], tables[targets[0]]['features', seeds[0]])}"
     print(body)
     if given.write:
@@ -316,36 +322,42 @@ def before_the_switch(scope: Scope, target: str, chosen: AlphaTable) -> str:
 
 def written(runs: Sequence[Run]) -> str:
     """The section of docs/results.md."""
-    targets, arms = list(dict.fromkeys(r.target for r in runs)), list(dict.fromkeys(r.arm for r in runs))
-    by = {(r.target, r.arm, r.seed): r for r in runs}
+    targets, conditions = list(dict.fromkeys(r.target for r in runs)), list(dict.fromkeys(r.condition for r in runs))
+    by = {(r.target, r.condition, r.seed): r for r in runs}
     rows: list[tuple[object, ...]] = []
     cut: dict[tuple[str, str], float] = {}
     moved: dict[tuple[str, str], float] = {}
     for target in targets:
-        for arm in arms:
-            seeds = [r.seed for r in runs if (r.target, r.arm) == (target, arm) and (target, "plain", r.seed) in by]
+        for condition in conditions:
+            seeds = [
+                r.seed
+                for r in runs
+                if (r.target, r.condition) == (target, condition) and (target, "plain", r.seed) in by
+            ]
             if not seeds:
                 continue
-            mine, plain = ([by[target, name, seed] for seed in seeds] for name in (arm, "plain"))
+            mine, plain = ([by[target, name, seed] for seed in seeds] for name in (condition, "plain"))
             ratio = np.array([r.ratio for r in mine])
-            cut[target, arm] = float(1 - ratio.mean() / np.mean([r.ratio for r in plain]))
+            cut[target, condition] = float(1 - ratio.mean() / np.mean([r.ratio for r in plain]))
             against = np.array([r.loss / p.loss - 1 for r, p in zip(mine, plain, strict=True)])
             own = np.mean([r.own / p.own - 1 for r, p in zip(mine, plain, strict=True)])
-            moved[target, arm] = float(against.mean())
-            known = PUBLISHED.get(arm, {}).get(target)
+            moved[target, condition] = float(against.mean())
+            known = PUBLISHED.get(condition, {}).get(target)
             changes = (
                 ("", "", "")
-                if arm == "plain"
-                else (f"{cut[target, arm]:.0%}", percents(against, signed=True), f"{own:+.2%}")
+                if condition == "plain"
+                else (f"{cut[target, condition]:.0%}", percents(against, signed=True), f"{own:+.2%}")
             )
             loss = f"{np.mean([r.loss for r in mine]):.4f}"
             said = "" if known is None else f"{known:.2f}%"
-            rows.append((target, arm, len(seeds), percents(ratio), changes[0], loss, *changes[1:], said))
+            rows.append((target, condition, len(seeds), percents(ratio), changes[0], loss, *changes[1:], said))
 
     def named(some: Sequence[str]) -> str:
         return ", ".join(some) or "none"
 
-    halved = {arm: [target for target in targets if cut.get((target, arm), 0) >= 0.5] for arm in arms}
+    halved = {
+        condition: [target for target in targets if cut.get((target, condition), 0) >= 0.5] for condition in conditions
+    }
     near = [target for target in targets if abs(moved.get((target, "features"), 1)) <= 0.01]
     held = [
         target for target in halved.get("features", []) if target in near and target not in halved.get("random", [])
@@ -361,7 +373,7 @@ def written(runs: Sequence[Run]) -> str:
         "grpo": f"""plain fine-tuning, then {RL_STEPS} steps of {RL_PROMPTS} questions and {RL_GROUP} answers each, with
             the reward for the prompt's script (lr {RL_LR:g}).""",
     }
-    said_of = " ".join(f"`{arm}`: {about[arm]}" for arm in arms if arm in about)
+    said_of = " ".join(f"`{condition}`: {about[condition]}" for condition in conditions if condition in about)
     head = f"""`bench/sasft_lab.py`: the bundled model fine-tuned on {SAMPLES:,} chats, {DRIFT:.0%} of them drawn from
         documents whose answers drift into the target language (lr {LR:g}, batches of {BATCH}, one epoch). {said_of} The
         ratio is the share of

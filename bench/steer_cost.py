@@ -3,9 +3,9 @@
     python bench/steer_cost.py [--seconds 150] [--tokens 8] [--write]
 
 A random-weight Qwen3 of 8 layers, d_model 1,024 and a vocabulary of 151,936, with an SAE of width 16,384. Every round
-runs all arms, in an order that rotates; a share compares an arm with the unsteered run of its own round, so that other
-work on the machine, which comes and goes slower than a round, touches both. `clamp` is measured on a feature that is
-almost never active and on one that always is, which costs a full encode.
+runs all conditions, in an order that rotates; a share compares a condition with the unsteered run of its own round, so
+that other work on the machine, which comes and goes slower than a round, touches both. `clamp` is measured on a feature
+that is almost never active and on one that always is, which costs a full encode.
 """
 
 from __future__ import annotations
@@ -68,20 +68,20 @@ def main() -> None:
             model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config)
             return time.perf_counter() - start
 
-    arms = {
+    conditions = {
         "unsteered": [],
         "add": [Intervention.add(layer=LAYER, feature=3, amount=2.0)],
         "clamp": [Intervention.clamp(layer=LAYER, feature=3, amount=2.0)],
         "clamp, always active": [Intervention.clamp(layer=LAYER, feature=1, amount=2.0)],
     }
-    names = list(arms)
-    times: dict[str, list[float]] = {name: [] for name in arms}
-    for interventions in arms.values():
+    names = list(conditions)
+    times: dict[str, list[float]] = {name: [] for name in conditions}
+    for interventions in conditions.values():
         seconds(interventions)
     end = time.monotonic() + args.seconds
     for turn in range(10**6):
         for name in names[turn % 4 :] + names[: turn % 4]:
-            times[name].append(seconds(arms[name]))
+            times[name].append(seconds(conditions[name]))
         if time.monotonic() > end:
             break
     plain = np.array(times["unsteered"])
@@ -91,13 +91,13 @@ def main() -> None:
         share, low, high = median_interval(plain / own)
         aim = {"unsteered": "", "add": "0.97"}.get(name, "0.90")
         rows.append((name, args.tokens / float(np.median(own)), f"{share:.3f} [{low:.3f}, {high:.3f}]", aim))
-        print(json.dumps({"arm": name, "rounds": len(own), "share": share, "low": low, "high": high}), flush=True)
+        print(json.dumps({"condition": name, "rounds": len(own), "share": share, "low": low, "high": high}), flush=True)
     how = f"""
         `bench/steer_cost.py --write`: a random-weight Qwen3 of 8 layers, d_model {D_MODEL:,} and a vocabulary of
         151,936 in fp32, an SAE of width {WIDTH:,}, batch 1, {torch.get_num_threads()} threads; {len(plain)} rounds of
-        {args.tokens} tokens, the arms of a round in rotating order. Share of unsteered: the median over rounds of the
-        ratio within a round, with its 95% interval. Load of the machine meanwhile: {os.getloadavg()[0]:.1f}."""
-    columns = ("arm", "tokens per second", "share of unsteered", "aim, at least")
+        {args.tokens} tokens, the conditions of a round in rotating order. Share of unsteered: the median over rounds of
+        the ratio within a round, with its 95% interval. Load of the machine meanwhile: {os.getloadavg()[0]:.1f}."""
+    columns = ("condition", "tokens per second", "share of unsteered", "aim, at least")
     body = "\n\n".join([paragraph(how), table(columns, rows)])
     if args.write:
         write_section("What steering costs", body)

@@ -121,7 +121,7 @@ def main(arguments: list[str]) -> None:
         amounts=(1.0,),
         lower=True,
         saes=scope.saes,
-        stats=scope.sizes,
+        stats=scope.stats,
         decoding=DECODING,
         budget=Budget(2.0, 0.1),
     )
@@ -130,11 +130,11 @@ def main(arguments: list[str]) -> None:
     print(name, sorted((one.layer, one.feature) for one in chosen), flush=True)
     means = language_means(scope)
     contrast = {layer: [f for f, _ in features_of(scope, means, INTO, layer, N_CONTRAST)] for layer in scope.layers}
-    arms = {"by effect": chosen, "by contrast": scaled(contrast)}
+    conditions = {"by effect": chosen, "by contrast": scaled(contrast)}
     additions = [Intervention.add(layer=one.layer, feature=one.feature, amount=1.0) for one in chosen]
     for seed in range(N_RANDOM):
-        others = matched_random(additions, scope.saes, scope.sizes, np.random.default_rng(seed))
-        arms[f"random {seed + 1}"] = [
+        others = matched_random(additions, scope.saes, scope.stats, np.random.default_rng(seed))
+        conditions[f"random {seed + 1}"] = [
             Intervention.scale(layer=o.layer, feature=o.feature, amount=chosen[0].amount)
             for o in others
             if o.feature is not None
@@ -147,13 +147,15 @@ def main(arguments: list[str]) -> None:
     ):
         prompts = questions(24, N_TEST, split)
         plain, normal = answers(scope, prompts, [])
-        for arm, interventions in arms.items():
+        for condition, interventions in conditions.items():
             values, cost = answers(scope, prompts, interventions)
             left, low, high = kept_share(plain, values)
-            if arm == "by effect":
+            if condition == "by effect":
                 worst = max(worst, left)
             share = f"{left:.2f} [{low:.2f}, {high:.2f}]"
-            rows.append((questions_of, len(prompts), arm, bootstrap(plain), bootstrap(values), share, cost / normal))
+            rows.append(
+                (questions_of, len(prompts), condition, bootstrap(plain), bootstrap(values), share, cost / normal)
+            )
             print(json.dumps(rows[-1], ensure_ascii=False, default=vars), flush=True)
     how = f"""
         `bench/steer_drift.py --write`: chats whose answers in this corpus sometimes drift into Chinese;

@@ -94,9 +94,9 @@ def knob(scope: Scope, means: dict, language: str, layers: list[int]) -> list[In
 
 def random_like(scope: Scope, chosen: list[Intervention], seed: int) -> list[Intervention]:
     """Each feature replaced by one that fires about as often, with the same length of change and the same tokens."""
-    raw = resolve(scope.model, chosen, scope.saes, scope.sizes)
+    raw = resolve(scope.model, chosen, scope.saes, scope.stats)
     prompt = [one for one in raw if one.where.prompt]
-    drawn = matched_random(prompt, scope.saes, scope.sizes, np.random.default_rng(seed))
+    drawn = matched_random(prompt, scope.saes, scope.stats, np.random.default_rng(seed))
     return [
         *drawn,
         *(
@@ -117,7 +117,7 @@ def named(layers: list[int]) -> str:
 
 def run(scope: Scope, prompts: list[str], chosen: list[Intervention], seed: int) -> tuple[list[Generation], list[Row]]:
     made = generate(
-        scope.model, scope.tokenizer, prompts, chosen, saes=scope.saes, stats=scope.sizes, decoding=decoding(seed)
+        scope.model, scope.tokenizer, prompts, chosen, saes=scope.saes, stats=scope.stats, decoding=decoding(seed)
     )
     ids = [scope.tokenizer(prompt)["input_ids"] for prompt in prompts]
     return made, rows_of(ids, made)
@@ -144,7 +144,7 @@ def into(scope: Scope, means: dict, language: str, reference: list[Row], seed: i
         lambda texts: share(texts, language),
         amounts=AMOUNTS,
         saes=scope.saes,
-        stats=scope.sizes,
+        stats=scope.stats,
         decoding=decoding(seed),
         budget=BUDGET,
         reference=reference,

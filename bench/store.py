@@ -16,8 +16,8 @@ from statistics import median
 import numpy as np
 import pyarrow as pa
 
-from qwen_scope.corpus import FeatureStore, LayerInfo, LayerRows, StoreWriter, Window
-from qwen_scope.corpus.layout import TABLES
+from qwen_scope.store import FeatureStore, LayerInfo, LayerRows, StoreWriter, Window
+from qwen_scope.store.layout import TABLES
 
 D_SAE, K, WINDOW, VOCABULARY = 32768, 50, 2**15, 50_000
 INFO = LayerInfo(14, "layers.14.resid_post", "made-up", "0" * 64, D_SAE, K, "topk")

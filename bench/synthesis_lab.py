@@ -25,11 +25,11 @@ from sections import paragraph, table, write_section
 
 from qwen_scope import FeatureStore, Scope, load_scope
 from qwen_scope.analysis import Dataset, Labelled, fit_rule, logistic, text_baseline
-from qwen_scope.corpus import extract
 from qwen_scope.features import Endpoint, pool_texts
 from qwen_scope.lab import LANGUAGES, Document, Mixture, default_mixture, documents
 from qwen_scope.model import LoadedModel
 from qwen_scope.posttrain import SynthesisOptions, Target, listed_targets, serving_lab, synthesize
+from qwen_scope.scope import extract
 from qwen_scope.stats import bootstrap
 from qwen_scope.text import Corpus
 
@@ -185,18 +185,18 @@ def f1(called: np.ndarray, labels: np.ndarray) -> float:
 
 
 def classify(scope: Scope, run: Coverage) -> list[dict]:
-    """F1 of three classifiers trained on the seed corpus with so many texts of each arm."""
+    """F1 of three classifiers trained on the seed corpus with so many texts of each condition."""
     texts, labels = test_set(run.seed)
     x_test, fires_test = encoded(scope, texts)
     everything = [one for part in ("seed", *ARMS) for one in run.data[part]]
     places = np.cumsum([0, *(len(run.data[part]) for part in ("seed", *ARMS))])
     words, y = [text for text, _ in everything], np.array([label for _, label in everything])
     x, fires = encoded(scope, words)
-    sizes = [n for n in SIZES if n <= min(len(run.data[arm]) for arm in ARMS)]
+    sizes = [n for n in SIZES if n <= min(len(run.data[condition]) for condition in ARMS)]
     rows = []
-    for arm, n in [("seed", 0), *((arm, n) for n in sizes for arm in ARMS)]:
-        # Of every arm texts at random, not the first: the targeted ones come in an order.
-        start, end = places[("seed", *ARMS).index(arm)], places[("seed", *ARMS).index(arm) + 1]
+    for condition, n in [("seed", 0), *((condition, n) for n in sizes for condition in ARMS)]:
+        # Of every condition texts at random, not the first: the targeted ones come in an order.
+        start, end = places[("seed", *ARMS).index(condition)], places[("seed", *ARMS).index(condition) + 1]
         added = np.random.default_rng(run.seed).permutation(np.arange(start, end))[:n]
         use = np.concatenate([np.arange(places[1]), added])
         rule = fit_rule(Labelled({LAYER: fires.take(use)}, y[use]), 5)
@@ -205,7 +205,7 @@ def classify(scope: Scope, run: Coverage) -> list[dict]:
             "TF-IDF": f1(text_baseline([words[i] for i in use], y[use], texts)[0], labels),
             "rule of 5 features": f1(rule.decide({LAYER: fires_test}), labels),
         }
-        rows.append({"arm": arm, "n": n, "seed": run.seed, "rude": float(y[use].mean()), **scores})
+        rows.append({"condition": condition, "n": n, "seed": run.seed, "rude": float(y[use].mean()), **scores})
     return rows
 
 
@@ -234,30 +234,33 @@ def coverage_rows(runs: list[Coverage]) -> tuple[list[tuple], list[str]]:
         some = [run for run in runs if run.strength == strength]
         aims = [reached(run.curves["targeted"], AIM) for run in some]
         ends = [aim if aim is not None else run.answers for run, aim in zip(some, aims, strict=True)]
-        arms = {a: [covered_at(run.curves[a], n) for run, n in zip(some, ends, strict=True)] for a in ARMS}
+        conditions = {a: [covered_at(run.curves[a], n) for run, n in zip(some, ends, strict=True)] for a in ARMS}
         last = {a: [run.curves[a][-1][1] for run in some] for a in ARMS}
-        met = [aim is not None and max(arms["natural"][i], arms["untargeted"][i]) < AIM for i, aim in enumerate(aims)]
+        met = [
+            aim is not None and max(conditions["natural"][i], conditions["untargeted"][i]) < AIM
+            for i, aim in enumerate(aims)
+        ]
         verdicts.append(f"strength {strength:g}: {sum(met)} of {len(met)} seeds")
         budgets = ", ".join("never" if aim is None else str(aim) for aim in aims)
-        at_end = " / ".join(f"{np.mean(last[arm]):.1%}" for arm in ARMS)
+        at_end = " / ".join(f"{np.mean(last[condition]):.1%}" for condition in ARMS)
         answers = f"{min(run.answers for run in some)} to {max(run.answers for run in some)}"
         before = spread([run.before for run in some])
-        measured = (spread(arms[arm]) for arm in ARMS)
+        measured = (spread(conditions[condition]) for condition in ARMS)
         cells.append((f"{strength:g}", some[0].targets, before, budgets, *measured, answers, at_end))
     return cells, verdicts
 
 
 def classifier_rows(rows: list[dict]) -> tuple[list[tuple], list[tuple]]:
-    """F1 by arm and number of texts, and the gain per 100 texts."""
-    base = {name: {row["seed"]: row[name] for row in rows if row["arm"] == "seed"} for name in CLASSIFIERS}
+    """F1 by condition and number of texts, and the gain per 100 texts."""
+    base = {name: {row["seed"]: row[name] for row in rows if row["condition"] == "seed"} for name in CLASSIFIERS}
     lines, gains = [], []
-    for arm, n in dict.fromkeys((row["arm"], row["n"]) for row in rows):
-        some = [row for row in rows if (row["arm"], row["n"]) == (arm, n)]
+    for condition, n in dict.fromkeys((row["condition"], row["n"]) for row in rows):
+        some = [row for row in rows if (row["condition"], row["n"]) == (condition, n)]
         scores = (spread([row[name] for row in some], False) for name in CLASSIFIERS)
-        lines.append((arm, n, f"{np.mean([row['rude'] for row in some]):.1%}", *scores))
+        lines.append((condition, n, f"{np.mean([row['rude'] for row in some]):.1%}", *scores))
         if n:
             per = [[(row[name] - base[name][row["seed"]]) / n * 100 for row in some] for name in CLASSIFIERS]
-            gains.append((arm, n, *(spread(values, False) for values in per)))
+            gains.append((condition, n, *(spread(values, False) for values in per)))
     return lines, gains
 
 
@@ -278,16 +281,17 @@ def written(runs: list[Coverage], rows: list[dict]) -> str:
         lab's grammar, sees only the prompt, and {ERRORS:.0%} of its texts are drawn at random from the whole grammar.
         Targeted answers count whether they were kept or not. Up to {BUDGET} answers were asked for, until each
         target fires in {WANT} texts. Intervals are over seeds."""
-    classified = f"""A rude classifier from the seed corpus and texts of each arm (strength {CLASSIFIED:g}, drawn at
-        random from what the arm made; targeted texts are the kept ones), with the grammar as annotator. F1 on
-        {held_out} talks of all nine languages, half of them rude, of templates and combinations that no arm may use:"""
+    classified = f"""A rude classifier from the seed corpus and texts of each condition (strength {CLASSIFIED:g}, drawn
+        at random from what the condition made; targeted texts are the kept ones), with the grammar as annotator. F1 on
+        {held_out} talks of all nine languages, half of them rude, of templates and combinations that no condition may
+        use:"""
     columns = ("strength", "targets", "seed corpus", f"answers to {AIM:.0%}", *ARMS, "answers in all", "then")
     return "\n\n".join(
         (
             paragraph(setting),
             table(columns, cells),
             paragraph(
-                f"The arms are compared at the texts in 'answers to {AIM:.0%}'; 'then' is natural / untargeted"
+                f"The conditions are compared at the texts in 'answers to {AIM:.0%}'; 'then' is natural / untargeted"
                 f" / targeted at the end. The report prints 99.74% at its matched budget. {AIM:.0%} with both others"
                 f" below: {'; '.join(verdicts)}."
             ),

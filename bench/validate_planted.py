@@ -84,8 +84,8 @@ def section(rows: list[dict]) -> str:
         `bench/validate_planted.py {trials} --write`: in the SAE of layer {LAYER} of the lab the feature that tells a
         language best keeps its encoder and gets a new decoder of equal length: the language's difference of means (a
         knob), or a random direction (a correlate). `validate` judges both, with fresh prompts, examples and seeds in
-        every trial, {N} prompts per arm, 19 matched random features and 9 shuffles of the labels. The aim: at least 19
-        of 20 right, each."""
+        every trial, {N} prompts per condition, 19 matched random features and 9 shuffles of the labels. The aim: at
+        least 19 of 20 right, each."""
     wrong = [
         f"{row['planted']} {row['trial']} ({row['language']}): {row['outcome']}" for row in rows if not right_in(row)
     ]
@@ -111,10 +111,10 @@ def main(arguments: list[str]) -> None:
     for number in range(first, last):
         start = time.time()
         for kind, verdict in trial(scope, number, texts, code).items():
-            arms = {arm.name: arm.effect.estimate for arm in verdict.arms[:6]}
+            conditions = {condition.name: condition.effect.estimate for condition in verdict.conditions[:6]}
             row = {"trial": number, "language": LANGUAGES[number % 9], "planted": kind, "outcome": verdict.outcome}
-            row |= {"shuffled": [arm.effect.estimate for arm in verdict.shuffled]}
-            row |= {"arms": arms, "reasons": verdict.reasons, "seconds": time.time() - start}
+            row |= {"shuffled": [condition.effect.estimate for condition in verdict.shuffled]}
+            row |= {"conditions": conditions, "reasons": verdict.reasons, "seconds": time.time() - start}
             rows.append(row)
             print(json.dumps(row, ensure_ascii=False), flush=True)
     if "--write" in arguments:

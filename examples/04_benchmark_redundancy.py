@@ -5,8 +5,8 @@ from pathlib import Path
 
 from qwen_scope import load_scope
 from qwen_scope.analysis import Dataset, greedy, redundancy_of
-from qwen_scope.corpus import extract
 from qwen_scope.model import LoadedModel
+from qwen_scope.scope import extract
 from qwen_scope.text import Corpus
 
 FOODS = ("bread", "rice", "fish", "cheese", "honey", "cake", "butter", "salad")

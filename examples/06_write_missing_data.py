@@ -12,11 +12,11 @@ from pathlib import Path
 import numpy as np
 
 from qwen_scope import load_scope
-from qwen_scope.corpus import extract
 from qwen_scope.features import Endpoint
 from qwen_scope.lab import documents
 from qwen_scope.model import LoadedModel
 from qwen_scope.posttrain import SynthesisOptions, listed_targets, serving_lab, synthesize
+from qwen_scope.scope import extract
 from qwen_scope.text import Corpus
 
 LAYER = 5

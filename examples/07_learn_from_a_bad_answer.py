@@ -15,9 +15,12 @@ def main() -> None:
     labelled = [(str(found.language), found.text) for found in documents(n=90, kinds=["talk"])]
     features = prepare(scope, labelled, target="zh", layers=[5]).layers[0].features
     added = [Intervention.add(layer=5, feature=f, amount=0.7, unit="resid_norm") for f in features]
-    knob = [one.resolve(scope.sizes[5], scope.saes[5]) for one in added]
-    recipe = Recipe.of("Chinese", scope.model, knob, scope.saes)
-    print("steered with", ", ".join(f"layer {one.layer} feature {one.feature} by {one.amount:.1f}" for one in knob))
+    interventions = [one.resolve(scope.stats[5], scope.saes[5]) for one in added]
+    recipe = Recipe.of("Chinese", scope.model, interventions, scope.saes)
+    print(
+        "steered with",
+        ", ".join(f"layer {one.layer} feature {one.feature} by {one.amount:.1f}" for one in interventions),
+    )
 
     questions = [row for row in lab_rows(60, sums=0.0) if row["language"] not in {"zh", "ja"}]
     with tempfile.TemporaryDirectory() as folder:

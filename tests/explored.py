@@ -9,10 +9,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from qwen_scope.corpus import extract
-from qwen_scope.explorer import Desk, launch
+from qwen_scope.explorer import AppState, launch
 from qwen_scope.model import LoadedModel
-from qwen_scope.scope import Scope
+from qwen_scope.scope import Scope, extract
 from qwen_scope.text import Corpus
 
 HOSTILE = "<script>window.hit=1</script><img src=x onerror='window.hit=2'> \"q\" ${1} {{x}} `b` \u202eשלום مرحبا 🙂"
@@ -30,11 +29,11 @@ def make_stores(scope: Scope, folder: Path) -> dict[str, Path]:
 
 
 @contextmanager
-def served(desk: Desk, **options: Any) -> Iterator[str]:
+def served(state: AppState, **options: Any) -> Iterator[str]:
     """The address of the page while it is served."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the server's packages, in threads that outlive a test
-        page, address = launch(desk, block=False, **options)
+        page, address = launch(state, block=False, **options)
         try:
             yield address
         finally:

@@ -167,7 +167,7 @@ def warm() -> None:
     import transformers
 
     import qwen_scope.cli.app
-    from qwen_scope import corpus, features, sae, scope, train
+    from qwen_scope import features, sae, scope, train
 
     for room in (corpus, features, sae, scope, train):
         for name in dir(room):

@@ -297,8 +297,8 @@ def prepare(place: Path) -> list[Command]:
 
     from qwen_scope.analysis import Rule, RuleFeature
     from qwen_scope.cli import main
-    from qwen_scope.corpus import FeatureStore
     from qwen_scope.sae import load_sae
+    from qwen_scope.store import FeatureStore
 
     place.mkdir(parents=True, exist_ok=True)
     model, sae = str(tiny.folder() / "model"), str(tiny.folder() / "sae")
@@ -389,10 +389,10 @@ def imported() -> None:
     import trl  # noqa: F401
 
     import qwen_scope.cli.app
-    import qwen_scope.corpus.store
     import qwen_scope.features.label
     import qwen_scope.posttrain.sft
     import qwen_scope.posttrain.synthesize
+    import qwen_scope.store.store
     import qwen_scope.train.run  # noqa: F401
 
     torch.set_num_threads(1)

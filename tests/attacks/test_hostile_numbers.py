@@ -34,7 +34,7 @@ def test_any_range_of_exponents(a: int, b: int, c: int, k: int, seed: int) -> No
     truth = kernels.encode_topk_reference(x, W, bias, k)
     sizes = (x.double().abs() @ W.double().abs().T + bias.double().abs()).amax(1, keepdim=True)
     room = 1e-5 * sizes + 1e-36
-    acts, stats = kernels.encode_topk_screened(x, W, bias, k, screen, use_compiled=False)
+    acts, stats = kernels.encode_topk_screened(x, W, bias, k, screen, use_numba=False)
     assert stats.rows == 9
     finite = truth.values.isfinite().all(1)
     assert torch.equal(acts.values.isfinite().all(1), finite)

@@ -13,9 +13,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from qwen_scope.corpus import FeatureStore, LayerInfo, LayerRows, StoreWriter, Window
-from qwen_scope.corpus.layout import TABLES, part_writer
 from qwen_scope.errors import FormatError, QwenScopeError
+from qwen_scope.store import FeatureStore, LayerInfo, LayerRows, StoreWriter, Window
+from qwen_scope.store.layout import TABLES, part_writer
 
 D_SAE, TOKENS = 24, 50
 

@@ -14,14 +14,14 @@ import numpy as np
 import pytest
 
 from qwen_scope.analysis import Dataset, Rule, RuleFeature, Student
-from qwen_scope.corpus import LayerInfo
-from qwen_scope.corpus.layout import Manifest, Part
 from qwen_scope.errors import MismatchError, QwenScopeError
 from qwen_scope.features import Label, Note
 from qwen_scope.posttrain import AlphaTable, LayerTable, read_table
 from qwen_scope.sae import Identity
 from qwen_scope.stats import Interval
 from qwen_scope.steer import Intervention, Recipe, load_recipe
+from qwen_scope.store import LayerInfo
+from qwen_scope.store.layout import Manifest, Part
 
 SAE = Identity("group", 2, "f" * 64)
 RULE = Rule("rude", (RuleFeature(2, 7, 0.5, 2.0, 0.25, SAE.fingerprint),), {"seeds": 20})

@@ -12,7 +12,7 @@ import pytest
 from playwright.sync_api import Browser, BrowserContext, Page, expect, sync_playwright
 
 from qwen_scope import load_scope
-from qwen_scope.explorer import Desk
+from qwen_scope.explorer import AppState
 
 CHROMIUM = shutil.which("chromium")
 PATIENCE = 60_000  # milliseconds; a slow machine is not a wrong page
@@ -29,14 +29,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session")
-def desk(tmp_path_factory: pytest.TempPathFactory) -> Desk:
+def state(tmp_path_factory: pytest.TempPathFactory) -> AppState:
     scope = load_scope("lab", device="cpu")
-    return Desk(scope, explored.make_stores(scope, tmp_path_factory.mktemp("stores")))
+    return AppState(scope, explored.make_stores(scope, tmp_path_factory.mktemp("stores")))
 
 
 @pytest.fixture(scope="session")
-def url(desk: Desk) -> Iterator[str]:
-    with explored.served(desk) as address:
+def url(state: AppState) -> Iterator[str]:
+    with explored.served(state) as address:
         yield address
 
 

@@ -18,11 +18,10 @@ from PIL import Image
 from playwright.sync_api import Page, expect, sync_playwright
 
 from qwen_scope import load_scope
-from qwen_scope.corpus import extract
-from qwen_scope.explorer import Desk
+from qwen_scope.explorer import AppState
 from qwen_scope.lab import documents
 from qwen_scope.model import LoadedModel
-from qwen_scope.scope import Scope
+from qwen_scope.scope import Scope, extract
 from qwen_scope.text import Corpus
 
 OUT = Path(__file__).parents[2] / "docs" / "explorer"
@@ -33,7 +32,7 @@ WIDTH, TALLEST, DOCUMENTS, COLOURS = 1280, 1500, 60, 128
 def stores(scope: Scope, folder: Path) -> dict[str, Path]:
     """A store per language, of the layers that the pictures show."""
     loaded = LoadedModel(scope.model, scope.tokenizer, scope.name)
-    layers = sorted({scope.layers[-1], Desk(scope).default_intervention()["layer"]})
+    layers = sorted({scope.layers[-1], AppState(scope).default_intervention()["layer"]})
     for code in LANGUAGES:
         texts = [one.text for one in documents(n=DOCUMENTS, seed=7, languages=[code])]
         extract(Corpus(texts, name=code), loaded, {layer: scope.saes[layer] for layer in layers}, folder / code).close()
@@ -98,16 +97,16 @@ def main() -> None:
     OUT.mkdir(exist_ok=True)
     scope = load_scope("lab", device="cpu")
     with tempfile.TemporaryDirectory() as folder, sync_playwright() as tools:
-        desk = Desk(scope, stores(scope, Path(folder)))
+        state = AppState(scope, stores(scope, Path(folder)))
         expect.set_options(timeout=180_000)
-        with served(desk) as url:
+        with served(state) as url:
             chromium = tools.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
             for scheme in ("light", "dark"):
                 context = chromium.new_context(viewport={"width": WIDTH, "height": 900}, color_scheme=scheme)
                 page = context.new_page()
                 page.set_default_timeout(180_000)
                 page.goto(url)
-                tabs(page, scheme, desk.default_intervention())
+                tabs(page, scheme, state.default_intervention())
             chromium.close()
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from explored import HOSTILE
 from playwright.sync_api import Page, expect
 
-from qwen_scope.explorer import Desk
+from qwen_scope.explorer import AppState
 
 TEXT = "Could you wait, please? Shut up, you fool!"
 Visit = Callable[..., Page]
@@ -21,10 +21,10 @@ def read(page: Page, text: str = TEXT) -> int:
     return int(page.locator("#explore-layer input[type=number]").input_value())
 
 
-def test_a_text_is_read_and_its_tokens_lead_to_features(visit: Visit, desk: Desk) -> None:
+def test_a_text_is_read_and_its_tokens_lead_to_features(visit: Visit, state: AppState) -> None:
     page = visit()
     layer = read(page)
-    seen = desk.scope.features([TEXT], [layer])
+    seen = state.scope.features([TEXT], [layer])
     chips = page.locator("#explore-tokens button.qs-token")
     assert "".join(chips.all_text_contents()) == "".join(seen.tokens[0])
 
@@ -47,20 +47,20 @@ def test_a_text_is_read_and_its_tokens_lead_to_features(visit: Visit, desk: Desk
     assert [i for i, style in enumerate(styles) if style] == values.nonzero().flatten().tolist()
 
 
-def test_another_layer_and_the_text_through_depth(visit: Visit, desk: Desk) -> None:
+def test_another_layer_and_the_text_through_depth(visit: Visit, state: AppState) -> None:
     page = visit()
     layer = read(page)
     slider = page.locator("#explore-layer input[type=range]")
     slider.focus()
     slider.press("ArrowRight")
-    seen = desk.scope.features([TEXT], [layer + 1])
+    seen = state.scope.features([TEXT], [layer + 1])
     best = seen.strongest(0, layer + 1, 1)[0]
     expect(page.locator("#explore-text-features .qs-row .qs-id").first).to_have_text(str(best.feature))
 
     page.locator("#explore-through").click()
     depth = page.locator("#explore-depth table")
     expect(depth).to_have_count(2)
-    expect(depth.nth(1).locator("tr")).to_have_count(len(desk.layers))
+    expect(depth.nth(1).locator("tr")).to_have_count(len(state.layers))
     expect(depth.nth(0).locator(".qs-here .qs-id")).to_have_text(str(best.feature))
 
 

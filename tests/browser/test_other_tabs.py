@@ -14,8 +14,8 @@ from explored import ENGLISH, GERMAN, LAYER
 from playwright.sync_api import Page, expect
 
 from qwen_scope.analysis import Rule, RuleFeature
-from qwen_scope.corpus import FeatureStore
-from qwen_scope.explorer import Desk
+from qwen_scope.explorer import AppState
+from qwen_scope.store import FeatureStore
 
 Visit = Callable[..., Page]
 PATIENCE_S = 60
@@ -25,14 +25,14 @@ def tab(page: Page, name: str) -> None:
     page.get_by_role("tab", name=name).click()
 
 
-def test_two_texts_are_compared_and_rows_shade_both(visit: Visit, desk: Desk) -> None:
+def test_two_texts_are_compared_and_rows_shade_both(visit: Visit, state: AppState) -> None:
     page = visit()
     tab(page, "Compare")
     for side, text in zip("ab", (GERMAN[0], ENGLISH[0]), strict=True):
         page.locator(f"#compare-text-{side} textarea").fill(text)
     page.locator("#compare-go").click()
     rows = page.locator("#compare-ranking tr[data-shade]")
-    found = desk.scope.compare(GERMAN[0], ENGLISH[0])
+    found = state.scope.compare(GERMAN[0], ENGLISH[0])
     expected = [one.feature for ranked in found.values() for one in ranked]
     expect(rows).to_have_count(len(expected))
     assert [int(text) for text in page.locator("#compare-ranking .qs-id").all_text_contents()] == expected
@@ -46,7 +46,7 @@ def test_two_texts_are_compared_and_rows_shade_both(visit: Visit, desk: Desk) ->
         assert [i for i, style in enumerate(styles) if style] == [i for i, _ in shade[side]]
 
 
-def test_two_uploaded_sets_are_compared(visit: Visit, desk: Desk, files: Path) -> None:
+def test_two_uploaded_sets_are_compared(visit: Visit, state: AppState, files: Path) -> None:
     page = visit()
     tab(page, "Compare")
     for side, texts in zip("ab", (GERMAN[:3], ENGLISH), strict=True):
@@ -56,7 +56,7 @@ def test_two_uploaded_sets_are_compared(visit: Visit, desk: Desk, files: Path) -
         page.locator(f"#compare-file-{side} input[type=file]").set_input_files(path)
         expect(page.locator(f"#compare-file-{side}")).to_contain_text(re.compile(rf"{side}\s*\.txt"))
     page.locator("#compare-go").click()
-    expected = desk.scope.compare(GERMAN[:3], ENGLISH)[0][0].feature
+    expected = state.scope.compare(GERMAN[:3], ENGLISH)[0][0].feature
     expect(page.locator("#compare-ranking .qs-id").first).to_have_text(str(expected))
     expect(page.locator("[data-side=a] .qs-tokens")).to_have_count(3)
 
@@ -73,7 +73,7 @@ def test_steering_streams_side_by_side_and_tokens_tell_their_rivals(visit: Visit
     expect(page.locator("#steer-candidates tr")).to_have_count(10)
 
 
-def test_positions_are_previewed_and_bad_ones_refused(visit: Visit, desk: Desk) -> None:
+def test_positions_are_previewed_and_bad_ones_refused(visit: Visit, state: AppState) -> None:
     page = visit()
     tab(page, "Steer")
     page.locator("#steer-where input, #steer-where textarea").fill("1,3-4")
@@ -88,13 +88,13 @@ def test_positions_are_previewed_and_bad_ones_refused(visit: Visit, desk: Desk) 
     expect(page.locator("#steer-notice [role=alert]")).to_contain_text("There is no feature 999999")
 
 
-def test_a_generation_can_be_stopped(visit: Visit, desk: Desk) -> None:
+def test_a_generation_can_be_stopped(visit: Visit, state: AppState) -> None:
     page = visit()
     tab(page, "Steer")
     page.get_by_role("button", name="Sampling").click()
     page.get_by_label("number input for Most new tokens").fill("300")
     page.locator("#steer-amount input").fill("4")  # so far out that the text never ends by itself
-    slowly = desk.scope.model.register_forward_pre_hook(lambda *_: time.sleep(0.1))
+    slowly = state.scope.model.register_forward_pre_hook(lambda *_: time.sleep(0.1))
     try:
         page.locator("#steer-run").click()
         expect(page.locator("#steer-steered .qs-prose")).not_to_be_empty()
@@ -103,10 +103,10 @@ def test_a_generation_can_be_stopped(visit: Visit, desk: Desk) -> None:
     finally:
         slowly.remove()
     for _ in range(100):
-        if desk.jobs.running == 0:
+        if state.jobs.running == 0:
             break
         page.wait_for_timeout(100)
-    assert desk.jobs.running == 0
+    assert state.jobs.running == 0
 
 
 def test_several_features_become_a_recipe_and_come_back(visit: Visit, files: Path) -> None:
@@ -150,8 +150,8 @@ def test_a_sweep_sets_light_medium_and_strong(visit: Visit) -> None:
     )
 
 
-def test_a_link_opens_a_feature_and_its_notes_stay(visit: Visit, desk: Desk) -> None:
-    feature = desk.scope.features(GERMAN, [LAYER]).strongest(3, LAYER, 1)[0].feature  # fires on the hostile text
+def test_a_link_opens_a_feature_and_its_notes_stay(visit: Visit, state: AppState) -> None:
+    feature = state.scope.features(GERMAN, [LAYER]).strongest(3, LAYER, 1)[0].feature  # fires on the hostile text
     page = visit(f"?layer={LAYER}&feature={feature}")
     expect(page.locator("#feature-title h2")).to_contain_text(f"Feature {feature}")
     expect(page.locator("#feature-contexts li").first).to_be_visible()
@@ -179,7 +179,7 @@ def test_links_to_features_that_do_not_exist(visit: Visit) -> None:
         expect(page.locator("#feature-notice [role=alert]")).to_contain_text(says)
 
 
-def test_stores_are_compared_and_a_decision_is_traced(visit: Visit, desk: Desk, files: Path) -> None:
+def test_stores_are_compared_and_a_decision_is_traced(visit: Visit, state: AppState, files: Path) -> None:
     page = visit("?tab=datasets")
     for name, part in (("Overlap", "svg"), ("Coverage", "svg polyline"), ("Drift", "table")):
         page.locator("#datasets-analysis input").click()
@@ -188,9 +188,9 @@ def test_stores_are_compared_and_a_decision_is_traced(visit: Visit, desk: Desk, 
         expect(page.locator("#datasets-result .qs-heading").first).to_contain_text(name)
         expect(page.locator(f"#datasets-result {part}").first).to_be_visible()
 
-    best = desk.scope.features([GERMAN[0]], [LAYER]).strongest(0, LAYER, 1)[0]
+    best = state.scope.features([GERMAN[0]], [LAYER]).strongest(0, LAYER, 1)[0]
     one = RuleFeature(
-        LAYER, best.feature, best.maximum / 2, best.maximum, 1.0, desk.scope.saes[LAYER].identity.fingerprint
+        LAYER, best.feature, best.maximum / 2, best.maximum, 1.0, state.scope.saes[LAYER].identity.fingerprint
     )
     Rule("about <i>trains</i>", (one,)).save(files / "rule.json")
     page.get_by_role("button", name="Trace a classifier").click()
@@ -203,9 +203,9 @@ def test_stores_are_compared_and_a_decision_is_traced(visit: Visit, desk: Desk, 
 
 
 def test_an_analysis_shows_progress_and_can_be_stopped(
-    visit: Visit, desk: Desk, monkeypatch: pytest.MonkeyPatch
+    visit: Visit, state: AppState, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    go_on, opened = threading.Event(), desk.store
+    go_on, opened = threading.Event(), state.store
 
     def slowly(name: str) -> FeatureStore:
         assert go_on.wait(PATIENCE_S)
@@ -213,7 +213,7 @@ def test_an_analysis_shows_progress_and_can_be_stopped(
 
     page = visit("?tab=datasets")
     expect(page.locator("#datasets-go")).to_be_visible()
-    monkeypatch.setattr(desk, "store", slowly)
+    monkeypatch.setattr(state, "store", slowly)
     try:
         page.locator("#datasets-go").click()
         result = page.locator("#datasets-result")
@@ -236,7 +236,7 @@ CONTROLS = {
 }
 
 
-def fill(page: Page, name: str, desk: Desk) -> None:
+def fill(page: Page, name: str, state: AppState) -> None:
     """Something to look at on a tab."""
     if name == "explore":
         page.locator("#explore-text textarea").fill(" ".join(GERMAN))
@@ -248,7 +248,7 @@ def fill(page: Page, name: str, desk: Desk) -> None:
         page.locator("#compare-go").click()
         expect(page.locator("#compare-ranking tr[data-shade]").first).to_be_visible()
     elif name == "feature":
-        best = desk.scope.features([GERMAN[0]], [LAYER]).strongest(0, LAYER, 1)[0]
+        best = state.scope.features([GERMAN[0]], [LAYER]).strongest(0, LAYER, 1)[0]
         page.locator("#feature-number input").fill(str(best.feature))
         page.locator("#feature-open").click()
         expect(page.locator("#feature-contexts li").first).to_be_visible()
@@ -259,12 +259,12 @@ def fill(page: Page, name: str, desk: Desk) -> None:
 
 @pytest.mark.parametrize("name", CONTROLS)
 def test_on_a_tablet_nothing_hangs_over_and_the_keyboard_reaches_every_control(
-    visit: Visit, desk: Desk, name: str
+    visit: Visit, state: AppState, name: str
 ) -> None:
     page = visit(f"?tab={name}", viewport={"width": 820, "height": 1180})
     controls = [page.locator(control) for control in CONTROLS[name]]
     expect(controls[0]).to_be_visible()
-    fill(page, name, desk)
+    fill(page, name, state)
     assert page.evaluate("document.documentElement.scrollWidth") <= 820
     for control in controls:
         box = control.bounding_box()

@@ -24,10 +24,10 @@ from safetensors.torch import save_file
 
 from qwen_scope import FeatureStore, load_scope
 from qwen_scope.cli import main, output
-from qwen_scope.corpus import extract
 from qwen_scope.features import Label, Notes, make_label
 from qwen_scope.model import LoadedModel
 from qwen_scope.report import Figure, Line, Points, element, figure_page, html_page, inert, table, visible  # noqa: F401
+from qwen_scope.scope import extract
 from qwen_scope.stats import Interval
 from qwen_scope.text import Corpus
 

@@ -1,4 +1,4 @@
-"""A desk on the lab with two stores, and its page served to clients."""
+"""A state on the lab with two stores, and its page served to clients."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import explored
 import pytest
 
 from qwen_scope import load_scope
-from qwen_scope.explorer import Desk, Limits
+from qwen_scope.explorer import AppState, Limits
 
 
 @pytest.fixture(scope="session")
@@ -18,8 +18,8 @@ def stores(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="session")
-def desk(stores: dict[str, Path]) -> Desk:
-    return Desk(load_scope("lab", device="cpu"), stores, Limits(upload_bytes=20_000, set_texts=5))
+def state(stores: dict[str, Path]) -> AppState:
+    return AppState(load_scope("lab", device="cpu"), stores, Limits(upload_bytes=20_000, set_texts=5))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -32,6 +32,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="module")
-def url(desk: Desk) -> Iterator[str]:
-    with explored.served(desk) as address:
+def url(state: AppState) -> Iterator[str]:
+    with explored.served(state) as address:
         yield address

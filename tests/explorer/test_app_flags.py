@@ -33,11 +33,11 @@ def test_it_has_exactly_the_demos_flags(app: ModuleType) -> None:
 def test_flags_that_agree_with_the_weights(app: ModuleType) -> None:
     given = "--model lab --top-k 40 --num-layers 6 --sae-width 2048 --d-model 128 --sae-cache-max 2"
     names = ["--model-name-analyzing-now", "My model", "--model-name-sae-trained-from", "Its base"]
-    desk = app.opened(app.parser().parse_args([*given.split(), *names]))
-    assert (desk.model_name, desk.trained_from) == ("My model", "Its base")
-    for layer in desk.layers:
-        desk.scope.saes[layer]
-    assert len(desk.scope.saes.held) == 2
+    state = app.opened(app.parser().parse_args([*given.split(), *names]))
+    assert (state.model_name, state.trained_from) == ("My model", "Its base")
+    for layer in state.layers:
+        state.scope.saes[layer]
+    assert len(state.scope.saes.held) == 2
 
 
 @pytest.mark.parametrize(

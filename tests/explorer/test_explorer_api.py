@@ -15,7 +15,7 @@ from gradio_client import Client
 from gradio_client.exceptions import AppError, AuthenticationError
 
 from qwen_scope.errors import InputError
-from qwen_scope.explorer import Api, Desk, Limits, launch
+from qwen_scope.explorer import Api, AppState, Limits, launch
 from qwen_scope.scope import TokenFeatures
 from qwen_scope.steer import Decoding, Intervention
 
@@ -35,44 +35,44 @@ def test_the_api_has_these_endpoints_and_no_other(client: Client) -> None:
     assert found["unnamed_endpoints"] == {}
 
 
-def test_info_names_no_path_of_the_machine(client: Client, desk: Desk) -> None:
+def test_info_names_no_path_of_the_machine(client: Client, state: AppState) -> None:
     told = client.predict(api_name="/info")
-    assert told["layers"] == desk.layers
+    assert told["layers"] == state.layers
     assert told["stores"] == ["german", "english"]
     assert "/" not in told["model"] + told["sae"]
 
 
-def test_features_are_those_of_the_scope(client: Client, desk: Desk) -> None:
+def test_features_are_those_of_the_scope(client: Client, state: AppState) -> None:
     told = client.predict(HOSTILE, LAYER, api_name="/features")
-    seen = desk.scope.features([HOSTILE], [LAYER])
+    seen = state.scope.features([HOSTILE], [LAYER])
     assert "".join(one["token"] for one in told["tokens"]) == HOSTILE
     for i, one in enumerate(told["tokens"]):
         assert [f for f, _ in one["features"]] == seen.of(0, LAYER).indices[i][:10].tolist()
     assert [one["feature"] for one in told["strongest"]] == [s.feature for s in seen.strongest(0, LAYER, 10)]
-    assert told == Api(desk).features(HOSTILE, LAYER)
+    assert told == Api(state).features(HOSTILE, LAYER)
 
 
-def test_compare_is_that_of_the_scope(client: Client, desk: Desk) -> None:
+def test_compare_is_that_of_the_scope(client: Client, state: AppState) -> None:
     told = client.predict(GERMAN[:2], ENGLISH, [LAYER], 3, ["common"], api_name="/compare")
-    found = desk.scope.compare(GERMAN[:2], ENGLISH, [LAYER], n=3, drop_common=True)[LAYER]
+    found = state.scope.compare(GERMAN[:2], ENGLISH, [LAYER], n=3, drop_common=True)[LAYER]
     assert [(one["feature"], one["difference"]) for one in told] == [(c.feature, c.difference) for c in found]
 
 
-def test_steering_is_that_of_the_scope(client: Client, desk: Desk) -> None:
+def test_steering_is_that_of_the_scope(client: Client, state: AppState) -> None:
     told = client.predict("[12:30] Anna:", [CHANGE], {"max_new_tokens": 6}, api_name="/steer")
     change = Intervention.add(layer=LAYER, feature=7, amount=0.5, unit="resid_norm")
     how = Decoding(max_new_tokens=6)
-    assert told["unsteered"]["text"] == desk.scope.generate("[12:30] Anna:", decoding=how).text
-    assert told["steered"]["text"] == desk.scope.generate("[12:30] Anna:", [change], decoding=how).text
+    assert told["unsteered"]["text"] == state.scope.generate("[12:30] Anna:", decoding=how).text
+    assert told["steered"]["text"] == state.scope.generate("[12:30] Anna:", [change], decoding=how).text
     for one in told["steered"]["tokens"]:
         assert len(one["candidates"]) == 10
         assert dict(one["candidates"]).get(one["token"], one["probability"]) == pytest.approx(one["probability"])
 
 
-def test_positions_and_one_feature(client: Client, desk: Desk) -> None:
+def test_positions_and_one_feature(client: Client, state: AppState) -> None:
     told = client.predict("Where is it?", "0,2-9", api_name="/positions")
     assert told["changed"] == [i == 0 or i >= 2 for i in range(len(told["tokens"]))]
-    busiest = desk.scope.features(GERMAN, [LAYER]).strongest(0, LAYER, 1)[0].feature
+    busiest = state.scope.features(GERMAN, [LAYER]).strongest(0, LAYER, 1)[0].feature
     page = client.predict(LAYER, busiest, "german", api_name="/feature")
     assert page["summary"]["feature"] == busiest
     assert page["store"] == "german"
@@ -136,8 +136,8 @@ def resident_bytes() -> int:
 
 
 @pytest.mark.slow
-def test_bursts_are_answered_in_order_without_growth(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
-    own = Desk(desk.scope, limits=Limits(remembered_bytes=100_000))
+def test_bursts_are_answered_in_order_without_growth(state: AppState, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = AppState(state.scope, limits=Limits(remembered_bytes=100_000))
     done, seen = [], own.seen
 
     def watched(text: str, layer: int, chat: str) -> TokenFeatures:
@@ -176,7 +176,7 @@ def test_visitors_at_once_get_their_own_answers(url: str) -> None:
         assert list(pool.map(ask, names)) == names
 
 
-def test_no_file_of_the_machine_can_be_read(url: str, stores: dict[str, Path], desk: Desk) -> None:
+def test_no_file_of_the_machine_can_be_read(url: str, stores: dict[str, Path], state: AppState) -> None:
     secrets = [Path("/etc/passwd"), stores["german"] / "manifest.json", Path(__file__), Path.cwd() / "README.md"]
     for path in secrets:
         for route in (f"gradio_api/file={path}", f"file={path}", f"gradio_api/file=//{path}", f"static/../../{path}"):
@@ -214,9 +214,9 @@ def uploaded(url: str, name: str, content: bytes) -> httpx.Response:
     return httpx.post(f"{url}gradio_api/upload", files={"files": (name, content)}, timeout=60)
 
 
-def test_uploads_are_limited_in_size(url: str, desk: Desk) -> None:
+def test_uploads_are_limited_in_size(url: str, state: AppState) -> None:
     assert uploaded(url, "a.txt", b"x" * 100).status_code == 200
-    large = uploaded(url, "a.txt", b"x" * (desk.limits.upload_bytes * 2))
+    large = uploaded(url, "a.txt", b"x" * (state.limits.upload_bytes * 2))
     assert large.status_code == 413
     assert "exceeded maximum" in large.text
 
@@ -251,8 +251,8 @@ def test_uploads_of_another_type_are_refused_with_a_sentence(url: str, kind: str
 
 
 @pytest.mark.slow
-def test_with_a_password_nobody_else_enters(desk: Desk) -> None:
-    with served(desk, auth=[("ada", "secret")]) as url:
+def test_with_a_password_nobody_else_enters(state: AppState) -> None:
+    with served(state, auth=[("ada", "secret")]) as url:
         with pytest.raises((AuthenticationError, ValueError)):
             Client(url, verbose=False)
         assert httpx.get(url + "config").status_code == 401
@@ -260,8 +260,8 @@ def test_with_a_password_nobody_else_enters(desk: Desk) -> None:
         assert Client(url, auth=("ada", "secret"), verbose=False).predict(api_name="/info")["model"] == "lab"
 
 
-def test_it_listens_on_this_machine_only(url: str, desk: Desk) -> None:
+def test_it_listens_on_this_machine_only(url: str, state: AppState) -> None:
     assert url.startswith("http://127.0.0.1:")
     taken = int(url.rstrip("/").rpartition(":")[2])
     with pytest.raises(InputError, match=f"can't listen at 127.0.0.1, port {taken}"):
-        launch(desk, port=taken, block=False)
+        launch(state, port=taken, block=False)

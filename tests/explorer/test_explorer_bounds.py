@@ -22,12 +22,12 @@ from explored import GERMAN, HOSTILE, LAYER, served
 
 from qwen_scope import load_scope
 from qwen_scope.errors import InputError, QwenScopeError
-from qwen_scope.explorer import Api, Desk, Limits, explore_view, feature_view, steer_view, steering
+from qwen_scope.explorer import Api, AppState, Limits, explore_view, feature_view, steer_view, steering
+from qwen_scope.explorer.components import Named, notice
 from qwen_scope.explorer.datasets import analysed, result_panel, trace_panel
 from qwen_scope.explorer.discreet import discreet
 from qwen_scope.explorer.explore import layer_choice
 from qwen_scope.explorer.page import build, header
-from qwen_scope.explorer.pieces import Named, notice
 from qwen_scope.features import Label, Notes, make_label
 from qwen_scope.scope import model_source
 from qwen_scope.stats import Interval
@@ -48,8 +48,8 @@ def answer(url: str, endpoint: str, data: Any, timeout: float = 120) -> tuple[st
 
 
 @pytest.fixture(scope="module")
-def api(desk: Desk) -> Api:
-    return Api(desk)
+def api(state: AppState) -> Api:
+    return Api(state)
 
 
 DEEP: Any = "x"
@@ -129,19 +129,19 @@ def test_what_is_refused_is_one_short_sentence(api: Api, endpoint: str, argument
     assert time.process_time() - started < 1
 
 
-def test_a_comparison_is_bounded_in_tokens_and_in_memory(desk: Desk) -> None:
+def test_a_comparison_is_bounded_in_tokens_and_in_memory(state: AppState) -> None:
     texts = ["Where is the station, please?"] * 4
-    tokens, k = sum(desk.scope.tokenize(texts).lengths), desk.scope.saes[LAYER].k
+    tokens, k = sum(state.scope.tokenize(texts).lengths), state.scope.saes[LAYER].k
     assert k is not None
     for limits, says in (
         (Limits(set_tokens=tokens - 1), f"{tokens:,} tokens together and this page compares up to {tokens - 1:,}"),
         (Limits(set_bytes=tokens * k * 8 - 1), "give fewer layers or texts"),
     ):
-        own = Desk(desk.scope, limits=limits)
+        own = AppState(state.scope, limits=limits)
         with pytest.raises(InputError, match=re.escape(says)):
             own.compare(texts[:2], texts[2:], [LAYER], 5, [])
     fits = Limits(set_tokens=tokens, set_bytes=tokens * k * 8)
-    _, seen = Desk(desk.scope, limits=fits).compare(texts[:2], texts[2:], [LAYER], 5, [])
+    _, seen = AppState(state.scope, limits=fits).compare(texts[:2], texts[2:], [LAYER], 5, [])
     acts = seen.acts[LAYER]
     assert acts.indices.numel() * acts.indices.element_size() + acts.values.numel() * 4 == fits.set_bytes
 
@@ -163,10 +163,10 @@ def test_every_limit_is_documented_with_its_default() -> None:
     assert listed == {name: str(value) for name, value in vars(Limits()).items()}
 
 
-def test_the_last_arguments_may_be_left_out_over_http(url: str, desk: Desk) -> None:
+def test_the_last_arguments_may_be_left_out_over_http(url: str, state: AppState) -> None:
     kind, told = answer(url, "features", ["Hello there", LAYER])
     assert kind == "complete"
-    assert told[0]["strongest"] == Api(desk).features("Hello there", LAYER)["strongest"]
+    assert told[0]["strongest"] == Api(state).features("Hello there", LAYER)["strongest"]
     for data, says in (
         ([], "/features needs text"),
         (["Hello"], "/features needs layer"),
@@ -199,11 +199,13 @@ BOMB = "version: &a0 [x, x, x, x, x, x, x, x, x]\n" + "".join(
         ("names.json", json.dumps(recipe(name="<b>" * 1000)), "is for the model"),
     ],
 )
-def test_hostile_recipes_are_refused_quickly(desk: Desk, tmp_path: Path, name: str, content: str, says: str) -> None:
+def test_hostile_recipes_are_refused_quickly(
+    state: AppState, tmp_path: Path, name: str, content: str, says: str
+) -> None:
     (tmp_path / name).write_text(content)
     started = time.process_time()
     with pytest.raises(QwenScopeError) as error:
-        steering.rows_of_recipe(desk, str(tmp_path / name))
+        steering.rows_of_recipe(state, str(tmp_path / name))
     assert says in str(error.value)
     assert time.process_time() - started < 4
 
@@ -225,9 +227,9 @@ def usual_of(url: str, work: Any = None, least: int = 5, most: int = 12) -> floa
 
 
 @pytest.fixture(scope="module")
-def open_page(desk: Desk) -> Iterator[tuple[Desk, str, float]]:
+def open_page(state: AppState) -> Iterator[tuple[AppState, str, float]]:
     """A page with the limits of a plain start, and how long a short request takes when nobody else asks."""
-    own = Desk(desk.scope)
+    own = AppState(state.scope)
     with served(own) as url:
         usual_of(url)
         yield own, url, usual_of(url)
@@ -247,7 +249,7 @@ LONG = {
 @pytest.mark.slow
 @pytest.mark.parametrize("what", LONG)
 def test_long_work_of_one_visitor_delays_no_other(
-    what: str, open_page: tuple[Desk, str, float], visitors: ThreadPoolExecutor
+    what: str, open_page: tuple[AppState, str, float], visitors: ThreadPoolExecutor
 ) -> None:
     _, url, quiet = open_page
     work = visitors.submit(answer, url, *LONG[what])
@@ -261,7 +263,7 @@ def test_long_work_of_one_visitor_delays_no_other(
 
 @pytest.mark.slow
 def test_large_recipes_of_one_visitor_delay_no_other(
-    open_page: tuple[Desk, str, float], visitors: ThreadPoolExecutor, tmp_path: Path
+    open_page: tuple[AppState, str, float], visitors: ThreadPoolExecutor, tmp_path: Path
 ) -> None:
     """Reading YAML is pure Python, beside which a short request waits for the interpreter at each of its steps."""
     own, url, quiet = open_page
@@ -284,8 +286,8 @@ def test_large_recipes_of_one_visitor_delay_no_other(
 
 
 @pytest.mark.slow
-def test_answers_and_errors_name_no_folder(desk: Desk, stores: dict[str, Path], tmp_path: Path, url: str) -> None:
-    with desk.store("german") as store:
+def test_answers_and_errors_name_no_folder(state: AppState, stores: dict[str, Path], tmp_path: Path, url: str) -> None:
+    with state.store("german") as store:
         good = Interval(0.9, 0.8, 1.0, 20)
         label = Label("Words", good, good, "/home/someone/models/writer", "tokens")
         Notes(store).add(make_label(LAYER, 9, store.layer(LAYER).fingerprint, label))
@@ -299,7 +301,7 @@ def test_answers_and_errors_name_no_folder(desk: Desk, stores: dict[str, Path], 
     assert told[0]["label"]["source"] == "writer"
 
     shutil.copytree(stores["german"], tmp_path / "a store")
-    own = Desk(desk.scope, {"broken": tmp_path / "a store"})
+    own = AppState(state.scope, {"broken": tmp_path / "a store"})
     with served(own) as broken:
         (tmp_path / "a store" / "manifest.json").write_text("{")
         for endpoint, data in (("feature", [LAYER, 1, "broken"]), ("analyze", ["redundancy", ["broken"], LAYER])):
@@ -328,8 +330,8 @@ def test_paths_are_cut_to_their_last_part(text: str, shown: str) -> None:
 
 
 @pytest.mark.slow
-def test_an_unforeseen_error_is_one_sentence_too(desk: Desk, monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
-    own = Desk(desk.scope)
+def test_an_unforeseen_error_is_one_sentence_too(state: AppState, monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
+    own = AppState(state.scope)
 
     def broken(*_: Any) -> Any:
         raise RuntimeError(f"CUDA is out of memory in {__file__}")
@@ -349,11 +351,11 @@ def test_groups_with_one_layer_or_scattered_layers_have_a_page(tmp_path: Path, l
     source = Path(model_source("lab")).parent / "sae"
     for name in ("config.json", *(f"layer{layer}.sae.pt" for layer in layers)):
         shutil.copy(source / name, tmp_path / name)
-    desk = Desk(load_scope("lab", sae=str(tmp_path), device="cpu"))
-    assert desk.layers == layers
-    desk.warm()
-    build(desk)
-    api = Api(desk)
+    state = AppState(load_scope("lab", sae=str(tmp_path), device="cpu"))
+    assert state.layers == layers
+    state.warm()
+    build(state)
+    api = Api(state)
     assert api.info()["layers"] == layers
     for layer in layers:
         assert api.features("Hello there", layer)["layer"] == layer
@@ -362,7 +364,7 @@ def test_groups_with_one_layer_or_scattered_layers_have_a_page(tmp_path: Path, l
     with pytest.raises(QwenScopeError, match="no SAE for layer"):
         api.features("Hello", 99)
     with pytest.raises(InputError, match="no layer from 6 to 6"):
-        desk.layer_range(6, 6)
+        state.layer_range(6, 6)
 
 
 def test_a_layer_is_chosen_among_those_there_are() -> None:
@@ -385,9 +387,9 @@ def inert(markup: str) -> None:
     assert not re.search(r"<[^>]*\sonerror", re.sub(r'"[^"]*"', "", markup))
 
 
-def test_hostile_names_labels_and_files_are_shown_inertly(desk: Desk) -> None:
+def test_hostile_names_labels_and_files_are_shown_inertly(state: AppState) -> None:
     """Escaping holds wherever a text from outside meets the page."""
-    own = Desk(desk.scope, model_name=HOSTILE, trained_from=HOSTILE)
+    own = AppState(state.scope, model_name=HOSTILE, trained_from=HOSTILE)
     own.sae_name = HOSTILE
     inert(header(own))
     inert(notice(f"{HOSTILE} is no store"))
@@ -395,7 +397,7 @@ def test_hostile_names_labels_and_files_are_shown_inertly(desk: Desk) -> None:
     def label(*_: int) -> Named:
         return Named(HOSTILE, 0.9)
 
-    seen = desk.seen(HOSTILE, LAYER)
+    seen = state.seen(HOSTILE, LAYER)
     reading = explore_view.Reading(HOSTILE, "plain", LAYER).with_default_choice(seen)
     inert(explore_view.tokens_panel(seen, reading, label))
     inert(explore_view.token_features_panel(seen, reading, label))
@@ -404,7 +406,7 @@ def test_hostile_names_labels_and_files_are_shown_inertly(desk: Desk) -> None:
     inert(explore_view.token_depth_panel({LAYER: seen}, reading, label))
 
     good = Interval(0.9, 0.8, 1.0, 20)
-    page = desk.feature_page(LAYER, 7, "german")
+    page = state.feature_page(LAYER, 7, "german")
     named = replace(
         page, label=Label(HOSTILE, good, good, HOSTILE, HOSTILE), verdict={"outcome": HOSTILE, "reasons": [HOSTILE]},
         group=HOSTILE, model=HOSTILE, store=HOSTILE,
@@ -417,8 +419,8 @@ def test_hostile_names_labels_and_files_are_shown_inertly(desk: Desk) -> None:
     inert(steer_view.growing_panel("Original", HOSTILE, HOSTILE))
 
 
-def test_hostile_names_in_analyses_and_rules_are_shown_inertly(desk: Desk, stores: dict[str, Path]) -> None:
-    own = Desk(desk.scope, {HOSTILE.replace("/", "|"): stores["german"], "<img src=y>": stores["english"]})
+def test_hostile_names_in_analyses_and_rules_are_shown_inertly(state: AppState, stores: dict[str, Path]) -> None:
+    own = AppState(state.scope, {HOSTILE.replace("/", "|"): stores["german"], "<img src=y>": stores["english"]})
     for name in ("overlap", "redundancy", "drift", "subset"):
         inert(result_panel(HOSTILE, analysed(own, list(own.stores), name, LAYER), 1.0))
     rule = type("Rule", (), {"name": HOSTILE})()

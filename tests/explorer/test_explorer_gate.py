@@ -14,9 +14,9 @@ import pytest
 from explored import LAYER, served
 
 from qwen_scope.errors import InputError
-from qwen_scope.explorer import Desk, Limits
+from qwen_scope.explorer import AppState, Limits
+from qwen_scope.explorer.fair_queue import Turns
 from qwen_scope.explorer.gate import Gate, Logins, address_of, check_host, host_name
-from qwen_scope.explorer.turns import Turns
 
 PORT = 7860
 
@@ -187,9 +187,9 @@ def test_visitors_take_turns() -> None:
 
 
 @pytest.mark.slow
-def test_a_served_page_keeps_the_gate(desk: Desk) -> None:
+def test_a_served_page_keeps_the_gate(state: AppState) -> None:
     with (
-        served(desk, auth=[("ada", "secret")], allow_hosts=["scope.example.org"]) as url,
+        served(state, auth=[("ada", "secret")], allow_hosts=["scope.example.org"]) as url,
         httpx.Client(timeout=60) as visitor,
     ):
         assert visitor.get(url, headers={"host": "evil.example"}).status_code == 421
@@ -239,8 +239,8 @@ def test_nobody_goes_past_the_queue(url: str) -> None:
 
 
 @pytest.mark.slow
-def test_a_crowd_of_one_address_is_told_to_wait(desk: Desk) -> None:
-    own = Desk(desk.scope, limits=Limits(waiting=4))
+def test_a_crowd_of_one_address_is_told_to_wait(state: AppState) -> None:
+    own = AppState(state.scope, limits=Limits(waiting=4))
     go_on, seen = threading.Event(), own.seen
     own.seen = lambda *args: (go_on.wait(30), seen(*args))[1]  # pyright: ignore[reportAttributeAccessIssue]
     with served(own) as url, httpx.Client(timeout=60) as visitor:

@@ -8,10 +8,9 @@ import tempfile
 from pathlib import Path
 
 from qwen_scope import load_scope
-from qwen_scope.corpus import extract
 from qwen_scope.lab import documents
 from qwen_scope.model import LoadedModel
-from qwen_scope.scope import Scope
+from qwen_scope.scope import Scope, extract
 from qwen_scope.text import Corpus
 
 LAYER, OTHER = 5, 2

@@ -11,7 +11,6 @@ import pytest
 
 from qwen_scope import Scope
 from qwen_scope.analysis import data_efficiency, fit_rule, noise_test, shared_features
-from qwen_scope.corpus import FeatureStore
 from qwen_scope.errors import InputError, NotFoundError
 from qwen_scope.features import (
     LabelOptions,
@@ -23,15 +22,16 @@ from qwen_scope.features import (
     find,
     language_features,
     pool_texts,
-    promoting,
     repeat_features,
     repeats_in_texts,
     similar,
     token_effects,
+    top_logits,
 )
 from qwen_scope.lab import documents, neutral_prompts
 from qwen_scope.scope import compare_seen
 from qwen_scope.steer import Budget, Decoding
+from qwen_scope.store import FeatureStore
 
 LAYER = lab_store.LAYER
 WRONG = [-3, 0, True, -(2**63)]
@@ -58,7 +58,7 @@ def asked(scope: Scope, store: FeatureStore, seen, pooled, folder) -> dict[str, 
         "similar": lambda n: similar(scope, LAYER, 3, n),
         "cofiring": lambda n: cofiring(store, LAYER, 3, n),
         "token_effects": lambda n: token_effects(scope, LAYER, 3, n),
-        "promoting": lambda n: promoting(scope, [5], [LAYER], n),
+        "top_logits": lambda n: top_logits(scope, [5], [LAYER], n),
         "find": lambda n: find(pooled, pooled, n=n),
         "language_features": lambda n: language_features({"a": pooled, "b": pooled}, n),
         "search": lambda n: Notes(store).search("word", n),

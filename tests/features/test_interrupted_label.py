@@ -15,8 +15,8 @@ from lab_store import LAYER
 from test_labels import busy, serving
 
 from qwen_scope.cli import main
-from qwen_scope.corpus import FeatureStore
 from qwen_scope.features import Notes
+from qwen_scope.store import FeatureStore
 
 SLOW = 20.0
 """Seconds that the endpoint takes once it has become slow."""

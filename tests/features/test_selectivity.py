@@ -99,18 +99,18 @@ def test_a_target_instead_of_the_loss(scope) -> None:
     def letters(texts: list[str]) -> np.ndarray:
         return np.array([float(len(set(text))) for text in texts])
 
-    knob = [Intervention.add(layer=0, feature=0, amount=1.0)]
+    interventions = [Intervention.add(layer=0, feature=0, amount=1.0)]
     decoding = Decoding(max_new_tokens=4)
-    found = selectivity(scope, knob, EXAMPLES, target=letters, decoding=decoding, saes={0: planted(scope)})
+    found = selectivity(scope, interventions, EXAMPLES, target=letters, decoding=decoding, saes={0: planted(scope)})
     assert found.measured_by == "fall of the target"
     assert found.features.effect.n == len(EXAMPLES.positive) // 2
 
 
 def test_what_cannot_be_compared(scope) -> None:
-    knob = [Intervention.add(layer=0, feature=0, amount=1.0)]
+    interventions = [Intervention.add(layer=0, feature=0, amount=1.0)]
     with pytest.raises(InputError, match="too few to compare"):
-        selectivity(scope, knob, Examples(EXAMPLES.positive[:5], EXAMPLES.negative, EXAMPLES.unrelated))
+        selectivity(scope, interventions, Examples(EXAMPLES.positive[:5], EXAMPLES.negative, EXAMPLES.unrelated))
     with pytest.raises(InputError, match="name at least one"):
         selectivity(scope, [Intervention.add(layer=0, direction=[1.0] * 32, amount=1.0)], EXAMPLES)
     with pytest.raises(InputError, match="do not differ"):
-        selectivity(scope, knob, Examples(EXAMPLES.positive, EXAMPLES.positive, EXAMPLES.unrelated))
+        selectivity(scope, interventions, Examples(EXAMPLES.positive, EXAMPLES.positive, EXAMPLES.unrelated))

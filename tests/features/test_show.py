@@ -19,7 +19,6 @@ from safetensors.numpy import load_file
 
 from qwen_scope import FeatureStore
 from qwen_scope.cli import main
-from qwen_scope.corpus import ExtractOptions, extract
 from qwen_scope.errors import InputError, MismatchError, NotFoundError
 from qwen_scope.features import (
     Creator,
@@ -32,13 +31,14 @@ from qwen_scope.features import (
     feature_html,
     feature_page,
     label_features,
-    promoting,
     similar,
     token_effects,
     token_ids,
+    top_logits,
 )
 from qwen_scope.model import LoadedModel, final_norm, unembedding
 from qwen_scope.report import html_tokens, shaded
+from qwen_scope.scope import ExtractOptions, extract
 from qwen_scope.text import Corpus
 
 HOSTILE = [
@@ -73,11 +73,11 @@ def test_features_that_promote_a_token_are_found_among_all(store: FeatureStore) 
         columns = scope.saes[LAYER].W_dec.T.float() * 100
         logits = final_norm(scope.model)(columns) @ unembedding(scope.model).float().T
     z = ((logits - logits.mean(-1, keepdim=True)) / logits.std(-1, unbiased=False, keepdim=True))[:, token].numpy()
-    found = promoting(scope, [token], [LAYER], 4)
+    found = top_logits(scope, [token], [LAYER], 4)
     assert [one.feature for one in found] == np.argsort(-z, kind="stable")[:4].tolist()
     np.testing.assert_allclose([one.score for one in found], np.sort(z)[::-1][:4], rtol=1e-3)
     with pytest.raises(InputError, match="ids"):
-        promoting(scope, [10**7], [LAYER])
+        top_logits(scope, [10**7], [LAYER])
     with pytest.raises(InputError, match="tokens to this model"):
         token_ids(scope, ["incomprehensibilities"])
 

@@ -1,4 +1,4 @@
-"""Verdicts: the rules as a truth table, the arms by hand, and planted knobs and correlates on the lab."""
+"""Verdicts: the rules as a truth table, the conditions by hand, and planted steering features and correlates on the lab."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from qwen_scope.features import (
 from qwen_scope.stats import Interval, bootstrap, difference
 from qwen_scope.steer import Decoding, Intervention, calibrate
 
-KNOB = [Intervention.add(layer=0, feature=3, amount=1.0, unit="resid_norm", where="prompt")]
+INTERVENTIONS = [Intervention.add(layer=0, feature=3, amount=1.0, unit="resid_norm", where="prompt")]
 FEW = Rules(fewest=3, fewest_random=2, fewest_shuffled=2)
 EXAMPLES = Examples(
     ("Guten Morgen", "Wo ist der Bahnhof", "bitte"), ("The weather", "is fine", "today"), ("a + b", "def add", "(a, b)")
@@ -163,7 +163,7 @@ def test_one_unlucky_shuffle_does_not_decide() -> None:
 def test_random_features_fire_about_as_often_and_write_as_much(scope) -> None:
     sae = scope.saes[0]
     stats = {0: calibrate(scope.model, scope.tokenizer, 0, sae)}
-    (one,) = KNOB
+    (one,) = INTERVENTIONS
     raw = one.resolve(stats[0], sae)
     seen = set()
     for seed in range(20):
@@ -199,17 +199,17 @@ def run(scope, **options):
         "decoding": Decoding(max_new_tokens=4),
         "examples": EXAMPLES,
         "prompts": PROMPTS,
-        "knob": KNOB,
+        "interventions": INTERVENTIONS,
     } | options
-    knob, prompts, examples = (options.pop(name) for name in ("knob", "prompts", "examples"))
+    interventions, prompts, examples = (options.pop(name) for name in ("interventions", "prompts", "examples"))
     target = options.pop("target", lambda texts: np.array([float(len(text)) for text in texts]))
-    return validate(scope, knob, target, prompts, examples, **options)
+    return validate(scope, interventions, target, prompts, examples, **options)
 
 
 @pytest.mark.slow
 def test_a_verdict_has_every_arm_and_is_reproducible(scope) -> None:
     found = run(scope)
-    names = [arm.name for arm in found.arms]
+    names = [condition.name for condition in found.conditions]
     assert names[:6] == [
         "unsteered",
         "this feature",
@@ -219,19 +219,21 @@ def test_a_verdict_has_every_arm_and_is_reproducible(scope) -> None:
         "prompting alone",
     ]
     assert names[6:] == ["random feature 1", "random feature 2"]
-    assert [arm.name for arm in found.shuffled] == [f"shuffled labels {i}" for i in range(1, 4)]
-    each = [arm.effect.estimate for arm in found.shuffled]
+    assert [condition.name for condition in found.shuffled] == [f"shuffled labels {i}" for i in range(1, 4)]
+    each = [condition.effect.estimate for condition in found.shuffled]
     assert len(set(each)) > 1, "every shuffle draws anew"
-    pooled = found.arms[4].effect
+    pooled = found.conditions[4].effect
     assert pooled.estimate == pytest.approx(np.mean(each))
     assert (pooled.n, pooled.low) == (3, pytest.approx(bootstrap(each).low))
     over = found.evidence.over_shuffled
-    assert over.estimate == pytest.approx(found.arms[1].effect.estimate - np.mean(each))
-    assert found.evidence.fluency.estimate == pytest.approx(found.arms[1].perplexity / found.arms[0].perplexity)
-    rise = found.arms[1].repetition - found.arms[0].repetition
+    assert over.estimate == pytest.approx(found.conditions[1].effect.estimate - np.mean(each))
+    assert found.evidence.fluency.estimate == pytest.approx(
+        found.conditions[1].perplexity / found.conditions[0].perplexity
+    )
+    rise = found.conditions[1].repetition - found.conditions[0].repetition
     assert found.evidence.repetition.estimate == pytest.approx(rise)
     plain = scope.generate(PROMPTS, decoding=Decoding(max_new_tokens=4))
-    assert found.arms[0].effect.estimate == pytest.approx(np.mean([len(g.text) for g in plain]))
+    assert found.conditions[0].effect.estimate == pytest.approx(np.mean([len(g.text) for g in plain]))
     assert found.side.kl.estimate > 0
     assert 3 not in [moved.feature for moved in found.side.moved]
     json.dumps(found.to_json(), allow_nan=False)
@@ -268,7 +270,7 @@ def test_too_few_samples_give_no_verdict(scope) -> None:
         with pytest.raises(InputError, match=f"{name} is a whole number"):
             run(scope, **{name: wrong})
     with pytest.raises(InputError, match="features that are added"):
-        run(scope, knob=[Intervention.ablate(layer=0, feature=1)])
+        run(scope, interventions=[Intervention.ablate(layer=0, feature=1)])
 
 
 def test_a_prompt_that_says_it_all_is_no_knob(scope) -> None:
@@ -299,7 +301,7 @@ def test_the_command(capsys, tmp_path) -> None:
     assert main([*argv, "--json"]) == 0
     data = json.loads(capsys.readouterr().out)
     assert data["outcome"] in OUTCOMES
-    assert len(data["arms"]) == 25
+    assert len(data["conditions"]) == 25
     assert len(data["shuffled"]) == 9
     assert data["rules"]["perplexity_ratio"] == 2.0
     assert {"fluency", "repetition"} <= set(data["evidence"])
@@ -310,9 +312,9 @@ def test_the_command(capsys, tmp_path) -> None:
     chatted = json.loads(capsys.readouterr().out)
     assert len(chatted["shuffled"]) == 5
     assert chatted["rules"]["perplexity_ratio"] == 1.5
-    counted = chatted["arms"][1]["perplexity"] / chatted["evidence"]["fluency"]["estimate"]
-    assert counted != pytest.approx(chatted["arms"][0]["perplexity"]), "counted from the reference"
-    assert chatted["arms"][0]["example"] != data["arms"][0]["example"]
+    counted = chatted["conditions"][1]["perplexity"] / chatted["evidence"]["fluency"]["estimate"]
+    assert counted != pytest.approx(chatted["conditions"][0]["perplexity"]), "counted from the reference"
+    assert chatted["conditions"][0]["example"] != data["conditions"][0]["example"]
     assert chatted["evidence"]["tasks"]["the task"]["n"] == 3
     assert {"features", "direction", "gap"} <= set(chatted["selectivity"])
     extras.write_text("{}\n")

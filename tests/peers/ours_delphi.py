@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 
 from qwen_scope import load_scope
-from qwen_scope.corpus import extract
 from qwen_scope.features import export_delphi
 from qwen_scope.lab import documents
 from qwen_scope.model import LoadedModel
+from qwen_scope.scope import extract
 from qwen_scope.text import Corpus
 
 LAYER, CONTEXT, WIDTH = 0, 32, 40

@@ -17,11 +17,11 @@ from typing import Any
 import numpy as np
 
 from qwen_scope import FeatureStore, Scope, load_scope
-from qwen_scope.corpus import extract
 from qwen_scope.lab import default_mixture, documents
 from qwen_scope.model import LoadedModel
 from qwen_scope.posttrain import LabWriter, SynthesisOptions, Target, listed_targets
 from qwen_scope.posttrain.lab_writer import LabHandler, LabServer, completion
+from qwen_scope.scope import extract
 from qwen_scope.text import Corpus
 
 LAYER, STRENGTH = 5, 0.95

@@ -12,11 +12,11 @@ from transformers import TrainerCallback
 
 from qwen_scope.errors import InputError, NotFoundError
 from qwen_scope.model import HookPoint, capture
-from qwen_scope.posttrain import Activity, Asked, Monitor, monitor_figures, read_monitor
-from qwen_scope.posttrain.answers import more, read
+from qwen_scope.posttrain import Activity, Monitor, ProbePrompts, monitor_figures, read_monitor
+from qwen_scope.posttrain.answers import read, rise_in_generation
 
 PROBE = tiny.TEXTS[:4]
-ASKED = Asked(tiny.TEXTS[:3], max_new_tokens=6, at_start=2)
+ASKED = ProbePrompts(tiny.TEXTS[:3], max_new_tokens=6, at_start=2)
 WATCH = {0: [3, 17], 2: [40]}
 LABELS = {(2, 40): "weather"}
 RUN = {"max_steps": 4, "per_device_train_batch_size": 2, "learning_rate": 0.5}
@@ -95,19 +95,21 @@ def test_what_answers_hold_is_brute_force() -> None:
     assert found["weather"][2] == found["alone"][2] == 0.0
 
 
-def test_more_is_a_test_of_two_proportions() -> None:
+def test_the_rise_in_generation_is_a_test_of_two_proportions() -> None:
     """Against statsmodels' formula, restated: of 100 answers 2 lie beyond the bar at the start, of 40 later 8."""
     start, now = np.arange(100.0), np.concatenate((np.zeros(32), np.full(8, 200.0)))
     rate, before, after = 10 / 140, 2 / 100, 8 / 40
-    assert more(start, now) == pytest.approx((after - before) / (rate * (1 - rate) * (1 / 100 + 1 / 40)) ** 0.5)
-    assert more(start, np.zeros(40)) < 0
-    assert more(np.zeros(10), np.zeros(10)) == 0.0
+    assert rise_in_generation(start, now) == pytest.approx(
+        (after - before) / (rate * (1 - rate) * (1 / 100 + 1 / 40)) ** 0.5
+    )
+    assert rise_in_generation(start, np.zeros(40)) < 0
+    assert rise_in_generation(np.zeros(10), np.zeros(10)) == 0.0
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("asked", [None, ASKED])
 def test_a_run_is_watched_and_left_as_it_is(tmp_path, asked) -> None:
-    monitor = make(tmp_path, watch=WATCH, labels=LABELS, asked=asked, every=2, alarm=0.01, drift_alarm=0.5)
+    monitor = make(tmp_path, watch=WATCH, labels=LABELS, probe_prompts=asked, every=2, alarm=0.01, drift_alarm=0.5)
     watched, lines = run(tmp_path, monitor)
     plain, _ = run(tmp_path)
     for a, b in zip(watched.model.parameters(), plain.model.parameters(), strict=True):
@@ -139,7 +141,7 @@ def test_a_run_is_watched_and_left_as_it_is(tmp_path, asked) -> None:
 @pytest.mark.parametrize("way", ["lora", "checkpointing", "bf16"])
 def test_answers_are_read_however_the_model_is_trained(tmp_path, way) -> None:
     policy, tokenizer = small.model()
-    monitor = make(tmp_path, watch=WATCH, labels=LABELS, asked=ASKED, every=2)
+    monitor = make(tmp_path, watch=WATCH, labels=LABELS, probe_prompts=ASKED, every=2)
     more = {"lora": {}, "checkpointing": {"activation_checkpointing": True}, "bf16": {"bf16": True}}[way]
     trainer = small.FeatureSFTTrainer(
         policy,
@@ -152,7 +154,7 @@ def test_answers_are_read_however_the_model_is_trained(tmp_path, way) -> None:
     trainer.train()
     lines = read_monitor(monitor.path)
     assert [line["step"] for line in lines] == [0, 2, 4]
-    assert all(isinstance(one["more"], float) for line in lines for one in line["concepts"])
+    assert all(isinstance(one["rise_in_generation"], float) for line in lines for one in line["concepts"])
     assert trainer.model.training
 
 
@@ -181,7 +183,7 @@ def test_a_concept_is_beyond_twice_in_a_row_before_it_raises_an_alarm_once(tmp_p
 
 
 def test_a_concept_that_is_written_twice_in_a_row_raises_an_alarm(tmp_path) -> None:
-    monitor = make(tmp_path, watch={2: [40]}, labels=LABELS, asked=ASKED, more=3.0)
+    monitor = make(tmp_path, watch={2: [40]}, labels=LABELS, probe_prompts=ASKED, rise_in_generation=3.0)
     monitor.start_answers = {"weather": np.linspace(0, 1, 100)}
     quiet, loud = np.linspace(0, 1, 30), np.full(30, 2.0)
     entry = {"layer": 2, "drift": 0.0, "watched": [{"feature": 40, "label": "weather", "effect": 0.0}]}
@@ -233,7 +235,7 @@ def test_measurements_keep_to_their_share_of_the_time(tmp_path) -> None:
 def test_the_many_answers_of_the_start_do_not_put_off_what_follows(tmp_path) -> None:
     """Texts take 1 tick and the answers of a turn 4, two turns at the start: it costs 9 ticks, every later one 5."""
     now = [0.0]
-    monitor = make(tmp_path, watch=WATCH, asked=ASKED, share=0.02, clock=lambda: now[0])
+    monitor = make(tmp_path, watch=WATCH, probe_prompts=ASKED, share=0.02, clock=lambda: now[0])
     policy, _ = small.model()
     texts, answers = monitor.measure, monitor.answers
 
@@ -261,7 +263,7 @@ def test_the_many_answers_of_the_start_do_not_put_off_what_follows(tmp_path) -> 
 
 @pytest.mark.slow
 def test_a_run_that_goes_on_keeps_its_step_0(tmp_path) -> None:
-    watched = {"watch": WATCH, "labels": LABELS, "asked": ASKED, "every": 1}
+    watched = {"watch": WATCH, "labels": LABELS, "probe_prompts": ASKED, "every": 1}
     monitor = make(tmp_path, **watched)
     run(tmp_path, monitor, save_strategy="steps", save_steps=2, max_steps=2)
     again = make(tmp_path, **watched)
@@ -295,8 +297,8 @@ def test_what_does_not_fit_is_refused(tmp_path) -> None:
     with pytest.raises(InputError, match="every step or less often"):
         make(tmp_path, every=0)
     with pytest.raises(InputError, match="read by the features that are watched"):
-        make(tmp_path, asked=ASKED)
+        make(tmp_path, probe_prompts=ASKED)
     with pytest.raises(InputError, match="at least two prompts"):
-        make(tmp_path, watch=WATCH, asked=Asked(["one"]))
+        make(tmp_path, watch=WATCH, probe_prompts=ProbePrompts(["one"]))
     with pytest.raises(NotFoundError, match="a Monitor writes it"):
         read_monitor(tmp_path / "none.jsonl")

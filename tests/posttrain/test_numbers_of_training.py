@@ -14,10 +14,10 @@ import tiny
 from qwen_scope import load_scope
 from qwen_scope.errors import InputError
 from qwen_scope.posttrain import (
-    Asked,
     Detector,
     LabWriter,
     Monitor,
+    ProbePrompts,
     RLRun,
     Sampling,
     SFTRun,
@@ -67,8 +67,8 @@ COUNTS: dict[str, Callable] = {
     "times": lambda scope, n: Detector(times=n),
     "least": lambda scope, n: Detector(least=n),
     "new tokens of Sampling": lambda scope, n: Sampling(n),
-    "new tokens of Asked": lambda scope, n: Asked(TWO, n),
-    "at_start": lambda scope, n: Asked(TWO, at_start=n),
+    "new tokens of ProbePrompts": lambda scope, n: ProbePrompts(TWO, n),
+    "at_start": lambda scope, n: ProbePrompts(TWO, at_start=n),
     **{
         f"RLRun, {name}": lambda scope, n, name=name: RLRun("lab", OUT, **{name: n})
         for name in ("prompts", "micro", "steps", "updates", "max_new_tokens", "lora")
@@ -96,7 +96,7 @@ FROM_ZERO: dict[str, Callable] = {
     "lab_rows": lambda n: lab_rows(n),
     "seed of samples": lambda n: read_samples("lab", n=2, seed=n),
     "seed of Sampling": lambda n: Sampling(seed=n),
-    "seed of Asked": lambda n: Asked(TWO, seed=n),
+    "seed of ProbePrompts": lambda n: ProbePrompts(TWO, seed=n),
     **{
         f"{kind.__name__}, {name}": lambda n, kind=kind, name=name: kind("lab", OUT, **{name: n})
         for kind in (SFTRun, RLRun)
@@ -122,14 +122,14 @@ def test_a_cadence_and_a_group_are_counts(wrong) -> None:
 
 NUMBERS: dict[str, Callable] = {
     "alarm": lambda x: monitor(alarm=x),
-    "more": lambda x: monitor(more=x),
+    "rise_in_generation": lambda x: monitor(rise_in_generation=x),
     "drift_alarm": lambda x: monitor(drift_alarm=x),
     "share": lambda x: monitor(share=x),
     "quantile": lambda x: prepare(tiny_scope(), LABELLED, "a", quantile=x),
     "temperature of Sampling": lambda x: Sampling(temperature=x),
     "top_p of Sampling": lambda x: Sampling(top_p=x),
-    "temperature of Asked": lambda x: Asked(TWO, temperature=x),
-    "top_p of Asked": lambda x: Asked(TWO, top_p=x),
+    "temperature of ProbePrompts": lambda x: ProbePrompts(TWO, temperature=x),
+    "top_p of ProbePrompts": lambda x: ProbePrompts(TWO, top_p=x),
     "amount": lambda x: repetition_recipe(tiny_scope(), TWO, amount=x),
     "temperature of a synthesis": lambda x: SynthesisOptions(temperature=x),
     "sums": lambda x: lab_rows(4, sums=x),

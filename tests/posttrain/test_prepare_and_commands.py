@@ -262,7 +262,7 @@ def test_from_labels_to_a_measured_model(corpus, tmp_path, capsys) -> None:
     chosen = {one["layer"]: set(one["features"]) for one in made["layers"]}
     assert {entry["layer"]: {one["feature"] for one in entry["watched"]} for entry in seen[-1]["layers"]} == chosen
     assert {one["label"] for entry in seen[-1]["layers"] for one in entry["watched"]} == {"loud"}
-    assert all(isinstance(one["more"], float) for line in seen for one in line["concepts"])
+    assert all(isinstance(one["rise_in_generation"], float) for line in seen for one in line["concepts"])
     assert done["alarms"] == [alarm for line in seen for alarm in line["alarms"]]
     facts = json.loads((out / "run.json").read_text())
     assert (facts["method"], facts["weight"], facts["target"], facts["seed"]) == ("features", 0.5, "loud", 42)

@@ -75,7 +75,7 @@ def test_the_first_amount_that_makes_half_loop_is_taken(scope) -> None:
     looping = loops_in(scope, ["yes " + "no no? " * 5, "a b " * 8], Detector(8, 4, 8))
     drivers = beginning(scope, looping, scope.layers, 3)
     warm = replace(COLD, temperature=1.0)
-    amount, knob = amount_of(scope, PROMPTS, drivers, None, warm, lambda share: None)
+    amount, interventions = amount_of(scope, PROMPTS, drivers, None, warm, lambda share: None)
     tried = []
     for each in AMOUNTS:
         _, one = amount_of(scope, PROMPTS, drivers, each, warm, lambda share: None)
@@ -85,10 +85,10 @@ def test_the_first_amount_that_makes_half_loop_is_taken(scope) -> None:
     enough = np.flatnonzero(np.array(tried) >= ENOUGH)
     best = int(enough[0]) if len(enough) else int(np.argmax(tried))
     assert amount == AMOUNTS[best]
-    for one, driver in zip(knob, drivers, strict=True):
+    for one, driver in zip(interventions, drivers, strict=True):
         assert (one.layer, one.feature, one.unit) == (driver.layer, driver.feature, "raw")
         length = float(scope.saes[one.layer].W_dec[:, one.feature].norm())
-        assert one.amount * length == pytest.approx(amount * scope.sizes[one.layer].norm_median, rel=1e-3)
+        assert one.amount * length == pytest.approx(amount * scope.stats[one.layer].norm_median, rel=1e-3)
 
 
 @pytest.mark.slow

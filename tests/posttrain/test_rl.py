@@ -48,9 +48,9 @@ def told(out: Path, **more: Any) -> RLRun:
 @pytest.fixture(scope="module")
 def recipe() -> Recipe:
     """Large changes, so that steered answers differ from ordinary ones in every group."""
-    knob = [Intervention.add(layer=layer, feature=feature, amount=30.0) for layer, feature in ((0, 5), (2, 9))]
+    interventions = [Intervention.add(layer=layer, feature=feature, amount=30.0) for layer, feature in ((0, 5), (2, 9))]
     saes = {layer: tiny.random_sae(layer) for layer in (0, 2)}
-    return Recipe.of("test", load_model(MODEL, device="cpu").model, knob, saes, effect={"causal": True})
+    return Recipe.of("test", load_model(MODEL, device="cpu").model, interventions, saes, effect={"causal": True})
 
 
 @pytest.mark.slow
@@ -65,10 +65,10 @@ def test_a_run_of_each_method(tmp_path, recipe) -> None:
         assert load_model(out / "model", device="cpu").model.dtype == torch.float32
 
 
-def greedy(model: Any, ids: list[int], knob: Any = ()) -> list[int]:
+def greedy(model: Any, ids: list[int], interventions: Any = ()) -> list[int]:
     """The likeliest continuation by hand, with plain hooks of torch that add the vectors at every step."""
     handles = []
-    for one in knob:
+    for one in interventions:
         d = one.amount * tiny.random_sae(one.layer).W_dec[:, one.feature]
         handles.append(model.model.layers[one.layer].register_forward_hook(lambda m, a, out, d=d: out + d))
     out: list[int] = []

@@ -23,7 +23,6 @@ from synthesis_lab import LAYER, SMALL
 
 from qwen_scope import FeatureStore
 from qwen_scope.cli import main
-from qwen_scope.corpus import extract
 from qwen_scope.errors import FormatError, InputError, MismatchError, NotFoundError, QwenScopeWarning
 from qwen_scope.features import Endpoint, Label, Notes, make_label
 from qwen_scope.files import lock_folder
@@ -38,6 +37,7 @@ from qwen_scope.posttrain import (
     synthesize,
 )
 from qwen_scope.posttrain.journal import Attempt, Journal
+from qwen_scope.scope import extract
 from qwen_scope.stats import Interval
 
 

@@ -16,7 +16,7 @@ from qwen_scope.sae import FeatureActs, TopK, kernels
 from qwen_scope.sae.kernels import bound, chosen, screened
 
 NUMBA = pytest.param(
-    True, id="compiled",
+    True, id="numba",
     marks=pytest.mark.skipif(importlib.util.find_spec("numba") is None, reason="the extra `fast` is not installed"),
 )  # fmt: skip
 WAYS = [pytest.param(False, id="torch"), NUMBA]
@@ -130,9 +130,9 @@ def check_against_float64(acts: FeatureActs, x: torch.Tensor, W: torch.Tensor, b
 def test_the_answer_is_the_fp32_one(case, fast: bool, k: int) -> None:
     x, W, b = case()
     kept = W.clone(), b.clone(), x.clone()
-    acts, stats = kernels.encode_topk_screened(x, W, b, k, kernels.prepare(W, b), use_compiled=fast)
+    acts, stats = kernels.encode_topk_screened(x, W, b, k, kernels.prepare(W, b), use_numba=fast)
     check_against_float64(acts, x, W, b, k)
-    assert stats.path == ("screened+compiled" if fast else "screened")
+    assert stats.path == ("screened+numba" if fast else "screened")
     assert stats.rows == len(x)
     assert all(torch.equal(a, b) for a, b in zip(kept, (W, b, x), strict=True))
 
@@ -141,7 +141,7 @@ def test_the_answer_is_the_fp32_one(case, fast: bool, k: int) -> None:
 @pytest.mark.parametrize("k", [1, 7, 30])
 def test_where_fp32_is_exact_nothing_differs(fast: bool, k: int) -> None:
     x, W, b = quantised()
-    acts, stats = kernels.encode_topk_screened(x, W, b, k, kernels.prepare(W, b), use_compiled=fast)
+    acts, stats = kernels.encode_topk_screened(x, W, b, k, kernels.prepare(W, b), use_numba=fast)
     truth = kernels.encode_topk_reference(x, W, b, k)
     assert torch.equal(acts.indices, truth.indices)
     assert torch.equal(acts.values, truth.values)
@@ -153,7 +153,7 @@ def test_ordinary_rows_need_no_fallback_and_few_candidates(fast: bool) -> None:
     x, W, b = randn(300, 256), randn(8192, 256, seed=1), randn(8192, seed=2)
     x[:, 3] += 200
     screen = kernels.prepare(W, b)
-    acts, stats = kernels.encode_topk_screened(x, W, b, 20, screen, use_compiled=fast)
+    acts, stats = kernels.encode_topk_screened(x, W, b, 20, screen, use_numba=fast)
     check_against_float64(acts, x, W, b, 20)
     assert screen.massive == (3,)
     assert stats.fallback == 0
@@ -164,7 +164,7 @@ def test_ordinary_rows_need_no_fallback_and_few_candidates(fast: bool) -> None:
 def test_rows_that_bf16_cannot_part_fall_back_and_are_counted(fast: bool) -> None:
     x, W, b = equal_rows()
     x = x * (1 if (x[0] @ W[0]) > 0 else -1)
-    acts, stats = kernels.encode_topk_screened(x, W, b, 3, kernels.prepare(W, b), use_compiled=fast)
+    acts, stats = kernels.encode_topk_screened(x, W, b, 3, kernels.prepare(W, b), use_numba=fast)
     assert stats.fallback == stats.rows == 40
     check_against_float64(acts, x, W, b, 3)
 
@@ -233,7 +233,7 @@ def test_a_bound_a_thousand_times_too_small_is_caught(monkeypatch: pytest.Monkey
     small = dataclasses.replace(
         screen, per_feature=screen.per_feature / 1000, per_group=screen.per_group / 1000, lock=screen.lock
     )
-    acts, _ = kernels.encode_topk_screened(x, W, b, 20, small, use_compiled=False)
+    acts, _ = kernels.encode_topk_screened(x, W, b, 20, small, use_numba=False)
     with pytest.raises(AssertionError):
         check_against_float64(acts, x, W, b, 20)
 
@@ -246,10 +246,10 @@ def test_weights_stored_in_half(dtype: torch.dtype) -> None:
     if dtype == torch.bfloat16 and importlib.util.find_spec("numba"):
         acts, stats = kernels.encode_topk_screened(x, W, b, 7, kernels.prepare(W, b))
         check_against_float64(acts, x, W, b, 7)
-        assert stats.path == "screened+compiled"
+        assert stats.path == "screened+numba"
     else:
         with pytest.raises(InputError, match="can't be screened"):
-            kernels.encode_topk_screened(x, W, b, 7, kernels.prepare(W, b), use_compiled=False)
+            kernels.encode_topk_screened(x, W, b, 7, kernels.prepare(W, b), use_numba=False)
 
 
 @pytest.mark.parametrize("fast", WAYS)
@@ -258,7 +258,7 @@ def test_weights_stored_in_half(dtype: torch.dtype) -> None:
 def test_any_rows(shape: tuple[int, ...], dtype: torch.dtype, fast: bool) -> None:
     W, b = randn(2048, 64, seed=1), randn(2048, seed=2)
     x = randn(*shape).to(dtype)
-    acts, _ = kernels.encode_topk_screened(x, W, b, 5, kernels.prepare(W, b), use_compiled=fast)
+    acts, _ = kernels.encode_topk_screened(x, W, b, 5, kernels.prepare(W, b), use_numba=fast)
     assert acts.shape == x.shape[:-1]
     check_against_float64(acts.reshape(x.shape[:-1].numel()), x.reshape(-1, 64), W, b, 5)
 
@@ -268,7 +268,7 @@ def test_any_rows(shape: tuple[int, ...], dtype: torch.dtype, fast: bool) -> Non
 def test_tiles_change_nothing(tile: int, fast: bool) -> None:
     x, W, b = quantised()
     screen = kernels.prepare(W, b)
-    acts, _ = kernels.encode_topk_screened(x, W, b, 7, screen, tile, use_compiled=fast)
+    acts, _ = kernels.encode_topk_screened(x, W, b, 7, screen, tile, use_numba=fast)
     assert torch.equal(acts.to_dense(), kernels.encode_topk_reference(x, W, b, 7).to_dense())
 
 

@@ -10,7 +10,8 @@ pytest.importorskip("triton", reason="the extra `gpu` is not installed")
 from test_screening import CASES, check_against_float64, quantised, randn
 
 from qwen_scope.sae import FeatureActs, kernels
-from qwen_scope.sae.kernels import bound, on_gpu
+from qwen_scope.sae.kernels import bound
+from qwen_scope.sae.kernels import triton as triton_path
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -82,13 +83,13 @@ def test_decode_and_its_gradient(n: int, d_model: int, d_sae: int, k: int, dtype
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="asks the GPU itself")
 def test_this_gpu_adds_up_in_fp32() -> None:
-    assert on_gpu.multiplies_bf16(torch.device("cuda")) == (torch.cuda.get_device_capability() >= (8, 0))
+    assert triton_path.multiplies_bf16(torch.device("cuda")) == (torch.cuda.get_device_capability() >= (8, 0))
 
 
 def test_a_bound_a_thousand_times_too_small_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     x, W, b = randn(30, 256), randn(1, 256, seed=1) + randn(4096, 256, seed=2) * 0.02, torch.zeros(4096)
     x *= (x @ W[:1].T).sign()
-    monkeypatch.setattr(on_gpu, "ROUND_OUT", bound.ROUND_OUT / 1000)
+    monkeypatch.setattr(triton_path, "ROUND_OUT", bound.ROUND_OUT / 1000)
     prepare = kernels.prepare
 
     def small(W: torch.Tensor, b: torch.Tensor) -> bound.Screen:

@@ -216,15 +216,15 @@ def test_copies_are_ties_in_the_references(rows: int) -> None:
     check_ties(one, kernels.encode_topk_reference(x, one.W_enc, one.b_enc, K))
 
 
-@pytest.mark.parametrize("way", ["pytorch", "compiled", "triton"])
+@pytest.mark.parametrize("way", ["pytorch", "numba", "triton"])
 def test_copies_are_ties_whatever_recomputes_the_candidates(way: str) -> None:
-    pytest.importorskip({"pytorch": "torch", "compiled": "numba", "triton": "triton"}[way])
+    pytest.importorskip({"pytorch": "torch", "numba": "numba", "triton": "triton"}[way])
     one, x = copied(), randn(70 if way != "triton" else 4, D_MODEL, seed=5)
     x[1] *= 2.0**52  # the bound does not cover this row
     found = twins(one.W_enc, one.b_enc, checksums(one.W_enc, one.b_enc))
     acts, stats = kernels.encode_topk_screened(
         x, one.W_enc, one.b_enc, K, kernels.prepare(one.W_enc, one.b_enc), twins=found,
-        use_compiled=way == "compiled", use_triton=way == "triton",
+        use_numba=way == "numba", use_triton=way == "triton",
     )  # fmt: skip
     assert 0 < stats.fallback < len(x)
     check_ties(one, acts)

@@ -71,9 +71,9 @@ def test_capture_gives_what_the_sae_reads(scope: Scope, stream: str) -> None:
 
 
 def test_sizes_are_of_the_stream(scope: Scope, stream: str) -> None:
-    stats = scope.sizes[2]
+    stats = scope.stats[2]
     assert stats.hook_point == HookPoint(2, stream)
-    plain = load_scope(tiny.folder() / "model", tiny.folder() / "sae", device="cpu").sizes[2]
+    plain = load_scope(tiny.folder() / "model", tiny.folder() / "sae", device="cpu").stats[2]
     assert stats.norm_median != plain.norm_median
 
 
@@ -127,7 +127,7 @@ def test_a_store_says_where_it_was_read(
     scope: Scope, sae_folder: Path, stream: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("pyarrow")
-    from qwen_scope.corpus import FeatureStore
+    from qwen_scope.store import FeatureStore
 
     (tmp_path / "t.txt").write_text(TEXT)
     where = ("--model", str(tiny.folder() / "model"), "--sae", str(sae_folder), "--device", "cpu")

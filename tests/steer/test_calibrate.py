@@ -34,10 +34,10 @@ def test_sizes_are_what_plain_sums_say(scope) -> None:
 
 
 def test_a_scope_measures_its_sizes_once(scope) -> None:
-    assert scope.sizes[2] is scope.sizes[2]
-    assert scope.sizes[1].feature_max is None, "a layer without an SAE still has a residual norm"
+    assert scope.stats[2] is scope.stats[2]
+    assert scope.stats[1].feature_max is None, "a layer without an SAE still has a residual norm"
     one = Intervention.add(layer=2, feature=17, amount=0.5, unit="resid_norm")
-    raw = one.resolve(scope.sizes[2], scope.saes[2])
+    raw = one.resolve(scope.stats[2], scope.saes[2])
     new = Decoding(max_new_tokens=5)
     assert scope.generate("Once", [one], decoding=new) == scope.generate("Once", [raw], decoding=new)
     several = scope.generate(["Once", "a"], [one], decoding=new)

@@ -53,7 +53,7 @@ def test_reading_features_names_the_place(scope: Scope, call: str) -> None:
     calls = {
         "features": lambda: one.features([TEXT]),
         "compare": lambda: one.compare(TEXT, "b"),
-        "sizes": lambda: one.sizes[2],
+        "stats": lambda: one.stats[2],
     }
     with pytest.raises(QwenScopeError, match=r"at layers\.2\.resid_post.*bfloat16 or float32") as caught:
         calls[call]()

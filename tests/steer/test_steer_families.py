@@ -1,4 +1,4 @@
-"""Mixture-of-experts and hybrid models steer like the dense one: no-ops, clean-up, sweep, verdict's arms."""
+"""Mixture-of-experts and hybrid models steer like the dense one: no-ops, clean-up, sweep, verdict's conditions."""
 
 from __future__ import annotations
 

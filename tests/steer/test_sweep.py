@@ -89,7 +89,7 @@ def run(scope, interventions=None, target=None, **options):
         interventions or [Intervention.add(layer=0, feature=3, amount=1.0, unit="resid_norm")],
         target or (lambda texts: np.array([len(set(text)) for text in texts], float)),
         saes=scope.saes,
-        stats=scope.sizes,
+        stats=scope.stats,
         **options,
     )
 
@@ -151,7 +151,7 @@ def test_tolerance_proposes_a_smaller_amount_that_does_nearly_as_much(scope) -> 
 def test_the_grid_follows_the_residual_norm_whatever_the_unit(scope) -> None:
     length = float(scope.saes[0].W_dec[:, 3].norm())
     found = run(scope, [Intervention.add(layer=0, feature=3, amount=7.0)], budget=Budget(1e9, 1), refine=0)
-    lengths = [dose.amount * 7.0 * length / scope.sizes[0].norm_median for dose in found.doses[1:]]
+    lengths = [dose.amount * 7.0 * length / scope.stats[0].norm_median for dose in found.doses[1:]]
     assert lengths == pytest.approx([0.1, 0.2, 0.4, 0.6, 0.8, 1.2, 1.6])
     assert [d.amount for d in run(scope, [Intervention.ablate(layer=0, feature=3)], refine=0).doses] == [0.0, 1.0]
 

@@ -141,7 +141,7 @@ def test_an_sae_that_does_not_fit_is_refused() -> None:
 
 
 def test_batchtopk_is_the_largest_of_the_batch() -> None:
-    from qwen_scope.train.choice import best_of_batch
+    from qwen_scope.train.selection import best_of_batch
 
     g = torch.Generator().manual_seed(0)
     x, W, b = torch.randn(37, 6, generator=g), torch.randn(40, 6, generator=g), torch.randn(40, generator=g)

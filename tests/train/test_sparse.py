@@ -8,7 +8,7 @@ import torch
 from qwen_scope.sae import kernels
 from qwen_scope.sae.kernels import chosen, screened
 from qwen_scope.train import choice
-from qwen_scope.train.choice import largest, top_entries
+from qwen_scope.train.selection import largest, top_entries
 from qwen_scope.train.sparse import Active, Decode, Encode, sampled, weighted_features
 
 

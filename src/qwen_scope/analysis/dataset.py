@@ -14,8 +14,8 @@ from typing import Any, Literal, final
 import numpy as np
 from jaxtyping import Float32, Float64, Int, Int32
 
-from qwen_scope.corpus import FeatureStore
 from qwen_scope.errors import FormatError, InputError, MismatchError, NotFoundError
+from qwen_scope.store import FeatureStore
 
 
 @final

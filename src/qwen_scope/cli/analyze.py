@@ -141,7 +141,7 @@ def open_dataset(
 ) -> Dataset:
     """One store as a dataset."""
     from qwen_scope.analysis import Dataset
-    from qwen_scope.corpus import FeatureStore
+    from qwen_scope.store import FeatureStore
 
     from .store import the_layer
 

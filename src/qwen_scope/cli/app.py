@@ -61,7 +61,7 @@ def root(
 
 
 START, LOOK, CORPORA = "First steps", "Features of a text", "Features of a corpus"
-KNOBS, TRAIN = "Steering", "SAEs and training"
+STEERING, TRAIN = "Steering", "SAEs and training"
 
 app.command("demo", rich_help_panel=START)(demo.demo)
 app.add_typer(lab.app, name="lab", rich_help_panel=START)
@@ -79,9 +79,9 @@ app.command("export", rich_help_panel=CORPORA)(export.export)
 app.add_typer(analyze.app, name="analyze", rich_help_panel=CORPORA)
 app.add_typer(classify.app, name="classify", rich_help_panel=CORPORA)
 app.command("synthesize", rich_help_panel=CORPORA)(synthesize.synthesize)
-app.command("steer", rich_help_panel=KNOBS)(steer.steer)
-app.command("sweep", rich_help_panel=KNOBS)(sweep.sweep)
-app.command("validate", rich_help_panel=KNOBS)(validate.validate)
+app.command("steer", rich_help_panel=STEERING)(steer.steer)
+app.command("sweep", rich_help_panel=STEERING)(sweep.sweep)
+app.command("validate", rich_help_panel=STEERING)(validate.validate)
 app.command("train", rich_help_panel=TRAIN)(train.train)
 app.command("eval", rich_help_panel=TRAIN)(train.evaluate)
 app.command("convert", rich_help_panel=TRAIN)(convert.convert)

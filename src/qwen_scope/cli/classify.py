@@ -18,7 +18,7 @@ from . import options, output, transfer
 from .analyze import show_result
 from .commands import App
 from .groups import LINES, grouped
-from .seeds import labelled, name_of, read_documents
+from .labelled import labelled, name_of, read_documents
 
 if TYPE_CHECKING:
     from qwen_scope.analysis import Dataset, Rule, Student

@@ -12,7 +12,7 @@ from . import options
 if TYPE_CHECKING:
     import numpy as np
 
-    from qwen_scope.corpus import FeatureStore
+    from qwen_scope.store import FeatureStore
     from qwen_scope.text import CorpusOptions
 
 

@@ -49,7 +49,7 @@ def explore(
     pairs = [name_and_password(text) for text in auth or []]
     cache_bytes = options.parse_size(sae_cache)
     need_gradio()
-    from qwen_scope.explorer import Desk, Limits, check_host, launch
+    from qwen_scope.explorer import AppState, Limits, check_host, launch
     from qwen_scope.scope import load_scope
 
     allowed, bounds = [check_host(name) for name in allow_hosts or []], Limits.of(limits or [])
@@ -57,10 +57,10 @@ def explore(
     whose.refuse_other_saes(sae)
     with output.status("opening the model"):
         scope = load_scope(model, sae, device=device, dtype=dtype, k=k, cache_bytes=cache_bytes)
-        desk = Desk(scope, named, bounds)
-        desk.warm()
+        state = AppState(scope, named, bounds)
+        state.warm()
     whose.say_whose()
-    page, url = launch(desk, host=host, port=port, auth=pairs, allow_hosts=allowed, open_browser=browser, block=False)
+    page, url = launch(state, host=host, port=port, auth=pairs, allow_hosts=allowed, open_browser=browser, block=False)
     output.console().print(f"The explorer is at {url} (stop it with Ctrl-C)", soft_wrap=True)
     page.block_thread()
 

@@ -13,8 +13,8 @@ from . import options, output, show
 from .store import the_layer
 
 if TYPE_CHECKING:
-    from qwen_scope.corpus import FeatureStore
     from qwen_scope.features import Creator
+    from qwen_scope.store import FeatureStore
 
 KINDS = ("statistics", "neuronpedia", "delphi")
 
@@ -52,9 +52,9 @@ def export(
     as_json: options.Json = False,
 ) -> None:
     """Write Neuronpedia's upload and bulk files, a latents folder for delphi, or a table of statistics with labels."""
-    from qwen_scope.corpus import FeatureStore
     from qwen_scope.features import export_delphi, export_statistics
     from qwen_scope.files import not_onto_itself
+    from qwen_scope.store import FeatureStore
 
     options.one_of("--to", to, KINDS)
     not_onto_itself(out, folder)

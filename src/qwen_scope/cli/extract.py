@@ -14,7 +14,8 @@ from . import options, output
 from .groups import PARAGRAPHS, grouped
 
 if TYPE_CHECKING:
-    from qwen_scope.corpus import FeatureStore, Progress
+    from qwen_scope.scope import Progress
+    from qwen_scope.store import FeatureStore
 
 LAB_DOCUMENTS = 1000
 
@@ -54,10 +55,10 @@ def extract(
     """
     import torch
 
-    from qwen_scope.corpus import ExtractOptions
-    from qwen_scope.corpus import extract as run
     from qwen_scope.files import not_onto_itself
     from qwen_scope.model import LoadedModel
+    from qwen_scope.scope import ExtractOptions
+    from qwen_scope.scope import extract as run
 
     chosen = ExtractOptions(
         row_tokens=row,

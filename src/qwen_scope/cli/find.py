@@ -15,9 +15,9 @@ from . import documents, options, output, show
 from .groups import LINES, grouped
 
 if TYPE_CHECKING:
-    from qwen_scope.corpus import FeatureStore
     from qwen_scope.features import Findings, Pooled
     from qwen_scope.scope import Scope
+    from qwen_scope.store import FeatureStore
 
 SETS = "A corpus, as extract reads it; lab:language=de; with a STORE language=de"
 
@@ -61,7 +61,7 @@ def find(
     Two sets of documents are compared over the whole dictionary. Half of each set chooses, the other half measures;
     q is adjusted for the number of features that were looked at.
     """
-    from qwen_scope.corpus import FeatureStore
+    from qwen_scope.store import FeatureStore
 
     asked = [positive, groups, repetition, promotes, near, words]
     if sum(one is not None for one in asked) != 1:
@@ -80,7 +80,7 @@ def find(
     if words is not None:
         print_labels(need(store, "--label"), words, n, as_json)
     elif promotes is not None:
-        print_promoting(scope(), promotes, wanted, n, as_json)
+        print_top_logits(scope(), promotes, wanted, n, as_json)
     elif near is not None:
         print_near(near, store, None if store and model is None and sae is None else scope(), n, as_json)
     elif repetition is not None:
@@ -225,10 +225,10 @@ def print_repeats(
         output.console().print(f"{out} a false discovery rate of {level:g} and are left out.")
 
 
-def print_promoting(scope: Scope, words: str, layers: list[int] | None, n: int, as_json: bool) -> None:
-    from qwen_scope.features import promoting, token_ids
+def print_top_logits(scope: Scope, words: str, layers: list[int] | None, n: int, as_json: bool) -> None:
+    from qwen_scope.features import token_ids, top_logits
 
-    found = promoting(scope, token_ids(scope, words.split()), layers, n)
+    found = top_logits(scope, token_ids(scope, words.split()), layers, n)
     if as_json:
         output.print_json(found)
         return

@@ -13,7 +13,7 @@ from . import options, output
 from .store import the_layer
 
 if TYPE_CHECKING:
-    from qwen_scope.corpus import FeatureStore
+    from qwen_scope.store import FeatureStore
 
 
 def label(
@@ -49,9 +49,9 @@ def label(
     The judge is any OpenAI-compatible endpoint: OPENAI_BASE_URL, OPENAI_MODEL and OPENAI_API_KEY. Without one, or with
     --summary, the name is a list of typical tokens, marked as such. A run that was stopped goes on.
     """
-    from qwen_scope.corpus import FeatureStore
     from qwen_scope.features import LabelOptions, ModelJudge, Notes, TokenJudge, label_features
     from qwen_scope.files import check_output
+    from qwen_scope.store import FeatureStore
 
     if export is not None:
         check_output(export, folder, *([merge] if merge else []))

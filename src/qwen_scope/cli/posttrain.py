@@ -226,7 +226,7 @@ def carry_out(
     held_out: list[Sample],
     table: AlphaTable | None,
     probe: list[str],
-    asked: list[str],
+    probe_prompts: list[str],
     as_json: bool,
     unused: Counter[str],
 ) -> None:
@@ -241,7 +241,7 @@ def carry_out(
             held_out,
             table,
             probe=probe,
-            asked=asked,
+            probe_prompts=probe_prompts,
             unused=unused,
             progress=lambda step, steps, log: bar("training", step / max(1, steps), losses(log)),
         )

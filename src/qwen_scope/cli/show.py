@@ -14,9 +14,9 @@ from . import options, output
 from .store import the_layer
 
 if TYPE_CHECKING:
-    from qwen_scope.corpus import Context, FeatureStore
     from qwen_scope.features import FeaturePage
     from qwen_scope.scope import Scope
+    from qwen_scope.store import Context, FeatureStore
 
 
 def show(
@@ -39,9 +39,9 @@ def show(
 
     Without a STORE only what follows from the weights is known. Labels come from: qwen-scope label STORE
     """
-    from qwen_scope.corpus import FeatureStore
     from qwen_scope.features import feature_html, feature_page
     from qwen_scope.files import check_output, write_text
+    from qwen_scope.store import FeatureStore
 
     if html is not None:
         check_output(html, *options.folders(folder, model, sae))

@@ -133,7 +133,7 @@ def stream_text(
     """The steered continuation, piece by piece."""
     from qwen_scope.steer import generate, stream
 
-    tools = {"saes": scope.saes, "stats": scope.sizes, "decoding": decoding, "chat": mode}
+    tools = {"saes": scope.saes, "stats": scope.stats, "decoding": decoding, "chat": mode}
     for _, piece in stream(
         lambda on_text: generate(scope.model, scope.tokenizer, [prompt], interventions, on_text=on_text, **tools)
     ):

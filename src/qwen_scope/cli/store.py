@@ -14,7 +14,7 @@ from . import options, output
 from .extract import show_store
 
 if TYPE_CHECKING:
-    from qwen_scope.corpus import FeatureStore
+    from qwen_scope.store import FeatureStore
 
 SHARES = (0.1, 0.25, 0.5, 0.75, 0.9)
 WAYS = ("top", "random", "quantiles")
@@ -34,7 +34,7 @@ def store(
     as_json: options.Json = False,
 ) -> None:
     """Show what a store holds; with --feature its statistics and contexts, with --layer the most frequent features."""
-    from qwen_scope.corpus import FeatureStore
+    from qwen_scope.store import FeatureStore
 
     with FeatureStore(folder) as opened:
         if verify:

@@ -102,7 +102,7 @@ def sweep(
             amounts=grid,
             lower=lower,
             saes=scope.saes,
-            stats=scope.sizes,
+            stats=scope.stats,
             decoding=decoding,
             chat=mode,
             budget=budget,

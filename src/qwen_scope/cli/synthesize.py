@@ -21,9 +21,9 @@ from .show import scope_of
 from .store import the_layer
 
 if TYPE_CHECKING:
-    from qwen_scope.corpus import FeatureStore
     from qwen_scope.features import Endpoint
     from qwen_scope.posttrain import Target
+    from qwen_scope.store import FeatureStore
     from qwen_scope.text import Corpus
 
 LAB_DOCUMENTS = 200
@@ -112,9 +112,9 @@ def synthesize(
     The writer is any OpenAI-compatible endpoint: OPENAI_BASE_URL, OPENAI_MODEL and OPENAI_API_KEY; 'lab' is one that
     knows the lab's grammar. OUT gets data.jsonl and data.parquet with the provenance of every text.
     """
-    from qwen_scope.corpus import FeatureStore
     from qwen_scope.files import check_folder, check_output
     from qwen_scope.posttrain import MADE, SynthesisOptions, price, synthesize
+    from qwen_scope.store import FeatureStore
 
     check_output(out / MADE[0])
     check_folder(out, MADE, store, *given_files(seed_corpus, against), *options.folders(model, sae))
@@ -168,7 +168,7 @@ def asked(
 
 def seed_of(source: str, reading: CorpusOptions) -> Corpus | FeatureStore:
     """The corpus to complete, or its store."""
-    from qwen_scope.corpus import FeatureStore
+    from qwen_scope.store import FeatureStore
 
     if (Path(source) / "manifest.json").is_file():
         return FeatureStore(source)

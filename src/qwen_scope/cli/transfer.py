@@ -13,7 +13,7 @@ from qwen_scope.text import CorpusOptions
 from . import options, output
 from .analyze import show_result
 from .groups import LINES, grouped
-from .seeds import read_corpus
+from .labelled import read_corpus
 
 if TYPE_CHECKING:
     import numpy as np

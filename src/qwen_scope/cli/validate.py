@@ -1,4 +1,4 @@
-"""`qwen-scope validate`: the verdict on a knob."""
+"""`qwen-scope validate`: the verdict on a interventions."""
 
 from __future__ import annotations
 
@@ -82,14 +82,14 @@ def validate(
     with output.status("opening the model"):
         scope = options.open_scope(model, sae, device, dtype, k)
     target = text_target(scope, regex, script, target_feature, rule)
-    knob = steer.from_recipe(scope, recipe) if recipe is not None else steer.placed(scope, one)
+    interventions = steer.from_recipe(scope, recipe) if recipe is not None else steer.placed(scope, one)
     examples = Examples(*lines[1:])
-    removed = selectivity(scope, knob, examples, seed=seed) if removal else None
+    removed = selectivity(scope, interventions, examples, seed=seed) if removal else None
     asked = {} if questions is None else {"the task": answer_task(scope, questions, chat=mode)}
     with output.progress() as report:
         verdict = run_validate(
             scope,
-            knob,
+            interventions,
             target,
             lines[0],
             examples,
@@ -162,7 +162,7 @@ def print_selectivity(found: Selectivity) -> None:
 
 
 def print_verdict(verdict: Verdict) -> None:
-    """The word, the rules with what was found, the arms, and what else moved."""
+    """The word, the rules with what was found, the conditions, and what else moved."""
     from rich.text import Text
 
     out = output.console()
@@ -172,17 +172,17 @@ def print_verdict(verdict: Verdict) -> None:
     out.print()
     rows = [
         (
-            arm.name,
-            arm.effect.estimate,
-            f"{arm.effect.low:.3g} to {arm.effect.high:.3g}",
-            "no text" if arm.perplexity is None else arm.perplexity,
-            arm.repetition,
+            condition.name,
+            condition.effect.estimate,
+            f"{condition.effect.low:.3g} to {condition.effect.high:.3g}",
+            "no text" if condition.perplexity is None else condition.perplexity,
+            condition.repetition,
         )
-        for arm in verdict.arms
+        for condition in verdict.conditions
     ]
     columns = ("generated under", "target", "95% interval", "perplexity", "repetition")
     output.show("The target under each, with the perplexity under the unsteered model", columns, rows)
-    each = ", ".join(f"{arm.effect.estimate:.3g}" for arm in verdict.shuffled)
+    each = ", ".join(f"{condition.effect.estimate:.3g}" for condition in verdict.shuffled)
     out.print(f"Shuffled labels are {len(verdict.shuffled)} shuffles as one control: {each}")
     side = verdict.side
     out.print(

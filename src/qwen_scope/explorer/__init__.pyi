@@ -1,5 +1,5 @@
 from .api import Api as Api
-from .desk import Desk as Desk
+from .app_state import AppState as AppState
 from .gate import check_host as check_host
 from .limits import Limits as Limits
 from .page import build as build

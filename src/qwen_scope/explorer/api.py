@@ -18,8 +18,8 @@ from qwen_scope.report import escaped
 from qwen_scope.steer import Generation
 
 from . import steering
+from .app_state import AppState
 from .datasets import ANALYSIS, analysed
-from .desk import Desk
 from .discreet import discreet_value
 from .limits import listed, whole_number
 from .steer import STEER, SWEEP
@@ -32,8 +32,8 @@ PAIRS = 200_000
 class Api:
     """The endpoints; each method is one, under its own name, and can be called from Python just as well."""
 
-    def __init__(self, desk: Desk) -> None:
-        self.desk = desk
+    def __init__(self, state: AppState) -> None:
+        self.state = state
 
     def join(self, page: gr.Blocks) -> None:
         """Add the endpoints to the page that is being built."""
@@ -49,26 +49,26 @@ class Api:
             (self.analyze, ANALYSIS, 1),
         ):
             name = endpoint.__name__
-            api(sentences(endpoint, self.desk, sessions), api_name=name, concurrency_id=queue, concurrency_limit=limit)
+            api(sentences(endpoint, self.state, sessions), api_name=name, concurrency_id=queue, concurrency_limit=limit)
 
     def info(self) -> dict[str, Any]:
         """What this page looks at: model, SAEs, layers, features, stores, and what one request may ask for."""
-        desk = self.desk
-        sae = desk.scope.saes[desk.layers[0]]
+        state = self.state
+        sae = state.scope.saes[state.layers[0]]
         return {
-            "model": desk.model_name,
-            "sae": desk.sae_name,
-            "layers": desk.layers,
+            "model": state.model_name,
+            "sae": state.sae_name,
+            "layers": state.layers,
             "d_sae": sae.d_sae,
             "k": sae.k,
-            "stores": list(desk.stores),
-            "limits": asdict(desk.limits),
+            "stores": list(state.stores),
+            "limits": asdict(state.limits),
         }
 
     def features(self, text: str, layer: int, chat: str = "plain", n: int = 10) -> dict[str, Any]:
         """The tokens of a text, the n strongest features of each, and those of the whole text."""
-        layer, n = whole_number(layer, "layer"), self.desk.limits.check_features(n)
-        seen = self.desk.seen(text, layer, chat)
+        layer, n = whole_number(layer, "layer"), self.state.limits.check_features(n)
+        seen = self.state.seen(text, layer, chat)
         if (pairs := len(seen.tokens[0]) * n) > PAIRS:
             raise InputError(f"{pairs:,} activations are more than one answer holds ({PAIRS:,}); ask for a smaller n")
         acts = seen.of(0, layer)
@@ -92,24 +92,24 @@ class Api:
 
         leave_out: any of first, common, prefix.
         """
-        desk, most = self.desk, self.desk.limits.set_texts
-        a, b = (desk.limits.check_texts(side, "text", most) for side in (a, b))
+        state, most = self.state, self.state.limits.set_texts
+        a, b = (state.limits.check_texts(side, "text", most) for side in (a, b))
         if layers is not None:
-            layers = [whole_number(layer, "layer") for layer in listed(layers, "layers", len(desk.layers))]
-        chosen = desk.scope.check_layers(layers)
-        found, _ = desk.compare(a, b, chosen, desk.limits.check_features(n), leave_out or [], chat)
+            layers = [whole_number(layer, "layer") for layer in listed(layers, "layers", len(state.layers))]
+        chosen = state.scope.check_layers(layers)
+        found, _ = state.compare(a, b, chosen, state.limits.check_features(n), leave_out or [], chat)
         return [asdict(one) for ranked in found.values() for one in ranked]
 
     def feature(self, layer: int, feature: int, store: str | None = None) -> dict[str, Any]:
         """All about one feature; with the name of a store also where it fires, its label and its notes."""
-        page = self.desk.feature_page(whole_number(layer, "layer"), whole_number(feature, "feature"), store)
+        page = self.state.feature_page(whole_number(layer, "layer"), whole_number(feature, "feature"), store)
         data = page.to_json()
-        told = {key: discreet_value(data[key], self.desk.places) for key in ("label", "notes", "verdict")}
+        told = {key: discreet_value(data[key], self.state.places) for key in ("label", "notes", "verdict")}
         return {**data, **told, "store": store}
 
     def positions(self, prompt: str, where: str = "all", chat: str = "plain") -> dict[str, Any]:
         """The tokens of a prompt, and which of them an intervention at these positions changes."""
-        tokens, touched, _ = steering.preview(self.desk, prompt, chat, [{"where": where}])
+        tokens, touched, _ = steering.preview(self.state, prompt, chat, [{"where": where}])
         return {"tokens": tokens, "changed": touched}
 
     def steer(
@@ -124,9 +124,9 @@ class Api:
         interventions: objects with layer, feature, amount, and op (add, scale, clamp, ablate), unit (resid_norm,
         max_act, raw), where. decoding: max_new_tokens, sample, temperature, top_p, top_k, repetition_penalty, seed.
         """
-        chosen = steering.interventions(self.desk, interventions)
-        how = steering.decoding(self.desk, steering.checked_decoding(decoding))
-        for *_, plain, steered in steering.both(self.desk, prompt, chat, chosen, how, threading.Event()):
+        chosen = steering.interventions(self.state, interventions)
+        how = steering.decoding(self.state, steering.checked_decoding(decoding))
+        for *_, plain, steered in steering.both(self.state, prompt, chat, chosen, how, threading.Event()):
             if plain is not None and steered is not None:
                 return {"unsteered": written(plain), "steered": written(steered)}
         raise AssertionError("a generation that nobody stopped comes to its end")
@@ -141,15 +141,15 @@ class Api:
         chat: str = "plain",
     ) -> dict[str, Any]:
         """Dose and response of interventions, and a proposed amount. aim: feature, regex, script or text."""
-        chosen, _ = steering.dosed(steering.interventions(self.desk, interventions))
-        target = steering.sweep_target(self.desk, aim, value, chosen[0])
-        how = steering.decoding(self.desk, {"max_new_tokens": 40} | steering.checked_decoding(decoding))
-        texts = self.desk.limits.check_texts(prompts, "prompt", self.desk.limits.sweep_prompts)
-        return steering.swept(self.desk, texts, chat, chosen, target, how, lambda *_: None).to_json()
+        chosen, _ = steering.dosed(steering.interventions(self.state, interventions))
+        target = steering.sweep_target(self.state, aim, value, chosen[0])
+        how = steering.decoding(self.state, {"max_new_tokens": 40} | steering.checked_decoding(decoding))
+        texts = self.state.limits.check_texts(prompts, "prompt", self.state.limits.sweep_prompts)
+        return steering.swept(self.state, texts, chat, chosen, target, how, lambda *_: None).to_json()
 
     def analyze(self, analysis: str, stores: list[str], layer: int) -> dict[str, Any]:
         """One analysis of stores the page was started with: overlap, redundancy, subset or drift."""
-        return analysed(self.desk, stores, analysis, whole_number(layer, "layer")).data
+        return analysed(self.state, stores, analysis, whole_number(layer, "layer")).data
 
 
 def written(side: Generation) -> dict[str, Any]:
@@ -204,7 +204,7 @@ class Passing:
             queue.pending_messages_per_session.pop(old, None)
 
 
-def sentences(endpoint: Callable[..., Any], desk: Desk, sessions: Passing) -> Callable[..., Any]:
+def sentences(endpoint: Callable[..., Any], state: AppState, sessions: Passing) -> Callable[..., Any]:
     """The endpoint, with errors as sentences that a client can read and a browser shows inertly."""
 
     @functools.wraps(endpoint)
@@ -213,7 +213,7 @@ def sentences(endpoint: Callable[..., Any], desk: Desk, sessions: Passing) -> Ca
         try:
             return plain(endpoint(*args, **kwargs))
         except QwenScopeError as error:
-            raise gr.Error(escaped(desk.discreet(str(error))), print_exception=False) from error
+            raise gr.Error(escaped(state.discreet(str(error))), print_exception=False) from error
         except Exception as error:  # the operator reads it in the log, with its place
             raise gr.Error(
                 "this request could not be answered; the log of the server tells its operator why"

@@ -7,9 +7,9 @@ from typing import Any
 import gradio as gr
 
 from . import compare_view as view
-from .desk import Desk
+from .app_state import AppState
+from .components import empty, examples
 from .explore import CHAT_CHOICES
-from .pieces import empty, examples
 from .wiring import SETS, on, panel, picked
 
 PAIRS = (
@@ -30,15 +30,15 @@ SUFFIXES = [".txt", ".jsonl", ".csv"]
 class CompareTab:
     """Builds the tab inside the page that is being built, and answers what happens in it."""
 
-    def __init__(self, desk: Desk) -> None:
-        self.desk = desk
+    def __init__(self, state: AppState) -> None:
+        self.state = state
         self.texts, self.files = [], []
         with gr.Row(equal_height=False):
             for side in "AB":
                 with gr.Column(min_width=320):
                     self.texts.append(
                         gr.Textbox(label=f"Text {side}", lines=3, max_lines=10, elem_id=f"compare-text-{side.lower()}",
-                                   max_length=desk.limits.characters, placeholder="Write or paste a text")
+                                   max_length=state.limits.characters, placeholder="Write or paste a text")
                     )  # fmt: skip
                     with gr.Accordion("or upload a set of texts", open=False):
                         self.files.append(
@@ -51,8 +51,8 @@ class CompareTab:
                 OPTIONS, value=[], label="Tokens that count", scale=4, elem_id="compare-options"
             )
             self.chat = gr.Dropdown(CHAT_CHOICES, value="plain", label="Read as", min_width=150, scale=1)
-            self.first = gr.Dropdown(desk.layers, value=desk.layers[0], label="From layer", min_width=90, scale=1)
-            self.last = gr.Dropdown(desk.layers, value=desk.layers[-1], label="to layer", min_width=90, scale=1)
+            self.first = gr.Dropdown(state.layers, value=state.layers[0], label="From layer", min_width=90, scale=1)
+            self.last = gr.Dropdown(state.layers, value=state.layers[-1], label="to layer", min_width=90, scale=1)
             self.n = gr.Number(
                 5, label="Features per layer", minimum=1, maximum=50, precision=0, min_width=110, scale=1
             )
@@ -64,12 +64,12 @@ class CompareTab:
                 self.side_b = panel(elem_id="compare-side-b")
             with gr.Column(scale=3, min_width=420):
                 self.ranking = panel(empty(START), elem_id="compare-ranking")
-        on(self.examples.pick, self.example, [], self.texts, self.notice, self.desk, concurrency_id="edit")
+        on(self.examples.pick, self.example, [], self.texts, self.notice, self.state, concurrency_id="edit")
         inputs = [*self.texts, *self.files, self.options, self.chat, self.first, self.last, self.n]
         on(
             [self.go.click, *(text.submit for text in self.texts)],
-            self.compare, inputs, [self.side_a, self.side_b, self.ranking], self.notice, self.desk, concurrency_id=SETS,
-            show_progress="minimal", show_progress_on=self.ranking,
+            self.compare, inputs, [self.side_a, self.side_b, self.ranking], self.notice, self.state,
+            concurrency_id=SETS, show_progress="minimal", show_progress_on=self.ranking,
         )  # fmt: skip
 
     def example(self, event: gr.EventData) -> dict[Any, Any]:
@@ -90,9 +90,9 @@ class CompareTab:
         n: float,
     ) -> dict[Any, Any]:
         """Both sides and the ranking."""
-        desk = self.desk
-        first_side, second_side = desk.side(text_a, file_a, "first"), desk.side(text_b, file_b, "second")
-        layers, n = desk.layer_range(first, last), desk.limits.check_features(n or 5)
-        found, seen = desk.compare(first_side, second_side, layers, n, options, chat)
-        a, b, ranking = view.compared(found, seen, len(first_side), desk.label)
+        state = self.state
+        first_side, second_side = state.side(text_a, file_a, "first"), state.side(text_b, file_b, "second")
+        layers, n = state.layer_range(first, last), state.limits.check_features(n or 5)
+        found, seen = state.compare(first_side, second_side, layers, n, options, chat)
+        a, b, ranking = view.compared(found, seen, len(first_side), state.label)
         return {self.side_a: a, self.side_b: b, self.ranking: ranking}

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from qwen_scope.report import Markup, element, join
 from qwen_scope.scope import Comparison, TokenFeatures
 
+from .components import card, chip, feature_link, heading, name_of, percent, strength
 from .explore_view import Label
-from .pieces import card, chip, feature_link, heading, name_of, percent, strength
 
 SHOWN_TEXTS = 12
 

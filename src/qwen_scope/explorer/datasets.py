@@ -14,11 +14,11 @@ from qwen_scope.errors import InputError, NotFoundError, brief
 from qwen_scope.report import Markup, draw, element, join
 from qwen_scope.scope import TokenFeatures
 
-from .desk import Desk
+from .app_state import AppState
+from .components import card, chip, empty, feature_link, heading, name_of, notice, number, progress_panel
 from .explore import CHAT_CHOICES
 from .jobs import Report, watched
 from .limits import listed
-from .pieces import card, chip, empty, feature_link, heading, name_of, notice, number, progress_panel
 from .wiring import on, panel, stops
 
 ANALYSIS = "analysis"
@@ -42,16 +42,16 @@ TRACE_START = "Upload a rule (the .json that qwen-scope classify writes), give a
 class DatasetsTab:
     """Builds the tab inside the page that is being built, and answers what happens in it."""
 
-    def __init__(self, desk: Desk) -> None:
-        self.desk = desk
-        names = list(desk.stores)
+    def __init__(self, state: AppState) -> None:
+        self.state = state
+        names = list(state.stores)
         with gr.Row(elem_classes="qs-fields qs-bench"):
             self.stores = gr.CheckboxGroup(names, value=names[:8], label="Stores", scale=3, elem_id="datasets-stores")
             self.analysis = gr.Dropdown(
                 [(NAMES.get(name, name), name) for name in ANALYSES], value="overlap", label="Analysis", scale=2,
                 min_width=260, elem_id="datasets-analysis",
             )  # fmt: skip
-            self.layer = gr.Dropdown(desk.layers, value=desk.store_layer, label="Layer", scale=1, min_width=90)
+            self.layer = gr.Dropdown(state.layers, value=state.store_layer, label="Layer", scale=1, min_width=90)
             self.go = gr.Button("Analyse", variant="primary", scale=1, min_width=120, elem_id="datasets-go")
             self.stop_button = gr.Button("Stop", scale=0, min_width=90, elem_id="datasets-stop")
         self.notice = panel(elem_id="datasets-notice")
@@ -60,7 +60,7 @@ class DatasetsTab:
         with fold, gr.Row(equal_height=False):
             with gr.Column(scale=2, min_width=320):
                 self.rule = gr.File(label="Rule (.json)", file_types=[".json"], height=110, elem_id="trace-rule")
-                self.text = gr.Textbox(label="Text", lines=3, elem_id="trace-text", max_length=desk.limits.characters)
+                self.text = gr.Textbox(label="Text", lines=3, elem_id="trace-text", max_length=state.limits.characters)
                 self.chat = gr.Dropdown(CHAT_CHOICES, value="plain", label="Read as")
                 self.trace_button = gr.Button("Trace", elem_id="trace-go")
             with gr.Column(scale=3, min_width=420):
@@ -68,20 +68,20 @@ class DatasetsTab:
                 self.traced = panel(empty(TRACE_START), elem_id="trace-result")
         on(
             self.go.click, self.analyse, [self.stores, self.analysis, self.layer], [self.result],
-            self.notice, self.desk,
+            self.notice, self.state,
             concurrency_id=ANALYSIS,
         )  # fmt: skip
-        stops(self.stop_button, desk.jobs)
+        stops(self.stop_button, state.jobs)
         on(
             self.trace_button.click, self.trace, [self.rule, self.text, self.chat], [self.traced],
-            self.trace_notice, self.desk
+            self.trace_notice, self.state
         )  # fmt: skip
 
     def analyse(self, request: gr.Request, stores: list[str], analysis: str, layer: int) -> Iterator[dict[Any, Any]]:
         """One analysis of the chosen stores."""
         started = time.monotonic()
-        with self.desk.jobs.at_work(str(request.session_hash)) as stop:
-            for told in watched(lambda report: analysed(self.desk, stores, analysis, int(layer), report), stop):
+        with self.state.jobs.at_work(str(request.session_hash)) as stop:
+            for told in watched(lambda report: analysed(self.state, stores, analysis, int(layer), report), stop):
                 if isinstance(told, Result):
                     title, took = NAMES.get(analysis, analysis), time.monotonic() - started
                     yield {self.result: result_panel(title, told, took)}
@@ -94,13 +94,13 @@ class DatasetsTab:
         if rule is None:
             raise InputError("upload a rule first: the .json that qwen-scope classify writes")
         loaded = Rule.load(rule)
-        seen = {layer: self.desk.seen(text, layer, chat) for layer in self.desk.scope.check_layers(loaded.layers)}
-        evidence = loaded.trace({layer: one_item(self.desk, found, layer) for layer, found in seen.items()}, 0)
+        seen = {layer: self.state.seen(text, layer, chat) for layer in self.state.scope.check_layers(loaded.layers)}
+        evidence = loaded.trace({layer: one_item(self.state, found, layer) for layer, found in seen.items()}, 0)
         tokens = next(iter(seen.values())).tokens[0]
-        return {self.traced: trace_panel(self.desk, loaded, tokens, evidence)}
+        return {self.traced: trace_panel(self.state, loaded, tokens, evidence)}
 
 
-def analysed(desk: Desk, stores: list[str], analysis: str, layer: int, report: Report = lambda *_: None) -> Result:
+def analysed(state: AppState, stores: list[str], analysis: str, layer: int, report: Report = lambda *_: None) -> Result:
     """The result of one analysis of stores the page was started with; it reports before each store, and before the end.
 
     Raises:
@@ -109,9 +109,9 @@ def analysed(desk: Desk, stores: list[str], analysis: str, layer: int, report: R
     if not isinstance(analysis, str) or analysis not in ANALYSES:
         raise NotFoundError(f"there is no analysis {brief(analysis)}; there are {', '.join(ANALYSES)}")
     chosen = ANALYSES[analysis]
-    stores = listed(stores, "stores", len(desk.stores))
+    stores = listed(stores, "stores", len(state.stores))
     for name in stores:
-        desk.folder(name)
+        state.folder(name)
         if stores.count(name) > 1:
             raise InputError(f"the store {name!r} is named twice")
     if len(stores) < chosen.datasets:
@@ -119,17 +119,17 @@ def analysed(desk: Desk, stores: list[str], analysis: str, layer: int, report: R
     datasets = []
     for i, name in enumerate(stores):
         report("reading", i / (len(stores) + 1), name)
-        with desk.store(name) as store:
+        with state.store(name) as store:
             texts = analysis == "drift"
             datasets.append(Dataset.from_store(store, layer, chosen.reduction, name=name, texts=texts))  # pyright: ignore[reportArgumentType]
     report("comparing", len(stores) / (len(stores) + 1), NAMES.get(analysis, analysis))
     return chosen.run(datasets)
 
 
-def one_item(desk: Desk, seen: TokenFeatures, layer: int) -> Dataset:
+def one_item(state: AppState, seen: TokenFeatures, layer: int) -> Dataset:
     """What was seen of one text, as a dataset of one item."""
     best = sorted(seen.strongest(0, layer), key=lambda one: one.feature)
-    sae = desk.scope.saes[layer]
+    sae = state.scope.saes[layer]
     columns = ([one.feature for one in best], [one.maximum for one in best], [one.position for one in best])
     return Dataset(
         "text", ("0",), layer, sae.d_sae, sae.identity.fingerprint, np.zeros(len(best), np.int32),
@@ -176,7 +176,7 @@ def cell_of(cell: Any) -> str | None:
     return number(cell) if isinstance(cell, float) else None if cell is None else str(cell)
 
 
-def trace_panel(desk: Desk, rule: Rule, tokens: list[str], evidence: list[Evidence]) -> Markup:
+def trace_panel(state: AppState, rule: Rule, tokens: list[str], evidence: list[Evidence]) -> Markup:
     """The tokens that decided, and the features that fired there."""
     places = {one.position: one for one in reversed(evidence)}
     top = max((one.value for one in evidence), default=1.0)
@@ -188,7 +188,7 @@ def trace_panel(desk: Desk, rule: Rule, tokens: list[str], evidence: list[Eviden
     rows = [
         element(
             "tr",
-            element("td", element("b", one.feature), " ", name_of(desk.label(one.layer, one.feature))),
+            element("td", element("b", one.feature), " ", name_of(state.label(one.layer, one.feature))),
             element("td", f"layer {one.layer}"),
             element("td", chip(tokens[one.position]), f" token {one.position}"),
             element("td", number(one.value), class_="qs-figure"),

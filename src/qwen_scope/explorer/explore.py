@@ -11,11 +11,11 @@ import gradio as gr
 from qwen_scope.report import join
 
 from . import explore_view as view
-from .desk import Desk
+from .app_state import AppState
+from .components import empty, examples, notice, progress_panel
 from .explore_view import Reading
 from .jobs import Told
 from .limits import whole_number
-from .pieces import empty, examples, notice, progress_panel
 from .wiring import MODEL, SETS, on, panel, picked, stops, told
 
 EXAMPLES = (
@@ -31,20 +31,20 @@ START = "Write or paste a text above and press Read: its tokens appear here, sha
 class ExploreTab:
     """Builds the tab inside the page that is being built, and answers what happens in it."""
 
-    def __init__(self, desk: Desk) -> None:
-        self.desk = desk
+    def __init__(self, state: AppState) -> None:
+        self.state = state
         self.reading = gr.State(None)
         with gr.Row(elem_classes="qs-bench"):
             self.text = gr.Textbox(
                 label="Text", lines=3, max_lines=10, elem_id="explore-text", placeholder="Write or paste a text",
-                max_length=desk.limits.characters, scale=4,
+                max_length=state.limits.characters, scale=4,
             )  # fmt: skip
             with gr.Column(scale=1, min_width=240):
                 self.chat = gr.Dropdown(CHAT_CHOICES, value="plain", label="Read as", elem_id="explore-chat")
                 self.read = gr.Button("Read", variant="primary", elem_id="explore-read")
         self.examples = panel(examples(EXAMPLES), elem_id="explore-examples")
         self.notice = panel(elem_id="explore-notice")
-        self.layer = layer_choice(desk.layers)
+        self.layer = layer_choice(state.layers)
         with gr.Row(equal_height=False):
             with gr.Column(scale=3, min_width=420):
                 self.tokens = panel(empty(START), elem_id="explore-tokens")
@@ -72,11 +72,11 @@ class ExploreTab:
         heat = [self.own_scale, self.skip_first]
         on(
             [self.read.click, self.text.submit],
-            self.start, [self.text, self.chat, self.layer, *heat], shown, self.notice, self.desk,
+            self.start, [self.text, self.chat, self.layer, *heat], shown, self.notice, self.state,
             show_progress="minimal", show_progress_on=self.tokens,
         )  # fmt: skip
-        on(self.examples.pick, self.example, [], [self.text], self.notice, self.desk, concurrency_id="edit").then(
-            told(self.start, self.notice, self.desk), [self.text, self.chat, self.layer, *heat], [*shown, self.notice],
+        on(self.examples.pick, self.example, [], [self.text], self.notice, self.state, concurrency_id="edit").then(
+            told(self.start, self.notice, self.state), [self.text, self.chat, self.layer, *heat], [*shown, self.notice],
             show_progress="hidden", api_visibility="private", concurrency_id=MODEL, concurrency_limit=1,
         )  # fmt: skip
         on(
@@ -85,33 +85,33 @@ class ExploreTab:
             [self.reading, self.layer, *heat],
             shown,
             self.notice,
-            self.desk,
+            self.state,
             trigger_mode="always_last",
         )
-        on([box.input for box in heat], self.move, [self.reading, self.layer, *heat], shown, self.notice, self.desk)
-        on(self.through.click, self.descend, [self.reading], [self.depth], self.notice, self.desk, concurrency_id=SETS)
-        stops(self.stop_button, self.desk.jobs)
+        on([box.input for box in heat], self.move, [self.reading, self.layer, *heat], shown, self.notice, self.state)
+        on(self.through.click, self.descend, [self.reading], [self.depth], self.notice, self.state, concurrency_id=SETS)
+        stops(self.stop_button, self.state.jobs)
         on(
             [part.pick for part in (self.tokens, self.of_token, self.of_text, self.heat)],
-            self.choose, [self.reading, *heat], shown, self.notice, self.desk,
+            self.choose, [self.reading, *heat], shown, self.notice, self.state,
         )  # fmt: skip
 
     def descend(self, request: gr.Request, reading: Reading | None) -> Iterator[dict[Any, Any]]:
         """The chosen token and the chosen feature at every layer."""
         if reading is None:
             return
-        layers, seen, near = self.desk.layers, {}, {}
-        with self.desk.jobs.at_work(str(request.session_hash)) as stop:
+        layers, seen, near = self.state.layers, {}, {}
+        with self.state.jobs.at_work(str(request.session_hash)) as stop:
             for i, layer in enumerate(layers):
                 if stop.is_set():
                     yield {self.depth: notice("stopped before the last layer")}
                     return
                 yield {self.depth: progress_panel(Told("reading", i / len(layers), f"layer {layer}"))}
-                seen[layer] = self.desk.seen(reading.text, layer, reading.chat)
+                seen[layer] = self.state.seen(reading.text, layer, reading.chat)
                 if reading.feature >= 0:
-                    near[layer] = self.desk.nearest(reading.layer, reading.feature, layer)
-        shown = view.token_depth_panel(seen, reading, self.desk.label)
-        yield {self.depth: join(view.feature_depth_panel(seen, near, reading, self.desk.label), shown)}
+                    near[layer] = self.state.nearest(reading.layer, reading.feature, layer)
+        shown = view.token_depth_panel(seen, reading, self.state.label)
+        yield {self.depth: join(view.feature_depth_panel(seen, near, reading, self.state.label), shown)}
 
     def start(self, text: str, chat: str, layer: int, own_scale: bool, skip_first: bool) -> dict[Any, Any]:
         """A new text."""
@@ -140,16 +140,16 @@ class ExploreTab:
         if (token := picked(event, "token")) >= 0:
             reading = replace(reading, token=token)
         if (feature := picked(event, "feature")) >= 0:
-            self.desk.check_feature(reading.layer, feature)
+            self.state.check_feature(reading.layer, feature)
             reading = replace(reading, feature=feature)
         return self.show(reading, own_scale, skip_first)
 
     def show(self, reading: Reading, own_scale: bool, skip_first: bool) -> dict[Any, Any]:
         """Every panel for what is being looked at."""
-        desk = self.desk
-        seen = desk.seen(reading.text, reading.layer, reading.chat)
+        state = self.state
+        seen = state.seen(reading.text, reading.layer, reading.chat)
         reading = reading.with_default_choice(seen)
-        label = desk.label
+        label = state.label
         return {
             self.reading: reading,
             self.tokens: view.tokens_panel(seen, reading, label),

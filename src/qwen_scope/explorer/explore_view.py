@@ -13,7 +13,7 @@ from qwen_scope.features import Neighbour
 from qwen_scope.report import Markup, element, join, visible
 from qwen_scope.scope import TokenFeatures
 
-from .pieces import Named, bar, card, chip, chips, feature_link, heading, name_of, number, percent, quoted, strength
+from .components import Named, bar, card, chip, chips, feature_link, heading, name_of, number, percent, quoted, strength
 
 RANKED = 12
 HEAT_ROWS = 24

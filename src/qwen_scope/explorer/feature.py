@@ -12,9 +12,9 @@ from qwen_scope.features import FeaturePage
 from qwen_scope.report import join
 
 from . import feature_view as view
-from .desk import Desk
+from .app_state import AppState
+from .components import card, empty, examples
 from .limits import whole_number
-from .pieces import card, empty, examples
 from .wiring import LOOK, on, panel, picked
 
 NO_STORE = "no store"
@@ -28,17 +28,17 @@ START = "Give a layer and a feature and press Open, or follow an arrow ↗ anywh
 class FeatureTab:
     """Builds the tab inside the page that is being built, and answers what happens in it."""
 
-    def __init__(self, desk: Desk) -> None:
-        self.desk = desk
-        stores = list(desk.stores) or [NO_STORE]
+    def __init__(self, state: AppState) -> None:
+        self.state = state
+        stores = list(state.stores) or [NO_STORE]
         with gr.Row(elem_classes="qs-fields qs-bench"):
-            self.layer = gr.Dropdown(desk.layers, value=desk.store_layer, label="Layer", min_width=90, scale=1)
+            self.layer = gr.Dropdown(state.layers, value=state.store_layer, label="Layer", min_width=90, scale=1)
             self.feature = gr.Number(
                 None, label="Feature", precision=0, min_width=120, scale=1, elem_id="feature-number"
             )
             self.store = gr.Dropdown(stores, value=stores[0], label="Store", min_width=160, scale=2)
             self.open = gr.Button("Open", variant="primary", min_width=120, scale=1, elem_id="feature-open")
-        self.known = desk.known[:8]
+        self.known = state.known[:8]
         names = [f"{one['factor']}: {one['layer']} / {one['feature']}" for one in self.known]
         self.examples = panel(examples(names) if names else "", elem_id="feature-examples")
         self.notice = panel(elem_id="feature-notice")
@@ -62,11 +62,11 @@ class FeatureTab:
         ]  # fmt: skip
         fields = [self.layer, self.feature, self.store]
         newest = {"trigger_mode": "always_last", "concurrency_id": LOOK, "concurrency_limit": 2}
-        on([self.open.click, self.feature.submit], self.show, fields, self.shown, self.notice, self.desk, **newest)
-        on(self.examples.pick, self.example, [self.store], self.shown, self.notice, self.desk, **newest)
+        on([self.open.click, self.feature.submit], self.show, fields, self.shown, self.notice, self.state, **newest)
+        on(self.examples.pick, self.example, [self.store], self.shown, self.notice, self.state, **newest)
         on(
             self.write.click, self.keep, [*fields, self.note, self.author], [*self.shown, self.note],
-            self.notice, self.desk,
+            self.notice, self.state,
             concurrency_id=LOOK, concurrency_limit=2,
         )  # fmt: skip
 
@@ -79,11 +79,11 @@ class FeatureTab:
         """The page of one feature; what fires with it, which takes a look at the whole store, comes a moment later."""
         layer, feature = whole_number(layer, "layer"), whole_number(feature, "feature")
         name = None if store == NO_STORE else store
-        page = self.desk.feature_page(layer, feature, name, company=False)
+        page = self.state.feature_page(layer, feature, name, with_cofiring=False)
         yield self.drawn(page, name)
         if name is not None:
-            page = self.desk.with_company(page, name)
-            yield {self.near: view.neighbours_panel(page, self.desk.label)}
+            page = self.state.with_cofiring(page, name)
+            yield {self.near: view.neighbours_panel(page, self.state.label)}
 
     def drawn(self, page: FeaturePage, name: str | None) -> dict[Any, Any]:
         """Every panel for a feature; `name` is that of the store."""
@@ -106,7 +106,7 @@ class FeatureTab:
             self.contexts: join(*contexts),
             self.facts: view.facts_panel(page) if page.summary is not None else "",
             self.effects: view.effects_panel(page) if page.promoted else "",
-            self.near: view.neighbours_panel(page, self.desk.label, searching=name is not None),
+            self.near: view.neighbours_panel(page, self.state.label, searching=name is not None),
             self.note_box: gr.Column(visible=name is not None),
             self.notes: view.notes_panel(page),
         }
@@ -116,6 +116,6 @@ class FeatureTab:
         if store == NO_STORE:
             raise InputError("notes are kept in a store; start the page with --store FOLDER")
         number = whole_number(feature, "feature")
-        self.desk.write_note(whole_number(layer, "layer"), number, store, text, author)
+        self.state.write_note(whole_number(layer, "layer"), number, store, text, author)
         for update in self.show(layer, feature, store):
             yield {self.note: "", **update}

@@ -5,18 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import groupby
 
-from qwen_scope.corpus import Context
 from qwen_scope.features import FeaturePage, Label, Neighbour, TokenEffect, label_text, page_facts
 from qwen_scope.report import Markup, element, join, visible
+from qwen_scope.store import Context
 
+from .components import bar, card, chip, heading, name_of, number
 from .explore_view import Label as LabelOf
-from .pieces import bar, card, chip, heading, name_of, number
 
 Shown = FeaturePage
 
 
 def title_panel(page: FeaturePage, address: str) -> Markup:
-    """Which feature, what it is called, whether it is a knob; and a link to this page."""
+    """Which feature, what it is called, whether it is causal; and a link to this page."""
     copy = element("button", "Copy link", type="button", class_="qs-copy", data_copy=address)
     verdict = None
     if page.verdict is not None:

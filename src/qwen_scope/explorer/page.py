@@ -18,15 +18,15 @@ from qwen_scope.report import Markup, element, join
 
 from . import theme
 from .api import Api
+from .app_state import AppState
 from .compare import CompareTab
 from .datasets import DatasetsTab
-from .desk import Desk
 from .explore import ExploreTab
+from .fair_queue import take_turns, waiting
 from .feature import NO_STORE, FeatureTab
 from .fits import check_gradio
 from .gate import Gate, check_host
 from .steer import SteerTab
-from .turns import take_turns, waiting
 from .wiring import LOOK, panel, told
 
 TABS = ("explore", "compare", "steer", "feature", "datasets")
@@ -59,22 +59,22 @@ class Page(gr.Blocks):
         super().validate_inputs(block_fn, inputs)
 
 
-def build(desk: Desk) -> gr.Blocks:
-    """The page for this desk, ready to be launched or mounted."""
+def build(state: AppState) -> gr.Blocks:
+    """The page for this state, ready to be launched or mounted."""
     with Page(title=TITLE, analytics_enabled=False, fill_width=True, delete_cache=(600, 3600)) as page:
-        Api(desk).join(page)  # first, so that the endpoints get their plain names
-        panel(header(desk), elem_id="qs-header")
+        Api(state).join(page)  # first, so that the endpoints get their plain names
+        panel(header(state), elem_id="qs-header")
         with gr.Tabs(elem_id="qs-tabs") as tabs:
             with gr.Tab("Explore", id="explore"):
-                explore = ExploreTab(desk)
+                explore = ExploreTab(state)
             with gr.Tab("Compare", id="compare"):
-                CompareTab(desk)
+                CompareTab(state)
             with gr.Tab("Steer", id="steer"):
-                SteerTab(desk)
+                SteerTab(state)
             with gr.Tab("Feature", id="feature"):
-                feature = FeatureTab(desk)
+                feature = FeatureTab(state)
             with gr.Tab("Datasets", id="datasets"):
-                DatasetsTab(desk)
+                DatasetsTab(state)
         arrive(page, tabs, explore, feature)
     return page
 
@@ -85,12 +85,12 @@ def arrive(page: gr.Blocks, tabs: gr.Tabs, explore: ExploreTab, feature: Feature
     def opened(request: gr.Request) -> Iterator[dict[Any, Any]]:
         asked = request.query_params
         if "text" in asked:
-            read = told(explore.arrive, explore.notice, explore.desk)
-            layer = asked.get("layer", explore.desk.layers[len(explore.desk.layers) // 2])
+            read = told(explore.arrive, explore.notice, explore.state)
+            layer = asked.get("layer", explore.state.layers[len(explore.state.layers) // 2])
             yield {tabs: gr.Tabs(selected="explore"), **read(asked["text"], asked.get("chat", "plain"), layer)}
         elif "feature" in asked or "layer" in asked:
-            store = next(iter(feature.desk.stores), NO_STORE)
-            look = told(feature.show, feature.notice, feature.desk)
+            store = next(iter(feature.state.stores), NO_STORE)
+            look = told(feature.show, feature.notice, feature.state)
             for update in look(asked.get("layer", ""), asked.get("feature", ""), store):
                 yield {tabs: gr.Tabs(selected="feature"), **update}
         elif asked.get("tab") in TABS:
@@ -106,7 +106,7 @@ def arrive(page: gr.Blocks, tabs: gr.Tabs, explore: ExploreTab, feature: Feature
 
 
 def launch(
-    desk: Desk,
+    state: AppState,
     *,
     host: str = "127.0.0.1",
     port: int | None = None,
@@ -129,12 +129,12 @@ def launch(
         MismatchError: a Gradio that the page does not fit.
     """
     names = [*map(check_host, allow_hosts), *([] if host in EVERYWHERE else [check_host(host)])]
-    page = build(desk)
+    page = build(state)
     page.queue(max_size=WAITING, default_concurrency_limit=1, api_open=False)  # nobody goes past the queue
     check_gradio(page)
     take_turns(page)
     forget_events(page)
-    gate = Middleware(Gate, names=names, limits=desk.limits, waiting=partial(waiting, page))
+    gate = Middleware(Gate, names=names, limits=state.limits, waiting=partial(waiting, page))
     sys.setswitchinterval(SLICE)
     try:
         _, url, _ = page.launch(
@@ -144,7 +144,7 @@ def launch(
             inbrowser=open_browser,
             prevent_thread_lock=not block,
             app_kwargs={"middleware": [gate]},
-            **served(desk),
+            **served(state),
         )
     except OSError as error:
         place = host if port is None else f"{host}, port {port}"
@@ -158,7 +158,7 @@ def forget_events(page: gr.Blocks) -> None:
     page._queue.ANAYLTICS_CACHE_FREQUENCY = 2**62
 
 
-def served(desk: Desk) -> dict[str, Any]:
+def served(state: AppState) -> dict[str, Any]:
     """How the page looks and what it lets through, for `Blocks.launch`."""
     here = files("qwen_scope.explorer")
     css = theme.variables() + here.joinpath("page.css").read_text(encoding="utf-8")
@@ -173,20 +173,20 @@ def served(desk: Desk) -> dict[str, Any]:
         "mcp_server": False,
         "footer_links": [],
         "enable_monitoring": False,
-        "state_session_capacity": desk.limits.sessions,
-        "max_file_size": desk.limits.upload_bytes,
+        "state_session_capacity": state.limits.sessions,
+        "max_file_size": state.limits.upload_bytes,
         "allowed_paths": [],
     }
 
 
-def header(desk: Desk) -> Markup:
+def header(state: AppState) -> Markup:
     """The name of the page and what it looks at."""
-    scope = desk.scope
+    scope = state.scope
     sae = scope.saes[scope.layers[0]]
     facts = [
-        ("model", desk.model_name),
-        ("SAEs", desk.sae_name),
-        ("trained from", desk.trained_from),
+        ("model", state.model_name),
+        ("SAEs", state.sae_name),
+        ("trained from", state.trained_from),
         ("features", f"{sae.d_sae:,} in each of {len(scope.layers)} layers"),
     ]
     shown = [element("span", element("small", name), " ", value) for name, value in facts if value]

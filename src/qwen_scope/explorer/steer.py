@@ -14,10 +14,10 @@ from qwen_scope.steer import Decoding, Generation, Sweep
 
 from . import steer_view as view
 from . import steering
-from .desk import Desk
+from .app_state import AppState
+from .components import empty, notice, progress_panel
 from .explore import CHAT_CHOICES
 from .jobs import Told, watched
-from .pieces import empty, notice, progress_panel
 from .steering import DECODING, FIELDS
 from .wiring import on, panel, picked, stops
 
@@ -44,9 +44,9 @@ PAUSE = 0.05  # seconds between two updates of a growing text
 class SteerTab:
     """Builds the tab inside the page that is being built, and answers what happens in it."""
 
-    def __init__(self, desk: Desk) -> None:
-        self.desk = desk
-        self.rows = gr.State([desk.default_intervention()])
+    def __init__(self, state: AppState) -> None:
+        self.state = state
+        self.rows = gr.State([state.default_intervention()])
         self.selected = gr.State(0)
         self.sides = gr.State(None, time_to_live=3600)
         self.presets = gr.State({})
@@ -70,22 +70,22 @@ class SteerTab:
     def build_prompt(self) -> None:
         """Where the prompt is written, with its tokens below."""
         self.prompt = gr.Textbox(
-            self.desk.default_prompt(), label="Prompt", lines=2, max_lines=8, elem_id="steer-prompt",
-            max_length=self.desk.limits.characters,
+            self.state.default_prompt(), label="Prompt", lines=2, max_lines=8, elem_id="steer-prompt",
+            max_length=self.state.limits.characters,
         )  # fmt: skip
         self.chat = gr.Dropdown(CHAT_CHOICES, value="plain", label="Read as")
         shown: Markup | str = ""
-        if prompt := self.desk.default_prompt():
-            rows = [self.desk.default_intervention()]
-            shown = view.preview_panel(*steering.preview(self.desk, prompt, "plain", rows))
+        if prompt := self.state.default_prompt():
+            rows = [self.state.default_intervention()]
+            shown = view.preview_panel(*steering.preview(self.state, prompt, "plain", rows))
         self.preview = panel(shown, elem_id="steer-preview")
 
     def build_editor(self) -> None:
         """The list of interventions, and fields for the chosen one."""
-        first = self.desk.default_intervention()
+        first = self.state.default_intervention()
         self.listed = panel(view.list_panel([first], 0), elem_id="steer-list")
         with gr.Row(elem_classes="qs-fields"):
-            self.layer = gr.Dropdown(self.desk.layers, value=first["layer"], label="Layer", min_width=80)
+            self.layer = gr.Dropdown(self.state.layers, value=first["layer"], label="Layer", min_width=80)
             self.feature = gr.Number(
                 first["feature"], label="Feature", precision=0, min_width=100, elem_id="steer-feature"
             )
@@ -103,10 +103,10 @@ class SteerTab:
 
     def build_decoding(self) -> None:
         """How tokens are chosen, beginning with the model's own choice, and recipes."""
-        own = Decoding(sample=True).filled(self.desk.scope.model)
+        own = Decoding(sample=True).filled(self.state.scope.model)
         with gr.Accordion("Sampling", open=False):
             with gr.Row(elem_classes="qs-fields"):
-                new = gr.Slider(1, self.desk.limits.new_tokens, value=60, step=1, label="Most new tokens")
+                new = gr.Slider(1, self.state.limits.new_tokens, value=60, step=1, label="Most new tokens")
                 sample = gr.Checkbox(True, label="Sample (off: greedy)")
             with gr.Row(elem_classes="qs-fields"):
                 temperature = gr.Number(own.temperature, label="Temperature", minimum=0, min_width=80)
@@ -131,7 +131,7 @@ class SteerTab:
                 self.aim = gr.Dropdown(AIMS, value="feature", label="Aim", min_width=240)
                 self.aim_value = gr.Textbox(label="What to look for", max_lines=1, min_width=160, max_length=500)
             self.sweep_prompts = gr.Textbox(
-                label="Prompts, one a line", lines=2, max_length=self.desk.limits.characters,
+                label="Prompts, one a line", lines=2, max_length=self.state.limits.characters,
                 placeholder="Left empty: the prompt and seven neutral beginnings",
             )  # fmt: skip
             self.sweep_button = gr.Button("Run the sweep", elem_id="steer-sweep", size="sm")
@@ -139,50 +139,50 @@ class SteerTab:
 
     def join(self) -> None:
         """Which event calls what."""
-        state = [self.rows, self.selected, *self.editor]
+        edited = [self.rows, self.selected, *self.editor]
         listed = [self.rows, self.listed, self.preview]
         on(
             [field.change if isinstance(field, gr.Textbox) else field.input for field in
              (*self.editor, self.prompt, self.chat)], self.edited,
-            [*state, self.prompt, self.chat], listed,
-            self.notice, self.desk, trigger_mode="always_last", concurrency_id="edit",
+            [*edited, self.prompt, self.chat], listed,
+            self.notice, self.state, trigger_mode="always_last", concurrency_id="edit",
         )  # fmt: skip
         on(
-            self.listed.pick, self.choose, [*state, self.prompt, self.chat],
-            [*listed, self.selected, *self.editor], self.notice, self.desk, concurrency_id="edit",
+            self.listed.pick, self.choose, [*edited, self.prompt, self.chat],
+            [*listed, self.selected, *self.editor], self.notice, self.state, concurrency_id="edit",
         )  # fmt: skip
         for name, button in self.strengths.items():
             on(
-                button.click, self.strength(name), [*state, self.prompt, self.chat, self.presets],
-                [*listed, self.amount, self.unit], self.notice, self.desk, concurrency_id="edit",
+                button.click, self.strength(name), [*edited, self.prompt, self.chat, self.presets],
+                [*listed, self.amount, self.unit], self.notice, self.state, concurrency_id="edit",
             )  # fmt: skip
         work = {"concurrency_id": STEER, "concurrency_limit": 2}
-        run = [*state, self.prompt, self.chat, *self.decoding]
+        run = [*edited, self.prompt, self.chat, *self.decoding]
         on(
             [self.run_button.click, self.prompt.submit], self.run, run,
             [self.rows, self.listed, self.plain, self.steered, self.candidates, self.sides],
-            self.notice, self.desk, **work,
+            self.notice, self.state, **work,
         )  # fmt: skip
-        stops(self.stop_button, self.desk.jobs)
+        stops(self.stop_button, self.state.jobs)
         for side in ("plain", "steered"):
             on(getattr(self, side).pick, self.token(side), [self.sides],
-               [self.plain, self.steered, self.candidates], self.notice, self.desk, concurrency_id="edit")  # fmt: skip
+               [self.plain, self.steered, self.candidates], self.notice, self.state, concurrency_id="edit")  # fmt: skip
         on(
             self.sweep_button.click, self.sweep,
             [*run, self.aim, self.aim_value, self.sweep_prompts, self.presets],
-            [self.doses, self.presets], self.notice, self.desk, concurrency_id=SWEEP,
+            [self.doses, self.presets], self.notice, self.state, concurrency_id=SWEEP,
         )  # fmt: skip
-        on(self.save.click, self.save_recipe, [*state, self.recipe_name], [self.saved], self.notice, self.desk)
+        on(self.save.click, self.save_recipe, [*edited, self.recipe_name], [self.saved], self.notice, self.state)
         self.saved.change(None, [self.saved, self.recipe_name], None, api_visibility="private", js=SAVE)
         on(self.load.upload, self.load_recipe, [self.load, self.prompt, self.chat],
            [*listed, self.selected, self.recipe_name, *self.editor],
-           self.notice, self.desk, concurrency_id="edit")  # fmt: skip
+           self.notice, self.state, concurrency_id="edit")  # fmt: skip
 
     # --- the list and its fields -------------------------------------------------------------------------------------
 
     def current(self, rows: list[dict], selected: int, fields: tuple) -> list[dict]:
         """The rows, the chosen one as its fields now stand."""
-        made = [dict(row) for row in rows] or [self.desk.default_intervention()]
+        made = [dict(row) for row in rows] or [self.state.default_intervention()]
         made[min(selected, len(made) - 1)] = dict(zip(FIELDS, fields, strict=True))
         return made
 
@@ -191,9 +191,9 @@ class SteerTab:
         shown: Markup | str = ""
         if prompt.strip():
             try:
-                shown = view.preview_panel(*steering.preview(self.desk, prompt, chat, rows))
+                shown = view.preview_panel(*steering.preview(self.state, prompt, chat, rows))
             except QwenScopeError as error:
-                shown = notice(self.desk.discreet(str(error)))
+                shown = notice(self.state.discreet(str(error)))
         return {self.rows: rows, self.listed: view.list_panel(rows, selected), self.preview: shown}
 
     def edited(self, rows: list[dict], selected: int, *values: Any) -> dict[Any, Any]:
@@ -239,12 +239,12 @@ class SteerTab:
         """Both continuations, growing."""
         fields, prompt, chat, how = values[:6], values[6], values[7], values[8:]
         rows = self.current(rows, selected, tuple(fields))
-        chosen = steering.interventions(self.desk, rows)
-        decoding = steering.decoding(self.desk, dict(zip(DECODING, how, strict=True)))
+        chosen = steering.interventions(self.state, rows)
+        decoding = steering.decoding(self.state, dict(zip(DECODING, how, strict=True)))
         shown = {self.rows: rows, self.listed: view.list_panel(rows, selected), self.candidates: "", self.sides: None}
         texts, finished, last = ("", ""), False, 0.0
-        with self.desk.jobs.at_work(str(request.session_hash)) as stop:
-            for left, right, plain, steered in steering.both(self.desk, prompt, chat, chosen, decoding, stop):
+        with self.state.jobs.at_work(str(request.session_hash)) as stop:
+            for left, right, plain, steered in steering.both(self.state, prompt, chat, chosen, decoding, stop):
                 texts = (left, right)
                 if plain is not None and steered is not None:
                     finished = True
@@ -291,15 +291,15 @@ class SteerTab:
         """Dose and response, and from it the amounts of Light, Medium and Strong."""
         fields, prompt, chat = values[:6], values[6], values[7]
         how, (aim, value, more, presets) = values[8:-4], values[-4:]
-        chosen = steering.interventions(self.desk, self.current(rows, selected, tuple(fields)))
+        chosen = steering.interventions(self.state, self.current(rows, selected, tuple(fields)))
         chosen, in_lengths = steering.dosed(chosen)
-        decoding = steering.decoding(self.desk, dict(zip(DECODING, how, strict=True)) | {"max_new_tokens": 40})
-        target = steering.sweep_target(self.desk, aim, value, chosen[0])
-        prompts = steering.sweep_prompts(self.desk, prompt, more)
-        with self.desk.jobs.at_work(str(request.session_hash)) as stop:
+        decoding = steering.decoding(self.state, dict(zip(DECODING, how, strict=True)) | {"max_new_tokens": 40})
+        target = steering.sweep_target(self.state, aim, value, chosen[0])
+        prompts = steering.sweep_prompts(self.state, prompt, more)
+        with self.state.jobs.at_work(str(request.session_hash)) as stop:
             yield {self.doses: progress_panel(Told("sweep", 0.0, ""))}
             work = watched(
-                lambda report: steering.swept(self.desk, prompts, chat, chosen, target, decoding, report), stop
+                lambda report: steering.swept(self.state, prompts, chat, chosen, target, decoding, report), stop
             )
             for told in work:
                 if isinstance(told, Sweep):
@@ -316,12 +316,12 @@ class SteerTab:
     def save_recipe(self, rows: list[dict], selected: int, *values: Any) -> dict[Any, Any]:
         """The recipe's text, which the browser saves; nothing is written on the server."""
         *fields, name = values
-        chosen = steering.interventions(self.desk, self.current(rows, selected, tuple(fields)))
-        return {self.saved: f"{time.time_ns()}\n{steering.recipe_text(self.desk, name, chosen)}"}
+        chosen = steering.interventions(self.state, self.current(rows, selected, tuple(fields)))
+        return {self.saved: f"{time.time_ns()}\n{steering.recipe_text(self.state, name, chosen)}"}
 
     def load_recipe(self, path: str, prompt: str, chat: str) -> dict[Any, Any]:
         """The interventions of an uploaded recipe."""
-        name, rows = steering.rows_of_recipe(self.desk, path)
+        name, rows = steering.rows_of_recipe(self.state, path)
         return {
             self.selected: 0, self.recipe_name: name, **self.filled(rows[0]), **self.drawn(rows, 0, prompt, chat)
         }  # fmt: skip

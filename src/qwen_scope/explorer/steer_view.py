@@ -8,7 +8,7 @@ from typing import Any
 from qwen_scope.report import Markup, element, join, visible
 from qwen_scope.steer import Generation, Sweep, Where
 
-from .pieces import bar, card, chip, heading, number, percent
+from .components import bar, card, chip, heading, number, percent
 
 OPS = {"add": "add", "scale": "scale", "clamp": "hold at", "ablate": "remove"}
 UNITS = {"resid_norm": "× typical residual", "max_act": "× largest activation", "raw": "raw"}

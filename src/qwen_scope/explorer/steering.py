@@ -32,7 +32,7 @@ from qwen_scope.steer import (
     sweep,
 )
 
-from .desk import Desk
+from .app_state import AppState
 from .jobs import Report
 from .limits import whole_number
 
@@ -86,24 +86,24 @@ def places(fields: Mapping[str, Any]) -> str:
     return where
 
 
-def interventions(desk: Desk, rows: Sequence[Mapping[str, Any]]) -> list[Intervention]:
+def interventions(state: AppState, rows: Sequence[Mapping[str, Any]]) -> list[Intervention]:
     """The interventions of all rows, each checked against its SAE."""
-    made = [intervention(row) for row in desk.limits.check_rows(rows)]
+    made = [intervention(row) for row in state.limits.check_rows(rows)]
     for one in made:
-        desk.check_feature(one.layer, int(one.feature or 0))
-    return [one.at(desk.scope.hook_point(one.layer)) for one in made]
+        state.check_feature(one.layer, int(one.feature or 0))
+    return [one.at(state.scope.hook_point(one.layer)) for one in made]
 
 
 def preview(
-    desk: Desk, prompt: str, chat: str, rows: Sequence[Mapping[str, Any]]
+    state: AppState, prompt: str, chat: str, rows: Sequence[Mapping[str, Any]]
 ) -> tuple[list[str], list[bool], list[Where]]:
     """The prompt's tokens, which of them any intervention touches, and where each acts.
 
     Raises:
         InputError: positions that can't be read.
     """
-    where = [Where.parse(places(row)) for row in desk.limits.check_rows(rows)]
-    tokens = desk.scope.tokenize([desk.check_text(prompt, "prompt")], chat=desk.chat(chat))
+    where = [Where.parse(places(row)) for row in state.limits.check_rows(rows)]
+    tokens = state.scope.tokenize([state.check_text(prompt, "prompt")], chat=state.chat(chat))
     n = tokens.lengths[0]
     positions, lengths = torch.arange(n)[None], torch.tensor([[n]])
     touched = torch.zeros(1, n, dtype=torch.bool)
@@ -125,15 +125,15 @@ def checked_decoding(fields: object) -> dict[str, Any]:
     return dict(fields)
 
 
-def decoding(desk: Desk, fields: Mapping[str, Any]) -> Decoding:
+def decoding(state: AppState, fields: Mapping[str, Any]) -> Decoding:
     """How tokens are chosen, from fields; an empty one is the model's own.
 
     Raises:
         InputError: a value out of range, or more tokens than this page generates.
     """
     new = whole_number(fields.get("max_new_tokens", 60), "number of new tokens")
-    if new > desk.limits.new_tokens:
-        raise InputError(f"this page generates up to {desk.limits.new_tokens} tokens at a time, not {new}")
+    if new > state.limits.new_tokens:
+        raise InputError(f"this page generates up to {state.limits.new_tokens} tokens at a time, not {new}")
     sample = bool(fields.get("sample", False))
     chosen = {
         name: fields[name]
@@ -148,19 +148,19 @@ def decoding(desk: Desk, fields: Mapping[str, Any]) -> Decoding:
 
 
 def continued(
-    desk: Desk, prompt: str, chat: str, chosen: Sequence[Intervention], how: Decoding, on_text: Any = None
+    state: AppState, prompt: str, chat: str, chosen: Sequence[Intervention], how: Decoding, on_text: Any = None
 ) -> Generation:
     """One continuation with probabilities and candidates."""
-    scope = desk.scope
+    scope = state.scope
     (made,) = generate(
-        scope.model, scope.tokenizer, [desk.check_text(prompt, "prompt")], chosen, saes=scope.saes, stats=scope.sizes,
-        decoding=how, chat=desk.chat(chat), candidates=CANDIDATES, on_text=on_text,
+        scope.model, scope.tokenizer, [state.check_text(prompt, "prompt")], chosen, saes=scope.saes, stats=scope.stats,
+        decoding=how, chat=state.chat(chat), candidates=CANDIDATES, on_text=on_text,
     )  # fmt: skip
     return made
 
 
 def both(
-    desk: Desk, prompt: str, chat: str, chosen: Sequence[Intervention], how: Decoding, stop: Event
+    state: AppState, prompt: str, chat: str, chosen: Sequence[Intervention], how: Decoding, stop: Event
 ) -> Iterator[tuple[str, str, Generation | None, Generation | None]]:
     """The unsteered and the steered continuation as they grow, side by side; finished ones at the end.
 
@@ -168,12 +168,12 @@ def both(
     """
     key = (prompt, chat, how)
     done: dict[str, Generation] = {}
-    if (known := desk.unsteered.get(key)) is not None:
+    if (known := state.unsteered.get(key)) is not None:
         done["plain"] = known
 
     def side(name: str, those: Sequence[Intervention]) -> Iterator[str]:
         def run(on_text: Callable[[int, str], None]) -> list[Generation]:
-            done[name] = continued(desk, prompt, chat, those, how, on_text)
+            done[name] = continued(state, prompt, chat, those, how, on_text)
             return [done[name]]
 
         return (piece for _, piece in stream(run))
@@ -191,18 +191,18 @@ def both(
         for growing in (plain, steered):
             if hasattr(growing, "close"):
                 growing.close()  # pyright: ignore[reportAttributeAccessIssue]
-    desk.unsteered.put(key, done["plain"])
+    state.unsteered.put(key, done["plain"])
     yield done["plain"].text, done["steered"].text, done["plain"], done["steered"]
 
 
-def sweep_target(desk: Desk, kind: str, value: str, first: Intervention) -> Target | Continuations:
+def sweep_target(state: AppState, kind: str, value: str, first: Intervention) -> Target | Continuations:
     """What a sweep measures.
 
     Raises:
         InputError: an unknown kind, or a value it can't use.
     """
     if kind == "feature":
-        return desk.scope.feature_target(first.layer, int(first.feature or 0))
+        return state.scope.feature_target(first.layer, int(first.feature or 0))
     if kind not in TARGETS:
         raise InputError(f"a sweep aims at one of {', '.join(TARGETS)}, not {brief(kind)}")
     if not isinstance(value, str) or not value.strip():
@@ -210,18 +210,18 @@ def sweep_target(desk: Desk, kind: str, value: str, first: Intervention) -> Targ
     if len(value) > VALUE:
         raise InputError(f"what to look for has {len(value):,} characters; give up to {VALUE:,}")
     if kind == "regex":
-        return matches(value, seconds=desk.limits.pattern_seconds)
+        return matches(value, seconds=state.limits.pattern_seconds)
     return script(value) if kind == "script" else Continuations((value,))
 
 
-def sweep_prompts(desk: Desk, prompt: str, more: str) -> list[str]:
+def sweep_prompts(state: AppState, prompt: str, more: str) -> list[str]:
     """The prompts of a sweep: those given, one a line, else the one prompt and prefixes without a language."""
     lines = text_lines(more)
     if not lines:
         lines = [prompt, *(one.text for one in neutral_prompts(0, SWEEP_PROMPTS - 1))]
     if len(lines) < 2:
         raise InputError("a sweep needs at least two prompts, one a line")
-    return desk.limits.check_texts(lines, "prompt", desk.limits.sweep_prompts)
+    return state.limits.check_texts(lines, "prompt", state.limits.sweep_prompts)
 
 
 def dosed(chosen: list[Intervention]) -> tuple[list[Intervention], bool]:
@@ -237,7 +237,7 @@ def dosed(chosen: list[Intervention]) -> tuple[list[Intervention], bool]:
 
 
 def swept(
-    desk: Desk, prompts: list[str], chat: str, chosen: list[Intervention], target: Target | Continuations,
+    state: AppState, prompts: list[str], chat: str, chosen: list[Intervention], target: Target | Continuations,
     how: Decoding, report: Report,
 ) -> Sweep:  # fmt: skip
     """Dose and response of the interventions, each counted in its own amount.
@@ -245,36 +245,36 @@ def swept(
     Raises:
         InputError: more prompts and tokens than one visitor may keep the model busy with, or as `sweep` does.
     """
-    if (tokens := len(prompts) * how.max_new_tokens) > desk.limits.sweep_tokens:
+    if (tokens := len(prompts) * how.max_new_tokens) > state.limits.sweep_tokens:
         raise InputError(
             f"{len(prompts)} prompts of {how.max_new_tokens} new tokens are {tokens:,} at every amount and this page"
-            f" generates up to {desk.limits.sweep_tokens:,}; give fewer prompts or a smaller max_new_tokens"
+            f" generates up to {state.limits.sweep_tokens:,}; give fewer prompts or a smaller max_new_tokens"
         )
-    scope = desk.scope
+    scope = state.scope
     return sweep(
-        scope.model, scope.tokenizer, prompts, chosen, target, saes=scope.saes, stats=scope.sizes, decoding=how,
-        chat=desk.chat(chat), refine=1, report=report,
+        scope.model, scope.tokenizer, prompts, chosen, target, saes=scope.saes, stats=scope.stats, decoding=how,
+        chat=state.chat(chat), refine=1, report=report,
     )  # fmt: skip
 
 
-def recipe_text(desk: Desk, name: str, chosen: list[Intervention]) -> str:
+def recipe_text(state: AppState, name: str, chosen: list[Intervention]) -> str:
     """A recipe as the text of a `.json` file."""
-    made = Recipe.of(name.strip() or "recipe", desk.scope.model, chosen, desk.scope.saes, provenance="the explorer")
+    made = Recipe.of(name.strip() or "recipe", state.scope.model, chosen, state.scope.saes, provenance="the explorer")
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "recipe.json"
         made.save(path)
         return path.read_text(encoding="utf-8")
 
 
-def rows_of_recipe(desk: Desk, path: str) -> tuple[str, list[dict[str, Any]]]:
+def rows_of_recipe(state: AppState, path: str) -> tuple[str, list[dict[str, Any]]]:
     """The name and the fields of an uploaded recipe that fits the scope.
 
     Raises:
         FormatError, MismatchError, InputError: it is none, is for another model, or changes plain directions.
     """
-    found = load_recipe(path, desk.limits.recipe_bytes)
-    desk.limits.check_rows([{} for _ in found.interventions])
-    found.check(desk.scope.model, desk.scope.saes)
+    found = load_recipe(path, state.limits.recipe_bytes)
+    state.limits.check_rows([{} for _ in found.interventions])
+    found.check(state.scope.model, state.scope.saes)
     if any(one.feature is None for one in found.interventions):
         raise InputError(f"the recipe {brief(found.name)} changes plain directions, which this page does not show")
     keys = ("op", "feature", "amount", "unit")

@@ -11,9 +11,9 @@ import gradio as gr
 
 from qwen_scope.errors import QwenScopeError
 
-from .desk import Desk
+from .app_state import AppState
+from .components import notice
 from .jobs import Jobs
-from .pieces import notice
 
 MODEL = "model"
 """The queue of what runs the model on one text: one at a time, each visitor in turn."""
@@ -39,7 +39,7 @@ def picked(event: gr.EventData, kind: str) -> int:
     return int(value) if name == kind and value.isdecimal() and len(value) < 10 else -1
 
 
-def told(handler: Callable[..., Any], place: gr.HTML, desk: Desk) -> Callable[..., Any]:
+def told(handler: Callable[..., Any], place: gr.HTML, state: AppState) -> Callable[..., Any]:
     """The handler, with its purposeful errors shown as sentences at `place`.
 
     It returns (or yields) a dict of components and values; where it fails, everything else on the page stays.
@@ -52,7 +52,7 @@ def told(handler: Callable[..., Any], place: gr.HTML, desk: Desk) -> Callable[..
                 for update in handler(*args, **kwargs):
                     yield {place: "", **update}
             except QwenScopeError as error:
-                yield {place: notice(desk.discreet(str(error)))}
+                yield {place: notice(state.discreet(str(error)))}
 
         return stream
 
@@ -61,7 +61,7 @@ def told(handler: Callable[..., Any], place: gr.HTML, desk: Desk) -> Callable[..
         try:
             return {place: "", **handler(*args, **kwargs)}
         except QwenScopeError as error:
-            return {place: notice(desk.discreet(str(error)))}
+            return {place: notice(state.discreet(str(error)))}
 
     return run
 
@@ -72,7 +72,7 @@ def on(
     inputs: Sequence[Any],
     outputs: Sequence[Any],
     place: gr.HTML,
-    desk: Desk,
+    state: AppState,
     **options: Any,
 ) -> Any:
     """Join events to a handler of the page, which is no part of the HTTP API; the last of the joints."""
@@ -80,7 +80,7 @@ def on(
     if kept["queue"]:
         kept.setdefault("concurrency_id", MODEL)
         kept.setdefault("concurrency_limit", 1)
-    made = told(handler, place, desk)
+    made = told(handler, place, state)
     listeners = [events] if callable(events) else events
     return [event(made, list(inputs), [*outputs, place], **kept) for event in listeners][-1]
 

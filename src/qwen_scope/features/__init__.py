@@ -1,4 +1,4 @@
-"""Everything about one feature: here, whether it is a knob."""
+"""Everything about one feature: finding, showing, naming and exporting it, and testing whether it is causal."""
 
 import lazy_loader
 

@@ -1,12 +1,12 @@
-from .arms import matched_random as matched_random
-from .arms import mean_direction as mean_direction
 from .attribution import attribute as attribute
 from .completion import BadAnswer as BadAnswer
-from .effects import Promoter as Promoter
+from .conditions import matched_random as matched_random
+from .conditions import mean_direction as mean_direction
 from .effects import TokenEffect as TokenEffect
-from .effects import promoting as promoting
+from .effects import TopLogit as TopLogit
 from .effects import token_effects as token_effects
 from .effects import token_ids as token_ids
+from .effects import top_logits as top_logits
 from .endpoint import BudgetSpent as BudgetSpent
 from .endpoint import Endpoint as Endpoint
 from .endpoint import NoAccess as NoAccess
@@ -59,7 +59,7 @@ from .show import FeaturePage as FeaturePage
 from .show import feature_page as feature_page
 from .tasks import answer_task as answer_task
 from .threads import Threads as Threads
-from .validate import Arm as Arm
+from .validate import Condition as Condition
 from .validate import Examples as Examples
 from .validate import Moved as Moved
 from .validate import SideEffects as SideEffects

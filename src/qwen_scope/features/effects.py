@@ -35,7 +35,7 @@ class TokenEffect:
 
 
 @dataclass(frozen=True)
-class Promoter:
+class TopLogit:
     """A feature that promotes some tokens.
 
     Attributes:
@@ -69,7 +69,7 @@ def token_effects(
     return shown(ranked[:n]), shown(ranked.flip(0)[:n])
 
 
-def promoting(scope: Scope, tokens: Sequence[int], layers: Sequence[int] | None = None, n: int = 10) -> list[Promoter]:
+def top_logits(scope: Scope, tokens: Sequence[int], layers: Sequence[int] | None = None, n: int = 10) -> list[TopLogit]:
     """Features by how much they promote some tokens at once, strongest first.
 
     A feature's score is the mean of its effects on the tokens (see `token_effects`) in units of the standard deviation
@@ -97,7 +97,7 @@ def promoting(scope: Scope, tokens: Sequence[int], layers: Sequence[int] | None 
             score = (columns @ wanted) / deviation
             best = score.topk(min(n, len(score)))
             pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
-            found += [Promoter(layer, start + feature, value) for feature, value in pairs]
+            found += [TopLogit(layer, start + feature, value) for feature, value in pairs]
     return sorted(found, key=lambda one: (-one.score, one.layer, one.feature))[:n]
 
 

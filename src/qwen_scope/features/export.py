@@ -15,9 +15,9 @@ import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 from safetensors.numpy import save_file
 
-from qwen_scope.corpus import FeatureStore
 from qwen_scope.errors import InputError, check_count
 from qwen_scope.files import write_folder, write_text, write_whole
+from qwen_scope.store import FeatureStore
 
 from .notes import Notes
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from qwen_scope.corpus import Context
 from qwen_scope.errors import printable
 from qwen_scope.report import Markup, element, html_bars, html_page, html_table, html_tokens, join, visible
+from qwen_scope.store import Context
 
 from .effects import TokenEffect
 from .neighbours import Neighbour

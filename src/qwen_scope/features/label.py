@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Shaped
 
-from qwen_scope.corpus import Context, FeatureStore
 from qwen_scope.errors import InputError, check_count
 from qwen_scope.stats import Interval, resample
+from qwen_scope.store import Context, FeatureStore
 
 from .completion import BadAnswer
 from .endpoint import BudgetSpent

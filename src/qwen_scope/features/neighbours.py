@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from qwen_scope.corpus import FeatureStore
 from qwen_scope.errors import MismatchError, check_count
 from qwen_scope.scope import Scope
+from qwen_scope.store import FeatureStore
 
 from .effects import cosines
 

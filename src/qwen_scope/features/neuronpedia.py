@@ -18,11 +18,11 @@ from typing import Any
 
 import numpy as np
 
-from qwen_scope.corpus import Context, FeatureStore
 from qwen_scope.errors import InputError, check_count
 from qwen_scope.files import write_folder, write_text
 from qwen_scope.model import HookPoint, text_config
 from qwen_scope.scope import Scope
+from qwen_scope.store import Context, FeatureStore
 
 from .effects import TokenEffect, token_effects
 from .notes import Label, Notes

@@ -16,10 +16,10 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, final
 
-from qwen_scope.corpus import FeatureStore
 from qwen_scope.errors import FormatError, InputError, MismatchError, NotFoundError, brief, check_count, foreign
 from qwen_scope.files import Fields, append_lines, read_lines, write_text
 from qwen_scope.stats import Interval
+from qwen_scope.store import FeatureStore
 
 FILE = "notes.jsonl"
 CHANCE = 0.5  # the balanced accuracy of guessing

@@ -9,9 +9,9 @@ import numpy as np
 from jaxtyping import Float32, Int64
 from scipy import sparse
 
-from qwen_scope.corpus import FeatureStore
 from qwen_scope.errors import InputError
 from qwen_scope.scope import Scope
+from qwen_scope.store import FeatureStore
 from qwen_scope.text import Chat, Message
 
 REDUCTIONS = ("max", "mean")

@@ -10,11 +10,11 @@ import numpy as np
 from jaxtyping import Float64, Int64
 from scipy import sparse, stats
 
-from qwen_scope.corpus import FeatureStore
 from qwen_scope.errors import InputError, check_count
 from qwen_scope.sae import FeatureActs
 from qwen_scope.scope import Scope
 from qwen_scope.stats import Interval, benjamini_hochberg, bootstrap
+from qwen_scope.store import FeatureStore
 from qwen_scope.text import Chat, Message
 
 from .pooled import TEXTS

@@ -27,7 +27,7 @@ from qwen_scope.steer import (
 )
 from qwen_scope.text import padded
 
-from .arms import mean_direction
+from .conditions import mean_direction
 from .validate import Examples
 
 # Halvings of the share that is searched for; the last one moves it by less than half a percent.
@@ -90,7 +90,7 @@ class Selectivity:
 
 def selectivity(
     scope: Scope,
-    knob: Sequence[Intervention],
+    interventions: Sequence[Intervention],
     examples: Examples,
     *,
     target: Target | None = None,
@@ -98,14 +98,14 @@ def selectivity(
     saes: SAEsByLayer | None = None,
     seed: int = 0,
 ) -> Selectivity:
-    """Take the knob's features away, or project the difference of means out at the same layers, and compare the cost.
+    """Take the steering features away, or project the difference of means out at the same layers, and compare the cost.
 
     The stronger way is weakened until both do the same to the concept: a share of the activation (`scale`) or a share
     of the component (directional ablation) is taken away. The direction comes from every other example; all figures
     are measured on the rest. Made for measuring: how much of a model a removal takes along with the concept.
 
     Args:
-        knob: what names the features, their layers and `where`; amounts and operations do not matter.
+        interventions: what names the features, their layers and `where`; amounts and operations do not matter.
         examples: with the concept, without it but otherwise alike, and unrelated.
         target: falls as the concept goes, measured on continuations of the first halves of positive examples; by
             default the loss on their second halves rises.
@@ -113,7 +113,7 @@ def selectivity(
     Raises:
         InputError: too few examples, no feature, or examples that do not differ.
     """
-    chosen = {(one.layer, one.feature, str(one.where)): one for one in knob if one.feature is not None}
+    chosen = {(one.layer, one.feature, str(one.where)): one for one in interventions if one.feature is not None}
     if not chosen:
         raise InputError("selectivity is about features: name at least one")
     for name, texts in asdict(examples).items():
@@ -149,16 +149,16 @@ class _Run:
     def __init__(
         self,
         scope: Scope,
-        knob: list[Intervention],
+        interventions: list[Intervention],
         examples: Examples,
         target: Target | None,
         decoding: Decoding | None,
         saes: SAEsByLayer,
         seed: int,
     ) -> None:
-        self.scope, self.knob, self.saes, self.target, self.seed = scope, knob, saes, target, seed
+        self.scope, self.interventions, self.saes, self.target, self.seed = scope, interventions, saes, target, seed
         self.decoding = decoding or Decoding(max_new_tokens=40)
-        layers = sorted({one.layer for one in knob})
+        layers = sorted({one.layer for one in interventions})
         sides = (examples.positive[::2], examples.negative[::2])
         self.directions = {layer: mean_direction(scope, layer, *sides) for layer in layers}
         if not all(bool(d.any()) for d in self.directions.values()):
@@ -179,11 +179,11 @@ class _Run:
     def through_features(self, share: float) -> list[Intervention]:
         return [
             Intervention.scale(layer=one.hook_point, feature=one.feature or 0, amount=1 - share, where=str(one.where))
-            for one in self.knob
+            for one in self.interventions
         ]
 
     def along_directions(self, share: float) -> list[Intervention]:
-        places = {(one.hook_point, str(one.where)) for one in self.knob}
+        places = {(one.hook_point, str(one.where)) for one in self.interventions}
         return [
             Intervention.ablate(layer=point, direction=self.directions[point.layer], amount=share, where=where)
             for point, where in sorted(places)
@@ -238,7 +238,7 @@ class _Run:
         for point in points:
             sae = self.saes[point.layer]
             here = [one for one in interventions if one.hook_point == point]
-            own = [one.feature for one in self.knob if one.hook_point == point and one.feature is not None]
+            own = [one.feature for one in self.interventions if one.hook_point == point and one.feature is not None]
             for i, row in enumerate(self.unrelated):
                 h = residuals[point][i, : len(row.ids)]
                 before, after = (_others(sae, x, own) for x in (h, change_reference(here, h, sae)))

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from qwen_scope.corpus import Context, FeatureStore, FeatureSummary, Histogram
 from qwen_scope.errors import InputError, NotFoundError, check_count
 from qwen_scope.scope import Scope
+from qwen_scope.store import Context, FeatureStore, FeatureSummary, Histogram
 
 from .effects import TokenEffect, token_effects
 from .neighbours import Neighbour, cofiring, elsewhere, similar
@@ -85,7 +85,7 @@ def feature_page(
     bins: int = 30,
     layers: Sequence[int] | None = None,
     seed: int = 0,
-    company: bool = True,
+    with_cofiring: bool = True,
 ) -> FeaturePage:
     """Gather all about one feature.
 
@@ -98,7 +98,7 @@ def feature_page(
         before, after: tokens around each place.
         bins: of the histogram.
         layers: where to look for the same feature; by default every layer of the store but its own, or none without.
-        company: look for what fires with it. `cofiring`, and with a store `elsewhere`, read every activation of a
+        with_cofiring: look for what fires with it. `cofiring`, and with a store `elsewhere`, read every activation of a
             layer, which takes most of the time; without it they stay empty.
 
     Raises:
@@ -118,14 +118,14 @@ def feature_page(
     found: dict[str, Any] = {}
     if store is not None:
         found |= _from_store(store, layer, feature, n, contexts, before, after, bins, seed)
-        if company:
+        if with_cofiring:
             found["cofiring"] = cofiring(store, layer, feature, n)
     others = layers if layers is not None else (store.layers if store is not None else [])
     if scope is not None:
         found["promoted"], found["demoted"] = token_effects(scope, layer, feature, n)
         found["similar"] = similar(scope, layer, feature, n)
         others = [other for other in others if other in scope.layers]
-    if company or store is None:
+    if with_cofiring or store is None:
         found["elsewhere"] = elsewhere(layer, feature, others, scope=scope, store=store)
     group = store.layer(layer).group if store is not None else scope.saes[layer].identity.group if scope else ""
     model = store.manifest.model if store is not None else scope.name if scope else ""

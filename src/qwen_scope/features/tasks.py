@@ -1,4 +1,4 @@
-"""Tasks that a knob must not break: questions with one right answer."""
+"""Tasks that steering must not break: questions with one right answer."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def answer_task(
     decoding = Decoding(max_new_tokens=max_new_tokens)
 
     def right(interventions: list[Intervention]) -> np.ndarray:
-        tools = {"saes": saes or scope.saes, "stats": scope.sizes, "decoding": decoding, "chat": chat}
+        tools = {"saes": saes or scope.saes, "stats": scope.stats, "decoding": decoding, "chat": chat}
         made = generate(scope.model, scope.tokenizer, prompts, interventions, **tools)
         pairs = zip(patterns, made, strict=True)
         return np.array([float(pattern.search(one.text) is not None) for pattern, one in pairs])

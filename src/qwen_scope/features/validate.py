@@ -1,4 +1,4 @@
-"""`validate`: is this feature a knob, or does it only look like one?"""
+"""`validate`: is this feature a interventions, or does it only look like one?"""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from qwen_scope.steer import (
 )
 from qwen_scope.text import Chat
 
-from .arms import along, halved, matched_random, mean_direction
+from .conditions import along, halved, matched_random, mean_direction
 from .fluency import perplexity_ratio
 from .verdict import Evidence, Rules, judge
 
@@ -54,7 +54,7 @@ class Examples:
 
 
 @dataclass(frozen=True)
-class Arm:
+class Condition:
     """One way of generating: the target's mean, the perplexity of its text under the unsteered model (None where no
     token came out), its mean share of repeated 3-grams, and one continuation."""
 
@@ -90,14 +90,14 @@ class SideEffects:
 class Verdict:
     """The outcome, the rules with what was found, and every figure.
 
-    `arms` holds the shuffles of the labels as one arm, whose effect is the mean over them with an interval over them;
-    `shuffled` holds each alone.
+    `conditions` holds the shuffles of the labels as one condition, whose effect is the mean over them with an interval
+    over them; `shuffled` holds each alone.
     """
 
     outcome: str
     reasons: tuple[str, ...]
-    arms: tuple[Arm, ...]
-    shuffled: tuple[Arm, ...]
+    conditions: tuple[Condition, ...]
+    shuffled: tuple[Condition, ...]
     side: SideEffects
     evidence: Evidence
     rules: Rules
@@ -110,7 +110,7 @@ class Verdict:
 
 def validate(
     scope: Scope,
-    knob: Sequence[Intervention],
+    interventions: Sequence[Intervention],
     target: Target,
     prompts: Sequence[str],
     examples: Examples,
@@ -128,9 +128,9 @@ def validate(
     seed: int = 0,
     report: Callable[[str, float, str], None] | None = None,
 ) -> Verdict:
-    """Put a knob beside everything that could explain it away, and say what it is.
+    """Compare an intervention with its controls and classify it.
 
-    The same prompts and draws run under the knob, `n_random` matched random features, the opposite sign, the
+    The same prompts and draws run under the interventions, `n_random` matched random features, the opposite sign, the
     difference-of-means direction of the examples, those of `n_shuffled` shuffles of their labels (all with the same
     length of change), and under prompting alone. The shuffles are one control: the feature is compared with their mean,
     whose interval is over shuffles, since a single one may by chance point where the real labels do. The text has to
@@ -138,9 +138,9 @@ def validate(
     positive examples as on the negative ones is of the concept itself, so it is never drawn as a random one.
 
     Args:
-        knob: features added, with the amount that `sweep` found.
-        target: from continuations to one number each; what the knob is said to raise.
-        lower: the knob is said to lower it.
+        interventions: features added, with the amount that `sweep` found.
+        target: from continuations to one number each; what the interventions are expected to raise.
+        lower: they are expected to lower it.
         n_random, n_shuffled: how many matched random features, and shuffles of the examples' labels.
         reference: tokens whose perplexity the budget counts from, as in `sweep`; by default the unsteered text.
         prompting: from a prompt to one that asks for the property; by default two positive examples before it.
@@ -149,28 +149,28 @@ def validate(
         saes: other SAEs than the scope's.
 
     Raises:
-        InputError: fewer prompts, examples, random features or shuffles than the rules ask for, a knob that adds no
+        InputError: fewer prompts, examples, random features or shuffles than the rules ask for, interventions that add no
             feature, or text without a token.
     """
     rules = rules or Rules()
-    _check(knob, prompts, examples, n_random, n_shuffled, rules)
-    run = _Run(scope, knob, target, list(prompts), examples, lower, decoding, chat, saes, seed)
+    _check(interventions, prompts, examples, n_random, n_shuffled, rules)
+    run = _Run(scope, interventions, target, list(prompts), examples, lower, decoding, chat, saes, seed)
     say = report or (lambda stage, share, text: None)
     total = n_random + n_shuffled + 5
-    plain, under = run.arm("unsteered", []), run.arm("this feature", run.knob)
+    plain, under = run.condition("unsteered", []), run.condition("this feature", run.interventions)
     fluency = run.fluency(under, plain, reference)
-    opposite = run.arm("the opposite sign", [one.with_amount(-one.amount) for one in run.knob])
-    direction = run.arm("difference of means", run.direction())
+    opposite = run.condition("the opposite sign", [one.with_amount(-one.amount) for one in run.interventions])
+    direction = run.condition("difference of means", run.direction())
     asked = run.prompted(prompting or run.with_examples)
     say("validate", 5 / total, "baselines")
     shuffled: list[_Made] = []
     for i in range(n_shuffled):
-        shuffled.append(run.arm(f"shuffled labels {i + 1}", run.direction(shuffle=i)))
+        shuffled.append(run.condition(f"shuffled labels {i + 1}", run.direction(shuffle=i)))
         say("validate", (6 + i) / total, "shuffled labels")
     randoms, own = [], run.of_concept()
     for i in range(n_random):
-        other = matched_random(run.knob, run.saes, run.stats, np.random.default_rng([seed, i]), own)
-        randoms.append(run.arm(f"random feature {i + 1}", other))
+        other = matched_random(run.interventions, run.saes, run.stats, np.random.default_rng([seed, i]), own)
+        randoms.append(run.condition(f"random feature {i + 1}", other))
         say("validate", (6 + n_shuffled + i) / total, "random features")
     side, excess = run.side_effects(rules)
     evidence = Evidence(
@@ -178,21 +178,21 @@ def validate(
         detection=run.detection(),
         side=excess,
         fluency=fluency,
-        tasks={name: bootstrap(task([]) - task(run.knob), seed=seed) for name, task in (tasks or {}).items()},
+        tasks={name: bootstrap(task([]) - task(run.interventions), seed=seed) for name, task in (tasks or {}).items()},
     )
     outcome, reasons = judge(evidence, rules)
-    first = [one.arm for one in (plain, under, opposite, direction)]
-    arms = (*first, run.pooled("shuffled labels", shuffled), asked.arm, *(one.arm for one in randoms))
-    done = tuple(one.to_json() for one in knob)
-    return Verdict(outcome, reasons, arms, tuple(one.arm for one in shuffled), side, evidence, rules, done)
+    first = [one.condition for one in (plain, under, opposite, direction)]
+    conditions = (*first, run.pooled("shuffled labels", shuffled), asked.condition, *(one.condition for one in randoms))
+    done = tuple(one.to_json() for one in interventions)
+    return Verdict(outcome, reasons, conditions, tuple(one.condition for one in shuffled), side, evidence, rules, done)
 
 
 @dataclass(frozen=True, eq=False)
 class _Made:
-    """What one arm generated: the target per prompt, counted towards the aim, log-probabilities of its tokens under the
-    unsteered model, and the share of repeated 3-grams."""
+    """What one condition generated: the target per prompt, counted towards the aim, log-probabilities of its tokens
+    under the unsteered model, and the share of repeated 3-grams."""
 
-    arm: Arm
+    condition: Condition
     values: np.ndarray
     scored: list[np.ndarray]
     repeated: np.ndarray
@@ -204,7 +204,7 @@ class _Run:
     def __init__(
         self,
         scope: Scope,
-        knob: Sequence[Intervention],
+        interventions: Sequence[Intervention],
         target: Target,
         prompts: list[str],
         examples: Examples,
@@ -219,17 +219,17 @@ class _Run:
         self.saes: SAEsByLayer = saes or scope.saes
         self.sign, self.seed = (-1.0 if lower else 1.0), seed
         self.decoding = decoding or Decoding(max_new_tokens=40)
-        self.knob = resolve(scope.model, knob, self.saes, scope.sizes)
+        self.interventions = resolve(scope.model, interventions, self.saes, scope.stats)
         both = [*examples.positive, *examples.negative]
         self.stats: dict[int, LayerStats] = {
             layer: calibrate(scope.model, scope.tokenizer, layer, self.saes[layer], both, sample="the examples")
-            for layer in {one.layer for one in knob}
+            for layer in {one.layer for one in interventions}
         }
 
-    def arm(self, name: str, interventions: Sequence[Intervention]) -> _Made:
-        return self._arm(name, self.prompts, interventions)
+    def condition(self, name: str, interventions: Sequence[Intervention]) -> _Made:
+        return self._condition(name, self.prompts, interventions)
 
-    def _arm(self, name: str, prompts: list[str], interventions: Sequence[Intervention]) -> _Made:
+    def _condition(self, name: str, prompts: list[str], interventions: Sequence[Intervention]) -> _Made:
         scope = self.scope
         tools = {"saes": self.saes, "decoding": self.decoding, "chat": self.chat}
         made = generate(scope.model, scope.tokenizer, prompts, interventions, **tools)
@@ -238,18 +238,20 @@ class _Run:
         ids = [row[:n].tolist() for row, n in zip(tokens.input_ids, tokens.lengths, strict=True)]
         scored = log_probabilities(scope.model, rows_of(ids, made))
         repeated = np.array([repetition([token.token_id for token in one.tokens]) for one in made])
-        arm = Arm(name, bootstrap(values, seed=self.seed), _cost(scored), float(repeated.mean()), made[0].text)
-        return _Made(arm, self.sign * values, scored, repeated)
+        condition = Condition(
+            name, bootstrap(values, seed=self.seed), _cost(scored), float(repeated.mean()), made[0].text
+        )
+        return _Made(condition, self.sign * values, scored, repeated)
 
-    def pooled(self, name: str, made: list[_Made]) -> Arm:
-        """Several arms as one: the mean of their means with an interval over them; perplexity over all tokens."""
-        effect = bootstrap([one.arm.effect.estimate for one in made], seed=self.seed)
+    def pooled(self, name: str, made: list[_Made]) -> Condition:
+        """Several conditions as one: the mean of their means with an interval over them; perplexity over all tokens."""
+        effect = bootstrap([one.condition.effect.estimate for one in made], seed=self.seed)
         scored = [row for one in made for row in one.scored]
-        repeated = float(np.mean([one.arm.repetition for one in made]))
-        return Arm(name, effect, _cost(scored), repeated, made[0].arm.example)
+        repeated = float(np.mean([one.condition.repetition for one in made]))
+        return Condition(name, effect, _cost(scored), repeated, made[0].condition.example)
 
     def fluency(self, under: _Made, plain: _Made, reference: Sequence[Row]) -> Interval:
-        """How many times the reference's perplexity the knob's text has."""
+        """How many times the reference's perplexity the steered text has."""
         if not reference:
             return perplexity_ratio(under.scored, plain.scored, paired=True, seed=self.seed)
         scored = log_probabilities(self.scope.model, list(reference))
@@ -259,21 +261,21 @@ class _Run:
         return "\n".join([*self.examples.positive[:2], prompt])
 
     def prompted(self, prompting: Callable[[str], str]) -> _Made:
-        return self._arm("prompting alone", [prompting(prompt) for prompt in self.prompts], [])
+        return self._condition("prompting alone", [prompting(prompt) for prompt in self.prompts], [])
 
     def direction(self, shuffle: int | None = None) -> list[Intervention]:
         """The difference of means of the examples, or that of a shuffle of their labels."""
         positive, negative = list(self.examples.positive), list(self.examples.negative)
         if shuffle is not None:
             positive, negative = halved(positive, negative, np.random.default_rng([self.seed, shuffle]))
-        layers = {one.layer for one in self.knob}
+        layers = {one.layer for one in self.interventions}
         found = {layer: self.sign * mean_direction(self.scope, layer, positive, negative) for layer in layers}
-        return along(self.knob, self.saes, found)
+        return along(self.interventions, self.saes, found)
 
     def of_concept(self) -> dict[int, set[int]]:
         """By layer, the features that fire over CONCEPT_RATIO times as often on positive tokens as on negative ones."""
         out = {}
-        for layer in {one.layer for one in self.knob}:
+        for layer in {one.layer for one in self.interventions}:
             rates = []
             for texts in (self.examples.positive, self.examples.negative):
                 stats = calibrate(self.scope.model, self.scope.tokenizer, layer, self.saes[layer], texts)
@@ -283,7 +285,7 @@ class _Run:
         return out
 
     def detection(self) -> Interval:
-        """Share of an example's tokens on which a feature of the knob fires, positive minus negative."""
+        """Share of an example's tokens on which a steering feature fires, positive minus negative."""
         rates = [self._rates(texts) for texts in (self.examples.positive, self.examples.negative)]
         return difference(rates[0], rates[1], seed=self.seed)
 
@@ -291,10 +293,12 @@ class _Run:
         tokens = self.scope.tokenize(list(texts), truncate=True)
         mask = tokens.attention_mask.bool()
         fired = torch.zeros_like(mask)
-        for layer in {one.layer for one in self.knob}:
+        for layer in {one.layer for one in self.interventions}:
             h = self._residual(tokens.input_ids, tokens.attention_mask, layer)
             acts = self.saes[layer].encode(h.reshape(-1, h.shape[-1]))
-            chosen = sorted({one.feature for one in self.knob if one.layer == layer and one.feature is not None})
+            chosen = sorted(
+                {one.feature for one in self.interventions if one.layer == layer and one.feature is not None}
+            )
             fired |= (acts.select(chosen) > 0).any(-1).reshape(h.shape[:2]).cpu()
         return ((fired & mask).sum(-1) / mask.sum(-1)).double().numpy()
 
@@ -310,11 +314,11 @@ class _Run:
         rows = [Row(tuple(ids[:n].tolist()), max(1, n // 2)) for ids, n in pairs if n > 1]
         kl, other = (
             np.array([float(v.mean()) for v in next_token_kl(scope.model, rows, chosen, self.saes)])
-            for chosen in (self.knob, self.direction())
+            for chosen in (self.interventions, self.direction())
         )
         before, after = (
             np.array([-float(v.mean()) for v in log_probabilities(scope.model, rows, chosen, self.saes)])
-            for chosen in ([], self.knob)
+            for chosen in ([], self.interventions)
         )
         excess = bootstrap(kl - rules.side_ratio * other, seed=self.seed)
         figures = [bootstrap(values, seed=self.seed) for values in (kl, other, after - before)]
@@ -322,10 +326,10 @@ class _Run:
         return SideEffects(figures[0], figures[1], figures[2], moved), excess
 
     def _moved(self, ids: Tensor, mask: Tensor, n: int = 5) -> tuple[Moved, ...]:
-        """The other features whose mean activation changes most when the knob's vector is added to every token."""
+        """The other features whose mean activation changes most when the steering vector is added to every token."""
         out = []
-        for layer in sorted({one.layer for one in self.knob}):
-            sae, own = self.saes[layer], [one for one in self.knob if one.layer == layer]
+        for layer in sorted({one.layer for one in self.interventions}):
+            sae, own = self.saes[layer], [one for one in self.interventions if one.layer == layer]
             h = self._residual(ids, mask, layer)[mask.bool().to(sae.device)].float()
             vector = torch.stack([one.amount * one.vector(sae).to(h.device) for one in own]).sum(0)
             means = []
@@ -343,7 +347,7 @@ class _Run:
 def _compared(
     under: _Made, plain: _Made, opposite: _Made, shuffled: list[_Made], randoms: list[_Made], seed: int
 ) -> dict[str, Any]:
-    """The figures of the evidence that compare arms."""
+    """The figures of the evidence that compare conditions."""
     mean = float(under.values.mean())
     return {
         "gain": bootstrap(under.values - plain.values, seed=seed),
@@ -361,14 +365,14 @@ def _cost(scored: list[np.ndarray]) -> float | None:
 
 
 def _check(
-    knob: Sequence[Intervention],
+    interventions: Sequence[Intervention],
     prompts: Sequence[str],
     examples: Examples,
     n_random: int,
     n_shuffled: int,
     rules: Rules,
 ) -> None:
-    if not knob or any(one.op != "add" or one.feature is None for one in knob):
+    if not interventions or any(one.op != "add" or one.feature is None for one in interventions):
         raise InputError("a verdict is about features that are added; give the amount that sweep proposes")
     counts = {"prompts": len(prompts), "positive examples": len(examples.positive)}
     counts |= {"negative examples": len(examples.negative), "unrelated texts": len(examples.unrelated)}

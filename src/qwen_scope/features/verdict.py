@@ -23,7 +23,7 @@ class Rules:
         task_loss: how much of a task's accuracy may be lost.
         perplexity_ratio: how many times the reference's perplexity under the unsteered model the text may have.
         repetition: how much its share of repeated 3-grams may rise. Both are the budget that `sweep` keeps.
-        fewest: samples per arm and examples per side; below it there is no verdict.
+        fewest: samples per condition and examples per side; below it there is no verdict.
         fewest_random: random features; with 19, being above all of them has a chance of one in twenty.
         fewest_shuffled: shuffles of the examples' labels; one alone may happen to point where the real labels do.
 

@@ -17,13 +17,13 @@ from .hooks import changing as changing
 from .hooks import positions_from_mask as positions_from_mask
 from .hooks import reading as reading
 from .hooks import token_positions as token_positions
+from .layer_stats import LayerStats as LayerStats
+from .layer_stats import residual_norms as residual_norms
 from .load import LoadedModel as LoadedModel
 from .load import default_device as default_device
 from .load import load_config as load_config
 from .load import load_model as load_model
 from .load import load_tokenizer as load_tokenizer
 from .masks import TokenMask as TokenMask
-from .sizes import ModelSizes as ModelSizes
-from .sizes import model_sizes as model_sizes
-from .stats import LayerStats as LayerStats
-from .stats import residual_norms as residual_norms
+from .model_sizes import ModelSizes as ModelSizes
+from .model_sizes import model_sizes as model_sizes

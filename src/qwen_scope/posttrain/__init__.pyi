@@ -1,5 +1,5 @@
 from .activity import Activity as Activity
-from .answers import Asked as Asked
+from .answers import ProbePrompts as ProbePrompts
 from .codeswitch import CodeSwitch as CodeSwitch
 from .codeswitch import code_switch_ratio as code_switch_ratio
 from .codeswitch import first_letter as first_letter

@@ -32,7 +32,7 @@ ORDINARY = 0.98
 
 
 @dataclass(frozen=True)
-class Asked:
+class ProbePrompts:
     """Prompts that a watched model answers again and again.
 
     Attributes:
@@ -70,7 +70,7 @@ def written(
     tokenizer: PreTrainedTokenizerBase,
     saes: Mapping[int, SAE],
     features: Features,
-    asked: Asked,
+    probe_prompts: ProbePrompts,
     turns: Sequence[int],
 ) -> dict[str, Float64[np.ndarray, " answers"]]:
     """Per concept how much of it each answer holds: the mean over its features and the answer's tokens.
@@ -81,13 +81,13 @@ def written(
     Args:
         turns: one answer per prompt for each of these numbers, by which the draws differ.
     """
-    prompts = tokenize(tokenizer, asked.prompts, max_length=None)
+    prompts = tokenize(tokenizer, probe_prompts.prompts, max_length=None)
     starts = [prompts.input_ids[i, prompts.attention_mask[i].bool()].tolist() for i in range(len(prompts))]
     policy: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     rows, begins = [], []
     with evaluating(model):
         for turn in turns:
-            found = generate(policy, tokenizer, asked.prompts, decoding=asked.decoding(turn))
+            found = generate(policy, tokenizer, probe_prompts.prompts, decoding=probe_prompts.decoding(turn))
             rows += [start + [one.token_id for one in f.tokens] for start, f in zip(starts, found, strict=True)]
             begins += [len(start) for start in starts]
         return read(model, saes, features, rows, begins)
@@ -124,7 +124,7 @@ def read(
     return total
 
 
-def more(start: Float64[np.ndarray, " before"], now: Float64[np.ndarray, " after"]) -> float:
+def rise_in_generation(start: Float64[np.ndarray, " before"], now: Float64[np.ndarray, " after"]) -> float:
     """By how many standard errors more answers than at the start hold more than an ordinary one did then.
 
     Ordinary is what `ORDINARY` of the answers at the start hold at most. The two shares of answers beyond that are

@@ -2,7 +2,7 @@
 
 A line of `monitor.jsonl` is one measurement: `step`, `seconds` it took, per layer `drift`, the `moved` features and the
 `watched` ones (each with `rate`, `mean`, those at step 0, and `effect`), the `concepts` with the mean `effect` of their
-features and how much `more` of the model's answers hold them (null where it is asked nothing), and `alarms`.
+features and by how much their `rise_in_generation` is above the start (null without probe prompts), and `alarms`.
 """
 
 from __future__ import annotations
@@ -24,14 +24,17 @@ from qwen_scope.sae import SAE
 from qwen_scope.text import Tokens, tokenize
 
 from .activity import Activity, activity_of
-from .answers import Asked, more, written
+from .answers import ProbePrompts, rise_in_generation, written
 from .runs import hold, keep_lines, release
 
 NAMES = ("rate", "mean", "spread")
 
 READINGS = {
     "effect": ("Watched concepts", "mean change of its features, in spreads over texts"),
-    "more": ("Watched concepts in the model's answers", "more answers that hold it, in standard errors"),
+    "rise_in_generation": (
+        "Watched concepts in the model's answers",
+        "rise in the share of answers that hold it, in standard errors",
+    ),
 }
 """What is read of a concept: the title and the unit of its curve."""
 
@@ -59,10 +62,12 @@ class Monitor(TrainerCallback):
             layers; one without a label stands for itself.
         every: steps between two measurements. None measures as often as `share` allows.
         share: the part of the run's time that measurements may take, where `every` is None.
-        asked: prompts that the model answers at every measurement; the watched features are read on its answers.
+        probe_prompts: prompts that the model answers at every measurement; the watched features are read on these
+            answers.
         alarm: a concept whose mean effect exceeds this in two measurements in a row, in the same direction, raises an
             alarm, once. One feature in one measurement moves so far in most clean runs.
-        more: so does a concept that the model writes more often than at the start, by so many standard errors.
+        rise_in_generation: so does a concept that the model writes more often than at the start, by this many standard
+            errors.
         drift_alarm: a layer whose drift exceeds this raises one; None for never.
         top: how many of the most moved features to report.
         clock: seconds.
@@ -81,11 +86,11 @@ class Monitor(TrainerCallback):
         *,
         watch: Mapping[int, Sequence[int]] | None = None,
         labels: Mapping[tuple[int, int], str] | None = None,
-        asked: Asked | None = None,
+        probe_prompts: ProbePrompts | None = None,
         every: int | None = None,
         share: float = 0.02,
         alarm: float = 1.0,
-        more: float = 3.0,
+        rise_in_generation: float = 3.0,
         drift_alarm: float | None = None,
         top: int = 10,
         held: bool = False,
@@ -99,10 +104,11 @@ class Monitor(TrainerCallback):
             check_count("every", every)
         check_count("top", top, 0)
         check_positive("share", share)
-        for name, bound in {"alarm": alarm, "more": more, "drift_alarm": drift_alarm}.items():
+        bounds = {"alarm": alarm, "rise_in_generation": rise_in_generation, "drift_alarm": drift_alarm}
+        for name, bound in bounds.items():
             if bound is not None:
                 check_positive(name, bound)
-        if asked is not None and not watch:
+        if probe_prompts is not None and not watch:
             raise InputError("answers are read by the features that are watched; name some, or ask nothing")
         for layer, features in (watch or {}).items():
             if layer not in saes:
@@ -114,7 +120,7 @@ class Monitor(TrainerCallback):
         self.saes, self.tokenizer, self.probe, self.out = dict(saes), tokenizer, list(probe), Path(out)
         self.watch = None if watch is None else {layer: list(features) for layer, features in watch.items()}
         self.labels, self.every, self.share = dict(labels or {}), every, share
-        self.asked, self.beyond = asked, {"effect": alarm, "more": more}
+        self.probe_prompts, self.beyond = probe_prompts, {"effect": alarm, "rise_in_generation": rise_in_generation}
         self.drift_alarm, self.top, self.held, self.clock = drift_alarm, top, held, clock
         self.start: dict[int, Activity] = {}
         self.start_answers: dict[str, np.ndarray] = {}
@@ -152,12 +158,12 @@ class Monitor(TrainerCallback):
             with write_whole(self.out / "monitor_start.npz") as part:
                 np.savez(part, allow_pickle=False, **kept)
             return
-        concepts = list(self.concepts()) if self.asked else []
+        concepts = list(self.concepts()) if self.probe_prompts else []
         self.start, self.start_answers = read_start(self.out / "monitor_start.npz", list(self.saes), concepts)
         # What was measured after the checkpoint will be measured again.
         lines = [line for line in read_monitor(self.path) if line["step"] <= state.global_step]
         keep_lines(self.path, [json.dumps(line, ensure_ascii=False) for line in lines])
-        self._turn = len(lines) - 1 + (self.asked.at_start if self.asked else 0)
+        self._turn = len(lines) - 1 + (self.probe_prompts.at_start if self.probe_prompts else 0)
         for line in lines:
             self._raised |= {(a["layer"], a["concept"]) for a in line["alarms"]}
             self._sides = self._beyond(line["concepts"])
@@ -194,7 +200,7 @@ class Monitor(TrainerCallback):
 
     def _measure(self, model: Any, step: int) -> None:
         begun = self.clock()
-        now, asked, turn = self.measure(model), self.clock(), self._turn
+        now, measured, turn = self.measure(model), self.clock(), self._turn
         answers, answered = self.answers(model), self.clock()
         self.start, self.start_answers = self.start or now, self.start_answers or answers
         layers = [self._layer(layer, now[layer]) for layer in self.saes]
@@ -203,7 +209,7 @@ class Monitor(TrainerCallback):
         seconds = self.clock() - begun
         self._spent += seconds
         # What the next one will take: it has one answer per prompt, where the first had several.
-        self._took = seconds - (answered - asked) * (1 - 1 / max(1, self._turn - turn))
+        self._took = seconds - (answered - measured) * (1 - 1 / max(1, self._turn - turn))
         line = {"step": step, "seconds": seconds, "layers": layers, "concepts": concepts, "alarms": alarms}
         append_lines(self.path, [json.dumps(line, ensure_ascii=False)])
         self._hand_over(layers)
@@ -225,11 +231,11 @@ class Monitor(TrainerCallback):
 
     def answers(self, model: Any) -> dict[str, np.ndarray]:
         """How much of every concept the answers hold that the model gives right now; with each call other draws."""
-        if self.asked is None:
+        if self.probe_prompts is None:
             return {}
-        turns = range(self._turn, self._turn + (1 if self.start_answers else self.asked.at_start))
+        turns = range(self._turn, self._turn + (1 if self.start_answers else self.probe_prompts.at_start))
         self._turn = turns.stop
-        return written(model, self.tokenizer, self.saes, self.concepts(), self.asked, turns)
+        return written(model, self.tokenizer, self.saes, self.concepts(), self.probe_prompts, turns)
 
     def concepts(self) -> dict[str, dict[int, list[int]]]:
         """The watched features by concept and layer."""
@@ -266,9 +272,9 @@ class Monitor(TrainerCallback):
         for entry in layers:
             for one in entry["watched"]:
                 effects.setdefault(concept_of(entry["layer"], one["feature"], one["label"]), []).append(one["effect"])
-        said = {name: more(self.start_answers[name], values) for name, values in answers.items()}
+        said = {name: rise_in_generation(self.start_answers[name], values) for name, values in answers.items()}
         return [
-            {"concept": name, "effect": float(np.mean(values)), "more": said.get(name)}
+            {"concept": name, "effect": float(np.mean(values)), "rise_in_generation": said.get(name)}
             for name, values in effects.items()
         ]
 

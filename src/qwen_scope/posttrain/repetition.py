@@ -121,8 +121,10 @@ def repetition_recipe(
     if not chosen:
         raise InputError(f"no feature makes the turns of these {len(known)} loops begin")
     tried = min(TRIED, len(prompts) // 2)
-    added, knob = amount_of(scope, prompts[:tried], chosen, amount, sampling, lambda share: report("amounts", share))
-    check = causal_check(scope, prompts[tried:], begun(scope, known), knob, sampling, say=report)
+    added, interventions = amount_of(
+        scope, prompts[:tried], chosen, amount, sampling, lambda share: report("amounts", share)
+    )
+    check = causal_check(scope, prompts[tried:], begun(scope, known), interventions, sampling, say=report)
     effect = {
         "causal": check.holds,
         **check.numbers(),
@@ -132,7 +134,7 @@ def repetition_recipe(
         "loops": len(loops),
     }
     made = f"{len(chosen)} features that make the turns of {len(known)} loops begin, of {scope.name}"
-    return Recipe.of("repetition", scope.model, knob, scope.saes, provenance=made, effect=effect)
+    return Recipe.of("repetition", scope.model, interventions, scope.saes, provenance=made, effect=effect)
 
 
 @dataclass(frozen=True)
@@ -184,24 +186,24 @@ def amount_of(
 ) -> tuple[float, list[Intervention]]:
     """The amount of each feature, and their addition by it in raw units."""
     amounts = AMOUNTS if amount is None else (amount,)
-    knobs = [[amplifying(scope, one, each) for one in drivers] for each in amounts]
-    if len(knobs) == 1:
-        return amounts[0], knobs[0]
+    candidates = [[amplifying(scope, one, each) for one in drivers] for each in amounts]
+    if len(candidates) == 1:
+        return amounts[0], candidates[0]
     fresh, looping = replace(sampling, seed=sampling.seed + 2), []
-    for i, knob in enumerate(knobs):
-        say(i / len(knobs))
-        looping.append(shares(scope, prompts, fresh, knob).share.estimate)
+    for i, interventions in enumerate(candidates):
+        say(i / len(candidates))
+        looping.append(shares(scope, prompts, fresh, interventions).share.estimate)
         if looping[-1] >= ENOUGH:
             break
     best = int(np.argmax(looping))
-    return amounts[best], knobs[best]
+    return amounts[best], candidates[best]
 
 
 def amplifying(scope: Scope, driver: Driver, amount: float) -> Intervention:
     """The addition of a feature by so many median residual norms, in raw units."""
     layer = driver.layer
     one = Intervention.add(layer=scope.hook_point(layer), feature=driver.feature, amount=amount, unit="resid_norm")
-    return one.resolve(scope.sizes[layer], scope.saes[layer])
+    return one.resolve(scope.stats[layer], scope.saes[layer])
 
 
 def begun(scope: Scope, loops: Sequence[Looping]) -> list[str]:
@@ -213,7 +215,7 @@ def causal_check(
     scope: Scope,
     prompts: Sequence[str],
     loops: Sequence[str],
-    knob: Sequence[Intervention],
+    interventions: Sequence[Intervention],
     sampling: Sampling,
     say: Callable[[str, float], None] | None = None,
 ) -> CausalCheck:
@@ -231,9 +233,9 @@ def causal_check(
     if len(loops) < 2:
         raise InputError(f"to see what suppressing does takes at least two loops, not {len(loops)}")
     fresh = replace(sampling, seed=sampling.seed + 1)
-    against = [one.with_amount(-one.amount) for one in knob]
+    against = [one.with_amount(-one.amount) for one in interventions]
     sides: list[LoopShare] = []
-    for i, (asked, steered) in enumerate(((prompts, ()), (prompts, knob), (loops, ()), (loops, against))):
+    for i, (asked, steered) in enumerate(((prompts, ()), (prompts, interventions), (loops, ()), (loops, against))):
         report("causal check", i / 4)
         sides.append(shares(scope, asked, fresh, steered))
     normal, amplified, looping, suppressed = sides
@@ -251,7 +253,7 @@ def shares(
     scope: Scope,
     prompts: Sequence[str],
     sampling: Sampling,
-    knob: Sequence[Intervention] = (),
+    interventions: Sequence[Intervention] = (),
     *,
     samples: int = 1,
     report: Callable[[float], None] | None = None,
@@ -263,7 +265,7 @@ def shares(
         prompts,
         sampling,
         samples=samples,
-        interventions=knob,
+        interventions=interventions,
         saes=scope.saes,
         report=report,
     )

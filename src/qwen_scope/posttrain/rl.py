@@ -238,14 +238,14 @@ def rollouts_of(run: RLRun, loaded: LoadedModel, recipe: Recipe | None) -> Steer
             f"the causal check of the recipe {recipe.name!r} {said}; features that don't drive repetition teach nothing"
             " about it: find others, or another amount, or train all the same with --unchecked"
         )
-    knob = list(recipe.interventions)
-    if any(one.needs_stats or one.op != "add" or one.feature is None for one in knob):
+    interventions = list(recipe.interventions)
+    if any(one.needs_stats or one.op != "add" or one.feature is None for one in interventions):
         raise InputError("a recipe for rollouts adds features, in raw units; resolve its amounts first")
     if run.method == "random":
-        layers = {one.layer for one in knob}
+        layers = {one.layer for one in interventions}
         stats = {layer: calibrate(loaded.model, loaded.tokenizer, layer, saes[layer]) for layer in layers}
-        knob = matched_random(knob, saes, stats, np.random.default_rng(run.seed))
-    return SteeredRollouts(knob, saes)
+        interventions = matched_random(interventions, saes, stats, np.random.default_rng(run.seed))
+    return SteeredRollouts(interventions, saes)
 
 
 def trainer_of(

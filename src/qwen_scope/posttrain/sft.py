@@ -27,7 +27,7 @@ from qwen_scope.errors import InputError, check_count, check_number
 from qwen_scope.model import LoadedModel, load_model
 from qwen_scope.scope import model_source, resolve, saes_on
 
-from .answers import Asked
+from .answers import ProbePrompts
 from .checkpoints import last_checkpoint, run_id
 from .loss import ExtraLoss, FeatureLoss, TokenPenalty, check_scale
 from .monitor import Monitor, read_monitor
@@ -131,7 +131,7 @@ def run_sft(
     table: AlphaTable | None = None,
     *,
     probe: Sequence[str] = (),
-    asked: Sequence[str] = (),
+    probe_prompts: Sequence[str] = (),
     callbacks: Sequence[TrainerCallback] = (),
     progress: Callable[[int, int, dict[str, float]], None] | None = None,
     unused: Mapping[str, int] | None = None,
@@ -143,7 +143,7 @@ def run_sft(
         table: features, groups and tokens; the method `plain` needs none.
         probe: texts for a `Monitor`, which watches the features of the table, or else ranks those of the last two
             layers that have an SAE.
-        asked: prompts for it, whose answers it reads as well; they take a table.
+        probe_prompts: prompts for it, whose answers it reads as well; they take a table.
         callbacks: further ones.
         progress: called after every step with the step, their number, and what was logged last.
         unused: rows of the data that could not be used, by reason, for the record of the run.
@@ -154,7 +154,7 @@ def run_sft(
     if not samples:
         raise InputError("there is no sample to learn from")
     with writing_to(run.out):
-        return _run(run, samples, held_out, table, probe, asked, callbacks, progress, unused or {})
+        return _run(run, samples, held_out, table, probe, probe_prompts, callbacks, progress, unused or {})
 
 
 def _run(
@@ -163,7 +163,7 @@ def _run(
     held_out: Sequence[Sample],
     table: AlphaTable | None,
     probe: Sequence[str],
-    asked: Sequence[str],
+    probe_prompts: Sequence[str],
     callbacks: Sequence[TrainerCallback],
     progress: Callable[[int, int, dict[str, float]], None] | None,
     unused: Mapping[str, int],
@@ -185,7 +185,7 @@ def _run(
     )
     trainer.remove_callback(PrinterCallback)
     trainer.run_id = run_id(run.out) if resume else uuid4().hex
-    monitor = monitor_of(run, loaded, table, probe, asked).attach(trainer) if probe else None
+    monitor = monitor_of(run, loaded, table, probe, probe_prompts).attach(trainer) if probe else None
     facts = {**asdict(run), "samples": len(samples), "held_out": len(held_out), "versions": versions()}
     facts["unused"] = dict(unused) | ({TOO_LONG: trainer.dropped["train"]} if trainer.dropped.get("train") else {})
     facts |= {"target": table.target if table else None, "id": trainer.run_id}
@@ -218,7 +218,7 @@ def extra_of(run: SFTRun, loaded: LoadedModel, table: AlphaTable | None) -> Extr
 
 
 def monitor_of(
-    run: SFTRun, loaded: LoadedModel, table: AlphaTable | None, probe: Sequence[str], asked: Sequence[str]
+    run: SFTRun, loaded: LoadedModel, table: AlphaTable | None, probe: Sequence[str], probe_prompts: Sequence[str]
 ) -> Monitor:
     """The watch of a run: on the features of its table, where it has one."""
     saes = saes_on(loaded, resolve(run.model, run.sae)[1], device=loaded.model.device)
@@ -237,7 +237,7 @@ def monitor_of(
         run.out,
         watch=watch,
         labels=labels,
-        asked=Asked(asked) if asked else None,
+        probe_prompts=ProbePrompts(probe_prompts) if probe_prompts else None,
         every=run.watch_every,
         held=True,
     )

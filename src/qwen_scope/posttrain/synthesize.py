@@ -31,13 +31,13 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int64
 
-from qwen_scope.corpus import ExtractOptions, FeatureStore, extract
 from qwen_scope.errors import InputError, MismatchError
 from qwen_scope.features import Endpoint
 from qwen_scope.files import lock_folder, room, write_text, write_whole
 from qwen_scope.model import LoadedModel
 from qwen_scope.report import Curves, Line, save_png
-from qwen_scope.scope import Scope
+from qwen_scope.scope import ExtractOptions, Scope, extract
+from qwen_scope.store import FeatureStore
 from qwen_scope.text import Chat, Corpus, usable
 
 from .journal import KEPT, OUTCOMES, Attempt, check_folder, write_lines

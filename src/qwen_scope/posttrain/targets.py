@@ -7,9 +7,9 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from qwen_scope.corpus import Context, FeatureStore
 from qwen_scope.errors import FormatError, InputError, NotFoundError, QwenScopeError, QwenScopeWarning, check_number
 from qwen_scope.features import BadAnswer, Endpoint, Label, Notes, TokenJudge, one_line
+from qwen_scope.store import Context, FeatureStore
 
 SHOWN, BEFORE, AFTER = 20, 20, 11
 """Contexts of 32 tokens, as labels are made from: so many are kept of each target, half the strongest."""

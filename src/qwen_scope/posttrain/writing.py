@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from qwen_scope.corpus import Context
 from qwen_scope.errors import NotFoundError, QwenScopeError
 from qwen_scope.features import BadAnswer, BudgetSpent, Endpoint, NoAccess, Threads, excerpt, one_line
+from qwen_scope.store import Context
 
 from .targets import Target
 

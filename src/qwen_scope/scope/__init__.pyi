@@ -1,7 +1,10 @@
 from .compare import Comparison as Comparison
 from .compare import compare_rates as compare_rates
 from .compare import compare_seen as compare_seen
-from .generate import Sizes as Sizes
+from .extract import ExtractOptions as ExtractOptions
+from .extract import Progress as Progress
+from .extract import extract as extract
+from .generate import ScopeStats as ScopeStats
 from .joined import Joined as Joined
 from .joined import saes_on as saes_on
 from .joined import store_of_another as store_of_another

@@ -1,4 +1,4 @@
-"""What a scope needs to steer: its own SAEs, and the sizes of its layers measured once."""
+"""What a scope needs to steer: its own SAEs, and the statistics of its layers, measured once."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from .scope import Scope
 
 
-class Sizes:
-    """`sizes[layer]`: the layer's statistics, measured on first use and kept; safe to share between threads.
+class ScopeStats:
+    """`stats[layer]`: the layer's statistics, measured on first use and kept; safe to share between threads.
 
     Measured on the built-in sample of texts, unless `set` brings figures of a better one.
     """
@@ -46,14 +46,14 @@ def generate_in_scope(
     chat: str | None,
     candidates: int | None,
 ) -> list[Generation]:
-    """`generate` with the scope's model, SAEs and sizes."""
+    """`generate` with the scope's model, SAEs and statistics."""
     return generate(
         scope.model,
         scope.tokenizer,
         prompts,
         interventions,
         saes=scope.saes,
-        stats=scope.sizes,
+        stats=scope.stats,
         decoding=decoding,
         chat=chat,
         candidates=candidates,

@@ -18,7 +18,7 @@ from qwen_scope.steer import Decoding, Generation, Intervention, Target
 from qwen_scope.text import Chat, Message, Tokens, by_length, tokenize
 
 from .compare import Comparison, compare_seen
-from .generate import Sizes, generate_in_scope
+from .generate import ScopeStats, generate_in_scope
 from .joined import Joined
 from .plan import Plan, plan
 from .saes import CACHE_BYTES, SAEs, brief
@@ -37,13 +37,13 @@ class Scope:
         model, tokenizer: as transformers gives them.
         name: the model's source.
         saes: `saes[layer]`, read on first use and evicted by bytes.
-        sizes: `sizes[layer]`, typical residual norm and feature maxima, measured on first use.
+        stats: `stats[layer]`, typical residual norm and feature maxima, measured on first use.
         joined: the pair of model and SAEs; every SAE passes it when it is opened, and what is odd is then said once.
     """
 
     def __init__(self, loaded: LoadedModel, saes: SAEs) -> None:
         self.model, self.tokenizer, self.name, self.saes = loaded.model, loaded.tokenizer, loaded.name, saes
-        self.sizes = Sizes(self)
+        self.stats = ScopeStats(self)
         self.d_model, self.n_layers = d_model(self.model), n_layers(self.model)
         if saes.d_model != self.d_model:
             raise MismatchError(f"the SAEs are for {saes.d_model} dimensions, {self.name} has {self.d_model}")

@@ -9,9 +9,9 @@ from .correlations import correlation as correlation
 from .correlations import kendall as kendall
 from .correlations import pair_correlation as pair_correlation
 from .correlations import partial as partial
-from .discovery import auroc as auroc
-from .discovery import benjamini_hochberg as benjamini_hochberg
-from .discovery import rank_test as rank_test
+from .multiple_testing import auroc as auroc
+from .multiple_testing import benjamini_hochberg as benjamini_hochberg
+from .multiple_testing import rank_test as rank_test
 from .permutation import Permuted as Permuted
 from .permutation import permuted as permuted
 from .shares import Rates as Rates

@@ -1,4 +1,4 @@
-"""Which of several knobs: each swept alike, and the one that does most inside the budget."""
+"""Sweep several candidate interventions alike and take the one with the largest effect inside the budget."""
 
 from __future__ import annotations
 

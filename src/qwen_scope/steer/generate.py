@@ -15,9 +15,9 @@ from qwen_scope.model import context_length, input_device
 from qwen_scope.text import Tokens, tokenize
 
 from .decoding import Decoding, Watched, processors
+from .detokenize import Pieces, shown
 from .finite import NotFinite, explained
 from .intervention import Intervention
-from .pieces import Pieces, shown
 from .steering import SAEsByLayer, StatsByLayer, resolve, steering
 
 # Tokens of one batch, padding and what is to be generated included.

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .choice import best_of
 from .parallel import Ranks, SharedBySlices, SumOfSlices
+from .selection import best_of
 from .sparse import Active, Decode, Encode
 from .weights import Weights
 

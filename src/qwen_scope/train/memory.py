@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from qwen_scope.errors import check_count
 
-from .choice import TILE_BYTES
 from .config import TrainConfig
+from .selection import TILE_BYTES
 
 FLOAT = 4
 

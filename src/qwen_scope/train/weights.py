@@ -14,8 +14,8 @@ from qwen_scope.errors import InputError, MismatchError
 from qwen_scope.model import HookPoint
 from qwen_scope.sae import SAE, Identity, JumpReLU, fingerprint
 
-from .choice import best_of
 from .parallel import Ranks, gathered
+from .selection import best_of
 from .sparse import weighted_rows
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from qwen_scope.errors import FormatError
 
 from ..base import SAE, check_weights
 from ..jumprelu import JumpReLU
-from . import folds, hooks
+from . import hooks, weight_folding
 from .layout import (
     Layout,
     Parsed,
@@ -111,7 +111,7 @@ def read_dictionary(
         W_enc, W_dec, b_enc = tensors["W_enc"].T, tensors["W_dec"].T, tensors["b_enc"]
     check_weights(W_enc, W_dec, b_enc, tensors["b_dec"])
     if kind != "JumpReluAutoEncoder":
-        b_enc = folds.without_b_dec(W_enc, b_enc, tensors["b_dec"])
+        b_enc = weight_folding.without_b_dec(W_enc, b_enc, tensors["b_dec"])
     read = {"W_enc": W_enc, "W_dec": W_dec, "b_enc": b_enc, "b_dec": tensors["b_dec"]}
     if kind == "JumpReluAutoEncoder":
         read["threshold"] = tensors["threshold"]
@@ -169,7 +169,7 @@ def write_dictionary(sae: SAE) -> Written:
     else:
         tensors = {
             "encoder.weight": sae.W_enc,
-            "encoder.bias": folds.with_b_dec(sae.W_enc, sae.b_enc, sae.b_dec),
+            "encoder.bias": weight_folding.with_b_dec(sae.W_enc, sae.b_enc, sae.b_dec),
             "decoder.weight": sae.W_dec,
             "b_dec": sae.b_dec,
             "k": tensor(sae.k).int(),

@@ -11,7 +11,7 @@ from torch import Tensor
 from qwen_scope.errors import FormatError
 
 from ..base import SAE, check_weights
-from . import folds, hooks
+from . import hooks, weight_folding
 from .layout import (
     Layout,
     Parsed,
@@ -48,11 +48,11 @@ def read_sae_lens(
     W_enc, W_dec, b_enc, b_dec = tensors["W_enc"].T, tensors["W_dec"].T, tensors["b_enc"], tensors["b_dec"]
     check_weights(W_enc, W_dec, b_enc, b_dec)
     if config.get("apply_b_dec_to_input", True):
-        b_enc = folds.without_b_dec(W_enc, b_enc, b_dec)
+        b_enc = weight_folding.without_b_dec(W_enc, b_enc, b_dec)
     if architecture == "topk" and config.get("rescale_acts_by_decoder_norm"):
-        norms = folds.decoder_norms(W_dec)
-        W_enc, b_enc = folds.scaled_rows(W_enc, norms), (b_enc.double() * norms).float()
-        W_dec = folds.scaled_rows(W_dec.T, 1 / norms).T
+        norms = weight_folding.decoder_norms(W_dec)
+        W_enc, b_enc = weight_folding.scaled_rows(W_enc, norms), (b_enc.double() * norms).float()
+        W_dec = weight_folding.scaled_rows(W_dec.T, 1 / norms).T
     read = {"W_enc": W_enc, "W_dec": W_dec, "b_enc": b_enc, "b_dec": b_dec}
     identity = identity_of(metadata)
     model = said.get("model_name") or text(config, "model_name")

@@ -11,7 +11,7 @@ from torch import Tensor
 from qwen_scope.errors import FormatError
 
 from ..base import SAE, check_weights
-from . import folds, hooks
+from . import hooks, weight_folding
 from .layout import (
     Layout,
     Parsed,
@@ -48,7 +48,7 @@ def read_sparsify(
     need_keys(tensors, KEYS)
     W_enc, W_dec, b_dec = tensors["encoder.weight"], tensors["W_dec"].T, tensors["b_dec"]
     check_weights(W_enc, W_dec, tensors["encoder.bias"], b_dec)
-    b_enc = folds.without_b_dec(W_enc, tensors["encoder.bias"], b_dec)
+    b_enc = weight_folding.without_b_dec(W_enc, tensors["encoder.bias"], b_dec)
     k, d_in = integer(config, "k"), integer(config, "d_in")
     if d_in is None:
         raise FormatError("the config of a sparsify SAE must say 'd_in'")
@@ -76,7 +76,7 @@ def write_sparsify(sae: SAE) -> Written:
     layer = need_layer(sae)
     tensors = {
         "encoder.weight": sae.W_enc,
-        "encoder.bias": folds.with_b_dec(sae.W_enc, sae.b_enc, sae.b_dec),
+        "encoder.bias": weight_folding.with_b_dec(sae.W_enc, sae.b_enc, sae.b_dec),
         "W_dec": sae.W_dec.T,
         "b_dec": sae.b_dec,
     }

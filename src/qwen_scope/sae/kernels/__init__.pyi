@@ -1,9 +1,9 @@
 from .bags import decode as decode
 from .bound import prepare as prepare
-from .chosen import EncoderCache as EncoderCache
-from .chosen import encode_threshold_chosen as encode_threshold_chosen
-from .chosen import encode_topk_chosen as encode_topk_chosen
-from .chosen import worth_screening as worth_screening
+from .dispatch import EncoderCache as EncoderCache
+from .dispatch import encode_threshold_chosen as encode_threshold_chosen
+from .dispatch import encode_topk_chosen as encode_topk_chosen
+from .dispatch import worth_screening as worth_screening
 from .product import linear_fp32 as linear_fp32
 from .reference import decode_reference as decode_reference
 from .reference import encode_threshold_reference as encode_threshold_reference

@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import embedding_bag
 
 from ..acts import FeatureActs
-from . import on_gpu
+from . import triton
 
 # A table that stays in the cache of one core complex while every bag reads from it.
 TABLE_BYTES = 8 * 2**20
@@ -43,7 +43,7 @@ def decode(
     """
     on_cuda = W_dec.device.type == "cuda"
     tile_bytes = tile_bytes or (TABLE_BYTES_ON_GPU if on_cuda else TABLE_BYTES)
-    use_triton = on_cuda and on_gpu.available() if use_triton is None else use_triton
+    use_triton = on_cuda and triton.available() if use_triton is None else use_triton
     acts = acts.to(W_dec.device)
     flat = acts.reshape(-1)
     values, indices = flat.values.float(), flat.indices
@@ -78,7 +78,7 @@ class Bags(torch.autograd.Function):
         starts = row_starts(indices)
         for dims, table in tables(W_dec, tile_bytes):
             if ctx.use_triton:
-                out[:, dims] = on_gpu.bags(values, indices, table)
+                out[:, dims] = triton.bags(values, indices, table)
             else:
                 out[:, dims] = embedding_bag(
                     indices.flatten(), table, starts, mode="sum", per_sample_weights=values.flatten()
@@ -96,7 +96,7 @@ class Bags(torch.autograd.Function):
         for dims, table in tables(W_dec, ctx.tile_bytes):
             part = grads[0][:, dims].contiguous()
             if ctx.use_triton:
-                total += on_gpu.bags_gradient(part, indices, table).flatten()
+                total += triton.bags_gradient(part, indices, table).flatten()
                 continue
             # What autograd calls for embedding_bag: the product of a bag's gradient with each of its rows.
             total += torch.ops.aten._embedding_bag_per_sample_weights_backward(

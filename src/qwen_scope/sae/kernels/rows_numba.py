@@ -1,4 +1,4 @@
-"""The compiled rows of `compiled.choose`; the only module that imports numba."""
+"""The compiled rows of `numba.choose`; the only module that imports numba."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from qwen_scope.errors import InputError
 
 from ..acts import FeatureActs
-from . import compiled, on_gpu
+from . import numba, triton
 from .bound import ROUND_OUT, Rows, Screen, bound, keep_massive, lower_rows, massive_dimensions
 from .tiled import encode_topk, rows_per_tile
 from .unchanged import Twins
@@ -31,7 +31,7 @@ class EncodeStats:
     """Which way a call of encode went.
 
     Attributes:
-        path: `plain` (fp32 products only), `screened` (PyTorch alone), `screened+compiled` (numba) or
+        path: `plain` (fp32 products only), `screened` (PyTorch alone), `screened+numba` (numba) or
             `screened+triton`.
         rows: how many rows were encoded.
         fallback: how many of them had no certificate and took the full fp32 product, 0 on the plain path.
@@ -45,7 +45,7 @@ class EncodeStats:
 
 
 @dataclass(frozen=True, eq=False)
-class Chosen:
+class Candidates:
     """The answer for a tile: `values, features (n, k)`, and whether each row is certified.
 
     Rows without a certificate hold nothing of use.
@@ -65,7 +65,7 @@ def encode_topk_screened(
     k: int,
     screen: Screen,
     tile_bytes: int | None = None,
-    use_compiled: bool | None = None,
+    use_numba: bool | None = None,
     use_triton: bool | None = None,
     twins: Twins | None = None,
 ) -> tuple[FeatureActs, EncodeStats]:
@@ -74,14 +74,14 @@ def encode_topk_screened(
     Args:
         screen: `bound.prepare(W_enc, b_enc)`.
         tile_bytes: the size of one tile of bf16 pre-activations.
-        use_compiled: whether numba chooses and recomputes; by default where it is installed and reads this type.
+        use_numba: whether numba chooses and recomputes; by default where it is installed and reads this type.
         use_triton: whether Triton does; by default on CUDA.
         twins: features that are copies of each other, for the rows that fall back.
 
     Raises:
         InputError: the weights or k can't be screened (`can_screen` tells).
     """
-    name, choose = way_of(W_enc, use_compiled, use_triton)
+    name, choose = way_of(W_enc, use_numba, use_triton)
     if not can_screen(W_enc, k, screen) or (name == "screened" and W_enc.dtype != torch.float32):
         raise InputError(f"an encoder of shape {tuple(W_enc.shape)} in {W_enc.dtype} with k {k} can't be screened")
     device, d_sae = W_enc.device, len(W_enc)
@@ -89,7 +89,7 @@ def encode_topk_screened(
     values = torch.zeros(len(rows), k, device=device)
     features = torch.zeros(len(rows), k, dtype=torch.int32, device=device)
     certified = torch.zeros(len(rows), dtype=torch.bool, device=device)
-    product = torch.mm if device.type == "cpu" else on_gpu.product
+    product = torch.mm if device.type == "cpu" else triton.product
     tile_bytes = tile_bytes or (SCREEN_BYTES if device.type == "cpu" else SCREEN_BYTES_ON_GPU)
     candidates = 0
     with screen.lock:
@@ -113,12 +113,12 @@ def encode_topk_screened(
     return acts, EncodeStats(name, len(rows), len(left), candidates)
 
 
-def way_of(W_enc: Tensor, use_compiled: bool | None, use_triton: bool | None) -> tuple[str, Callable[..., Chosen]]:
+def way_of(W_enc: Tensor, use_numba: bool | None, use_triton: bool | None) -> tuple[str, Callable[..., Candidates]]:
     """What chooses and recomputes, with its name."""
     if W_enc.is_cuda if use_triton is None else use_triton:
-        return "screened+triton", on_gpu.choose
-    if compiled.reads(W_enc) if use_compiled is None else use_compiled:
-        return "screened+compiled", compiled.choose
+        return "screened+triton", triton.choose
+    if numba.reads(W_enc) if use_numba is None else use_numba:
+        return "screened+numba", numba.choose
     return "screened", choose_candidates
 
 
@@ -131,13 +131,13 @@ def low_is_fast(W_enc: Tensor) -> bool:
     """Whether the device of these weights multiplies bf16 much faster than fp32, in the way the bound rests on."""
     if W_enc.device.type == "cpu":
         # numba reads bf16 weights, PyTorch alone does not.
-        return (W_enc.dtype == torch.float32 or compiled.reads(W_enc)) and cpu_multiplies_bf16()
-    return W_enc.dtype in (torch.float32, torch.bfloat16) and on_gpu.multiplies_bf16(W_enc.device)
+        return (W_enc.dtype == torch.float32 or numba.reads(W_enc)) and cpu_multiplies_bf16()
+    return W_enc.dtype in (torch.float32, torch.bfloat16) and triton.multiplies_bf16(W_enc.device)
 
 
 def choose_candidates(
     low: Tensor, rows: Rows, x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, screen: Screen
-) -> Chosen:
+) -> Candidates:
     """The k largest of each row of a tile, from its bf16 product `low (n, groups * MEMBERS)`.
 
     The k-th largest lower bound of any k features is a floor under the k-th largest pre-activation, and group maxima
@@ -188,7 +188,7 @@ def recomputed(x: Tensor, W_enc: Tensor, row: Tensor, feature: Tensor) -> Tensor
     return torch.sparse.sampled_addmm(where, x, W_enc.T, beta=0.0).values()
 
 
-def largest_of(exact: Tensor, row: Tensor, feature: Tensor, certified: Tensor, k: int) -> Chosen:
+def largest_of(exact: Tensor, row: Tensor, feature: Tensor, certified: Tensor, k: int) -> Candidates:
     """The k largest of entries in order of row and feature: equal values keep the lower feature first."""
     n = len(certified)
     counts = row.bincount(minlength=n)
@@ -199,7 +199,7 @@ def largest_of(exact: Tensor, row: Tensor, feature: Tensor, certified: Tensor, k
     values[row, slot], features[row, slot] = exact, feature.int()
     values, order = values.sort(dim=1, descending=True, stable=True)
     values, features = values[:, :k], features.gather(1, order[:, :k])
-    return Chosen(values, torch.where(values > 0, features, 0), certified, len(row))
+    return Candidates(values, torch.where(values > 0, features, 0), certified, len(row))
 
 
 @lru_cache(maxsize=1)

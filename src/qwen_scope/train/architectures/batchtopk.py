@@ -13,9 +13,9 @@ from torch import Tensor
 
 from qwen_scope.sae import SAE, JumpReLU
 
-from ..choice import best_of_batch
 from ..losses import fvu, reconstruct
 from ..parallel import Ranks
+from ..selection import best_of_batch
 from ..sparse import Active
 from ..weights import Exported, Weights
 from .base import Architecture, Batch, Outcome

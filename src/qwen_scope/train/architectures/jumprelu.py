@@ -15,9 +15,9 @@ from torch import Tensor
 from qwen_scope.errors import MismatchError
 from qwen_scope.sae import SAE, JumpReLU
 
-from ..choice import above, best_of_batch
 from ..losses import fvu, reconstruct
 from ..parallel import Ranks
+from ..selection import above, best_of_batch
 from ..sparse import Active, sum_by_feature
 from ..weights import Exported, Weights
 from .base import Architecture, Batch, Outcome

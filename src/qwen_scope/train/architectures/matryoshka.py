@@ -15,9 +15,9 @@ from torch import Tensor
 from qwen_scope.errors import InputError
 from qwen_scope.sae import SAE, JumpReLU
 
-from ..choice import best_of_batch
 from ..losses import fvu
 from ..parallel import Ranks, SumOfSlices
+from ..selection import best_of_batch
 from ..sparse import Active, Decode
 from ..weights import Exported, Weights
 from .base import Architecture, Batch, Outcome

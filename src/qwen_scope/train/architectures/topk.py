@@ -8,9 +8,9 @@ from torch import Tensor
 
 from qwen_scope.sae import TopK
 
-from ..choice import best_of
 from ..losses import fvu, reconstruct
 from ..parallel import Ranks
+from ..selection import best_of
 from ..sparse import Active
 from ..weights import Exported, Weights
 from .base import Architecture, Batch, Outcome

@@ -12,10 +12,11 @@ import stores
 import tiny
 
 from qwen_scope.cli import main
-from qwen_scope.corpus import ExtractOptions, FeatureStore, Progress, extract
 from qwen_scope.errors import FormatError, InputError, NotFoundError
 from qwen_scope.files import lock_folder
 from qwen_scope.sae import Identity, TopK, save_sae
+from qwen_scope.scope import ExtractOptions, Progress, extract
+from qwen_scope.store import FeatureStore
 from qwen_scope.text import Corpus
 
 WHERE = ["--model", str(tiny.folder() / "model"), "--sae", str(tiny.folder() / "sae"), "--device", "cpu"]
@@ -150,7 +151,7 @@ def test_a_run_killed_after_its_last_file_is_tidied(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_windows_grow_so_that_an_early_end_loses_little(tmp_path: Path, monkeypatch) -> None:
-    module = sys.modules["qwen_scope.corpus.extract"]
+    module = sys.modules["qwen_scope.scope.extract"]
     assert module.FIRST_WINDOW == 2_048  # here it is smaller, and the corpus with it
     monkeypatch.setattr(module, "FIRST_WINDOW", first := 256)
     rows = stores.TEXTS * 3

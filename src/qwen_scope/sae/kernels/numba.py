@@ -17,7 +17,7 @@ from torch import Tensor
 from .bound import ROUND_OUT, Rows, Screen
 
 if TYPE_CHECKING:
-    from .screened import Chosen
+    from .screened import Candidates
 
 # Rows of one task of a thread.
 CHUNK = 16
@@ -34,10 +34,10 @@ def reads(W_enc: Tensor) -> bool:
     return available() and W_enc.dtype in (torch.float32, torch.bfloat16)
 
 
-def choose(low: Tensor, rows: Rows, x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, screen: Screen) -> Chosen:
+def choose(low: Tensor, rows: Rows, x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, screen: Screen) -> Candidates:
     """What `screened.choose_candidates` does, row by row."""
     from .rows_numba import choose_rows
-    from .screened import PER_ROW, PER_SLOT, Chosen
+    from .screened import PER_ROW, PER_SLOT, Candidates
 
     n = len(low)
     values = torch.zeros(n, k)
@@ -73,4 +73,4 @@ def choose(low: Tensor, rows: Rows, x: Tensor, W_enc: Tensor, b_enc: Tensor, k: 
             for task in tasks:
                 task.result()
     # A row that was given up has -1.
-    return Chosen(values, features, candidates >= 0, int(candidates.clamp(min=0).sum()))
+    return Candidates(values, features, candidates >= 0, int(candidates.clamp(min=0).sum()))

@@ -1,4 +1,4 @@
-"""`Desk`: what all visitors share. One model and its SAEs, what was read lately, and the limits."""
+"""`AppState`: what all visitors share. One model and its SAEs, what was read lately, and the limits."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from qwen_scope.corpus import FeatureStore
 from qwen_scope.errors import InputError, brief
 from qwen_scope.features import FeaturePage, Label, Neighbour, Notes, cofiring, elsewhere, feature_page, similar
 from qwen_scope.sae import SAE, catalog, layers_of, load_sae
 from qwen_scope.scope import Comparison, Scope, TokenFeatures, compare_seen, model_source
 from qwen_scope.steer import Generation
+from qwen_scope.store import FeatureStore
 from qwen_scope.text import Chat, Corpus, Unreadable
 
+from .components import Named
 from .discreet import discreet
 from .jobs import Jobs
 from .limits import Limits, listed, one_of
-from .pieces import Named
-from .shelf import Shelf, stamp
+from .store_pool import StorePool, stamp
 
 T = TypeVar("T")
 
@@ -35,7 +35,7 @@ COMPANY = 10
 """Features that fire with another, as many as a page shows of each kind."""
 
 
-class Desk:
+class AppState:
     """One model in memory for all visitors; safe to share between threads.
 
     Attributes:
@@ -58,7 +58,7 @@ class Desk:
         self.scope, self.stores, self.limits = scope, dict(stores or {}), limits or Limits()
         self.model_name = model_name or ("lab" if scope.name == model_source("lab") else Path(scope.name).name)
         self.sae_name, self.trained_from = Path(scope.saes.source).name, trained_from
-        self.jobs, self.unsteered, self.shelf = Jobs(), Lately[Generation](32), Shelf()
+        self.jobs, self.unsteered, self.store_pool = Jobs(), Lately[Generation](32), StorePool()
         self._seen: OrderedDict[tuple[str, str, int], TokenFeatures] = OrderedDict()
         self._lock = threading.Lock()
         self._known_labels: tuple[tuple[tuple[int, int], ...], dict[tuple[int, int], Label]] | None = None
@@ -246,11 +246,13 @@ class Desk:
             raise InputError(f"there is no store {brief(name)} here; the page has {', '.join(self.stores) or 'none'}")
         return self.stores[name]
 
-    def feature_page(self, layer: int, feature: int, store: str | None = None, *, company: bool = True) -> FeaturePage:
+    def feature_page(
+        self, layer: int, feature: int, store: str | None = None, *, with_cofiring: bool = True
+    ) -> FeaturePage:
         """All about one feature, with a store or without.
 
         Args:
-            company: look for what fires with it, which reads the whole store; else `with_company` can later.
+            with_cofiring: look for what fires with it, which reads the whole store; else `with_cofiring` can later.
 
         Raises:
             InputError, NotFoundError: no such layer, feature or store.   MismatchError: the store is of another SAE.
@@ -259,13 +261,13 @@ class Desk:
         if store is None:
             page = feature_page(layer, feature, scope=self.scope, layers=self.layers)
         else:
-            with self.shelf.lent(self.folder(store)) as opened:
-                page = feature_page(layer, feature, store=opened, scope=self.scope, company=company)
+            with self.store_pool.lent(self.folder(store)) as opened:
+                page = feature_page(layer, feature, store=opened, scope=self.scope, with_cofiring=with_cofiring)
         return replace(page, store=store, model=self.discreet(page.model), group=self.discreet(page.group))
 
-    def with_company(self, page: FeaturePage, store: str) -> FeaturePage:
+    def with_cofiring(self, page: FeaturePage, store: str) -> FeaturePage:
         """The page with the features that fire on the same tokens, in its own layer and in the others."""
-        with self.shelf.lent(self.folder(store)) as opened:
+        with self.store_pool.lent(self.folder(store)) as opened:
             others = [layer for layer in opened.layers if layer in self.layers]
             return replace(
                 page,

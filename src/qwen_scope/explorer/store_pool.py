@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from qwen_scope.corpus import FeatureStore
+from qwen_scope.store import FeatureStore
 
 KEPT = 2
 """Stores that stay open at most; each may keep `MEMORY` of what it has read."""
@@ -26,7 +26,7 @@ def stamp(path: Path) -> Stamp:
     return found.st_mtime_ns, found.st_size
 
 
-class Shelf:
+class StorePool:
     """Lends opened stores, each to one borrower at a time; the last few that came back wait for the next one."""
 
     def __init__(self) -> None:

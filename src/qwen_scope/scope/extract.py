@@ -13,13 +13,10 @@ import torch
 from qwen_scope.errors import InputError, MismatchError
 from qwen_scope.model import HookPoint, LoadedModel, TokenMask, context_length, d_model
 from qwen_scope.sae import SAE
+from qwen_scope.store import FeatureStore, LayerInfo, StoreWriter, place_of
 from qwen_scope.text import Corpus, start_ids
 
-from .batches import HOLD_BYTES, Pieces, Reader, State, encode_window, median_norms, points_of
-from .layout import LayerInfo
-from .request import place_of
-from .store import FeatureStore
-from .writer import StoreWriter
+from .encoding import HOLD_BYTES, Pieces, Reader, State, encode_window, median_norms, points_of
 
 # Rows of a model that states no context.
 LONGEST_ROW = 2**20

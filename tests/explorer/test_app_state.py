@@ -16,25 +16,25 @@ from explored import ENGLISH, GERMAN, LAYER
 from qwen_scope import load_scope
 from qwen_scope.cli.sweep import read_prompts
 from qwen_scope.errors import InputError, MismatchError, NotFoundError, QwenScopeError
-from qwen_scope.explorer import Desk, Limits, steering
+from qwen_scope.explorer import AppState, Limits, steering
 from qwen_scope.explorer.datasets import analysed
 from qwen_scope.explorer.explore_view import Reading, address
 from qwen_scope.explorer.feature_view import passage
 from qwen_scope.explorer.jobs import Jobs, Stopped, Told, watched
 from qwen_scope.explorer.limits import whole_number
-from qwen_scope.explorer.shelf import Shelf
+from qwen_scope.explorer.store_pool import StorePool
 from qwen_scope.features import Label, Notes, make_label
 from qwen_scope.files import text_lines
 from qwen_scope.scope import model_source
 from qwen_scope.stats import Interval
 
 
-def test_what_was_read_lately_is_kept_by_bytes(desk: Desk) -> None:
-    one = Desk(desk.scope)
+def test_what_was_read_lately_is_kept_by_bytes(state: AppState) -> None:
+    one = AppState(state.scope)
     first = one.seen("Hello there", LAYER)
     assert one.seen("Hello there", LAYER) is first
     assert one.seen("Hello there", LAYER, "thinking") is not first
-    small = Desk(desk.scope, limits=Limits(remembered_bytes=one.remembered_bytes))
+    small = AppState(state.scope, limits=Limits(remembered_bytes=one.remembered_bytes))
     for i in range(20):
         small.seen(f"Hello there, number {i}", LAYER)
         assert small.remembered_bytes <= small.limits.remembered_bytes
@@ -69,11 +69,11 @@ def group_of(folder: Path, layers: dict[int, int], change: float = 1.0) -> Path:
     ids=["a copy", "one layer", "other weights", "layers swapped", "a layer from elsewhere"],
 )
 def test_the_lab_s_features_are_known_in_the_lab_s_saes_alone(
-    layers: dict[int, int], change: float, ours: set[int], tmp_path: Path, desk: Desk
+    layers: dict[int, int], change: float, ours: set[int], tmp_path: Path, state: AppState
 ) -> None:
     folder = group_of(tmp_path, layers, change)
-    found = Desk(load_scope("lab", sae=str(folder), device="cpu"))
-    every = {(one["layer"], one["feature"], one["factor"]) for one in desk.known}
+    found = AppState(load_scope("lab", sae=str(folder), device="cpu"))
+    every = {(one["layer"], one["feature"], one["factor"]) for one in state.known}
     assert {(one["layer"], one["feature"], one["factor"]) for one in found.known} == {x for x in every if x[0] in ours}
     assert {one["layer"] for one in found.known} <= ours
     begins = found.default_intervention()
@@ -81,9 +81,9 @@ def test_the_lab_s_features_are_known_in_the_lab_s_saes_alone(
     assert begins["layer"] in layers
 
 
-def test_the_lab_s_features_are_those_of_its_card(desk: Desk) -> None:
+def test_the_lab_s_features_are_those_of_its_card(state: AppState) -> None:
     measured = json.loads((LABS.parent / "metrics.json").read_text())["detectors"]
-    assert sorted(one["factor"] for one in desk.known) == sorted(one["factor"] for one in measured)
+    assert sorted(one["factor"] for one in state.known) == sorted(one["factor"] for one in measured)
 
 
 LINES = [
@@ -97,30 +97,30 @@ LINES = [
 
 
 @pytest.mark.parametrize(("text", "lines"), LINES, ids=lambda value: ascii(value)[:24])
-def test_a_line_ends_at_its_newline_alone(text: str, lines: list[str], desk: Desk, tmp_path: Path) -> None:
+def test_a_line_ends_at_its_newline_alone(text: str, lines: list[str], state: AppState, tmp_path: Path) -> None:
     assert text_lines(text) == lines
     if len(lines) > 1:
-        assert steering.sweep_prompts(desk, "unused", text) == lines
+        assert steering.sweep_prompts(state, "unused", text) == lines
     if lines:
         (tmp_path / "prompts.txt").write_bytes(text.encode())
         assert read_prompts(tmp_path / "prompts.txt") == lines
 
 
-def test_texts_that_may_not_be_read(desk: Desk) -> None:
-    small = Desk(desk.scope, limits=dataclasses.replace(desk.limits, characters=10))
+def test_texts_that_may_not_be_read(state: AppState) -> None:
+    small = AppState(state.scope, limits=dataclasses.replace(state.limits, characters=10))
     for text, says in (("", "is empty"), (" \n", "is empty"), ("x" * 11, "11 characters and this page reads up to 10")):
         with pytest.raises(InputError, match=says):
             small.check_text(text)
     with pytest.raises(InputError, match="one of plain, thinking, non_thinking"):
-        desk.seen("Hello", LAYER, "shouting")
+        state.seen("Hello", LAYER, "shouting")
 
 
-def test_a_side_is_a_text_or_the_rows_of_a_file(desk: Desk, tmp_path: Path) -> None:
-    assert desk.side("one text", None, "first") == ["one text"]
+def test_a_side_is_a_text_or_the_rows_of_a_file(state: AppState, tmp_path: Path) -> None:
+    assert state.side("one text", None, "first") == ["one text"]
     (tmp_path / "a.txt").write_text("one\n\ntwo\n")
-    assert desk.side("ignored", str(tmp_path / "a.txt"), "first") == ["one", "two"]
+    assert state.side("ignored", str(tmp_path / "a.txt"), "first") == ["one", "two"]
     (tmp_path / "b.jsonl").write_text('{"text": "drei"}\n{"text": "vier"}\n')
-    assert desk.side("", str(tmp_path / "b.jsonl"), "first") == ["drei", "vier"]
+    assert state.side("", str(tmp_path / "b.jsonl"), "first") == ["drei", "vier"]
     for name, content, says in (
         ("many.txt", "x\n" * 6, "more than 5 texts"),
         ("none.txt", "\n", "holds no text"),
@@ -128,46 +128,46 @@ def test_a_side_is_a_text_or_the_rows_of_a_file(desk: Desk, tmp_path: Path) -> N
     ):
         (tmp_path / name).write_text(content)
         with pytest.raises(InputError, match=says):
-            desk.side("", str(tmp_path / name), "second")
+            state.side("", str(tmp_path / name), "second")
 
 
-def test_sets_compare_as_the_scope_does(desk: Desk) -> None:
-    found, seen = desk.compare(GERMAN[:2], ENGLISH, [LAYER], 5, ["first"])
-    assert found == desk.scope.compare(GERMAN[:2], ENGLISH, [LAYER], n=5, drop_first=True)
+def test_sets_compare_as_the_scope_does(state: AppState) -> None:
+    found, seen = state.compare(GERMAN[:2], ENGLISH, [LAYER], 5, ["first"])
+    assert found == state.scope.compare(GERMAN[:2], ENGLISH, [LAYER], n=5, drop_first=True)
     assert seen.texts == [*GERMAN[:2], *ENGLISH]
     with pytest.raises(InputError, match="first, common or prefix"):
-        desk.compare(GERMAN, ENGLISH, [LAYER], 5, ["last"])
+        state.compare(GERMAN, ENGLISH, [LAYER], 5, ["last"])
 
 
-def test_only_the_stores_named_at_the_start_can_be_opened(desk: Desk, stores: dict[str, Path]) -> None:
+def test_only_the_stores_named_at_the_start_can_be_opened(state: AppState, stores: dict[str, Path]) -> None:
     for name in (str(stores["german"]), "../german", "/etc", ""):
         with pytest.raises(InputError, match="there is no store"):
-            desk.store(name)
+            state.store(name)
 
 
-def test_labels_come_with_their_score_and_notes_stay(desk: Desk, stores: dict[str, Path]) -> None:
-    assert desk.label(LAYER, 7) is None
-    with desk.store("german") as store:
+def test_labels_come_with_their_score_and_notes_stay(state: AppState, stores: dict[str, Path]) -> None:
+    assert state.label(LAYER, 7) is None
+    with state.store("german") as store:
         good = Interval(0.9, 0.8, 1.0, 20)
         label = Label("German words", good, Interval(0.7, 0.6, 0.8, 20), "summary", "tokens")
         Notes(store).add(make_label(LAYER, 7, store.layer(LAYER).fingerprint, label))
-    named = desk.label(LAYER, 7)
+    named = state.label(LAYER, 7)
     assert named is not None
     assert (named.text, named.score) == ("German words", pytest.approx(0.8))
 
-    desk.write_note(LAYER, 7, "german", "fires on umlauts", "Ada")
-    page = Desk(desk.scope, stores).feature_page(LAYER, 7, "german")
+    state.write_note(LAYER, 7, "german", "fires on umlauts", "Ada")
+    page = AppState(state.scope, stores).feature_page(LAYER, 7, "german")
     assert [note.body["text"] for note in page.notes if note.kind == "note"] == ["fires on umlauts"]
     with pytest.raises(InputError, match="the note is empty"):
-        desk.write_note(LAYER, 7, "german", " ", "Ada")
+        state.write_note(LAYER, 7, "german", " ", "Ada")
 
 
-def test_features_that_do_not_exist(desk: Desk) -> None:
+def test_features_that_do_not_exist(state: AppState) -> None:
     for layer, feature, says in ((LAYER, 2048, "features 0 to 2047"), (LAYER, -1, "no feature -1"), (9, 0, "layer 9")):
         with pytest.raises(QwenScopeError, match=says):
-            desk.feature_page(layer, feature)
+            state.feature_page(layer, feature)
     with pytest.raises((NotFoundError, MismatchError)):
-        desk.feature_page(0, 1, "german")
+        state.feature_page(0, 1, "german")
 
 
 @pytest.mark.parametrize("value", [None, "", "four", 1.5, float("nan"), float("inf"), True])
@@ -225,12 +225,12 @@ def test_silent_work_tells_that_it_is_stopping() -> None:
 
 
 @pytest.mark.parametrize("stopped_at", [0, 1])
-def test_an_analysis_tells_its_steps_and_stops_between_them(desk: Desk, stopped_at: int) -> None:
-    names = list(desk.stores)
+def test_an_analysis_tells_its_steps_and_stops_between_them(state: AppState, stopped_at: int) -> None:
+    names = list(state.stores)
     steps = []
-    found = analysed(desk, names, "overlap", LAYER, lambda *told: steps.append(told))
+    found = analysed(state, names, "overlap", LAYER, lambda *told: steps.append(told))
     assert [(stage, share) for stage, share, _ in steps] == [("reading", 0), ("reading", 1 / 3), ("comparing", 2 / 3)]
-    assert found.notes == analysed(desk, names, "overlap", LAYER).notes
+    assert found.notes == analysed(state, names, "overlap", LAYER).notes
 
     reached = []
 
@@ -240,37 +240,37 @@ def test_an_analysis_tells_its_steps_and_stops_between_them(desk: Desk, stopped_
             raise Stopped
 
     with pytest.raises(Stopped):
-        analysed(desk, names, "overlap", LAYER, report)
+        analysed(state, names, "overlap", LAYER, report)
     assert len(reached) == stopped_at + 1
 
 
 def test_opened_stores_are_lent_to_one_at_a_time_and_few_are_kept(stores: dict[str, Path], tmp_path: Path) -> None:
-    shelf, folder = Shelf(), tmp_path / "own"
+    store_pool, folder = StorePool(), tmp_path / "own"
     shutil.copytree(stores["german"], folder)
-    with shelf.lent(folder) as first, shelf.lent(folder) as second:
+    with store_pool.lent(folder) as first, store_pool.lent(folder) as second:
         assert first is not second
-    with shelf.lent(folder) as again:
+    with store_pool.lent(folder) as again:
         assert again in (first, second)
     (folder / "manifest.json").touch()
-    with shelf.lent(folder) as anew:
+    with store_pool.lent(folder) as anew:
         assert anew not in (first, second)
     for other in (*stores.values(), folder):
-        with shelf.lent(other):
+        with store_pool.lent(other):
             pass
-    assert len(shelf) == 2
-    with pytest.raises(InputError, match="no"), shelf.lent(folder) as failed:
+    assert len(store_pool) == 2
+    with pytest.raises(InputError, match="no"), store_pool.lent(folder) as failed:
         raise InputError("no")
-    with shelf.lent(folder) as last:
+    with store_pool.lent(folder) as last:
         assert last is not failed
 
 
-def test_what_fires_with_a_feature_can_follow_its_page(desk: Desk) -> None:
-    feature = desk.scope.features(GERMAN, [LAYER]).strongest(0, LAYER, 1)[0].feature
-    whole = desk.feature_page(LAYER, feature, "german")
-    quick = desk.feature_page(LAYER, feature, "german", company=False)
+def test_what_fires_with_a_feature_can_follow_its_page(state: AppState) -> None:
+    feature = state.scope.features(GERMAN, [LAYER]).strongest(0, LAYER, 1)[0].feature
+    whole = state.feature_page(LAYER, feature, "german")
+    quick = state.feature_page(LAYER, feature, "german", with_cofiring=False)
     assert whole.cofiring
     assert quick.cofiring == ()
-    assert desk.with_company(quick, "german").to_json() == whole.to_json()
+    assert state.with_cofiring(quick, "german").to_json() == whole.to_json()
 
 
 def test_silent_tokens_of_a_context_are_one_piece() -> None:

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from qwen_scope import load_scope
-from qwen_scope.corpus import ExtractOptions, extract
 from qwen_scope.model import LoadedModel
+from qwen_scope.scope import ExtractOptions, extract
 from qwen_scope.text import PHASES, Corpus, TokenRows, chunks
 
 LAYER, CONTEXT = 2, 512

@@ -34,8 +34,8 @@ def read_corpus(
 ) -> tuple[dict[int, Dataset], dict[int, np.ndarray], list[dict[str, Any]]]:
     """Firings by `max`, mean residuals and metadata of every document, by way of a store in a temporary folder."""
     from qwen_scope.analysis import Dataset
-    from qwen_scope.corpus import ExtractOptions, extract
     from qwen_scope.model import LoadedModel
+    from qwen_scope.scope import ExtractOptions, extract
     from qwen_scope.text import tell_unused
 
     loaded = LoadedModel(scope.model, scope.tokenizer, scope.name)

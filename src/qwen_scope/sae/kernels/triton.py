@@ -13,7 +13,7 @@ from .bound import MEMBERS, ROUND_OUT, Rows, Screen
 from .tiled import in_order
 
 if TYPE_CHECKING:
-    from .screened import Chosen
+    from .screened import Candidates
 
 GROUPS_AT_ONCE, FEATURES_AT_ONCE, SLOTS_AT_ONCE, DIMENSIONS_AT_ONCE = 64, 2048, 16, 128
 
@@ -47,16 +47,16 @@ def product(x: Tensor, W: Tensor, out: Tensor | None = None) -> Tensor:
         flags.allow_bf16_reduced_precision_reduction = before
 
 
-def choose(low: Tensor, rows: Rows, x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, screen: Screen) -> Chosen:
+def choose(low: Tensor, rows: Rows, x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, screen: Screen) -> Candidates:
     """What `screened.choose_candidates` does, a program per row."""
     from . import rows_triton
-    from .screened import PER_ROW, PER_SLOT, Chosen
+    from .screened import PER_ROW, PER_SLOT, Candidates
 
     n, groups, d_sae = len(low), screen.groups, screen.d_sae
     budget = min(PER_SLOT * k + PER_ROW, d_sae)
     if not n:
         none = low.new_zeros(0, k, dtype=torch.float32)
-        return Chosen(none, none.int(), rows.covered, 0)
+        return Candidates(none, none.int(), rows.covered, 0)
     lower = torch.empty(n, groups, device=low.device)
     grid = n, rows_triton.blocks(groups, GROUPS_AT_ONCE)
     rows_triton.lower_bounds[grid](
@@ -79,7 +79,7 @@ def choose(low: Tensor, rows: Rows, x: Tensor, W_enc: Tensor, b_enc: Tensor, k: 
     width = max(k, int(counts.max()))
     values, indices = in_order(exact[:, :width], features[:, :width].long())
     values, indices = values[:, :k], indices[:, :k].int()
-    return Chosen(values, torch.where(values > 0, indices, 0), certified, int(counts.sum()))
+    return Candidates(values, torch.where(values > 0, indices, 0), certified, int(counts.sum()))
 
 
 def sampled_rows(left: Tensor, right: Tensor, index: Tensor, counts: Tensor, out: Tensor) -> None:

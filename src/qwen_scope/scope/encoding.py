@@ -17,11 +17,10 @@ from torch import Tensor, nn
 from qwen_scope.errors import InputError
 from qwen_scope.model import HookPoint, LoadedModel, TokenMask, capture
 from qwen_scope.sae import SAE
+from qwen_scope.store import TABLES, LayerRows, Window
 from qwen_scope.text import Corpus, Document, Unreadable, by_length, chunks, meta_json, padded, start_ids
 
-from .layout import TABLES
-from .turns import ahead, in_turn
-from .writer import LayerRows, Window
+from .prefetch import ahead, in_turn
 
 # Residuals that wait for their SAEs, together, in bytes.
 HOLD_BYTES = 2**28

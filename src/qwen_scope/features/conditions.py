@@ -1,4 +1,4 @@
-"""What a knob is compared with: changes of equal length in other directions."""
+"""The controls of an intervention: changes of equal norm in other directions."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ NEAREST = 100
 
 
 def matched_random(
-    knob: Sequence[Intervention],
+    interventions: Sequence[Intervention],
     saes: SAEsByLayer,
     stats: StatsByLayer,
     rng: np.random.Generator,
@@ -28,7 +28,7 @@ def matched_random(
     """For each intervention another feature of its layer that fires about as often, with the same length of change.
 
     Args:
-        knob: additions of features, in raw units.
+        interventions: additions of features, in raw units.
         stats: with firing rates.
         avoid: by layer, features that are no control: such as others of the same concept.
 
@@ -36,11 +36,13 @@ def matched_random(
         InputError: no firing rates, or no feature that could be compared with.
     """
     out = []
-    for one in knob:
+    for one in interventions:
         rates = stats[one.layer].firing_rate
         if rates is None or one.feature is None:
             raise InputError("matching a feature needs the firing rates of its layer")
-        taken = {other.feature for other in knob if other.layer == one.layer} | set((avoid or {}).get(one.layer, ()))
+        taken = {other.feature for other in interventions if other.layer == one.layer} | set(
+            (avoid or {}).get(one.layer, ())
+        )
         sae = saes[one.layer]
         lengths = torch.linalg.vector_norm(sae.W_dec.float(), dim=0)
         near = np.argsort(np.abs(rates - rates[one.feature]), kind="stable")
@@ -82,10 +84,12 @@ def mean_direction(
     return means[0] - means[1]
 
 
-def along(knob: Sequence[Intervention], saes: SAEsByLayer, directions: dict[int, Tensor]) -> list[Intervention]:
-    """At every layer of the knob a direction instead, with the same length of change and the same tokens."""
+def along(
+    interventions: Sequence[Intervention], saes: SAEsByLayer, directions: dict[int, Tensor]
+) -> list[Intervention]:
+    """Replace each feature by a direction of equal norm, at the same layer and tokens."""
     lengths: dict[tuple[HookPoint, str], Tensor] = {}
-    for one in knob:
+    for one in interventions:
         key = (one.hook_point, str(one.where))
         change = one.amount * one.vector(saes[one.layer]).cpu()
         lengths[key] = lengths[key] + change if key in lengths else change

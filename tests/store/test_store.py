@@ -12,10 +12,11 @@ import stores
 import tiny
 import torch
 
-from qwen_scope.corpus import ExtractOptions, FeatureStore, Manifest, extract
-from qwen_scope.corpus.firing import firing_query
 from qwen_scope.errors import InputError, MismatchError, NotFoundError
 from qwen_scope.sae import Identity
+from qwen_scope.scope import ExtractOptions, extract
+from qwen_scope.store import FeatureStore, Manifest
+from qwen_scope.store.firing import firing_query
 from qwen_scope.text import Corpus
 
 
@@ -156,7 +157,7 @@ def test_contexts_show_the_place_and_what_stands_around(store, layer, truth, bus
 
 
 def test_contexts_by_chance_and_by_quantile(store, layer, busiest, monkeypatch) -> None:
-    from qwen_scope.corpus import contexts
+    from qwen_scope.store import contexts
 
     every = store.values(layer, busiest)
     assert len(store.contexts(layer, busiest, 10**6, how="random")) == len(every)

@@ -1,11 +1,10 @@
 from .contexts import Context as Context
 from .contexts import FeatureSummary as FeatureSummary
 from .contexts import Histogram as Histogram
-from .extract import ExtractOptions as ExtractOptions
-from .extract import Progress as Progress
-from .extract import extract as extract
+from .layout import TABLES as TABLES
 from .layout import LayerInfo as LayerInfo
 from .layout import Manifest as Manifest
+from .request import place_of as place_of
 from .store import FeatureStore as FeatureStore
 from .writer import LayerRows as LayerRows
 from .writer import StoreWriter as StoreWriter

@@ -13,8 +13,8 @@ import stores
 
 from qwen_scope import FeatureStore
 from qwen_scope.cli import main
-from qwen_scope.corpus.queries import read_bounded
 from qwen_scope.errors import InputError
+from qwen_scope.store.queries import read_bounded
 
 
 @pytest.fixture(scope="module")

@@ -18,11 +18,12 @@ import stores
 import tiny
 import torch
 
-from qwen_scope.corpus import ExtractOptions, FeatureStore, batches, extract, turns
-from qwen_scope.corpus import Progress as ProgressOf
 from qwen_scope.errors import InputError, MismatchError
 from qwen_scope.model import HookPoint, capture
 from qwen_scope.sae import TopK
+from qwen_scope.scope import ExtractOptions, extract
+from qwen_scope.scope import Progress as ProgressOf
+from qwen_scope.store import FeatureStore
 from qwen_scope.text import Corpus
 
 # Everything at once: pieces, windows that end inside a document, masks, pooled residuals.
@@ -179,7 +180,7 @@ def test_a_finished_store_is_opened_and_another_request_refused(tmp_path, monkey
     stores.make(tmp_path / "s", **HARD).close()
     (tmp_path / "s" / "work").mkdir()  # as if killed after the manifest
     monkeypatch.setattr(
-        sys.modules["qwen_scope.corpus.extract"], "run_windows", lambda *_: pytest.fail("nothing is left to do")
+        sys.modules["qwen_scope.scope.extract"], "run_windows", lambda *_: pytest.fail("nothing is left to do")
     )
     stores.make(tmp_path / "s", **HARD).close()
     assert stores.digest(tmp_path / "s") == undisturbed
@@ -193,7 +194,7 @@ def test_a_finished_store_is_opened_and_another_request_refused(tmp_path, monkey
 
 
 def test_two_runs_at_once_and_other_corpora_are_refused(tmp_path) -> None:
-    from qwen_scope.corpus import StoreWriter
+    from qwen_scope.store import StoreWriter
 
     with (
         StoreWriter(tmp_path / "s", "tiny", {"a": 1}, []),

@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import tiny
 
-from qwen_scope.corpus import ExtractOptions, FeatureStore, extract
 from qwen_scope.model import LoadedModel
 from qwen_scope.sae import SAE
-from qwen_scope.scope import Scope, load_scope
+from qwen_scope.scope import ExtractOptions, Scope, extract, load_scope
+from qwen_scope.store import FeatureStore
 from qwen_scope.text import Corpus
 
 LAYERS = (0, 2)
