@@ -1,4 +1,3 @@
-from .corpus import FeatureStore as FeatureStore
 from .model import HookPoint as HookPoint
 from .sae import FeatureActs as FeatureActs
 from .sae import catalog as catalog
@@ -7,5 +6,6 @@ from .sae import save_sae as save_sae
 from .scope import Scope as Scope
 from .scope import load_scope as load_scope
 from .steer import Intervention as Intervention
+from .store import FeatureStore as FeatureStore
 
 __version__: str

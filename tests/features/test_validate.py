@@ -1,4 +1,4 @@
-"""Verdicts: the rules as a truth table, the conditions by hand, and planted steering features and correlates on the lab."""
+"""Verdicts: the rules as a truth table, conditions by hand, and planted causes and correlates on the lab."""
 
 from __future__ import annotations
 

@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Protocol, final, runtime_checkable
 
-from qwen_scope.corpus import Context
 from qwen_scope.errors import FormatError
+from qwen_scope.store import Context
 
 from .completion import BadAnswer
 from .endpoint import Endpoint

@@ -149,8 +149,8 @@ def validate(
         saes: other SAEs than the scope's.
 
     Raises:
-        InputError: fewer prompts, examples, random features or shuffles than the rules ask for, interventions that add no
-            feature, or text without a token.
+        InputError: fewer prompts, examples, random features or shuffles than the rules ask for, interventions that add
+            no feature, or text without a token.
     """
     rules = rules or Rules()
     _check(interventions, prompts, examples, n_random, n_shuffled, rules)
