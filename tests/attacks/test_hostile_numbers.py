@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from qwen_scope.errors import InputError
 from qwen_scope.sae import TopK, kernels
-from qwen_scope.sae.kernels import chosen, screened
+from qwen_scope.sae.kernels import dispatch, screened
 
 EXPONENTS = st.integers(-140, 120)
 
@@ -48,7 +48,7 @@ def test_any_range_of_exponents(a: int, b: int, c: int, k: int, seed: int) -> No
 def test_what_is_not_finite_is_refused_on_the_fast_path_too(
     bad: float, where: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(chosen, "FEWEST_WEIGHTS", 1)
+    monkeypatch.setattr(dispatch, "FEWEST_WEIGHTS", 1)
     if not screened.cpu_multiplies_bf16():
         pytest.skip("this CPU has no bf16 instructions")
     parts = {"x": torch.ones(600, 50), "W_enc": torch.ones(2013, 50), "b_enc": torch.zeros(2013)}

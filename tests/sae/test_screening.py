@@ -13,7 +13,7 @@ import torch
 
 from qwen_scope.errors import InputError
 from qwen_scope.sae import FeatureActs, TopK, kernels
-from qwen_scope.sae.kernels import bound, chosen, screened
+from qwen_scope.sae.kernels import bound, dispatch, screened
 
 NUMBA = pytest.param(
     True, id="numba",
@@ -296,7 +296,7 @@ def test_weights_that_are_not_finite_are_never_screened() -> None:
 @pytest.fixture
 def eager(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small dictionaries are screened too."""
-    monkeypatch.setattr(chosen, "FEWEST_WEIGHTS", 1)
+    monkeypatch.setattr(dispatch, "FEWEST_WEIGHTS", 1)
     if not screened.cpu_multiplies_bf16():
         pytest.skip("this CPU has no bf16 instructions")
 
@@ -324,7 +324,7 @@ def test_preparing_waits_for_enough_rows() -> None:
     for _ in range(8):
         one.encode(randn(100, 64))
         paths.append(one.encode_stats.path)
-    waited = chosen.PREPARE_AFTER // 100
+    waited = dispatch.PREPARE_AFTER // 100
     assert 0 < waited < 8
     assert paths[:waited] == ["plain"] * waited
     assert all(path.startswith("screened") for path in paths[waited:])

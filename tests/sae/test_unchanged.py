@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from qwen_scope.sae import FeatureActs, JumpReLU, TopK, kernels
-from qwen_scope.sae.kernels import chosen, screened
+from qwen_scope.sae.kernels import dispatch, screened
 from qwen_scope.sae.kernels.unchanged import checksums, twins
 
 D_MODEL, D_SAE, K = 64, 2048, 7
@@ -21,7 +21,7 @@ def randn(*shape: int, seed: int = 0) -> Tensor:
 
 @pytest.fixture
 def eager(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chosen, "FEWEST_WEIGHTS", 1)
+    monkeypatch.setattr(dispatch, "FEWEST_WEIGHTS", 1)
     if not screened.cpu_multiplies_bf16():
         pytest.skip("this CPU has no bf16 instructions")
 

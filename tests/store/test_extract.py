@@ -260,7 +260,7 @@ def test_what_does_not_belong_together_is_refused(tmp_path) -> None:
 @pytest.mark.parametrize("how", [{"hold_bytes": 1}, {"sae_device": "cpu"}, {"sae_device": "cpu", "hold_bytes": 1}])
 @pytest.mark.parametrize("overlapped", [False, True])
 def test_turns_and_overlap_change_nothing(tmp_path, monkeypatch, how, overlapped) -> None:
-    monkeypatch.setattr(batches, "elsewhere", lambda *_: overlapped)
+    monkeypatch.setattr(encoding, "elsewhere", lambda *_: overlapped)
     options = ExtractOptions(row_tokens=stores.ROW_TOKENS, window_tokens=60, batch_tokens=20)
     plain = extract(Corpus(stores.TEXTS, name="texts"), stores.loaded(), stores.saes(), tmp_path / "a", options)
     other = extract(Corpus(stores.TEXTS, name="texts"), stores.loaded(), stores.saes(), tmp_path / "b", options, **how)
@@ -286,7 +286,7 @@ def test_a_sweep_keeps_two_saes_at_most(monkeypatch) -> None:
     weights = torch.randn(64, 8), torch.randn(8, 64), torch.randn(64), torch.randn(8)
     saes = {layer: TopK(*weights, k=layer + 1) for layer in (3, 0, 2, 1, 5, 4)}
     seen = []
-    for layer, sae in turns.in_turn(saes, "cpu"):
+    for layer, sae in prefetch.in_turn(saes, "cpu"):
         seen.append((layer, sae.k))
         while len(most) < min(6, len(seen) + 1):
             time.sleep(0.001)
@@ -308,7 +308,7 @@ def test_what_comes_next_is_made_meanwhile_and_errors_arrive() -> None:
     used = []
 
     def use() -> None:
-        with turns.ahead(items()) as coming:
+        with prefetch.ahead(items()) as coming:
             for item in coming:
                 used.append(item)
                 while len(made) < min(4, item + 2):

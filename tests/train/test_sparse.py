@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from qwen_scope.sae import kernels
-from qwen_scope.sae.kernels import chosen, screened
-from qwen_scope.train import choice
+from qwen_scope.sae.kernels import dispatch, screened
+from qwen_scope.train import selection
 from qwen_scope.train.selection import largest, top_entries
 from qwen_scope.train.sparse import Active, Decode, Encode, sampled, weighted_features
 
@@ -98,9 +98,9 @@ def test_tiles_do_not_change_the_choice() -> None:
 @pytest.mark.skipif(not screened.cpu_multiplies_bf16(), reason="this CPU has no bf16 instructions")
 def test_screening_in_bf16_chooses_what_fp32_does(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whole numbers, where every order of adding up gives the same; rows with fewer than k above zero among them."""
-    monkeypatch.setattr(chosen, "FEWEST_WEIGHTS", 1)
+    monkeypatch.setattr(dispatch, "FEWEST_WEIGHTS", 1)
     g = torch.Generator().manual_seed(0)
-    x = torch.randint(-3, 4, (choice.SCREEN_ROWS, 24), generator=g).float()
+    x = torch.randint(-3, 4, (selection.SCREEN_ROWS, 24), generator=g).float()
     x[5] = 0
     W = torch.randint(-3, 4, (1024, 24), generator=g).float().requires_grad_()
     b = torch.randint(-40, 0, (1024,), generator=g).float()
