@@ -169,7 +169,7 @@ def warm() -> None:
     import qwen_scope.cli.app
     from qwen_scope import features, sae, scope, train
 
-    for room in (corpus, features, sae, scope, train):
+    for room in (features, sae, scope, store, train):
         for name in dir(room):
             getattr(room, name)
     assert transformers.AutoModelForCausalLM

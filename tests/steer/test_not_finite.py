@@ -47,7 +47,7 @@ def test_steering_and_sampling_too(scope: Scope, sample: bool) -> None:
             one.generate(TEXT, [op(layer=2, feature=3, amount=1.0)], decoding=Decoding(3, sample=sample))
 
 
-@pytest.mark.parametrize("call", ["features", "compare", "sizes"])
+@pytest.mark.parametrize("call", ["features", "compare", "stats"])
 def test_reading_features_names_the_place(scope: Scope, call: str) -> None:
     one = broken(scope, 1, math.nan)
     calls = {

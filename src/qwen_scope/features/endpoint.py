@@ -195,7 +195,7 @@ class Endpoint:
         out: list[str | BadAnswer | None] = []
         with Threads(self.concurrency) as threads:
             for task in [threads.submit(one, i, messages) for i, messages in enumerate(many)]:
-                out.append(task.result())
+                out.append(threads.result(task))
                 if report is not None:
                     report(len(out))
         return out

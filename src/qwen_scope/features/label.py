@@ -221,7 +221,7 @@ def _labelled(
                 except InputError as error:
                     yield place, str(error)
             for place, task in waiting:
-                if (found := task.result()) is not None:
+                if (found := pool.result(task)) is not None:
                     yield place, found
 
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from typing import Any, TypeVar, final
 
 T = TypeVar("T")
+
+HEARD = 0.25  # seconds until an interrupt is heard that the system gave to another thread
 
 
 @final
@@ -39,6 +41,16 @@ class Threads:
             self._threads.append(threading.Thread(target=self._work, daemon=True))
             self._threads[-1].start()
         return task
+
+    def result(self, task: Future[T]) -> T:
+        """What a call returned, or the error it raised.
+
+        A thread that waits for a lock is woken by a signal only where the system delivers it to that thread, so the
+        wait is in short pieces.
+        """
+        while not task.done():
+            wait([task], HEARD)
+        return task.result()
 
     def _work(self) -> None:
         while (one := self._waiting.get()) is not None:

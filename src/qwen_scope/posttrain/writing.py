@@ -88,7 +88,7 @@ def answers(endpoint: Endpoint, prompts: Sequence[Messages], **options: Any) -> 
             return error
 
     with Threads(endpoint.concurrency) as threads:
-        return [task.result() for task in [threads.submit(one, messages) for messages in prompts]]
+        return [threads.result(task) for task in [threads.submit(one, messages) for messages in prompts]]
 
 
 @dataclass(frozen=True)
