@@ -167,7 +167,7 @@ def warm() -> None:
     import transformers
 
     import qwen_scope.cli.app
-    from qwen_scope import features, sae, scope, train
+    from qwen_scope import features, sae, scope, store, train
 
     for room in (features, sae, scope, store, train):
         for name in dir(room):
