@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 Layer = Annotated[int | None, typer.Option("--layer", help="The layer of the feature.")]
 Feature = Annotated[int | None, typer.Option("--feature", help="The feature's index.")]
-Op = Annotated[str, typer.Option("--op", help="add, scale, clamp or ablate.")]
+Op = Annotated[str, typer.Option("--op", help="add, scale, clamp, floor, cap or ablate.")]
 Unit = Annotated[str, typer.Option("--unit", help="raw, resid_norm (lengths of the layer's residual) or max_act.")]
 Where = Annotated[str, typer.Option("--where", help="all, prompt, generated, positions such as 0,2,5-8, or several.")]
 RecipeFile = Annotated[Path | None, typer.Option("--recipe", help="Apply a saved recipe (.json or .yaml) instead.")]

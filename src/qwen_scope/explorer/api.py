@@ -121,8 +121,9 @@ class Api:
     ) -> dict[str, Any]:
         """A prompt continued with and without interventions, with the probability of every token.
 
-        interventions: objects with layer, feature, amount, and op (add, scale, clamp, ablate), unit (resid_norm,
-        max_act, raw), where. decoding: max_new_tokens, sample, temperature, top_p, top_k, repetition_penalty, seed.
+        interventions: objects with layer, feature, amount, and op (add, scale, clamp, floor, cap, ablate), unit
+        (resid_norm, max_act, raw), where. decoding: max_new_tokens, sample, temperature, top_p, top_k,
+        repetition_penalty, seed.
         """
         chosen = steering.interventions(self.state, interventions)
         how = steering.decoding(self.state, steering.checked_decoding(decoding))

@@ -27,7 +27,14 @@ STEER = "steer"
 SWEEP = "sweep"
 """The queue of sweeps, each of which generates for long."""
 
-OPS = [("add", "add"), ("scale its activation", "scale"), ("hold its activation at", "clamp"), ("remove", "ablate")]
+OPS = [
+    ("add", "add"),
+    ("scale its activation", "scale"),
+    ("hold its activation at", "clamp"),
+    ("keep its activation at least at", "floor"),
+    ("keep its activation at most at", "cap"),
+    ("remove", "ablate"),
+]
 UNITS = [(words, unit) for unit, words in view.UNITS.items()]
 AIMS = [
     ("the feature itself, in what is written", "feature"),

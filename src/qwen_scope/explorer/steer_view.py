@@ -10,7 +10,14 @@ from qwen_scope.steer import Generation, Sweep, Where
 
 from .components import bar, card, chip, heading, number, percent
 
-OPS = {"add": "add", "scale": "scale", "clamp": "hold at", "ablate": "remove"}
+OPS = {
+    "add": "add",
+    "scale": "scale",
+    "clamp": "hold at",
+    "floor": "keep at least",
+    "cap": "keep at most",
+    "ablate": "remove",
+}
 UNITS = {"resid_norm": "× typical residual", "max_act": "× largest activation", "raw": "raw"}
 
 
@@ -18,7 +25,7 @@ def sentence(one: Mapping[str, Any]) -> str:
     """An intervention in words."""
     feature = "?" if one["feature"] in (None, "") else one["feature"]
     amount = "" if one["op"] == "ablate" else f" {one['amount']}"
-    unit = f" {UNITS[one['unit']]}" if one["op"] in ("add", "clamp") else ""
+    unit = f" {UNITS[one['unit']]}" if one["op"] in ("add", "clamp", "floor", "cap") else ""
     return f"{OPS[one['op']]}{amount}{unit} of feature {feature}, layer {one['layer']}, at {one['where']}"
 
 

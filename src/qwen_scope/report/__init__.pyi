@@ -15,6 +15,7 @@ from .page import html_bars as html_bars
 from .page import html_page as html_page
 from .page import html_table as html_table
 from .page import html_tokens as html_tokens
+from .progress import Progress as Progress
 from .table import size as size
 from .table import table as table
 from .tokens import inert as inert

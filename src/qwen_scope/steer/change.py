@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +16,15 @@ from qwen_scope.sae import SAE
 from .activation import activations
 from .intervention import Intervention
 from .where import Where
+
+# By operation on a feature and its amount: factor, offset, lower and upper bound of the new activation.
+_LINE: dict[str, Callable[[float], tuple[float, float, float, float]]] = {
+    "scale": lambda amount: (amount, 0.0, -math.inf, math.inf),
+    "clamp": lambda amount: (0.0, amount, -math.inf, math.inf),
+    "floor": lambda amount: (1.0, 0.0, amount, math.inf),
+    "cap": lambda amount: (1.0, 0.0, -math.inf, amount),
+    "ablate": lambda amount: (0.0, 0.0, -math.inf, math.inf),
+}
 
 # Below this share of the largest singular value, a direction is a mixture of the others.
 DEPENDENT = 1e-6
@@ -41,8 +51,9 @@ class Change:
     Attributes:
         where: the tokens.
         vector: the sum of everything added, `(d_model,)` in the model's dtype, or None.
-        features: which features are scaled, clamped or ablated.
-        factor, offset: their new activation is `factor * a + offset`, `(n,)` fp32 each, on the SAE's device.
+        features: the features whose activations are set: scaled, clamped, bounded or ablated.
+        factor, offset, low, high: their new activation is `factor * a + offset`, bounded by `low` and `high`; `(n,)`
+            fp32 each, on the SAE's device.
         columns: their decoder columns, `(n, d_model)` fp32: a copy of these alone.
         basis: an orthonormal basis of the directions to remove, `(m, d_model)` fp32, or None.
         share: how much of the component in that space is removed.
@@ -54,6 +65,8 @@ class Change:
     features: tuple[int, ...] = ()
     factor: Tensor | None = None
     offset: Tensor | None = None
+    low: Tensor | None = None
+    high: Tensor | None = None
     columns: Tensor | None = None
     basis: Tensor | None = None
     share: float = 0.0
@@ -81,13 +94,17 @@ class Change:
                 raise InputError(f"what is added at {adds[0].hook_point} is too large for {dtype}")
         if not sets:
             return cls(where, vector)
-        assert sae is not None, "what is scaled, clamped or ablated here is a feature"
+        assert sae is not None, "only a feature can be set"
+        numbers = torch.tensor([_LINE[one.op](one.amount) for one in sets], device=sae.device)
+        factor, offset, low, high = numbers.unbind(-1)
         return cls(
             where,
             vector,
             features=tuple(one.feature for one in sets if one.feature is not None),
-            factor=torch.tensor([one.amount if one.op == "scale" else 0.0 for one in sets], device=sae.device),
-            offset=torch.tensor([one.amount if one.op == "clamp" else 0.0 for one in sets], device=sae.device),
+            factor=factor,
+            offset=offset,
+            low=low,
+            high=high,
             columns=torch.stack([one.vector(sae).to(device) for one in sets]),
             sae=sae,
         )
@@ -123,7 +140,7 @@ class Change:
         assert self.offset is not None
         assert self.columns is not None
         a = activations(self.sae, rows, list(self.features))
-        difference = (self.factor * a + self.offset - a).to(rows.device)
+        difference = ((self.factor * a + self.offset).clamp(self.low, self.high) - a).to(rows.device)
         new = rows.float() + difference @ self.columns
         if self.vector is not None:
             return (new + self.vector.float()).to(rows.dtype)
@@ -151,7 +168,7 @@ def check_together(interventions: Sequence[Intervention]) -> None:
                 raise MismatchError(f"two SAEs are named at {one.hook_point}: {one.sae} and {other.sae}")
             if "add" in (one.op, other.op) or not one.where.overlaps(other.where):
                 continue
-            if one.feature is not None and one.feature == other.feature:
+            if one.feature is not None and one.feature == other.feature and not _band(one, other):
                 raise InputError(
                     f"feature {one.feature} of layer {one.layer} is set twice on the same tokens, by {other.op} and by"
                     f" {one.op}"
@@ -161,6 +178,12 @@ def check_together(interventions: Sequence[Intervention]) -> None:
                 raise InputError(
                     f"directions ablated at {one.hook_point} on the same tokens need the same amount and where"
                 )
+
+
+def _band(one: Intervention, other: Intervention) -> bool:
+    """Whether one is a floor and the other a cap that is not below it: at most one of them moves any activation."""
+    low, high = (one, other) if one.op == "floor" else (other, one)
+    return (low.op, high.op) == ("floor", "cap") and low.unit == high.unit and low.amount <= high.amount
 
 
 def _basis(gone: Sequence[Intervention]) -> Tensor:

@@ -19,7 +19,7 @@ from qwen_scope.sae import SAE, Identity
 from .activation import activations
 from .where import EVERYWHERE, Where
 
-Op = Literal["add", "scale", "clamp", "ablate"]
+Op = Literal["add", "scale", "clamp", "floor", "cap", "ablate"]
 Unit = Literal["raw", "resid_norm", "max_act"]
 
 LARGEST = {"raw": 1e6, "resid_norm": 100.0, "max_act": 1000.0}
@@ -40,10 +40,12 @@ class Intervention:
     | `add` | `h + amount * d` (equation 1 of the Qwen-Scope report) | the same |
     | `scale` | `h + (amount - 1) * a * d` | - |
     | `clamp` | `h + (amount - a) * d` | - |
+    | `floor` | `h + max(amount - a, 0) * d` | - |
+    | `cap` | `h + min(amount - a, 0) * d` | - |
     | `ablate` | `h - a * d` | `h - amount * (h . u) u`, `u = d / |d|` |
 
-    The feature operations add a difference, so what the SAE does not reconstruct stays in the stream, and a feature
-    that is not active is not changed by `scale` and `ablate`, to the bit.
+    The feature operations add a difference, so what the SAE does not reconstruct stays in the stream. A feature that
+    is not active is not changed by `scale` and `ablate`, nor one on the right side of its `floor` or `cap`, to the bit.
 
     Attributes:
         hook_point: where.
@@ -77,7 +79,7 @@ class Intervention:
         if self.feature is not None:
             check_count("a feature", self.feature, 0)
         if self.direction is not None:
-            if self.op in ("scale", "clamp"):
+            if self.op not in ("add", "ablate"):
                 raise InputError(f"{self.op} needs a feature; a plain direction can be added or ablated")
             if not all(map(math.isfinite, self.direction)) or not any(self.direction):
                 raise InputError("a direction holds finite numbers that are not all zero")
@@ -133,6 +135,34 @@ class Intervention:
     ) -> Intervention:
         """The feature's activation set to `amount`, active or not."""
         return cls(_point(layer), "clamp", float(amount), feature, None, unit, Where.parse(where), sae)
+
+    @classmethod
+    def floor(
+        cls,
+        *,
+        layer: int | HookPoint,
+        feature: int,
+        amount: float,
+        unit: Unit = "raw",
+        where: str = "all",
+        sae: Identity | None = None,
+    ) -> Intervention:
+        """The feature's activation raised to `amount` where it is below, an inactive feature included."""
+        return cls(_point(layer), "floor", float(amount), feature, None, unit, Where.parse(where), sae)
+
+    @classmethod
+    def cap(
+        cls,
+        *,
+        layer: int | HookPoint,
+        feature: int,
+        amount: float,
+        unit: Unit = "raw",
+        where: str = "all",
+        sae: Identity | None = None,
+    ) -> Intervention:
+        """The feature's activation lowered to `amount` where it is above."""
+        return cls(_point(layer), "cap", float(amount), feature, None, unit, Where.parse(where), sae)
 
     @classmethod
     def ablate(
@@ -263,7 +293,7 @@ class Intervention:
     def apply(self, h: Float[Tensor, "*rows d_model"], sae: SAE | None = None) -> Float[Tensor, "*rows d_model"]:
         """The residuals after this intervention alone; pure, on every row it is given.
 
-        `where` is the caller's affair. What changes nothing returns `h` itself.
+        The caller selects the rows; `where` is not read. What changes nothing returns `h` itself.
 
         Raises:
             InputError: a unit that is not resolved, or what `check` refuses.
@@ -292,9 +322,13 @@ class Intervention:
         return torch.where(moved[:, None], new, rows).reshape(h.shape)
 
     def target(self, a: Float[Tensor, "*rows"]) -> Float[Tensor, "*rows"]:
-        """What becomes of the activations `a` under `scale`, `clamp` and `ablate` of a feature."""
+        """The activations that replace `a` under every operation on a feature but `add`."""
         if self.op == "clamp":
             return torch.full_like(a, self.amount)
+        if self.op == "floor":
+            return a.clamp(min=self.amount)
+        if self.op == "cap":
+            return a.clamp(max=self.amount)
         return a * (0.0 if self.op == "ablate" else self.amount)
 
     def to_json(self) -> dict[str, Any]:
