@@ -21,7 +21,7 @@ import torch
 from qwen_scope.errors import InputError, MismatchError
 from qwen_scope.model import HookPoint, capture
 from qwen_scope.sae import TopK
-from qwen_scope.scope import ExtractOptions, extract
+from qwen_scope.scope import ExtractOptions, encoding, extract, prefetch
 from qwen_scope.scope import Progress as ProgressOf
 from qwen_scope.store import FeatureStore
 from qwen_scope.text import Corpus
