@@ -79,7 +79,7 @@ def make_residuals(folder: Path, args: argparse.Namespace) -> None:
     for name, wanted, held_out in (("train", args.tokens, False), ("held", HELD_OUT, True)):
         documents = Corpus("lab", hold_out=20, held_out=held_out)
         parts, have = [], 0
-        for ids in TokenRows(documents, loaded.tokenizer, row=256, rows=16):
+        for ids in TokenRows(documents, loaded.tokenizer, context_length=256, batch_size=16):
             parts.append(capture(loaded.model, ids, [point])[point].flatten(0, 1))
             have += len(parts[-1])
             if have >= wanted:

@@ -15,7 +15,7 @@ from qwen_scope.text import Corpus, TokenRows
 
 steps, layer, d_sae, k, k_aux, lr = int((sys.argv[1:] or ["50"])[0]), 3, 1024, 32, 64, 3e-3
 scope, point = load_scope("lab"), HookPoint(layer)
-rows = iter(TokenRows(Corpus("lab"), scope.tokenizer, row=128, rows=16))
+rows = iter(TokenRows(Corpus("lab"), scope.tokenizer, context_length=128, batch_size=16))
 counted = measure_counted(scope.model, scope.tokenizer, rows)
 
 

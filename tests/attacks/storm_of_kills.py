@@ -324,7 +324,20 @@ def prepare(place: Path) -> list[Command]:
     if os.waitpid(pid, 0)[1]:
         raise SystemExit("the store for label and synthesize can't be made")
     corpus, named = str(place / "c.jsonl"), [*where, "--sae", sae]
-    small = ["--d-sae", "48", "--k", "4", "--tokens", "3072", "--batch", "256", "--row", "32", "--rows", "4"]
+    small = [
+        "--d-sae",
+        "48",
+        "--k",
+        "4",
+        "--tokens",
+        "3072",
+        "--batch",
+        "256",
+        "--context-length",
+        "32",
+        "--batch-size",
+        "4",
+    ]
     small += ["--eval-tokens", "0"]
     made_up = ["--want", "60", "--tries", "6", "--budget", "24", "--writer", "lab"]
     made_up += ["-f", (place / "features").read_text()]

@@ -89,8 +89,8 @@ def words(command: str, kind: str, folder: Path, rule: str) -> list[str]:
         "extract": ["extract", mixed, "--unit", "line", "-o", str(folder / "store"), "--json", *WHERE],
         "find": ["find", "--positive", east, "--negative", west, "--layer", "0", "--json", *WHERE],
         "find repetition": ["find", "--repetition", west, "--layer", "0", "--json", *WHERE],
-        "eval": ["eval", mixed, "--unit", "line", "--tokens", "64", "--row", "8", "--rows", "2", "--no-loss",
-                 "--count", "all", "--layers", "0", "--json", *WHERE],
+        "eval": ["eval", mixed, "--unit", "line", "--tokens", "64", "--context-length", "8", "--batch-size", "2",
+                 "--no-loss", "--count", "all", "--layers", "0", "--json", *WHERE],
         "predict": ["classify", "predict", rule, mixed, *WHERE],
         "distil": ["classify", "distil", rule, mixed, "-s", str(folder / "s.json"), "--json", *WHERE],
         "fit": ["classify", "fit", east, west, "--name", "x", "--layers", "0", "--json", *WHERE],
@@ -164,7 +164,8 @@ def test_train_takes_the_documents_of_its_options(kind: str, tmp_path: Path) -> 
 
     path = write(tmp_path, "data", WEST, kind)
     config = TrainConfig(d_sae=64, k=4, tokens=64, batch=32, seed=3)
-    run = TrainRun(model="lab", data=path, out=tmp_path / "out", train=config, sample=4, hold_out=0, eval_tokens=0)
+    options = CorpusOptions(sample=4, seed=3)
+    run = TrainRun(data=path, out=tmp_path / "out", train=config, corpus=options, hold_out=0, eval_tokens=0)
     assert [one.text for one in corpus_of(run)] == [one.text for one in Corpus(path, sample=4, seed=3)]
 
 

@@ -49,7 +49,8 @@ def commands(source: str, other: str, rule: str, folder: Path) -> dict[str, list
         "find": ["find", "--positive", source, "--negative", other, *OPTIONS, "--layer", "0"],
         "train": [
             "train", source, "--model", OPTIONS[1], "--layers", "0", "--d-sae", "64", "--k", "4", "--tokens", "64",
-            "--batch", "32", "--row", "8", "--rows", "2", "--eval-tokens", "0", "-o", str(folder / "t"),
+            "--batch", "32", "--context-length", "8", "--batch-size", "2",
+            "--eval-tokens", "0", "-o", str(folder / "t"),
         ],
         "extract": ["extract", source, *OPTIONS, "-o", str(folder / "s")],
     }  # fmt: skip

@@ -38,7 +38,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(path)
 
 
-EVAL = ["eval", "CORPUS", "--layers", "0", "--tokens", "256", "--row", "16", "--no-loss", "--sae", "GEMMA"]
+EVAL = ["eval", "CORPUS", "--layers", "0", "--tokens", "256", "--context-length", "16", "--no-loss", "--sae", "GEMMA"]
 COMMANDS = {
     "features": ["features", "hello", "--sae", "GEMMA"],
     "extract": ["extract", "CORPUS", "--layers", "0", "-o", "OUT", "--sae", "GEMMA"],
@@ -46,7 +46,8 @@ COMMANDS = {
     "eval post": [*EVAL, "--post", MODEL],
     "train from": [
         "train", "CORPUS", "-o", "OUT", "--group", "g", "--layers", "0", "--start-from", "GEMMA",
-        "--tokens", "512", "--batch", "256", "--d-sae", "96", "--k", "6", "--row", "16", "--eval-tokens", "0",
+        "--tokens", "512", "--batch", "256", "--d-sae", "96", "--k", "6", "--context-length", "16",
+        "--eval-tokens", "0",
     ],
 }  # fmt: skip
 

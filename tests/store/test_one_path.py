@@ -98,7 +98,7 @@ def test_tokens_phases_and_features_are_the_same_on_every_way(scope, tmp_path, k
         )
     assert ids == scope.tokenizer(text, add_special_tokens=chat is None)["input_ids"]
 
-    packed = TokenRows(Corpus([row] * 2), scope.tokenizer, row=len(ids) + 1, rows=1, chat=chat)
+    packed = TokenRows(Corpus([row] * 2), scope.tokenizer, context_length=len(ids) + 1, batch_size=1, chat=chat)
     assert [rows[0, :-1].tolist() for rows in packed] == [ids, ids]
 
     if not row.get("tools"):  # a text given by itself has no column of tools

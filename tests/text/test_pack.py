@@ -22,7 +22,7 @@ def test_what_stands_before_a_text(tokenizer) -> None:
 def test_every_row_begins_with_bos_and_the_rest_is_the_documents(tokenizer) -> None:
     other = with_bos(tokenizer)
     bos = other.bos_token_id
-    rows = [row for batch in TokenRows(Corpus(TEXTS), other, row=16, rows=3) for row in batch.tolist()]
+    rows = [row for batch in TokenRows(Corpus(TEXTS), other, context_length=16, batch_size=3) for row in batch.tolist()]
     assert all(row[0] == bos for row in rows)
     flat = [i for text in TEXTS for i in other(text)["input_ids"]]
     at = 0
@@ -37,11 +37,11 @@ def test_every_row_begins_with_bos_and_the_rest_is_the_documents(tokenizer) -> N
 @pytest.mark.parametrize("taken", [0, 1, 4])
 def test_going_on_gives_the_same_rows(tokenizer, taken: int) -> None:
     other = with_bos(tokenizer)
-    first = TokenRows(Corpus(TEXTS, repeat=True), other, row=16, rows=3)
+    first = TokenRows(Corpus(TEXTS, repeat=True), other, context_length=16, batch_size=3)
     stream = iter(first)
     for _ in range(taken):
         next(stream)
-    again = TokenRows(Corpus(TEXTS, repeat=True), other, row=16, rows=3)
+    again = TokenRows(Corpus(TEXTS, repeat=True), other, context_length=16, batch_size=3)
     again.seek(first.cursor())
     assert [b.tolist() for b in islice(stream, 9)] == [b.tolist() for b in islice(again, 9)]
 
@@ -50,11 +50,11 @@ def test_a_place_of_an_earlier_version_and_rows_without_room_are_refused(tokeniz
     rows = TokenRows(Corpus(TEXTS), tokenizer)
     with pytest.raises(FormatError, match="kept by an earlier version"):
         rows.seek({"epoch": 0, "document": 3, "offset": 0})
-    for options in ({"row": 0}, {"rows": 0}, {"row": -1}):
+    for options in ({"context_length": 0}, {"batch_size": 0}, {"context_length": -1}):
         with pytest.raises(InputError, match="at least one row of one token"):
             TokenRows(Corpus(TEXTS), tokenizer, **options)
     with pytest.raises(InputError, match="at least one row of one token"):
-        TokenRows(Corpus(TEXTS), with_bos(tokenizer), row=1)
+        TokenRows(Corpus(TEXTS), with_bos(tokenizer), context_length=1)
 
 
 def test_packing_chunks_and_batches_give_the_same_ids(tokenizer) -> None:
@@ -66,5 +66,9 @@ def test_packing_chunks_and_batches_give_the_same_ids(tokenizer) -> None:
         ids = [j for part in chunks(tokenizer, text) for j in part.ids]
         assert ids == batch.input_ids[i, : batch.lengths[i]].tolist()
         flat += [*ids, end]
-    packed = [j for rows in TokenRows(Corpus(texts), tokenizer, row=10, rows=2) for j in rows.flatten().tolist()]
+    packed = [
+        j
+        for rows in TokenRows(Corpus(texts), tokenizer, context_length=10, batch_size=2)
+        for j in rows.flatten().tolist()
+    ]
     assert packed == flat[: len(packed)]

@@ -16,7 +16,7 @@ from qwen_scope.cli.spellings import respelled
 from qwen_scope.errors import FormatError, InputError, MismatchError, QwenScopeWarning
 from qwen_scope.model import HookPoint, LoadedModel, blocks, capture, counted_of, load_model, measure_counted
 from qwen_scope.sae import TopK, load_sae, save_sae
-from qwen_scope.text import REASONS, Corpus, Counted, TokenRows, summary
+from qwen_scope.text import REASONS, Corpus, CorpusOptions, Counted, TokenRows, summary
 from qwen_scope.train import (
     EvalRun,
     ResidualBuffer,
@@ -27,6 +27,7 @@ from qwen_scope.train import (
     run_train,
     transfer,
 )
+from qwen_scope.train.held_out import HeldOut, held_out_of
 
 from .conftest import make_model, sentences
 
@@ -74,7 +75,7 @@ def sunk(tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
 
 
 def rows_of(loaded: LoadedModel, n: int = 12) -> list[Tensor]:
-    stream = iter(TokenRows(Corpus(sentences(400), repeat=True), loaded.tokenizer, row=32, rows=8))
+    stream = iter(TokenRows(Corpus(sentences(400), repeat=True), loaded.tokenizer, context_length=32, batch_size=8))
     return [next(stream) for _ in range(n)]
 
 
@@ -129,12 +130,12 @@ def test_other_streams_are_measured_where_they_are_read(loaded: LoadedModel) -> 
 
 def test_the_buffer_leaves_out_first_and_special_tokens(loaded: LoadedModel) -> None:
     counted = Counted.of(loaded.tokenizer)
-    rows = TokenRows(Corpus(sentences(300), repeat=True), loaded.tokenizer, row=16, rows=4)
+    rows = TokenRows(Corpus(sentences(300), repeat=True), loaded.tokenizer, context_length=16, batch_size=4)
     source = ResidualBuffer(loaded.model, rows, [POINT], batch=32, budget=32 * 4 * 640, counted=counted)
     stream = iter(source)
     for _ in range(30):
         next(stream)
-    again = TokenRows(Corpus(sentences(300), repeat=True), loaded.tokenizer, row=16, rows=4)
+    again = TokenRows(Corpus(sentences(300), repeat=True), loaded.tokenizer, context_length=16, batch_size=4)
     read = torch.cat([ids for ids, _ in zip(again, range(source.passes * (source.filling + 1)), strict=False)])
     special = torch.isin(read, torch.tensor(sorted(loaded.tokenizer.all_special_ids)))
     first = torch.zeros_like(special)
@@ -143,7 +144,7 @@ def test_the_buffer_leaves_out_first_and_special_tokens(loaded: LoadedModel) -> 
     assert source.read["first"] == int((first & ~special).sum())
     assert source.read["counts"] == int((~first & ~special).sum())
     assert sum(source.read.values()) == read.numel()
-    fresh = TokenRows(Corpus(sentences(300), repeat=True), loaded.tokenizer, row=16, rows=4)
+    fresh = TokenRows(Corpus(sentences(300), repeat=True), loaded.tokenizer, context_length=16, batch_size=4)
     other = ResidualBuffer(loaded.model, fresh, [POINT], batch=32, budget=32 * 4 * 640, counted=counted)
     other.seek(json.loads(json.dumps(source.cursor())))
     assert other.read == source.read
@@ -198,8 +199,8 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> TrainRun:
     (folder / "text.jsonl").write_text("".join(json.dumps({"text": s}) + "\n" for s in sentences(900)))
     return TrainRun(
         model=str(make_model(folder / "model")), data=str(folder / "text.jsonl"), out=folder / "run", group="tiny",
-        train=TrainConfig(d_sae=64, k=4, tokens=10 * 128, batch=128, lr=3e-3), layers=(0, 2), row=24, rows=4,
-        budget=2**19, checkpoint_every=5, eval_tokens=700, hold_out=10, log_every=5,
+        train=TrainConfig(d_sae=64, k=4, tokens=10 * 128, batch=128, lr=3e-3), layers=(0, 2),
+        context_length=24, batch_size=4, budget=2**19, checkpoint_every=5, eval_tokens=700, hold_out=10, log_every=5,
         exports=("sae_lens", "sparsify", "dictionary_learning", "safetensors"),
     )  # fmt: skip
 
@@ -246,13 +247,16 @@ def test_eval_gives_the_figures_of_the_card(told: TrainRun, trained: Any, place:
 def test_another_text_and_other_wishes_are_read_as_they_say(told: TrainRun, trained: Any, tmp_path: Path) -> None:
     folder = str(trained.folder)
     (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": s}) + "\n" for s in sentences(300, seed=4)))
-    other = EvalRun(model=told.model, sae=folder, data=str(tmp_path / "text.jsonl"), row=24, tokens=700, loss=False)
+    other = EvalRun(
+        model=told.model, sae=folder, data=str(tmp_path / "text.jsonl"), context_length=24, tokens=700, loss=False
+    )
     assert run_eval(other).held_out == 0
     own = replace(other, data=told.data)
     assert run_eval(own).held_out == 10
     assert run_eval(replace(own, hold_out=0)).held_out == 0
     assert run_eval(replace(own, hold_out=7)).held_out == 7
-    assert run_eval(replace(own, unit="line")).held_out == 0  # cut in another way, so nothing is known of it
+    # Cut in another way, so nothing is known of it.
+    assert run_eval(replace(own, corpus=CorpusOptions(unit="line"))).held_out == 0
     everything = run_eval(replace(own, counted=Counted.everything()))
     assert everything.counted == Counted.everything()
     assert all(q.reconstruction.left_out == 0 for q in everything.quality.values())
@@ -342,7 +346,9 @@ def test_perplexity_is_that_of_a_plain_pass_with_bos(tmp_path: Path) -> None:
     texts = sentences(120)
     (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     save_sae(replace(some_sae(), identity=replace(some_sae().identity, layer=1)), tmp_path / "sae")
-    run = EvalRun(model=str(folder), sae=str(tmp_path / "sae"), data=str(tmp_path / "text.jsonl"), row=20, rows=4)
+    run = EvalRun(
+        model=str(folder), sae=str(tmp_path / "sae"), data=str(tmp_path / "text.jsonl"), context_length=20, batch_size=4
+    )
     found = run_eval(replace(run, tokens=800))
     # Restated: documents one after the other with end tokens, cut into rows of 19 that each get a BOS unless a document
     # with its own BOS begins there.
@@ -362,6 +368,19 @@ def test_perplexity_is_that_of_a_plain_pass_with_bos(tmp_path: Path) -> None:
     assert bos in found.counted.special
 
 
+def test_what_an_earlier_version_held_out_is_known(trained: Any) -> None:
+    def with_record(record: Any) -> HeldOut | None:
+        return held_out_of([replace(sae, meta={**sae.meta, "held_out": record}) for sae in trained.saes.values()])
+
+    now = next(iter(trained.saes.values())).meta["held_out"]
+    renamed = {"context_length": "row", "batch_size": "rows"}
+    before = {renamed.get(name, name): value for name, value in now.items()}
+    assert set(before) - set(now) == {"row", "rows"}
+    assert with_record(before) == with_record(now) == HeldOut(**now)
+    with pytest.raises(FormatError, match="'held_out' in the files of"):
+        with_record({**before, "row": 1})
+
+
 @pytest.mark.parametrize(
     ("given", "expected"),
     [
@@ -369,8 +388,13 @@ def test_perplexity_is_that_of_a_plain_pass_with_bos(tmp_path: Path) -> None:
         (["train", "lab", "--sink-multiple", "10"], ["train", "lab"]),
         (["train", "--sink-multiple=10", "lab"], ["train", "lab"]),
         (["train", "lab", "--sink-multiple", "0"], ["train", "lab", "--count", "all"]),
-        (["eval", "lab", "--sink-multiple=0.0", "--row", "8"], ["eval", "lab", "--count", "all", "--row", "8"]),
+        (
+            ["eval", "lab", "--sink-multiple=0.0", "--context-length", "8"],
+            ["eval", "lab", "--count", "all", "--context-length", "8"],
+        ),
         (["eval", "lab", "--sink-multiple"], ["eval", "lab"]),
+        (["eval", "lab", "--row", "8", "--rows=4"], ["eval", "lab", "--context-length", "8", "--batch-size=4"]),
+        (["train", "lab", "--spread", "data"], ["train", "lab", "--parallel", "data"]),
     ],
 )
 def test_old_spellings_are_taken_with_a_note(given: list[str], expected: list[str]) -> None:

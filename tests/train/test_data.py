@@ -227,7 +227,7 @@ def test_a_source_repeats_unless_it_can_not() -> None:
 
 def test_rows_are_the_documents_with_ends_between_them(loaded) -> None:
     texts = sentences(200)
-    rows = list(TokenRows(Corpus(texts), loaded.tokenizer, row=16, rows=4))
+    rows = list(TokenRows(Corpus(texts), loaded.tokenizer, context_length=16, batch_size=4))
     flat = [i for text in texts for i in [*loaded.tokenizer(text)["input_ids"], loaded.tokenizer.eos_token_id]]
     got = torch.cat(rows).flatten().tolist()
     assert got == flat[: len(got)]
@@ -243,17 +243,17 @@ def test_ids_beyond_eighteen_bits_survive() -> None:
     raw = Tokenizer(models.WordLevel(ids, unk_token="a"))
     raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     wide = PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="</s>")
-    rows = next(iter(TokenRows(Corpus(["a b c"] * 8, repeat=True), wide, row=4, rows=2)))
+    rows = next(iter(TokenRows(Corpus(["a b c"] * 8, repeat=True), wide, context_length=4, batch_size=2)))
     assert rows.tolist() == [list(ids.values())] * 2
 
 
 def test_conversations_are_rendered_by_the_chat_template(loaded) -> None:
     talk = [{"role": "user", "content": "the cat"}, {"role": "assistant", "content": "sat"}]
-    rows = TokenRows(Corpus([talk] * 4, repeat=True), loaded.tokenizer, row=8, rows=1, chat="default")
+    rows = TokenRows(Corpus([talk] * 4, repeat=True), loaded.tokenizer, context_length=8, batch_size=1, chat="default")
     words = loaded.tokenizer.convert_ids_to_tokens(next(iter(rows))[0].tolist())
     assert words[:5] == ["<unk>", "<unk>", "the", "cat", "</s>"] or words[1:4] == ["the", "cat", "</s>"]
     with pytest.raises(InputError, match="pass chat='default' to use the chat template"):
-        next(iter(TokenRows(Corpus([talk], repeat=True), loaded.tokenizer, row=4, rows=1)))
+        next(iter(TokenRows(Corpus([talk], repeat=True), loaded.tokenizer, context_length=4, batch_size=1)))
 
 
 @pytest.mark.parametrize("taken", [0, 1, 3, 7])
@@ -261,7 +261,7 @@ def test_rows_go_on_from_a_cursor(loaded, taken: int) -> None:
     texts = sentences(37)  # seven batches need several epochs
 
     def fresh() -> TokenRows:
-        return TokenRows(Corpus(texts, hold_out=5, repeat=True), loaded.tokenizer, row=16, rows=4)
+        return TokenRows(Corpus(texts, hold_out=5, repeat=True), loaded.tokenizer, context_length=16, batch_size=4)
 
     first = fresh()
     stream = iter(first)
@@ -275,7 +275,7 @@ def test_rows_go_on_from_a_cursor(loaded, taken: int) -> None:
 
 
 def buffer(loaded, texts=None, **options) -> ResidualBuffer:
-    rows = TokenRows(Corpus(texts or sentences(300), repeat=True), loaded.tokenizer, row=16, rows=4)
+    rows = TokenRows(Corpus(texts or sentences(300), repeat=True), loaded.tokenizer, context_length=16, batch_size=4)
     every = {"batch": 32, "budget": 2 * 32 * 4 * 640, "counted": Counted.everything()}
     return ResidualBuffer(loaded.model, rows, POINTS, **{**every, **options})
 
@@ -284,7 +284,13 @@ def test_a_filling_is_the_models_residuals_shuffled(loaded) -> None:
     source = buffer(loaded)
     assert (source.tokens, source.nbytes) == (640, 2 * 32 * 4 * 640)
     batches = list(islice(source, 20))
-    rows = torch.cat(list(islice(TokenRows(Corpus(sentences(300), repeat=True), loaded.tokenizer, row=16, rows=4), 10)))
+    rows = torch.cat(
+        list(
+            islice(
+                TokenRows(Corpus(sentences(300), repeat=True), loaded.tokenizer, context_length=16, batch_size=4), 10
+            )
+        )
+    )
     expected = capture(loaded.model, rows, POINTS)
     for point in POINTS:
         got = torch.cat([batch[str(point)] for batch in batches])
@@ -296,7 +302,13 @@ def test_a_filling_is_the_models_residuals_shuffled(loaded) -> None:
 
 
 def test_special_tokens_are_left_out_of_a_filling(loaded) -> None:
-    rows = torch.cat(list(islice(TokenRows(Corpus(sentences(300), repeat=True), loaded.tokenizer, row=16, rows=4), 10)))
+    rows = torch.cat(
+        list(
+            islice(
+                TokenRows(Corpus(sentences(300), repeat=True), loaded.tokenizer, context_length=16, batch_size=4), 10
+            )
+        )
+    )
     special = frozenset(rows[0, :2].tolist())
     kept = ~torch.isin(rows, torch.tensor(sorted(special)))
     assert 0 < kept.sum() < rows.numel()
@@ -352,7 +364,7 @@ def test_a_run_resumes_through_the_buffer_bit_for_bit(loaded, tmp_path: Path) ->
 
 
 def test_too_little_text_or_memory_is_said_at_once(loaded) -> None:
-    once_only = TokenRows(Corpus(sentences(2)), loaded.tokenizer, row=16, rows=4)
+    once_only = TokenRows(Corpus(sentences(2)), loaded.tokenizer, context_length=16, batch_size=4)
     config = TrainConfig(d_sae=64, k=4, tokens=320, batch=32)
     short = ResidualBuffer(loaded.model, once_only, POINTS, batch=32)
     with pytest.raises(InputError, match="less than one batch of 32"):
@@ -361,7 +373,7 @@ def test_too_little_text_or_memory_is_said_at_once(loaded) -> None:
         buffer(loaded, budget=1000)
     with pytest.raises(InputError, match="at least one hook point"):
         ResidualBuffer(loaded.model, once_only, [])
-    ends = TokenRows(Corpus(sentences(15)), loaded.tokenizer, row=16, rows=4)
+    ends = TokenRows(Corpus(sentences(15)), loaded.tokenizer, context_length=16, batch_size=4)
     with pytest.raises(InputError, match=r"ended after \d+ of 10 steps"):
         train(config, ResidualBuffer(loaded.model, ends, POINTS, batch=32))
     with pytest.raises(InputError, match="the config asks for 32 rows at a time"):

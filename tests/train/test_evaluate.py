@@ -38,7 +38,9 @@ def some_sae(kind: str, d_model: int = 32, d_sae: int = 64, seed: int = 1) -> SA
 
 @pytest.fixture(scope="module")
 def rows(loaded) -> list[torch.Tensor]:
-    return list(islice(TokenRows(Corpus(sentences(400), repeat=True), loaded.tokenizer, row=24, rows=4), 6))
+    return list(
+        islice(TokenRows(Corpus(sentences(400), repeat=True), loaded.tokenizer, context_length=24, batch_size=4), 6)
+    )
 
 
 def by_definition(sae: SAE, x: torch.Tensor, first: torch.Tensor) -> dict[str, float]:
@@ -92,7 +94,11 @@ def test_reconstruction_agrees_with_the_definitions_in_float64(loaded, rows: lis
 def test_the_figure_per_token_is_the_legacy_one_of_sae_lens_for_one_batch_only(loaded, cuts: int) -> None:
     """sae_lens' `explained_variance_legacy`, restated: per token, against the mean of the batch it came in."""
     sae = some_sae("topk")
-    ids = torch.cat(list(islice(TokenRows(Corpus(sentences(300), repeat=True), loaded.tokenizer, row=24, rows=8), 3)))
+    ids = torch.cat(
+        list(
+            islice(TokenRows(Corpus(sentences(300), repeat=True), loaded.tokenizer, context_length=24, batch_size=8), 3)
+        )
+    )
     rows = list(ids.split(len(ids) // cuts))
     figures = evaluate(loaded.model, {POINT: sae}, rows, loss=False, counted=ALL)[POINT].reconstruction
     legacy, xs = [], []

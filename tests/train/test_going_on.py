@@ -38,8 +38,8 @@ def text(tmp_path_factory) -> Path:
 def told(text: Path, model: Path, out: Path, **more) -> TrainRun:
     config = TrainConfig(d_sae=64, k=4, tokens=20 * 128, batch=128, lr=3e-3)
     return TrainRun(
-        model=str(model), data=str(text), out=out, train=config, layers=(0, 2), row=16, rows=8, budget=2**19,
-        checkpoint_every=4, eval_tokens=256, hold_out=10, log_every=3, **more,
+        model=str(model), data=str(text), out=out, train=config, layers=(0, 2), context_length=16, batch_size=8,
+        budget=2**19, checkpoint_every=4, eval_tokens=256, hold_out=10, log_every=3, **more,
     )  # fmt: skip
 
 

@@ -29,7 +29,7 @@ POINT = HookPoint(1)
 def test_our_figures_are_those_of_sae_lens(loaded, model_folder: Path, tmp_path: Path, architecture: str) -> None:
     source = ResidualBuffer(
         loaded.model,
-        TokenRows(Corpus(sentences(500), repeat=True), loaded.tokenizer, row=16, rows=8),
+        TokenRows(Corpus(sentences(500), repeat=True), loaded.tokenizer, context_length=16, batch_size=8),
         [POINT],
         batch=128,
         most=128 * 50,
@@ -38,7 +38,14 @@ def test_our_figures_are_those_of_sae_lens(loaded, model_folder: Path, tmp_path:
     config = TrainConfig(d_sae=64, k=4, tokens=128 * 50, batch=128, lr=3e-3, architecture=architecture)
     sae = train(config, source)[str(POINT)]
     ids = torch.cat(
-        list(islice(TokenRows(Corpus(sentences(300, seed=1), repeat=True), loaded.tokenizer, row=24, rows=8), 4))
+        list(
+            islice(
+                TokenRows(
+                    Corpus(sentences(300, seed=1), repeat=True), loaded.tokenizer, context_length=24, batch_size=8
+                ),
+                4,
+            )
+        )
     )
     save_sae(sae, tmp_path / "sae", layout="sae_lens")
     save_file({"ids": ids}, tmp_path / "tokens.safetensors")

@@ -11,6 +11,7 @@ import torch
 
 from qwen_scope.errors import InputError, MismatchError, NotFoundError
 from qwen_scope.sae import load_sae
+from qwen_scope.text import CorpusOptions
 from qwen_scope.train import (
     EvalRun,
     JsonlMetrics,
@@ -31,8 +32,9 @@ def run(model_folder: Path, tmp_path: Path) -> TrainRun:
     text.write_text("".join(json.dumps({"text": s}) + "\n" for s in sentences(900)))
     return TrainRun(
         model=str(model_folder), data=str(text), out=tmp_path / "run", group="tiny",
-        train=TrainConfig(d_sae=64, k=4, tokens=40 * 128, batch=128, lr=3e-3), layers=(0, 2), row=16, rows=8,
-        budget=2**19, checkpoint_every=20, eval_tokens=512, hold_out=10, log_every=5, exports=("sae_lens", "sparsify"),
+        train=TrainConfig(d_sae=64, k=4, tokens=40 * 128, batch=128, lr=3e-3), layers=(0, 2),
+        context_length=16, batch_size=8, budget=2**19, checkpoint_every=20,
+        eval_tokens=512, hold_out=10, log_every=5, exports=("sae_lens", "sparsify"),
     )  # fmt: skip
 
 
@@ -102,7 +104,14 @@ def test_evaluation_by_name_and_the_transfer_report(run: TrainRun, tmp_path: Pat
     post = make_model(tmp_path / "post", seed=5)
     found = run_eval(
         EvalRun(
-            model=run.model, sae=str(folder), data=run.data, post=str(post), tokens=1024, row=16, rows=8, loss=False
+            model=run.model,
+            sae=str(folder),
+            data=run.data,
+            post=str(post),
+            tokens=1024,
+            context_length=16,
+            batch_size=8,
+            loss=False,
         )
     )
     assert [str(point) for point in found.quality] == ["layers.0.resid_post", "layers.2.resid_post"]
@@ -117,15 +126,15 @@ def test_evaluation_by_name_and_the_transfer_report(run: TrainRun, tmp_path: Pat
     [
         ({"layers": (3,)}, NotFoundError, "layer 3 does not exist: .* has layers 0 to 2"),
         ({"layers": (0, 0)}, InputError, "name each layer once"),
-        ({"row": 512}, InputError, "do not fit the model's context of 128"),
+        ({"context_length": 512}, InputError, "do not fit the model's context of 128"),
         ({"budget": 10}, InputError, "too small for one batch"),
         ({"exports": ("sea_lens",)}, NotFoundError, "no layout 'sea_lens'"),
         ({"data": "nowhere.txt"}, NotFoundError, "no file, folder or dataset"),
         ({"store": "int8"}, InputError, "held as float32 or bfloat16"),
         ({"hold_out": 0}, InputError, "needs held-out documents"),
         ({"start_from": "nowhere/at/all"}, NotFoundError, "nowhere"),
-        ({"spread": "data"}, InputError, "torchrun"),
-        ({"chat": "default", "data": "lab", "wandb": "x"}, NotFoundError, "pip install 'wandb>="),
+        ({"parallel": "data"}, InputError, "torchrun"),
+        ({"corpus": CorpusOptions(chat="default"), "data": "lab", "wandb": "x"}, NotFoundError, "pip install 'wandb>="),
     ],
 )
 def test_bad_input_is_one_sentence_before_training(

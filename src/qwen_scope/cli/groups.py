@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import replace
+from dataclasses import MISSING, dataclass, fields, replace
 from functools import wraps
 from inspect import Parameter, Signature, signature
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any, get_args, get_type_hints
 
 import typer
 
@@ -14,7 +14,21 @@ from qwen_scope.text import CorpusOptions
 
 from . import options
 
-# By dataclass: its fields as options, in the order of the help.
+
+@dataclass(frozen=True)
+class Read:
+    """In the annotation of an option: what makes the field's value of what was typed.
+
+    Attributes:
+        value: takes what Typer read; raises InputError for what can't be.
+        shown: the default as it is typed, where it isn't the field's own.
+    """
+
+    value: Callable[[Any], Any]
+    shown: Any = None
+
+
+# By dataclass: its fields as options, in the order of the help; a field that is a group of its own by its class.
 OPTIONS: dict[type, dict[str, Any]] = {
     CorpusOptions: {
         "column": Annotated[str, typer.Option("--column", help="The column with the text or the messages.")],
@@ -22,17 +36,16 @@ OPTIONS: dict[type, dict[str, Any]] = {
         "sample": Annotated[
             int | None, typer.Option("--sample", help="Only so many documents, drawn evenly. Default: all.", min=1)
         ],
-        "seed": Annotated[int, typer.Option("--seed", help="Of the sample.", min=0, max=2**32 - 1)],
+        "seed": Annotated[int, typer.Option("--seed", help="Of the sample.", **options.SEED)],
         "split": Annotated[str, typer.Option("--split", help="Of a dataset or the lab.")],
         "subset": Annotated[str | None, typer.Option("--subset", help="Of a dataset.")],
         "chat": Annotated[
             str | None,
             typer.Option("--chat", help="Wrap texts in the chat template: default, thinking or non_thinking."),
+            Read(options.check_chat),
         ],
     }
 }
-# What a type of Python says and one of the command line doesn't; each lets None pass.
-CHECKS: dict[str, Callable[[Any], Any]] = {"chat": options.check_chat}
 
 # What documents are where nothing is said: of a corpus, and of sets of short texts.
 PARAGRAPHS, LINES = CorpusOptions(), CorpusOptions(unit="line")
@@ -41,8 +54,9 @@ PARAGRAPHS, LINES = CorpusOptions(), CorpusOptions(unit="line")
 def grouped(command: Callable[..., Any], *, without: Collection[str] = ()) -> Callable[..., Any]:
     """A command whose parameters of a type in `OPTIONS` are shown as that type's fields, and are given as one object.
 
-    The defaults are those of the parameter's own default. A field that the command also takes by name, such as a
-    `seed` that is more than the sample's, is one option with the command's help, and goes into both.
+    The defaults are those of the parameter's own default, or those of the fields where it has none. A name that occurs
+    more than once, such as the `seed` of a command and that of its sample, is one option with the help of the
+    command or else of the first group, and goes into all.
 
     Args:
         without: fields that keep their default, because the command has no use for them.
@@ -50,34 +64,73 @@ def grouped(command: Callable[..., Any], *, without: Collection[str] = ()) -> Ca
     hints = get_type_hints(command, include_extras=True)
     taken = signature(command).parameters
     groups = {name: (hints[name], one.default) for name, one in taken.items() if hints[name] in OPTIONS}
-    shown: list[Parameter] = []
+    own = [one.replace(annotation=hints[name]) for name, one in taken.items() if name not in groups]
+    shown: dict[str, Parameter] = {}
     for name, one in taken.items():
         if name in groups:
-            kind, default = groups[name]
-            shown += fields_of(kind, default, [field for field in OPTIONS[kind] if field not in {*taken, *without}])
+            for field in fields_of(*groups[name]):
+                if field.name not in {*taken, *without}:
+                    shown.setdefault(field.name, field)
         else:
-            shown.append(one.replace(annotation=hints[name]))
+            shown[name] = one.replace(annotation=hints[name])
+    # Typer asks for arguments before options by their kind alone; Python wants those without a default first.
+    ordered = sorted(shown.values(), key=lambda one: one.default is not Parameter.empty)
 
     @wraps(command)
     def run(**given: Any) -> Any:
-        passed = {name: given[name] for name in taken if name not in groups}
+        passed = {one.name: given[one.name] for one in own}
+        typed = {name: value for name, value in given.items() if name not in without}
         for name, (kind, default) in groups.items():
-            chosen = {field: given[field] for field in OPTIONS[kind] if field not in without}
-            for field, check in CHECKS.items():
-                check(chosen.get(field))
-            passed[name] = replace(default, **chosen)
+            passed[name] = made(kind, default, typed)
         return command(**passed)
 
     # What Typer reads a command's options from; both are those of the command as it is typed.
-    run.__annotations__ = {one.name: one.annotation for one in shown}
-    setattr(run, "__signature__", Signature(shown))  # noqa: B010  # a function's type has no such attribute
+    run.__annotations__ = {one.name: one.annotation for one in ordered}
+    setattr(run, "__signature__", Signature(ordered))  # noqa: B010  # a function's type has no such attribute
     return run
 
 
-def fields_of(kind: type, default: Any, names: list[str]) -> list[Parameter]:
-    """Fields of a group as parameters of a command."""
+def fields_of(kind: type, default: Any = Parameter.empty) -> list[Parameter]:
+    """The fields of a group as parameters of a command, those of its groups among them."""
     typed: Mapping[str, Any] = OPTIONS[kind]
-    return [
-        Parameter(name, Parameter.POSITIONAL_OR_KEYWORD, default=getattr(default, name), annotation=typed[name])
-        for name in names
-    ]
+    found: list[Parameter] = []
+    for name, annotation in typed.items():
+        value = default_of(kind, default, name)
+        if annotation in OPTIONS:
+            found += fields_of(annotation, value)
+            continue
+        read = reader(annotation)
+        if read is not None and value is not Parameter.empty:
+            value = read.shown
+        found.append(Parameter(name, Parameter.POSITIONAL_OR_KEYWORD, default=value, annotation=annotation))
+    return found
+
+
+def made(kind: type, default: Any, typed: Mapping[str, Any]) -> Any:
+    """The object of a group, with the fields that were typed."""
+    chosen: dict[str, Any] = {}
+    for name, annotation in OPTIONS[kind].items():
+        if annotation in OPTIONS:
+            chosen[name] = made(annotation, default_of(kind, default, name), typed)
+        elif name in typed:
+            read, value = reader(annotation), typed[name]
+            usual = default_of(kind, default, name)
+            if read is not None:
+                value = usual if value == read.shown and usual is not Parameter.empty else read.value(value)
+            chosen[name] = value
+    return kind(**chosen) if default is Parameter.empty else replace(default, **chosen)
+
+
+def default_of(kind: type, default: Any, name: str) -> Any:
+    """What a field of a group is where nothing is typed; `Parameter.empty` where it must be."""
+    if default is not Parameter.empty:
+        return getattr(default, name)
+    (field,) = (one for one in fields(kind) if one.name == name)
+    if field.default_factory is not MISSING:
+        return field.default_factory()
+    return Parameter.empty if field.default is MISSING else field.default
+
+
+def reader(annotation: Any) -> Read | None:
+    """What reads an option, if anything beside Typer does."""
+    return next((one for one in get_args(annotation) if isinstance(one, Read)), None)

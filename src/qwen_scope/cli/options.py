@@ -108,6 +108,17 @@ def parse_count(text: str | None) -> Counted | None:
     return Counted.everything()
 
 
+def layers_tuple(text: str | None) -> tuple[int, ...] | None:
+    """Layers as `parse_layers` reads them, as a tuple."""
+    wanted = parse_layers(text)
+    return None if wanted is None else tuple(wanted)
+
+
+def names_tuple(text: str | None) -> tuple[str, ...]:
+    """`a,b` as names."""
+    return tuple(text.split(",")) if text else ()
+
+
 def parse_layers(text: str | None) -> list[int] | None:
     """`0,2-5` as a list of layers, `layer3` and `layers.3.resid_post` too; None and `all` mean all.
 

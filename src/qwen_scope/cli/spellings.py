@@ -7,10 +7,13 @@ from collections.abc import Sequence
 
 from qwen_scope.errors import QwenScopeWarning
 
+READING = {"--field": ("--column",), "--chat": ("--chat", "default")}
+ROWS = {"--row": ("--context-length",), "--rows": ("--batch-size",)}
+
 # By command: an option as it was spelt, and as it is spelt now. An option that took no value now takes the one given.
 OLD: dict[str, dict[str, tuple[str, ...]]] = {
-    "train": {"--field": ("--column",), "--chat": ("--chat", "default")},
-    "eval": {"--field": ("--column",), "--chat": ("--chat", "default")},
+    "train": {**READING, **ROWS, "--spread": ("--parallel",)},
+    "eval": {**READING, **ROWS},
     "synthesize": {"-n": ("--sample",)},
     "posttrain prepare": {"-n": ("--sample",)},
     "posttrain sft": {"-n": ("--sample",)},

@@ -2,93 +2,115 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from qwen_scope.text import CorpusOptions
+from qwen_scope.train import EvalRun, TrainConfig, TrainRun
 
 from . import options, output, whose
-from .groups import PARAGRAPHS, grouped
+from .groups import OPTIONS, Read, grouped
 
 if TYPE_CHECKING:
-    from qwen_scope.train import EvalResult, StepReport, TrainRun
+    from qwen_scope.train import EvalResult, StepReport
 
-Row = Annotated[int, typer.Option("--row", help="Tokens per row of packed text.", min=2)]
-Rows = Annotated[int, typer.Option("--rows", help="Rows per forward pass.", min=1)]
+OPTIONS[TrainConfig] = {
+    "d_sae": Annotated[int, typer.Option("--d-sae", help="Features of each SAE.")],
+    "k": Annotated[int, typer.Option("--k", help="Features active per token.")],
+    "tokens": Annotated[int, typer.Option("--tokens", help="Training tokens per layer.")],
+    "architecture": Annotated[str, typer.Option("--architecture", help="topk, batchtopk, matryoshka or jumprelu.")],
+    "batch": Annotated[int, typer.Option("--batch", help="Tokens per step.")],
+    "lr": Annotated[float | None, typer.Option("--lr", help="Peak learning rate. Default: 2e-4 / sqrt(d_sae / 2^14).")],
+    "seed": Annotated[int, typer.Option("--seed", help="Of the start and the order.", **options.SEED)],
+}
+OPTIONS[TrainRun] = {
+    "data": options.Documents,
+    "out": Annotated[Path, typer.Option("--out", "-o", help="The folder of the run.")],
+    "train": TrainConfig,
+    "model": options.Model,
+    "layers": Annotated[options.Layers, Read(options.layers_tuple)],
+    "start_from": Annotated[str | None, typer.Option("--start-from", help="SAEs to continue from.")],
+    "group": Annotated[
+        str | None, typer.Option("--group", help="The name of the set of SAEs. Default: from model, width and k.")
+    ],
+    "corpus": CorpusOptions,
+    "counted": Annotated[options.Count, Read(options.parse_count)],
+    "context_length": Annotated[int, typer.Option("--context-length", help="Tokens per row of packed text.", min=2)],
+    "batch_size": Annotated[int, typer.Option("--batch-size", help="Rows per forward pass.", min=1)],
+    "budget": Annotated[
+        str, typer.Option("--buffer", help="Memory for shuffled residuals."), Read(options.parse_size, "1GB")
+    ],
+    "store": Annotated[str, typer.Option("--store", help="How residuals are held: float32 or bfloat16.")],
+    "parallel": Annotated[
+        str,
+        typer.Option("--parallel", help="Under torchrun: data, layers or features."),
+        Read(partial(options.one_of, "--parallel", known=("alone", "data", "layers", "features")), "alone"),
+    ],
+    "checkpoint_every": Annotated[int, typer.Option("--checkpoint-every", help="Steps between checkpoints.")],
+    "resume": Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint.")],
+    "tensorboard": Annotated[bool, typer.Option("--tensorboard", help="Also write TensorBoard scalars.")],
+    "wandb": Annotated[str | None, typer.Option("--wandb", help="Also log to this W&B project.")],
+    "eval_tokens": Annotated[int, typer.Option("--eval-tokens", help="Tokens to measure on; 0 for none.")],
+    "exports": Annotated[
+        str | None,
+        typer.Option("--exports", help="Further layouts: sae_lens,sparsify."),
+        Read(options.names_tuple),
+    ],
+    "device": options.Device,
+    "dtype": options.Dtype,
+}
+
+
+OPTIONS[EvalRun] = {
+    "data": options.Documents,
+    "model": options.Model,
+    "sae": options.Sae,
+    "post": Annotated[
+        str | None, typer.Option("--post", help="Another checkpoint: may these SAEs be used on it, too?")
+    ],
+    "layers": Annotated[options.Layers, Read(options.layers_tuple)],
+    "tokens": Annotated[int | None, typer.Option("--tokens", help="About how many. Default: 65536.", min=2)],
+    "hold_out": Annotated[
+        int | None,
+        typer.Option(
+            "--hold-out",
+            min=0,
+            help="Read every so-many-th document, those that training keeps out; 0 for all. Default: what the SAEs' run"
+            " kept out, if the text is its own.",
+        ),
+    ],
+    "corpus": CorpusOptions,
+    "context_length": Annotated[
+        int | None, typer.Option("--context-length", help="Tokens per row. Default: 256.", min=2)
+    ],
+    "batch_size": Annotated[
+        int | None, typer.Option("--batch-size", help="Rows per forward pass. Default: 16.", min=1)
+    ],
+    "counted": Annotated[options.Count, Read(options.parse_count)],
+    "loss": Annotated[bool, typer.Option("--loss/--no-loss", help="Measure what the predictions lose, too.")],
+    "seed": Annotated[int, typer.Option("--seed", help="Of the resampling of the transfer report.", **options.SEED)],
+    "device": options.Device,
+    "dtype": options.Dtype,
+}
 
 
 @grouped
-def train(
-    data: options.Documents,
-    out: Annotated[Path, typer.Option("--out", "-o", help="The folder of the run.")],
-    d_sae: Annotated[int, typer.Option("--d-sae", help="Features of each SAE.")],
-    k: Annotated[int, typer.Option("--k", help="Features active per token.")],
-    tokens: Annotated[int, typer.Option("--tokens", help="Training tokens per layer.")],
-    model: options.Model = "lab",
-    layers: options.Layers = None,
-    architecture: Annotated[
-        str, typer.Option("--architecture", help="topk, batchtopk, matryoshka or jumprelu.")
-    ] = "topk",
-    batch: Annotated[int, typer.Option("--batch", help="Tokens per step.")] = 4096,
-    lr: Annotated[
-        float | None, typer.Option("--lr", help="Peak learning rate. Default: 2e-4 / sqrt(d_sae / 2^14).")
-    ] = None,
-    start_from: Annotated[str | None, typer.Option("--start-from", help="SAEs to continue from.")] = None,
-    seed: Annotated[int, typer.Option("--seed", help="Of the start and the order.", **options.SEED)] = 0,
-    group: Annotated[
-        str | None, typer.Option("--group", help="The name of the set of SAEs. Default: from model, width and k.")
-    ] = None,
-    reading: CorpusOptions = PARAGRAPHS,
-    count: options.Count = None,
-    row: Row = 256,
-    rows: Rows = 16,
-    budget: Annotated[str, typer.Option("--buffer", help="Memory for shuffled residuals.")] = "1GB",
-    store: Annotated[str, typer.Option("--store", help="How residuals are held: float32 or bfloat16.")] = "float32",
-    spread: Annotated[str, typer.Option("--spread", help="Under torchrun: data, layers or features.")] = "alone",
-    checkpoint_every: Annotated[int, typer.Option("--checkpoint-every", help="Steps between checkpoints.")] = 1000,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint.")] = False,
-    tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Also write TensorBoard scalars.")] = False,
-    wandb: Annotated[str | None, typer.Option("--wandb", help="Also log to this W&B project.")] = None,
-    eval_tokens: Annotated[int, typer.Option("--eval-tokens", help="Tokens to measure on; 0 for none.")] = 65536,
-    exports: Annotated[str | None, typer.Option("--exports", help="Further layouts: sae_lens,sparsify.")] = None,
-    device: options.Device = None,
-    dtype: options.Dtype = "auto",
-    as_json: options.Json = False,
-) -> None:
+def train(run: TrainRun, as_json: options.Json = False) -> None:
     """Train SAEs on a model's residuals.
 
     Writes the official layout with a card, metrics and plots; the next `--sae OUT/GROUP` just works.
     """
-    from qwen_scope.train import TrainConfig, TrainRun
-
-    options.quiet()
-    config = TrainConfig(
-        d_sae=d_sae, k=k, tokens=tokens, architecture=architecture, batch=batch, lr=lr, seed=seed,
-    )  # fmt: skip
-    wanted = options.parse_layers(layers)
-    run = TrainRun(
-        model=model, data=data, out=out, train=config, layers=None if wanted is None else tuple(wanted), group=group,
-        start_from=start_from, column=reading.column, unit=reading.unit, sample=reading.sample, split=reading.split,
-        subset=reading.subset, chat=reading.chat, counted=options.parse_count(count), row=row, rows=rows,
-        budget=options.parse_size(budget), store=store, dtype=dtype, device=device,
-        spread=options.one_of("--spread", spread, ("alone", "data", "layers", "features")),
-        checkpoint_every=checkpoint_every, resume=resume, tensorboard=tensorboard, wandb=wandb,
-        eval_tokens=eval_tokens, exports=tuple(exports.split(",")) if exports else (),
-    )  # fmt: skip
-    carry_out(run, model, as_json)
-
-
-def carry_out(run: TrainRun, model: str, as_json: bool) -> None:
-    """Run the training with a progress bar and print what came out."""
     from qwen_scope.train import run_train
 
+    options.quiet()
     whose.say_whose()
     with output.progress() as report:
         result = run_train(
-            run,
+            seeded(run, run.train.seed),
             lambda step: report("training", step.step / step.steps, status_line(step)),
             lambda stage, share: report(stage, share, ""),
         )
@@ -99,7 +121,12 @@ def carry_out(run: TrainRun, model: str, as_json: bool) -> None:
     show_quality(f"Trained {len(result.saes)} SAEs", quality)
     out = output.console()
     out.print(f"Written to {result.folder}. Look at them:", soft_wrap=True)
-    out.print(f"  qwen-scope features TEXT --model {model} --sae {result.folder}", soft_wrap=True)
+    out.print(f"  qwen-scope features TEXT --model {run.model} --sae {result.folder}", soft_wrap=True)
+
+
+def seeded(run: Any, seed: int) -> Any:
+    """A run whose sample is drawn by its seed; without a sample the lab's documents are those of its first seed."""
+    return replace(run, corpus=replace(run.corpus, seed=0 if run.corpus.sample is None else seed))
 
 
 def status_line(step: StepReport) -> str:
@@ -115,72 +142,28 @@ def status_line(step: StepReport) -> str:
 
 
 @grouped
-def evaluate(
-    data: options.Documents,
-    model: options.Model = "lab",
-    sae: options.Sae = None,
-    post: Annotated[
-        str | None, typer.Option("--post", help="Another checkpoint: may these SAEs be used on it, too?")
-    ] = None,
-    layers: options.Layers = None,
-    tokens: Annotated[int | None, typer.Option("--tokens", help="About how many. Default: 65536.", min=2)] = None,
-    hold_out: Annotated[
-        int | None,
-        typer.Option(
-            "--hold-out",
-            min=0,
-            help="Read one document in so many, those that training keeps out; 0 for all. Default: what the SAEs' run"
-            " kept out, if the text is its own.",
-        ),
-    ] = None,
-    reading: CorpusOptions = PARAGRAPHS,
-    row: Annotated[int | None, typer.Option("--row", help="Tokens per row. Default: 256.", min=2)] = None,
-    rows: Annotated[int | None, typer.Option("--rows", help="Rows per forward pass. Default: 16.", min=1)] = None,
-    count: options.Count = None,
-    loss: Annotated[bool, typer.Option("--loss/--no-loss", help="Measure what the predictions lose, too.")] = True,
-    seed: Annotated[int, typer.Option("--seed", help="Of the resampling of the transfer report.", **options.SEED)] = 0,
-    device: options.Device = None,
-    dtype: options.Dtype = "auto",
-    as_json: options.Json = False,
-) -> None:
+def evaluate(run: EvalRun, as_json: options.Json = False) -> None:
     """Measure SAEs: reconstruction, sparsity, and the loss of the model.
 
     Of the text that the SAEs were trained on, the documents that were kept out are read, as the run read them.
     With --post also the transfer report: the same SAEs on another checkpoint, with 95% intervals.
     """
-    from qwen_scope.train import EvalRun, run_eval
+    from qwen_scope.train import run_eval
 
     options.quiet()
-    whose.refuse_other_saes(sae)
-    wanted = options.parse_layers(layers)
-    run = EvalRun(
-        model=model,
-        sae=options.sae_source(model, sae),
-        data=data,
-        post=post,
-        layers=None if wanted is None else tuple(wanted),
-        tokens=tokens,
-        **asdict(reading),
-        row=row,
-        rows=rows,
-        loss=loss,
-        counted=options.parse_count(count),
-        hold_out=hold_out,
-        dtype=dtype,
-        device=device,
-    )
+    whose.refuse_other_saes(run.sae)
     whose.say_whose()
     with output.progress() as report:
-        result = run_eval(run, lambda done, share: report(done, share, ""))
+        result = run_eval(seeded(run, run.seed), lambda done, share: report(done, share, ""))
     if as_json:
         output.print_json(plain(result))
         return
     data_ = plain(result)
-    show_quality(f"{run.sae} on {model}", data_["quality"])
+    show_quality(f"{result.sae} on {run.model}", data_["quality"])
     read = f"the documents kept out of training, one in {result.held_out}" if result.held_out else "all documents"
     output.console().print(f"Measured on {read}.", soft_wrap=True)
     if data_["transfer"]:
-        show_transfer(f"The same SAEs on {post}, with 95% intervals", data_["transfer"])
+        show_transfer(f"The same SAEs on {run.post}, with 95% intervals", data_["transfer"])
 
 
 def plain(result: EvalResult) -> dict[str, Any]:

@@ -28,7 +28,7 @@ class TokenRows:
     never padded. A document may be cut over two rows.
 
     Args:
-        row: tokens per row.   rows: rows per batch.
+        context_length: tokens per row.   batch_size: rows per batch.
         chat: render conversations with the chat template, in this mode; a plain text becomes one user message.
 
     Raises:
@@ -41,31 +41,31 @@ class TokenRows:
         corpus: Corpus,
         tokenizer: PreTrainedTokenizerBase,
         *,
-        row: int = 512,
-        rows: int = 16,
+        context_length: int = 512,
+        batch_size: int = 16,
         chat: str | None = None,
     ) -> None:
         if chat is not None and not tokenizer.chat_template:
             raise InputError("the tokenizer has no chat template; read the texts without chat")
         self.start = start_ids(tokenizer)
-        if row <= len(self.start) or rows < 1:
-            raise InputError(f"a batch needs at least one row of one token, got {rows} rows of {row}")
+        if context_length <= len(self.start) or batch_size < 1:
+            raise InputError(f"a batch needs at least one row of one token, got {batch_size} rows of {context_length}")
         self.corpus, self.tokenizer, self.chat = corpus, tokenizer, chat
-        self.row, self.rows = row, rows
+        self.context_length, self.batch_size = context_length, batch_size
         last: Any = tokenizer.eos_token_id
         self.end: list[int] = [] if last is None else [last]
         # Documents with tokens not yet given out: the corpus' cursor before each, and its ids.
         self.waiting: deque[tuple[dict[str, int], list[int]]] = deque()
         self.taken_of_first = 0
 
-    def __iter__(self) -> Iterator[Int[Tensor, "rows row"]]:
+    def __iter__(self) -> Iterator[Int[Tensor, "batch_size context_length"]]:
         stream = iter(self.corpus)
         batch: list[list[int]] = []
         while True:
             row = self._next_row(stream)
             if row is not None:
                 batch.append(row)
-            if batch and (row is None or len(batch) == self.rows):
+            if batch and (row is None or len(batch) == self.batch_size):
                 yield torch.tensor(batch, dtype=torch.int64)
                 batch = []
             if row is None:
@@ -78,8 +78,8 @@ class TokenRows:
             ids = self.waiting[0][1] if self.waiting else []
             begins = not self.taken_of_first and ids[: len(self.start)] == self.start
             start = [] if begins else self.start
-            if sum(len(ids) for _, ids in self.waiting) - self.taken_of_first >= self.row - len(start):
-                return start + self._take(self.row - len(start))
+            if sum(len(ids) for _, ids in self.waiting) - self.taken_of_first >= self.context_length - len(start):
+                return start + self._take(self.context_length - len(start))
             found = self._tokenised(stream)
             if not found:
                 return None

@@ -50,13 +50,13 @@ class ResidualBuffer:
         self.batch, self.seed, self.dtype, self.device = batch, seed, dtype, device
         self.counted = counted
         self.per_token = len(self.hook_points) * d_model(model) * dtype.itemsize
-        forward = rows.rows * rows.row
+        forward = rows.batch_size * rows.context_length
         passes = budget // (self.per_token * forward)
-        counting = rows.rows * max(0, rows.row - counted.first)
+        counting = rows.batch_size * max(0, rows.context_length - counted.first)
         # Half of a filling may be special before one batch is missing.
         wanted = 2 * batch if counted.special else batch
         if not counting:
-            raise InputError(f"rows of {rows.row} tokens hold none that counts; make them longer")
+            raise InputError(f"rows of {rows.context_length} tokens hold none that counts; make them longer")
         if passes < 1 or passes * counting < wanted:
             least = self.per_token * (-(-wanted // counting)) * forward
             raise InputError(f"a buffer of {budget:,} bytes is too small for one batch; give it {least:,}")
@@ -74,7 +74,7 @@ class ResidualBuffer:
     @property
     def tokens(self) -> int:
         """Tokens of one filling."""
-        return self.passes * self.rows.rows * self.rows.row
+        return self.passes * self.rows.batch_size * self.rows.context_length
 
     @property
     def nbytes(self) -> int:

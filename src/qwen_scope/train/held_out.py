@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -16,6 +16,9 @@ from qwen_scope.text import CHATS, Corpus
 KEY = "held_out"
 """Where the record is in an SAE's `meta` and files."""
 
+EARLIER = {"row": "context_length", "rows": "batch_size"}
+"""Names of fields in SAEs of version 0.1."""
+
 
 @dataclass(frozen=True)
 class HeldOut:
@@ -23,16 +26,16 @@ class HeldOut:
 
     Attributes:
         text: a digest of the sources with their sizes and of how they are cut into documents, wherever they lie.
-        every: one document in so many.
-        row, rows: tokens per row, and rows per forward pass.
+        every: every so-many-th document was kept out.
+        context_length: tokens per row.   batch_size: rows per forward pass.
         tokens: about how many were measured on; 0 for none.
         chat: how conversations were rendered.
     """
 
     text: str
     every: int
-    row: int
-    rows: int
+    context_length: int
+    batch_size: int
     tokens: int
     chat: str | None
 
@@ -60,11 +63,13 @@ def held_out_of(saes: Iterable[SAE]) -> HeldOut | None:
     for sae in saes:
         if KEY not in sae.meta:
             return None
-        what = f"{KEY!r} in the files of {sae.identity}"
-        read = Fields(sae.meta[KEY], what, [*HeldOut.__dataclass_fields__])
+        what, record = f"{KEY!r} in the files of {sae.identity}", sae.meta[KEY]
+        if isinstance(record, Mapping):
+            record = {EARLIER.get(name, name): value for name, value in record.items()}
+        read = Fields(record, what, [*HeldOut.__dataclass_fields__])
         chat = read.maybe(read.text, "chat")
         if chat is not None and chat not in CHATS:
             raise FormatError(f"'chat' of {what} is one of {', '.join(CHATS)}, not {chat!r}")
-        row, rows = read.count("row", 2), read.count("rows", 1)
-        found.append(HeldOut(read.text("text"), read.count("every", 2), row, rows, read.count("tokens"), chat))
+        size = read.count("context_length", 2), read.count("batch_size", 1)
+        found.append(HeldOut(read.text("text"), read.count("every", 2), *size, read.count("tokens"), chat))
     return found[0] if found and len(set(found)) == 1 else None

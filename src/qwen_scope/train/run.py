@@ -25,118 +25,22 @@ from typing import Any
 
 import torch
 
-from qwen_scope.errors import InputError, MismatchError, NotFoundError, check_count, check_name
+from qwen_scope.errors import InputError, MismatchError, NotFoundError
 from qwen_scope.files import check_folder, lock_folder, read_object, write_text
 from qwen_scope.model import HookPoint, LoadedModel, context_length, load_model, measure_counted, n_layers
-from qwen_scope.sae import LAYOUTS, SAE, load_sae, save_sae
+from qwen_scope.sae import SAE, load_sae, save_sae
 from qwen_scope.scope import Joined, model_source
-from qwen_scope.text import REASONS, Chat, Corpus, Counted, TokenRows
+from qwen_scope.text import REASONS, Corpus, Counted, TokenRows
 
 from .buffer import ResidualBuffer
 from .card import write_card
 from .checkpoint import Checkpoints
-from .config import TrainConfig
 from .evaluate import Quality, evaluate
 from .held_out import KEY, HeldOut, digest
 from .loop import StepReport, train
 from .metrics import JsonlMetrics, TensorBoardMetrics, WandbMetrics
-from .parallel import Mode, Ranks, join
-
-RUN = "run.json"
-RESERVED = ("checkpoints", "tensorboard", RUN, "metrics.jsonl", "quality.json")
-"""What a run writes into its folder beside the group."""
-
-
-RUN_COUNTS = {"row": 2, "rows": 1, "budget": 1, "checkpoint_every": 1, "keep": 1, "log_every": 1, "eval_tokens": 0}
-RUN_COUNTS |= {"hold_out": 0}
-"""What is counted in a run, and the least it may be."""
-
-
-@dataclass(frozen=True)
-class TrainRun:
-    """What a training run is told besides the dictionary itself.
-
-    Attributes:
-        model: `lab`, or folder or Hub id of the language model.
-        data: where the text is, as `Corpus` takes it.
-        out: the folder of the run.
-        train: the dictionary and how it is trained.
-        layers: layers to train on, counting from 0; None means all.
-        group: the name of the set and of its folder in `out`; None means one made of the model's name, the width and k.
-        start_from: a group, folder or Hub id of SAEs to continue from.
-        column, unit, sample, split, subset: of the data, as `Corpus` takes them; the sample is drawn by the run's seed.
-        chat: render conversations with the chat template, in this mode.
-        counted: which tokens count, in training and in measuring. None leaves out the first token of each row, special
-            tokens, and sinks by thresholds that are measured on the text at the start; `Counted.everything()` trains on
-            all.
-        row, rows: tokens per row, and rows per forward pass.
-        budget: bytes of residuals that are held and shuffled.
-        store: how residuals are held, `float32` or `bfloat16`.
-        dtype, device: of the language model; the SAEs are trained in fp32 on the same device.
-        spread: what `torchrun` spreads over processes: `data`, `layers` or `features`; `alone` for one process.
-        checkpoint_every, keep: steps between checkpoints, and how many stay.
-        resume: go on from the latest checkpoint in `out`.
-        log_every: steps between two lines of metrics.
-        tensorboard: also write TensorBoard scalars.   wandb: also log to this W&B project.
-        eval_tokens: measure on so many tokens of held-out documents; 0 leaves the measurement out.
-        hold_out: one document in so many is kept out of training, to measure on.
-        exports: further layouts to write, such as `sae_lens` and `sparsify`.
-
-    Raises:
-        InputError: a value that can't be.   NotFoundError: an unknown layout.
-    """
-
-    model: str
-    data: str
-    out: Path
-    train: TrainConfig
-    layers: tuple[int, ...] | None = None
-    group: str | None = None
-    start_from: str | None = None
-    column: str = "text"
-    unit: str = "paragraph"
-    sample: int | None = None
-    split: str = "train"
-    subset: str | None = None
-    chat: Chat | None = None
-    counted: Counted | None = None
-    row: int = 512
-    rows: int = 16
-    budget: int = 2**30
-    store: str = "float32"
-    dtype: str = "auto"
-    device: str | None = None
-    spread: Mode = "alone"
-    checkpoint_every: int = 1000
-    keep: int = 2
-    resume: bool = False
-    log_every: int = 10
-    tensorboard: bool = False
-    wandb: str | None = None
-    eval_tokens: int = 65536
-    hold_out: int = 100
-    exports: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        check_name("the group", self.name)
-        if self.name in (*RESERVED, *self.exports):
-            raise InputError(f"the run itself writes to {self.name!r} in its folder; name the group otherwise")
-        for name, least in RUN_COUNTS.items():
-            check_count(name, getattr(self, name), least)
-        if self.store not in ("float32", "bfloat16"):
-            raise InputError(f"residuals are held as float32 or bfloat16, not {self.store!r}")
-        if self.layers is not None and (not self.layers or len(set(self.layers)) < len(self.layers)):
-            raise InputError(f"name each layer once, and at least one; got {list(self.layers)}")
-        if unknown := [name for name in self.exports if name not in LAYOUTS]:
-            raise NotFoundError(f"no layout {unknown[0]!r}; there are {', '.join(LAYOUTS)}")
-        if self.eval_tokens and not self.hold_out:
-            raise InputError("measuring needs held-out documents; set hold_out, or eval_tokens to 0")
-
-    @property
-    def name(self) -> str:
-        """The name of the group."""
-        width = f"{self.train.d_sae // 1024}K" if self.train.d_sae % 1024 == 0 else str(self.train.d_sae)
-        return self.group or f"SAE-Res-{Path(self.model).name}-W{width}-L0_{self.train.k}"
+from .options import RESERVED, RUN, TrainRun
+from .parallel import Ranks, join
 
 
 @dataclass(frozen=True)
@@ -170,7 +74,7 @@ def run_train(
     """
     read = [one for one in (run.data, run.start_from, run.model) if one is not None and str(one) != "lab"]
     check_folder(run.out, (*RESERVED, run.name, *run.exports), *read)
-    ranks = Ranks() if run.spread == "alone" else join(run.spread)
+    ranks = Ranks() if run.parallel == "alone" else join(run.parallel)
     # Of several processes of one run the first holds its folder.
     with lock_folder(run.out) if ranks.first else nullcontext():
         return _run(run, ranks, progress, say)
@@ -235,7 +139,7 @@ def kept_counted(run: TrainRun, checkpoints: Checkpoints) -> Counted | None:
 def counted_at_start(run: TrainRun, loaded: LoadedModel, ranks: Ranks) -> Counted:
     """Which tokens count, with thresholds for sinks from the first rows of the run, on every rank the same."""
     corpus = corpus_of(run, repeat=True, quiet=True)
-    rows = iter(TokenRows(corpus, loaded.tokenizer, row=run.row, rows=run.rows, chat=run.chat))
+    rows = iter(rows_of(run, loaded, corpus))
     if (first := next(rows, None)) is None:
         return Counted.of(loaded.tokenizer)  # nothing to train on, which is said where batches are asked for
     found = measure_counted(loaded.model, loaded.tokenizer, chain([first], rows), sample=corpus.name)
@@ -249,7 +153,14 @@ def counted_at_start(run: TrainRun, loaded: LoadedModel, ranks: Ranks) -> Counte
 
 def held_out_by(run: TrainRun) -> HeldOut:
     """The documents that a run keeps out of training, and how it measures on them."""
-    return HeldOut(digest(corpus_of(run)), run.hold_out, run.row, run.rows, run.eval_tokens, run.chat)
+    return HeldOut(
+        text=digest(corpus_of(run)),
+        every=run.hold_out,
+        context_length=run.context_length,
+        batch_size=run.batch_size,
+        tokens=run.eval_tokens,
+        chat=run.corpus.chat,
+    )
 
 
 def start_of(run: TrainRun, loaded: LoadedModel, points: Sequence[HookPoint]) -> dict[str, SAE] | None:
@@ -283,8 +194,8 @@ def hook_points(run: TrainRun, loaded: LoadedModel) -> list[HookPoint]:
     if bad := [layer for layer in run.layers or () if not 0 <= layer < count]:
         raise NotFoundError(f"layer {bad[0]} does not exist: {run.model} has layers 0 to {count - 1}")
     longest = context_length(loaded.model)
-    if longest is not None and run.row > longest:
-        raise InputError(f"rows of {run.row} tokens do not fit the model's context of {longest}")
+    if longest is not None and run.context_length > longest:
+        raise InputError(f"rows of {run.context_length} tokens do not fit the model's context of {longest}")
     return [HookPoint(layer) for layer in sorted(run.layers or range(count))]
 
 
@@ -292,9 +203,9 @@ def source_of(run: TrainRun, loaded: LoadedModel, names: list[str], ranks: Ranks
     """The residuals that this rank trains on: all of them, its documents' share, or its layers."""
     rank, world = (ranks.rank, ranks.world) if ranks.mode == "data" else (0, 1)
     corpus = corpus_of(run, rank=rank, world=world, repeat=True)
-    rows = TokenRows(corpus, loaded.tokenizer, row=run.row, rows=run.rows, chat=run.chat)
     return ResidualBuffer(
-        loaded.model, rows, [HookPoint.parse(name) for name in names], batch=ranks.share_of(run.train.batch),
+        loaded.model, rows_of(run, loaded, corpus), [HookPoint.parse(name) for name in names],
+        batch=ranks.share_of(run.train.batch),
         budget=run.budget, most=ranks.share_of(run.train.batch) * run.train.steps, seed=run.train.seed,
         counted=counted, dtype=getattr(torch, run.store),
     )  # fmt: skip
@@ -302,16 +213,17 @@ def source_of(run: TrainRun, loaded: LoadedModel, names: list[str], ranks: Ranks
 
 def corpus_of(run: TrainRun, **share: Any) -> Corpus:
     """The documents of a run: a process' share of them, or those held out."""
-    return Corpus(
-        run.data,
-        column=run.column,
-        unit=run.unit,
-        sample=run.sample,
-        seed=0 if run.sample is None else run.train.seed,
-        split=run.split,
-        subset=run.subset,
-        hold_out=run.hold_out,
-        **share,
+    return Corpus.of(run.data, run.corpus, hold_out=run.hold_out, **share)
+
+
+def rows_of(run: TrainRun, loaded: LoadedModel, corpus: Corpus) -> TokenRows:
+    """Documents packed into rows as the run says."""
+    return TokenRows(
+        corpus,
+        loaded.tokenizer,
+        context_length=run.context_length,
+        batch_size=run.batch_size,
+        chat=run.corpus.chat,
     )
 
 
@@ -343,8 +255,8 @@ def save(run: TrainRun, saes: Mapping[str, SAE], folder: Path, ranks: Ranks) -> 
 
 def held_out_rows(run: TrainRun, loaded: LoadedModel) -> list[torch.Tensor]:
     """Rows of documents that training never sees, of about `eval_tokens` tokens."""
-    rows = TokenRows(corpus_of(run, held_out=True), loaded.tokenizer, row=run.row, rows=run.rows, chat=run.chat)
-    return list(islice(rows, max(1, run.eval_tokens // (run.row * run.rows))))
+    rows = rows_of(run, loaded, corpus_of(run, held_out=True))
+    return list(islice(rows, max(1, run.eval_tokens // (run.context_length * run.batch_size))))
 
 
 def measured(

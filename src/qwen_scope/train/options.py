@@ -1,0 +1,158 @@
+"""What a run of training and one of measuring are told; light enough for `--help`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qwen_scope.errors import InputError, NotFoundError, check_count, check_name
+from qwen_scope.text import CorpusOptions
+
+from .config import TrainConfig
+
+if TYPE_CHECKING:
+    from qwen_scope.text import Counted
+
+    from .parallel import Mode
+
+RUN = "run.json"
+RESERVED = ("checkpoints", "tensorboard", RUN, "metrics.jsonl", "quality.json")
+"""What a run writes into its folder beside the group."""
+
+RUN_COUNTS = {"context_length": 2, "batch_size": 1, "budget": 1, "checkpoint_every": 1, "keep": 1, "log_every": 1}
+RUN_COUNTS |= {"eval_tokens": 0, "hold_out": 0}
+"""What is counted in a run, and the least it may be."""
+
+
+@dataclass(frozen=True)
+class TrainRun:
+    """What a training run is told besides the dictionary itself.
+
+    Attributes:
+        data: where the text is, as `Corpus` takes it.
+        out: the folder of the run.
+        train: the dictionary and how it is trained.
+        model: `lab`, or folder or Hub id of the language model.
+        layers: layers to train on, counting from 0; None means all.
+        group: the name of the set and of its folder in `out`; None means one made of the model's name, the width and k.
+        start_from: a group, folder or Hub id of SAEs to continue from.
+        corpus: how the documents are read; with `chat` they are rendered with the model's chat template.
+        counted: which tokens count, in training and in measuring. None leaves out the first token of each row, special
+            tokens, and sinks by thresholds that are measured on the text at the start; `Counted.everything()` trains on
+            all.
+        context_length: tokens per row of packed text.
+        batch_size: rows per forward pass.
+        budget: bytes of residuals that are held and shuffled.
+        store: how residuals are held, `float32` or `bfloat16`.
+        dtype, device: of the language model; the SAEs are trained in fp32 on the same device.
+        parallel: what `torchrun` divides among processes: `data`, `layers` or `features`; `alone` for one process.
+        checkpoint_every, keep: steps between checkpoints, and how many stay.
+        resume: go on from the latest checkpoint in `out`.
+        log_every: steps between two lines of metrics.
+        tensorboard: also write TensorBoard scalars.   wandb: also log to this W&B project.
+        eval_tokens: measure on about this many tokens of held-out documents; 0 leaves the measurement out.
+        hold_out: every `hold_out`-th document is kept out of training, to measure on; 0 keeps none.
+        exports: further layouts to write, such as `sae_lens` and `sparsify`.
+
+    Raises:
+        InputError: a value that can't be.   NotFoundError: an unknown layout.
+    """
+
+    data: str
+    out: Path
+    train: TrainConfig
+    model: str = "lab"
+    layers: tuple[int, ...] | None = None
+    group: str | None = None
+    start_from: str | None = None
+    corpus: CorpusOptions = field(default_factory=CorpusOptions)
+    counted: Counted | None = None
+    context_length: int = 256
+    batch_size: int = 16
+    budget: int = 10**9
+    store: str = "float32"
+    dtype: str = "auto"
+    device: str | None = None
+    parallel: Mode = "alone"
+    checkpoint_every: int = 1000
+    keep: int = 2
+    resume: bool = False
+    log_every: int = 10
+    tensorboard: bool = False
+    wandb: str | None = None
+    eval_tokens: int = 65536
+    hold_out: int = 100
+    exports: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        from qwen_scope.sae import LAYOUTS
+
+        check_name("the group", self.name)
+        if self.name in (*RESERVED, *self.exports):
+            raise InputError(f"the run itself writes to {self.name!r} in its folder; name the group otherwise")
+        for name, least in RUN_COUNTS.items():
+            check_count(name, getattr(self, name), least)
+        if self.store not in ("float32", "bfloat16"):
+            raise InputError(f"residuals are held as float32 or bfloat16, not {self.store!r}")
+        if self.layers is not None and (not self.layers or len(set(self.layers)) < len(self.layers)):
+            raise InputError(f"name each layer once, and at least one; got {list(self.layers)}")
+        if unknown := [name for name in self.exports if name not in LAYOUTS]:
+            raise NotFoundError(f"no layout {unknown[0]!r}; there are {', '.join(LAYOUTS)}")
+        if self.eval_tokens and not self.hold_out:
+            raise InputError("measuring needs held-out documents; set hold_out, or eval_tokens to 0")
+
+    @property
+    def name(self) -> str:
+        """The name of the group."""
+        width = f"{self.train.d_sae // 1024}K" if self.train.d_sae % 1024 == 0 else str(self.train.d_sae)
+        return self.group or f"SAE-Res-{Path(self.model).name}-W{width}-L0_{self.train.k}"
+
+
+@dataclass(frozen=True)
+class EvalRun:
+    """What an evaluation is told.
+
+    Attributes:
+        data: where the text is, as `Corpus` takes it. Of the text that the SAEs were trained on, as their files tell,
+            the documents that were kept out of training are read, as the run that made them read them.
+        model: `lab`, or folder or Hub id of the language model.
+        sae: group, folder or Hub id of the SAEs; None where the catalog knows those of the model.
+        hold_out: read every `hold_out`-th document, those that training with this `hold_out` does not see; 0 reads all;
+            None decides as `data` says.
+        post: another checkpoint of the same model: also report how the SAEs do there.
+        layers: None means all that the group has.
+        tokens: about how many to measure on; None means as many as the run measured on, or 65,536.
+        corpus: how the documents are read; without `chat` as the run rendered them, or not at all.
+        context_length: tokens per row; None means that of the run, or 256.
+        batch_size: rows per forward pass; None means that of the run, or 16.
+        loss: measure what the model's predictions lose, too.
+        counted: which tokens count. None means those that the SAEs' files say; where these say none, all but the first
+            token of each row, special tokens, and sinks by thresholds measured on the first rows.
+        dtype, device: of the language models.
+        seed: of the resampling of the transfer report.
+
+    Raises:
+        InputError: a value that can't be.
+    """
+
+    data: str
+    model: str = "lab"
+    sae: str | None = None
+    post: str | None = None
+    layers: tuple[int, ...] | None = None
+    hold_out: int | None = None
+    tokens: int | None = None
+    corpus: CorpusOptions = field(default_factory=CorpusOptions)
+    context_length: int | None = None
+    batch_size: int | None = None
+    loss: bool = True
+    counted: Counted | None = None
+    dtype: str = "auto"
+    device: str | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, least in {"tokens": 2, "context_length": 2, "batch_size": 1, "hold_out": 0, "seed": 0}.items():
+            if (value := getattr(self, name)) is not None:
+                check_count(name, value, least)
