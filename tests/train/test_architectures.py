@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +10,8 @@ import torch
 
 from qwen_scope.errors import InputError, MismatchError, NotFoundError
 from qwen_scope.sae import LAYOUTS, fingerprint, load_sae, save_sae
-from qwen_scope.train import ARCHITECTURES, Ranks, ResidualTable, TrainConfig, train
+from qwen_scope.train import ARCHITECTURES, JumpReLUTraining, Ranks, ResidualTable, TrainConfig, train
+from qwen_scope.train import architecture as train_architecture
 from qwen_scope.train.losses import pre_acts_of, total_variance
 from qwen_scope.train.step import Batch, start
 
@@ -71,16 +72,16 @@ def test_the_exported_sae_computes_what_training_computed(architecture: str, pre
     """One batch through the training forward pass and through the exported SAE, before any step."""
     x = planted(256)
     config = config_for(architecture, pre_bias=pre_bias, batch=256)
-    layer, kind, ranks = start(config, NAME, x, Ranks()), ARCHITECTURES[architecture], Ranks()
+    layer, kind, shape, ranks = start(config, NAME, x, Ranks()), config.kind, config.shape, Ranks()
     w = layer.weights
     with torch.no_grad():
         w.b_enc.add_(torch.linspace(-0.1, 0.1, 96))
     scaled = x * w.scale
     batch = Batch(scaled, 256.0, total_variance(scaled), ranks)
-    values, active = kind.choose(config, w, scaled, ranks)
-    outcome = kind.forward(config, w, batch, pre_acts_of(w, scaled, values, active, ranks), active)
+    values, active = kind.choose(shape, w, scaled, ranks)
+    outcome = kind.forward(shape, w, batch, pre_acts_of(w, scaled, values, active, ranks), active)
     for _ in range(2000):
-        kind.after(config, w, batch, outcome)
+        kind.after(shape, w, batch, outcome)
     from qwen_scope.train.loop import finish
 
     sae = finish(config, layer, "g", ranks, {})
@@ -190,9 +191,6 @@ def test_matryoshka_prefixes_reconstruct_better_than_topks() -> None:
         ({"k": 0}, InputError, "k must be at least 1"),
         ({"tokens": 100}, InputError, "fewer than one batch"),
         ({"architecture": "topkk"}, NotFoundError, "did you mean 'topk'"),
-        ({"prefixes": (0.5, 1.0)}, InputError, "prefixes has no meaning for topk"),
-        ({"architecture": "matryoshka", "prefixes": (0.5, 0.2, 1.0)}, InputError, "rising shares"),
-        ({"bandwidth": 0.1}, InputError, "bandwidth has no meaning for topk"),
         ({"lr": -1.0}, InputError, "lr must be a positive number"),
         ({"warmup": 10_000}, InputError, "does not fit a run of"),
         ({"decay": 1.5}, InputError, "share of the run"),
@@ -202,6 +200,58 @@ def test_matryoshka_prefixes_reconstruct_better_than_topks() -> None:
 def test_impossible_configs_are_refused_with_the_reason(changes: dict, kind: type[Exception], message: str) -> None:
     with pytest.raises(kind, match=message):
         config_for(**{"architecture": "topk", **changes})
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "kind", "message"),
+    [
+        ("topk", {"prefixes": (0.5, 1.0)}, InputError, "prefixes has no meaning for topk, only for matryoshka"),
+        ("matryoshka", {"prefixes": (0.5, 0.2, 1.0)}, InputError, "rising shares"),
+        ("matryoshka", {"prefixes": ()}, InputError, "rising shares"),
+        ("topk", {"bandwidth": 0.1}, InputError, "bandwidth has no meaning for topk, only for jumprelu"),
+        ("jumprelu", {"bandwidth": 0.0}, InputError, "bandwidth"),
+        ("jumprelu", {"l0_weight": float("nan")}, InputError, "l0_weight"),
+        ("jumprelu", {"bandwith": 0.1}, InputError, "bandwith has no meaning for jumprelu; leave it out"),
+        ("jumprelux", {}, NotFoundError, "did you mean 'jumprelu'"),
+    ],
+)
+def test_an_architecture_refuses_options_that_it_does_not_have(
+    name: str, options: dict, kind: type[Exception], message: str
+) -> None:
+    with pytest.raises(kind, match=message):
+        replace(config_for("topk"), architecture=train_architecture(name, **options))
+
+
+@EVERY
+def test_an_architecture_is_its_options(architecture: str) -> None:
+    """A frozen dataclass whose fields have defaults and are told in its docstring, for the command to offer."""
+    kind = ARCHITECTURES[architecture]
+    config = config_for(architecture)
+    assert config.kind == kind() == replace(config, architecture=kind()).kind
+    assert config.to_json() == replace(config, architecture=kind()).to_json()
+    assert config.to_json()["architecture"] == architecture
+    for field in fields(kind):
+        assert f"\n        {field.name}: " in (kind.__doc__ or "")
+        assert field.name in config.to_json()
+        with pytest.raises(AttributeError):
+            setattr(config.kind, field.name, None)
+
+
+def test_the_options_of_jumprelu_reach_the_loss() -> None:
+    x, found = planted(512), []
+    for weight in (0.1, 3.0):
+        config = replace(config_for("topk"), architecture=JumpReLUTraining(l0_weight=weight))
+        layer, ranks = start(config, NAME, x, Ranks()), Ranks()
+        scaled = x * layer.weights.scale
+        values, active = config.kind.choose(config.shape, layer.weights, scaled, ranks)
+        batch = Batch(scaled, 512.0, total_variance(scaled), ranks)
+        pre = pre_acts_of(layer.weights, scaled, values, active, ranks)
+        outcome = config.kind.forward(config.shape, layer.weights, batch, pre, active)
+        l0 = float((outcome.acts > 0).sum()) / 512
+        fvu = float((scaled - outcome.x_hat.detach()).square().sum() / batch.variance)
+        assert float(outcome.loss.detach()) == pytest.approx(fvu + weight * (l0 / 6 - 1) ** 2, rel=1e-5)
+        found.append(float(outcome.loss.detach()))
+    assert found[0] < found[1]
 
 
 def test_the_schedule() -> None:

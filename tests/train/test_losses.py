@@ -10,9 +10,10 @@ import torch
 from qwen_scope.errors import NotFoundError
 from qwen_scope.text import Counted
 from qwen_scope.train import Ranks, TrainConfig, train
+from qwen_scope.train.initial import trainable
 from qwen_scope.train.losses import aux_k, fvu, total_variance
 from qwen_scope.train.step import DivergedError, start, step, without_sinks
-from qwen_scope.train.weights import Weights, trainable
+from qwen_scope.train.weights import Weights
 
 D_MODEL, D_SAE, N = 5, 12, 9
 DEAD = [2, 5, 6, 11]

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextvars import ContextVar
+from inspect import Parameter, Signature
 from typing import Any
 
 import typer
@@ -14,12 +15,15 @@ from qwen_scope.errors import QwenScopeError
 
 from .examples import EXAMPLES, broken
 
+LATE = "qwen_scope.late"
 # The command that is running.
 _RUNNING: ContextVar[Any] = ContextVar("running", default=None)
 
 
 class Command(TyperCommand):
     """A command whose help ends with examples."""
+
+    _late: tuple[str, ...] | None = None
 
     def format_epilog(self, ctx: Any, formatter: Any) -> None:
         """The examples, below the options; they are never wrapped by words."""
@@ -29,8 +33,19 @@ class Command(TyperCommand):
             for line in lines:
                 formatter.write("".join(f"  {part}\n" for part in broken(line)))
 
+    def get_params(self, ctx: Any) -> list[Any]:
+        """The parameters, with those that are known only now that this command is the one that is read."""
+        late = getattr(self.callback, "late", None)
+        if late is not None and self._late is None:
+            found = parameters(late())
+            self._late = tuple(one.name for one in found)
+            self.params += found
+        return super().get_params(ctx)
+
     def invoke(self, ctx: Any) -> Any:
         """Run the command; what its errors say of parameters becomes its options."""
+        # The function behind the command knows nothing of these; `late_values` tells them.
+        ctx.meta[LATE] = {name: ctx.params.pop(name) for name in self._late or () if name in ctx.params}
         token = _RUNNING.set(ctx)
         try:
             return super().invoke(ctx)
@@ -70,6 +85,24 @@ class App(typer.Typer):
     def command(self, name: str | None = None, **options: Any) -> Callable[[Any], Any]:
         """Register a function as a command."""
         return super().command(name, **{"cls": Command, **options})
+
+
+def parameters(given: Sequence[Parameter]) -> list[Any]:
+    """Parameters of a function as those of a command."""
+
+    def command(**_: Any) -> None: ...
+
+    command.__annotations__ = {one.name: one.annotation for one in given}
+    setattr(command, "__signature__", Signature(given))  # noqa: B010  # a function's type has no such attribute
+    app = typer.Typer(add_completion=False, rich_markup_mode=None)
+    app.command()(command)
+    return typer.main.get_command(app).params
+
+
+def late_values() -> dict[str, Any]:
+    """What was typed for the options that the running command learnt of last; None for those left out."""
+    ctx = running()
+    return {} if ctx is None else ctx.meta.get(LATE, {})
 
 
 def path_of(ctx: Any) -> str:

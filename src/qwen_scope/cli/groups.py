@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import MISSING, dataclass, fields, replace
 from functools import wraps
 from inspect import Parameter, Signature, signature
-from typing import Annotated, Any, get_args, get_type_hints
+from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import typer
 
 from qwen_scope.text import CorpusOptions
 
 from . import options
+from .commands import late_values
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,9 @@ OPTIONS: dict[type, dict[str, Any]] = {
 PARAGRAPHS, LINES = CorpusOptions(), CorpusOptions(unit="line")
 
 
-def grouped(command: Callable[..., Any], *, without: Collection[str] = ()) -> Callable[..., Any]:
+def grouped(
+    command: Callable[..., Any], *, without: Collection[str] = (), late: Callable[[], Mapping[str, Any]] | None = None
+) -> Callable[..., Any]:
     """A command whose parameters of a type in `OPTIONS` are shown as that type's fields, and are given as one object.
 
     The defaults are those of the parameter's own default, or those of the fields where it has none. A name that occurs
@@ -60,25 +64,34 @@ def grouped(command: Callable[..., Any], *, without: Collection[str] = ()) -> Ca
 
     Args:
         without: fields that keep their default, because the command has no use for them.
+        late: gives further options by name, each with its annotation, once the command line of this command is read:
+            options that only a library that takes seconds to import can tell. Those that were typed are given as the
+            command's parameter `more`, a dictionary.
     """
     hints = get_type_hints(command, include_extras=True)
     taken = signature(command).parameters
-    groups = {name: (hints[name], one.default) for name, one in taken.items() if hints[name] in OPTIONS}
-    own = [one.replace(annotation=hints[name]) for name, one in taken.items() if name not in groups]
+    groups = {
+        name: (hints[name], None if one.default is Parameter.empty else one.default)
+        for name, one in taken.items()
+        if hints[name] in OPTIONS
+    }
+    own = [name for name in taken if name not in groups and (late is None or name != "more")]
     shown: dict[str, Parameter] = {}
     for name, one in taken.items():
         if name in groups:
             for field in fields_of(*groups[name]):
                 if field.name not in {*taken, *without}:
                     shown.setdefault(field.name, field)
-        else:
+        elif name in own:
             shown[name] = one.replace(annotation=hints[name])
     # Typer asks for arguments before options by their kind alone; Python wants those without a default first.
     ordered = sorted(shown.values(), key=lambda one: one.default is not Parameter.empty)
 
     @wraps(command)
     def run(**given: Any) -> Any:
-        passed = {one.name: given[one.name] for one in own}
+        passed = {name: given[name] for name in own}
+        if late is not None:
+            passed["more"] = read_all(late(), late_values())
         typed = {name: value for name, value in given.items() if name not in without}
         for name, (kind, default) in groups.items():
             passed[name] = made(kind, default, typed)
@@ -87,17 +100,63 @@ def grouped(command: Callable[..., Any], *, without: Collection[str] = ()) -> Ca
     # What Typer reads a command's options from; both are those of the command as it is typed.
     run.__annotations__ = {one.name: one.annotation for one in ordered}
     setattr(run, "__signature__", Signature(ordered))  # noqa: B010  # a function's type has no such attribute
+    if late is not None:
+        setattr(run, "late", lambda: [late_option(*one) for one in late().items()])  # noqa: B010
     return run
 
 
-def fields_of(kind: type, default: Any = Parameter.empty) -> list[Parameter]:
+def late_option(name: str, annotation: Any) -> Parameter:
+    """An option that may be left out."""
+    return Parameter(name, Parameter.POSITIONAL_OR_KEYWORD, default=None, annotation=annotation)
+
+
+def read_all(typed: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that were typed, read as their annotations say."""
+    found = {}
+    for name, value in given.items():
+        if value is not None:
+            read = reader(typed[name])
+            found[name] = value if read is None else read.value(value)
+    return found
+
+
+def generated(kind: type, heading: str) -> dict[str, Any]:
+    """The fields of a dataclass as options that may be left out, with the help of its docstring.
+
+    Args:
+        heading: what the help of each begins with.
+    """
+    hints, help_of = get_type_hints(kind), attributes(kind.__doc__ or "")
+    found: dict[str, Any] = {}
+    for field in fields(kind):
+        text = f"{heading}: {help_of.get(field.name, '')} Default: {spoken(field.default)}."
+        option = typer.Option("--" + field.name.replace("_", "-"), help=text)
+        if get_origin(hints[field.name]) is tuple:
+            found[field.name] = Annotated[str | None, option, Read(options.numbers_tuple)]
+        else:
+            found[field.name] = Annotated[hints[field.name] | None, option]
+    return found
+
+
+def attributes(docstring: str) -> dict[str, str]:
+    """What the section `Attributes` of a docstring says of each, as one line."""
+    section = docstring.partition("Attributes:\n")[2]
+    return {name: " ".join(text.split()) for name, text in re.findall(r"(?ms)^ {8}(\w+): (.*?)(?=^ {8}\w|\Z)", section)}
+
+
+def spoken(value: Any) -> str:
+    """A default as it is typed."""
+    return ",".join(f"{one:g}" for one in value) if isinstance(value, tuple) else f"{value:g}"
+
+
+def fields_of(kind: type, default: Any = None) -> list[Parameter]:
     """The fields of a group as parameters of a command, those of its groups among them."""
     typed: Mapping[str, Any] = OPTIONS[kind]
     found: list[Parameter] = []
     for name, annotation in typed.items():
         value = default_of(kind, default, name)
         if annotation in OPTIONS:
-            found += fields_of(annotation, value)
+            found += fields_of(annotation, None if value is Parameter.empty else value)
             continue
         read = reader(annotation)
         if read is not None and value is not Parameter.empty:
@@ -110,20 +169,21 @@ def made(kind: type, default: Any, typed: Mapping[str, Any]) -> Any:
     """The object of a group, with the fields that were typed."""
     chosen: dict[str, Any] = {}
     for name, annotation in OPTIONS[kind].items():
+        usual = default_of(kind, default, name)
         if annotation in OPTIONS:
-            chosen[name] = made(annotation, default_of(kind, default, name), typed)
+            inner = None if usual is Parameter.empty else usual
+            chosen[name] = made(annotation, inner, typed)
         elif name in typed:
             read, value = reader(annotation), typed[name]
-            usual = default_of(kind, default, name)
             if read is not None:
                 value = usual if value == read.shown and usual is not Parameter.empty else read.value(value)
             chosen[name] = value
-    return kind(**chosen) if default is Parameter.empty else replace(default, **chosen)
+    return kind(**chosen) if default is None else replace(default, **chosen)
 
 
 def default_of(kind: type, default: Any, name: str) -> Any:
     """What a field of a group is where nothing is typed; `Parameter.empty` where it must be."""
-    if default is not Parameter.empty:
+    if default is not None:
         return getattr(default, name)
     (field,) = (one for one in fields(kind) if one.name == name)
     if field.default_factory is not MISSING:

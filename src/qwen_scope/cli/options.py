@@ -119,6 +119,16 @@ def names_tuple(text: str | None) -> tuple[str, ...]:
     return tuple(text.split(",")) if text else ()
 
 
+def numbers_tuple(text: str) -> tuple[float, ...]:
+    """`0.25,0.5,1` as numbers.
+
+    Raises:
+        InputError: anything else.
+    """
+    with foreign(f"{brief(text)} is no list of numbers, such as 0.25,0.5,1", InputError):
+        return tuple(float(part) for part in text.split(","))
+
+
 def parse_layers(text: str | None) -> list[int] | None:
     """`0,2-5` as a list of layers, `layer3` and `layers.3.resid_post` too; None and `all` mean all.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -13,7 +14,7 @@ from qwen_scope.text import CorpusOptions
 from qwen_scope.train import EvalRun, TrainConfig, TrainRun
 
 from . import options, output, whose
-from .groups import OPTIONS, Read, grouped
+from .groups import OPTIONS, Read, generated, grouped
 
 if TYPE_CHECKING:
     from qwen_scope.train import EvalResult, StepReport
@@ -98,16 +99,29 @@ OPTIONS[EvalRun] = {
 }
 
 
-@grouped
-def train(run: TrainRun, as_json: options.Json = False) -> None:
+def own_options() -> dict[str, Any]:
+    """The options that single architectures have, from their dataclasses."""
+    from qwen_scope.train import ARCHITECTURES
+
+    return {
+        name: option
+        for architecture, kind in ARCHITECTURES.items()
+        for name, option in generated(kind, architecture).items()
+    }
+
+
+@partial(grouped, late=own_options)
+def train(run: TrainRun, more: Mapping[str, Any], as_json: options.Json = False) -> None:
     """Train SAEs on a model's residuals.
 
     Writes the official layout with a card, metrics and plots; the next `--sae OUT/GROUP` just works.
     """
-    from qwen_scope.train import run_train
+    from qwen_scope.train import architecture, run_train
 
     options.quiet()
     whose.say_whose()
+    kind = architecture(str(run.train.architecture), **more)
+    run = replace(run, train=replace(run.train, architecture=kind))
     with output.progress() as report:
         result = run_train(
             seeded(run, run.train.seed),

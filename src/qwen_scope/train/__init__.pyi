@@ -1,4 +1,10 @@
 from .architectures import ARCHITECTURES as ARCHITECTURES
+from .architectures import Architecture as Architecture
+from .architectures import architecture as architecture
+from .architectures.batchtopk import BatchTopKTraining as BatchTopKTraining
+from .architectures.jumprelu import JumpReLUTraining as JumpReLUTraining
+from .architectures.matryoshka import MatryoshkaTraining as MatryoshkaTraining
+from .architectures.topk import TopKTraining as TopKTraining
 from .buffer import ResidualBuffer as ResidualBuffer
 from .card import write_card as write_card
 from .checkpoint import Checkpoints as Checkpoints

@@ -12,7 +12,7 @@ import re
 import shutil
 import warnings
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -184,7 +184,7 @@ def write_manifest(state: RunState, config: TrainConfig, place: Path, ranks: Ran
         "format": FORMAT,
         "step": state.step,
         "seconds": state.seconds,
-        "config": plain(config),
+        "config": config.to_json(),
         "counted": state.counted.to_json(),
         "mode": ranks.mode,
         "world": ranks.world,
@@ -277,7 +277,7 @@ def check_same_run(
     manifest: Mapping[str, Any], config: TrainConfig, counted: Counted, ranks: Ranks, place: Path
 ) -> None:
     """Raise MismatchError unless the checkpoint was written by a run like this one, naming what differs."""
-    mine, theirs = plain(config), manifest["config"]
+    mine, theirs = config.to_json(), manifest["config"]
     differ = [
         f"{name} {theirs.get(name)!r} there and {mine.get(name)!r} here"
         for name in sorted({*mine, *theirs})
@@ -361,11 +361,6 @@ def under(tensors: Mapping[str, Tensor], prefix: str, separator: str = "/") -> d
     """The entries whose name starts with a prefix, without it."""
     start = prefix + separator
     return {key.removeprefix(start): tensor for key, tensor in tensors.items() if key.startswith(start)}
-
-
-def plain(config: TrainConfig) -> dict[str, Any]:
-    """The config as JSON gives it back."""
-    return json.loads(json.dumps(asdict(config)))
 
 
 def fsync(path: Path) -> None:

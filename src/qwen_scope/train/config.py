@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any
 
-from qwen_scope.errors import InputError, NotFoundError, check_count, nearest
+from qwen_scope.errors import InputError, check_count
+
+from .shape import RunShape
+
+if TYPE_CHECKING:
+    from .architectures import Architecture
 
 # A window of fewer steps without firing says nothing about a feature.
 DEAD_STEPS = 10
@@ -24,7 +31,8 @@ class TrainConfig:
         d_sae: the number of features.
         k: features active per token. BatchTopK keeps it on average over a batch; JumpReLU aims at it.
         tokens: training tokens per layer; the run has `tokens // batch` steps.
-        architecture: `topk` (the released kind), `batchtopk`, `matryoshka` or `jumprelu`.
+        architecture: `topk` (the released kind), `batchtopk`, `matryoshka` or `jumprelu`; or an object such as
+            `JumpReLUTraining(bandwidth=0.2)`, which holds the options of its kind.
         batch: tokens per step.
         lr: peak learning rate; None means `2e-4 / sqrt(d_sae / 2**14)` (Gao et al. 2024, as sparsify uses it) for a run
             of `LONG_RUN` steps or more; a shorter one multiplies it by `sqrt(LONG_RUN / steps)`, up to ten times.
@@ -40,10 +48,6 @@ class TrainConfig:
         pre_bias: encode `x - b_dec` in training; folded into `b_enc` on export. Without it, features whose direction
             points away from the mean residual start dead and AuxK, which sees them through a ReLU, can't reach them.
         scale_input: divide residuals by a constant so that their mean squared norm is d_model; folded on export.
-        prefixes: shares of the dictionary that must reconstruct on their own (Matryoshka only).
-        l0_weight: weight of `(L0 / k - 1)**2` (JumpReLU only).
-        bandwidth: width of the band around a threshold in which it gets gradient, in units of the scaled
-            residual (JumpReLU only).
         seed: of the initial weights and, with the layer's name, of each layer.
 
     Raises:
@@ -54,7 +58,7 @@ class TrainConfig:
     d_sae: int
     k: int
     tokens: int
-    architecture: str = "topk"
+    architecture: str | Architecture = "topk"
     batch: int = 4096
     lr: float | None = None
     warmup: int | None = None
@@ -67,21 +71,15 @@ class TrainConfig:
     dead_tokens: int | None = None
     pre_bias: bool = True
     scale_input: bool = True
-    prefixes: tuple[float, ...] | None = None
-    l0_weight: float | None = None
-    bandwidth: float | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
-        from .architectures import ARCHITECTURES
-
-        if self.architecture not in ARCHITECTURES:
-            raise NotFoundError(f"no architecture {self.architecture!r}; {nearest(self.architecture, ARCHITECTURES)}")
+        kind = self.kind
         for name in ("d_sae", "k", "tokens", "batch", "seed", "warmup", "k_aux", "dead_tokens"):
             if getattr(self, name) is not None:
                 check_count(name, getattr(self, name), ANY)
         check_count("seed", self.seed, 0, 2**32 - 1)
-        for name in ("decay", "aux_weight", "lr", "clip", "eps", "l0_weight", "bandwidth"):
+        for name in ("decay", "aux_weight", "lr", "clip", "eps"):
             if isinstance(getattr(self, name), bool):
                 raise InputError(f"{name} is a number, not {getattr(self, name)}")
         for name in ("d_sae", "k", "tokens", "batch"):
@@ -91,7 +89,7 @@ class TrainConfig:
             raise InputError(f"k is {self.k}, but the dictionary has only {self.d_sae} features")
         if self.tokens < self.batch:
             raise InputError(f"{self.tokens} tokens are fewer than one batch of {self.batch}; lower batch")
-        for name in ("lr", "clip", "eps", "l0_weight", "bandwidth"):
+        for name in ("lr", "clip", "eps"):
             value = getattr(self, name)
             if value is not None and not (value > 0 and math.isfinite(value)):
                 raise InputError(f"{name} must be a positive number, got {value}")
@@ -101,11 +99,24 @@ class TrainConfig:
             raise InputError(f"a warm-up of {self.warmup} steps does not fit a run of {self.steps}")
         if not 0 <= self.aux_weight < math.inf:
             raise InputError(f"aux_weight must not be negative, got {self.aux_weight}")
-        kind = ARCHITECTURES[self.architecture]
-        for name in sorted({option for other in ARCHITECTURES.values() for option in other.options} - kind.options):
-            if getattr(self, name) is not None:
-                raise InputError(f"{name} has no meaning for {self.architecture}; leave it out")
-        kind.check(self)
+        kind.check(self.shape)
+
+    @property
+    def kind(self) -> Architecture:
+        """The architecture with its options."""
+        from .architectures import architecture
+
+        return architecture(self.architecture) if isinstance(self.architecture, str) else self.architecture
+
+    @property
+    def shape(self) -> RunShape:
+        """What the architecture knows of the run."""
+        return RunShape(self.d_sae, self.k, self.steps)
+
+    def to_json(self) -> dict[str, Any]:
+        """As values of JSON: the architecture by its name, its options beside the rest."""
+        own = {field.name: getattr(self, field.name) for field in fields(self)}
+        return json.loads(json.dumps({**own, "architecture": self.kind.name, **vars(self.kind)}))
 
     @property
     def steps(self) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -16,7 +16,6 @@ from qwen_scope.sae import SAE
 from qwen_scope.text import Counted
 
 from . import checkpoint
-from .architectures import ARCHITECTURES
 from .checkpoint import Checkpoints, RunState
 from .config import TrainConfig
 from .parallel import Ranks
@@ -207,5 +206,5 @@ def where_diverged(what: str, state: RunState, residuals: Residuals, checkpoints
 
 def finish(config: TrainConfig, layer: Layer, group: str, ranks: Ranks, facts: Mapping[str, Any]) -> SAE:
     """The SAE of a trained layer."""
-    meta = {"training": asdict(config), "tokens": layer.tokens, "sinks_dropped": layer.dropped, **facts}
-    return ARCHITECTURES[config.architecture].export(exported(layer.weights, layer.name, group, meta, ranks), config)
+    meta = {"training": config.to_json(), "tokens": layer.tokens, "sinks_dropped": layer.dropped, **facts}
+    return config.kind.export(exported(layer.weights, layer.name, group, meta, ranks), config.shape)

@@ -238,7 +238,9 @@ def journals_of(run: TrainRun, ranks: Ranks) -> list[Callable[[StepReport], None
     if ranks.first and run.tensorboard:
         found.append(TensorBoardMetrics(run.out / "tensorboard", run.log_every))
     if ranks.first and run.wandb:
-        found.append(WandbMetrics({"project": run.wandb, "name": run.name, "config": asdict(run.train)}, run.log_every))
+        found.append(
+            WandbMetrics({"project": run.wandb, "name": run.name, "config": run.train.to_json()}, run.log_every)
+        )
     return found
 
 
@@ -281,7 +283,11 @@ def facts_of(run: TrainRun, loaded: LoadedModel, counted: Counted) -> dict[str, 
     """What a reader needs to repeat the run."""
     facts = json.loads(json.dumps(asdict(replace(run, group=run.name, counted=None)), default=str))
     facts["counted"] = counted.to_json()
-    facts["train"] |= {"lr": run.train.peak_lr, "warmup": run.train.warmup_steps, "dead_tokens": run.train.dead_window}
+    facts["train"] = run.train.to_json() | {
+        "lr": run.train.peak_lr,
+        "warmup": run.train.warmup_steps,
+        "dead_tokens": run.train.dead_window,
+    }
     versions = {"python": platform.python_version()}
     for package in ("qwen-scope", "torch", "transformers", "numpy"):
         with suppress(PackageNotFoundError):

@@ -13,11 +13,11 @@ from qwen_scope.sae import SAE
 from qwen_scope.text import Counted
 
 from . import losses
-from .architectures import ARCHITECTURES
 from .architectures.base import Batch
 from .config import TrainConfig
+from .initial import continued, fresh
 from .parallel import Ranks
-from .weights import Weights, continued, fresh
+from .weights import Weights
 
 
 class DivergedError(QwenScopeError):
@@ -70,17 +70,17 @@ def start(
     config: TrainConfig, name: str, x: Tensor, ranks: Ranks, sae: SAE | None = None, counted: Counted = EVERYTHING
 ) -> Layer:
     """A layer before its first step, from its first batch `(n, d_model)`, new or continuing a finished SAE."""
-    kind = ARCHITECTURES[config.architecture]
+    kind, shape = config.kind, config.shape
     ordinary = without_sinks(counted, name, ranks.all_rows(x))
     if sae is None:
         weights = fresh(config, name, ordinary, ranks)
         # Every rank has all rows here, so only slices of the dictionary are left to agree.
         slices = ranks if ranks.mode == "features" else Ranks()
-        weights.extra = kind.extra(config, weights, ordinary * weights.scale, slices)
+        weights.extra = kind.extra(shape, weights, ordinary * weights.scale, slices)
     else:
         kind.accept(sae)
         weights = continued(config, sae, ordinary, ranks)
-        weights.extra = kind.extra_of(config, weights, sae)
+        weights.extra = kind.extra_of(shape, weights, sae)
     silent = torch.zeros(weights.d_sae, dtype=torch.int64, device=x.device)
     return Layer(name, weights, adam(config, weights), silent)
 
@@ -107,7 +107,7 @@ def step(
     Raises:
         DivergedError: the residuals or the loss are not finite; the weights are as before.
     """
-    kind, w = ARCHITECTURES[config.architecture], layer.weights
+    kind, shape, w = config.kind, config.shape, layer.weights
     kept = without_sinks(counted, layer.name, rows.to(w.b_dec.device, torch.float32))
     counts = ranks.over_rows(torch.tensor([len(rows), len(kept)], device=kept.device))
     n = int(counts[1])
@@ -116,8 +116,8 @@ def step(
     if not batch.variance.isfinite():
         raise DivergedError(f"the residuals of {layer.name} hold NaN or infinity")
     with torch.no_grad():
-        values, active = kind.choose(config, w, x, ranks)
-    outcome = kind.forward(config, w, batch, losses.pre_acts_of(w, x, values, active, ranks), active)
+        values, active = kind.choose(shape, w, x, ranks)
+    outcome = kind.forward(shape, w, batch, losses.pre_acts_of(w, x, values, active, ranks), active)
     dead = dead_features(config, layer)
     n_dead = int(ranks.over_features(dead.sum()))
     aux = x.new_zeros(())
@@ -132,7 +132,7 @@ def step(
         raise DivergedError(f"the loss of {layer.name} is not a finite number")
     loss.backward()
     update(config, layer, lr, ranks)
-    kind.after(config, w, batch, outcome)
+    kind.after(shape, w, batch, outcome)
 
     fired = outcome.acts.detach() > 0
     count = torch.zeros_like(layer.silent)

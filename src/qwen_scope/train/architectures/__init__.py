@@ -1,18 +1,40 @@
 """The kinds of SAE that can be trained: one file and one line each."""
 
+from dataclasses import fields
+from typing import Any
+
+from qwen_scope.errors import InputError, NotFoundError, nearest
+
 from .base import Architecture
 from .batchtopk import BatchTopKTraining
 from .jumprelu import JumpReLUTraining
 from .matryoshka import MatryoshkaTraining
 from .topk import TopKTraining
 
-KINDS = (
-    TopKTraining(),
-    BatchTopKTraining(),
-    MatryoshkaTraining(),
-    JumpReLUTraining(),
+KINDS: tuple[type[Architecture], ...] = (
+    TopKTraining,
+    BatchTopKTraining,
+    MatryoshkaTraining,
+    JumpReLUTraining,
 )
 
-ARCHITECTURES: dict[str, Architecture] = {kind.name: kind for kind in KINDS}
+ARCHITECTURES: dict[str, type[Architecture]] = {kind.name: kind for kind in KINDS}
 
-__all__ = ["ARCHITECTURES", "Architecture"]
+
+def architecture(name: str, **options: Any) -> Architecture:
+    """The architecture of a name, with its own options.
+
+    Raises:
+        NotFoundError: no such architecture.   InputError: an option of another one, or a value that can't be.
+    """
+    if name not in ARCHITECTURES:
+        raise NotFoundError(f"no architecture {name!r}; {nearest(name, ARCHITECTURES)}")
+    kind: Any = ARCHITECTURES[name]
+    if foreign := sorted(set(options) - {field.name for field in fields(kind)}):
+        owners = [one.name for one in KINDS if foreign[0] in one.__dataclass_fields__]
+        of = f", only for {', '.join(owners)}" if owners else ""
+        raise InputError(f"{foreign[0]} has no meaning for {name}{of}; leave it out")
+    return kind(**options)
+
+
+__all__ = ["ARCHITECTURES", "Architecture", "architecture"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -12,11 +12,9 @@ from qwen_scope.errors import MismatchError
 from qwen_scope.sae import SAE
 
 from ..parallel import Ranks
+from ..shape import RunShape
 from ..sparse import Active
 from ..weights import Exported, Weights
-
-if TYPE_CHECKING:
-    from ..config import TrainConfig
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,42 +50,43 @@ class Outcome:
 
 
 class Architecture(ABC):
-    """A kind of SAE in training: which features are active, what is lost, and what is saved. Holds no state.
+    """A kind of SAE in training: which features are active, what is lost, and what is saved.
+
+    An implementation is a frozen dataclass whose fields are its options, each with a default and a line in the
+    docstring's `Attributes`; the command `train` offers them by these names. It changes nothing in itself.
 
     Attributes:
         name: how `TrainConfig.architecture` calls it.
-        options: the fields of `TrainConfig` that only some kinds have and this one uses.
         saved_as: the `architecture` of the SAE it becomes, which is also what it can be continued from.
     """
 
-    name: str
-    options: frozenset[str] = frozenset()
-    saved_as: str
+    name: ClassVar[str]
+    saved_as: ClassVar[str]
 
-    def check(self, config: TrainConfig) -> None:  # noqa: B027 - most kinds have nothing more to refuse
-        """Raise InputError where an option of this kind has a value that can't be."""
+    def check(self, shape: RunShape) -> None:  # noqa: B027 - most kinds have nothing more to refuse
+        """Raise InputError where a run of this shape can't be trained."""
 
-    def extra(self, config: TrainConfig, weights: Weights, x: Tensor, ranks: Ranks) -> dict[str, Tensor]:
+    def extra(self, shape: RunShape, weights: Weights, x: Tensor, ranks: Ranks) -> dict[str, Tensor]:
         """Tensors this kind adds, from the whole scaled first batch; those that require a gradient are trained."""
         return {}
 
-    def extra_of(self, config: TrainConfig, weights: Weights, sae: SAE) -> dict[str, Tensor]:
+    def extra_of(self, shape: RunShape, weights: Weights, sae: SAE) -> dict[str, Tensor]:
         """The same tensors, from the SAE that training continues."""
         return {}
 
     @abstractmethod
-    def choose(self, config: TrainConfig, weights: Weights, x: Tensor, ranks: Ranks) -> tuple[Tensor, Active]:
+    def choose(self, shape: RunShape, weights: Weights, x: Tensor, ranks: Ranks) -> tuple[Tensor, Active]:
         """The active entries of a batch and their pre-activations, without a gradient."""
 
     @abstractmethod
-    def forward(self, config: TrainConfig, weights: Weights, batch: Batch, pre: Tensor, active: Active) -> Outcome:
+    def forward(self, shape: RunShape, weights: Weights, batch: Batch, pre: Tensor, active: Active) -> Outcome:
         """Losses and reconstruction from the pre-activations of the active entries."""
 
-    def after(self, config: TrainConfig, weights: Weights, batch: Batch, outcome: Outcome) -> None:  # noqa: B027
+    def after(self, shape: RunShape, weights: Weights, batch: Batch, outcome: Outcome) -> None:  # noqa: B027
         """Whatever this kind keeps up to date after a step."""
 
     @abstractmethod
-    def export(self, weights: Exported, config: TrainConfig) -> SAE:
+    def export(self, weights: Exported, shape: RunShape) -> SAE:
         """The finished SAE."""
 
     def accept(self, sae: SAE) -> None:

@@ -6,7 +6,8 @@ smallest activation that was still chosen.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, final
+from dataclasses import dataclass
+from typing import ClassVar, final
 
 import torch
 from torch import Tensor
@@ -16,39 +17,38 @@ from qwen_scope.sae import SAE, JumpReLU
 from ..losses import fvu, reconstruct
 from ..parallel import Ranks
 from ..selection import best_of_batch
+from ..shape import RunShape
 from ..sparse import Active
 from ..weights import Exported, Weights
 from .base import Architecture, Batch, Outcome
-
-if TYPE_CHECKING:
-    from ..config import TrainConfig
 
 # The running mean looks back about a tenth of the run, and not further than a hundred steps.
 LONGEST_MEMORY = 100
 
 
 @final
+@dataclass(frozen=True)
 class BatchTopKTraining(Architecture):
-    name = "batchtopk"
-    saved_as = "jumprelu"
+    name: ClassVar[str] = "batchtopk"
+    saved_as: ClassVar[str] = "jumprelu"
 
-    def extra(self, config: TrainConfig, weights: Weights, x: Tensor, ranks: Ranks) -> dict[str, Tensor]:
+    def extra(self, shape: RunShape, weights: Weights, x: Tensor, ranks: Ranks) -> dict[str, Tensor]:
         return {"threshold": unknown_threshold(weights)}
 
-    def extra_of(self, config: TrainConfig, weights: Weights, sae: SAE) -> dict[str, Tensor]:
+    def extra_of(self, shape: RunShape, weights: Weights, sae: SAE) -> dict[str, Tensor]:
         return {"threshold": unknown_threshold(weights)}
 
-    def choose(self, config: TrainConfig, weights: Weights, x: Tensor, ranks: Ranks) -> tuple[Tensor, Active]:
-        return best_of_batch(x, weights.W_enc, weights.bias(), config.k, ranks)
+    def choose(self, shape: RunShape, weights: Weights, x: Tensor, ranks: Ranks) -> tuple[Tensor, Active]:
+        return best_of_batch(x, weights.W_enc, weights.bias(), shape.k, ranks)
 
-    def forward(self, config: TrainConfig, weights: Weights, batch: Batch, pre: Tensor, active: Active) -> Outcome:
+    def forward(self, shape: RunShape, weights: Weights, batch: Batch, pre: Tensor, active: Active) -> Outcome:
         x_hat = reconstruct(weights, pre, active, batch.ranks)
         return Outcome(fvu(batch.x, x_hat, batch.variance), x_hat, pre)
 
-    def after(self, config: TrainConfig, weights: Weights, batch: Batch, outcome: Outcome) -> None:
-        follow_threshold(config, weights, batch, outcome)
+    def after(self, shape: RunShape, weights: Weights, batch: Batch, outcome: Outcome) -> None:
+        follow_threshold(shape, weights, batch, outcome)
 
-    def export(self, weights: Exported, config: TrainConfig) -> JumpReLU:
+    def export(self, weights: Exported, shape: RunShape) -> JumpReLU:
         return with_one_threshold(weights)
 
 
@@ -63,11 +63,11 @@ def smallest_of(values: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def follow_threshold(config: TrainConfig, weights: Weights, batch: Batch, outcome: Outcome) -> None:
+def follow_threshold(shape: RunShape, weights: Weights, batch: Batch, outcome: Outcome) -> None:
     """Move the running threshold towards the smallest activation of this batch."""
     smallest = batch.ranks.least(smallest_of(outcome.acts))
     threshold = weights.extra["threshold"]
-    rate = 1 / max(1, min(LONGEST_MEMORY, config.steps // 10))
+    rate = 1 / max(1, min(LONGEST_MEMORY, shape.steps // 10))
     if smallest.isfinite():
         threshold.add_((smallest - threshold) * (rate if threshold >= 0 else 1.0))
 

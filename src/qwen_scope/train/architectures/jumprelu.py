@@ -7,66 +7,77 @@ straight-through estimators stand in: `da/dtheta = -theta / eps` and `dL0/dtheta
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, final
+from dataclasses import dataclass
+from typing import Any, ClassVar, final
 
 import torch
 from torch import Tensor
 
-from qwen_scope.errors import MismatchError
+from qwen_scope.errors import MismatchError, check_positive
 from qwen_scope.sae import SAE, JumpReLU
 
 from ..losses import fvu, reconstruct
 from ..parallel import Ranks
 from ..selection import above, best_of_batch
+from ..shape import RunShape
 from ..sparse import Active, sum_by_feature
 from ..weights import Exported, Weights
 from .base import Architecture, Batch, Outcome
 from .batchtopk import smallest_of
 
-if TYPE_CHECKING:
-    from ..config import TrainConfig
-
-BANDWIDTH = 0.1
-L0_WEIGHT = 0.1
 SMALLEST = 1e-6
 
 
 @final
+@dataclass(frozen=True)
 class JumpReLUTraining(Architecture):
-    name = "jumprelu"
-    options = frozenset({"bandwidth", "l0_weight"})
-    saved_as = "jumprelu"
+    """A trained threshold per feature.
+
+    Attributes:
+        bandwidth: width of the band around a threshold in which it gets gradient, in units of the scaled residual.
+        l0_weight: weight of `(L0 / k - 1)**2`.
+    """
+
+    name: ClassVar[str] = "jumprelu"
+    saved_as: ClassVar[str] = "jumprelu"
+
+    bandwidth: float = 0.1
+    l0_weight: float = 0.1
+
+    def __post_init__(self) -> None:
+        check_positive("bandwidth", self.bandwidth)
+        check_positive("l0_weight", self.l0_weight)
 
     @torch.no_grad()
-    def extra(self, config: TrainConfig, weights: Weights, x: Tensor, ranks: Ranks) -> dict[str, Tensor]:
-        values, _ = best_of_batch(x, weights.W_enc, weights.bias(), config.k, ranks)
+    def extra(self, shape: RunShape, weights: Weights, x: Tensor, ranks: Ranks) -> dict[str, Tensor]:
+        values, _ = best_of_batch(x, weights.W_enc, weights.bias(), shape.k, ranks)
         start = ranks.least(smallest_of(values)).clamp(min=SMALLEST).log()
         return {"log_threshold": start.expand(weights.d_sae).clone().requires_grad_()}
 
-    def extra_of(self, config: TrainConfig, weights: Weights, sae: SAE) -> dict[str, Tensor]:
+    def extra_of(self, shape: RunShape, weights: Weights, sae: SAE) -> dict[str, Tensor]:
         if not isinstance(sae, JumpReLU):
             raise MismatchError(f"{sae.identity} has no thresholds to continue from")
         held = sae.threshold[weights.first : weights.first + weights.d_sae].to(weights.b_enc.device, torch.float32)
         return {"log_threshold": (held * weights.scale).clamp(min=SMALLEST).log().requires_grad_()}
 
-    def choose(self, config: TrainConfig, weights: Weights, x: Tensor, ranks: Ranks) -> tuple[Tensor, Active]:
-        lowest = weights.extra["log_threshold"].exp() - (config.bandwidth or BANDWIDTH) / 2
+    def choose(self, shape: RunShape, weights: Weights, x: Tensor, ranks: Ranks) -> tuple[Tensor, Active]:
+        lowest = weights.extra["log_threshold"].exp() - (self.bandwidth) / 2
         return above(x, weights.W_enc, weights.bias(), lowest)
 
-    def forward(self, config: TrainConfig, weights: Weights, batch: Batch, pre: Tensor, active: Active) -> Outcome:
-        acts, fired = Jump.apply(pre, active, weights.extra["log_threshold"].exp(), config.bandwidth or BANDWIDTH)
+    def forward(self, shape: RunShape, weights: Weights, batch: Batch, pre: Tensor, active: Active) -> Outcome:
+        acts, fired = Jump.apply(pre, active, weights.extra["log_threshold"].exp(), self.bandwidth)
         x_hat = reconstruct(weights, acts, active, batch.ranks)
         here = fired.sum() / batch.n
         # The other ranks' share of L0 is a constant here: their own backward carries its gradient.
         l0 = here + (batch.ranks.over_both(here.detach()) - here.detach())
-        penalty = (config.l0_weight or L0_WEIGHT) * (l0 / config.k - 1).square()
+        penalty = self.l0_weight * (l0 / shape.k - 1).square()
         loss = fvu(batch.x, x_hat, batch.variance)
         if batch.ranks.mode == "data":
             # Every rank has the whole penalty's gradient for its own rows; its value must be counted once.
             penalty = penalty - penalty.detach() * (1 - 1 / batch.ranks.world)
         return Outcome(loss + penalty, x_hat, acts)
 
-    def export(self, weights: Exported, config: TrainConfig) -> JumpReLU:
+    def export(self, weights: Exported, shape: RunShape) -> JumpReLU:
         return weights.as_jumprelu(weights.extra["log_threshold"].exp() / weights.scale)
 
 

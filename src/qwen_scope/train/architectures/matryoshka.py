@@ -7,7 +7,8 @@ features gather at low indices. AuxK works on the error of the whole dictionary.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, final
+from dataclasses import dataclass
+from typing import ClassVar, final
 
 import torch
 from torch import Tensor
@@ -18,41 +19,47 @@ from qwen_scope.sae import SAE, JumpReLU
 from ..losses import fvu
 from ..parallel import Ranks, SumOfSlices
 from ..selection import best_of_batch
+from ..shape import RunShape
 from ..sparse import Active, Decode
 from ..weights import Exported, Weights
 from .base import Architecture, Batch, Outcome
 from .batchtopk import follow_threshold, unknown_threshold, with_one_threshold
-
-if TYPE_CHECKING:
-    from ..config import TrainConfig
 
 # The shares used in the paper's experiments, each twice the one before.
 PREFIXES = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)
 
 
 @final
+@dataclass(frozen=True)
 class MatryoshkaTraining(Architecture):
-    name = "matryoshka"
-    options = frozenset({"prefixes"})
-    saved_as = "jumprelu"
+    """BatchTopK with nested dictionaries.
 
-    def check(self, config: TrainConfig) -> None:
-        shares = config.prefixes or PREFIXES
+    Attributes:
+        prefixes: shares of the dictionary that must each reconstruct on their own, rising to 1.
+    """
+
+    name: ClassVar[str] = "matryoshka"
+    saved_as: ClassVar[str] = "jumprelu"
+
+    prefixes: tuple[float, ...] = PREFIXES
+
+    def __post_init__(self) -> None:
+        shares = self.prefixes
         rising = all(a < b for a, b in zip((0.0, *shares), shares, strict=False))
-        if not rising or not math.isclose(shares[-1], 1.0):
+        if not shares or not rising or not math.isclose(shares[-1], 1.0):
             raise InputError(f"prefixes are rising shares of the dictionary that end with 1, got {shares}")
 
-    def extra(self, config: TrainConfig, weights: Weights, x: Tensor, ranks: Ranks) -> dict[str, Tensor]:
+    def extra(self, shape: RunShape, weights: Weights, x: Tensor, ranks: Ranks) -> dict[str, Tensor]:
         return {"threshold": unknown_threshold(weights)}
 
-    def extra_of(self, config: TrainConfig, weights: Weights, sae: SAE) -> dict[str, Tensor]:
+    def extra_of(self, shape: RunShape, weights: Weights, sae: SAE) -> dict[str, Tensor]:
         return {"threshold": unknown_threshold(weights)}
 
-    def choose(self, config: TrainConfig, weights: Weights, x: Tensor, ranks: Ranks) -> tuple[Tensor, Active]:
-        return best_of_batch(x, weights.W_enc, weights.bias(), config.k, ranks)
+    def choose(self, shape: RunShape, weights: Weights, x: Tensor, ranks: Ranks) -> tuple[Tensor, Active]:
+        return best_of_batch(x, weights.W_enc, weights.bias(), shape.k, ranks)
 
-    def forward(self, config: TrainConfig, weights: Weights, batch: Batch, pre: Tensor, active: Active) -> Outcome:
-        ends = [round(share * config.d_sae) for share in config.prefixes or PREFIXES]
+    def forward(self, shape: RunShape, weights: Weights, batch: Batch, pre: Tensor, active: Active) -> Outcome:
+        ends = [round(share * shape.d_sae) for share in self.prefixes]
         index = active.features + weights.first
         x_hat, losses, start = weights.b_dec.expand_as(batch.x), [], 0
         for end in ends:
@@ -64,8 +71,8 @@ class MatryoshkaTraining(Architecture):
             start = end
         return Outcome(torch.stack(losses).mean(), x_hat, pre)
 
-    def after(self, config: TrainConfig, weights: Weights, batch: Batch, outcome: Outcome) -> None:
-        follow_threshold(config, weights, batch, outcome)
+    def after(self, shape: RunShape, weights: Weights, batch: Batch, outcome: Outcome) -> None:
+        follow_threshold(shape, weights, batch, outcome)
 
-    def export(self, weights: Exported, config: TrainConfig) -> JumpReLU:
+    def export(self, weights: Exported, shape: RunShape) -> JumpReLU:
         return with_one_threshold(weights)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, final
+from dataclasses import dataclass
+from typing import ClassVar, final
 
 from torch import Tensor
 
@@ -11,31 +12,30 @@ from qwen_scope.sae import TopK
 from ..losses import fvu, reconstruct
 from ..parallel import Ranks
 from ..selection import best_of
+from ..shape import RunShape
 from ..sparse import Active
 from ..weights import Exported, Weights
 from .base import Architecture, Batch, Outcome
 
-if TYPE_CHECKING:
-    from ..config import TrainConfig
-
 
 @final
+@dataclass(frozen=True)
 class TopKTraining(Architecture):
-    name = "topk"
-    saved_as = "topk"
+    name: ClassVar[str] = "topk"
+    saved_as: ClassVar[str] = "topk"
 
-    def choose(self, config: TrainConfig, weights: Weights, x: Tensor, ranks: Ranks) -> tuple[Tensor, Active]:
-        return best_of(x, weights.W_enc, weights.bias(), config.k, ranks)
+    def choose(self, shape: RunShape, weights: Weights, x: Tensor, ranks: Ranks) -> tuple[Tensor, Active]:
+        return best_of(x, weights.W_enc, weights.bias(), shape.k, ranks)
 
-    def forward(self, config: TrainConfig, weights: Weights, batch: Batch, pre: Tensor, active: Active) -> Outcome:
+    def forward(self, shape: RunShape, weights: Weights, batch: Batch, pre: Tensor, active: Active) -> Outcome:
         acts = pre * (pre > 0)
         x_hat = reconstruct(weights, acts, active, batch.ranks)
         return Outcome(fvu(batch.x, x_hat, batch.variance), x_hat, acts)
 
-    def export(self, weights: Exported, config: TrainConfig) -> TopK:
+    def export(self, weights: Exported, shape: RunShape) -> TopK:
         return TopK(
             **weights.tensors,
-            k=config.k,
+            k=shape.k,
             hook_point=weights.hook_point,
             identity=weights.identity,
             meta=weights.meta,
