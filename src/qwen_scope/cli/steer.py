@@ -20,7 +20,12 @@ Layer = Annotated[int | None, typer.Option("--layer", help="The layer of the fea
 Feature = Annotated[int | None, typer.Option("--feature", help="The feature's index.")]
 Op = Annotated[str, typer.Option("--op", help="add, scale, clamp, floor, cap or ablate.")]
 Unit = Annotated[str, typer.Option("--unit", help="raw, resid_norm (lengths of the layer's residual) or max_act.")]
-Where = Annotated[str, typer.Option("--where", help="all, prompt, generated, positions such as 0,2,5-8, or several.")]
+Where = Annotated[
+    str,
+    typer.Option(
+        "--where", help="all, prompt, generated, positions (0,2,5-8), phases (thinking, prompt:user), or several."
+    ),
+]
 RecipeFile = Annotated[Path | None, typer.Option("--recipe", help="Apply a saved recipe (.json or .yaml) instead.")]
 NewTokens = Annotated[int, typer.Option("--max-new-tokens", help="The most tokens to generate.")]
 Sample = Annotated[bool, typer.Option("--sample", help="Draw tokens instead of taking the likeliest.")]

@@ -107,8 +107,9 @@ def preview(
     n = tokens.lengths[0]
     positions, lengths = torch.arange(n)[None], torch.tensor([[n]])
     touched = torch.zeros(1, n, dtype=torch.bool)
+    phases = torch.from_numpy(tokens.phases(0)[1])[None] if any(one.by_phase for one in where) else None
     for one in where:
-        touched |= one.mask(positions, lengths)
+        touched |= one.mask(positions, lengths, phases)
     return tokens.strings[0], touched[0].tolist(), where
 
 

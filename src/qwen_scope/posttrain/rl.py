@@ -239,8 +239,8 @@ def rollouts_of(run: RLRun, loaded: LoadedModel, recipe: Recipe | None) -> Steer
             " about it: find others, or another amount, or train all the same with --unchecked"
         )
     interventions = list(recipe.interventions)
-    if any(one.needs_stats or one.op != "add" or one.feature is None for one in interventions):
-        raise InputError("a recipe for rollouts adds features, in raw units; resolve its amounts first")
+    if any(one.needs_stats or one.op != "add" or one.feature is None or one.where.by_phase for one in interventions):
+        raise InputError("a recipe for rollouts adds features, not at phases and in raw units; resolve its amounts")
     if run.method == "random":
         layers = {one.layer for one in interventions}
         stats = {layer: calibrate(loaded.model, loaded.tokenizer, layer, saes[layer]) for layer in layers}

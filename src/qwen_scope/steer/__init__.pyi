@@ -19,6 +19,8 @@ from .measure import next_token_kl as next_token_kl
 from .measure import perplexity as perplexity
 from .measure import repetition as repetition
 from .measure import rows_of as rows_of
+from .phases import PromptPhases as PromptPhases
+from .phases import RowPhases as RowPhases
 from .recipe import Recipe as Recipe
 from .recipe import load_recipe as load_recipe
 from .recipe import signature as signature

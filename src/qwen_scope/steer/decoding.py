@@ -120,7 +120,7 @@ class Choose(LogitsProcessor):
         uniforms: np.ndarray | None,
         observe: Observe | None,
         candidates: int,
-        on_step: Callable[[Tensor], None] | None,
+        on_step: Sequence[Callable[[Tensor], None]],
     ) -> None:
         self.uniforms, self.observe, self.candidates, self.on_step = uniforms, observe, candidates, on_step
         self.seen = Watched()
@@ -142,8 +142,8 @@ class Choose(LogitsProcessor):
             if self.candidates:
                 best = raw.topk(min(self.candidates, raw.shape[-1]), dim=-1)
                 self.seen.top.append((best.indices, best.values - total))
-        if self.on_step is not None:
-            self.on_step(chosen)
+        for told in self.on_step:
+            told(chosen)
         return scores
 
 
@@ -159,13 +159,14 @@ def processors(
     rows: Sequence[int],
     *,
     candidates: int | None,
-    on_step: Callable[[Tensor], None] | None = None,
+    on_step: Sequence[Callable[[Tensor], None]] = (),
 ) -> tuple[LogitsProcessorList, Choose]:
     """The chain for one batch of a filled `Decoding`, and its last link, which holds what was seen.
 
     Args:
         rows: the place of each row in the whole list of prompts.
-        candidates: how many likeliest tokens to keep; None keeps no probabilities at all.
+        candidates: how many of the most probable tokens to keep; None keeps no probabilities at all.
+        on_step: called with the chosen token of every row, `(rows,)`, after each step.
     """
     chain: list[Any] = [CheckFinite()]
     observe = Observe() if candidates is not None else None

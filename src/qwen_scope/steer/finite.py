@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from qwen_scope.errors import InputError
 from qwen_scope.model import HookPoint, decoder, input_device, n_layers, reading
 
 from .intervention import Intervention
+from .phases import RowPhases
 from .steering import SAEsByLayer, StatsByLayer, steering
 
 
@@ -43,13 +43,22 @@ def explained(
     interventions: Sequence[Intervention] = (),
     saes: SAEsByLayer | None = None,
     stats: StatsByLayer | None = None,
+    *,
+    prompt_length: int | None = None,
+    phases: RowPhases | None = None,
 ) -> InputError:
-    """The error for one row of tokens, without padding, whose scores are not finite; it names the first bad layer."""
+    """The error for one row of tokens, without padding, whose scores are not finite; it names the first bad layer.
+
+    Args:
+        prompt_length, phases: of this row, as in `steering`.
+    """
     row = torch.as_tensor(ids, dtype=torch.long)[None].to(input_device(model))
     dtype = str(getattr(model, "dtype", "")).removeprefix("torch.")
     layer = first_bad_layer(model, row)
     if layer is None and interventions:
-        layer = first_bad_layer(model, row, interventions, saes, stats)
+        lengths = None if prompt_length is None else [prompt_length]
+        with steering(model, interventions, saes, stats, prompt_lengths=lengths, phases=phases):
+            layer = first_bad_layer(model, row)
         at = ", ".join(str(point) for point in sorted({one.hook_point for one in interventions}))
         return InputError(
             f"what is changed at {at} makes the model's numbers overflow {dtype}"
@@ -64,13 +73,7 @@ def explained(
 
 
 @torch.no_grad()
-def first_bad_layer(
-    model: nn.Module,
-    row: Tensor,
-    interventions: Sequence[Intervention] = (),
-    saes: SAEsByLayer | None = None,
-    stats: StatsByLayer | None = None,
-) -> int | None:
+def first_bad_layer(model: nn.Module, row: Tensor) -> int | None:
     """The first layer after which the residual of `row (1, seq)` is not finite, or None."""
     bad: list[int] = []
 
@@ -79,9 +82,6 @@ def first_bad_layer(
             bad.append(point.layer)
 
     body: Any = decoder(model)
-    with (
-        steering(model, interventions, saes, stats) if interventions else nullcontext(),
-        reading(model, [HookPoint(layer) for layer in range(n_layers(model))], look),
-    ):
+    with reading(model, [HookPoint(layer) for layer in range(n_layers(model))], look):
         body(input_ids=row, use_cache=False)
     return min(bad, default=None)

@@ -12,12 +12,13 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from qwen_scope.errors import FormatError, InputError, check_count
 from qwen_scope.model import context_length, input_device
-from qwen_scope.text import Tokens, tokenize
+from qwen_scope.text import Chat, Message, Tokens, tokenize
 
 from .decoding import Decoding, Watched, processors
 from .detokenize import Pieces, shown
 from .finite import NotFinite, explained
 from .intervention import Intervention
+from .phases import PromptPhases
 from .steering import SAEsByLayer, StatsByLayer, resolve, steering
 
 # Tokens of one batch, padding and what is to be generated included.
@@ -44,7 +45,7 @@ class GeneratedToken:
         text: what it shows; a character split over several tokens shows at the first, so the texts join to the whole.
         probability: what the model (steered, if it was) gave it, before temperature, top-k, top-p and penalty; None
             where no probabilities were asked for.
-        candidates: the likeliest tokens under the same distribution, likeliest first.
+        candidates: the most probable tokens under the same distribution, in descending order.
     """
 
     token_id: int
@@ -83,18 +84,18 @@ class Sides:
 def generate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[str],
+    prompts: Sequence[str | Sequence[Message]],
     interventions: Sequence[Intervention] = (),
     *,
     saes: SAEsByLayer | None = None,
     stats: StatsByLayer | None = None,
     decoding: Decoding | None = None,
-    chat: str | None = None,
+    chat: Chat | None = None,
     candidates: int | None = None,
     on_text: OnText | None = None,
     batch_tokens: int = BATCH_TOKENS,
 ) -> list[Generation]:
-    """Continue every prompt under the interventions; with none, unsteered.
+    """Continue every prompt (a text, or messages with `chat`) under the interventions; with none, unsteered.
 
     An `add` at all tokens is the rule of the official demo at its defaults: `h + strength * W_dec[:, feature]` at
     every prompt position and at every generated token.
@@ -102,14 +103,15 @@ def generate(
     Args:
         saes, stats: the SAE and the statistics of a layer, asked for only where an intervention needs them.
         decoding: by default greedy, 100 tokens.
-        chat: wrap each prompt as a user's message: `default`, `thinking` or `non_thinking`.
-        candidates: keep each token's probability and so many likeliest tokens; None keeps neither.
+        chat: render each prompt with the chat template, a text as a user's message.
+        candidates: keep each token's probability and this number of most probable tokens; None keeps neither.
         on_text: called with the number of a prompt and the next piece of its continuation while it grows.
         batch_tokens: how many tokens run together.
 
     Raises:
         InputError: no prompt, an empty one, one that does not fit the context with what is to be generated, a position
-            past the end, whatever `steering` refuses, or a model that gives NaN or infinity.
+            past the end, a phase that no token can have or that the chat template does not mark, whatever `steering`
+            refuses, or a model that gives NaN or infinity.
         NotFoundError, MismatchError: as in `steering`.
     """
     decoding = (decoding or Decoding()).filled(model)
@@ -119,18 +121,21 @@ def generate(
     tokens = tokenize(tokenizer, prompts, max_length=None, chat=chat, padding_side="left")
     check_lengths(tokens.lengths, decoding.max_new_tokens, context_length(model))
     check_reach(interventions, tokens.lengths, decoding.max_new_tokens)
+    phases = phases_for(interventions, tokenizer, tokens, chat)
     config = generation_config(model, tokenizer, decoding)
     out: dict[int, Generation] = {}
     run: Any = model  # its `generate` comes from a mixin that the type does not show
     for rows in batches(tokens.lengths, decoding.max_new_tokens, batch_tokens):
         pieces = [Pieces(tokenizer) for _ in rows]
+        growing = None if phases is None else phases.growing(rows, decoding.max_new_tokens)
         tell = None if on_text is None else _teller(rows, pieces, _eos(config), on_text)
-        chain, choose = processors(decoding, rows, candidates=candidates, on_step=tell)
+        told = [one for one in (tell, growing and growing.feed) if one is not None]
+        chain, choose = processors(decoding, rows, candidates=candidates, on_step=told)
         seq = max(tokens.lengths[i] for i in rows)
         place = input_device(model)
         lengths = [tokens.lengths[i] for i in rows]
         try:
-            with steering(model, interventions, saes, stats, prompt_lengths=lengths):
+            with steering(model, interventions, saes, stats, prompt_lengths=lengths, phases=growing):
                 run.generate(
                     tokens.input_ids[rows, -seq:].to(place),
                     attention_mask=tokens.attention_mask[rows, -seq:].to(place),
@@ -138,8 +143,16 @@ def generate(
                     logits_processor=chain,
                 )
         except NotFinite as found:
-            ids = found.ids[seq - lengths[found.row] :]
-            raise explained(model, ids, interventions, saes, stats) from None
+            here, length = found.row, lengths[found.row]
+            raise explained(
+                model,
+                found.ids[seq - length :],
+                interventions,
+                saes,
+                stats,
+                prompt_length=length,
+                phases=growing and growing.row(here),
+            ) from None
         if on_text is not None:
             for i, row in enumerate(rows):
                 if rest := pieces[i].rest():
@@ -151,13 +164,13 @@ def generate(
 def side_by_side(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[str],
+    prompts: Sequence[str | Sequence[Message]],
     interventions: Sequence[Intervention],
     *,
     saes: SAEsByLayer | None = None,
     stats: StatsByLayer | None = None,
     decoding: Decoding | None = None,
-    chat: str | None = None,
+    chat: Chat | None = None,
     candidates: int = 10,
 ) -> list[Sides]:
     """Every prompt steered and unsteered, with equal draws, probabilities and candidates; raises as `generate`."""
@@ -176,6 +189,23 @@ def side_by_side(
         for chosen in (interventions, ())
     )
     return [Sides(a, b) for a, b in zip(steered, plain, strict=True)]
+
+
+def phases_for(
+    interventions: Sequence[Intervention], tokenizer: PreTrainedTokenizerBase, tokens: Tokens, chat: Chat | None
+) -> PromptPhases | None:
+    """The phases of these prompts where an intervention asks for them, else None.
+
+    Raises:
+        InputError: a phase that no token can have, or that the chat template does not mark.
+    """
+    asked = [one.where for one in interventions if one.where.by_phase]
+    if not asked:
+        return None
+    phases = PromptPhases(tokenizer, tokens, chat)
+    for where in asked:
+        phases.check(where)
+    return phases
 
 
 def check_lengths(lengths: Sequence[int], new: int, context: int | None) -> None:
@@ -201,7 +231,7 @@ def check_reach(interventions: Sequence[Intervention], lengths: Sequence[int], n
 def generation_config(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, decoding: Decoding
 ) -> GenerationConfig:
-    """What `generate` is told: nothing of how tokens are chosen, which is the processors' affair.
+    """What `generate` is told: no sampling, because our logits processors choose the tokens.
 
     Raises:
         FormatError: the model's own config ends a text at something that is no token.

@@ -92,7 +92,7 @@ class Intervention:
             raise InputError(f"{self.op} has no unit {self.unit!r}: its amount is a share; leave the unit 'raw'")
         if self.unit == "max_act" and self.feature is None:
             raise InputError("a plain direction has no largest activation; use the unit 'raw' or 'resid_norm'")
-        if not self.where.prompt and not self.where.generated and not self.where.spans:
+        if self.where.nowhere:
             raise InputError("the intervention touches no token; say where, such as 'all'")
 
     @classmethod

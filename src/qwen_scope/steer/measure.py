@@ -18,6 +18,7 @@ from qwen_scope.text import padded
 from .finite import explained
 from .generate import Generation
 from .intervention import Intervention
+from .phases import TEXT, PromptPhases, RowPhases
 from .steering import SAEsByLayer, StatsByLayer, steering
 
 # Logits held at once.
@@ -30,21 +31,32 @@ class Row:
 
     Attributes:
         ids: the whole sequence.
-        start: the first token that counts; at least 1.
+        start: the first token that counts; at least 1. In steering, the prompt ends before it.
+        phases: the phase of every token, an index into `PHASES`; None: a plain text, whose tokens are all `text`.
     """
 
     ids: tuple[int, ...]
     start: int = 1
+    phases: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         if not 1 <= self.start <= len(self.ids):
             raise InputError(f"scoring starts at token 1 to {len(self.ids)} of {len(self.ids)}, not at {self.start}")
 
 
-def rows_of(prompt_ids: Sequence[Sequence[int]], generations: Sequence[Generation]) -> list[Row]:
-    """The generations as rows whose continuation counts."""
-    pairs = zip(prompt_ids, generations, strict=True)
-    return [Row((*ids, *(t.token_id for t in one.tokens)), len(ids)) for ids, one in pairs]
+def rows_of(
+    prompt_ids: Sequence[Sequence[int]], generations: Sequence[Generation], phases: PromptPhases | None = None
+) -> list[Row]:
+    """The generations as rows whose continuation counts.
+
+    Args:
+        phases: of these prompts, where interventions at phases will run on the rows.
+    """
+    out = []
+    for i, (ids, one) in enumerate(zip(prompt_ids, generations, strict=True)):
+        made = [token.token_id for token in one.tokens]
+        out.append(Row((*ids, *made), len(ids), None if phases is None else phases.followed(i, made)))
+    return out
 
 
 def log_probabilities(
@@ -118,7 +130,9 @@ def _logits(
     stats: StatsByLayer | None,
 ) -> Tensor:
     place = input_device(model)
-    with steering(model, interventions, saes, stats, prompt_lengths=[rows[i].start for i in some]):
+    phases = RowPhases([rows[i].phases or [TEXT] * len(rows[i].ids) for i in some])
+    lengths = [rows[i].start for i in some]
+    with steering(model, interventions, saes, stats, prompt_lengths=lengths, phases=phases):
         out = model(
             input_ids=ids.to(place),
             attention_mask=mask.to(place),
@@ -128,5 +142,7 @@ def _logits(
     logits = out.logits.float()
     bad = (~logits.amax(-1).isfinite() & mask.bool().to(logits.device)).any(-1)
     if bad.any():
-        raise explained(model, rows[some[int(bad.nonzero()[0])]].ids, interventions, saes, stats)
+        i = int(bad.nonzero()[0])
+        row = rows[some[i]]
+        raise explained(model, row.ids, interventions, saes, stats, prompt_length=row.start, phases=phases.row(i))
     return logits

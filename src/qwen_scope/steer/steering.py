@@ -15,6 +15,7 @@ from qwen_scope.sae import SAE
 
 from .change import Change, check_together
 from .intervention import Intervention
+from .phases import RowPhases
 from .where import Where
 
 
@@ -40,6 +41,7 @@ def steering(
     stats: StatsByLayer | None = None,
     *,
     prompt_lengths: Sequence[int] | None = None,
+    phases: RowPhases | None = None,
 ) -> Iterator[None]:
     """Within the block, the model runs under the interventions; afterwards no hook remains.
 
@@ -50,14 +52,16 @@ def steering(
         saes, stats: where features and units come from; each is only asked for layers that need it.
         prompt_lengths: tokens of the prompt of each row of the batch, padding not counted; a token from there on is
             generated. None: every token belongs to the prompt.
+        phases: the phases of the tokens of each row, for interventions at phases.
 
     Raises:
         NotFoundError: a layer the model does not have, or one without an SAE.
         InputError: a feature out of range, statistics that are missing, interventions that contradict each other, or
-            tokens to choose in a model that does not tell its blocks their positions.
+            tokens to choose in a model that does not tell its blocks their positions, or by phases that are not given.
         MismatchError: an SAE or a direction that does not fit.
     """
-    with changing(model, prepare(model, interventions, saes, stats, prompt_lengths=prompt_lengths)):
+    changes = prepare(model, interventions, saes, stats, prompt_lengths=prompt_lengths, phases=phases)
+    with changing(model, changes):
         yield
 
 
@@ -68,6 +72,7 @@ def prepare(
     stats: StatsByLayer | None = None,
     *,
     prompt_lengths: Sequence[int] | None = None,
+    phases: RowPhases | None = None,
 ) -> dict[HookPoint, Callable[[Tensor, HookPoint], Tensor]]:
     """The functions that `steering` hands to `changing`, one per hook point where anything may change."""
     resolved = resolve(model, interventions, saes, stats)
@@ -85,7 +90,7 @@ def prepare(
         changes = [change for change in changes if not change.nothing]
         if changes:
             lengths = None if prompt_lengths is None else torch.tensor(prompt_lengths, device=parameter.device)[:, None]
-            prepared[point] = _changer(changes, lengths)
+            prepared[point] = _changer(changes, lengths, phases)
     return prepared
 
 
@@ -109,7 +114,9 @@ def resolve(
     return resolved
 
 
-def _changer(changes: list[Change], lengths: Tensor | None) -> Callable[[Tensor, HookPoint], Tensor]:
+def _changer(
+    changes: list[Change], lengths: Tensor | None, phases: RowPhases | None
+) -> Callable[[Tensor, HookPoint], Tensor]:
     """What runs at every forward pass."""
     if len(changes) == 1 and changes[0].where.everywhere:
         (only,) = changes
@@ -123,9 +130,10 @@ def _changer(changes: list[Change], lengths: Tensor | None) -> Callable[[Tensor,
             raise InputError(f"a batch of {len(h)} rows, but the prompts of {len(lengths)} were announced")
         positions = positions.to(h.device).expand(*h.shape[:2])
         ends = torch.full((len(h), 1), 2**62, device=h.device) if lengths is None else lengths
+        told = phases.at(positions) if phases is not None and any(one.where.by_phase for one in changes) else None
         new = h
         for one in changes:
-            chosen = None if one.where.everywhere else one.where.mask(positions, ends)
+            chosen = None if one.where.everywhere else one.where.mask(positions, ends, told)
             if one.basis is not None:
                 new = one(new, chosen)
                 continue

@@ -13,10 +13,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qwen_scope.errors import InputError, check_count, check_number
 from qwen_scope.stats import Interval, bootstrap
-from qwen_scope.text import tokenize
+from qwen_scope.text import Chat, Tokens, tokenize
 
 from .decoding import Decoding
-from .generate import Generation, generate
+from .generate import Generation, generate, phases_for
 from .intervention import Intervention
 from .measure import Row, log_probabilities, next_token_kl, perplexity, repetition, rows_of
 from .steering import SAEsByLayer, StatsByLayer, resolve
@@ -120,7 +120,7 @@ def sweep(
     saes: SAEsByLayer | None = None,
     stats: StatsByLayer | None = None,
     decoding: Decoding | None = None,
-    chat: str | None = None,
+    chat: Chat | None = None,
     budget: Budget | None = None,
     reference: Sequence[Row] = (),
     refine: int = 2,
@@ -183,17 +183,20 @@ class _Run:
         saes: SAEsByLayer | None,
         stats: StatsByLayer | None,
         decoding: Decoding | None,
-        chat: str | None,
+        chat: Chat | None,
         budget: Budget | None,
         reference: Sequence[Row],
     ) -> None:
-        self.model, self.tokenizer, self.prompts, self.chat = model, tokenizer, list(prompts), chat
+        self.model, self.tokenizer, self.prompts = model, tokenizer, list(prompts)
+        self.chat: Chat | None = chat
         self.interventions, self.target, self.lower = list(interventions), target, lower
         self.saes, self.stats = saes, stats
         self.decoding, self.budget = decoding or Decoding(max_new_tokens=40), budget or Budget()
-        self.prompt_ids = _ids(tokenizer, self.prompts, chat)
+        tokens = tokenize(tokenizer, self.prompts, max_length=None, chat=chat)
+        self.prompt_ids = _ids(tokens)
+        self.phases = phases_for(interventions, tokenizer, tokens, chat)
         self.plain = self.generated([])
-        self.plain_rows = [row for row in rows_of(self.prompt_ids, self.plain) if row.start < len(row.ids)]
+        self.plain_rows = [row for row in rows_of(self.prompt_ids, self.plain, self.phases) if row.start < len(row.ids)]
         self.reference = perplexity(log_probabilities(model, list(reference) or self.plain_rows))
         self.plain_repetition = self.repeated(self.plain)
 
@@ -234,8 +237,12 @@ class _Run:
 
     def likelihood(self, chosen: Sequence[Intervention], target: Continuations) -> np.ndarray:
         """Mean log-probability per token of the continuations, one number per prompt."""
-        after = _ids(self.tokenizer, list(target.texts), None)
-        rows = [Row((*ids, *more), len(ids)) for ids in self.prompt_ids for more in after]
+        after = _ids(tokenize(self.tokenizer, list(target.texts), max_length=None))
+        rows = [
+            Row((*ids, *more), len(ids), None if self.phases is None else self.phases.followed(i, more))
+            for i, ids in enumerate(self.prompt_ids)
+            for more in after
+        ]
         found = log_probabilities(self.model, rows, chosen, self.saes, self.stats)
         return np.array([float(values.mean()) for values in found]).reshape(len(self.prompt_ids), -1).mean(1)
 
@@ -281,6 +288,5 @@ def _between(doses: Sequence[Dose], proposed: float | None) -> float | None:
     return math.copysign(math.sqrt(start.amount * beyond.amount), start.amount)
 
 
-def _ids(tokenizer: PreTrainedTokenizerBase, texts: list[str], chat: str | None) -> list[list[int]]:
-    tokens = tokenize(tokenizer, texts, max_length=None, chat=chat)
+def _ids(tokens: Tokens) -> list[list[int]]:
     return [row[:n].tolist() for row, n in zip(tokens.input_ids, tokens.lengths, strict=True)]

@@ -68,6 +68,11 @@ class GenerationPhases:
         self._texts: dict[int, str] = {}
 
     @property
+    def phases(self) -> tuple[Phase, ...]:
+        """The phases that a generated token can have; `thinking` and `tool_call` where the template marks them."""
+        return ("text",) if self._phase == "text" else ("answer", *self._closes)
+
+    @property
     def phase(self) -> Phase:
         """The phase of the next token, unless it opens a block."""
         return self._phase
