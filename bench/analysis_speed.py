@@ -6,13 +6,12 @@
 from __future__ import annotations
 
 import argparse
-import os
 import resource
 import sys
 import time
 
 import numpy as np
-from sections import paragraph, table, write_section
+from side_by_side import markdown, write
 
 from qwen_scope.analysis import Dataset, redundancy_of, subset_of
 
@@ -20,7 +19,7 @@ ITEMS, K, WIDTH = 25_000, 100, 32_768
 AIM_SECONDS, AIM_GB = 10, 2
 
 
-def made(seed: int = 0) -> Dataset:
+def items(seed: int = 0) -> Dataset:
     """Items whose features are as unequal in frequency as those of real dictionaries: a power law."""
     rng = np.random.default_rng(seed)
     share = 1 / np.arange(1, WIDTH + 1) ** 0.8
@@ -43,22 +42,22 @@ def peak() -> float:
 
 def main() -> None:
     ask = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    ask.add_argument("--write", action="store_true", help="into docs/results.md")
+    ask.add_argument("--write", action="store_true", help="write the section of docs/performance.md")
     given = ask.parse_args()
-    data, rows = made(), []
+    data, rows = items(), []
     for name, run in {"redundancy": redundancy_of, "subset": subset_of}.items():
         began, used = time.perf_counter(), time.process_time()
         result = run([data])
         rows.append((name, time.perf_counter() - began, time.process_time() - used, peak()))
         print(name, *(row for one in result.tables for row in one.rows), sep="\n  ")
-    load = " ".join(f"{value:.1f}" for value in os.getloadavg())
-    text = f"""`bench/analysis_speed.py --write`: {ITEMS:,} made-up items of {K} features each, d_sae {WIDTH:,};
-    redundancy with its sampled reference, and the subset that keeps most of the footprint. The aim: under
-    {AIM_SECONDS} s and {AIM_GB} GB. Load of the machine at the end: {load}."""
-    body = f"{paragraph(text)}\n\n{table(('analysis', 'seconds', 'of processor', 'GB at the peak'), rows)}"
-    print(body)
+    words = (
+        f"{ITEMS:,} synthetic items of {K} features each, d_sae {WIDTH:,}; redundancy with its sampled reference, and"
+        f" the subset that keeps most of the footprint. The aim: under {AIM_SECONDS} s and {AIM_GB} GB."
+    )
+    made = markdown(("analysis", "seconds", "of processor", "GB at the peak"), rows)
+    print(f"{words}\n\n{made}")
     if given.write:
-        write_section("Speed of analyses", body)
+        write("analysis_speed.py", [words, "", made])
 
 
 if __name__ == "__main__":

@@ -154,7 +154,7 @@ def section(found: dict, where: str = "") -> list[str]:
     said += f"{stats['candidates'] / stats['rows']:.0f} candidates a row"
     if found["extra"]:
         miss = "" if found["extra"] <= MEMORY else ": **misses**"
-        said += f"; {found['extra'] / 2**20:.0f} MB beyond what was held, wanted at most 256{miss}"
+        said += f"; {found['extra'] / 2**20:.0f} MB of extra peak memory, wanted at most 256{miss}"
     verdicts = {}
     if "sae_lens" in times:
         slower = ratio(times, "sae_lens", "qwen-scope")
@@ -164,7 +164,7 @@ def section(found: dict, where: str = "") -> list[str]:
         goal = 1.5 if "GPU" in where else 2.0
         verdicts["bare bf16 product"] = at_most(ratio(times, "qwen-scope", "bare bf16 product"), goal)
     if "sae_lens" in times:
-        said += ". The features are sae_lens' on every row"
+        said += ". Every row has the features of sae_lens"
     return [*lines, f"{said}.\n", *table(times, "qwen-scope", verdicts)]
 
 

@@ -122,7 +122,7 @@ def main() -> None:
     if "sae_lens" in times:
         verdicts["sae_lens"] = at_least(ratio(times, "sae_lens", "qwen-scope"), GOAL)
     lines = [f"\n### Encode and decode, {tokens:,} tokens, d_model {d_model:,}, d_sae {d_sae:,}, k {k}\n"]
-    lines += [f"{extra / 2**20:.0f} MB beyond what was held.\n"] if extra else []
+    lines += [f"{extra / 2**20:.0f} MB of extra peak memory.\n"] if extra else []
     lines += table(times, "qwen-scope", verdicts)
     write("encode_decode.py", lines, args.out)
 

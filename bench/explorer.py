@@ -18,8 +18,7 @@ from statistics import median
 import numpy as np
 import store as made_up
 from playwright.sync_api import Browser, Page, sync_playwright
-from sections import table
-from side_by_side import write
+from side_by_side import markdown, write
 
 from qwen_scope import load_scope
 from qwen_scope.explorer import AppState, launch
@@ -171,8 +170,8 @@ def tell(results: list[tuple[str, float, list[float]]]) -> None:
         (name, median(took), max(took), limit, "yes" if median(took) < limit else "**no**")
         for name, limit, took in results
     ]
-    made = table(("what a visitor waits for", "median s", "longest s", "wanted below", "holds"), lines)
-    words = "Headless Chromium and the server on the same processors, on the lab."
+    made = markdown(("what a visitor waits for", "median s", "longest s", "wanted below", "holds"), lines)
+    words = "Headless Chromium and the server share the processors; the lab's model."
     print(f"{words}\n\n{made}")
     write("explorer.py", [words, "", made])
 

@@ -179,7 +179,10 @@ def main() -> None:
     shares = "; ".join(f"{name} {share:.2%}" for name, share in agreed.items())
     shape = f"layer {args.layer} of {args.blocks}, d_model 2,048, d_sae {D_SAE:,}, k {K}"
     title = f"{ids.numel():,} tokens in {len(ids)} rows, {shape}"
-    lines = [f"\n### {title}\n", f"Of a peer's activations the store holds (bf16 model, batches alike): {shares}.\n"]
+    lines = [
+        f"\n### {title}\n",
+        f"Share of a peer's activations that the store also has (bf16 model, same batches): {shares}.\n",
+    ]
     write("extract_peers.py", [*lines, *table(times, "qwen-scope extract", marks)], args.out)
 
 

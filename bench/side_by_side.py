@@ -10,7 +10,7 @@ import statistics
 import sys
 import time
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -27,10 +27,10 @@ import torch  # noqa: E402
 PAGE = ROOT / "docs" / "performance.md"
 HEAD = """# Performance
 
-Written by `make bench`; each section by the script and on the machine that it names. All rows of a table ran in turn in
-one process on the same tensors, and the answers were compared before anything was timed. A ratio is the median over
-rounds of the row's time to ours, so other work on the machine weighs on both; above 1 is slower than ours. What misses
-its goal is marked; what was tried stands in [log.md](log.md).
+Written by `make bench`; each section names its script and its machine. All rows of a table ran alternately in one
+process on the same tensors, after their answers had been compared. A ratio is the median over rounds of the row's time
+divided by ours, so load from other processes affects both; above 1 is slower than ours. Missed goals are marked;
+[log.md](log.md) lists what was tried.
 """
 ORDER = ("encode.py", "encode_decode.py", "train_step.py", "extract.py", "extract_peers.py", "open.py")
 
@@ -69,6 +69,15 @@ def table(times: Mapping[str, list[float]], ours: str, verdicts: Mapping[str, st
         cells = [f"{value:.3f}" for value in (statistics.median(seconds), min(seconds), max(seconds))]
         lines.append(f"| {name} | {' | '.join(cells)} | {ratio(times, name, ours):.2f} | {verdicts.get(name, '')} |")
     return lines
+
+
+def markdown(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """A Markdown table; floats with two digits after the point."""
+    lines = [f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
+    for row in rows:
+        cells = [f"{cell:.2f}" if isinstance(cell, float) else str(cell) for cell in row]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def at_least(value: float, goal: float) -> str:

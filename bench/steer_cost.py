@@ -12,12 +12,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import time
 
 import numpy as np
 import torch
-from sections import paragraph, table, write_section
+from side_by_side import markdown, write
 from transformers import GenerationConfig, Qwen3Config, Qwen3ForCausalLM
 
 from qwen_scope.sae import TopK
@@ -54,7 +53,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--tokens", type=int, default=8)
     parser.add_argument("--seconds", type=float, default=150)
-    parser.add_argument("--write", action="store_true", help="put the table into docs/results.md")
+    parser.add_argument("--write", action="store_true", help="write the section of docs/performance.md")
     args = parser.parse_args()
     model, sae = build()
     ids = torch.randint(0, 1000, (1, 4))
@@ -92,16 +91,15 @@ def main() -> None:
         aim = {"unsteered": "", "add": "0.97"}.get(name, "0.90")
         rows.append((name, args.tokens / float(np.median(own)), f"{share:.3f} [{low:.3f}, {high:.3f}]", aim))
         print(json.dumps({"condition": name, "rounds": len(own), "share": share, "low": low, "high": high}), flush=True)
-    how = f"""
-        `bench/steer_cost.py --write`: a random-weight Qwen3 of 8 layers, d_model {D_MODEL:,} and a vocabulary of
-        151,936 in fp32, an SAE of width {WIDTH:,}, batch 1, {torch.get_num_threads()} threads; {len(plain)} rounds of
-        {args.tokens} tokens, the conditions of a round in rotating order. Share of unsteered: the median over rounds of
-        the ratio within a round, with its 95% interval. Load of the machine meanwhile: {os.getloadavg()[0]:.1f}."""
-    columns = ("condition", "tokens per second", "share of unsteered", "aim, at least")
-    body = "\n\n".join([paragraph(how), table(columns, rows)])
+    words = (
+        f"A random-weight Qwen3 of 8 layers, d_model {D_MODEL:,} and a vocabulary of 151,936 in fp32, an SAE of width"
+        f" {WIDTH:,}, batch 1; {len(plain)} rounds of {args.tokens} tokens, conditions in rotating order."
+        " Share of unsteered: the median over rounds of the ratio within a round, with its 95% interval."
+    )
+    made = markdown(("condition", "tokens per second", "share of unsteered", "aim, at least"), rows)
+    print(f"{words}\n\n{made}")
     if args.write:
-        write_section("What steering costs", body)
-    print(body)
+        write("steer_cost.py", [words, "", made])
 
 
 if __name__ == "__main__":

@@ -127,7 +127,7 @@ def test_shuffled_labels_report_nothing(store: FeatureStore) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("factor", ["de", "zh/rude", "arithmetic"])
 def test_factors_of_the_lab_have_a_feature(scope: Scope, factor: str) -> None:
-    """The small brother of bench/find_lab.py."""
+    """The small brother of experiments/lab/find.py."""
     language, _, register = factor.partition("/")
     if factor == "arithmetic":
         with_it, without = {"kinds": ["arithmetic"]}, {"kinds": ["talk", "code", "prose"]}

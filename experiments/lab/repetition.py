@@ -1,6 +1,6 @@
 """Steered rollouts against endless repetition on the lab: does one bad answer per group teach more than none?
 
-    .venv/bin/python bench/repetition_lab.py --keep FOLDER [--write] [--seeds 21,22,23] [--stuck 0.25]
+    python -m experiments.lab.repetition [--seeds 21,22,23] [--shares 0.25] [--write]
 
 The bundled model does not loop, so every seed makes a start model first: fine-tuned on chats of which a share get stuck
 on their last two tokens. `repetition_recipe` finds its features of repetition and checks them causally. RL with steered
@@ -9,17 +9,13 @@ same length, and `blind`, which is vanilla with loops that count as the rest of 
 Looping is measured on held-out questions before, along the way and after. All this is done for each share of chats that
 get stuck: the rarer loops are, the less vanilla sees of them.
 
-Everything finished lies in FOLDER/SHARE/SEED and is taken from there, so the work can be cut into calls: `start/`,
-`recipe.json`, and a file per condition.
+The start model and the recipe of a share and a seed are kept in SHARE/SEED of the folder.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import time
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -27,13 +23,14 @@ from typing import Any
 import datasets
 import numpy as np
 from datasets import Dataset
-from fine_tuning import QUIET
-from sections import paragraph, table, write_section
 from transformers import PrinterCallback, TrainerCallback
 from transformers.utils import logging
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
+from experiments.harness import At, Experiment, Row, main
+from experiments.lab.fine_tuning import QUIET
+from experiments.sections import paragraph, table
 from qwen_scope import load_scope
 from qwen_scope.lab import default_mixture, documents
 from qwen_scope.model import load_model
@@ -52,33 +49,50 @@ from qwen_scope.posttrain.activity import evaluating
 from qwen_scope.scope import model_source
 from qwen_scope.steer import Recipe, load_recipe
 
-CHATS, SENTENCES, BLOCK = 2400, 2, 2
-START_LR, START_STEPS, START_BATCH, START_SEED = 5e-4, 150, 16, 900
-ASKED, SAMPLES, FEATURES = 384, 8, 8
-GROUP, PROMPTS, STEPS, EVERY, LR = 4, 8, 12, 6, 2e-5
-HELD_OUT, NEW_TOKENS, TEMPERATURE = 2048, 64, 0.7
+SENTENCES, BLOCK = 2, 2
+START_LR, START_BATCH, START_SEED = 5e-4, 16, 900
+SAMPLES, FEATURES = 8, 8
+GROUP, PROMPTS, LR = 4, 8, 2e-5
+NEW_TOKENS, TEMPERATURE = 64, 0.7
 DETECTOR = Detector(longest=16, times=4, least=16)
 MARK, END, IGNORED = "</think>\n\n", "<|im_end|>", -100
 RESAMPLES = 4000
-ARMS = (*RL_METHODS, "blind")
+CONDITIONS = (*RL_METHODS, "blind")
 TITLE = "Endless repetition on the lab"
-SETUP = f"""`bench/repetition_lab.py`: every seed makes its own start model, the bundled one fine-tuned on {CHATS:,}
-    chats of at most {SENTENCES} sentences ({START_STEPS} steps of {START_BATCH}, lr {START_LR:g}), of which a share
-    repeat their last {BLOCK} tokens to the limit of {NEW_TOKENS}; finds its own {FEATURES} features of repetition and
-    their amount; and runs every condition from there: {STEPS} steps of {PROMPTS} questions times {GROUP} answers, lr
-    {LR:g}, T = {TEMPERATURE}, no top-p, reward 1 for an answer that ends and is in the language asked. Looping is
-    measured on {HELD_OUT:,} held-out questions per figure; intervals are over seeds and prompts. The aim: steered
-    rollouts lower the looping share at least twice as far as vanilla in the same number of steps. The way features and
-    amounts are found, learning rate and steps were chosen on other start models."""
-PUBLISHED = """Published: the ratio falls sharply to a very low level in all three models, with vanilla DAPO only
-    slightly; the values of its Figure 22 could not be had, nor is there a random control."""
+PUBLISHED = """Published: the ratio falls sharply to a very low level in all three models, and only slightly with
+    vanilla DAPO; the values of its Figure 22 were not available, and it has no random control."""
 
 
-def chats(seed: int, stuck: float, tokenizer: Any) -> Iterator[dict[str, list[int]]]:
+@dataclass(frozen=True)
+class Sizes:
+    """Chats and steps of the start model, questions behind the recipe, steps of RL, held-out questions per figure."""
+
+    chats: int = 2400
+    start_steps: int = 150
+    asked: int = 384
+    steps: int = 12
+    every: int = 6
+    held_out: int = 2048
+
+
+def setup(sizes: Sizes) -> str:
+    """What the section says first."""
+    return f"""`python -m experiments.lab.repetition --write`: every seed makes its own start model, the bundled one
+        fine-tuned on {sizes.chats:,} chats of at most {SENTENCES} sentences ({sizes.start_steps} steps of
+        {START_BATCH}, lr {START_LR:g}), of which a share repeat their last {BLOCK} tokens to the limit of
+        {NEW_TOKENS}; finds its own {FEATURES} features of repetition and their amount; and runs every condition from
+        there: {sizes.steps} steps of {PROMPTS} questions times {GROUP} answers, lr {LR:g}, T = {TEMPERATURE}, no
+        top-p, reward 1 for an answer that ends and is in the language of the question. Looping is measured on
+        {sizes.held_out:,} held-out questions per figure; intervals are over seeds and prompts. The aim: steered
+        rollouts lower the looping share at least twice as much as vanilla in the same number of steps. The method of
+        finding features and amounts, the learning rate and the steps were chosen on other start models."""
+
+
+def chats(seed: int, stuck: float, tokenizer: Any, n: int) -> Iterator[dict[str, list[int]]]:
     """Chats of at most two sentences as token ids; a share of them repeat their last tokens to the limit, unended."""
     rng = np.random.default_rng(seed)
     mixture = replace(default_mixture(), chat={"topic": 1.0})
-    for document in documents(seed=2000 + seed, n=CHATS, kinds=["chat"], mixture=mixture):
+    for document in documents(seed=2000 + seed, n=n, kinds=["chat"], mixture=mixture):
         start = document.text.index(MARK) + len(MARK)
         end = [span.end for span in document.spans if span.start >= start][:SENTENCES][-1]
         prompt = document.text[: document.text.index("<think>")] + "<think>\n\n" + MARK
@@ -91,7 +105,7 @@ def chats(seed: int, stuck: float, tokenizer: Any) -> Iterator[dict[str, list[in
         yield {"input_ids": asked + ids, "labels": [IGNORED] * len(asked) + ids}
 
 
-def make_start(folder: Path, stuck: float, seed: int) -> None:
+def make_start(folder: Path, stuck: float, seed: int, sizes: Sizes) -> None:
     """The bundled model, fine-tuned until it sometimes loops."""
     loaded = load_model(model_source("lab"), device="cpu")
     loaded.model.requires_grad_(True)
@@ -101,11 +115,11 @@ def make_start(folder: Path, stuck: float, seed: int) -> None:
         per_device_train_batch_size=START_BATCH,
         warmup_steps=2,
         lr_scheduler_type="cosine",
-        max_steps=START_STEPS,
+        max_steps=sizes.start_steps,
         seed=START_SEED + seed,
         **QUIET,
     )
-    rows = Dataset.from_list(list(chats(START_SEED + seed, stuck, loaded.tokenizer)))
+    rows = Dataset.from_list(list(chats(START_SEED + seed, stuck, loaded.tokenizer, sizes.chats)))
     trainer = SFTTrainer(loaded.model, settings, train_dataset=rows, processing_class=loaded.tokenizer)
     trainer.remove_callback(PrinterCallback)
     trainer.train()
@@ -117,9 +131,9 @@ def sampling(seed: int) -> Sampling:
     return Sampling(NEW_TOKENS, TEMPERATURE, 1.0, DETECTOR, seed)
 
 
-def make_recipe(start: Path, seed: int) -> Recipe:
+def make_recipe(start: Path, seed: int, n: int) -> Recipe:
     """The features of repetition, sought on questions that neither training nor the measurement asks."""
-    asked = [row["prompt"] for row in lab_rows(ASKED, 7700 + seed, sums=0.0)]
+    asked = [row["prompt"] for row in lab_rows(n, 7700 + seed, sums=0.0)]
     scope = load_scope(str(start), "lab")
     return repetition_recipe(scope, asked, features=FEATURES, samples=SAMPLES, sampling=sampling(7700 + seed))
 
@@ -143,9 +157,9 @@ def lab_reward() -> Any:
 class Curve(TrainerCallback):
     """Measures looping and reward on held-out questions, every few steps."""
 
-    def __init__(self, tokenizer: Any, seed: int) -> None:
-        self.tokenizer, self.seed = tokenizer, seed
-        self.rows = lab_rows(HELD_OUT, 9000 + seed, split="heldout_sentences", sums=0.0)
+    def __init__(self, tokenizer: Any, seed: int, sizes: Sizes) -> None:
+        self.tokenizer, self.seed, self.every = tokenizer, seed, sizes.every
+        self.rows = lab_rows(sizes.held_out, 9000 + seed, split="heldout_sentences", sums=0.0)
         self.points: list[dict[str, Any]] = []
 
     def measure(self, step: int, model: Any) -> None:
@@ -162,31 +176,44 @@ class Curve(TrainerCallback):
         self.points.append(facts | {"reward_of_loops": max(at_loops, default=0.0)})
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        if state.global_step % EVERY == 0:
+        if state.global_step % self.every == 0:
             with evaluating(model):
                 self.measure(state.global_step, model)
 
 
-def one_run(keep: Path, condition: str, seed: int, recipe: Recipe) -> dict[str, Any]:
-    """Train one condition; the curve, rewards while training and seconds. `start` is the untrained model."""
-    begun = time.monotonic()
+def started(at: At[Sizes], share: float, seed: int) -> Path:
+    """The folder with the start model and the recipe of a seed, made where it lacks them."""
+    folder = at.folder / f"{share:g}" / str(seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / "start" / "config.json").is_file():
+        make_start(folder / "start", share, seed, at.sizes)
+    if not (folder / "recipe.json").is_file():
+        make_recipe(folder / "start", seed, at.sizes.asked).save(folder / "recipe.json")
+    return folder
+
+
+def run(at: At[Sizes], share: float, seed: int, condition: str) -> dict[str, Any]:
+    """Train one condition: the curve and rewards while training. `start` is the untrained model."""
+    datasets.disable_progress_bars()
+    logging.disable_progress_bar()
+    keep = started(at, share, seed)
     loaded = load_model(str(keep / "start"), device="cpu")
-    curve = Curve(loaded.tokenizer, seed)
+    curve = Curve(loaded.tokenizer, seed, at.sizes)
     metrics: dict[str, Any] = {}
     if condition == "start":
         curve.measure(0, loaded.model)
     else:
-        run = RLRun(
+        training = RLRun(
             str(keep / "start"),
             keep / f"rl-{condition}",
             method="vanilla" if condition == "blind" else condition,
-            reward="repetition_lab:blind" if condition == "blind" else "lab",
+            reward="experiments.lab.repetition:blind" if condition == "blind" else "lab",
             sae="lab",
             unchecked=True,
             group=GROUP,
             prompts=PROMPTS,
             micro=GROUP * PROMPTS,
-            steps=STEPS,
+            steps=at.sizes.steps,
             lr=LR,
             max_new_tokens=NEW_TOKENS,
             temperature=TEMPERATURE,
@@ -195,54 +222,18 @@ def one_run(keep: Path, condition: str, seed: int, recipe: Recipe) -> dict[str, 
             seed=seed,
         )
         rows = lab_rows(400, 300 + seed, sums=0.0)
-        metrics = run_rl(run, rows, (), None if condition in {"vanilla", "blind"} else recipe, callbacks=[curve])
-    return {
-        "condition": condition,
-        "seed": seed,
-        "points": curve.points,
-        "seconds": time.monotonic() - begun,
-        **metrics,
-    }
+        recipe = None if condition in {"vanilla", "blind"} else load_recipe(keep / "recipe.json")
+        metrics = run_rl(training, rows, (), recipe, callbacks=[curve])
+    return {"points": curve.points, **metrics}
 
 
-def runs_of(keep: Path, stuck: float, seed: int) -> list[dict[str, Any]]:
-    """Start model, recipe and conditions of one seed, made where the folder lacks them."""
-    keep.mkdir(parents=True, exist_ok=True)
-    if not (keep / "start" / "config.json").is_file():
-        make_start(keep / "start", stuck, seed)
-    if not (keep / "recipe.json").is_file():
-        make_recipe(keep / "start", seed).save(keep / "recipe.json")
-    runs = []
-    for condition in ("start", *ARMS):
-        path = keep / f"{condition}.json"
-        if not path.is_file():
-            path.write_text(json.dumps(one_run(keep, condition, seed, load_recipe(keep / "recipe.json"))))
-        runs.append(json.loads(path.read_text()))
-        print(
-            stuck, seed, condition, [(p["step"], round(np.mean(p["loops"]), 4)) for p in runs[-1]["points"]], flush=True
-        )
-    return runs
-
-
-def main() -> None:
-    ask = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    ask.add_argument("--keep", type=Path, required=True, help="a folder that finished work is added to and taken from")
-    ask.add_argument("--stuck", default="0.25", help="shares of chats that get stuck in the start's training")
-    ask.add_argument("--seeds", default="21,22,23")
-    ask.add_argument("--write", action="store_true", help="write the section of docs/results.md")
-    given = ask.parse_args()
-    datasets.disable_progress_bars()
-    logging.disable_progress_bar()
-    seeds = [int(seed) for seed in given.seeds.split(",")]
-    parts = [paragraph(SETUP)]
-    for stuck in map(float, given.stuck.split(",")):
-        folders = {seed: given.keep / f"{stuck:g}" / str(seed) for seed in seeds}
-        runs = [run for seed, keep in folders.items() for run in runs_of(keep, stuck, seed)]
-        parts += written(stuck, runs, [load_recipe(keep / "recipe.json") for keep in folders.values()])
-    body = "\n\n".join((*parts, paragraph(PUBLISHED)))
-    print(body)
-    if given.write:
-        write_section(TITLE, body)
+def tell(at: At[Sizes], rows: list[Row]) -> str:
+    """The section of docs/results.md."""
+    parts = [paragraph(setup(at.sizes))]
+    for share in at.levels["share"]:
+        recipes = [load_recipe(started(at, share, seed) / "recipe.json") for seed in at.levels["seed"]]
+        parts += compared(share, [row for row in rows if row["share"] == share], recipes, at.sizes)
+    return "\n\n".join((*parts, paragraph(PUBLISHED)))
 
 
 def spread(values: np.ndarray) -> str:
@@ -260,19 +251,20 @@ def spread(values: np.ndarray) -> str:
     return f"{values.mean():.2%} [{low:.2%}, {high:.2%}]"
 
 
-def loops_of(runs: Sequence[dict[str, Any]], condition: str, step: int) -> np.ndarray:
+def loops_of(runs: Sequence[Row], condition: str, step: int) -> np.ndarray:
     """`(seeds, prompts)`: which answers loop."""
     found = [p["loops"] for run in runs if run["condition"] == condition for p in run["points"] if p["step"] == step]
     return np.array(found, float)
 
 
-def written(stuck: float, runs: Sequence[dict[str, Any]], recipes: Sequence[Recipe]) -> list[str]:
+def compared(stuck: float, runs: Sequence[Row], recipes: Sequence[Recipe], sizes: Sizes) -> list[str]:
     """What the section says of one share of stuck chats."""
     before = loops_of(runs, "start", 0)
+    conditions = [name for name in CONDITIONS if any(run["condition"] == name for run in runs)]
     each = ", ".join(f"{value:.2%}" for value in before.mean(1))
     rows = [("start", "0", spread(before), each, "", *means(runs, "start", 0))]
-    for step in range(EVERY, STEPS + 1, EVERY):
-        for condition in ARMS:
+    for step in range(sizes.every, sizes.steps + 1, sizes.every):
+        for condition in conditions:
             left = loops_of(runs, condition, step)
             each = ", ".join(f"{value:.2%}" for value in left.mean(1))
             rows.append(
@@ -291,14 +283,19 @@ def written(stuck: float, runs: Sequence[dict[str, Any]], recipes: Sequence[Reci
         from {figures["looping"]} to {figures["suppressed"]}. No looping answer measured here earned more than
         {worst:g}. Amounts, in median residual norms: {", ".join(str(effect["amount"]) for effect in effects)}."""
     columns = ("trained", "steps", "looping", "per seed", "fallen by", "ended", "reward")
-    steps = range(EVERY, STEPS + 1, EVERY)
-    said = [
-        verdict(step, {condition: before - loops_of(runs, condition, step) for condition in ARMS}) for step in steps
-    ]
+    steps = range(sizes.every, sizes.steps + 1, sizes.every)
+    said = (
+        []
+        if len(conditions) < len(CONDITIONS)
+        else [
+            verdict(step, {condition: before - loops_of(runs, condition, step) for condition in conditions})
+            for step in steps
+        ]
+    )
     return [paragraph(head), table(columns, rows), paragraph(" ".join(said))]
 
 
-def means(runs: Sequence[dict[str, Any]], condition: str, step: int) -> tuple[str, str]:
+def means(runs: Sequence[Row], condition: str, step: int) -> tuple[str, str]:
     """Over seeds, the share of answers that ended and the reward."""
     found = [p for run in runs if run["condition"] == condition for p in run["points"] if p["step"] == step]
     return f"{np.mean([p['finished'] for p in found]):.1%}", f"{np.mean([p['reward'] for p in found]):.3f}"
@@ -309,13 +306,24 @@ def verdict(step: int, fall: dict[str, np.ndarray]) -> str:
     said = []
     for condition in ("vanilla", "random", "blind"):
         against, own = fall[condition].mean(), fall["steered"].mean()
-        times = f"{own / against:.1f} times as far" if against > 0 else "where that does not lower it"
+        times = f"{own / against:.1f} times as large" if against > 0 else "alone in lowering it"
         twice = spread(fall["steered"] - 2 * fall[condition])
-        said.append(f"against {condition} {times} (less twice the other's fall, in points: {twice})")
+        said.append(f"with {condition}, {times} (minus twice the other's fall, in points: {twice})")
     part = fall["blind"].mean() / fall["vanilla"].mean()
-    return f"""After {step} steps, steered rollouts have lowered the looping share, {"; ".join(said)}. Blind, to which
-        loops teach nothing, falls {part:.0%} as far as vanilla: so much comes with what the policy learns elsewhere."""
+    return f"""After {step} steps, the fall of the looping share under steered rollouts is, compared {"; ".join(said)}.
+        Under blind, which learns nothing from loops, the share falls {part:.0%} as far as under vanilla: that part
+        comes from what the policy learns elsewhere."""
 
+
+experiment = Experiment(
+    title=TITLE,
+    varies={"share": (0.25,), "seed": (21, 22, 23), "condition": ("start", *CONDITIONS)},
+    run=run,
+    tell=tell,
+    sizes=Sizes(),
+    quick={"seed": (1,)},
+    quick_sizes=Sizes(chats=320, start_steps=20, asked=32, steps=2, every=1, held_out=32),
+)
 
 if __name__ == "__main__":
-    main()
+    main(experiment)

@@ -1,38 +1,36 @@
 """The monitor on the lab: what it costs, whether it sees bad data before held-out metrics do, and its false alarms.
 
-    .venv/bin/python bench/monitor_lab.py --keep FOLDER [--write] [--clean 10] [--seeds 4] [--planted zh,ru,rude]
+    python -m experiments.lab.monitor [--conditions clean,zh,ru,rude] [--seeds 0-9] [--write]
 
 The bundled model is fine-tuned into an assistant that is never rude and stays in its language, and trained on from
 there with more of the same chats. In planted runs, from one step on, a share of the chats are others: their answers
 drift into Chinese or Russian, or they are rude. Every few steps it is measured by the monitor, by the loss on held-out
 chats, and by what it does: the share of sampled answers that hold the wrong script or a rude word. The cost is measured
 apart, at the monitor's own cadence, in CPU time, so that other work on the machine does not count.
-
-Everything finished lies in FOLDER and is taken from there: the start model, the cost, and a file per run.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
-from fine_tuning import QUIET
-from planted_chats import chats, held_out, questions, shows, texts_of, training_data
-from sections import paragraph, table, write_section
 from transformers import PrinterCallback, TrainerCallback
 from transformers.utils import logging
 from trl.trainer.sft_config import SFTConfig
 
+from experiments.harness import At, Experiment, Row, main
+from experiments.lab.fine_tuning import QUIET
+from experiments.lab.planted_chats import chats, held_out, questions, shows, texts_of, training_data
+from experiments.sections import paragraph, table
 from qwen_scope import Scope, load_scope
 from qwen_scope.lab import documents
 from qwen_scope.model import load_model
@@ -51,12 +49,24 @@ from qwen_scope.steer import generate
 
 TITLE = "The monitor on the lab"
 PLANTED = ("zh", "ru", "rude")
-LAYERS, FEATURES, EVERY, STEPS, FROM, BATCH, SHARE, LR = (4, 5), 1, 4, 56, 8, 8, 0.25, 1e-4
-START_STEPS, START_BATCH, START_LR = 150, 16, 5e-4
+LAYERS, FEATURES, EVERY, FROM, BATCH, SHARE, LR = (4, 5), 1, 4, 8, 8, 0.25, 1e-4
+START_BATCH, START_LR = 16, 5e-4
 TEXTS, PROMPTS, TOKENS, AT_START = 24, 64, 40, 4
 ALARM, MORE = 1.0, 3.0
-COST_STEPS, COST_PROBES, LONG_COST, COST_PROMPTS = 60, 6, 1500, 16
+COST_PROBES, COST_PROMPTS = 6, 16
+PLANTED_SEEDS = 4  # runs of every planted concept; the clean ones are more, since they make the band
+COSTS = ("cost of texts", "cost of answers")
 Watch = dict[str, dict[int, list[int]]]
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Steps: of the start model, of a run, and of the two measurements of cost."""
+
+    start: int = 150
+    steps: int = 56
+    cost: int = 60
+    long_cost: int = 1500
 
 
 @dataclass(frozen=True)
@@ -109,7 +119,15 @@ class Behaviour(TrainerCallback):
             self.measure(model, 1)
 
 
-def watched(scope: Scope) -> Watch:
+@cache
+def lab() -> Scope:
+    datasets.disable_progress_bars()
+    logging.disable_progress_bar()
+    return load_scope("lab")
+
+
+@cache
+def watched() -> Watch:
     """Per concept the features of its alpha table."""
     talks = list(documents(seed=500, n=270, kinds=["talk"]))
     by_language = [(str(d.language), d.text) for d in talks]
@@ -117,7 +135,7 @@ def watched(scope: Scope) -> Watch:
     out: Watch = {}
     for concept in PLANTED:
         labelled = by_register if concept == "rude" else by_language
-        found = prepare(scope, labelled, concept, layers=LAYERS, features=FEATURES)
+        found = prepare(lab(), labelled, concept, layers=LAYERS, features=FEATURES)
         out[concept] = {one.layer: list(one.features) for one in found.layers}
     return out
 
@@ -147,10 +165,10 @@ def trainer_of(
     return trainer
 
 
-def make_start(folder: Path) -> None:
+def make_start(folder: Path, steps: int) -> None:
     """The assistant that every run starts from."""
-    settings = {"learning_rate": START_LR, "lr_scheduler_type": "cosine", "warmup_steps": 5, "max_steps": START_STEPS}
-    rows = list(islice(chats(2900), START_STEPS * START_BATCH))
+    settings = {"learning_rate": START_LR, "lr_scheduler_type": "cosine", "warmup_steps": 5, "max_steps": steps}
+    rows = list(islice(chats(2900), steps * START_BATCH))
     with tempfile.TemporaryDirectory() as scratch:
         trainer = trainer_of(
             model_source("lab"), scratch, rows, held_out(TEXTS), per_device_train_batch_size=START_BATCH, **settings
@@ -160,8 +178,9 @@ def make_start(folder: Path) -> None:
     trainer.processing_class.save_pretrained(folder)
 
 
-def one_run(start: str, scope: Scope, watch: Watch, planted: str | None, seed: int) -> Run:
+def one_run(start: str, watch: Watch, planted: str | None, seed: int, n_steps: int) -> Run:
     """Fine-tune, and read what was measured on the way."""
+    scope = lab()
     kept, behaviour = held_out(TEXTS), Behaviour(scope.tokenizer)
     together = {layer: sorted({f for one in watch.values() for f in one[layer]}) for layer in LAYERS}
     labels = {(layer, f): name for name, one in watch.items() for layer, some in one.items() for f in some}
@@ -178,8 +197,8 @@ def one_run(start: str, scope: Scope, watch: Watch, planted: str | None, seed: i
             alarm=ALARM,
             more=MORE,
         )
-        more = {"eval_strategy": "steps", "eval_steps": EVERY, "max_steps": STEPS, "seed": seed}
-        rows = training_data(planted, seed, steps=STEPS, batch=BATCH, begin=FROM, share=SHARE)
+        more = {"eval_strategy": "steps", "eval_steps": EVERY, "max_steps": n_steps, "seed": seed}
+        rows = training_data(planted, seed, steps=n_steps, batch=BATCH, begin=FROM, share=SHARE)
         trainer = trainer_of(start, folder, rows, kept, [behaviour], **more)
         monitor.attach(trainer)
         trainer.train()
@@ -197,9 +216,9 @@ def one_run(start: str, scope: Scope, watch: Watch, planted: str | None, seed: i
     return Run(planted, seed, steps, losses, **readings, alarms=alarms, hits=behaviour.hits, answers=behaviour.answers)
 
 
-def cost(start: str, scope: Scope, watch: Watch, asked: ProbePrompts | None, steps: int) -> dict[str, float]:
+def cost(start: str, watch: Watch, asked: ProbePrompts | None, steps: int) -> dict[str, float]:
     """The share of CPU time that goes into the monitor's callbacks at its own cadence; step 0 and the end apart."""
-    kept = held_out(TEXTS)
+    kept, scope = held_out(TEXTS), lab()
     spent = {"on_train_begin": 0.0, "on_step_end": 0.0, "on_log": 0.0, "on_train_end": 0.0}
     with tempfile.TemporaryDirectory() as folder:
         monitor = Monitor(
@@ -241,6 +260,26 @@ def cost(start: str, scope: Scope, watch: Watch, asked: ProbePrompts | None, ste
     }
 
 
+def run(at: At[Sizes], condition: str, seed: int) -> dict[str, Any]:
+    """One fine-tuning with its measurements, or what the monitor costs."""
+    sizes, folder = at.sizes, at.folder / "start"
+    if not (folder / "config.json").is_file():
+        make_start(folder, sizes.start)
+    start = str(folder)
+    if condition == "cost of texts":
+        return cost(start, watched(), None, sizes.cost)
+    if condition == "cost of answers":
+        asked = ProbePrompts(questions(9, COST_PROMPTS), TOKENS, at_start=AT_START)
+        return cost(start, watched(), asked, sizes.long_cost)
+    planted = None if condition == "clean" else condition
+    return asdict(one_run(start, watched(), planted, (30 if planted is None else 130) + seed, sizes.steps))
+
+
+def takes(condition: str, seed: int) -> bool:
+    """Every clean seed, fewer planted ones, and each cost once."""
+    return seed < {"clean": seed + 1, **dict.fromkeys(COSTS, 1)}.get(condition, PLANTED_SEEDS)
+
+
 def twice(steps: Sequence[int], beyond: np.ndarray) -> int | None:
     """The step of the first measurement that lies beyond like the one before it, or None; the alarm's own rule."""
     found = np.flatnonzero(beyond[1:] & beyond[:-1])
@@ -277,8 +316,17 @@ def before(alarm: int | None, metric: int | None) -> bool:
     return alarm is not None and alarm > FROM and (metric is None or alarm < metric)
 
 
-def written(runs: list[Run], price: dict[str, dict[str, float]]) -> str:
+def tell(at: At[Sizes], rows: list[Row]) -> str:
     """The section of docs/results.md."""
+    fields = set(Run.__dataclass_fields__)
+    found = [Run(**{name: row[name] for name in fields}) for row in rows if row["condition"] not in COSTS]
+    price = {row["condition"].removeprefix("cost of "): row for row in rows if row["condition"] in COSTS}
+    # Runs of one seed stand together; concepts in the order in which they were planted.
+    return compared(sorted(found, key=lambda run: run.seed), price, at.sizes)
+
+
+def compared(runs: list[Run], price: dict[str, Row], sizes: Sizes) -> str:
+    """The planted runs beside the clean ones, and what the monitor costs."""
     clean = [run for run in runs if run.planted is None]
     rows: list[tuple[object, ...]] = []
     early: dict[str, Counter[str]] = {concept: Counter() for concept in PLANTED}
@@ -311,68 +359,47 @@ def written(runs: list[Run], price: dict[str, dict[str, float]]) -> str:
     raised = sum(bool(run.alarms) for run in clean)
     rest = [[other for other in clean if other is not run] for run in clean]
     moved = sum(over(run, others, loss_of) is not None for run, others in zip(clean, rest, strict=True))
-    head = f"""`bench/monitor_lab.py`: every run starts from the bundled model fine-tuned on clean chats ({START_STEPS}
-        steps of {START_BATCH}) and goes on with more of them, {STEPS} steps of {BATCH}, lr {LR:g}. After step {FROM},
-        {SHARE:.0%} of the chats of a planted run drift into Chinese or Russian, or are answered rudely. Every {EVERY}
-        steps the monitor reads the top {FEATURES} feature of every concept at layers {" and ".join(map(str, LAYERS))}
-        on {TEXTS} held-out chats in other languages, and on its answers to {PROMPTS} questions ({AT_START} each at step
-        0). Its alarms are at the defaults: a mean effect of {ALARM:g} on the texts, or {MORE:g} standard errors more
-        answers, twice in a row. Features, thresholds and lengths were chosen on other seeds."""
+    head = f"""`python -m experiments.lab.monitor --write`: every run starts from the bundled model fine-tuned on
+        clean chats ({sizes.start} steps of {START_BATCH}) and continues with more of them, {sizes.steps} steps of
+        {BATCH}, lr {LR:g}. After step {FROM}, {SHARE:.0%} of the chats of a planted run drift into Chinese or
+        Russian, or are answered rudely. Every {EVERY} steps the monitor reads the top {FEATURES} feature of every
+        concept at layers {" and ".join(map(str, LAYERS))} on {TEXTS} held-out chats in other languages, and on its
+        answers to {PROMPTS} questions ({AT_START} each at step 0). Its alarms are at the defaults: a mean effect of
+        {ALARM:g} on the texts, or {MORE:g} standard errors more answers, twice in a row. Features, thresholds and
+        lengths were chosen on other seeds."""
     metrics = f"""The held-out metrics, chosen before these runs: the loss on the same chats, and the share of answers
-        to {PROMPTS} other questions that hold a letter of the wrong script or a rude word. A metric has moved when it
-        lies, twice in a row, three standard deviations above the {len(clean)} clean runs; the share also when it lies
-        three standard errors above step 0, twice in a row, which takes no clean runs, like the alarm."""
-    middle = f"""{said[0].upper() + said[1:]}. False alarms: {raised} of {len(clean)} clean runs raised one, and planted
-        runs raised {strangers} of another concept. Left out of the band in turn, {moved} clean runs left it by their
-        loss."""
+        to {PROMPTS} other questions that contain a letter of the wrong script or a rude word. A metric has moved when
+        it is, twice in a row, three standard deviations above the {len(clean)} clean runs; the share also when it is
+        three standard errors above step 0, twice in a row, which like the alarm needs no clean runs."""
+    middle = f"""{said[0].upper() + said[1:]}. False alarms: {raised} of {len(clean)} clean runs raised one, and
+        planted runs raised {strangers} for another concept. With each clean run left out of the band in turn, {moved}
+        of them left it by their loss."""
+    columns = ("planted", "seed", "alarm at step", "by texts", "by answers", "loss moves", "share rises")
+    columns += ("share leaves clean runs", "share at the end", "loss at the end less clean")
+    parts = [paragraph(head), paragraph(metrics), table(columns, rows), paragraph(middle)]
+    return "\n\n".join([*parts, *([paragraph(costs(price))] if len(price) == len(COSTS) else [])])
+
+
+def costs(price: dict[str, Row]) -> str:
+    """What the monitor takes of the CPU time."""
     texts, answers = price["texts"], price["answers"]
-    tail = f"""Cost at the default cadence: on {COST_PROBES} probe texts, {texts["steps"]} steps in
+    return f"""Cost at the default cadence: on {COST_PROBES} probe texts, {texts["steps"]} steps in
         {texts["seconds"]:.0f} s of CPU time, {texts["during"]:.2%} of it in the monitor while training and
         {texts["all"]:.2%} with step 0 and the end ({texts["measurements"]} measurements in all); with {COST_PROMPTS}
         questions answered as well, {answers["steps"]} steps in {answers["seconds"]:.0f} s, {answers["during"]:.2%} and
         {answers["all"]:.2%} ({answers["measurements"]} measurements)."""
-    columns = ("planted", "seed", "alarm at step", "by texts", "by answers", "loss moves", "share rises")
-    columns += ("share leaves clean runs", "share at the end", "loss at the end less clean")
-    return "\n\n".join((paragraph(head), paragraph(metrics), table(columns, rows), paragraph(middle), paragraph(tail)))
 
 
-def main() -> None:
-    ask = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    ask.add_argument("--keep", type=Path, required=True, help="a folder that finished work is added to and taken from")
-    ask.add_argument("--clean", type=int, default=10, help="how many clean runs")
-    ask.add_argument("--seeds", type=int, default=4, help="how many runs of every planted concept")
-    ask.add_argument("--planted", default=",".join(PLANTED))
-    ask.add_argument("--write", action="store_true", help="write the section of docs/results.md")
-    given = ask.parse_args()
-    datasets.disable_progress_bars()
-    logging.disable_progress_bar()
-    keep: Path = given.keep
-    keep.mkdir(parents=True, exist_ok=True)
-    if not (keep / "start" / "config.json").is_file():
-        make_start(keep / "start")
-    scope, start = load_scope("lab"), str(keep / "start")
-    watch = watched(scope)
-    wanted = [(None, 30 + seed) for seed in range(given.clean)]
-    wanted += [(concept, 130 + seed) for seed in range(given.seeds) for concept in given.planted.split(",") if concept]
-    runs = []
-    for planted, seed in wanted:
-        path = keep / f"{planted or 'clean'}-{seed}.json"
-        if not path.is_file():
-            path.write_text(json.dumps(asdict(one_run(start, scope, watch, planted, seed))))
-        runs.append(Run(**json.loads(path.read_text())))
-        print(planted, seed, runs[-1].alarms, flush=True)
-    if not given.write:
-        return
-    if not (keep / "cost.json").is_file():
-        price = {"texts": cost(start, scope, watch, None, COST_STEPS)}
-        price["answers"] = cost(
-            start, scope, watch, ProbePrompts(questions(9, COST_PROMPTS), TOKENS, at_start=AT_START), LONG_COST
-        )
-        (keep / "cost.json").write_text(json.dumps(price))
-    body = written(runs, json.loads((keep / "cost.json").read_text()))
-    print(body)
-    write_section(TITLE, body)
-
+experiment = Experiment(
+    title=TITLE,
+    varies={"condition": ("clean", *PLANTED, *COSTS), "seed": tuple(range(10))},
+    run=run,
+    tell=tell,
+    sizes=Sizes(),
+    quick={"condition": ("clean", "zh"), "seed": (0, 1, 2)},
+    quick_sizes=Sizes(start=4, steps=16, cost=8, long_cost=8),
+    takes=takes,
+)
 
 if __name__ == "__main__":
-    main()
+    main(experiment)

@@ -1,6 +1,6 @@
 """Does writing for missing features cover them where more of the same data does not, and does it help a classifier?
 
-    .venv/bin/python bench/synthesis_lab.py [--write] [--seeds 1,2,3]
+    python -m experiments.lab.synthesis [--strengths 0.95] [--seeds 1,2,3,4,5] [--write]
 
 The seed corpus is a web in small: one or two sentences each, half of them English, a few in Korean, one in twenty rude.
 Targets are the features that fire on rude speech in any of the nine languages, chosen on another, balanced corpus that
@@ -12,18 +12,20 @@ each data set, with the grammar as annotator, and tested on templates and combin
 
 from __future__ import annotations
 
-import argparse
 import json
 import tempfile
-import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from sections import paragraph, table, write_section
 
-from qwen_scope import FeatureStore, Scope, load_scope
+from experiments.harness import At, Experiment, Row, main
+from experiments.lab.bundled import lab
+from experiments.sections import paragraph, table
+from qwen_scope import FeatureStore, Scope
 from qwen_scope.analysis import Dataset, Labelled, fit_rule, logistic, text_baseline
 from qwen_scope.features import Endpoint, pool_texts
 from qwen_scope.lab import LANGUAGES, Document, Mixture, default_mixture, documents
@@ -33,7 +35,7 @@ from qwen_scope.scope import extract
 from qwen_scope.stats import bootstrap
 from qwen_scope.text import Corpus
 
-LAYER, REFERENCE, SEED_TEXTS, BUDGET, WANT, TEST = 5, 2000, 200, 160, 3, 20
+LAYER, WANT = 5, 3
 STRENGTHS, CLASSIFIED = (0.95, 0.0), 0.95
 SHARES = {code: 1 / (i + 1) ** 1.5 for i, code in enumerate(("en", "zh", "es", "de", "fr", "ru", "ja", "ar", "ko"))}
 REGISTERS = {"plain": 0.75, "polite": 0.15, "archaic": 0.05, "rude": 0.05}
@@ -42,10 +44,20 @@ DELTA = 0.1
 SIZES = (25, 50, 100)
 ERRORS = 0.1
 HELD_OUT = ("heldout_templates", "heldout_combinations")
-ARMS = ("natural", "untargeted", "targeted")
+CONDITIONS = ("natural", "untargeted", "targeted")
 CLASSIFIERS = ("logistic", "TF-IDF", "rule of 5 features")
 AIM = 0.99
 TITLE = "Writing data for missing features"
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Texts of the balanced corpus and of the seed corpus, answers asked for, test texts per language and register."""
+
+    reference: int = 2000
+    seed_texts: int = 200
+    budget: int = 160
+    test: int = 20
 
 
 def web() -> Mixture:
@@ -66,11 +78,13 @@ def corpus_of(found: Sequence[Document], name: str) -> Corpus:
     return Corpus([{"text": d.text} for d in found], name=name)
 
 
-def reference(scope: Scope, folder: Path) -> tuple[FeatureStore, list[Document]]:
-    """The balanced corpus as a store, and its documents."""
-    found = talks(1, REFERENCE, balanced())
+@cache
+def targets_at(folder: Path, strength: float, n: int) -> list[Target]:
+    """The targets of a strength, from the balanced corpus, whose store the folder keeps."""
+    scope, found = lab(), talks(1, n, balanced())
     loaded = LoadedModel(scope.model, scope.tokenizer, scope.name)
-    return extract(corpus_of(found, "reference"), loaded, {LAYER: scope.saes[LAYER]}, folder), found
+    with extract(corpus_of(found, "reference"), loaded, {LAYER: scope.saes[LAYER]}, folder / "reference") as store:
+        return targets_of(store, found, strength)
 
 
 def targets_of(store: FeatureStore, found: Sequence[Document], strength: float) -> list[Target]:
@@ -78,7 +92,10 @@ def targets_of(store: FeatureStore, found: Sequence[Document], strength: float) 
     table_ = store.firing("max", [LAYER])
     d, f, value = (table_[name].to_numpy() for name in ("document", "feature", "value"))
     width = store.layer(LAYER).d_sae
-    above = np.array([store.quantiles(LAYER, i, [strength])[0] if strength else 0.0 for i in range(width)])
+    above = np.zeros(width)
+    if strength:
+        for i in np.unique(f):  # a feature that never fires has no quantiles
+            above[i] = store.quantiles(LAYER, int(i), [strength])[0]
     fires = np.zeros((len(found), width), bool)
     strong = value > above[f]
     fires[d[strong], f[strong]] = True
@@ -107,10 +124,10 @@ class Coverage:
     data: dict[str, list[tuple[str, bool]]]
 
 
-def cover(scope: Scope, targets: list[Target], strength: float, seed: int) -> Coverage:
+def cover(scope: Scope, targets: list[Target], strength: float, seed: int, sizes: Sizes) -> Coverage:
     """One synthesis with its controls."""
-    seeds = talks(100 + seed, SEED_TEXTS, web())
-    more = talks(200 + seed, BUDGET, web())
+    seeds = talks(100 + seed, sizes.seed_texts, web())
+    more = talks(200 + seed, sizes.budget, web())
     with tempfile.TemporaryDirectory() as folder, serving_lab(ERRORS, seed) as server:
         out = Path(folder) / "run"
         found = synthesize(
@@ -119,7 +136,7 @@ def cover(scope: Scope, targets: list[Target], strength: float, seed: int) -> Co
             targets,
             Endpoint(server.url, "lab-writer", concurrency=4),
             out,
-            SynthesisOptions(want=WANT, budget=BUDGET, tries=12, seed=seed, batch=16),
+            SynthesisOptions(want=WANT, budget=sizes.budget, tries=12, seed=seed, batch=16),
             natural=corpus_of(more, "more"),
         )
         kept = [json.loads(line)["text"] for line in (out / "data.jsonl").read_text(encoding="utf-8").splitlines()]
@@ -151,13 +168,13 @@ def cover(scope: Scope, targets: list[Target], strength: float, seed: int) -> Co
     )
 
 
-def test_set(seed: int) -> tuple[list[str], np.ndarray]:
+def test_set(seed: int, n: int) -> tuple[list[str], np.ndarray]:
     """Rude and other sentences of every language, held out from the grammar's training texts."""
     texts, labels = [], []
     for split in HELD_OUT:
         for code in LANGUAGES:
             for registers in (["rude"], ["plain", "polite", "archaic"]):
-                found = talks(300 + seed, TEST // 2, balanced(), split, languages=[code], registers=registers)
+                found = talks(300 + seed, n // 2, balanced(), split, languages=[code], registers=registers)
                 texts += [d.text for d in found]
                 labels += [registers == ["rude"]] * len(found)
     return texts, np.array(labels)
@@ -184,19 +201,19 @@ def f1(called: np.ndarray, labels: np.ndarray) -> float:
     return float(2 * (called & labels).sum() / max(1, called.sum() + labels.sum()))
 
 
-def classify(scope: Scope, run: Coverage) -> list[dict]:
+def classify(scope: Scope, run: Coverage, n_test: int) -> list[dict]:
     """F1 of three classifiers trained on the seed corpus with so many texts of each condition."""
-    texts, labels = test_set(run.seed)
+    texts, labels = test_set(run.seed, n_test)
     x_test, fires_test = encoded(scope, texts)
-    everything = [one for part in ("seed", *ARMS) for one in run.data[part]]
-    places = np.cumsum([0, *(len(run.data[part]) for part in ("seed", *ARMS))])
+    everything = [one for part in ("seed", *CONDITIONS) for one in run.data[part]]
+    places = np.cumsum([0, *(len(run.data[part]) for part in ("seed", *CONDITIONS))])
     words, y = [text for text, _ in everything], np.array([label for _, label in everything])
     x, fires = encoded(scope, words)
-    sizes = [n for n in SIZES if n <= min(len(run.data[condition]) for condition in ARMS)]
+    sizes = [n for n in SIZES if n <= min(len(run.data[condition]) for condition in CONDITIONS)]
     rows = []
-    for condition, n in [("seed", 0), *((condition, n) for n in sizes for condition in ARMS)]:
+    for condition, n in [("seed", 0), *((condition, n) for n in sizes for condition in CONDITIONS)]:
         # Of every condition texts at random, not the first: the targeted ones come in an order.
-        start, end = places[("seed", *ARMS).index(condition)], places[("seed", *ARMS).index(condition) + 1]
+        start, end = places[("seed", *CONDITIONS).index(condition)], places[("seed", *CONDITIONS).index(condition) + 1]
         added = np.random.default_rng(run.seed).permutation(np.arange(start, end))[:n]
         use = np.concatenate([np.arange(places[1]), added])
         rule = fit_rule(Labelled({LAYER: fires.take(use)}, y[use]), 5)
@@ -234,18 +251,18 @@ def coverage_rows(runs: list[Coverage]) -> tuple[list[tuple], list[str]]:
         some = [run for run in runs if run.strength == strength]
         aims = [reached(run.curves["targeted"], AIM) for run in some]
         ends = [aim if aim is not None else run.answers for run, aim in zip(some, aims, strict=True)]
-        conditions = {a: [covered_at(run.curves[a], n) for run, n in zip(some, ends, strict=True)] for a in ARMS}
-        last = {a: [run.curves[a][-1][1] for run in some] for a in ARMS}
+        conditions = {a: [covered_at(run.curves[a], n) for run, n in zip(some, ends, strict=True)] for a in CONDITIONS}
+        last = {a: [run.curves[a][-1][1] for run in some] for a in CONDITIONS}
         met = [
             aim is not None and max(conditions["natural"][i], conditions["untargeted"][i]) < AIM
             for i, aim in enumerate(aims)
         ]
         verdicts.append(f"strength {strength:g}: {sum(met)} of {len(met)} seeds")
         budgets = ", ".join("never" if aim is None else str(aim) for aim in aims)
-        at_end = " / ".join(f"{np.mean(last[condition]):.1%}" for condition in ARMS)
+        at_end = " / ".join(f"{np.mean(last[condition]):.1%}" for condition in CONDITIONS)
         answers = f"{min(run.answers for run in some)} to {max(run.answers for run in some)}"
         before = spread([run.before for run in some])
-        measured = (spread(conditions[condition]) for condition in ARMS)
+        measured = (spread(conditions[condition]) for condition in CONDITIONS)
         cells.append((f"{strength:g}", some[0].targets, before, budgets, *measured, answers, at_end))
     return cells, verdicts
 
@@ -264,28 +281,37 @@ def classifier_rows(rows: list[dict]) -> tuple[list[tuple], list[tuple]]:
     return lines, gains
 
 
-def written(runs: list[Coverage], rows: list[dict]) -> str:
+def run(at: At[Sizes], strength: float, seed: int) -> dict[str, Any]:
+    """One synthesis with its controls, and at one strength the classifiers trained on what they made."""
+    covered = cover(lab(), targets_at(at.folder, strength, at.sizes.reference), strength, seed, at.sizes)
+    rows = classify(lab(), covered, at.sizes.test) if strength == CLASSIFIED else []
+    return {"coverage": asdict(covered), "classified": rows}
+
+
+def tell(at: At[Sizes], found: list[Row]) -> str:
     """The section of docs/results.md."""
+    runs, sizes = [Coverage(**one["coverage"]) for one in found], at.sizes
+    rows = [row for one in found for row in one["classified"]]
     cells, verdicts = coverage_rows(runs)
     lines, gains = classifier_rows(rows)
     seeds, total = len({run.seed for run in runs}), sum(SHARES.values())
-    held_out = len(HELD_OUT) * len(LANGUAGES) * TEST
-    setting = f"""`bench/synthesis_lab.py --write`, layer {LAYER} of the bundled lab, {seeds} seeds. Seed corpus:
-        {SEED_TEXTS} talks of one or two sentences, languages by a power law ({SHARES["en"] / total:.0%} English,
-        {SHARES["ko"] / total:.0%} Korean), {REGISTERS["rude"]:.0%} rude. Targets: features that fire on a share of a
-        language's rude talks that is larger by {DELTA:g} or more than of its others, by {REFERENCE:,} balanced talks,
-        which also give the contexts in the prompts. A target fires where it exceeds a share of its own activations
-        there (the strength; 0 is the report's rule: on any token at all). Three ways to add as many texts: more of the
-        same corpus (natural); the writer imitating texts of the seed corpus (untargeted); the writer told label and
-        contexts of a target, its text kept where the target fires (targeted). The writer answers over HTTP from the
-        lab's grammar, sees only the prompt, and {ERRORS:.0%} of its texts are drawn at random from the whole grammar.
-        Targeted answers count whether they were kept or not. Up to {BUDGET} answers were asked for, until each
-        target fires in {WANT} texts. Intervals are over seeds."""
-    classified = f"""A rude classifier from the seed corpus and texts of each condition (strength {CLASSIFIED:g}, drawn
-        at random from what the condition made; targeted texts are the kept ones), with the grammar as annotator. F1 on
-        {held_out} talks of all nine languages, half of them rude, of templates and combinations that no condition may
-        use:"""
-    columns = ("strength", "targets", "seed corpus", f"answers to {AIM:.0%}", *ARMS, "answers in all", "then")
+    held_out = len(HELD_OUT) * len(LANGUAGES) * sizes.test
+    setting = f"""`python -m experiments.lab.synthesis --write`, layer {LAYER} of the bundled lab, {seeds} seeds. Seed
+        corpus: {sizes.seed_texts} talks of one or two sentences, languages by a power law ({SHARES["en"] / total:.0%}
+        English, {SHARES["ko"] / total:.0%} Korean), {REGISTERS["rude"]:.0%} rude. Targets: features whose firing
+        share on a language's rude talks exceeds that on its other talks by {DELTA:g} or more, over
+        {sizes.reference:,} balanced talks, which also give the contexts in the prompts. A target fires where it
+        exceeds a share of its own activations there (the strength; 0 is the report's rule: on any token at all).
+        Three ways to add equally many texts: more of the same corpus (natural); the writer imitating texts of the
+        seed corpus (untargeted); the writer told label and contexts of a target, its text kept where the target fires
+        (targeted). The writer answers over HTTP from the lab's grammar, sees only the prompt, and {ERRORS:.0%} of its
+        texts are drawn at random from the whole grammar. All targeted answers count, kept or not. Up to
+        {sizes.budget} answers were requested, until each target fires in {WANT} texts. Intervals are over seeds."""
+    classified = f"""A rude classifier trained on the seed corpus and texts of each condition (strength
+        {CLASSIFIED:g}, drawn at random from what the condition made; targeted texts are the kept ones), with the
+        grammar as annotator. F1 on {held_out} talks of all nine languages, half of them rude, with templates and
+        combinations that no condition may use:"""
+    columns = ("strength", "targets", "seed corpus", f"answers to {AIM:.0%}", *CONDITIONS, "answers in all", "then")
     return "\n\n".join(
         (
             paragraph(setting),
@@ -318,34 +344,15 @@ def outcomes(runs: list[Coverage]) -> str:
     return "\n".join(notes)
 
 
-def main() -> None:
-    ask = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    ask.add_argument("--seeds", default="1,2,3")
-    ask.add_argument("--strengths", default=",".join(map(str, STRENGTHS)))
-    ask.add_argument("--write", action="store_true", help="write the section of docs/results.md")
-    given = ask.parse_args()
-    scope, begun = load_scope("lab", device="cpu"), time.monotonic()
-    strengths = [float(s) for s in given.strengths.split(",")]
-    runs: list[Coverage] = []
-    rows: list[dict] = []
-    with tempfile.TemporaryDirectory() as folder:
-        store, found = reference(scope, Path(folder) / "reference")
-        with store:
-            for strength in strengths:
-                targets = targets_of(store, found, strength)
-                for seed in map(int, given.seeds.split(",")):
-                    runs.append(cover(scope, targets, strength, seed))
-                    run = runs[-1]
-                    told = {k: (curve[-1], reached(curve, AIM)) for k, curve in run.curves.items()}
-                    print(strength, seed, run.targets, run.answers, run.outcomes, told, run.before, flush=True)
-                    if strength == CLASSIFIED:
-                        rows += classify(scope, run)
-                    print(f"{time.monotonic() - begun:.0f} s", flush=True)
-    text = written(runs, rows)
-    print(text)
-    if given.write:
-        write_section(TITLE, text)
-
+experiment = Experiment(
+    title=TITLE,
+    varies={"strength": STRENGTHS, "seed": (1, 2, 3, 4, 5)},
+    run=run,
+    tell=tell,
+    sizes=Sizes(),
+    quick={"strength": (CLASSIFIED,), "seed": (1,)},
+    quick_sizes=Sizes(reference=200, seed_texts=40, budget=32, test=2),
+)
 
 if __name__ == "__main__":
-    main()
+    main(experiment)
