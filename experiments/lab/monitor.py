@@ -77,7 +77,7 @@ class Run:
         planted: what was planted, or None.
         steps: when it was measured.
         loss: on the held-out chats; of step 0 there is none.
-        effect, more: per concept the two readings that the monitor's alarm looks at.
+        effect, rise_in_generation: per concept the two readings that the monitor's alarm looks at.
         alarms: per concept the step of the monitor's alarm.
         hits: per concept how many of `answers` show it.
         answers: how many were sampled to count hits in.
@@ -88,7 +88,7 @@ class Run:
     steps: list[int]
     loss: list[float]
     effect: dict[str, list[float]]
-    more: dict[str, list[float]]
+    rise_in_generation: dict[str, list[float]]
     alarms: dict[str, int]
     hits: dict[str, list[int]]
     answers: list[int]
@@ -195,7 +195,7 @@ def one_run(start: str, watch: Watch, planted: str | None, seed: int, n_steps: i
             probe_prompts=ProbePrompts(questions(9, PROMPTS), TOKENS, at_start=AT_START),
             every=EVERY,
             alarm=ALARM,
-            more=MORE,
+            rise_in_generation=MORE,
         )
         more = {"eval_strategy": "steps", "eval_steps": EVERY, "max_steps": n_steps, "seed": seed}
         rows = training_data(planted, seed, steps=n_steps, batch=BATCH, begin=FROM, share=SHARE)
@@ -262,6 +262,7 @@ def cost(start: str, watch: Watch, asked: ProbePrompts | None, steps: int) -> di
 
 def run(at: At[Sizes], condition: str, seed: int) -> dict[str, Any]:
     """One fine-tuning with its measurements, or what the monitor costs."""
+    lab()  # which silences the bars
     sizes, folder = at.sizes, at.folder / "start"
     if not (folder / "config.json").is_file():
         make_start(folder, sizes.start)
@@ -335,7 +336,7 @@ def compared(runs: list[Run], price: dict[str, Row], sizes: Sizes) -> str:
         concept = str(run.planted)
         readings = (
             twice(run.steps, np.abs(np.array(run.effect[concept])) > ALARM),
-            twice(run.steps, np.abs(np.array(run.more[concept])) > MORE),
+            twice(run.steps, np.abs(np.array(run.rise_in_generation[concept])) > MORE),
         )
         metrics = {
             "loss": over(run, clean, loss_of),

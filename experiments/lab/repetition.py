@@ -321,8 +321,8 @@ experiment = Experiment(
     run=run,
     tell=tell,
     sizes=Sizes(),
-    quick={"seed": (1,)},
-    quick_sizes=Sizes(chats=320, start_steps=20, asked=32, steps=2, every=1, held_out=32),
+    quick={"share": (0.5,), "seed": (1,)},
+    quick_sizes=Sizes(chats=1200, start_steps=75, asked=48, steps=2, every=1, held_out=32),
 )
 
 if __name__ == "__main__":

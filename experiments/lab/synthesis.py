@@ -146,13 +146,18 @@ def cover(scope: Scope, targets: list[Target], strength: float, seed: int, sizes
             for path in sorted((out / "untargeted").glob("*.jsonl"))
             for line in path.read_text(encoding="utf-8").splitlines()
         ]
-        written = server.writer.written
-        rude = {text: document.register == "rude" for text, document in written.items()}
+        written = dict(server.writer.written)
+
+    def rude(text: str) -> bool:
+        """Whether the grammar wrote it rudely. Of an answer that is a chat, only what follows its thinking was read."""
+        whole = text if text in written else next(one for one in written if one.endswith(text))
+        return written[whole].register == "rude"
+
     data = {
         "seed": [(d.text, d.register == "rude") for d in seeds],
         "natural": [(d.text, d.register == "rude") for d in more],
-        "untargeted": [(one["text"], rude[one["text"]]) for one in free if one["outcome"] == "kept"],
-        "targeted": [(text, rude[text]) for text in kept],
+        "untargeted": [(one["text"], rude(one["text"])) for one in free if one["outcome"] == "kept"],
+        "targeted": [(text, rude(text)) for text in kept],
     }
     n = len(targets)
     return Coverage(
