@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 RECIPES = (".json", ".yaml", ".yml")
 
-Model = Annotated[str, typer.Option("--model", help="Language model: 'lab' (bundled), a Hub id or a folder.")]
+Model = Annotated[str, typer.Option("--model", help="Language model: 'lab' (bundled), a Hub id, a folder or a GGUF.")]
 StoreModel = Annotated[
     str | None, typer.Option("--model", help="Language model. Default: the one the store was made with, or the lab.")
 ]

@@ -11,7 +11,9 @@ from . import options, output
 
 
 def plan(
-    group: Annotated[str, typer.Argument(help="A group of the catalog, or a folder of SAEs or of a model.")] = "lab",
+    group: Annotated[
+        str, typer.Argument(help="A group of the catalog, a folder of SAEs or of a model, or a GGUF file.")
+    ] = "lab",
     model: Annotated[
         str | None, typer.Option("--model", help="Of a folder of SAEs. Default: what its files or its name say.")
     ] = None,
@@ -80,15 +82,16 @@ def show_model(folder: Path, dtype: str, limit: int | None, as_json: bool) -> No
     from qwen_scope.scope import plan_model
 
     needs = plan_model(folder, dtype=dtype)
-    total = needs["model"] + needs["working"]
+    total = needs.get("packed", needs["model"]) + needs["working"]
     if as_json:
         output.print_json({"folder": str(folder), **needs, "fits": None if limit is None else total <= limit})
         return
     rows = [
         ("files of weights", size(needs["disk"])),
+        *([("language model, packed", size(needs["packed"]))] if "packed" in needs else []),
         (f"language model in {dtype}", size(needs["model"])),
         ("working memory of one batch (estimate)", size(needs["working"])),
-        ("device, without SAEs", size(total)),
+        ("device, without SAEs" + (", packed" if "packed" in needs else ""), size(total)),
     ]
     title = f"{folder}: {needs['layers']} layers, {needs['parameters']:,} parameters"
     output.show(title, ("what", "bytes"), rows)

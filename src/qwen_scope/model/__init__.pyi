@@ -11,6 +11,8 @@ from .families import n_layers as n_layers
 from .families import norms_parts as norms_parts
 from .families import text_config as text_config
 from .families import unembedding as unembedding
+from .gguf import Gguf as Gguf
+from .gguf import gguf_file as gguf_file
 from .hookpoint import HookPoint as HookPoint
 from .hooks import capture as capture
 from .hooks import changing as changing

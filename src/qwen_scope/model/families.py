@@ -11,6 +11,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -199,7 +200,8 @@ def input_device(model: nn.Module) -> torch.device:
     place = getattr(getattr(embedding, "_hf_hook", None), "execution_device", None)
     if place is not None:
         return torch.device(place)
-    return next((model if embedding is None else embedding).parameters()).device
+    holder = model if embedding is None else embedding
+    return next(chain(holder.parameters(), holder.buffers())).device  # packed weights are buffers
 
 
 def _locate(model: nn.Module) -> tuple[str, str]:

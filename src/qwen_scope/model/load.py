@@ -18,6 +18,8 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
 from qwen_scope.errors import FormatError, InputError, NotFoundError, brief, foreign, need
 
+from .gguf import Gguf, gguf_file
+
 DTYPES = ("float32", "bfloat16", "float16", "auto")
 QUANTIZATIONS = ("8bit", "4bit")
 # Tensors beside quantised weights; a loader that does not use them would take the weights for what they are not.
@@ -51,9 +53,11 @@ def load_model(
     """Load a language model and its tokenizer.
 
     Args:
-        source: a folder that `save_pretrained` wrote, or a hub id such as `Qwen/Qwen3-1.7B-Base`.
+        source: a folder that `save_pretrained` wrote, a hub id such as `Qwen/Qwen3-1.7B-Base`, or a GGUF: a file, a
+            folder that holds one, or `owner/name:FILE.gguf` on the Hub.
         device: where it runs; None takes CUDA, else MPS, else the CPU.
-        dtype: `float32`, `bfloat16`, `float16`, or `auto` for the one its weights are in.
+        dtype: `float32`, `bfloat16`, `float16`, or `auto` for the one its weights are in. The weights of a GGUF stay
+            packed with `auto`, computing in float32 on the CPU and in bfloat16 elsewhere; any other type unpacks them.
         device_map: `auto` or a map to spread the model over devices, in place of `device`; needs accelerate.
         quantization: `8bit` or `4bit` (needs bitsandbytes), or a quantisation config of transformers.
         revision: a branch, tag or commit on the Hub.
@@ -66,9 +70,13 @@ def load_model(
         InputError: an unknown dtype, device or architecture, or options that exclude each other.
     """
     name = os.fspath(source)
-    placement = _placement(device, device_map, quantization)
     if dtype not in DTYPES:
         raise InputError(f"dtype is one of {', '.join(DTYPES)}, not {dtype!r}")
+    if (file := gguf_file(name)) is not None:
+        if device_map is not None or quantization is not None:
+            raise InputError("a GGUF is quantised already and runs on one device: drop device_map and quantization")
+        return _load_gguf(name, file, device, dtype)
+    placement = _placement(device, device_map, quantization)
     config = load_config(name, revision=revision)
     auto = auto_class(config.model_type, name)
     place = _folder(name) or name
@@ -107,6 +115,8 @@ def load_config(source: str | os.PathLike[str], *, revision: str | None = None) 
         InputError: an unknown architecture.
     """
     name = os.fspath(source)
+    if (file := gguf_file(name)) is not None:
+        return Gguf.open(file).config()
     place = _folder(name) or name
     _model_type(name, _read_config(name, place, revision))
     with foreign(f"the config.json of {name!r} holds a value that does not fit"):
@@ -181,6 +191,15 @@ def _placement(device: Any, device_map: Any, quantization: Any) -> dict[str, Any
     return {"device_map": {"": _device(device)}, **place, "quantization_config": quantization}
 
 
+def _load_gguf(name: str, file: str, device: str | torch.device | None, dtype: str) -> LoadedModel:
+    gguf, chosen = Gguf.open(file), _device(device)
+    config = gguf.config()
+    computes = ("float32" if chosen.type == "cpu" else "bfloat16") if dtype == "auto" else dtype
+    model = gguf.model(auto_class(config.model_type, name), getattr(torch, computes), packed=dtype == "auto")
+    with foreign(f"{name!r} does not fit onto {str(chosen)!r}", InputError):
+        return LoadedModel(model.to(chosen), gguf.tokenizer(), name)
+
+
 def _folder(name: str) -> str | None:
     """The folder a source names, or None where it can only be a hub id."""
     path = Path(name).expanduser()
@@ -247,6 +266,8 @@ def load_tokenizer(source: str | os.PathLike[str], *, revision: str | None = Non
         NotFoundError: there is none.
     """
     name = os.fspath(source)
+    if (file := gguf_file(name)) is not None:
+        return Gguf.open(file).tokenizer()
     return _tokenizer(name, _folder(name) or name, revision)
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qwen_scope.errors import InputError, MismatchError, NotFoundError, foreign
-from qwen_scope.model import ModelSizes, model_sizes
+from qwen_scope.model import Gguf, ModelSizes, gguf_file, model_sizes
 from qwen_scope.sae import catalog, layers_of, load_sae
 
 if TYPE_CHECKING:
@@ -142,19 +142,22 @@ def plan_folder(
 
 
 def plan_model(folder: Path, *, dtype: str = "bfloat16") -> dict[str, int]:
-    """What a language model in a folder takes without SAEs, from its config and the sizes of its files.
+    """What a language model in a folder or a GGUF file takes without SAEs, from its config and the sizes of its files.
 
     Returns:
         `disk`, `model` (weights in `dtype`) and `working` (one batch, an estimate) in bytes, `parameters`, `d_model`
-        and `layers`.
+        and `layers`; of a GGUF whose weights can stay packed also `packed`, the bytes of its weights as they are.
 
     Raises:
         FormatError: a config that transformers can't read.
     """
+    file = gguf_file(str(folder))
+    gguf = None if file is None else Gguf.open(file)
     sizes = model_sizes(config_of(str(folder)))
-    files = [path for ending in ("*.safetensors", "*.bin") for path in folder.glob(ending)]
+    files = [path for ending in ("*.safetensors", "*.bin") for path in folder.glob(ending)] if gguf is None else []
     return {
-        "disk": sum(path.stat().st_size for path in files),
+        "disk": sum(path.stat().st_size for path in files) if gguf is None else gguf.path.stat().st_size,
+        **({"packed": gguf.packed_bytes} if gguf is not None and gguf.stays_packed else {}),
         "model": sizes.weight_bytes(dtype),
         "working": sizes.capture_bytes(1, TOKENS, 1, dtype),
         "parameters": sizes.parameters,
@@ -164,7 +167,9 @@ def plan_model(folder: Path, *, dtype: str = "bfloat16") -> dict[str, int]:
 
 
 def is_model(folder: Path) -> bool:
-    """Whether a folder holds a language model: its config names a `model_type`."""
+    """Whether a folder or file holds a language model: its config names a `model_type`, or it is a GGUF."""
+    if gguf_file(str(folder)) is not None:
+        return True
     path = folder / "config.json"
     if not path.is_file():
         return False
@@ -181,6 +186,8 @@ def config_of(model: str) -> PreTrainedConfig:
     from transformers import AutoConfig
 
     model = catalog.find("lab").model if model == "lab" else model
+    if (file := gguf_file(model)) is not None:
+        return Gguf.open(file).config()
     if (Path(model) / "config.json").is_file():
         with foreign(f"the config of the model in {model} can't be read"):
             return AutoConfig.from_pretrained(model)
