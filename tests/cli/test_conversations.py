@@ -11,9 +11,9 @@ import pytest
 import tiny
 
 from qwen_scope.cli import main
-from qwen_scope.cli.posttrain_data import read_rows, training_samples
-from qwen_scope.cli.posttrain_rl import PROMPTS
 from qwen_scope.model import load_tokenizer
+from qwen_scope.posttrain.data import PROMPTS
+from qwen_scope.posttrain.sources import read_rows, training_samples
 from qwen_scope.scope import load_scope
 from qwen_scope.text import CorpusOptions, render
 

@@ -17,10 +17,10 @@ from typed import COMMANDS, LEAVES
 
 from qwen_scope.cli import main
 from qwen_scope.cli.groups import OPTIONS, grouped
-from qwen_scope.cli.posttrain_data import read_prompts, read_rows, training_samples
-from qwen_scope.cli.posttrain_rl import PROMPTS
 from qwen_scope.cli.sweep import read_prompts as prompts_of_sweep
 from qwen_scope.errors import InputError
+from qwen_scope.posttrain.data import PROMPTS
+from qwen_scope.posttrain.sources import read_prompts, read_rows, training_samples
 from qwen_scope.text import Corpus, CorpusOptions
 
 MODEL = ["--model", str(tiny.folder() / "model"), "--device", "cpu"]

@@ -31,7 +31,7 @@ def told(out: Path, **more: Any) -> SFTRun:
     """Six steps, a checkpoint after every second, a line of the log after every third."""
     plain: dict[str, Any] = {"batch": 4, "accumulate": 1, "epochs": 3, "warmup": 0, "max_length": 48, "lr": 1e-3}
     plain |= {"save_every": 2, "log_every": 3, "watch_every": 1, "device": "cpu"}
-    return SFTRun(str(tiny.folder() / "model"), out, **plain | more)
+    return SFTRun(str(tiny.folder() / "model"), out, **{"method": "plain"} | plain | more)
 
 
 def train(out: Path, **more: Any) -> dict[str, Any]:

@@ -158,6 +158,6 @@ def test_what_is_right_is_taken(scope) -> None:
     assert last_rewards(rewards) == {"reward": 6.5}
     assert last_rewards(rewards, 1) == {"reward": 11.0}
     assert last_rewards(rewards, 100) == {"reward": 5.5}
-    assert monitor(top=0, every=1, share=1.0, more=0.5, drift_alarm=1e-3).top == 0
+    assert monitor(top=0, every=1, share=1.0, rise_in_generation=0.5, drift_alarm=1e-3).top == 0
     assert RLRun("lab", OUT, epsilon_low=0, top_p=1).group == 8
     assert lab_rows(0) == []

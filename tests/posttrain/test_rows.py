@@ -12,11 +12,11 @@ import pytest
 import tiny
 
 from qwen_scope.cli import main
-from qwen_scope.cli.posttrain_data import probe_texts, read_prompts, read_rows
-from qwen_scope.cli.posttrain_rl import PROMPTS
 from qwen_scope.errors import InputError, QwenScopeWarning
 from qwen_scope.model import load_model
 from qwen_scope.posttrain import SFTRun, SynthesisOptions, held_out_loss, read_samples, run_sft
+from qwen_scope.posttrain.data import PROMPTS
+from qwen_scope.posttrain.sources import probe_texts, read_prompts, read_rows
 from qwen_scope.text import Corpus, only_text, usable
 
 GOOD = {"prompt": "hello ", "completion": "The weather is fine.", "group": "en"}
@@ -66,8 +66,8 @@ def test_conversations_that_can_not_be_learnt_from(tmp_path: Path) -> None:
 def test_prompts_that_are_too_long_are_said_and_stand_in_the_record(tmp_path: Path) -> None:
     long = {**GOOD, "prompt": "hello " * 60}
     run = SFTRun(
-        str(tiny.folder() / "model"), tmp_path / "run", batch=4, accumulate=1, max_steps=1, max_length=48, warmup=0,
-        device="cpu",
+        str(tiny.folder() / "model"), tmp_path / "run", method="plain", batch=4, accumulate=1, max_steps=1,
+        max_length=48, warmup=0, device="cpu",
     )  # fmt: skip
     rows = [*small.ROWS, long, long]
     with pytest.warns(QwenScopeWarning, match=r"2 of 10 rows of the train data .*: 2 whose prompt fills max_length"):
@@ -108,8 +108,16 @@ def test_answers_that_are_missing(tmp_path: Path) -> None:
     with pytest.warns(QwenScopeWarning, match="2 without the column 'answer'"):
         found = read_rows(str(written(tmp_path / "rows.jsonl", rows)), PROMPTS, "answer", 10, "lab")
     assert [row["answer"] for row in found] == ["1", "0"]
-    with pytest.raises(InputError, match="name it with --answer-column"):
+    with pytest.raises(InputError, match="name it with answer_column="):
         read_rows(str(tmp_path / "rows.jsonl"), PROMPTS, "result", 10, "lab")
+
+
+def test_a_command_names_the_option_for_the_answer(tmp_path: Path, capsys) -> None:
+    path = written(tmp_path / "rows.jsonl", [{"prompt": "a", "answer": 1}] * 3)
+    words = ["posttrain", "rl", str(path), "-o", str(tmp_path / "out"), "--method", "vanilla", "--model", "lab"]
+    assert main([*words, "--answer-column", "result"]) == 2
+    assert "name it with --answer-column" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_loss_on_held_out_rows_that_begin_with_one_that_is_too_long() -> None:

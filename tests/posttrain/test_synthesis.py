@@ -132,7 +132,7 @@ def test_a_stopped_run_goes_on_to_the_same_result(clean: Path, tmp_path: Path) -
     out = tmp_path / "out"
     with lab.failing() as server:
         with pytest.raises(KeyboardInterrupt):
-            run(server, out, say=stop)
+            run(server, out, progress=stop)
         (out / "rounds" / "000002.jsonl.part").write_text('{"half')
         run(server, out)
         assert set(server.seen.values()) == {1}
@@ -203,7 +203,7 @@ def test_a_full_disk_is_said_and_loses_nothing(clean: Path, tmp_path: Path) -> N
     with lab.failing() as server:
         try:
             with pytest.raises(InputError, match="no room to write") as caught:
-                run(server, tmp_path / "out", say=fill)
+                run(server, tmp_path / "out", progress=fill)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         assert "run the same command again" in str(caught.value)

@@ -272,7 +272,7 @@ def test_a_run_goes_on_with_the_thresholds_it_began_with(told: TrainRun, trained
 
     run = replace(told, out=tmp_path / "run", exports=())
     with pytest.raises(Stop):
-        run_train(run, progress=stop)
+        run_train(run, on_step=stop)
     began = (run.out / "run.json").read_text()
     for other in (Counted.everything(), Counted(first=2)):
         with pytest.raises(MismatchError, match="first tokens of a row left out: 1 in that run"):

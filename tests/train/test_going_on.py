@@ -76,7 +76,7 @@ def test_no_line_of_the_metrics_is_missing_or_twice(
             raise Stop
 
     with pytest.raises(Stop):
-        run_train(run, progress=stop)
+        run_train(run, on_step=stop)
     assert not (run.out / ".lock").exists()
     run_train(replace(run, resume=True))
     same_as(whole, run.out)
@@ -99,7 +99,7 @@ def test_rows_that_can_not_be_used_stand_in_the_record(text: Path, model_folder:
 def test_the_seconds_go_on(text: Path, model_folder: Path, tmp_path: Path) -> None:
     run = told(text, model_folder, tmp_path / "run")
     with pytest.raises(Stop):
-        run_train(run, progress=stop_after(14))
+        run_train(run, on_step=stop_after(14))
     run_train(replace(run, resume=True))
     seconds = [entry["seconds"] for entry in read_metrics([run.out / "metrics.jsonl"])]
     assert seconds == sorted(seconds)

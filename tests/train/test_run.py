@@ -41,7 +41,7 @@ def run(model_folder: Path, tmp_path: Path) -> TrainRun:
 @pytest.mark.slow
 def test_a_run_leaves_everything_needed(run: TrainRun) -> None:
     steps, said = [], set()
-    result = run_train(run, progress=lambda r: steps.append(r.step), say=lambda what, share: said.add(what))
+    result = run_train(run, on_step=lambda r: steps.append(r.step), progress=lambda what, share, text: said.add(what))
     assert steps == list(range(1, 41))
     assert said == {"means", "reconstruction", "loss"}
     assert result.folder == run.out / "tiny"
@@ -143,7 +143,7 @@ def test_bad_input_is_one_sentence_before_training(
     monkeypatch.setattr("qwen_scope.errors.find_spec", lambda name: None)
     monkeypatch.delenv("RANK", raising=False)
     with pytest.raises(kind, match=message) as caught:
-        run_train(replace(run, **changes), progress=lambda r: pytest.fail("training began"))
+        run_train(replace(run, **changes), on_step=lambda r: pytest.fail("training began"))
     assert "\n" not in str(caught.value)
 
 
@@ -158,7 +158,7 @@ def test_a_group_of_another_width_is_refused(run: TrainRun, tmp_path: Path) -> N
 def test_a_corpus_shorter_than_a_batch(run: TrainRun) -> None:
     Path(run.data).write_text('{"text": "the cat"}\n')
     with pytest.raises(InputError, match="less than one batch of 128"):
-        run_train(run, progress=lambda r: pytest.fail("training began"))
+        run_train(run, on_step=lambda r: pytest.fail("training began"))
 
 
 def test_metrics_callbacks(run: TrainRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,7 +23,6 @@ from . import (
     output,
     plan,
     posttrain,
-    posttrain_rl,
     show,
     steer,
     store,
@@ -85,6 +84,4 @@ app.command("validate", rich_help_panel=STEERING)(validate.validate)
 app.command("train", rich_help_panel=TRAIN)(train.train)
 app.command("eval", rich_help_panel=TRAIN)(train.evaluate)
 app.command("convert", rich_help_panel=TRAIN)(convert.convert)
-posttrain.app.command("repetition")(posttrain_rl.repetition)
-posttrain.app.command("rl")(posttrain_rl.rl)
 app.add_typer(posttrain.app, name="posttrain", rich_help_panel=TRAIN)

@@ -30,6 +30,14 @@ class Read:
     shown: Any = None
 
 
+@dataclass(frozen=True)
+class Group:
+    """A field that is a group of its own, with some of its options left out: these keep their default."""
+
+    kind: type
+    without: tuple[str, ...] = ()
+
+
 # By dataclass: its fields as options, in the order of the help; a field that is a group of its own by its class.
 OPTIONS: dict[type, dict[str, Any]] = {
     CorpusOptions: {
@@ -54,7 +62,11 @@ PARAGRAPHS, LINES = CorpusOptions(), CorpusOptions(unit="line")
 
 
 def grouped(
-    command: Callable[..., Any], *, without: Collection[str] = (), late: Callable[[], Mapping[str, Any]] | None = None
+    command: Callable[..., Any],
+    *,
+    without: Collection[str] = (),
+    late: Callable[[], Mapping[str, Any]] | None = None,
+    first: Callable[[], None] | None = None,
 ) -> Callable[..., Any]:
     """A command whose parameters of a type in `OPTIONS` are shown as that type's fields, and are given as one object.
 
@@ -67,6 +79,7 @@ def grouped(
         late: gives further options by name, each with its annotation, once the command line of this command is read:
             options that only a library that takes seconds to import can tell. Those that were typed are given as the
             command's parameter `more`, a dictionary.
+        first: is called before anything is made of what was typed, such as a check of what is installed.
     """
     hints = get_type_hints(command, include_extras=True)
     taken = signature(command).parameters
@@ -89,6 +102,8 @@ def grouped(
 
     @wraps(command)
     def run(**given: Any) -> Any:
+        if first is not None:
+            first()
         passed = {name: given[name] for name in own}
         if late is not None:
             passed["more"] = read_all(late(), late_values())
@@ -155,14 +170,22 @@ def fields_of(kind: type, default: Any = None) -> list[Parameter]:
     found: list[Parameter] = []
     for name, annotation in typed.items():
         value = default_of(kind, default, name)
-        if annotation in OPTIONS:
-            found += fields_of(annotation, None if value is Parameter.empty else value)
+        if (group := group_of(annotation)) is not None:
+            inner = fields_of(group.kind, None if value is Parameter.empty else value)
+            found += [one for one in inner if one.name not in group.without]
             continue
         read = reader(annotation)
-        if read is not None and value is not Parameter.empty:
+        if read is not None and (value is not Parameter.empty or read.shown is not None):
             value = read.shown
         found.append(Parameter(name, Parameter.POSITIONAL_OR_KEYWORD, default=value, annotation=annotation))
     return found
+
+
+def group_of(annotation: Any) -> Group | None:
+    """The group that a field is, if it is one."""
+    if isinstance(annotation, Group):
+        return annotation
+    return Group(annotation) if isinstance(annotation, type) and annotation in OPTIONS else None
 
 
 def made(kind: type, default: Any, typed: Mapping[str, Any]) -> Any:
@@ -170,9 +193,9 @@ def made(kind: type, default: Any, typed: Mapping[str, Any]) -> Any:
     chosen: dict[str, Any] = {}
     for name, annotation in OPTIONS[kind].items():
         usual = default_of(kind, default, name)
-        if annotation in OPTIONS:
+        if (group := group_of(annotation)) is not None:
             inner = None if usual is Parameter.empty else usual
-            chosen[name] = made(annotation, inner, typed)
+            chosen[name] = made(group.kind, inner, {key: typed[key] for key in typed if key not in group.without})
         elif name in typed:
             read, value = reader(annotation), typed[name]
             if read is not None:

@@ -33,8 +33,8 @@ def build(
     from qwen_scope.foundry import FULL, SMALL, build, card
 
     config = replace(SMALL if (family != "dense" if small is None else small) else FULL, family=family, seed=seed)
-    with output.progress() as report:
-        metrics = build(out, config, report)
+    with output.progress() as progress:
+        metrics = build(out, config, progress)
     if as_json:
         output.print_json(metrics)
     else:
@@ -74,8 +74,8 @@ def panel(
     """Train a panel of small models and score them on the lab's benchmarks: what benchmark analyses are tried on."""
     from qwen_scope.foundry import build_panel
 
-    with output.progress() as report:
-        made = build_panel(out, report=report)
+    with output.progress() as progress:
+        made = build_panel(out, progress=progress)
     if as_json:
         output.print_json(made)
         return

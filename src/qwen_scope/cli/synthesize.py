@@ -16,7 +16,7 @@ from qwen_scope.text import CorpusOptions
 
 from . import options, output
 from .groups import PARAGRAPHS, grouped
-from .posttrain_data import given_files
+from .posttrain import given
 from .show import scope_of
 from .store import the_layer
 
@@ -117,7 +117,7 @@ def synthesize(
     from qwen_scope.store import FeatureStore
 
     check_output(out / MADE[0])
-    check_folder(out, MADE, store, *given_files(seed_corpus, against), *options.folders(model, sae))
+    check_folder(out, MADE, store, *given(seed_corpus, against), *options.folders(model, sae))
     instruction = options.typed(instruction)
     settings = SynthesisOptions(want, budget, tries, 64, shown, answer_tokens, temperature, pairs, instruction, seed)
     settings = replace(settings, chat=reading.chat)
@@ -140,7 +140,7 @@ def synthesize(
             show_price(*price(scope, corpus, chosen, out, settings, per_million=per_million), as_json)
             return
         with output.progress() as bar:
-            found = synthesize(scope, corpus, chosen, endpoint, out, settings, natural=more, say=bar)
+            found = synthesize(scope, corpus, chosen, endpoint, out, settings, natural=more, progress=bar)
     show_made(found, out, as_json)
 
 

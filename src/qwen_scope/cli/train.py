@@ -17,7 +17,7 @@ from . import options, output, whose
 from .groups import OPTIONS, Read, generated, grouped
 
 if TYPE_CHECKING:
-    from qwen_scope.train import EvalResult, StepReport
+    from qwen_scope.train import EvalResult
 
 OPTIONS[TrainConfig] = {
     "d_sae": Annotated[int, typer.Option("--d-sae", help="Features of each SAE.")],
@@ -123,11 +123,7 @@ def train(run: TrainRun, more: Mapping[str, Any], as_json: options.Json = False)
     kind = architecture(str(run.train.architecture), **more)
     run = replace(run, train=replace(run.train, architecture=kind))
     with output.progress() as report:
-        result = run_train(
-            seeded(run, run.train.seed),
-            lambda step: report("training", step.step / step.steps, status_line(step)),
-            lambda stage, share: report(stage, share, ""),
-        )
+        result = run_train(seeded(run, run.train.seed), progress=report)
     quality = {str(name): found.plain() for name, found in result.quality.items()}
     if as_json:
         output.print_json({"folder": str(result.folder), "layers": sorted(map(str, result.saes)), "quality": quality})
@@ -143,18 +139,6 @@ def seeded(run: Any, seed: int) -> Any:
     return replace(run, corpus=replace(run.corpus, seed=0 if run.corpus.sample is None else seed))
 
 
-def status_line(step: StepReport) -> str:
-    """Loss, FVU, L0 and dead share, averaged over layers, and the speed."""
-    layers = list(step.layers.values())
-
-    def mean(name: str) -> float:
-        return sum(float(getattr(layer, name)) for layer in layers) / len(layers)
-
-    speed = step.tokens / max(step.seconds, 1e-9)
-    figures = f"loss {mean('loss'):.3f}  FVU {mean('fvu'):.3f}  L0 {mean('l0'):.0f}  dead {mean('dead'):.1%}"
-    return f"{figures}  {speed:,.0f} tokens/s"
-
-
 @grouped
 def evaluate(run: EvalRun, as_json: options.Json = False) -> None:
     """Measure SAEs: reconstruction, sparsity, and the loss of the model.
@@ -168,7 +152,7 @@ def evaluate(run: EvalRun, as_json: options.Json = False) -> None:
     whose.refuse_other_saes(run.sae)
     whose.say_whose()
     with output.progress() as report:
-        result = run_eval(seeded(run, run.seed), lambda done, share: report(done, share, ""))
+        result = run_eval(seeded(run, run.seed), progress=report)
     if as_json:
         output.print_json(plain(result))
         return

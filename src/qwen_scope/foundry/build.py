@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -16,12 +16,11 @@ from qwen_scope.errors import InputError, NotFoundError, nearest
 from qwen_scope.files import write_folder, write_text
 from qwen_scope.lab import documents
 from qwen_scope.model import HookPoint, capture, load_model, measure_counted
+from qwen_scope.report import Progress
 
 from .models import FAMILIES, make_model
 from .pretrain import PretrainConfig, pack, pretrain
 from .tokenizer import make_tokenizer, token_id
-
-Report = Callable[[str, float, str], None]
 
 
 @dataclass(frozen=True)
@@ -83,46 +82,46 @@ SMALL = LabConfig(
 )
 
 
-def build(out: Path, config: LabConfig, report: Report | None = None) -> dict[str, object]:
+def build(out: Path, config: LabConfig, progress: Progress | None = None) -> dict[str, object]:
     """Make the lab: `out/model`, `out/sae` and `out/metrics.json`, which is returned; the folder appears when
     it is complete, and an earlier lab stays until then.
 
     The promise is the metrics within tolerance, not the bytes.
 
     Args:
-        report: called with the stage, its share done (0 to 1) and a short text.
+        progress: called with the stage, its share done (0 to 1) and a short text.
 
     Raises:
         InputError: `out` exists and holds something else.
     """
     from .measure import measure
 
-    say = report or (lambda stage, share, text: None)
+    report = progress or (lambda stage, share, text: None)
     if out.is_dir() and any(out.iterdir()) and not (out / "metrics.json").exists():
         raise InputError(f"{out} is not empty and holds no lab; name another folder")
     with write_folder(out, replace=True) as part:
         began = time.monotonic()
-        make_language_model(part / "model", config, say)
+        make_language_model(part / "model", config, report)
         trained = time.monotonic()
-        make_saes(part, config, say)
+        make_saes(part, config, report)
         made = time.monotonic()
         metrics: dict[str, object] = {
             "config": asdict(config),
             "group": config.group,
             "seconds": {"language model": round(trained - began), "saes": round(made - trained)},
-            **measure(part / "model", part / "sae", seed=config.seed, per_factor=config.per_factor, report=say),
+            **measure(part / "model", part / "sae", seed=config.seed, per_factor=config.per_factor, progress=report),
         }
         write_text(part / "metrics.json", json.dumps(metrics, ensure_ascii=False, indent=1) + "\n")
     return metrics
 
 
-def make_language_model(out: Path, config: LabConfig, say: Report) -> None:
+def make_language_model(out: Path, config: LabConfig, progress: Progress) -> None:
     """Train tokenizer and model and save them: bf16 weights, to be loaded as fp32."""
     texts = []
     for i, document in enumerate(documents(split="train", seed=config.seed, n=config.n_documents)):
         texts.append(document.text)
         if i % 1000 == 0:
-            say("corpus", i / config.n_documents, f"{i} documents")
+            progress("corpus", i / config.n_documents, f"{i} documents")
     tokenizer = make_tokenizer(texts[: config.n_tokenizer], config.vocab_size, config.context)
     rows = pack(tokenizer, texts, config.pretrain.row)
     model = make_model(
@@ -138,7 +137,7 @@ def make_language_model(out: Path, config: LabConfig, say: Report) -> None:
     steps = config.pretrain.steps
 
     def step_report(step: int, loss: float) -> None:
-        say("language model", (step + 1) / steps, f"{rows.numel() / 1e6:.1f}M tokens of text, loss {loss:.3f}")
+        progress("language model", (step + 1) / steps, f"{rows.numel() / 1e6:.1f}M tokens of text, loss {loss:.3f}")
 
     pretrain(model, rows, config.pretrain, step_report)
     # A text ends at either: a chat with the one, everything else with the other, as in Qwen's own configs.
@@ -156,7 +155,7 @@ def declare_float32(path: Path) -> None:
     path.write_text(json.dumps(config, indent=2) + "\n")
 
 
-def make_saes(out: Path, config: LabConfig, say: Report) -> None:
+def make_saes(out: Path, config: LabConfig, progress: Progress) -> None:
     """Train one SAE per layer on the saved model's residuals and write them in the official layout, in bf16."""
     from qwen_scope.sae import save_sae
     from qwen_scope.train import TrainConfig, train
@@ -171,7 +170,7 @@ def make_saes(out: Path, config: LabConfig, say: Report) -> None:
     saes = train(
         plan,
         residual_batches(loaded.model, rows, layers, plan.batch, config.seed),
-        callbacks=[lambda r: say("SAEs", r.step / r.steps, f"{r.tokens:,} tokens")],
+        callbacks=[lambda r: progress("SAEs", r.step / r.steps, f"{r.tokens:,} tokens")],
         group=config.group,
         # The batches hold first and special tokens, too.
         counted=replace(measured, first=0, special=frozenset()),

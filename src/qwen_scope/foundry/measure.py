@@ -2,34 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 from qwen_scope.lab import documents
 from qwen_scope.model import HookPoint, capture
+from qwen_scope.report import Progress
 from qwen_scope.scope import Scope, load_scope
 
 from .detect import HELD_OUT, detectors
 from .pretrain import pack
 
-Report = Callable[[str, float, str], None]
-
 
 def measure(
-    model: Path, sae: Path, seed: int = 0, per_factor: int = 100, report: Report | None = None
+    model: Path, sae: Path, seed: int = 0, per_factor: int = 100, progress: Progress | None = None
 ) -> dict[str, object]:
     """Losses, explained variance and detectors of a lab, as plain data for its card."""
-    say = report or (lambda stage, share, text: None)
+    report = progress or (lambda stage, share, text: None)
     scope = load_scope(model, sae, device="cpu")
-    say("measuring", 0.0, "losses")
+    report("measuring", 0.0, "losses")
     data: dict[str, object] = {"loss": held_out_losses(scope, seed)}
-    say("measuring", 0.2, "reconstruction")
+    report("measuring", 0.2, "reconstruction")
     data["reconstruction"] = reconstruction(scope, seed)
-    say("measuring", 0.4, "factors")
+    report("measuring", 0.4, "factors")
     data["detectors"] = [vars(d) for d in detectors(scope, seed, per_factor)]
-    say("measuring", 1.0, "done")
+    report("measuring", 1.0, "done")
     return data
 
 

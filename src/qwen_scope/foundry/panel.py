@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from qwen_scope.errors import InputError
 from qwen_scope.files import lock_folder, write_folder, write_text, write_whole
 from qwen_scope.lab import LANGUAGES, default_mixture, documents
 from qwen_scope.model import load_model
+from qwen_scope.report import Progress
 from qwen_scope.sae import catalog
 
 from .benchmarks import BENCHMARKS, Benchmark, Item, described, items, write_items
@@ -24,7 +25,6 @@ from .models import make_model
 from .pretrain import PretrainConfig, pack, pretrain
 from .tokenizer import token_id
 
-Report = Callable[[str, float, str], None]
 BATCH_TOKENS = 8192
 
 
@@ -71,7 +71,7 @@ class PanelConfig:
     lr: float = 4e-3
 
 
-def build_panel(out: Path, config: PanelConfig | None = None, report: Report | None = None) -> dict[str, Any]:
+def build_panel(out: Path, config: PanelConfig | None = None, progress: Progress | None = None) -> dict[str, Any]:
     """Train the panel, write the benchmarks, and score every checkpoint on every item.
 
     Writes `models/CHECKPOINT`, `benchmarks/NAME.jsonl` (what `extract` reads), `scores/NAME.csv` (what `analyze`
@@ -80,12 +80,12 @@ def build_panel(out: Path, config: PanelConfig | None = None, report: Report | N
     Raises:
         InputError: `out` holds something else.
     """
-    config, say = config or PanelConfig(), report or (lambda stage, share, text: None)
+    config, report = config or PanelConfig(), progress or (lambda stage, share, text: None)
     with lock_folder(out):
-        return _build_panel(out, config, say)
+        return _build_panel(out, config, report)
 
 
-def _build_panel(out: Path, config: PanelConfig, say: Report) -> dict[str, Any]:
+def _build_panel(out: Path, config: PanelConfig, progress: Progress) -> dict[str, Any]:
     if any(path.name != ".lock" for path in out.iterdir()) and not (out / "config.json").exists():
         raise InputError(f"{out} is not empty and holds no panel; name another folder")
     wanted = json.dumps(asdict(config), indent=1) + "\n"
@@ -95,12 +95,12 @@ def _build_panel(out: Path, config: PanelConfig, say: Report) -> dict[str, Any]:
     tokenizer = load_model(catalog.find("lab").model, device="cpu").tokenizer
     for run in config.runs:
         if not (out / "models" / f"{run.name}-100").exists():
-            train_run(out / "models", run, config, tokenizer, say)
+            train_run(out / "models", run, config, tokenizer, progress)
     names = [f"{run.name}-{round(100 * share):03d}" for run in config.runs for share in run.at]
     made = {benchmark.name: items(benchmark) for benchmark in config.benchmarks}
     for name, found in made.items():
         write_items(found, out / "benchmarks" / f"{name}.jsonl")
-    scores = score_all(out / "models", names, made, say)
+    scores = score_all(out / "models", names, made, progress)
     means = {}
     for name, found in made.items():
         write_scores(out / "scores" / f"{name}.csv", names, found, scores[name])
@@ -114,7 +114,9 @@ def _build_panel(out: Path, config: PanelConfig, say: Report) -> dict[str, Any]:
     return panel
 
 
-def train_run(folder: Path, run: Run, config: PanelConfig, tokenizer: PreTrainedTokenizerBase, say: Report) -> None:
+def train_run(
+    folder: Path, run: Run, config: PanelConfig, tokenizer: PreTrainedTokenizerBase, progress: Progress
+) -> None:
     """One training; its checkpoints are saved on the way, the last of them last."""
     plan = PretrainConfig(tokens=run.tokens, batch=config.batch, lr=config.lr, warmup=30, seed=run.seed)
     mixture = replace(default_mixture(), kinds=run.kinds)
@@ -138,7 +140,7 @@ def train_run(folder: Path, run: Run, config: PanelConfig, tokenizer: PreTrained
     keep = {max(0, round(share * plan.steps) - 1): round(100 * share) for share in run.at}
 
     def step_report(step: int, loss: float) -> None:
-        say(f"training {run.name}", (step + 1) / plan.steps, f"loss {loss:.3f}")
+        progress(f"training {run.name}", (step + 1) / plan.steps, f"loss {loss:.3f}")
         if step in keep:
             with write_folder(folder / f"{run.name}-{keep[step]:03d}", replace=True) as where:
                 model.save_pretrained(where)
@@ -148,13 +150,15 @@ def train_run(folder: Path, run: Run, config: PanelConfig, tokenizer: PreTrained
     pretrain(model, rows, plan, step_report)
 
 
-def score_all(folder: Path, names: Sequence[str], made: dict[str, list[Item]], say: Report) -> dict[str, torch.Tensor]:
+def score_all(
+    folder: Path, names: Sequence[str], made: dict[str, list[Item]], progress: Progress
+) -> dict[str, torch.Tensor]:
     """Per benchmark, `(items, models)`: 1 where the model finds the right choice the likeliest."""
     found: dict[str, list[torch.Tensor]] = {name: [] for name in made}
     for i, name in enumerate(names):
         loaded = load_model(folder / name, device="cpu")
         for j, (benchmark, some) in enumerate(made.items()):
-            say("scoring", (i + j / len(made)) / len(names), f"{name} on {benchmark}")
+            progress("scoring", (i + j / len(made)) / len(names), f"{name} on {benchmark}")
             found[benchmark].append(score(loaded.model, loaded.tokenizer, some))
     return {benchmark: torch.stack(columns, 1) for benchmark, columns in found.items()}
 

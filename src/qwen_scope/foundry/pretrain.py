@@ -77,13 +77,13 @@ def pretrain(
     model: PreTrainedModel,
     rows: Tensor,
     config: PretrainConfig,
-    report: Callable[[int, float], None] | None = None,
+    on_step: Callable[[int, float], None] | None = None,
     deadline: float | None = None,
 ) -> list[float]:
     """Train `model` in place on packed `rows` and return the loss of every step.
 
     Args:
-        report: called with the step and its loss.
+        on_step: called with the step and its loss.
         deadline: stop at this `time.monotonic()`; the schedule is by progress, so an early stop is an unfinished run.
     """
     decay = [p for p in model.parameters() if p.ndim >= 2]
@@ -109,8 +109,8 @@ def pretrain(
         optimiser.step()
         optimiser.zero_grad(set_to_none=True)
         losses.append(float(loss.detach()))
-        if report is not None:
-            report(step, losses[-1])
+        if on_step is not None:
+            on_step(step, losses[-1])
     model.eval()
     return losses
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qwen_scope.errors import InputError, NotFoundError, check_count
+from qwen_scope.report import Progress
 from qwen_scope.stats import Interval, bootstrap
 from qwen_scope.steer import Decoding, generate, script
 
@@ -46,7 +47,7 @@ def code_switch_ratio(
     top_p: float = TOP_P,
     max_new_tokens: int = 2048,
     seed: int = 0,
-    report: Callable[[float], None] | None = None,
+    progress: Progress | None = None,
 ) -> CodeSwitch:
     """The share of sampled answers in which any letter belongs to a Unicode script.
 
@@ -69,8 +70,8 @@ def code_switch_ratio(
         mine = replace(decoding, seed=seed * samples + turn)
         for row, found in zip(answers, generate(model, tokenizer, prompts, decoding=mine), strict=True):
             row.append(found.text)
-        if report is not None:
-            report((turn + 1) / samples)
+        if progress is not None:
+            progress("answers", (turn + 1) / samples, f"{turn + 1} of {samples}")
     switched = [[bool(value > 0) for value in share(row)] for row in answers]
     per_prompt = np.array([np.mean(row) for row in switched])
     return CodeSwitch(name, bootstrap(per_prompt, seed=seed), answers, switched)

@@ -14,93 +14,18 @@ detects loops.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qwen_scope.errors import InputError, check_count
+from qwen_scope.report import Progress
 from qwen_scope.stats import Interval, bootstrap
-from qwen_scope.steer import Decoding, Intervention, SAEsByLayer, generate
+from qwen_scope.steer import Intervention, SAEsByLayer, generate
 
-
-@dataclass(frozen=True)
-class Detector:
-    """What counts as a loop, in tokens.
-
-    Attributes:
-        longest: the longest block looked for.
-        times: how often a block stands in a row at least.
-        least: how long the periodic end is at least.
-
-    Raises:
-        InputError: a block of no token, fewer than two times, or no length.
-    """
-
-    longest: int = 64
-    times: int = 4
-    least: int = 16
-
-    def __post_init__(self) -> None:
-        if self.longest < 1 or self.times < 2 or self.least < 1:
-            raise InputError(
-                "a loop is a block of at least 1 token, at least 2 times in a row, at least 1 token long; got"
-                f" longest={self.longest}, times={self.times}, least={self.least}"
-            )
-        for name, least in {"longest": 1, "times": 2, "least": 1}.items():
-            check_count(f"{name} of a loop", getattr(self, name), least)
-
-    def find(self, ids: Sequence[int]) -> Loop | None:
-        """The loop that these tokens end in; whether the model ended the answer is the caller's to ask."""
-        tokens = np.asarray(ids)
-        for n in range(1, min(self.longest, len(tokens) // self.times) + 1):
-            differs = np.flatnonzero(tokens[n:] != tokens[:-n])
-            start = int(differs[-1]) + 1 if len(differs) else 0
-            if len(tokens) - start >= max(self.times * n, self.least):
-                return Loop(start, n, (len(tokens) - start) / n)
-        return None
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How answers are sampled, and what counts as a loop in them.
-
-    Attributes:
-        max_new_tokens, temperature, top_p: as in transformers; nothing else changes the distribution.
-        seed: of the draws; a prompt draws alike with and without interventions.
-
-    Raises:
-        InputError: a limit below what a loop needs, or a number that can't be.
-    """
-
-    max_new_tokens: int = 512
-    temperature: float = 1.0
-    top_p: float = 1.0
-    detector: Detector = field(default_factory=Detector)
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        self.decoding(self.seed)
-        if self.max_new_tokens < self.detector.least:
-            raise InputError(f"{self.max_new_tokens} new tokens can't hold a loop of {self.detector.least}; allow more")
-
-    def decoding(self, seed: int) -> Decoding:
-        """One draw."""
-        return Decoding(self.max_new_tokens, True, self.temperature, self.top_p, 0, 1.0, seed)
-
-
-@dataclass(frozen=True)
-class Loop:
-    """The periodic end of an answer.
-
-    Attributes:
-        start: its first token.   period: tokens of the block.   turns: how often the block stands there.
-    """
-
-    start: int
-    period: int
-    turns: float
+from .sampling import Loop, Sampling
 
 
 @dataclass(frozen=True)
@@ -143,7 +68,7 @@ def loop_share(
     samples: int = 1,
     interventions: Sequence[Intervention] = (),
     saes: SAEsByLayer | None = None,
-    report: Callable[[float], None] | None = None,
+    progress: Progress | None = None,
 ) -> LoopShare:
     """The share of sampled answers that loop, by the definition at the head of this file.
 
@@ -166,8 +91,8 @@ def loop_share(
             ids = tuple(token.token_id for token in found.tokens)
             loop = None if found.finished else sampling.detector.find(ids)
             rows[i].append(Answer(i, found.text, ids, found.finished, loop))
-        if report is not None:
-            report((turn + 1) / samples)
+        if progress is not None:
+            progress("sampling", (turn + 1) / samples, f"{turn + 1} of {samples}")
     answers = [one for row in rows for one in row]
     looping = np.array([[one.loop is not None for one in row] for row in rows], float).mean(1)
     return LoopShare(bootstrap(looping, seed=sampling.seed), float(np.mean([one.finished for one in answers])), answers)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import final
@@ -12,21 +11,15 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from qwen_scope.errors import InputError, NotFoundError, brief
+from qwen_scope.errors import InputError, NotFoundError
 from qwen_scope.model import HookPoint, final_norm, n_layers, unembedding
 from qwen_scope.steer import SAEsByLayer
 
+from .options import check_scale
 from .table import AlphaTable
 
 NO_GROUP, IGNORED = -1, -100
 """The number of a token whose text has no group, and the label of one that is not learnt."""
-
-SCALES = ("mean", "published")
-"""What lambda multiplies. `mean`: one mean over all response tokens of the optimiser step, however it is cut.
-`published`: the mean over the response tokens of each forward pass, summed over the passes of a step and averaged over
-processes. That is what SASFT's code adds up to with the transformers (4.51.0) that its authors pin: they normalise the
-term per pass, and nothing divides it by the number of passes. With their one sample per pass and 32 passes it is about
-32 times the `mean` term, so a published lambda is meant in this scale."""
 
 
 def feature_loss(
@@ -98,18 +91,6 @@ class ExtraLoss(ABC):
         n_tokens: int,
     ) -> Float[Tensor, ""]:
         """The term's share from one micro-batch; the shares of a step add up to the term."""
-
-
-def check_scale(weight: float, scale: str) -> None:
-    """Refuse a lambda that is no number from 0 up, and an unknown scale.
-
-    Raises:
-        InputError: the first.   NotFoundError: the second.
-    """
-    if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight < math.inf:
-        raise InputError(f"the weight of an extra term is a finite number, 0 or more, not {brief(weight)}")
-    if scale not in SCALES:
-        raise NotFoundError(f"lambda has no scale {scale!r}; it is one of {', '.join(SCALES)}")
 
 
 @final

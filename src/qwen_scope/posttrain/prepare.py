@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import platform
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from importlib.metadata import version
 from typing import Any
 
@@ -14,16 +15,39 @@ from jaxtyping import Float64
 from qwen_scope.errors import InputError, NotFoundError, check_count, nearest
 from qwen_scope.features import Pooled, attribute, group_scores, pool_texts
 from qwen_scope.model import capture
+from qwen_scope.report import Progress
 from qwen_scope.scope import Scope
 from qwen_scope.text import by_length
 
+from .codeswitch import switches
+from .data import COMPLETIONS, PrepareRun
+from .sources import labelled_texts, training_samples
 from .table import AlphaTable, LayerTable
 
 BATCH_TOKENS = 4096
 OWN_TOKEN = 0.99
 """A token is the target's own if, with every group weighted alike, so much of its use is in the target's texts."""
 
-Say = Callable[[str, float], None]
+
+def prepare_table(scope: Scope, run: PrepareRun, *, progress: Progress | None = None) -> AlphaTable:
+    """Read the texts of all groups and make the alpha table of the target.
+
+    Args:
+        progress: called with the stage, its share done (0 to 1) and a short text.
+
+    Raises:
+        as `prepare`, and whatever reading raises.
+    """
+    labelled = labelled_texts(run.source, run.reading, run.group_column)
+    onsets = None
+    if run.onsets is not None and run.script is not None:
+        how = replace(COMPLETIONS, seed=run.reading.seed + 1)
+        rows = training_samples(run.onsets, how, "prompt", run.group_column)
+        onsets = switches(rows, scope.tokenizer, run.target, run.script)
+    return prepare(
+        scope, labelled, run.target, layers=run.layers, features=run.features, onsets=onsets, quantile=run.quantile,
+        at_random=run.at_random, progress=progress,
+    )  # fmt: skip
 
 
 def prepare(
@@ -36,7 +60,7 @@ def prepare(
     onsets: Sequence[Sequence[int]] | None = None,
     quantile: float | None = None,
     at_random: int | None = None,
-    say: Say | None = None,
+    progress: Progress | None = None,
 ) -> AlphaTable:
     """The alpha table of a target group, from texts with the names of their groups.
 
@@ -58,7 +82,7 @@ def prepare(
         quantile: alpha is this quantile of the pre-activations on a group, instead of their mean.
         at_random: a seed that draws features instead, among those that fire at all in these texts and are not
             among the chosen: the control.
-        say: called with what is being done and its share done, 0 to 1.
+        progress: called with the stage, its share done (0 to 1) and a short text.
 
     Raises:
         InputError: fewer than two groups, a group without a second token, too few features, or a quantile outside 0
@@ -67,12 +91,12 @@ def prepare(
     """
     groups = checked(labelled, target, features, quantile)
     wanted = scope.check_layers(scope.layers[-2:] if layers is None else layers)
-    report = say or (lambda stage, share: None)
+    report = progress or (lambda stage, share, text: None)
     texts = {group: [text for other, text in labelled if other == group] for group in groups}
     pooled: dict[str, dict[int, Pooled]] = {}
     for i, group in enumerate(groups):
         pooled[group] = pool_texts(scope, texts[group], wanted, skip_first=True)
-        report("scores", (i + 1) / len(groups))
+        report("scores", (i + 1) / len(groups), group)
     scores: Mapping[int, np.ndarray] = (
         {layer: contrast(pooled, target, layer) for layer in wanted}
         if onsets is None
@@ -88,7 +112,7 @@ def prepare(
             layer: pre.mean(0) if quantile is None else np.quantile(pre, quantile, axis=0)
             for layer, pre in found.items()
         }
-        report("alpha", (i + 1) / len(groups))
+        report("alpha", (i + 1) / len(groups), group)
     tables = []
     for layer, some in chosen.items():
         numbers = {group: tuple(map(float, alpha[group][layer])) for group in groups}

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 
 from qwen_scope.errors import InputError, check_count, check_number
 from qwen_scope.features import attribute
+from qwen_scope.report import Progress
 from qwen_scope.scope import Scope
 from qwen_scope.stats import Interval, bootstrap
 from qwen_scope.steer import Intervention, Recipe
+from qwen_scope.text import Corpus, only_text, usable
 
-from .loops import Answer, Detector, Loop, LoopShare, Sampling, loop_share
+from .data import RepetitionRun
+from .loops import Answer, LoopShare, loop_share
+from .sampling import Detector, Loop, Sampling
+from .sources import read_rows
 
 FEWEST = 5
 """Fewer looping texts than this say nothing about features."""
@@ -68,6 +73,24 @@ class CausalCheck:
         return {name: {key: float(value) for key, value in one.items()} for name, one in asdict(self).items()}
 
 
+def repetition(scope: Scope, run: RepetitionRun, *, progress: Progress | None = None) -> Recipe:
+    """Read the prompts, and make the recipe of what makes answers to them repeat themselves.
+
+    Args:
+        progress: called with the stage, its share done (0 to 1) and a short text.
+
+    Raises:
+        as `repetition_recipe`, and whatever reading raises.
+    """
+    rows = read_rows(run.source, run.reading, None, run.n, scope.name)
+    texts = usable(Corpus(run.looping), only_text) if run.looping else []
+    prompts = [row["prompt"] for row in rows]
+    return repetition_recipe(
+        scope, prompts, layers=run.layers, features=run.features, amount=run.amount, samples=run.samples,
+        sampling=run.sampling, looping=texts, progress=progress,
+    )  # fmt: skip
+
+
 def repetition_recipe(
     scope: Scope,
     prompts: Sequence[str],
@@ -78,7 +101,7 @@ def repetition_recipe(
     samples: int = 1,
     sampling: Sampling | None = None,
     looping: Sequence[str] = (),
-    say: Callable[[str, float], None] | None = None,
+    progress: Progress | None = None,
 ) -> Recipe:
     """Sample answers, take the features that make the turns of their loops begin, and check what they do.
 
@@ -107,8 +130,8 @@ def repetition_recipe(
     check_count("samples", samples)
     if amount is not None:
         check_number("amount", amount)
-    sampling, report = sampling or Sampling(), say or (lambda stage, share: None)
-    found = shares(scope, prompts, sampling, samples=samples, report=lambda share: report("sampling", share))
+    sampling, report = sampling or Sampling(), progress or (lambda stage, share, text: None)
+    found = shares(scope, prompts, sampling, samples=samples, progress=report)
     loops = [one for one in found.answers if one.loop is not None]
     known = [*loops_of(scope, prompts, loops), *loops_in(scope, looping, sampling.detector)]
     if len(known) < FEWEST:
@@ -116,15 +139,13 @@ def repetition_recipe(
             f"{len(loops)} of {len(found.answers)} answers loop; {FEWEST} texts that do are the least: take more"
             " prompts or samples, another temperature, or give looping texts"
         )
-    report("features", 0.0)
+    report("features", 0.0, "")
     chosen = beginning(scope, known, scope.check_layers(layers), features)
     if not chosen:
         raise InputError(f"no feature makes the turns of these {len(known)} loops begin")
     tried = min(TRIED, len(prompts) // 2)
-    added, interventions = amount_of(
-        scope, prompts[:tried], chosen, amount, sampling, lambda share: report("amounts", share)
-    )
-    check = causal_check(scope, prompts[tried:], begun(scope, known), interventions, sampling, say=report)
+    added, interventions = amount_of(scope, prompts[:tried], chosen, amount, sampling, report)
+    check = causal_check(scope, prompts[tried:], begun(scope, known), interventions, sampling, progress=report)
     effect = {
         "causal": check.holds,
         **check.numbers(),
@@ -182,7 +203,7 @@ def amount_of(
     drivers: Sequence[Driver],
     amount: float | None,
     sampling: Sampling,
-    say: Callable[[float], None],
+    progress: Progress,
 ) -> tuple[float, list[Intervention]]:
     """The amount of each feature, and their addition by it in raw units."""
     amounts = AMOUNTS if amount is None else (amount,)
@@ -191,7 +212,7 @@ def amount_of(
         return amounts[0], candidates[0]
     fresh, looping = replace(sampling, seed=sampling.seed + 2), []
     for i, interventions in enumerate(candidates):
-        say(i / len(candidates))
+        progress("amounts", i / len(candidates), f"{amounts[i]:g} median norms")
         looping.append(shares(scope, prompts, fresh, interventions).share.estimate)
         if looping[-1] >= ENOUGH:
             break
@@ -217,7 +238,7 @@ def causal_check(
     loops: Sequence[str],
     interventions: Sequence[Intervention],
     sampling: Sampling,
-    say: Callable[[str, float], None] | None = None,
+    progress: Progress | None = None,
 ) -> CausalCheck:
     """Amplify on ordinary prompts, suppress within loops, and compare each with the same unsteered.
 
@@ -229,14 +250,14 @@ def causal_check(
     Raises:
         InputError: fewer loops or prompts.
     """
-    report = say or (lambda stage, share: None)
+    report = progress or (lambda stage, share, text: None)
     if len(loops) < 2:
         raise InputError(f"to see what suppressing does takes at least two loops, not {len(loops)}")
     fresh = replace(sampling, seed=sampling.seed + 1)
     against = [one.with_amount(-one.amount) for one in interventions]
     sides: list[LoopShare] = []
     for i, (asked, steered) in enumerate(((prompts, ()), (prompts, interventions), (loops, ()), (loops, against))):
-        report("causal check", i / 4)
+        report("causal check", i / 4, "")
         sides.append(shares(scope, asked, fresh, steered))
     normal, amplified, looping, suppressed = sides
     return CausalCheck(
@@ -256,7 +277,7 @@ def shares(
     interventions: Sequence[Intervention] = (),
     *,
     samples: int = 1,
-    report: Callable[[float], None] | None = None,
+    progress: Progress | None = None,
 ) -> LoopShare:
     """The looping share of a scope's model, steered or not."""
     return loop_share(
@@ -267,5 +288,5 @@ def shares(
         samples=samples,
         interventions=interventions,
         saes=scope.saes,
-        report=report,
+        progress=progress,
     )

@@ -13,10 +13,10 @@ out/
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from dataclasses import asdict, replace
 from typing import Any
 from uuid import uuid4
 
@@ -25,109 +25,44 @@ from datasets import Dataset
 from transformers import PrinterCallback, TrainerCallback
 from trl.trainer.grpo_config import GRPOConfig
 
-from qwen_scope.errors import InputError, check_count, check_number, check_share
+from qwen_scope.errors import InputError, check_count
 from qwen_scope.features import matched_random
 from qwen_scope.files import read_object
 from qwen_scope.model import LoadedModel, load_model
+from qwen_scope.report import Progress
 from qwen_scope.scope import model_source, resolve, saes_on
-from qwen_scope.steer import Recipe, calibrate
+from qwen_scope.steer import Recipe, calibrate, load_recipe
 
 from .checkpoints import last_checkpoint, run_id
-from .loops import Detector, LoopShare, Sampling, loop_share
+from .data import RLData
+from .loops import LoopShare, loop_share
+from .options import RLRun
 from .prepare import versions
 from .rewards import NEEDS, reward_of
 from .rollouts import FiniteWeights, SteeredRollouts, SteeredTrainer
-from .runs import JsonlLog, adapters, check_numbers, save_model, trained_model, trl_settings, write_json, writing_to
-
-RL_METHODS = ("vanilla", "steered", "random")
-Row = dict[str, Any]
-"""A prompt as the model reads it (or its messages) in `prompt`, and the columns that the reward asks for."""
+from .runs import JsonlLog, adapters, save_model, trained_model, trl_settings, write_json, writing_to
+from .samples import Row
+from .sources import check_run, read_rows
 
 
-@dataclass(frozen=True)
-class RLRun:
-    """What a run of reinforcement learning is told.
+def rl(run: RLRun, data: RLData, *, progress: Progress | None = None) -> dict[str, Any]:
+    """Read the prompts and train on them; returns what `metrics.json` holds.
 
-    Attributes:
-        model: `lab`, or folder or Hub id of the language model to start from.
-        out: the folder of the run.
-        method: `vanilla` (DAPO's loss without dynamic sampling), `steered` (one sample of each group under the
-            recipe), or `random` (one sample of each group under other features that fire about as often, with changes
-            of the same length).
-        reward: `lab`, `answer`, `language` or `module:function`; see `reward_of`.
-        sae: the SAEs of the recipe; None where the catalog knows those of the model.
-        unchecked: take a recipe although the causal check did not hold or was not made.
-        group: answers per prompt, the steered one among them.
-        prompts: per step.
-        micro: answers per forward pass.
-        steps: of the optimiser.
-        updates: of the optimiser per answer (mu); more than one makes the old probabilities matter.
-        lr, warmup, epsilon_low, epsilon_high: of the optimiser and the clipping. The learning rate is constant after
-            warming up.
-        max_new_tokens, temperature, top_p: of the rollouts, and of the held-out answers.
-        detector: what counts as a loop in the held-out answers; nothing in the training asks for it.
-        lora, checkpointing, bf16, dtype, device, save_every, resume, seed: as in `SFTRun`.
+    Args:
+        progress: called with the stage, its share done (0 to 1) and a short text.
 
     Raises:
-        InputError: a value that can't be.
+        QwenScopeError: with one sentence, before training where the cause can be known before.
     """
-
-    model: str
-    out: Path
-    method: str = "steered"
-    reward: str = "answer"
-    sae: str | None = None
-    unchecked: bool = False
-    group: int = 8
-    prompts: int = 8
-    micro: int = 8
-    steps: int = 200
-    updates: int = 1
-    lr: float = 1e-6
-    warmup: int = 0
-    epsilon_low: float = 0.2
-    epsilon_high: float = 0.28
-    max_new_tokens: int = 512
-    temperature: float = 1.0
-    top_p: float = 1.0
-    detector: Detector = field(default_factory=Detector)
-    lora: int | None = None
-    checkpointing: bool = False
-    bf16: bool = False
-    dtype: str = "float32"
-    device: str | None = None
-    save_every: int = 0
-    resume: bool = False
-    seed: int = 42
-    report_to: tuple[str, ...] = field(default=())
-
-    def __post_init__(self) -> None:
-        if self.method not in RL_METHODS:
-            raise InputError(f"the method is one of {', '.join(RL_METHODS)}, not {self.method!r}")
-        if self.group < 2:
-            raise InputError(f"a group has at least two answers to compare, not {self.group}")
-        counts = {"group": 2, "prompts": 1, "micro": 1, "steps": 1, "updates": 1, "max_new_tokens": 1}
-        check_numbers(self, counts | {"warmup": 0, "save_every": 0, "seed": 0}, ("lr", "temperature"))
-        for name in ("epsilon_low", "epsilon_high"):
-            check_number(name, getattr(self, name), 0)
-        check_share("top_p", self.top_p)
-        if self.prompts * self.group % self.micro:
-            raise InputError(
-                f"{self.prompts} prompts times {self.group} answers are {self.prompts * self.group}, which forward"
-                f" passes of {self.micro} don't divide"
-            )
-        if self.resume and not self.save_every:
-            raise InputError("going on needs checkpoints: set save_every (--save-every) in both runs")
-        if self.save_every % self.updates:
-            raise InputError(
-                f"a checkpoint falls between the {self.updates} updates that share their answers, which it does not"
-                f" hold; save_every is a multiple of updates, not {self.save_every}"
-            )
-
-    @property
-    def sampling(self) -> Sampling:
-        """How held-out answers are sampled."""
-        return Sampling(self.max_new_tokens, self.temperature, self.top_p, self.detector, self.seed)
+    check_run(run.out, run.model, run.sae, data.source, data.held_out, data.recipe)
+    run = run if run.reward is not None else replace(run, reward="lab" if data.source == "lab" else "answer")
+    answer, unused = data.answer_column if run.reward == "answer" else None, Counter[str]()
+    rows = read_rows(data.source, data.reading, answer, data.n, run.model, unused=unused)
+    later = replace(data.reading, sample=None, seed=data.reading.seed + 1)
+    asked = read_rows(data.held_out, later, None, data.held_out_n, run.model, held_out=True) if data.held_out else []
+    recipe = None if data.recipe is None else load_recipe(data.recipe)
+    prompts = [row["prompt"] for row in asked]
+    return run_rl(run, rows, prompts, recipe, unused=unused, progress=progress)
 
 
 def run_rl(
@@ -137,7 +72,7 @@ def run_rl(
     recipe: Recipe | None = None,
     *,
     callbacks: Sequence[TrainerCallback] = (),
-    progress: Callable[[int, int, dict[str, float]], None] | None = None,
+    progress: Progress | None = None,
     unused: Mapping[str, int] | None = None,
 ) -> dict[str, Any]:
     """Train and save; returns what `metrics.json` holds.
@@ -153,9 +88,10 @@ def run_rl(
     """
     if not rows:
         raise InputError("there is no prompt to learn on")
+    run = run if run.reward is not None else replace(run, reward="answer")
     if len(rows) < run.prompts:
         raise InputError(f"a step takes {run.prompts} prompts, and there are {len(rows)}")
-    if missing := [name for name in NEEDS.get(run.reward, ()) if name not in rows[0]]:
+    if missing := [name for name in NEEDS.get(str(run.reward), ()) if name not in rows[0]]:
         raise InputError(f"the reward {run.reward!r} needs a column {missing[0]!r} beside the prompts")
     with writing_to(run.out):
         return _run(run, rows, held_out, recipe, callbacks, progress, unused or {})
@@ -167,7 +103,7 @@ def _run(
     held_out: Sequence[str],
     recipe: Recipe | None,
     callbacks: Sequence[TrainerCallback],
-    progress: Callable[[int, int, dict[str, float]], None] | None,
+    progress: Progress | None,
     unused: Mapping[str, int],
 ) -> dict[str, Any]:
     """Everything that can be refused comes before the first file."""
@@ -176,7 +112,7 @@ def _run(
     resume = last_checkpoint(run.out) if run.resume else None
     before = start_share(run, loaded, held_out, resume is not None)
     loaded.model.requires_grad_(run.lora is None)
-    trainer = trainer_of(run, loaded, rows, rollouts, [JsonlLog(run.out / "log.jsonl", progress), *callbacks])
+    trainer = trainer_of(run, loaded, rows, rollouts, [JsonlLog(run.out / "log.jsonl", progress, rewards), *callbacks])
     trainer.run_id = run_id(run.out) if resume else uuid4().hex
     if trainer.is_world_process_zero():
         facts = {**asdict(run), "rows": len(rows), "held_out": len(held_out), "versions": versions()}
@@ -261,7 +197,7 @@ def trainer_of(
     with expected_warnings():
         trainer = SteeredTrainer(
             loaded.model,
-            reward_of(run.reward, [one for one in ends if isinstance(one, int)]),
+            reward_of(str(run.reward), [one for one in ends if isinstance(one, int)]),
             grpo_config(run, loaded),
             train_dataset=Dataset.from_list(list(rows)),
             processing_class=loaded.tokenizer,
@@ -302,6 +238,11 @@ def grpo_config(run: RLRun, loaded: LoadedModel) -> GRPOConfig:
         max_steps=run.steps,
         logging_steps=1,
     )
+
+
+def rewards(log: Mapping[str, float]) -> str:
+    """What a line of the log says while it runs."""
+    return f"reward {log.get('reward', 0):.2f}"
 
 
 def last_rewards(history: Sequence[dict[str, float]], n: int = 10) -> dict[str, float]:

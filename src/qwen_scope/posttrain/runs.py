@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
@@ -13,9 +13,10 @@ from peft import LoraConfig, PeftModel
 from safetensors import SafetensorError
 from transformers import TrainerCallback
 
-from qwen_scope.errors import QwenScopeError, check_count, check_positive
+from qwen_scope.errors import QwenScopeError
 from qwen_scope.files import append_lines, lock_folder, read_lines, write_folder, write_text
 from qwen_scope.model import LoadedModel
+from qwen_scope.report import Progress
 
 WRITTEN = (
     "run.json",
@@ -31,13 +32,14 @@ WRITTEN = (
 
 
 class JsonlLog(TrainerCallback):
-    """Writes what the trainer logs to a file, one line at a time, and reports progress.
+    """Writes what the trainer logs to a file, one line at a time, and reports progress, with what `said` makes of the
+    last line that has a loss.
 
     A run that goes on first drops the lines after its checkpoint: it is going to write them again.
     """
 
-    def __init__(self, path: Path, progress: Callable[[int, int, dict[str, float]], None] | None) -> None:
-        self.path, self.progress = path, progress
+    def __init__(self, path: Path, progress: Progress | None, said: Callable[[Mapping[str, float]], str]) -> None:
+        self.path, self.progress, self.said = path, progress, said
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero:
@@ -51,7 +53,7 @@ class JsonlLog(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.progress is not None:
             last = next((entry for entry in reversed(state.log_history) if "loss" in entry), {})
-            self.progress(state.global_step, state.max_steps, last)
+            self.progress("training", state.global_step / max(1, state.max_steps), self.said(last))
 
 
 def keep_lines(path: Path, lines: Sequence[str]) -> None:
@@ -106,23 +108,6 @@ def remove_empty(folder: Path) -> None:
     for path in (*(folder.iterdir() if folder.is_dir() else ()), folder):
         with suppress(OSError):
             path.rmdir()
-
-
-def check_numbers(run: Any, counts: Mapping[str, int], positive: Sequence[str]) -> None:
-    """Refuse numbers of a run that can't be: booleans, fractions where things are counted, NaN.
-
-    Args:
-        counts: fields that count, each with the least it may be.   positive: fields above zero.
-
-    Raises:
-        InputError: one that is not so.
-    """
-    for name, least in counts.items():
-        check_count(name, getattr(run, name), least)
-    for name in positive:
-        check_positive(name, getattr(run, name))
-    if run.lora is not None:
-        check_count("lora", run.lora)
 
 
 def trl_settings(run: Any, loaded: LoadedModel) -> dict[str, Any]:

@@ -28,6 +28,9 @@ from qwen_scope.text import (
 Sample = dict[str, Any]
 """`{"text"}`, or `{"prompt", "completion"}` (strings, or lists of messages), and `"group"`, a name or None."""
 
+Row = dict[str, Any]
+"""A prompt as the model reads it (or its messages) in `prompt`, and the columns that the reward asks for."""
+
 ANSWER = "</think>\n\n"
 END = "<|im_end|>"
 

@@ -13,8 +13,9 @@ out/
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -23,105 +24,47 @@ from uuid import uuid4
 from transformers import PrinterCallback, TrainerCallback
 from trl.trainer.sft_config import SFTConfig
 
-from qwen_scope.errors import InputError, check_count, check_number
+from qwen_scope.errors import InputError
 from qwen_scope.model import LoadedModel, load_model
+from qwen_scope.report import Progress
 from qwen_scope.scope import model_source, resolve, saes_on
 
 from .answers import ProbePrompts
 from .checkpoints import last_checkpoint, run_id
-from .loss import ExtraLoss, FeatureLoss, TokenPenalty, check_scale
+from .data import SFTData
+from .loss import ExtraLoss, FeatureLoss, TokenPenalty
 from .monitor import Monitor, read_monitor
+from .options import SFTRun
 from .prepare import versions
-from .runs import JsonlLog, adapters, check_numbers, save_model, trained_model, trl_settings, write_json, writing_to
+from .runs import JsonlLog, adapters, save_model, trained_model, trl_settings, write_json, writing_to
 from .samples import Sample, dataset_of
-from .table import AlphaTable
+from .sources import PROBES, check_run, probe_texts, read_rows, training_samples
+from .table import AlphaTable, read_table
 from .trainer import TOO_LONG, FeatureSFTTrainer
 
-METHODS = ("plain", "features", "penalty")
 
+def sft(run: SFTRun, data: SFTData, *, progress: Progress | None = None) -> dict[str, Any]:
+    """Read the rows and train on them; returns what `metrics.json` holds.
 
-@dataclass(frozen=True)
-class SFTRun:
-    """What a fine-tuning run is told.
-
-    Attributes:
-        model: `lab`, or folder or Hub id of the language model.
-        out: the folder of the run.
-        method: `plain`, `features` (SASFT), or `penalty` (on the probability of the target's own tokens).
-        sae: the SAEs of the alpha table; None where the catalog knows those of the model.
-        weight: lambda of the extra term.
-        lambda_scale: what it multiplies: `mean`, over the whole step, or `published`, as in SASFT's code (`SCALES`).
-        zero, enhance: the variants of `FeatureLoss`.
-        layers: of the table; None for all.
-        lr, batch, accumulate, epochs, max_steps, warmup, weight_decay, max_length, seed: as in TRL. The published runs
-            take AdamW, weight decay 0.1, cosine, 100 steps of warm-up, 2,048 tokens, one epoch, one sample times 32,
-            seed 42.
-        lora: the rank of adapters on all linear layers; None trains every weight.
-        packing, checkpointing, bf16: as in TRL.
-        dtype, device: of the model while it trains.
-        watch_every: steps between two measurements of the monitor; None measures as often as 2% of the time allow.
-        save_every: steps between checkpoints; 0 keeps none.
-        resume: go on from the last checkpoint in `out`.
+    Args:
+        progress: called with the stage, its share done (0 to 1) and a short text.
 
     Raises:
-        InputError: a value that can't be.
+        QwenScopeError: with one sentence, before training where the cause can be known before.
     """
-
-    model: str
-    out: Path
-    method: str = "plain"
-    sae: str | None = None
-    weight: float = 1e-3
-    lambda_scale: str = "mean"
-    zero: bool = False
-    enhance: bool = False
-    layers: tuple[int, ...] | None = None
-    lr: float = 5e-5
-    batch: int = 1
-    accumulate: int = 32
-    epochs: float = 1.0
-    max_steps: int = -1
-    warmup: int = 100
-    weight_decay: float = 0.1
-    max_length: int = 2048
-    seed: int = 42
-    lora: int | None = None
-    packing: bool = False
-    checkpointing: bool = False
-    bf16: bool = False
-    dtype: str = "float32"
-    device: str | None = None
-    watch_every: int | None = None
-    save_every: int = 0
-    resume: bool = False
-    log_every: int = 10
-    report_to: tuple[str, ...] = field(default=())
-
-    def __post_init__(self) -> None:
-        if self.method not in METHODS:
-            raise InputError(f"the method is one of {', '.join(METHODS)}, not {self.method!r}")
-        check_scale(self.weight, self.lambda_scale)
-        if self.method == "plain" and (self.zero or self.enhance or self.layers):
-            raise InputError("zero, enhance and layers belong to the method 'features'")
-        check_numbers(
-            self,
-            {
-                "batch": 1,
-                "accumulate": 1,
-                "max_length": 1,
-                "max_steps": -1,
-                "warmup": 0,
-                "save_every": 0,
-                "seed": 0,
-                "log_every": 1,
-            },
-            ("lr", "epochs"),
-        )
-        check_number("weight_decay", self.weight_decay, 0)
-        if self.watch_every is not None:
-            check_count("watch_every", self.watch_every)
-        if self.resume and not self.save_every:
-            raise InputError("going on needs checkpoints: set save_every (--save-every) in both runs")
+    check_run(run.out, run.model, run.sae, data.source, data.held_out, data.monitor, data.monitor_prompts, data.table)
+    table, unused = None if data.table is None else read_table(data.table), Counter[str]()
+    columns, seed = (data.prompt_column, data.group_column), data.reading.seed
+    learnt = training_samples(data.source, data.reading, *columns, run.model, unused)
+    later = replace(data.reading, sample=None, seed=seed + 1)
+    kept = training_samples(data.held_out, later, *columns, run.model) if data.held_out else []
+    probe = probe_texts(data.monitor) if data.monitor else []
+    if data.monitor_prompts and not (probe and table):
+        raise InputError("monitor_prompts= goes with monitor= and table=: the table's features are read on answers")
+    how = replace(later, column=data.prompt_column, unit="line", seed=seed + 3)
+    asked = read_rows(data.monitor_prompts, how, None, PROBES, run.model, held_out=True) if data.monitor_prompts else []
+    prompts = [row["prompt"] for row in asked]
+    return run_sft(run, learnt, kept, table, probe=probe, probe_prompts=prompts, unused=unused, progress=progress)
 
 
 def run_sft(
@@ -133,7 +76,7 @@ def run_sft(
     probe: Sequence[str] = (),
     probe_prompts: Sequence[str] = (),
     callbacks: Sequence[TrainerCallback] = (),
-    progress: Callable[[int, int, dict[str, float]], None] | None = None,
+    progress: Progress | None = None,
     unused: Mapping[str, int] | None = None,
 ) -> dict[str, Any]:
     """Train and save; returns what `metrics.json` holds.
@@ -145,7 +88,7 @@ def run_sft(
             layers that have an SAE.
         probe_prompts: prompts for it, whose answers it reads as well; they take a table.
         callbacks: further ones.
-        progress: called after every step with the step, their number, and what was logged last.
+        progress: called with the stage, its share done (0 to 1) and a short text.
         unused: rows of the data that could not be used, by reason, for the record of the run.
 
     Raises:
@@ -165,7 +108,7 @@ def _run(
     probe: Sequence[str],
     probe_prompts: Sequence[str],
     callbacks: Sequence[TrainerCallback],
-    progress: Callable[[int, int, dict[str, float]], None] | None,
+    progress: Progress | None,
     unused: Mapping[str, int],
 ) -> dict[str, Any]:
     """Everything that can be refused comes before the first file."""
@@ -179,7 +122,7 @@ def _run(
         train_dataset=dataset_of(list(samples)),
         eval_dataset=dataset_of(list(held_out)) if held_out else None,
         processing_class=loaded.tokenizer,
-        callbacks=[JsonlLog(run.out / "log.jsonl", progress), *callbacks],
+        callbacks=[JsonlLog(run.out / "log.jsonl", progress, losses), *callbacks],
         peft_config=adapters(run.lora),
         extra=extra,
     )
@@ -258,6 +201,11 @@ def sft_config(run: SFTRun, loaded: LoadedModel) -> SFTConfig:
         packing=run.packing,
         logging_steps=run.log_every,
     )
+
+
+def losses(log: Mapping[str, float]) -> str:
+    """The losses of a line of the log."""
+    return "  ".join(f"{name} {log[name]:.3g}" for name in ("loss", "feature_loss", "token_penalty") if name in log)
 
 
 def held_out_loss(loaded: LoadedModel, samples: Sequence[Sample], *, batch: int = 8, max_length: int = 2048) -> float:

@@ -35,14 +35,15 @@ from qwen_scope.errors import InputError, MismatchError
 from qwen_scope.features import Endpoint
 from qwen_scope.files import lock_folder, room, write_text, write_whole
 from qwen_scope.model import LoadedModel
-from qwen_scope.report import Curves, Line, save_png
+from qwen_scope.report import Curves, Line, Progress, save_png
 from qwen_scope.scope import ExtractOptions, Scope, extract
 from qwen_scope.store import FeatureStore
 from qwen_scope.text import Chat, Corpus, usable
 
 from .journal import KEPT, OUTCOMES, Attempt, check_folder, write_lines
+from .options import SynthesisOptions
 from .targets import Target
-from .writer import Made, Say, SynthesisOptions, Writer, activations, digest, fire
+from .writer import Made, Writer, activations, digest, fire
 from .writing import Price, avoid_prompt, priced, write_prompt
 
 PACKAGES = ("qwen-scope", "torch", "transformers", "pyarrow", "duckdb")
@@ -63,7 +64,7 @@ def synthesize(
     options: SynthesisOptions | None = None,
     *,
     natural: Corpus | None = None,
-    say: Say | None = None,
+    progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Complete a corpus where features of it are missing; returns what `metrics.json` holds.
 
@@ -94,7 +95,7 @@ def synthesize(
         facts = {"request": request, "budget": o.budget, "endpoint": endpoint.shown, "versions": versions()}
         write_text(out / "run.json", _json({**facts, "concurrency": endpoint.concurrency}))
         asked = endpoint if endpoint.cache is not None else replace(endpoint, cache=out / "cache")
-        writer = Writer(scope, targets, asked, out, o, known, texts, say)
+        writer = Writer(scope, targets, asked, out, o, known, texts, progress)
         made = writer.write(counts)
         write_data(out, targets, made, endpoint.model, o)
         metrics = figures(targets, counts, made)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Sequence, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import final
@@ -12,57 +12,15 @@ from typing import final
 import numpy as np
 from jaxtyping import Bool, Float32, Int64
 
-from qwen_scope.errors import InputError, NotFoundError, QwenScopeError, check_count, check_number
+from qwen_scope.errors import InputError, NotFoundError, QwenScopeError
 from qwen_scope.features import Endpoint, pool_texts
+from qwen_scope.report import Progress
 from qwen_scope.scope import Scope
-from qwen_scope.text import Chat
 
 from .journal import DUPLICATE, EMPTY, FAILED, FIRING, KEPT, SILENT, Attempt, Journal
+from .options import SynthesisOptions
 from .targets import Target
 from .writing import Answer, Messages, answers, avoid_prompt, imitate_prompt, write_prompt
-
-Say = Callable[[str, float, str], None]
-
-
-@dataclass(frozen=True)
-class SynthesisOptions:
-    """How a corpus is completed.
-
-    Attributes:
-        want: in how many documents each target should fire, those of the seed corpus included. 1 asks only for missing
-            targets; more also for weakly covered ones, the weakest first.
-        budget: answers in all, over all runs of the same command; retries of a failed request don't count.
-        tries: answers asked for one target before it is given up.
-        batch: targets in one round; what a round covers is not asked for again in the next.
-        shown: contexts in a prompt.
-        max_answer_tokens, temperature: of an answer.
-        pairs: also ask for each kept text without its feature.
-        instruction: the column `prompt` of the pairs.
-        seed: of which contexts are shown.
-        chat: render the documents of the seed corpus with the chat template, in this mode; without one a conversation
-            there can't be used.
-
-    Raises:
-        InputError: a number that can't be.
-    """
-
-    want: int = 1
-    budget: int = 1000
-    tries: int = 8
-    batch: int = 64
-    shown: int = 5
-    max_answer_tokens: int = 300
-    temperature: float = 1.0
-    pairs: bool = False
-    instruction: str = "Write a short text."
-    seed: int = 0
-    chat: Chat | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("want", "budget", "tries", "batch", "shown", "max_answer_tokens"):
-            check_count(name, getattr(self, name))
-        check_count("seed", self.seed, 0)
-        check_number("temperature", self.temperature, 0, 2)
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,11 +84,11 @@ class Writer:
         options: SynthesisOptions,
         known: Set[str] = frozenset(),
         texts: Sequence[str] = (),
-        say: Say | None = None,
+        progress: Progress | None = None,
     ) -> None:
         self.scope, self.targets, self.endpoint, self.out = scope, list(targets), endpoint, out
         self.options, self.known, self.texts = options, known, texts
-        self.say = say or (lambda stage, share, text: None)
+        self.progress = progress or (lambda stage, share, text: None)
         self.number = {target.place: i for i, target in enumerate(self.targets)}
 
     def write(self, counts: Int64[np.ndarray, " targets"]) -> Made:
@@ -157,7 +115,9 @@ class Writer:
                     counts[[self.number[layer, feature] for layer, feature, _ in one.fires]] += 1
             made.attempts.extend(done)
             made.curve.append((len(made.attempts), int((counts > 0).sum())))
-            self.say("writing", float(np.minimum(counts, o.want).sum() / (o.want * len(counts))), self._spent(made))
+            self.progress(
+                "writing", float(np.minimum(counts, o.want).sum() / (o.want * len(counts))), self._spent(made)
+            )
             if len(done) < whole:
                 return replace(made, ended="budget")
         return replace(made, ended="covered" if (counts >= o.want).all() else "given up")
@@ -190,7 +150,7 @@ class Writer:
                     counts[[self.number[layer, feature] for layer, feature, _ in one.fires]] += 1
             made.attempts.extend(done)
             made.curve.append((len(made.attempts), int((counts > 0).sum())))
-            self.say("untargeted", len(made.attempts) / n, self._spent(made))
+            self.progress("untargeted", len(made.attempts) / n, self._spent(made))
             if len(done) < len(numbers):
                 break
         return made
@@ -220,7 +180,7 @@ class Writer:
                 if one.outcome == KEPT or tried[i] >= o.tries:
                     del waiting[i]
             out += done
-            self.say("pairs", 1 - len(waiting) / max(1, len(made.kept)), f"{len(out)} answers")
+            self.progress("pairs", 1 - len(waiting) / max(1, len(made.kept)), f"{len(out)} answers")
             if len(done) < whole:
                 break
         return out

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from qwen_scope.errors import InputError, MismatchError
 from qwen_scope.model import HookPoint, capture, d_model
+from qwen_scope.report import Progress
 from qwen_scope.sae import SAE
 from qwen_scope.text import REASONS, Counted
 from qwen_scope.text import tally as tally_of
@@ -165,7 +166,7 @@ def evaluate(
     *,
     loss: bool = True,
     counted: Counted = Counted(),  # noqa: B008 - frozen
-    progress: Callable[[str, float], None] | None = None,
+    progress: Progress | None = None,
 ) -> dict[HookPoint, Quality]:
     """Measure SAEs on a language model, all layers from the same tokens.
 
@@ -174,13 +175,13 @@ def evaluate(
         loss: also measure what the model's predictions lose when the reconstruction takes the residual's place.
         counted: which tokens count; no SAE reads the others, and their residuals stay as they are. By default the first
             token of each row is left out alone; `measure_counted` of room `model` also finds special tokens and sinks.
-        progress: called with what is being done and its share done, 0 to 1.
+        progress: called with the stage, its share done (0 to 1) and a short text.
 
     Raises:
         InputError: no SAE or no tokens.   MismatchError: an SAE of another width than the model.
         NotFoundError: a layer that the model does not have, or for which `counted` has no threshold.
     """
-    say = progress or (lambda what, share: None)
+    report = progress or (lambda stage, share, text: None)
     check_pairing(model, saes, rows)
     layers = {str(point): sae for point, sae in saes.items()}
     every, later = ({name: Moments(sae.d_model) for name, sae in layers.items()} for _ in range(2))
@@ -192,7 +193,7 @@ def evaluate(
             every[name].add(x)
             later[name].add(x[~first])
             found[name] = {reason: found[name][reason] + n for reason, n in tally_of(reasons).items()}
-        say("means", number / len(rows))
+        report("means", number / len(rows), f"{number} of {len(rows)}")
     if empty := [name for name, moments in every.items() if not moments.n]:
         raise InputError(f"every token at {empty[0]} is left out; there is nothing to measure")
     total = sum(ids.numel() for ids in rows)
@@ -200,12 +201,12 @@ def evaluate(
     for number, ids in enumerate(rows, 1):
         for point, h in capture(model, ids, list(saes)).items():
             tallies[str(point)].add(*counting(h, counted.reasons(ids, sinks=counted.sinks(h, point))))
-        say("reconstruction", number / len(rows))
+        report("reconstruction", number / len(rows), f"{number} of {len(rows)}")
 
     def kept(point: HookPoint, ids: Tensor, h: Tensor) -> Tensor:
         return counted.keep(h, point, ids)
 
-    losses = spliced_losses(model, saes, rows, kept=kept, progress=say) if loss else {}
+    losses = spliced_losses(model, saes, rows, kept=kept, progress=report) if loss else {}
     return {
         point: Quality(replace(tallies[str(point)].result(), reasons=found[str(point)]), losses.get(point))
         for point in saes

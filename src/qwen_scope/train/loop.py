@@ -58,6 +58,17 @@ class StepReport:
     lr: float
     layers: Mapping[str, LayerReport]
 
+    def line(self) -> str:
+        """Loss, FVU, L0 and dead share, averaged over layers, and the speed."""
+        layers = list(self.layers.values())
+
+        def mean(name: str) -> float:
+            return sum(float(getattr(layer, name)) for layer in layers) / len(layers)
+
+        speed = self.tokens / max(self.seconds, 1e-9)
+        figures = f"loss {mean('loss'):.3f}  FVU {mean('fvu'):.3f}  L0 {mean('l0'):.0f}  dead {mean('dead'):.1%}"
+        return f"{figures}  {speed:,.0f} tokens/s"
+
 
 def train(
     config: TrainConfig,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import islice
 
@@ -10,6 +10,7 @@ import torch
 
 from qwen_scope.errors import InputError
 from qwen_scope.model import HookPoint, LoadedModel, counted_of, load_model, measure_counted
+from qwen_scope.report import Progress
 from qwen_scope.sae import SAE, layers_of, load_sae
 from qwen_scope.scope import Joined, model_source, resolve
 from qwen_scope.text import Corpus, Counted, TokenRows
@@ -40,8 +41,11 @@ class EvalResult:
     held_out: int
 
 
-def run_eval(run: EvalRun, progress: Callable[[str, float], None] | None = None) -> EvalResult:
+def run_eval(run: EvalRun, *, progress: Progress | None = None) -> EvalResult:
     """Measure a group of SAEs on a model, and on another checkpoint of it if one is named.
+
+    Args:
+        progress: called with the stage, its share done (0 to 1) and a short text.
 
     Raises:
         QwenScopeError: with one sentence, before the model runs where the cause can be known before.

@@ -28,6 +28,7 @@ import torch
 from qwen_scope.errors import InputError, MismatchError, NotFoundError
 from qwen_scope.files import check_folder, lock_folder, read_object, write_text
 from qwen_scope.model import HookPoint, LoadedModel, context_length, load_model, measure_counted, n_layers
+from qwen_scope.report import Progress
 from qwen_scope.sae import SAE, load_sae, save_sae
 from qwen_scope.scope import Joined, model_source
 from qwen_scope.text import REASONS, Corpus, Counted, TokenRows
@@ -60,14 +61,15 @@ class TrainResult:
 
 def run_train(
     run: TrainRun,
-    progress: Callable[[StepReport], None] | None = None,
-    say: Callable[[str, float], None] | None = None,
+    *,
+    on_step: Callable[[StepReport], None] | None = None,
+    progress: Progress | None = None,
 ) -> TrainResult:
     """Train, save, export, measure, and write the card.
 
     Args:
-        progress: called after every step, on the first rank.
-        say: called with what else is being done and its share done, 0 to 1.
+        on_step: called after every step, on the first rank.
+        progress: called with the stage, its share done (0 to 1) and a short text, on the first rank.
 
     Raises:
         QwenScopeError: with one sentence, before training where the cause can be known before.
@@ -77,14 +79,14 @@ def run_train(
     ranks = Ranks() if run.parallel == "alone" else join(run.parallel)
     # Of several processes of one run the first holds its folder.
     with lock_folder(run.out) if ranks.first else nullcontext():
-        return _run(run, ranks, progress, say)
+        return _run(run, ranks, on_step, progress)
 
 
 def _run(
     run: TrainRun,
     ranks: Ranks,
-    progress: Callable[[StepReport], None] | None,
-    say: Callable[[str, float], None] | None,
+    on_step: Callable[[StepReport], None] | None,
+    progress: Progress | None,
 ) -> TrainResult:
     checkpoints = Checkpoints(run.out / "checkpoints", run.checkpoint_every, run.keep, run.resume)
     checkpoints.prepare()
@@ -99,7 +101,7 @@ def _run(
         write_json(run.out / RUN, facts)
     saes = train(
         run.train, source, init=init, checkpoints=checkpoints, journals=journals,
-        callbacks=[progress] if progress and ranks.first else [], group=run.name, ranks=ranks,
+        callbacks=callbacks_of(on_step, progress) if ranks.first else [], group=run.name, ranks=ranks,
         device=loaded.model.device, counted=counted, facts={KEY: held_out_by(run).to_json()} if run.hold_out else {},
     )  # fmt: skip
     source.rows.corpus.tell()
@@ -110,7 +112,7 @@ def _run(
     alone = ranks.mode != "layers"
     if ranks.first or not alone:
         save(run, saes, folder, ranks)
-    quality = measured(run, loaded, saes, counted, say) if ranks.first or not alone else {}
+    quality = measured(run, loaded, saes, counted, progress) if ranks.first or not alone else {}
     plain = {name: quality[name].plain() if quality else {} for name in saes}
     note = {name: {**figures, "dropped": saes[name].meta["sinks_dropped"]} for name, figures in plain.items()}
     if ranks.first or not alone:
@@ -266,7 +268,7 @@ def measured(
     loaded: LoadedModel,
     saes: Mapping[str, SAE],
     counted: Counted,
-    say: Callable[[str, float], None] | None,
+    progress: Progress | None,
 ) -> dict[str, Quality]:
     """The quality of this rank's SAEs on held-out documents."""
     if not run.eval_tokens:
@@ -275,7 +277,7 @@ def measured(
     if not rows:
         raise InputError(f"the SAEs are saved, but the held-out documents of {run.data} fill no row to measure on")
     here = {HookPoint.parse(name): sae.to(loaded.model.device) for name, sae in saes.items()}
-    found = evaluate(loaded.model, here, rows, counted=counted, progress=say)
+    found = evaluate(loaded.model, here, rows, counted=counted, progress=progress)
     return {str(point): figures for point, figures in found.items()}
 
 
@@ -294,6 +296,16 @@ def facts_of(run: TrainRun, loaded: LoadedModel, counted: Counted) -> dict[str, 
             versions[package] = version(package)
     held = f"held-out documents of {run.data} (one in {run.hold_out})"
     return {**facts, "device": str(loaded.model.device), "eval_data": held, "versions": versions}
+
+
+def callbacks_of(
+    on_step: Callable[[StepReport], None] | None, progress: Progress | None
+) -> list[Callable[[StepReport], None]]:
+    """What is called after a step that is saved."""
+    found = [on_step] if on_step else []
+    if progress is not None:
+        found.append(lambda step: progress("training", step.step / step.steps, step.line()))
+    return found
 
 
 def write_json(path: Path, value: Any) -> None:

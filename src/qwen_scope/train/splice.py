@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import kl_div
 
 from qwen_scope.model import HookPoint, changing, input_device, text_config
+from qwen_scope.report import Progress
 from qwen_scope.sae import SAE
 
 # Logits of so many bytes are held at a time, twice.
@@ -41,7 +42,7 @@ def spliced_losses(
     rows: Sequence[Tensor],
     *,
     kept: Callable[[HookPoint, Tensor, Tensor], Tensor] | None = None,
-    progress: Callable[[str, float], None] | None = None,
+    progress: Progress | None = None,
 ) -> dict[HookPoint, SplicedLoss]:
     """Measure each layer on its own: all other layers run untouched.
 
@@ -69,7 +70,7 @@ def spliced_losses(
         predicted += ids[:, 1:].numel()
         positions += ids.numel()
         if progress:
-            progress("loss", number / len(pieces))
+            progress("loss", number / len(pieces), f"{number} of {len(pieces)}")
     return {point: result(total, predicted, positions) for point, total in sums.items()}
 
 

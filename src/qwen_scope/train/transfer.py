@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from qwen_scope.errors import InputError, MismatchError
 from qwen_scope.model import HookPoint, capture, d_model
+from qwen_scope.report import Progress
 from qwen_scope.sae import SAE, FeatureActs
 from qwen_scope.text import Counted
 
@@ -76,7 +77,7 @@ def transfer(
     *,
     counted: Counted = Counted(),  # noqa: B008 - frozen
     seed: int = 0,
-    progress: Callable[[str, float], None] | None = None,
+    progress: Progress | None = None,
 ) -> dict[HookPoint, Transfer]:
     """Measure SAEs trained on `base` on both models.
 
@@ -90,7 +91,7 @@ def transfer(
         InputError: fewer than two rows, which allow no interval, no SAE, or no token that counts on both.
         MismatchError: models of different widths or an SAE that does not fit them.
     """
-    say = progress or (lambda what, share: None)
+    report = progress or (lambda stage, share, text: None)
     check_pairing(base, saes, rows)
     if d_model(base) != d_model(post):
         raise MismatchError(f"the models have {d_model(base)} and {d_model(post)} dimensions; SAEs move between equals")
@@ -104,7 +105,7 @@ def transfer(
             keep = kept_on_both(counted, point, ids, of_base[point], of_post[point])
             for which, h in enumerate((of_base[point], of_post[point])):
                 means[point, which].add(h[keep.to(h.device)])
-        say("means", number / len(rows))
+        report("means", number / len(rows), f"{number} of {len(rows)}")
     for (point, _), moments in means.items():
         if not moments.n:
             raise InputError(f"every token at {point} is left out on one of the models; there is nothing to compare")
@@ -115,7 +116,7 @@ def transfer(
             pair = of_base[point], of_post[point]
             keep = kept_on_both(counted, point, ids, *pair).cpu()
             sums[point].append(row_sums(sae, *pair, means[point, 0].mean, means[point, 1].mean, keep))
-        say("transfer", number / len(rows))
+        report("transfer", number / len(rows), f"{number} of {len(rows)}")
     return {point: estimates(torch.cat(parts).numpy(), seed) for point, parts in sums.items()}
 
 

@@ -1,36 +1,52 @@
-"""What the commands of `posttrain` read: samples to learn from, prompts, and texts to watch."""
+"""What runs of post-training read: samples to learn from, prompts, and texts to watch."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from qwen_scope.errors import InputError
+from qwen_scope.files import check_folder
+from qwen_scope.lab import chat_prompts, documents
+from qwen_scope.model import load_tokenizer
+from qwen_scope.scope import model_source
+from qwen_scope.text import Corpus, CorpusOptions, Document, PassOver, by_reason, is_lab, only_text, usable
 
-from . import options
-
-if TYPE_CHECKING:
-    from collections import Counter
-
-    from qwen_scope.posttrain import Row, Sample
-    from qwen_scope.text import CorpusOptions, Document
+from .rewards import lab_rows
+from .runs import WRITTEN
+from .samples import Row, Sample, chats_only, prompt_text, read_samples, responses, with_chat
 
 PROBES = 64
-"""At most so many texts, and so many prompts, are measured by the monitor."""
+"""At most this many texts, and this many prompts, are measured by the monitor."""
+
+LAB_DOCUMENTS = 1000
+"""Of the lab, which has no end, where no sample is asked for."""
 
 
 def given_files(*sources: str | Path | None) -> list[str | Path]:
-    """What is read of this machine's files, of sources that may also be the lab or left out."""
+    """Of sources that may also be the lab or left out those that are files."""
     return [source for source in sources if source is not None and source != "lab"]
+
+
+def local(*names: str | None) -> list[str]:
+    """Of names of models and SAEs those that are folders of this machine; a bare name is one of the catalog."""
+    return [name for name in names if name is not None and ("/" in name or os.sep in name)]
 
 
 def check_run(out: Path, model: str, sae: str | None, *sources: str | Path | None) -> None:
     """Refuse a folder of a run in which it would write over what it reads."""
-    from qwen_scope.files import check_folder
-    from qwen_scope.posttrain import WRITTEN
+    check_folder(out, WRITTEN, *given_files(*sources), *local(model, sae))
 
-    check_folder(out, WRITTEN, *given_files(*sources), *options.folders(model, sae))
+
+def read(source: str, reading: CorpusOptions) -> Corpus:
+    """The documents of a source; of the lab a thousand where no sample is asked for."""
+    if is_lab(source) and reading.sample is None:
+        reading = replace(reading, sample=LAB_DOCUMENTS)
+    return Corpus.of(source, reading)
 
 
 def training_samples(
@@ -46,10 +62,6 @@ def training_samples(
     Args:
         model: whose chat template they are written with, where `reading` asks for one.
     """
-    from qwen_scope.model import load_tokenizer
-    from qwen_scope.posttrain import chats_only, with_chat
-    from qwen_scope.scope import model_source
-
     found = samples_of(
         source, reading, group_column, prompt_column=prompt_column, kinds=["chat", "drift"], unused=unused
     )
@@ -63,15 +75,9 @@ def training_samples(
 def prompts_in(model: str, reading: CorpusOptions) -> Callable[[Document], str]:
     """What reads the prompt in a row, up to where the answer begins: its text, or with a chat template what the model's
     makes of the text or the conversation."""
-    from qwen_scope.text import PassOver, only_text
-
     chat = reading.chat
     if chat is None:
         return only_text
-    from qwen_scope.model import load_tokenizer
-    from qwen_scope.posttrain import prompt_text
-    from qwen_scope.scope import model_source
-
     tokenizer = load_tokenizer(model_source(model))
 
     def read(found: Document) -> str:
@@ -84,15 +90,11 @@ def prompts_in(model: str, reading: CorpusOptions) -> Callable[[Document], str]:
 
 def labelled_texts(source: str, reading: CorpusOptions, group_column: str) -> list[tuple[str, str]]:
     """Texts with the name of their group; of the lab its talk, by language."""
-    from qwen_scope.posttrain import responses
-
     return responses(samples_of(source, reading, group_column, kinds=["talk"]))
 
 
 def samples_of(source: str, reading: CorpusOptions, group_column: str, **more: Any) -> list[Sample]:
     """Samples of a source read with the options; `more` goes to `read_samples`."""
-    from qwen_scope.posttrain import read_samples
-
     return read_samples(
         source,
         column=reading.column,
@@ -117,11 +119,6 @@ def read_rows(
     unused: Counter[str] | None = None,
 ) -> list[Row]:
     """Prompts of a source with their answers, or of the lab: questions and sums, with what its reward asks for."""
-    from collections import Counter
-
-    from qwen_scope.posttrain import lab_rows
-    from qwen_scope.text import PassOver, by_reason, usable
-
     if source == "lab":
         return lab_rows(reading.sample or n, reading.seed, split="heldout_sentences" if held_out else reading.split)
     lacking, prompt_of = f"without the column {answer_column!r}", prompts_in(model, reading)
@@ -135,10 +132,10 @@ def read_rows(
         return {**row, "answer": str(found.meta[answer_column])}
 
     counts: Counter[str] = Counter() if unused is None else unused
-    corpus = options.read(source, reading)
+    corpus = read(source, reading)
     rows = usable(corpus, row_of, n, counts)
     if not rows and counts[lacking]:
-        raise InputError(f"no row of {source} has a column {answer_column!r}; name it with --answer-column")
+        raise InputError(f"no row of {source} has a column {answer_column!r}; name it with answer_column=")
     if len(rows) < 2:
         why = corpus.other_columns() or f" in a column {reading.column!r}; two are the least"
         raise InputError(f"{source} has {len(rows)} prompts{why}" + (f" ({by_reason(counts)})" if counts else ""))
@@ -146,16 +143,18 @@ def read_rows(
 
 
 def read_prompts(
-    source: str, reading: CorpusOptions, group_column: str, groups: list[str] | None, n: int | None, model: str
+    source: str, reading: CorpusOptions, group_column: str, groups: Sequence[str] | None, n: int | None, model: str
 ) -> list[str]:
     """The prompts of a source, or questions of the lab."""
-    from qwen_scope.lab import chat_prompts
-    from qwen_scope.text import usable
-
     if source == "lab":
-        asked = chat_prompts(seed=reading.seed, n=reading.sample or n or 100, languages=groups, split=reading.split)
+        asked = chat_prompts(
+            seed=reading.seed,
+            n=reading.sample or n or 100,
+            languages=None if groups is None else list(groups),
+            split=reading.split,
+        )
         return [prompt.text for prompt in asked]
-    corpus, prompt_of = options.read(source, reading), prompts_in(model, reading)
+    corpus, prompt_of = read(source, reading), prompts_in(model, reading)
     found = usable(
         corpus, lambda row: prompt_of(row) if groups is None or row.meta.get(group_column) in groups else None, n
     )
@@ -167,14 +166,9 @@ def read_prompts(
 
 def probe_texts(source: str) -> list[str]:
     """Texts to measure features on: those of a source, or held-out chats of the lab."""
-    from qwen_scope.lab import documents
-    from qwen_scope.text import Corpus, only_text, usable
-
     if source == "lab":
         return [found.text for found in documents(split="heldout_sentences", seed=2, n=PROBES, kinds=["chat"])]
     found = usable(Corpus(source, unit="line", sample=PROBES), only_text)
     if len(found) < 2:
-        raise InputError(
-            f"--monitor needs at least two texts; {source} has {len(found)} in lines or in a column 'text'"
-        )
+        raise InputError(f"monitor= needs at least two texts; {source} has {len(found)} in lines or in a column 'text'")
     return found
