@@ -169,11 +169,11 @@ def fields_of(kind: type, default: Any = None) -> list[Parameter]:
     typed: Mapping[str, Any] = OPTIONS[kind]
     found: list[Parameter] = []
     for name, annotation in typed.items():
-        value = default_of(kind, default, name)
         if (group := group_of(annotation)) is not None:
-            inner = fields_of(group.kind, None if value is Parameter.empty else value)
+            inner = fields_of(group.kind, inner_default(kind, default, name))
             found += [one for one in inner if one.name not in group.without]
             continue
+        value = default_of(kind, default, name)
         read = reader(annotation)
         if read is not None and (value is not Parameter.empty or read.shown is not None):
             value = read.shown
@@ -192,12 +192,11 @@ def made(kind: type, default: Any, typed: Mapping[str, Any]) -> Any:
     """The object of a group, with the fields that were typed."""
     chosen: dict[str, Any] = {}
     for name, annotation in OPTIONS[kind].items():
-        usual = default_of(kind, default, name)
         if (group := group_of(annotation)) is not None:
-            inner = None if usual is Parameter.empty else usual
+            inner = inner_default(kind, default, name)
             chosen[name] = made(group.kind, inner, {key: typed[key] for key in typed if key not in group.without})
         elif name in typed:
-            read, value = reader(annotation), typed[name]
+            read, value, usual = reader(annotation), typed[name], default_of(kind, default, name)
             if read is not None:
                 value = usual if value == read.shown and usual is not Parameter.empty else read.value(value)
             chosen[name] = value
@@ -212,6 +211,19 @@ def default_of(kind: type, default: Any, name: str) -> Any:
     if field.default_factory is not MISSING:
         return field.default_factory()
     return Parameter.empty if field.default is MISSING else field.default
+
+
+def inner_default(kind: type, default: Any, name: str) -> Any:
+    """The default of a field that is a group of its own; None where it is made of the defaults of its class.
+
+    Such an object is not made for `--help`: checking its numbers may take a library that is slow to import.
+    """
+    if default is None:
+        (field,) = (one for one in fields(kind) if one.name == name)
+        if isinstance(field.default_factory, type):
+            return None
+    value = default_of(kind, default, name)
+    return None if value is Parameter.empty else value
 
 
 def reader(annotation: Any) -> Read | None:
