@@ -44,6 +44,8 @@ def test_it_says_what_it_is_and_never_changes(name: str) -> None:
         sae.b_dec = torch.zeros(D_MODEL)
     tensors = [getattr(sae, tensor) for tensor in (*MATRICES, *sae.own)]
     assert sae.nbytes == sum(4 * tensor.numel() for tensor in tensors)
+    sae.encode(residuals())
+    assert sae.nbytes == sum(4 * tensor.numel() for tensor in tensors) + sae.cached_bytes
     assert name in repr(sae)
 
 

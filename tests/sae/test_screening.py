@@ -358,3 +358,16 @@ def test_a_cpu_without_bf16_takes_the_plain_path(monkeypatch: pytest.MonkeyPatch
     one = sae()
     one.encode(randn(600, 64))
     assert one.encode_stats.path == "plain"
+
+
+def test_what_is_kept_beside_the_weights_is_counted() -> None:
+    weights = (randn(64, 16), randn(16, 64, seed=1), randn(64, seed=2), randn(16, seed=3))
+    sae = TopK(*weights, k=4)
+    alone = 4 * (2 * 64 * 16 + 64 + 16)
+    assert (sae.nbytes, sae.cached_bytes) == (alone, 0)
+    screen = sae._encoder.screen_for(sae.W_enc, sae.b_enc, dispatch.PREPARE_AFTER)
+    assert screen is not None
+    sums = sae._encoder.sums
+    assert sums is not None
+    kept = [screen.low, screen.per_feature, screen.per_group, sums.rows, sums.columns, sums.bias]
+    assert sae.nbytes == alone + sum(tensor.numel() * tensor.element_size() for tensor in kept)

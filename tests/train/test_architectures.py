@@ -67,6 +67,23 @@ def test_it_learns_keeps_its_sparsity_and_comes_back_from_disk(architecture: str
 
 
 @EVERY
+def test_a_trained_sae_has_the_fingerprint_of_what_is_saved(architecture: str, tmp_path: Path) -> None:
+    x = planted(1024)
+    sae = train(config_for(architecture, tokens=512 * 2), ResidualTable({NAME: x}, batch=512), group="g")[NAME]
+    for layout, entry in LAYOUTS.items():
+        if entry.kinds is not None and sae.architecture not in entry.kinds:
+            continue
+        save_sae(sae, tmp_path / layout, layout)
+        again = load_sae(tmp_path / layout, 2)
+        # Written out: the digest is of what lies in the files, a threshold included.
+        whole = {name: getattr(again, name) for name in ("W_enc", "W_dec", "b_enc", "b_dec", *again.own)}
+        assert again.identity.fingerprint == sae.identity.fingerprint, layout
+        if layout in ("official", "safetensors"):
+            assert fingerprint(**whole) == sae.identity.fingerprint
+        assert again.nbytes == sum(4 * tensor.numel() for tensor in whole.values())
+
+
+@EVERY
 @pytest.mark.parametrize("pre_bias", [True, False])
 def test_the_exported_sae_computes_what_training_computed(architecture: str, pre_bias: bool) -> None:
     """One batch through the training forward pass and through the exported SAE, before any step."""

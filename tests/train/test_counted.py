@@ -22,7 +22,7 @@ from qwen_scope.train import (
     ResidualBuffer,
     TrainConfig,
     TrainRun,
-    evaluate,
+    evaluate_saes,
     run_eval,
     run_train,
     transfer,
@@ -157,7 +157,7 @@ def test_the_buffer_leaves_out_first_and_special_tokens(loaded: LoadedModel) -> 
 def test_measuring_skips_sinks_at_any_place(sunk: LoadedModel) -> None:
     rows = rows_of(sunk, 4)
     counted = measure_counted(sunk.model, sunk.tokenizer, rows_of(sunk))
-    found = evaluate(sunk.model, {POINT: some_sae()}, rows, loss=False, counted=counted)[POINT].reconstruction
+    found = evaluate_saes(sunk.model, {POINT: some_sae()}, rows, loss=False, counted=counted)[POINT].reconstruction
     spot, ids = spot_of(sunk), torch.cat(rows)
     special = torch.isin(ids, torch.tensor(sorted(sunk.tokenizer.all_special_ids)))
     first = torch.zeros_like(special)
@@ -171,7 +171,7 @@ def test_measuring_skips_sinks_at_any_place(sunk: LoadedModel) -> None:
     assert found.tokens == expected["counts"]
     assert found.left_out == ids.numel() - found.tokens
     assert expected["sink"] > 10
-    whole = evaluate(sunk.model, {POINT: some_sae()}, rows, loss=False, counted=Counted.everything())[POINT]
+    whole = evaluate_saes(sunk.model, {POINT: some_sae()}, rows, loss=False, counted=Counted.everything())[POINT]
     assert whole.reconstruction.reasons == dict.fromkeys(REASONS, 0) | {"counts": ids.numel()}
 
 

@@ -14,7 +14,7 @@ from qwen_scope.errors import InputError, MismatchError
 from qwen_scope.model import HookPoint, capture, load_model
 from qwen_scope.sae import SAE, FeatureActs, JumpReLU, TopK
 from qwen_scope.text import Corpus, Counted, TokenRows
-from qwen_scope.train import evaluate, evaluate_residuals, transfer
+from qwen_scope.train import evaluate_residuals, evaluate_saes, transfer
 from qwen_scope.train.transfer import jaccard
 
 from .conftest import make_model, sentences
@@ -74,7 +74,7 @@ def by_definition(sae: SAE, x: torch.Tensor, first: torch.Tensor) -> dict[str, f
 @pytest.mark.parametrize("kind", ["topk", "jumprelu"])
 def test_reconstruction_agrees_with_the_definitions_in_float64(loaded, rows: list[torch.Tensor], kind: str) -> None:
     sae = some_sae(kind)
-    figures = evaluate(loaded.model, {POINT: sae}, rows, loss=False, counted=ALL)[POINT]
+    figures = evaluate_saes(loaded.model, {POINT: sae}, rows, loss=False, counted=ALL)[POINT]
     x = torch.cat([capture(loaded.model, ids, [POINT])[POINT].flatten(0, 1) for ids in rows])
     first = torch.zeros(len(x), dtype=torch.bool)
     first[::24] = True
@@ -100,7 +100,7 @@ def test_the_figure_per_token_is_the_legacy_one_of_sae_lens_for_one_batch_only(l
         )
     )
     rows = list(ids.split(len(ids) // cuts))
-    figures = evaluate(loaded.model, {POINT: sae}, rows, loss=False, counted=ALL)[POINT].reconstruction
+    figures = evaluate_saes(loaded.model, {POINT: sae}, rows, loss=False, counted=ALL)[POINT].reconstruction
     legacy, xs = [], []
     for batch in rows:
         x = capture(loaded.model, batch, [POINT])[POINT].flatten(0, 1).double()
@@ -138,7 +138,7 @@ def test_spliced_loss_agrees_with_a_forward_pass_by_hand(loaded, rows: list[torc
 
     p, q = torch.softmax(clean, -1), torch.softmax(spliced, -1)
     kl = float((p * (p / q).log()).sum(-1).mean())
-    got = evaluate(model, {POINT: sae}, rows, counted=ALL)[POINT].loss
+    got = evaluate_saes(model, {POINT: sae}, rows, counted=ALL)[POINT].loss
     assert got is not None
     assert got.ce_clean == pytest.approx(ce(clean), abs=1e-6)
     assert got.ce_spliced == pytest.approx(ce(spliced), abs=1e-6)
@@ -151,7 +151,7 @@ def test_a_perfect_dictionary_loses_nothing(loaded, rows: list[torch.Tensor]) ->
     eye, none = torch.eye(32), torch.zeros(32)
     W_enc, W_dec = torch.cat([eye, -eye]), torch.cat([eye, -eye], dim=1)
     sae = TopK(W_enc, W_dec, torch.zeros(64), none, k=32, hook_point=str(POINT))
-    found = evaluate(loaded.model, {POINT: sae}, rows, counted=ALL)[POINT]
+    found = evaluate_saes(loaded.model, {POINT: sae}, rows, counted=ALL)[POINT]
     assert found.reconstruction.fvu == pytest.approx(0, abs=1e-10)
     assert found.reconstruction.cosine == pytest.approx(1)
     assert found.loss is not None
@@ -172,18 +172,18 @@ def test_masked_tokens_are_not_looked_at_and_keep_their_residual(loaded, rows: l
     first[:, 0] = True
     expected = by_definition(sae, torch.cat(h)[kept], first[kept])
     counted = Counted(0, frozenset({special}), {str(POINT): float(multiple * norms.median())})
-    found = evaluate(loaded.model, {POINT: sae}, rows, counted=counted)[POINT]
+    found = evaluate_saes(loaded.model, {POINT: sae}, rows, counted=counted)[POINT]
     assert 0 < found.reconstruction.left_out == int((~kept).sum()) < kept.numel() / 2
     assert found.reconstruction.tokens == int(kept.sum())
     for name in ("fvu", "fvu_without_first", "cosine", "l0", "dead"):
         assert getattr(found.reconstruction, name) == pytest.approx(expected[name], rel=1e-6)
     # What would be replaced by zeros is not: with nearly all left out the model is nearly untouched.
-    whole = evaluate(loaded.model, {POINT: sae}, rows, counted=ALL)[POINT]
+    whole = evaluate_saes(loaded.model, {POINT: sae}, rows, counted=ALL)[POINT]
     assert found.loss is not None
     assert whole.loss is not None
     assert abs(found.loss.ce_zero - found.loss.ce_clean) < abs(whole.loss.ce_zero - whole.loss.ce_clean)
     with pytest.raises(InputError, match=r"every token at layers\.1\.resid_post is left out"):
-        evaluate(loaded.model, {POINT: sae}, rows, counted=Counted(special=frozenset(range(10_000))))
+        evaluate_saes(loaded.model, {POINT: sae}, rows, counted=Counted(special=frozenset(range(10_000))))
 
 
 def test_large_vocabularies_are_taken_in_pieces(
@@ -191,9 +191,9 @@ def test_large_vocabularies_are_taken_in_pieces(
 ) -> None:
     from qwen_scope.train import splice
 
-    whole = evaluate(loaded.model, {POINT: some_sae("topk")}, rows)[POINT].loss
+    whole = evaluate_saes(loaded.model, {POINT: some_sae("topk")}, rows)[POINT].loss
     monkeypatch.setattr(splice, "LOGIT_BYTES", 8 * 20 * 24)
-    pieces = evaluate(loaded.model, {POINT: some_sae("topk")}, rows)[POINT].loss
+    pieces = evaluate_saes(loaded.model, {POINT: some_sae("topk")}, rows)[POINT].loss
     assert whole is not None
     assert pieces is not None
     assert asdict(pieces) == pytest.approx(asdict(whole), abs=1e-6)
@@ -201,11 +201,11 @@ def test_large_vocabularies_are_taken_in_pieces(
 
 def test_what_can_not_be_measured_is_refused(loaded, rows: list[torch.Tensor]) -> None:
     with pytest.raises(InputError, match="no SAE"):
-        evaluate(loaded.model, {}, rows)
+        evaluate_saes(loaded.model, {}, rows)
     with pytest.raises(InputError, match="no tokens"):
-        evaluate(loaded.model, {POINT: some_sae("topk")}, [])
+        evaluate_saes(loaded.model, {POINT: some_sae("topk")}, [])
     with pytest.raises(MismatchError, match="reads 16 dimensions, but the model has 32"):
-        evaluate(loaded.model, {POINT: some_sae("topk", d_model=16)}, rows)
+        evaluate_saes(loaded.model, {POINT: some_sae("topk", d_model=16)}, rows)
     with pytest.raises(InputError, match="no residuals"):
         evaluate_residuals(some_sae("topk"), lambda: [])
     with pytest.raises(InputError, match="at least two rows"):

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from qwen_scope.model import HookPoint
 from qwen_scope.sae import save_sae
 from qwen_scope.text import Corpus, Counted, TokenRows
-from qwen_scope.train import ResidualBuffer, TrainConfig, evaluate, train
+from qwen_scope.train import ResidualBuffer, TrainConfig, evaluate_saes, train
 
 from .conftest import sentences
 
@@ -55,7 +55,7 @@ def test_our_figures_are_those_of_sae_lens(loaded, model_folder: Path, tmp_path:
         check=True, capture_output=True, env={**os.environ, "WANDB_MODE": "disabled", "HF_HUB_OFFLINE": "1"},
     )  # fmt: skip
     theirs = json.loads((tmp_path / "out.json").read_text())
-    found = evaluate(loaded.model, {POINT: sae}, [ids], counted=Counted.everything())[POINT]
+    found = evaluate_saes(loaded.model, {POINT: sae}, [ids], counted=Counted.everything())[POINT]
     ours = found.plain()
     for our_name, their_name in {
         "explained_variance": "explained_variance",

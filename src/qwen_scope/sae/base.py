@@ -143,9 +143,14 @@ class SAE(ABC):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all weights."""
+        """Bytes of all weights, and of what was made of them so that encoding is fast."""
         tensors = (self.W_enc, self.W_dec, self.b_enc, self.b_dec, *self.own_tensors().values())
-        return sum(t.numel() * t.element_size() for t in tensors)
+        return sum(t.numel() * t.element_size() for t in tensors) + self.cached_bytes
+
+    @property
+    def cached_bytes(self) -> int:
+        """Bytes that are kept beside the weights."""
+        return 0
 
     def __str__(self) -> str:
         kind = f"{self.architecture}, k={self.k}" if self.k else self.architecture

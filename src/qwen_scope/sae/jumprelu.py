@@ -64,6 +64,10 @@ class JumpReLU(SAE):
         found = kernels.encode_threshold_chosen(x, self.W_enc, self.b_enc, self.threshold, self._encoder)
         return check_finite(found, x, self)
 
+    @property
+    def cached_bytes(self) -> int:
+        return self._encoder.nbytes
+
     def decode(self, acts: FeatureActs) -> Float[Tensor, "*rows d_model"]:
         if acts.width != self.d_sae:
             raise MismatchError(

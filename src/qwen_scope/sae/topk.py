@@ -68,6 +68,10 @@ class TopK(SAE):
         """Which path the last `encode` of this object took, and how many rows fell back; None before the first."""
         return self._encoder.stats
 
+    @property
+    def cached_bytes(self) -> int:
+        return self._encoder.nbytes
+
     def decode(self, acts: FeatureActs) -> Float[Tensor, "*rows d_model"]:
         if acts.width != self.d_sae:
             raise MismatchError(

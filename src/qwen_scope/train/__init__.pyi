@@ -11,8 +11,8 @@ from .checkpoint import Checkpoints as Checkpoints
 from .config import TrainConfig as TrainConfig
 from .evaluate import Quality as Quality
 from .evaluate import Reconstruction as Reconstruction
-from .evaluate import evaluate as evaluate
 from .evaluate import evaluate_residuals as evaluate_residuals
+from .evaluate import evaluate_saes as evaluate_saes
 from .loop import Resumable as Resumable
 from .loop import StepReport as StepReport
 from .loop import train as train

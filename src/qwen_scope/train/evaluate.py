@@ -159,7 +159,7 @@ class Tally:
         )
 
 
-def evaluate(
+def evaluate_saes(
     model: nn.Module,
     saes: Mapping[HookPoint, SAE],
     rows: Sequence[Tensor],

@@ -15,7 +15,7 @@ from qwen_scope.sae import SAE, layers_of, load_sae
 from qwen_scope.scope import Joined, model_source, resolve
 from qwen_scope.text import Corpus, Counted, TokenRows
 
-from .evaluate import Quality, evaluate
+from .evaluate import Quality, evaluate_saes
 from .held_out import HeldOut, held_out_of
 from .options import EvalRun
 from .transfer import Transfer, transfer
@@ -59,7 +59,7 @@ def run_eval(run: EvalRun, *, progress: Progress | None = None) -> EvalResult:
     if counted is None:
         counted = measure_counted(loaded.model, loaded.tokenizer, rows, saes, sample=corpus.name)
     post = post_of(run, source, loaded, saes)
-    quality = evaluate(loaded.model, saes, rows, loss=run.loss, counted=counted, progress=progress)
+    quality = evaluate_saes(loaded.model, saes, rows, loss=run.loss, counted=counted, progress=progress)
     moved = (
         {}
         if post is None

@@ -36,7 +36,7 @@ from qwen_scope.text import REASONS, Corpus, Counted, TokenRows
 from .buffer import ResidualBuffer
 from .card import write_card
 from .checkpoint import Checkpoints
-from .evaluate import Quality, evaluate
+from .evaluate import Quality, evaluate_saes
 from .held_out import KEY, HeldOut, digest
 from .loop import StepReport, train
 from .metrics import JsonlMetrics, TensorBoardMetrics, WandbMetrics
@@ -277,7 +277,7 @@ def measured(
     if not rows:
         raise InputError(f"the SAEs are saved, but the held-out documents of {run.data} fill no row to measure on")
     here = {HookPoint.parse(name): sae.to(loaded.model.device) for name, sae in saes.items()}
-    found = evaluate(loaded.model, here, rows, counted=counted, progress=progress)
+    found = evaluate_saes(loaded.model, here, rows, counted=counted, progress=progress)
     return {str(point): figures for point, figures in found.items()}
 
 

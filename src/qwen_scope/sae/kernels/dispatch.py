@@ -42,6 +42,14 @@ class EncoderCache:
     _weights: tuple[tuple[int, int], ...] = ()
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes that are kept now."""
+        screen, sums, twins = self.screen, self.sums, self.twins
+        held = [] if sums is None else [sums.rows, sums.columns, sums.bias]
+        held += [] if twins is None else [twins.features, twins.first]
+        return (0 if screen is None else screen.nbytes) + sum(t.numel() * t.element_size() for t in held)
+
     def __reduce__(self) -> tuple[type[EncoderCache], tuple[()]]:
         return EncoderCache, ()
 

@@ -9,15 +9,13 @@ from __future__ import annotations
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .bound import ROUND_OUT, Rows, Screen
-
-if TYPE_CHECKING:
-    from .screened import Candidates
+from .candidates import PER_ROW, PER_SLOT, Candidates
 
 # Rows of one task of a thread.
 CHUNK = 16
@@ -37,7 +35,6 @@ def reads(W_enc: Tensor) -> bool:
 def choose(low: Tensor, rows: Rows, x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, screen: Screen) -> Candidates:
     """What `screened.choose_candidates` does, row by row."""
     from .rows_numba import choose_rows
-    from .screened import PER_ROW, PER_SLOT, Candidates
 
     n = len(low)
     values = torch.zeros(n, k)

@@ -16,14 +16,13 @@ from qwen_scope.errors import InputError
 from ..acts import FeatureActs
 from . import numba, triton
 from .bound import ROUND_OUT, Rows, Screen, bound, keep_massive, lower_rows, massive_dimensions
+from .candidates import PER_ROW, PER_SLOT, Candidates
 from .tiled import encode_topk, rows_per_tile
 from .unchanged import Twins
 
 # The bf16 pre-activations of one tile; the rest of a tile's working memory is a few times this.
 SCREEN_BYTES = 32 * 2**20
 SCREEN_BYTES_ON_GPU = 2**30
-# At most this many candidates for each slot, and as many more for the row; beyond, the full product costs less.
-PER_SLOT, PER_ROW = 8, 256
 
 
 @dataclass(frozen=True)
@@ -42,19 +41,6 @@ class EncodeStats:
     rows: int
     fallback: int = 0
     candidates: int = 0
-
-
-@dataclass(frozen=True, eq=False)
-class Candidates:
-    """The answer for a tile: `values, features (n, k)`, and whether each row is certified.
-
-    Rows without a certificate hold nothing of use.
-    """
-
-    values: Tensor
-    features: Tensor
-    certified: Tensor
-    candidates: int
 
 
 @torch.no_grad()

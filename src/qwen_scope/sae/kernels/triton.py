@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from functools import lru_cache
 from importlib.util import find_spec
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from .bound import MEMBERS, ROUND_OUT, Rows, Screen
+from .candidates import PER_ROW, PER_SLOT, Candidates
 from .tiled import in_order
-
-if TYPE_CHECKING:
-    from .screened import Candidates
 
 GROUPS_AT_ONCE, FEATURES_AT_ONCE, SLOTS_AT_ONCE, DIMENSIONS_AT_ONCE = 64, 2048, 16, 128
 
@@ -50,7 +47,6 @@ def product(x: Tensor, W: Tensor, out: Tensor | None = None) -> Tensor:
 def choose(low: Tensor, rows: Rows, x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, screen: Screen) -> Candidates:
     """What `screened.choose_candidates` does, a program per row."""
     from . import rows_triton
-    from .screened import PER_ROW, PER_SLOT, Candidates
 
     n, groups, d_sae = len(low), screen.groups, screen.d_sae
     budget = min(PER_SLOT * k + PER_ROW, d_sae)
