@@ -108,10 +108,10 @@ def test_config_files_that_are_none(folder: Path, data: bytes) -> None:
     refused(folder)
 
 
-def test_an_adapter_is_no_model(folder: Path) -> None:
+def test_an_adapter_whose_model_is_not_here(folder: Path) -> None:
     (folder / "config.json").unlink()
     (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "a/b", "peft_type": "LORA"}))
-    refused(folder, "holds an adapter (LoRA), not a model; merge it")
+    refused(folder, "'a/b' is not in the local cache")
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ from .layer_stats import LayerStats as LayerStats
 from .layer_stats import residual_norms as residual_norms
 from .load import LoadedModel as LoadedModel
 from .load import default_device as default_device
+from .load import live_model as live_model
 from .load import load_config as load_config
 from .load import load_model as load_model
 from .load import load_tokenizer as load_tokenizer

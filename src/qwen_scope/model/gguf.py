@@ -249,7 +249,7 @@ class _Header:
     """Reads what stands before the tensors of a file, in the order of ggml's specification of GGUF."""
 
     def __init__(self, path: Path) -> None:
-        self.data, self.at = memoryview(np.memmap(path, np.uint8, "r")), 0
+        self.data, self.at = memoryview(np.memmap(path, np.uint8, "r").data), 0
 
     def read(self) -> tuple[dict[str, tuple[list[int], Any]], dict[str, Stored]]:
         """The metadata and the tensors.

@@ -18,6 +18,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
 from qwen_scope.errors import FormatError, InputError, NotFoundError, brief, foreign, need
 
+from . import adapter as adapters
 from .gguf import Gguf, gguf_file
 
 DTYPES = ("float32", "bfloat16", "float16", "auto")
@@ -49,18 +50,21 @@ def load_model(
     device_map: str | dict[str, Any] | None = None,
     quantization: str | Any | None = None,
     revision: str | None = None,
+    adapter: str | os.PathLike[str] | None = None,
 ) -> LoadedModel:
     """Load a language model and its tokenizer.
 
     Args:
         source: a folder that `save_pretrained` wrote, a hub id such as `Qwen/Qwen3-1.7B-Base`, or a GGUF: a file, a
-            folder that holds one, or `owner/name:FILE.gguf` on the Hub.
+            folder that holds one, or `owner/name:FILE.gguf` on the Hub. A folder with a PEFT adapter stands for the
+            model that it names as its base, with the adapter merged into the weights.
         device: where it runs; None takes CUDA, else MPS, else the CPU.
         dtype: `float32`, `bfloat16`, `float16`, or `auto` for the one its weights are in. The weights of a GGUF stay
             packed with `auto`, computing in float32 on the CPU and in bfloat16 elsewhere; any other type unpacks them.
         device_map: `auto` or a map to spread the model over devices, in place of `device`; needs accelerate.
         quantization: `8bit` or `4bit` (needs bitsandbytes), or a quantisation config of transformers.
         revision: a branch, tag or commit on the Hub.
+        adapter: a folder with a PEFT adapter to be merged into the model.
 
     A vision-language checkpoint whose text part transformers can load alone (Qwen3.5) comes as that text model.
 
@@ -72,6 +76,9 @@ def load_model(
     name = os.fspath(source)
     if dtype not in DTYPES:
         raise InputError(f"dtype is one of {', '.join(DTYPES)}, not {dtype!r}")
+    if adapter is not None or adapters.is_adapter(name):
+        placed = {"device": device, "device_map": device_map, "quantization": quantization, "revision": revision}
+        return _load_adapted(name, None if adapter is None else os.fspath(adapter), dtype, placed)
     if (file := gguf_file(name)) is not None:
         if device_map is not None or quantization is not None:
             raise InputError("a GGUF is quantised already and runs on one device: drop device_map and quantization")
@@ -106,6 +113,29 @@ def load_model(
     return LoadedModel(model.eval().requires_grad_(False), tokenizer, name)
 
 
+def live_model(model: Any, tokenizer: PreTrainedTokenizerBase | None) -> LoadedModel:
+    """A model that is in memory already, such as one of transformers or PEFT, as `load_model` would give it.
+
+    Nothing of it is changed; its name is the one that its config remembers.
+
+    Raises:
+        InputError: it is no transformers model, it comes without a tokenizer, or it is in training mode.
+    """
+    config = getattr(model, "config", None)
+    if not isinstance(model, torch.nn.Module) or not isinstance(config, PreTrainedConfig):
+        raise InputError(f"a model is a name, a folder or a model of transformers or PEFT, not {brief(model)}")
+    if tokenizer is None:
+        raise InputError("a model in memory needs its tokenizer beside it: pass tokenizer=")
+    if model.training:
+        raise InputError("the model is in training mode, where dropout moves its features; call model.eval() first")
+    within: Any = model
+    if hasattr(model, "get_base_model"):  # of PEFT: the layers of an adapter that changes weights lie in the model
+        if not hasattr(model.base_model, "merge_adapter"):
+            raise InputError("this PEFT model puts learnt tokens before a text, which is not supported here")
+        within = within.get_base_model()
+    return LoadedModel(within, tokenizer, config._name_or_path or type(within).__name__)
+
+
 def load_config(source: str | os.PathLike[str], *, revision: str | None = None) -> PreTrainedConfig:
     """The config of a model, without its weights, from the same sources as `load_model`.
 
@@ -117,6 +147,8 @@ def load_config(source: str | os.PathLike[str], *, revision: str | None = None) 
     name = os.fspath(source)
     if (file := gguf_file(name)) is not None:
         return Gguf.open(file).config()
+    if adapters.is_adapter(name):
+        return load_config(adapters.base_of(Path(name).expanduser()), revision=revision)
     place = _folder(name) or name
     _model_type(name, _read_config(name, place, revision))
     with foreign(f"the config.json of {name!r} holds a value that does not fit"):
@@ -191,11 +223,26 @@ def _placement(device: Any, device_map: Any, quantization: Any) -> dict[str, Any
     return {"device_map": {"": _device(device)}, **place, "quantization_config": quantization}
 
 
+def _load_adapted(source: str, adapter: str | None, dtype: str, placed: dict[str, Any]) -> LoadedModel:
+    folder = Path(source if adapter is None else adapter).expanduser()
+    if not (folder / adapters.CONFIG).is_file():
+        raise NotFoundError(f"there is no adapter in {str(folder)!r}: it has no {adapters.CONFIG}")
+    base = adapters.base_of(folder) if adapter is None else source
+    if adapter is not None:
+        adapters.compare_base(folder, base)
+    if dtype == "auto" and gguf_file(base) is not None:  # packed weights take no change
+        dtype = "float32"
+    found = load_model(base, dtype=dtype, **placed)
+    own = adapters.has_tokenizer(folder)
+    tokenizer = _tokenizer(str(folder), str(folder), None) if own else found.tokenizer
+    return LoadedModel(adapters.merge(found.model, base, folder), tokenizer, str(folder))
+
+
 def _load_gguf(name: str, file: str, device: str | torch.device | None, dtype: str) -> LoadedModel:
     gguf, chosen = Gguf.open(file), _device(device)
     config = gguf.config()
     computes = ("float32" if chosen.type == "cpu" else "bfloat16") if dtype == "auto" else dtype
-    model = gguf.model(auto_class(config.model_type, name), getattr(torch, computes), packed=dtype == "auto")
+    model: Any = gguf.model(auto_class(config.model_type, name), getattr(torch, computes), packed=dtype == "auto")
     with foreign(f"{name!r} does not fit onto {str(chosen)!r}", InputError):
         return LoadedModel(model.to(chosen), gguf.tokenizer(), name)
 
@@ -215,11 +262,6 @@ def _folder(name: str) -> str | None:
 def _read_config(name: str, place: str, revision: str | None) -> dict[str, Any]:
     path = Path(place, "config.json") if Path(place).is_dir() else Path(_fetch_config(place, revision))
     if not path.is_file():
-        if path.with_name("adapter_config.json").is_file():
-            raise FormatError(
-                f"the folder {name!r} holds an adapter (LoRA), not a model; merge it into the model it was trained"
-                " on (merge_and_unload of peft), save that, and name its folder"
-            )
         raise FormatError(f"the folder {name!r} has no config.json, so it holds no transformers model")
     with foreign(f"the config.json of {name!r} can't be read"):
         config = json.loads(path.read_text(encoding="utf-8"))
@@ -268,6 +310,8 @@ def load_tokenizer(source: str | os.PathLike[str], *, revision: str | None = Non
     name = os.fspath(source)
     if (file := gguf_file(name)) is not None:
         return Gguf.open(file).tokenizer()
+    if adapters.is_adapter(name) and not adapters.has_tokenizer(folder := Path(name).expanduser()):
+        return load_tokenizer(adapters.base_of(folder), revision=revision)
     return _tokenizer(name, _folder(name) or name, revision)
 
 

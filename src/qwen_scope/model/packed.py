@@ -17,7 +17,7 @@ class PackedLinear(nn.Module):
 
     def __init__(self, linear: nn.Module, blocks: Tensor, kind: int, dtype: torch.dtype) -> None:
         super().__init__()
-        self.out_features, self.in_features = linear.weight.shape  # pyright: ignore[reportAttributeAccessIssue]
+        self.out_features, self.in_features = linear.weight.shape  # pyright: ignore[reportAttributeAccessIssue, reportGeneralTypeIssues]
         self.register_buffer("blocks", blocks, persistent=False)
         self.blocks: Tensor
         self.bias, self.kind, self.dtype = getattr(linear, "bias", None), kind, dtype
@@ -43,7 +43,7 @@ class PackedEmbedding(nn.Module):
 
     def __init__(self, embedding: nn.Module, blocks: Tensor, kind: int, dtype: torch.dtype) -> None:
         super().__init__()
-        self.num_embeddings, self.embedding_dim = embedding.weight.shape  # pyright: ignore[reportAttributeAccessIssue]
+        self.num_embeddings, self.embedding_dim = embedding.weight.shape  # pyright: ignore[reportAttributeAccessIssue, reportGeneralTypeIssues]
         self.register_buffer("blocks", blocks, persistent=False)
         self.blocks: Tensor
         self.kind, self.dtype = kind, dtype

@@ -4,15 +4,26 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection, Sequence
-from typing import overload
+from typing import Any, overload
 
 import numpy as np
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
 from qwen_scope.errors import InputError, MismatchError, NotFoundError
-from qwen_scope.model import HookPoint, LoadedModel, capture, context_length, d_model, load_model, model_sizes, n_layers
+from qwen_scope.model import (
+    HookPoint,
+    LoadedModel,
+    capture,
+    context_length,
+    d_model,
+    live_model,
+    load_model,
+    model_sizes,
+    n_layers,
+)
 from qwen_scope.sae import FeatureActs, catalog
 from qwen_scope.steer import Decoding, Generation, Intervention, Target
 from qwen_scope.text import Chat, Message, Tokens, by_length, tokenize
@@ -257,9 +268,11 @@ class Scope:
 
 
 def load_scope(
-    model: str | os.PathLike[str] = "lab",
+    model: str | os.PathLike[str] | nn.Module = "lab",
     sae: str | os.PathLike[str] | None = None,
     *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    adapter: str | os.PathLike[str] | None = None,
     device: str | torch.device | None = None,
     dtype: str = "auto",
     sae_dtype: str | None = None,
@@ -271,8 +284,11 @@ def load_scope(
     """Open a language model and its SAEs.
 
     Args:
-        model: `lab` for the bundled one, a hub id, or a folder.
+        model: `lab` for the bundled one, a hub id, a folder (also of a PEFT adapter), a GGUF, or a model of
+            transformers or PEFT that is in memory; it stays where and as it is.
         sae: a group (hub id, catalog alias or folder); it may be left out where the catalog knows exactly one.
+        tokenizer: of a model in memory.
+        adapter: a folder with a PEFT adapter to be merged into the model.
         device: where the model runs, and the SAEs; by default CUDA, else MPS, else the CPU.
         dtype: of the model's weights: `auto`, `float32`, `bfloat16` or `float16`.
         sae_dtype: of the SAEs' weights in memory; by default as stored. Their arithmetic is fp32 either way.
@@ -286,9 +302,17 @@ def load_scope(
     """
     if sae_dtype is not None and sae_dtype not in SAE_DTYPES:
         raise InputError(f"the type of SAE weights is one of {', '.join(SAE_DTYPES)}, not {sae_dtype!r}")
-    source, group = resolve(os.fspath(model), None if sae is None else os.fspath(sae))
-    loaded = load_model(source, device=device, dtype=dtype, device_map=device_map, quantization=quantization)
-    where = next(loaded.model.parameters()).device if device_map is None else torch.device(device or "cpu")
+    wanted = None if sae is None else os.fspath(sae)
+    if isinstance(model, str | os.PathLike):
+        source, group = resolve(os.fspath(model), wanted)
+        placed: dict[str, Any] = {"device_map": device_map, "quantization": quantization, "adapter": adapter}
+        loaded = load_model(source, device=device, dtype=dtype, **placed)
+    else:
+        if (device, dtype, device_map, quantization, adapter) != (None, "auto", None, None, None):
+            raise InputError("device, dtype, device_map, quantization and adapter are settled in a model in memory")
+        loaded = live_model(model, tokenizer)
+        group = resolve(loaded.name, wanted)[1]
+    where = loaded.model.device if device_map is None else torch.device(device or "cpu")
     saes = SAEs(
         group,
         d_model=d_model(loaded.model),
