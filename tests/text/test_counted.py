@@ -224,6 +224,39 @@ def test_a_sample_without_later_sinks_takes_the_first_tokens_word() -> None:
         assert limits[layer] == pytest.approx(3 * middle, rel=0.01)  # 1.5 times the floor of two medians
 
 
+def wide(**more: Any) -> tuple[np.ndarray, np.ndarray]:
+    """The same with a bulk that spreads by a fifth, which puts its edge at 2.8 medians, though it ends at 1.9."""
+    norms, positions = sample(**more)
+    later = positions > 0
+    norms[:, later] = np.minimum(np.exp(2 * np.log(norms[:, later])), 1.9)
+    return norms, positions
+
+
+def test_sinks_shorter_than_the_bulk_s_edge_are_found_beside_longer_ones() -> None:
+    norms, positions = wide()
+    later = np.flatnonzero(positions > 0)[::60]
+    norms[1:5, later] = np.linspace(2.1, 9, len(later))  # a tenth of them below the edge
+    norms[2, 1001] = 2.3  # an ordinary token at one layer
+    for layer, limit in enumerate(measured(norms, positions)):
+        assert limit is not None
+        out = set(np.flatnonzero((norms[layer] > limit) & (positions > 0)))
+        assert out == ((set(later) | ({1001} if layer == 2 else set())) if 1 <= layer <= 4 else set())
+
+
+def test_a_bulk_with_more_tokens_above_two_medians_than_sinks_keeps_its_edge() -> None:
+    norms, positions = wide()
+    later = np.flatnonzero(positions > 0)
+    sinks, tail = later[100::400], later[7::40]
+    norms[1:5, sinks] = 9
+    for layer in range(6):
+        norms[layer, tail + layer] = 2.3
+    for layer, limit in enumerate(measured(norms, positions)):
+        assert limit is not None
+        assert set(np.flatnonzero((norms[layer] > limit) & (positions > 0))) == (
+            set(sinks) if 1 <= layer <= 4 else set()
+        )
+
+
 @pytest.mark.parametrize(("share", "found"), [(0.01, True), (0.1, False)])
 def test_without_a_neighbour_only_rare_tokens_are_sinks(share: float, found: bool) -> None:
     norms, positions = sample(1)

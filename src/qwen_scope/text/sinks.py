@@ -9,6 +9,10 @@ layer 0 lie at 8 to 20 and draw no more attention than other tokens. Two propert
   how far ordinary norms reach;
 - a sink stays a sink from the block that writes it to the block that removes it, so tokens above the bulk at one layer
   are above it at a neighbouring layer too. What is large at a single layer is the embedding of ordinary tokens.
+
+The edge of a wide bulk lies above the shorter sinks (at 2.9 medians at SmolLM2's layer 4, where sinks begin at 2).
+Between twice the median and that edge the tail of a bulk thins out, while that of sinks grows towards the edge and is
+made of tokens that are sinks at a neighbouring layer. Where it is the sinks', the threshold is twice the median.
 """
 
 from __future__ import annotations
@@ -79,6 +83,10 @@ def thresholds(
     sink: the threshold is then halfway, on a logarithmic scale, between the bulk and the first tokens, and at most 1.5
     times the edge of the bulk.
 
+    A threshold above twice the median is lowered to it where the tokens between the two are the tail of the sinks:
+    those that are no sinks at a neighbouring hook point are at most as many as the others and those in a band of the
+    same width, on a logarithmic scale, above the threshold.
+
     Args:
         norms: residual norms by hook point name, of the same tokens in the same order.
         ordinary: tokens that may be sinks by their norm alone: neither at the beginning of a row nor special.
@@ -106,10 +114,11 @@ def thresholds(
             )
         limits[name] = _edge(size[ordinary])
         above[name] = size[ordinary] > limits[name]
-    return {
+    found = {
         name: _threshold(name, np.asarray(raw, np.float64), ordinary, opening, limits[name], above)
         for name, raw in norms.items()
     }
+    return _lowered({name: np.asarray(raw, np.float64)[ordinary] for name, raw in norms.items()}, found)
 
 
 def _edge(bulk: np.ndarray) -> float:
@@ -136,3 +145,30 @@ def _threshold(
     # By norm, so that one real sink outweighs a few ordinary tokens just above the edge; infinite norms weigh alike.
     weight = np.minimum(size[ordinary][here] / edge, 1e6)
     return edge if weight[np.logical_or.reduce(near)].sum() >= STAYS * weight.sum() else None
+
+
+def _lowered(sizes: Mapping[str, np.ndarray], found: Mapping[str, float | None]) -> dict[str, float | None]:
+    """The thresholds, at twice the median where sinks reach below the one found.
+
+    Between the two lies the tail of the bulk, which thins out, or that of the sinks, whose tokens are sinks at a
+    neighbour too. It is that of the sinks if its tokens that are no sinks at a neighbour are at most as many as the
+    others and those in a band of the same width above.
+    """
+    limits = dict(found)
+    least = {name: FLOOR * float(np.quantile(size, 0.5, method="lower")) for name, size in sizes.items()}
+    changed = True
+    while changed:  # a neighbour's lower threshold makes more tokens known
+        changed = False
+        for name, size in sizes.items():
+            limit = limits[name]
+            if limit is None or limit <= least[name]:
+                continue
+            known = np.zeros(len(size), bool)
+            for other in neighbours(name):
+                if (far := limits.get(other)) is not None:
+                    known |= sizes[other] > far
+            between = (size > least[name]) & (size <= limit)
+            beyond = (size > limit) & (size <= limit * (limit / least[name]))
+            if between.any() and (between & ~known).sum() <= (between & known).sum() + beyond.sum():
+                limits[name], changed = least[name], True
+    return limits
