@@ -180,7 +180,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, help="by default 5 for the first shape and 3 for the others")
     every = [] if torch.cuda.is_available() else list(range(len(SHAPES)))
     parser.add_argument("--shapes", type=int, nargs="*", default=every, help="which of SHAPES on the CPU")
-    parser.add_argument("--tokens", type=int, help="so many for every shape")
+    parser.add_argument("--tokens", type=int, help="the same number for every shape")
     parser.add_argument("--out", type=Path, default=PAGE)
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()

@@ -30,7 +30,7 @@ from qwen_scope.train.step import Layer, start, step  # isort: skip
 
 D_MODEL, D_SAE, K, TOKENS = 512, 8192, 64, 2048
 GOAL = 1.6
-# With AuxK, one feature in so many is dead.
+# With AuxK, one feature in this many is dead.
 DEAD = 16
 LONG = 10**9
 

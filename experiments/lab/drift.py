@@ -3,8 +3,8 @@
     python -m experiments.lab.drift [--splits train] [--conditions "by effect"] [--write]
 
 Features by what they add to the first Chinese letter of the model's own drifted answers; which layers and how many by
-a sweep on questions of its own; measured on fresh questions and on held-out ones. Beside them: the features that tell
-Chinese best from other languages, and matched random ones.
+a sweep on questions of its own; measured on fresh questions and on held-out ones. Beside them: the features that
+distinguish Chinese best from other languages, and matched random ones.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class Sizes:
 
 
 def first_chinese(text: str) -> int | None:
-    """Where the first Han letter stands in a sentence without kana, which would make it Japanese."""
+    """Where the first Han letter is in a sentence without kana, which would make it Japanese."""
     start = 0
     for sentence in SENTENCE_END.split(text.split(END)[0]):
         letter = HAN.search(sentence)

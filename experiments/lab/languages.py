@@ -87,7 +87,7 @@ def language_means(scope: Scope, seed: int = 0) -> dict[tuple[int, str], torch.T
 
 
 def features_of(scope: Scope, means: dict, language: str, layer: int, n: int) -> list[tuple[int, float]]:
-    """The n features whose mean on a language exceeds that on the others by most, each with its share of the change."""
+    """The n features whose mean on a language most exceeds that on the others, each with its share of the change."""
     others = torch.stack([means[layer, other] for other in LANGUAGES if other != language]).mean(0)
     values, features = (means[layer, language] - others).topk(n)
     lengths = values * scope.saes[layer].W_dec[:, features].float().norm(dim=0)

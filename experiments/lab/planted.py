@@ -1,9 +1,9 @@
-"""Does `validate` tell a feature that steers from a correlate? Both are planted in the lab's own SAE, with fresh seeds.
+"""Does `validate` distinguish a steering feature from a correlate? Both are planted in the SAE of the lab.
 
     python -m experiments.lab.planted [--seeds 20-39] [--write]
 
-Each trial takes a language and the feature that tells it best. The steering feature keeps its encoder and writes the
-language's difference of means; the correlate keeps its encoder and writes a random direction of equal length.
+Each trial takes a language and the feature that distinguishes it best. The steering feature keeps its encoder and
+writes the language's difference of means; the correlate keeps its encoder and writes a random direction of equal norm.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Sizes:
 
 
 def best_feature(scope: Scope, texts: dict[str, list[str]], language: str) -> int:
-    """The feature whose mean activation on a language exceeds that on the others by most."""
+    """The feature whose mean activation on a language most exceeds that on the others."""
     means = {}
     for name in LANGUAGES:
         seen = scope.features(texts[name][:10], [LAYER], truncate=True)

@@ -302,7 +302,7 @@ def means(runs: Sequence[Row], condition: str, step: int) -> tuple[str, str]:
 
 
 def verdict(step: int, fall: dict[str, np.ndarray]) -> str:
-    """Whether the aim is met after so many steps."""
+    """Whether the aim is met after `step` steps."""
     said = []
     for condition in ("vanilla", "random", "blind"):
         against, own = fall[condition].mean(), fall["steered"].mean()

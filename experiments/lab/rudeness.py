@@ -1,10 +1,11 @@
-"""Rudeness from a few labelled seeds: rules of features beside the usual classifiers, in nine languages.
+"""Rudeness from a few labelled documents: rules of features beside the usual classifiers, in nine languages.
 
     python -m experiments.lab.rudeness [--languages en,de] [--write]
 
-The protocol is that of the Qwen-Scope report (section 5): seeds of each class from training sentences, Delta_f, the top
-K features joined by OR over tokens, the layer by top-1 difference, English rules unchanged on the other languages. The
-documents are one sentence long; the test sets hold whole templates, and combinations of words, never seen in training.
+The protocol is that of the Qwen-Scope report (section 5): labelled documents of each class from training sentences,
+Delta_f, the top K features joined by OR over tokens, the layer by top-1 difference, English rules unchanged on the
+other languages. The documents are one sentence long; the test sets consist of whole templates, and combinations of
+words, that training never saw.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ OTHERS = ("plain", "polite", "archaic")
 class Sizes:
     """Labelled documents per class, one table each; test documents per class and kind of hold-out."""
 
-    seeds: tuple[int, ...] = (200, 2000)
+    labelled: tuple[int, ...] = (200, 2000)
     test: int = 100
 
 
@@ -106,40 +107,40 @@ def score(called: np.ndarray, labels: np.ndarray) -> float:
     return float(2 * (called & labels).sum() / max(1, called.sum() + labels.sum()))
 
 
-def first_seeds(labels: np.ndarray, n: int) -> np.ndarray:
+def first_of_each(labels: np.ndarray, n: int) -> np.ndarray:
     """The first `n` documents of each class."""
     return np.concatenate([np.flatnonzero(labels)[:n], np.flatnonzero(~labels)[:n]])
 
 
-def own_language(seeds: Labelled, test: Labelled, data: dict, n: int) -> dict[str, float]:
-    """F1 on held-out documents of the same language, of rules and baselines from `n` seeds per class."""
-    chosen = first_seeds(seeds.labels, n)
-    some = seeds.take(chosen)
+def own_language(known: Labelled, test: Labelled, data: dict, n: int) -> dict[str, float]:
+    """F1 on held-out documents of the same language, of rules and baselines from `n` labelled documents per class."""
+    chosen = first_of_each(known.labels, n)
+    some = known.take(chosen)
     row: dict[str, float] = {f"K={k}": f1(fit_rule(some, k), test) for k in TOPS}
     row |= {f"{m} layers": f1(fit_rule(some, several=m), test) for m in SEVERAL}
     row["layer"] = fit_rule(some, 1).layers[0]
     row["K=1, FPR 1%"] = f1(fit_rule(some, 1).calibrated(some.negatives(), 0.01), test)
     row["K=2, FPR 1%"] = f1(fit_rule(some, 2).calibrated(some.negatives(), 0.01), test)
-    return row | baselines(data, seeds.labels, data, test.labels, n)
+    return row | baselines(data, known.labels, data, test.labels, n)
 
 
 def from_english(english: Labelled, test: Labelled, data: dict, there: dict, n: int) -> dict[str, float]:
-    """F1 in one language of what English seeds teach."""
-    chosen = first_seeds(english.labels, n)
+    """F1 in one language of what English documents teach."""
+    chosen = first_of_each(english.labels, n)
     some = english.take(chosen)
     rules = {f"K={k}": fit_rule(some, k) for k in TOPS} | {f"{m} layers": fit_rule(some, several=m) for m in SEVERAL}
     row = {said: f1(rule, test) for said, rule in rules.items()}
-    # The report gives the best layer on the test set; nobody could choose it without labels there.
+    # The report chooses the best layer on the test set, which takes labels in that language.
     row["K=2, best layer"] = max(f1(fit_rule(some, 2, layer=layer), test) for layer in english.layers)
     return row | baselines(data, english.labels, there, test.labels, n)
 
 
 def baselines(data: dict, labels: np.ndarray, there: dict, truth: np.ndarray, n: int) -> dict[str, float]:
-    """F1 of the usual classifiers from `n` seeds per class of one language on the test documents of another.
+    """F1 of the usual classifiers, `n` labelled documents per class of one language, on the test documents of another.
 
-    The layer of those on residuals comes from cross-validation among a few of the seeds.
+    The layer of those on residuals comes from cross-validation among a few of the documents.
     """
-    few, chosen = first_seeds(labels, FEW), first_seeds(labels, n)
+    few, chosen = first_of_each(labels, FEW), first_of_each(labels, n)
     layer = best_layer({where: x[few] for where, x in data["pooled"].items()}, labels[few])
     x, test, y = data["pooled"][layer][chosen], there["test_pooled"][layer], labels[chosen]
     texts = [data["texts"][i] for i in chosen]
@@ -152,8 +153,8 @@ def baselines(data: dict, labels: np.ndarray, there: dict, truth: np.ndarray, n:
 
 @cache
 def data_of(language: str, sizes: Sizes) -> tuple[Labelled, Labelled, dict]:
-    """The seeds and the test set of one language, and what the baselines read."""
-    texts, labels = texts_of(language, "train", max(sizes.seeds), 31)
+    """The labelled documents and the test set of one language, and what the baselines read."""
+    texts, labels = texts_of(language, "train", max(sizes.labelled), 31)
     held = [texts_of(language, split, sizes.test, 32) for split in HELD_OUT]
     firings, pooled = read(lab(), language, texts, list(LAYERS))
     test_texts = [text for some, _ in held for text in some]
@@ -164,27 +165,27 @@ def data_of(language: str, sizes: Sizes) -> tuple[Labelled, Labelled, dict]:
 
 
 def run(at: At[Sizes], language: str) -> dict[str, Any]:
-    """Everything about one language: its own rules, the English ones on it, and the curve over seeds."""
+    """Everything about one language: its own rules, the English ones on it, and the curve over their number."""
     sizes = at.sizes
-    seeds, test, data = data_of(language, sizes)
+    known, test, data = data_of(language, sizes)
     english, _, data_english = data_of("en", sizes)
-    steps = [n for n in STEPS if n <= max(sizes.seeds)]
-    curve = data_efficiency(seeds, test, steps, 1, repeats=3).mean(1)
+    steps = [n for n in STEPS if n <= max(sizes.labelled)]
+    curve = data_efficiency(known, test, steps, 1, repeats=3).mean(1)
     found = {
-        "own": {str(n): own_language(seeds, test, data, n) for n in sizes.seeds},
-        "english": {str(n): from_english(english, test, data_english, data, n) for n in sizes.seeds},
+        "own": {str(n): own_language(known, test, data, n) for n in sizes.labelled},
+        "english": {str(n): from_english(english, test, data_english, data, n) for n in sizes.labelled},
         "curve": {str(n): float(value) for n, value in zip(steps, curve, strict=True)},
-        "tops": {str(layer): top_ten(seeds, layer) for layer in LAYERS},
+        "tops": {str(layer): top_ten(known, layer) for layer in LAYERS},
     }
     if language == "en":
-        few = seeds.take(first_seeds(seeds.labels, min(sizes.seeds)))
+        few = known.take(first_of_each(known.labels, min(sizes.labelled)))
         mixed = Labelled(few.layers, np.random.default_rng(0).permutation(few.labels))
         found["noise"] = {"real": vars(noise_test(few)), "shuffled": vars(noise_test(mixed))}
     return found
 
 
-def top_ten(seeds: Labelled, layer: int) -> list[int]:
-    return np.argsort(-deltas(seeds.layers[layer], seeds.labels), kind="stable")[:10].tolist()
+def top_ten(known: Labelled, layer: int) -> list[int]:
+    return np.argsort(-deltas(known.layers[layer], known.labels), kind="stable")[:10].tolist()
 
 
 def markdown(rows: Mapping[str, Mapping[str, float]], columns: Sequence[str]) -> str:
@@ -202,7 +203,7 @@ def tell(at: At[Sizes], rows: list[Row]) -> str:
         ("Own language", "own", own),
         ("Found in English", "english", (*RULES, "K=2, best layer", *BASELINES)),
     ):
-        for n in at.sizes.seeds:
+        for n in at.sizes.labelled:
             parts += [f"{said}, {n} labelled documents per class:"]
             parts += [markdown({row["language"]: row[key][str(n)] for row in rows}, columns)]
     steps = list(rows[0]["curve"])
@@ -216,7 +217,7 @@ def tell(at: At[Sizes], rows: list[Row]) -> str:
         if "noise" in row:
             real, mixed = row["noise"]["real"], row["noise"]["shuffled"]
             said += [
-                f"""Shuffled labels are recognised as noise: the best of all features separates {min(at.sizes.seeds)}
+                f"""Shuffled labels are recognised as noise: the best of all features separates {min(at.sizes.labelled)}
                 English documents per class by {real["found"]:.2f} (p = {real["p"]:.1g}), and with shuffled labels by
                 {mixed["found"]:.2f}, where chance gives {mixed["mean"]:.2f} (p = {mixed["p"]:.2g})."""
             ]
@@ -246,7 +247,7 @@ experiment = Experiment(
     tell=tell,
     sizes=Sizes(),
     quick={"language": ("en", "de")},
-    quick_sizes=Sizes(seeds=(20,), test=10),
+    quick_sizes=Sizes(labelled=(20,), test=10),
 )
 
 if __name__ == "__main__":

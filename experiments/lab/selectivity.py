@@ -41,7 +41,7 @@ def talk(language: str, registers: tuple[str, ...], n: int) -> list[str]:
 
 
 def strongest(scope: Scope, layer: int, positive: list[str], negative: list[str]) -> list[int]:
-    """The features whose mean activation on `positive` exceeds that on `negative` by most."""
+    """The features whose mean activation on `positive` most exceeds that on `negative`."""
     means = []
     for side in (positive, negative):
         seen = scope.features(side, [layer], truncate=True)

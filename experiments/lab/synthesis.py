@@ -40,7 +40,7 @@ STRENGTHS, CLASSIFIED = (0.95, 0.0), 0.95
 SHARES = {code: 1 / (i + 1) ** 1.5 for i, code in enumerate(("en", "zh", "es", "de", "fr", "ru", "ja", "ar", "ko"))}
 REGISTERS = {"plain": 0.75, "polite": 0.15, "archaic": 0.05, "rude": 0.05}
 DELTA = 0.1
-"""A target fires on so much larger a share of a language's rude texts than of its others."""
+"""By how much a target's firing share on a language's rude texts exceeds that on its others, at least."""
 SIZES = (25, 50, 100)
 ERRORS = 0.1
 HELD_OUT = ("heldout_templates", "heldout_combinations")
@@ -207,7 +207,7 @@ def f1(called: np.ndarray, labels: np.ndarray) -> float:
 
 
 def classify(scope: Scope, run: Coverage, n_test: int) -> list[dict]:
-    """F1 of three classifiers trained on the seed corpus with so many texts of each condition."""
+    """F1 of three classifiers trained on the seed corpus and texts of each condition, by their number."""
     texts, labels = test_set(run.seed, n_test)
     x_test, fires_test = encoded(scope, texts)
     everything = [one for part in ("seed", *CONDITIONS) for one in run.data[part]]
