@@ -20,7 +20,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, is_dataclass
-from functools import cached_property
 from itertools import product
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -88,11 +87,6 @@ class Experiment(Generic[S]):
     takes: Callable[..., bool] = lambda **cell: True
     options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     variant: Callable[[At[S]], str] = lambda at: ""
-
-    @cached_property
-    def name(self) -> str:
-        """The name of its module."""
-        return Path(sys.modules[self.run.__module__].__file__ or "").stem
 
     def cells(self, at: At[S]) -> Iterator[dict[str, Any]]:
         """The cells to run, in order."""
@@ -174,7 +168,7 @@ def _resolve(experiment: Experiment[Any], given: argparse.Namespace) -> At[Any]:
     options = {name: getattr(given, name) for name in experiment.options}
     sizes = experiment.quick_sizes if given.quick else experiment.sizes
     variant = experiment.variant(At(sizes, levels, options, Path()))
-    name = "-".join([experiment.name, *variant.split(), *(["quick"] if given.quick else [])])
+    name = "-".join([_module(experiment).rpartition(".")[2], *variant.split(), *(["quick"] if given.quick else [])])
     return At(sizes, levels, options, given.keep or ROOT / "out" / "experiments" / name)
 
 
@@ -199,7 +193,7 @@ def _check_config(experiment: Experiment[Any], at: At[Any]) -> None:
     path = at.folder / "config.json"
     module = sys.modules[experiment.run.__module__]
     constants = {  # numbers and lists of the script; its prose may change
-        name: value for name, value in vars(module).items() if name.isupper() and not isinstance(value, str)
+        name: value for name, value in vars(module).items() if name.isupper() and not isinstance(value, str | Path)
     }
     now = {
         "experiment": _module(experiment),
@@ -217,10 +211,8 @@ def _check_config(experiment: Experiment[Any], at: At[Any]) -> None:
                 f"{at.folder} holds cells of other settings ({'; '.join(other)}); name another with --keep"
             )
         return
-    levels = json.loads(json.dumps(at.levels, default=_plain))
-    write_text(
-        path, json.dumps({**now, "levels": levels, "versions": _versions()}, indent=1, ensure_ascii=False) + "\n"
-    )
+    config = {**now, "levels": at.levels, "versions": _versions()}
+    write_text(path, json.dumps(config, indent=1, ensure_ascii=False) + "\n")
 
 
 def _difference(before: Any, now: Any) -> str:

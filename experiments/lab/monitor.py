@@ -2,11 +2,11 @@
 
     python -m experiments.lab.monitor [--conditions clean,zh,ru,rude] [--seeds 0-9] [--write]
 
-The bundled model is fine-tuned into an assistant that is never rude and stays in its language, and trained on from
-there with more of the same chats. In planted runs, from one step on, a share of the chats are others: their answers
-drift into Chinese or Russian, or they are rude. Every few steps it is measured by the monitor, by the loss on held-out
-chats, and by what it does: the share of sampled answers that hold the wrong script or a rude word. The cost is measured
-apart, at the monitor's own cadence, in CPU time, so that other work on the machine does not count.
+The bundled model is fine-tuned into an assistant that is never rude and stays in its language, and is trained further
+on more of the same chats. In planted runs, from one step on, a share of the chats drift into Chinese or Russian, or are
+rude. Every few steps it is measured by the monitor, by the loss on held-out chats, and by its behaviour: the share of
+sampled answers with the wrong script or a rude word. The cost is measured separately, at the monitor's default cadence,
+in CPU time.
 """
 
 from __future__ import annotations
@@ -50,10 +50,8 @@ from qwen_scope.steer import generate
 TITLE = "The monitor on the lab"
 PLANTED = ("zh", "ru", "rude")
 LAYERS, FEATURES, EVERY, FROM, BATCH, SHARE, LR = (4, 5), 1, 4, 8, 8, 0.25, 1e-4
-START_BATCH, START_LR = 16, 5e-4
-TEXTS, PROMPTS, TOKENS, AT_START = 24, 64, 40, 4
-ALARM, MORE = 1.0, 3.0
-COST_PROBES, COST_PROMPTS = 6, 16
+START_BATCH, START_LR, TEXTS, PROMPTS, TOKENS, AT_START = 16, 5e-4, 24, 64, 40, 4
+ALARM, MORE, COST_PROBES, COST_PROMPTS = 1.0, 3.0, 6, 16
 PLANTED_SEEDS = 4  # runs of every planted concept; the clean ones are more, since they make the band
 COSTS = ("cost of texts", "cost of answers")
 Watch = dict[str, dict[int, list[int]]]
@@ -293,10 +291,6 @@ def over(run: Run, clean: Sequence[Run], of: Callable[[Run], np.ndarray]) -> int
     return twice(run.steps[-values.shape[1] :], of(run) > values.mean(0) + 3 * values.std(0, ddof=1))
 
 
-def loss_of(run: Run) -> np.ndarray:
-    return np.array(run.loss)
-
-
 def share_of(run: Run, concept: str) -> np.ndarray:
     """The share of answers that show a concept."""
     return np.array(run.hits[concept]) / np.array(run.answers)
@@ -319,10 +313,8 @@ def before(alarm: int | None, metric: int | None) -> bool:
 
 def tell(at: At[Sizes], rows: list[Row]) -> str:
     """The section of docs/results.md."""
-    fields = set(Run.__dataclass_fields__)
-    found = [Run(**{name: row[name] for name in fields}) for row in rows if row["condition"] not in COSTS]
+    found = [Run(**{name: row[name] for name in Run.__annotations__}) for row in rows if row["condition"] not in COSTS]
     price = {row["condition"].removeprefix("cost of "): row for row in rows if row["condition"] in COSTS}
-    # Runs of one seed stand together; concepts in the order in which they were planted.
     return compared(sorted(found, key=lambda run: run.seed), price, at.sizes)
 
 
@@ -339,7 +331,7 @@ def compared(runs: list[Run], price: dict[str, Row], sizes: Sizes) -> str:
             twice(run.steps, np.abs(np.array(run.rise_in_generation[concept])) > MORE),
         )
         metrics = {
-            "loss": over(run, clean, loss_of),
+            "loss": over(run, clean, lambda r: np.array(r.loss)),
             "share": risen(run, concept),
             "band": over(run, clean, lambda r, c=concept: share_of(r, c)),
         }
@@ -359,7 +351,9 @@ def compared(runs: list[Run], price: dict[str, Row], sizes: Sizes) -> str:
     )
     raised = sum(bool(run.alarms) for run in clean)
     rest = [[other for other in clean if other is not run] for run in clean]
-    moved = sum(over(run, others, loss_of) is not None for run, others in zip(clean, rest, strict=True))
+    moved = sum(
+        over(run, others, lambda r: np.array(r.loss)) is not None for run, others in zip(clean, rest, strict=True)
+    )
     head = f"""`python -m experiments.lab.monitor --write`: every run starts from the bundled model fine-tuned on
         clean chats ({sizes.start} steps of {START_BATCH}) and continues with more of them, {sizes.steps} steps of
         {BATCH}, lr {LR:g}. After step {FROM}, {SHARE:.0%} of the chats of a planted run drift into Chinese or
