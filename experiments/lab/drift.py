@@ -21,19 +21,23 @@ from experiments.lab.bundled import lab
 from experiments.lab.languages import END, features_of, language_means
 from experiments.sections import paragraph, table
 from qwen_scope import Intervention, Scope
-from qwen_scope.features import attribute, matched_random
+from qwen_scope.features import (
+    Budget,
+    SweepOptions,
+    attribute,
+    best_candidate,
+    matched_random,
+    sweep_candidates,
+)
 from qwen_scope.lab import drift_prompts
 from qwen_scope.stats import Interval, bootstrap
 from qwen_scope.steer import (
-    Budget,
     Decoding,
     Generation,
-    best_candidate,
     generate,
     log_probabilities,
     perplexity,
     rows_of,
-    sweep_candidates,
 )
 
 INTO, N_CONTRAST, N_RANDOM = "zh", 10, 3
@@ -131,17 +135,12 @@ def choose(sizes: Sizes) -> dict[str, Any]:
     scope = lab()
     found, switches = candidates(scope, sizes.choose)
     sweeps = sweep_candidates(
-        scope.model,
-        scope.tokenizer,
+        scope,
         questions(21, sizes.fit),
         found,
         drifted,
-        amounts=(1.0,),
-        lower=True,
-        saes=scope.saes,
-        stats=scope.stats,
+        SweepOptions((1.0,), lower=True, budget=Budget(2.0, 0.1)),
         decoding=DECODING,
-        budget=Budget(2.0, 0.1),
     )
     name = best_candidate(sweeps) or next(iter(found))
     features = [(one.layer, one.feature) for one in found[name]]

@@ -20,7 +20,7 @@ import numpy as np
 from experiments.harness import At, Experiment, Row, main
 from experiments.sections import paragraph
 from qwen_scope import load_scope
-from qwen_scope.features import Finding, Pooled, f1_of_calls, find, pool_texts
+from qwen_scope.features import Finding, Pooled, f1_of_calls, pool_texts
 from qwen_scope.foundry import HELD_OUT, factors, gather, labelled
 from qwen_scope.lab import Document, default_mixture
 
@@ -94,11 +94,14 @@ def run(at: At[Sizes], factor: str) -> dict[str, Any]:
         reported = []
         for number in range(at.sizes.shuffles):
             drawn = np.random.default_rng((seed, number)).choice(len(known.docs), 2 * each, replace=False)
-            found = find(some(known.pooled, drawn[:each]), some(known.pooled, drawn[each:]), n=1, seed=number)
+            found = find_pooled(
+                some(known.pooled, drawn[:each]), some(known.pooled, drawn[each:]), FindOptions(n=1, seed=number)
+            )
             reported.append(found.significant)
         return {"reported": reported, "tests": found.tests, "level": found.level}
     positive, negative = sets(*where)[factor]
-    first = find(some(known.pooled, positive), some(known.pooled, negative), n=1, seed=seed).found[0]
+    both = some(known.pooled, positive), some(known.pooled, negative)
+    first = find_pooled(*both, FindOptions(n=1, seed=seed)).found[0]
     elsewhere = f1_elsewhere(known.pooled_other, first, *sides(known.other, dict(factors())[factor]))
     names = ("layer", "feature", "reduction", "threshold", "f1", "auroc")
     return {**{name: getattr(first, name) for name in names}, "elsewhere": elsewhere}

@@ -25,21 +25,18 @@ from experiments.harness import Row as Found
 from experiments.lab.bundled import lab
 from experiments.sections import paragraph, table
 from qwen_scope import Intervention, Scope, load_scope
-from qwen_scope.features import matched_random
+from qwen_scope.features import Budget, SweepOptions, best_candidate, matched_random, sweep_candidates
 from qwen_scope.lab import LANGUAGES, documents, language_of_text, neutral_prompts
 from qwen_scope.stats import Interval, bootstrap
 from qwen_scope.steer import (
-    Budget,
     Decoding,
     Generation,
     Row,
-    best_candidate,
     generate,
     log_probabilities,
     perplexity,
     resolve,
     rows_of,
-    sweep_candidates,
 )
 
 FEATURES = 3
@@ -171,18 +168,13 @@ def run(at: At[Sizes], language: str) -> dict[str, Any]:
     test = [prompt.text for prompt in neutral_prompts(seed=12 + seed, n=sizes.test)]
     candidates = {named(layers): steered(scope, means, language, layers) for layers in choices(scope)}
     sweeps = sweep_candidates(
-        scope.model,
-        scope.tokenizer,
+        scope,
         fit,
         candidates,
         lambda texts: share(texts, language),
-        amounts=AMOUNTS,
-        saes=scope.saes,
-        stats=scope.stats,
+        SweepOptions(AMOUNTS, budget=BUDGET, refine=1),
         decoding=decoding(seed),
-        budget=BUDGET,
         reference=reference,
-        refine=1,
     )
     plain = share(texts_of(scope, test, [], seed), language)
     name = best_candidate(sweeps)

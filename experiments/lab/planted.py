@@ -20,7 +20,7 @@ from experiments.harness import At, Experiment, Row, main
 from experiments.lab.bundled import lab
 from experiments.sections import paragraph, table
 from qwen_scope import Intervention, Scope
-from qwen_scope.features import OUTCOMES, Examples, mean_direction, validate
+from qwen_scope.features import OUTCOMES, Examples, ValidateOptions, mean_direction, validate
 from qwen_scope.lab import LANGUAGES, documents, language_of_text, neutral_prompts
 from qwen_scope.sae import SAE, Identity
 from qwen_scope.steer import Decoding
@@ -84,9 +84,9 @@ def run(at: At[Sizes], seed: int, condition: str) -> dict[str, Any]:
         lambda made: np.array([float(language_of_text(text.split(END)[0]) == language) for text in made]),
         [prompt.text for prompt in neutral_prompts(seed=100 + seed, n=at.sizes.prompts)],
         examples,
+        ValidateOptions(seed=seed),
         saes={LAYER: planted(scope.saes[LAYER], feature, direction, condition)},
         decoding=Decoding(12, sample=True, temperature=0.7, top_k=0, top_p=1.0, seed=seed),
-        seed=seed,
     )
     conditions = {one.name: one.effect.estimate for one in verdict.conditions[:6]}
     shuffled = [one.effect.estimate for one in verdict.shuffled]

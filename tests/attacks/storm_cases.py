@@ -429,7 +429,7 @@ def text(world: World, here: Path, rng: random.Random) -> Case:
             ["features", given, "--json"],
             ["features", "hi", "--response", given],
             ["compare", given, other],
-            ["steer", given, "--layer", "0", "--feature", "1", "--amount", "2", "--max-new-tokens", "2"],
+            ["steer", given, "--feature", "0/1", "--amount", "2", "--max-new-tokens", "2"],
             ["features", given, "--chat", "default", "--truncate"],
             ["find", "--promotes", given, "--layer", "0"],
         ]
@@ -453,11 +453,11 @@ def option(world: World, here: Path, rng: random.Random) -> Case:
             ["features", "hi", *w, "--dtype", value],
             ["features", "hi", *w, "--device", value],
             ["compare", "a", "b", *w, "--top", value],
-            ["steer", "hi", *w, "--layer", "0", "--feature", value, "--amount", "1"],
+            ["steer", "hi", *w, "--feature", f"0/{value}", "--amount", "1"],
             ["catalog", value],
             ["plan", value],
-            ["steer", "hi", *w, "--layer", "0", "--feature", "1", "--amount", value, "--max-new-tokens", "2"],
-            ["steer", "hi", *w, "--layer", "0", "--feature", "1", "--amount", "1", "--max-new-tokens", value],
+            ["steer", "hi", *w, "--feature", "0/1", "--amount", value, "--max-new-tokens", "2"],
+            ["steer", "hi", *w, "--feature", "0/1", "--amount", "1", "--max-new-tokens", value],
             [
                 "steer",
                 "hi",

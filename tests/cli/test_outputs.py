@@ -117,7 +117,7 @@ def test_a_report_is_whole_or_the_old_one(tmp_path: Path, capsys) -> None:
 
 def test_recipes_keep_what_was_there(tmp_path: Path, capsys) -> None:
     out = tmp_path / "r.json"
-    words = ["steer", "hello", *WHERE, "--layer", "0", "--feature", "3", "--amount", "1", "--max-new-tokens", "2"]
+    words = ["steer", "hello", *WHERE, "--feature", "0/3", "--amount", "1", "--max-new-tokens", "2"]
     assert main([*words, "--save-recipe", str(out)]) == 0, capsys.readouterr().err
     before = files(tmp_path)
     with full_after(50):
@@ -127,7 +127,7 @@ def test_recipes_keep_what_was_there(tmp_path: Path, capsys) -> None:
     assert main([*words, "--save-recipe", str(tmp_path / "r.txt")]) == 2
     assert "has to end in .json or .yaml" in capsys.readouterr().err
     (tmp_path / "p.txt").write_text("one\u2028still one\r\ntwo\n")
-    sweep = ["sweep", str(tmp_path / "p.txt"), *WHERE, "--layer", "0", "--feature", "3", "--regex", "x"]
+    sweep = ["sweep", str(tmp_path / "p.txt"), *WHERE, "--feature", "0/3", "--regex", "x"]
     for bad in (["--plot", str(tmp_path / "p.txt")], ["--save-recipe", str(tmp_path / "p.txt")]):
         assert main([*sweep, *bad]) == 2
         assert "has to end in" in capsys.readouterr().err

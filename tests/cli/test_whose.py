@@ -22,15 +22,15 @@ OWN = [
     'features "The weather"',
     "features -",
     "compare a b",
-    "steer Once --layer 5 --feature 6 --amount 1",
+    "steer Once --feature 5/6 --amount 1",
     "extract corpus.jsonl -o out",
     "extract owner/name -o out",
     "find --positive rude.txt --negative polite.txt",
     "find --positive lab:language=de --negative mine.txt",
     "find --promotes house",
     "find --repetition texts.txt",
-    "sweep prompts.txt --layer 5 --feature 6 --regex x",
-    "validate p.txt --positive a --negative b --unrelated c --layer 5 --feature 6",
+    "sweep prompts.txt --feature 5/6 --regex x",
+    "validate p.txt --positive a --negative b --unrelated c --feature 5/6",
     "train texts.jsonl -o out --d-sae 64 --k 4 --tokens 4096",
     "eval texts.jsonl",
     "explore --store mine",
@@ -84,7 +84,7 @@ def test_every_command_with_a_model_says_whose_it_is() -> None:
             nodes = list(ast.walk(ast.parse(module)))
             names = {node.attr for node in nodes if isinstance(node, ast.Attribute)}
             names |= {node.id for node in nodes if isinstance(node, ast.Name)}
-            assert names & {"say_whose", "open_scope", "scope_of"}, path
+            assert names & {"say_whose", "open_asked", "open_scope", "scope_of"}, path
 
 
 @pytest.mark.slow

@@ -60,7 +60,7 @@ def test_rows_without_a_text_are_no_prompts(
     rows, texts = tmp_path / name, tmp_path / "p.txt"
     rows.write_text('{"prose": "hi"}\n')
     texts.write_text("hi\n")
-    sweep = ["--layer", "5", "--feature", "1", "--regex", "a", "--model", "lab"]
+    sweep = ["--feature", "5/1", "--regex", "a", "--model", "lab"]
     assert says in sentence(["sweep", str(rows), *sweep], capsys)
     assert says in sentence(["sweep", str(texts), *sweep, "--reference", str(rows)], capsys)
     sides = dict.fromkeys(("positive", "negative", "unrelated"), texts) | {"negative": rows}

@@ -13,13 +13,15 @@ from qwen_scope import Scope
 from qwen_scope.analysis import data_efficiency, fit_rule, noise_test, shared_features
 from qwen_scope.errors import InputError, NotFoundError
 from qwen_scope.features import (
+    Budget,
+    FindOptions,
     LabelOptions,
     Notes,
     cofiring,
     export_delphi,
     export_neuronpedia,
     feature_page,
-    find,
+    find_pooled,
     language_features,
     pool_texts,
     repeat_features,
@@ -30,7 +32,7 @@ from qwen_scope.features import (
 )
 from qwen_scope.lab import documents, neutral_prompts
 from qwen_scope.scope import compare_seen
-from qwen_scope.steer import Budget, Decoding
+from qwen_scope.steer import Decoding
 from qwen_scope.store import FeatureStore
 
 LAYER = lab_store.LAYER
@@ -59,7 +61,7 @@ def asked(scope: Scope, store: FeatureStore, seen, pooled, folder) -> dict[str, 
         "cofiring": lambda n: cofiring(store, LAYER, 3, n),
         "token_effects": lambda n: token_effects(scope, LAYER, 3, n),
         "top_logits": lambda n: top_logits(scope, [5], [LAYER], n),
-        "find": lambda n: find(pooled, pooled, n=n),
+        "find": lambda n: find_pooled(pooled, pooled, FindOptions(n=n)),
         "language_features": lambda n: language_features({"a": pooled, "b": pooled}, n),
         "search": lambda n: Notes(store).search("word", n),
         "page, n": lambda n: feature_page(LAYER, 3, store=store, n=n),

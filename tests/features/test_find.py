@@ -15,8 +15,9 @@ from qwen_scope import FeatureStore
 from qwen_scope.cli import main
 from qwen_scope.errors import InputError, NotFoundError
 from qwen_scope.features import (
+    FindOptions,
     Pooled,
-    find,
+    find_pooled,
     language_features,
     pool_store,
     pool_texts,
@@ -91,7 +92,7 @@ def test_a_planted_feature_comes_first_and_alone_is_believed() -> None:
     rng = np.random.default_rng(1)
     values = np.maximum(0, rng.normal(-1, 1, (80, 3000)))
     values[:40, 1234] = rng.uniform(2, 3, 40)
-    found = find({0: dense_pooled(values[:40])}, {0: dense_pooled(values[40:])}, n=3)
+    found = find_pooled({0: dense_pooled(values[:40])}, {0: dense_pooled(values[40:])}, FindOptions(n=3))
     first = found.found[0]
     assert (first.feature, first.significant, found.significant) == (1234, True, 1)
     assert first.f1.estimate > 0.9
@@ -100,7 +101,12 @@ def test_a_planted_feature_comes_first_and_alone_is_believed() -> None:
     assert found.tests == 2 * 3000
     assert not any(one.significant for one in found.found[1:])
     for by in ("difference", "rate", "auroc"):
-        assert find({0: dense_pooled(values[:40])}, {0: dense_pooled(values[40:])}, n=1, by=by).found[0].feature == 1234
+        assert (
+            find_pooled({0: dense_pooled(values[:40])}, {0: dense_pooled(values[40:])}, FindOptions(n=1, by=by))
+            .found[0]
+            .feature
+            == 1234
+        )
 
 
 def test_figures_come_from_documents_that_chose_nothing() -> None:
@@ -108,7 +114,9 @@ def test_figures_come_from_documents_that_chose_nothing() -> None:
     held = []
     for seed in range(10):
         values = np.maximum(0, np.random.default_rng(seed).normal(size=(40, 2000)))
-        found = find({0: dense_pooled(values[:20])}, {0: dense_pooled(values[20:])}, n=1, seed=seed, by="auroc")
+        found = find_pooled(
+            {0: dense_pooled(values[:20])}, {0: dense_pooled(values[20:])}, FindOptions(n=1, seed=seed, by="auroc")
+        )
         held.append(found.found[0].auroc.estimate)
     assert abs(np.mean(held) - 0.5) < 0.12
 
@@ -120,7 +128,7 @@ def test_shuffled_labels_report_nothing(store: FeatureStore) -> None:
     for seed in range(20):
         rows = np.random.default_rng(seed).permutation(48)
         sides = [{layer: one.rows(half) for layer, one in pooled.items()} for half in (rows[:24], rows[24:])]
-        quiet += find(*sides, n=1, seed=seed).significant == 0
+        quiet += find_pooled(*sides, FindOptions(n=1, seed=seed)).significant == 0
     assert quiet >= 19
 
 
@@ -138,7 +146,7 @@ def test_factors_of_the_lab_have_a_feature(scope: Scope, factor: str) -> None:
         with_it = {"kinds": ["talk"], "languages": [language]}
         without = {"kinds": ["talk"], "languages": ["en", "fr", "zh", "ru"]}
     sets = [pool_texts(scope, [d.text for d in documents(seed=9, n=40, **some)]) for some in (with_it, without)]
-    first = find(*sets, n=1).found[0]
+    first = find_pooled(*sets, FindOptions(n=1)).found[0]
     assert first.significant
     assert first.f1.estimate >= 0.95
 
@@ -239,11 +247,11 @@ def test_rises_that_a_few_documents_make_are_not_significant() -> None:
 def test_searches_that_make_no_sense_are_refused(words: dict, said: str) -> None:
     some = {0: dense_pooled(np.ones((5, 3)))}
     with pytest.raises(InputError, match=said):
-        find(some, some, **words)
+        find_pooled(some, some, FindOptions(**words))
     with pytest.raises(InputError, match="same layers"):
-        find(some, {1: some[0]})
+        find_pooled(some, {1: some[0]})
     with pytest.raises(InputError, match="at least 4"):
-        find({0: dense_pooled(np.ones((3, 3)))}, some)
+        find_pooled({0: dense_pooled(np.ones((3, 3)))}, some)
 
 
 def test_metadata_choose_documents(store: FeatureStore) -> None:

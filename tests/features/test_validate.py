@@ -21,6 +21,7 @@ from qwen_scope.features import (
     Evidence,
     Examples,
     Rules,
+    ValidateOptions,
     answer_task,
     judge,
     matched_random,
@@ -203,7 +204,10 @@ def run(scope, **options):
     } | options
     interventions, prompts, examples = (options.pop(name) for name in ("interventions", "prompts", "examples"))
     target = options.pop("target", lambda texts: np.array([float(len(text)) for text in texts]))
-    return validate(scope, interventions, target, prompts, examples, **options)
+    asked = {
+        name: options.pop(name) for name in ("lower", "n_random", "n_shuffled", "rules", "seed") if name in options
+    }
+    return validate(scope, interventions, target, prompts, examples, ValidateOptions(**asked), **options)
 
 
 @pytest.mark.slow
@@ -290,7 +294,7 @@ def test_the_command(capsys, tmp_path) -> None:
         words = ("Morgen", "Bahnhof") if name == "positive" else ("The weather", "today")
         paths[name].write_text("".join(f"{word} {i}\n" for i in range(10) for word in words))
     where = ["--model", str(tiny.folder() / "model"), "--sae", str(tiny.folder() / "sae"), "--device", "cpu"]
-    argv = ["validate", str(paths["prompts"]), *where, "--layer", "0", "--feature", "3", "--amount", "0.5"]
+    argv = ["validate", str(paths["prompts"]), *where, "--feature", "0/3", "--amount", "0.5"]
     argv += [f"--{name}={paths[name]}" for name in ("positive", "negative", "unrelated")]
     argv += ["--regex", "[aeiou]", "--max-new-tokens", "3"]
     assert main([*argv, "--selectivity"]) == 0
@@ -328,7 +332,7 @@ def test_the_command(capsys, tmp_path) -> None:
         (["--shuffled", "2"], "too few"),
         (["--max-perplexity", "nan"], "finite"),
         (["--amount", "nan"], "finite"),
-        (["--layer", "1"], "no SAE"),
+        (["--feature", "1/3"], "no SAE"),
     ):
         assert main([*argv, *extra]) == 2
         err = capsys.readouterr().err

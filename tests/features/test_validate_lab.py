@@ -8,7 +8,7 @@ import lab_store
 import numpy as np
 import pytest
 
-from qwen_scope.features import NOT_FLUENT, Examples, Rules, Verdict, validate
+from qwen_scope.features import NOT_FLUENT, Examples, Rules, ValidateOptions, Verdict, validate
 from qwen_scope.lab import LANGUAGES, documents, language_of_text, neutral_prompts
 from qwen_scope.steer import Decoding, Intervention
 
@@ -36,11 +36,8 @@ def verdict(examples: Examples, feature: int, amount: float, seed: int) -> Verdi
         lambda made: np.array([float(language_of_text(text.split(END)[0]) == "de") for text in made]),
         [one.text for one in neutral_prompts(seed=100 + seed, n=24)],
         examples,
-        n_random=9,
-        n_shuffled=5,
-        rules=Rules(fewest_random=9),
+        ValidateOptions(n_random=9, n_shuffled=5, rules=Rules(fewest_random=9), seed=seed),
         decoding=Decoding(10, sample=True, temperature=0.7, top_k=0, top_p=1.0, seed=seed),
-        seed=seed,
     )
 
 

@@ -116,7 +116,7 @@ def test_the_command_line_steers_where_the_sae_reads(
 ) -> None:
     where = ("--model", str(tiny.folder() / "model"), "--sae", str(sae_folder), "--device", "cpu")
     recipe = tmp_path / "r.json"
-    steer = ("--layer", "2", "--feature", "5", "--amount", "1", "--max-new-tokens", "3", "--json")
+    steer = ("--feature", "2/5", "--amount", "1", "--max-new-tokens", "3", "--json")
     data = json.loads(run(capsys, "steer", TEXT, *where, *steer, "--save-recipe", str(recipe)))
     assert data["interventions"][0]["hook_point"] == f"layers.2.{stream}"
     again = json.loads(run(capsys, "steer", TEXT, *where, "--recipe", str(recipe), "--max-new-tokens", "3", "--json"))

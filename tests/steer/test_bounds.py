@@ -148,7 +148,7 @@ def test_recipes_and_the_command(scope, tmp_path: Path, capsys) -> None:
             ("cap", 2.0, "raw", "all"),
         ]
     lab = ("--model", str(tiny.folder() / "model"), "--sae", str(tiny.folder() / "sae"), "--device", "cpu", "--json")
-    what = ("--layer", "2", "--feature", "5", "--op", "floor", "--amount", "2", "--unit", "raw")
+    what = ("--feature", "2/5", "--op", "floor", "--amount", "2", "--unit", "raw")
     assert main(["steer", "The quick", *lab, *what, "--max-new-tokens", "4"]) == 0
     data = json.loads(capsys.readouterr().out)
     one = Intervention.floor(layer=2, feature=5, amount=2.0)

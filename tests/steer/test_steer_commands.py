@@ -31,7 +31,7 @@ def run(capsys, *argv: str) -> tuple[int, str, str]:
     return code, out, err
 
 
-STEER = ["--layer", "2", "--feature", "17", "--amount", "0.5", "--max-new-tokens", "6"]
+STEER = ["--feature", "2/17", "--amount", "0.5", "--max-new-tokens", "6"]
 
 
 def test_steer_shows_both_runs(capsys, where, scope) -> None:
@@ -66,13 +66,13 @@ def test_a_saved_recipe_applies_again(capsys, where, tmp_path) -> None:
 
 
 def test_sweep_prints_and_plots(capsys, where, prompts, tmp_path) -> None:
-    argv = ["sweep", prompts, *where, "--layer", "0", "--feature", "3", "--amounts", "0.2,0.4", "--max-new-tokens", "5"]
+    argv = ["sweep", prompts, *where, "--feature", "0/3", "--amounts", "0.2,0.4", "--max-new-tokens", "5"]
     figure = tmp_path / "sweep.png"
     code, out, _ = run(capsys, *argv, "--regex", "[aeiou]", "--plot", str(figure))
     assert code == 0
     assert "Dose and response" in out
     assert figure.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
-    for target in (["--script", "LATIN"], ["--continuation", " hello"], ["--target-feature", "2:5"]):
+    for target in (["--script", "LATIN"], ["--continuation", " hello"], ["--target-feature", "2/5"]):
         code, out, _ = run(capsys, *argv, *target, "--json")
         assert code == 0
         assert len(json.loads(out)["doses"]) >= 3
@@ -110,7 +110,7 @@ def test_a_classifiers_rule_is_a_target(capsys, where, prompts, tmp_path, scope)
     )
     path = tmp_path / "rule.json"
     Rule("tiny", parts).save(path)
-    argv = ["sweep", prompts, *where, "--layer", "0", "--feature", "3", "--amounts", "0.4", "--max-new-tokens", "4"]
+    argv = ["sweep", prompts, *where, "--feature", "0/3", "--amounts", "0.4", "--max-new-tokens", "4"]
     code, out, err = run(capsys, *argv, "--rule", str(path), "--json")
     assert (code, err) == (0, "")
     texts = [one.text or " " for one in scope.generate(["The weather", "Guten Morgen"], decoding=Decoding(4))]
@@ -126,31 +126,32 @@ def test_a_classifiers_rule_is_a_target(capsys, where, prompts, tmp_path, scope)
 
 
 BAD = [
-    (["steer", "x", "--layer", "0"], "--layer and --feature"),
-    (["steer", "x", "--layer", "0", "--feature", "1"], "needs an --amount"),
-    (["steer", "x", "--layer", "0", "--feature", "96", "--amount", "1"], "feature 96 does not exist"),
-    (["steer", "x", "--layer", "1", "--feature", "1", "--amount", "1"], "no SAE for layer 1"),
-    (["steer", "x", "--layer", "0", "--feature", "1", "--amount", "nan"], "finite"),
-    (["steer", "x", "--layer", "0", "--feature", "1", "--amount", "1e9"], "absurd"),
-    (["steer", "x", "--layer", "0", "--feature", "1", "--amount", "1", "--unit", "miles"], "no unit 'miles'"),
-    (["steer", "x", "--layer", "0", "--feature", "1", "--amount", "1", "--op", "boost"], "no op 'boost'"),
-    (["steer", "x", "--layer", "0", "--feature", "1", "--amount", "1", "--where", "3-"], "is not a position"),
-    (["steer", "x", "--layer", "0", "--feature", "1", "--op", "ablate", "--where", "60"], "exceed the context"),
-    (["steer", "x", "--layer", "0", "--feature", "1", "--op", "ablate", "--amount", "1"], "has no amount"),
+    (["steer", "x"], "--feature as LAYER/FEATURE"),
+    (["steer", "x", "--feature", "7"], "LAYER/FEATURE"),
+    (["steer", "x", "--feature", "0/1"], "needs an --amount"),
+    (["steer", "x", "--feature", "0/96", "--amount", "1"], "feature 96 does not exist"),
+    (["steer", "x", "--feature", "1/1", "--amount", "1"], "no SAE for layer 1"),
+    (["steer", "x", "--feature", "0/1", "--amount", "nan"], "finite"),
+    (["steer", "x", "--feature", "0/1", "--amount", "1e9"], "absurd"),
+    (["steer", "x", "--feature", "0/1", "--amount", "1", "--unit", "miles"], "no unit 'miles'"),
+    (["steer", "x", "--feature", "0/1", "--amount", "1", "--op", "boost"], "no op 'boost'"),
+    (["steer", "x", "--feature", "0/1", "--amount", "1", "--where", "3-"], "is not a position"),
+    (["steer", "x", "--feature", "0/1", "--op", "ablate", "--where", "60"], "exceed the context"),
+    (["steer", "x", "--feature", "0/1", "--op", "ablate", "--amount", "1"], "has no amount"),
     (["steer", "x", "--recipe", "/nowhere.yaml"], "no recipe"),
-    (["steer", "", "--layer", "0", "--feature", "1", "--op", "ablate"], "is empty"),
-    (["steer", "x", "--layer", "0", "--feature", "1", "--op", "ablate", "--temperature", "1"], "no effect on greedy"),
-    (["sweep", "/nowhere.txt", "--layer", "0", "--feature", "1", "--regex", "a"], "no file, folder or dataset"),
-    (["sweep", "PROMPTS", "--layer", "0", "--feature", "1"], "name one target"),
-    (["sweep", "PROMPTS", "--layer", "0", "--feature", "1", "--regex", "("], "not a regular expression"),
-    (["sweep", "PROMPTS", "--layer", "0", "--feature", "1", "--regex", "a", "--amounts", "a"], "--amounts are"),
-    (["sweep", "PROMPTS", "--layer", "0", "--feature", "1", "--target-feature", "2"], "LAYER:FEATURE"),
-    (["sweep", "PROMPTS", "--layer", "0", "--feature", "1", "--rule", "/nowhere.json"], "no file"),
+    (["steer", "", "--feature", "0/1", "--op", "ablate"], "is empty"),
+    (["steer", "x", "--feature", "0/1", "--op", "ablate", "--temperature", "1"], "no effect on greedy"),
+    (["sweep", "/nowhere.txt", "--feature", "0/1", "--regex", "a"], "no file, folder or dataset"),
+    (["sweep", "PROMPTS", "--feature", "0/1"], "name one target"),
+    (["sweep", "PROMPTS", "--feature", "0/1", "--regex", "("], "not a regular expression"),
+    (["sweep", "PROMPTS", "--feature", "0/1", "--regex", "a", "--amounts", "a"], "--amounts are"),
+    (["sweep", "PROMPTS", "--feature", "0/1", "--target-feature", "2"], "LAYER/FEATURE"),
+    (["sweep", "PROMPTS", "--feature", "0/1", "--rule", "/nowhere.json"], "no file"),
     (
-        ["sweep", "PROMPTS", "--layer", "0", "--feature", "1", "--regex", "a", "--reference", "/no.txt"],
+        ["sweep", "PROMPTS", "--feature", "0/1", "--regex", "a", "--reference", "/no.txt"],
         "no file, folder or dataset",
     ),
-    (["sweep", "PROMPTS", "--layer", "0", "--feature", "1", "--regex", "a", "--tolerance", "-1"], "budget"),
+    (["sweep", "PROMPTS", "--feature", "0/1", "--regex", "a", "--tolerance", "-1"], "budget"),
 ]
 
 
@@ -164,7 +165,7 @@ def test_bad_input_ends_with_one_sentence_and_code_2(capsys, where, prompts, arg
 
 
 def test_a_position_past_the_end(capsys, where) -> None:
-    argv = ["steer", "x", *where, "--layer", "0", "--feature", "1", "--op", "ablate", "--max-new-tokens", "5"]
+    argv = ["steer", "x", *where, "--feature", "0/1", "--op", "ablate", "--max-new-tokens", "5"]
     code, _, err = run(capsys, *argv, "--where", "60")
     assert code == 2
     assert "position 60 is past the end" in err

@@ -7,19 +7,19 @@ import tiny
 import torch
 from transformers import AutoTokenizer
 
+from qwen_scope.features import Budget, SweepOptions, best_candidate, sweep_candidates
 from qwen_scope.foundry import make_model
+from qwen_scope.model import LoadedModel
 from qwen_scope.sae import TopK
+from qwen_scope.scope import SAEs, Scope
 from qwen_scope.steer import (
-    Budget,
     Decoding,
     Intervention,
-    best_candidate,
     calibrate,
     generate,
     matches,
     side_by_side,
     steering,
-    sweep_candidates,
 )
 
 LAYER, PROMPTS = 2, ["The weather is fine", "Guten Morgen! Wo", "车站在"]
@@ -88,18 +88,18 @@ def test_batches_chunks_and_single_prompts_agree(opened) -> None:
 def test_a_sweep_over_candidates(opened) -> None:
     model, tokenizer, saes, stats = opened
     candidates = {str(f): [Intervention.add(layer=LAYER, feature=f, amount=1.0, unit="resid_norm")] for f in (3, 5)}
+    scope = Scope(
+        LoadedModel(model, tokenizer, "family"),
+        SAEs(str(tiny.folder() / "sae"), d_model=tiny.D_MODEL, device=torch.device("cpu")),
+    )
+    scope.stats.set(stats[LAYER])
     found = sweep_candidates(
-        model,
-        tokenizer,
+        scope,
         PROMPTS,
         candidates,
         matches("[aeiou]"),
-        amounts=(0.3, 1.0),
-        saes=saes,
-        stats=stats,
+        SweepOptions((0.3, 1.0), budget=Budget(1e9, 1.0), refine=0),
         decoding=Decoding(max_new_tokens=5),
-        budget=Budget(1e9, 1.0),
-        refine=0,
     )
     assert list(found) == ["3", "5"]
     for one in found.values():

@@ -18,7 +18,7 @@ def german() -> list[str]:
     """Layer and feature of the card's German detector."""
     metrics = json.loads((files("qwen_scope") / "assets" / "lab" / "metrics.json").read_text(encoding="utf-8"))
     found = next(one for one in metrics["detectors"] if one["factor"] == "de")
-    return ["--layer", str(found["layer"]), "--feature", str(found["feature"]), "--device", "cpu"]
+    return ["--feature", f"{found['layer']}/{found['feature']}", "--device", "cpu"]
 
 
 def lines(path, texts) -> str:

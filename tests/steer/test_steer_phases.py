@@ -19,9 +19,9 @@ from hypothesis import strategies as st
 from qwen_scope import Scope, load_scope
 from qwen_scope.cli import main
 from qwen_scope.errors import InputError
+from qwen_scope.features import Continuations, SweepOptions, sweep
 from qwen_scope.model import blocks
 from qwen_scope.steer import (
-    Continuations,
     Decoding,
     Intervention,
     Recipe,
@@ -30,7 +30,6 @@ from qwen_scope.steer import (
     load_recipe,
     next_token_kl,
     steering,
-    sweep,
 )
 from qwen_scope.steer.measure import Row
 from qwen_scope.text import PHASES
@@ -226,9 +225,14 @@ def test_a_sweep_at_a_phase(own: Scope) -> None:
     for where in ("thinking", "answer"):
         one = Intervention.add(layer=LAYER, feature=FEATURE, amount=1.0, unit="raw", where=where)
         made = sweep(
-            own.model, own.tokenizer, PROMPTS, [one], Continuations(("Hello you",)), amounts=[20.0], refine=0,
-            saes=own.saes, chat="default", decoding=Decoding(4),
-        )  # fmt: skip
+            own,
+            PROMPTS,
+            [one],
+            Continuations(("Hello you",)),
+            SweepOptions((20.0,), refine=0),
+            chat="default",
+            decoding=Decoding(4),
+        )
         found[where] = [dose.effect.estimate for dose in made.doses]
     assert found["thinking"][0] == pytest.approx(found["thinking"][1], abs=1e-6)
     assert abs(found["answer"][0] - found["answer"][1]) > 1e-3

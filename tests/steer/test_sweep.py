@@ -9,13 +9,11 @@ import pytest
 import torch
 
 from qwen_scope.errors import InputError
+from qwen_scope.features import Budget, Continuations, SweepOptions, sweep
 from qwen_scope.steer import (
-    Budget,
-    Continuations,
     Decoding,
     Intervention,
     Row,
-    evaluate,
     log_probabilities,
     matches,
     next_token_kl,
@@ -23,7 +21,7 @@ from qwen_scope.steer import (
     repetition,
     script,
     steering,
-    sweep,
+    target_values,
 )
 
 TEXTS = ["The weather is fine today.", "车站在哪里？", "Guten Morgen! Wo ist der Bahnhof"]
@@ -68,28 +66,29 @@ def test_repetition() -> None:
 
 
 def test_targets() -> None:
-    assert evaluate(matches(r"\d+"), ["a1", "b"]).tolist() == [1, 0]
-    assert evaluate(script("cyrillic"), ["да", "нет ok", "", "12"]).tolist() == [1.0, 0.6, 0.0, 0.0]
-    assert evaluate(script("CJK"), ["车站x"]).tolist() == [pytest.approx(2 / 3)]
+    assert target_values(matches(r"\d+"), ["a1", "b"]).tolist() == [1, 0]
+    assert target_values(script("cyrillic"), ["да", "нет ok", "", "12"]).tolist() == [1.0, 0.6, 0.0, 0.0]
+    assert target_values(script("CJK"), ["车站x"]).tolist() == [pytest.approx(2 / 3)]
     with pytest.raises(InputError, match="not a regular expression"):
         matches("(")
     with pytest.raises(InputError, match="no letter"):
         script("klingon")
     for wrong in (lambda t: np.zeros(5), lambda t: np.array([np.nan] * len(t))):
         with pytest.raises(InputError, match="one finite number per text"):
-            evaluate(wrong, ["a"])
+            target_values(wrong, ["a"])
 
 
 def run(scope, interventions=None, target=None, **options):
     options.setdefault("decoding", Decoding(max_new_tokens=6))
+    asked = {name: options.pop(name) for name in ("amounts", "lower", "budget", "refine") if name in options}
+    if "amounts" in asked:
+        asked["amounts"] = tuple(asked["amounts"])
     return sweep(
-        scope.model,
-        scope.tokenizer,
+        scope,
         TEXTS,
         interventions or [Intervention.add(layer=0, feature=3, amount=1.0, unit="resid_norm")],
         target or (lambda texts: np.array([len(set(text)) for text in texts], float)),
-        saes=scope.saes,
-        stats=scope.stats,
+        SweepOptions(**asked),
         **options,
     )
 
@@ -166,7 +165,7 @@ def test_continuations_as_a_target(scope) -> None:
 
 def test_bad_sweeps(scope) -> None:
     with pytest.raises(InputError, match="two prompts"):
-        sweep(scope.model, scope.tokenizer, ["a"], STEER, matches("a"), saes=scope.saes)
+        sweep(scope, ["a"], STEER, matches("a"))
     with pytest.raises(InputError, match="at least one finite amount"):
         run(scope, amounts=[0.0])
     with pytest.raises(InputError, match="nothing to dose"):

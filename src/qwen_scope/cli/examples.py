@@ -42,7 +42,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     "label": ("qwen-scope label out/store --features 678",),
     "export": ("qwen-scope export out/store --to statistics -o out/statistics.csv",),
     "explore": ("qwen-scope explore", "qwen-scope explore --store out/store --port 7861"),
-    "steer": ('qwen-scope steer "[12:30] Anna: " --layer 5 --feature 678 --amount 0.3 --sample',),
+    "steer": ('qwen-scope steer "[12:30] Anna: " --feature 5/678 --amount 0.3 --sample',),
     "classify fit": (
         "qwen-scope classify fit out/examples/rude.txt out/examples/polite.txt --layers 4,5 --rule out/rude.json",
         "qwen-scope classify fit out/examples/german.txt out/examples/others.txt --layers 5 --top 1 --fpr 0.01"
@@ -57,7 +57,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         " --layers 5 --out out/transfer",
     ),
     "sweep": (
-        "qwen-scope sweep out/examples/prompts.txt --layer 5 --feature 678 --rule out/german.json --sample"
+        "qwen-scope sweep out/examples/prompts.txt --feature 5/678 --rule out/german.json --sample"
         " --max-perplexity 3 --save-recipe out/german.yaml",
     ),
     "validate": (

@@ -3,26 +3,29 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from qwen_scope.errors import InputError
+from qwen_scope.features import FindOptions
+from qwen_scope.scope import ScopeOptions
 from qwen_scope.text import CorpusOptions
 
-from . import documents, options, output, show
+from . import changes, documents, options, output, show
 from .groups import LINES, grouped
 
 if TYPE_CHECKING:
-    from qwen_scope.features import Findings, Pooled
+    from qwen_scope.features import Findings
     from qwen_scope.scope import Scope
     from qwen_scope.store import FeatureStore
 
 SETS = "A corpus, as extract reads it; lab:language=de; with a STORE language=de"
 
 
-@grouped
+@partial(grouped, without=["asked.model"])
 def find(
     folder: Annotated[
         Path | None, typer.Argument(metavar="[STORE]", help="Look in a store that extract has written.")
@@ -40,20 +43,12 @@ def find(
     promotes: Annotated[str | None, typer.Option("--promotes", help="Features that promote these words.")] = None,
     near: Annotated[str | None, typer.Option("--near", help="Features near one, named LAYER/FEATURE.")] = None,
     words: Annotated[str | None, typer.Option("--label", help="Features by words of their labels and notes.")] = None,
-    by: Annotated[str, typer.Option("--by", help="Rank by f1, difference, rate or auroc.")] = "f1",
-    level: Annotated[float, typer.Option("--level", help="False discovery rate.")] = 0.01,
-    n: Annotated[int, typer.Option("-n", help="How many features.", min=1)] = 10,
-    each: Annotated[int, typer.Option("--documents", help="So many documents of the lab.", min=4)] = 100,
+    search: FindOptions = changes.FIND,
+    each: Annotated[int, typer.Option("--documents", help="How many documents of the lab.", min=4)] = 100,
     reading: CorpusOptions = LINES,
-    seed: Annotated[
-        int, typer.Option("--seed", help="Of the halves that choose and measure, and of intervals.", **options.SEED)
-    ] = 0,
     model: options.StoreModel = None,
-    sae: options.Sae = None,
+    asked: ScopeOptions = changes.SCOPE,
     layers: options.Layers = None,
-    device: options.Device = None,
-    dtype: options.Dtype = "auto",
-    k: options.K = None,
     as_json: options.Json = False,
 ) -> None:
     """Find features: one of --positive, --groups, --repetition, --promotes, --near or --label.
@@ -63,82 +58,67 @@ def find(
     """
     from qwen_scope.store import FeatureStore
 
-    asked = [positive, groups, repetition, promotes, near, words]
-    if sum(one is not None for one in asked) != 1:
+    questions = [positive, groups, repetition, promotes, near, words]
+    if sum(one is not None for one in questions) != 1:
         raise InputError(
             "ask one thing: --positive (with --negative), --groups, --repetition, --promotes, --near or --label"
         )
     store = FeatureStore(folder) if folder is not None else None
-    wanted = options.parse_layers(layers)
+    wanted, n, level = options.parse_layers(layers), search.n, search.level
 
     def scope() -> Scope:
         with output.status("opening the model"):
-            return show.scope_of(store, model, sae, device, dtype, k)
+            return show.scope_of(store, model, asked.sae, asked.device, asked.dtype, asked.k)
 
     if store is not None and promotes is None and near is None:
-        show.check_saes(store, model, sae, wanted, k)
+        show.check_saes(store, model, asked.sae, wanted, asked.k)
     if words is not None:
         print_labels(need(store, "--label"), words, n, as_json)
     elif promotes is not None:
         print_top_logits(scope(), promotes, wanted, n, as_json)
     elif near is not None:
-        print_near(near, store, None if store and model is None and sae is None else scope(), n, as_json)
+        print_near(near, store, None if store and model is None and asked.sae is None else scope(), n, as_json)
     elif repetition is not None:
         print_repeats(repetition, store, scope, wanted, n, each, reading, level, as_json)
     elif groups is not None:
-        print_groups(need(store, "--groups"), groups, wanted, n, seed, as_json)
+        print_groups(need(store, "--groups"), groups, wanted, n, search.seed, as_json)
+    elif store is not None:
+        print_findings(sets_in_store(store, str(positive), negative, wanted, search), as_json)
     else:
-        assert positive is not None
-        sets = two_sets(positive, negative, store, scope, wanted, each, reading)
-        print_findings(search(sets, n, by, level, seed), as_json)
+        print_findings(sets_of_texts(scope, str(positive), negative, wanted, each, reading, search), as_json)
 
 
-def two_sets(
-    positive: str, negative: str | None, store: FeatureStore | None, scope: Any, layers: list[int] | None, each: int,
-    reading: CorpusOptions,
-) -> list[dict[int, Pooled]]:  # fmt: skip
-    """Both sets of documents as features."""
+def sets_in_store(
+    store: FeatureStore, positive: str, negative: str | None, layers: list[int] | None, search: FindOptions
+) -> Findings:
+    """What tells two sets of a store's documents apart."""
     import numpy as np
 
-    from qwen_scope.features import pool_store, pool_texts
+    from qwen_scope.features import find_in_store
 
-    if store is not None:
-        chosen = documents.documents_of(store, positive)
-        if negative is None:
-            others = np.setdiff1d(np.arange(store.manifest.documents), chosen)
-        else:
-            others = documents.documents_of(store, negative)
-        if len(np.intersect1d(chosen, others)):
-            raise InputError(f"some documents are in both sets: {positive} and {negative}")
-        with output.status("reading the store"):
-            return [pool_store(store, some, layers) for some in (chosen, others)]
+    chosen = documents.documents_of(store, positive)
+    others = None if negative is None else documents.documents_of(store, negative)
+    if others is not None and len(np.intersect1d(chosen, others)):
+        raise InputError(f"some documents are in both sets: {positive} and {negative}")
+    with output.status("reading the store"):
+        return find_in_store(store, chosen, others, layers, search)
+
+
+def sets_of_texts(
+    scope: Any, positive: str, negative: str | None, layers: list[int] | None, each: int, reading: CorpusOptions,
+    search: FindOptions,
+) -> Findings:  # fmt: skip
+    """What tells two sets of texts apart; the model is opened once they are read."""
+    from qwen_scope.features import find as run
+
     if negative is None:
         raise InputError("name documents without the property with --negative")
     # Another seed, so that sets that overlap by name share no document.
     asked = (reading, replace(reading, seed=reading.seed + 1))
     texts = [documents.texts_of(p, each, how) for p, how in zip((positive, negative), asked, strict=True)]
-    if both := set.intersection(*({one if isinstance(one, str) else repr(one) for one in some} for some in texts)):
-        raise InputError(f"{len(both)} texts are in both sets, such as {min(both)!r:.60}")
     opened = scope()
-    out = []
-    with output.progress() as bar:
-        for name, some in zip(("with it", "without it"), texts, strict=True):
-            out.append(
-                pool_texts(
-                    opened,
-                    some,
-                    layers,
-                    chat=reading.chat,
-                    report=lambda done, name=name, some=some: bar(name, done / len(some), ""),
-                )
-            )
-    return out
-
-
-def search(sets: list[dict[int, Pooled]], n: int, by: str, level: float, seed: int) -> Findings:
-    from qwen_scope.features import find as run
-
-    return run(*sets, n=n, by=options.one_of("--by", by, ("f1", "difference", "rate", "auroc")), level=level, seed=seed)
+    with output.progress() as progress:
+        return run(opened, texts[0], texts[1], layers, search, chat=reading.chat, progress=progress)
 
 
 def print_findings(found: Findings, as_json: bool) -> None:
@@ -238,11 +218,9 @@ def print_top_logits(scope: Scope, words: str, layers: list[int] | None, n: int,
 
 def print_near(spec: str, store: FeatureStore | None, scope: Scope | None, n: int, as_json: bool) -> None:
     from qwen_scope.features import cofiring, elsewhere, similar
+    from qwen_scope.sae import parse_feature
 
-    layer, _, feature = spec.partition("/")
-    if not (layer.isdigit() and feature.isdigit()):
-        raise InputError(f"a feature is named LAYER/FEATURE, such as 5/678, not {spec!r}")
-    place = int(layer), int(feature)
+    place = parse_feature(spec)
     found = {"similar": similar(scope, *place, n)} if scope is not None else {}
     if store is not None:
         found["cofiring"] = cofiring(store, *place, n)

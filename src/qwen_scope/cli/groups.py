@@ -11,6 +11,7 @@ from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import typer
 
+from qwen_scope.scope import ScopeOptions
 from qwen_scope.text import CorpusOptions
 
 from . import options
@@ -54,7 +55,14 @@ OPTIONS: dict[type, dict[str, Any]] = {
             typer.Option("--chat", help="Wrap texts in the chat template: default, thinking or non_thinking."),
             Read(options.check_chat),
         ],
-    }
+    },
+    ScopeOptions: {
+        "model": options.Model,
+        "sae": options.Sae,
+        "device": options.Device,
+        "dtype": options.Dtype,
+        "k": options.K,
+    },
 }
 
 # What documents are where nothing is said: of a corpus, and of sets of short texts.
@@ -75,7 +83,8 @@ def grouped(
     command or else of the first group, and goes into all.
 
     Args:
-        without: fields that keep their default, because the command has no use for them.
+        without: fields that keep their default, because the command has no use for them; `reading.sample` is that of
+            the parameter `reading` alone.
         late: gives further options by name, each with its annotation, once the command line of this command is read:
             options that only a library that takes seconds to import can tell. Those that were typed are given as the
             command's parameter `more`, a dictionary.
@@ -93,7 +102,7 @@ def grouped(
     for name, one in taken.items():
         if name in groups:
             for field in fields_of(*groups[name]):
-                if field.name not in {*taken, *without}:
+                if field.name not in {*taken, *without} and f"{name}.{field.name}" not in without:
                     shown.setdefault(field.name, field)
         elif name in own:
             shown[name] = one.replace(annotation=hints[name])
@@ -109,7 +118,8 @@ def grouped(
             passed["more"] = read_all(late(), late_values())
         typed = {name: value for name, value in given.items() if name not in without}
         for name, (kind, default) in groups.items():
-            passed[name] = made(kind, default, typed)
+            mine = {field: value for field, value in typed.items() if f"{name}.{field}" not in without}
+            passed[name] = made(kind, default, mine)
         return command(**passed)
 
     # What Typer reads a command's options from; both are those of the command as it is typed.

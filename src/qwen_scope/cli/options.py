@@ -28,7 +28,7 @@ UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "m
 if TYPE_CHECKING:
     import torch
 
-    from qwen_scope.scope import Scope
+    from qwen_scope.scope import Scope, ScopeOptions
     from qwen_scope.text import Chat as ChatMode
     from qwen_scope.text import Corpus, CorpusOptions, Counted
 
@@ -196,6 +196,12 @@ def open_scope(
     scope = load_scope(model, sae, device=device, dtype=dtype, k=k)
     whose.say_whose()
     return scope
+
+
+def open_asked(asked: ScopeOptions) -> Scope:
+    """`open_scope` for a group of options, with a spinner."""
+    with output.status("opening the model"):
+        return open_scope(asked.model, asked.sae, asked.device, asked.dtype, asked.k)
 
 
 def typed_or_piped(text: str) -> str:

@@ -25,9 +25,15 @@ OLD: dict[str, dict[str, tuple[str, ...]]] = {
 GONE = {command: {"--skip-special": False, "--sink-multiple": True} for command in ("train", "eval")}
 
 
+# Commands in which a feature was named by --layer and --feature, and is now by --feature LAYER/FEATURE.
+SPLIT = ("steer", "sweep", "validate")
+
+
 def respelled(argv: Sequence[str]) -> list[str]:
     """The arguments with old spellings replaced; each is said in a warning."""
     words = list(argv)
+    if words and words[0] in SPLIT:
+        words = [words[0], *one_name(words[1:])]
     known = {*OLD, *GONE}
     first = next((n for n in (1, 2) if " ".join(words[:n]) in known), 0)
     command, out, words = " ".join(words[:first]), words[:first], words[first:]
@@ -49,6 +55,32 @@ def respelled(argv: Sequence[str]) -> list[str]:
         _say(f"{name} is now {' '.join(new)}")
         out += [new[0] + equals + value, *new[1:]]
     return out
+
+
+def one_name(words: Sequence[str]) -> list[str]:
+    """The words of a command with a feature's layer and index in one option, LAYER/FEATURE."""
+    out: list[str] = []
+    found: dict[str, str] = {}
+    rest = list(words)
+    while rest:
+        word = rest.pop(0)
+        name, equals, value = word.partition("=")
+        if name in ("--layer", "--feature") and (equals or rest):
+            found[name] = value if equals else rest.pop(0)
+            continue
+        if name == "--target-feature" and (equals or rest):
+            value = value if equals else rest.pop(0)
+            if ":" in value:
+                value = value.replace(":", "/", 1)
+                _say(f"a feature is now named LAYER/FEATURE: --target-feature {value}")
+            out += [name, value]
+            continue
+        out.append(word)
+    if len(found) == 2 and "/" not in found["--feature"]:
+        name = f"{found['--layer']}/{found['--feature']}"
+        _say(f"--layer {found['--layer']} --feature {found['--feature']} is now --feature {name}")
+        return [*out, "--feature", name]
+    return [*out, *(part for pair in found.items() for part in pair)]
 
 
 def _without(name: str, value: str) -> list[str]:

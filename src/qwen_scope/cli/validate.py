@@ -1,49 +1,35 @@
-"""`qwen-scope validate`: the verdict on a interventions."""
+"""`qwen-scope validate`: whether a feature is causal."""
 
 from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from qwen_scope.errors import FormatError
-from qwen_scope.files import parse_value
+from qwen_scope.features import ChangeOptions, TargetOptions, ValidateOptions
+from qwen_scope.scope import ScopeOptions
+from qwen_scope.steer import Decoding
 from qwen_scope.text import CorpusOptions
 
-from . import options, output, steer, sweep, targets
+from . import changes, options, output, sweep
 from .groups import LINES, grouped
 
 if TYPE_CHECKING:
     from qwen_scope.features import Selectivity, Verdict
-    from qwen_scope.scope import Scope
-    from qwen_scope.steer import Target
 
 
-@partial(grouped, without=["unit", "sample", "seed"])
+@partial(grouped, without=["reading.unit", "reading.sample", "reading.seed", "op", "continuation"])
 def validate(
     prompts: sweep.Prompts,
     positive: Annotated[str, typer.Option("--positive", help="Texts with the property, read like prompts.")],
     negative: Annotated[str, typer.Option("--negative", help="Texts without it.")],
     unrelated: Annotated[str, typer.Option("--unrelated", help="Texts that have nothing to do with it.")],
-    amount: Annotated[float, typer.Option("--amount", help="The amount that sweep proposes, in --unit.")] = 1.0,
-    model: options.Model = "lab",
-    sae: options.Sae = None,
-    layer: steer.Layer = None,
-    feature: steer.Feature = None,
-    unit: steer.Unit = "resid_norm",
-    where: steer.Where = "all",
-    recipe: steer.RecipeFile = None,
-    regex: targets.Regex = None,
-    script: targets.Script = None,
-    target_feature: targets.OtherFeature = None,
-    rule: targets.Rule = None,
-    lower: Annotated[bool, typer.Option("--lower", help="The feature is said to lower the target.")] = False,
-    n_random: Annotated[int, typer.Option("--random", help="How many matched random features.")] = 19,
-    n_shuffled: Annotated[int, typer.Option("--shuffled", help="How many shuffles of the examples' labels.")] = 9,
-    max_perplexity: Annotated[float, typer.Option("--max-perplexity", help="Budget: times the unsteered.")] = 2.0,
-    max_repetition: Annotated[float, typer.Option("--max-repetition", help="Budget: added to the unsteered.")] = 0.1,
+    asked: ScopeOptions = changes.SCOPE,
+    change: ChangeOptions = changes.ADDED,
+    aim: TargetOptions = changes.TARGET,
+    controls: ValidateOptions = changes.VALIDATE,
     reference: sweep.Reference = None,
     tasks: Annotated[
         Path | None, typer.Option("--tasks", help='JSON lines {"prompt": ..., "answer": ...} that must not suffer.')
@@ -53,13 +39,7 @@ def validate(
     ] = False,
     chat: options.Chat = None,
     reading: CorpusOptions = LINES,
-    max_new_tokens: steer.NewTokens = 40,
-    sample: steer.Sample = False,
-    temperature: steer.Temperature = None,
-    seed: steer.Seed = 0,
-    device: options.Device = None,
-    dtype: options.Dtype = "auto",
-    k: options.K = None,
+    decoding: Decoding = changes.FORTY,
     as_json: options.Json = False,
 ) -> None:
     """Test whether a feature is causal: causal; causal, but breaks fluency; correlated only; entangled; no effect.
@@ -67,36 +47,41 @@ def validate(
     The same prompts run under the feature, matched random features, the opposite sign, a difference of means, shuffled
     labels and prompting alone; the rules are printed with what was found. Fluency has the budget that sweep keeps.
     """
-    from qwen_scope.features import Examples, Rules, answer_task, selectivity
+    from qwen_scope.features import (
+        Examples,
+        answer_task,
+        check_change,
+        interventions_of,
+        read_task,
+        scored_rows,
+        selectivity,
+        text_target,
+    )
     from qwen_scope.features import validate as run_validate
-    from qwen_scope.steer import Decoding
 
     mode = options.check_chat(chat)
-    how: dict[str, Any] = {"lower": lower, "n_random": n_random, "n_shuffled": n_shuffled, "chat": mode, "seed": seed}
-    how["decoding"] = Decoding(max_new_tokens, sample, temperature, seed=seed)
-    how["rules"] = Rules(perplexity_ratio=max_perplexity, repetition=max_repetition)
-    one = None if recipe is not None else steer.one_intervention(layer, feature, "add", amount, unit, where)
+    check_change(change)
     lines = [tuple(sweep.read_prompts(path, reading)) for path in (prompts, positive, negative, unrelated)]
-    questions = None if tasks is None else read_tasks(tasks)
+    questions = None if tasks is None else read_task(tasks)
     texts = sweep.read_prompts(reference, reading) if reference is not None else []
-    with output.status("opening the model"):
-        scope = options.open_scope(model, sae, device, dtype, k)
-    target = text_target(scope, regex, script, target_feature, rule)
-    interventions = steer.from_recipe(scope, recipe) if recipe is not None else steer.placed(scope, one)
+    scope = options.open_asked(asked)
+    target = text_target(scope, aim)
+    interventions = interventions_of(scope, change)
     examples = Examples(*lines[1:])
-    removed = selectivity(scope, interventions, examples, seed=seed) if removal else None
-    asked = {} if questions is None else {"the task": answer_task(scope, questions, chat=mode)}
-    with output.progress() as report:
+    removed = selectivity(scope, interventions, examples, seed=controls.seed) if removal else None
+    with output.progress() as progress:
         verdict = run_validate(
             scope,
             interventions,
             target,
             lines[0],
             examples,
-            reference=sweep.rows_to_score(scope, texts),
-            tasks=asked,
-            report=report,
-            **how,
+            controls,
+            reference=scored_rows(scope, texts),
+            decoding=decoding,
+            tasks={} if questions is None else {"the task": answer_task(scope, questions, chat=mode)},
+            chat=mode,
+            progress=progress,
         )
     print_found(verdict, removed, as_json)
 
@@ -109,31 +94,6 @@ def print_found(verdict: Verdict, removed: Selectivity | None, as_json: bool) ->
     print_verdict(verdict)
     if removed is not None:
         print_selectivity(removed)
-
-
-def text_target(scope: Scope, regex: str | None, script: str | None, feature: str | None, rule: Path | None) -> Target:
-    """The target that was named, of those that read texts."""
-    found = targets.chosen_target(scope, regex, script, None, feature, rule)
-    assert callable(found), "only continuations are not"
-    return found
-
-
-def read_tasks(path: Path) -> list[tuple[str, str]]:
-    """Prompts and answers.
-
-    Raises:
-        FormatError: a line that is not an object with a prompt and an answer.
-    """
-    pairs = []
-    for number, line in enumerate(sweep.read_lines_of(path), 1):
-        try:
-            data = parse_value(line, f"line {number} of {path.name}")
-        except FormatError:
-            data = None
-        if not isinstance(data, dict) or not all(isinstance(data.get(key), str) for key in ("prompt", "answer")):
-            raise FormatError(f'line {number} of {path.name} is not {{"prompt": "...", "answer": "..."}}')
-        pairs.append((data["prompt"], data["answer"]))
-    return pairs
 
 
 def print_selectivity(found: Selectivity) -> None:

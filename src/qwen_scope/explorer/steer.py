@@ -9,8 +9,9 @@ from typing import Any
 import gradio as gr
 
 from qwen_scope.errors import QwenScopeError
+from qwen_scope.features import Sweep
 from qwen_scope.report import Markup
-from qwen_scope.steer import Decoding, Generation, Sweep
+from qwen_scope.steer import Decoding, Generation
 
 from . import steer_view as view
 from . import steering

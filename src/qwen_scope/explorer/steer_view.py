@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from qwen_scope.features import Sweep
 from qwen_scope.report import Markup, element, join, visible
-from qwen_scope.steer import Generation, Sweep, Where
+from qwen_scope.steer import Generation, Where
 
 from .components import bar, card, chip, heading, number, percent
 

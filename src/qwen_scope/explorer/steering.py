@@ -13,15 +13,14 @@ from typing import Any
 import torch
 
 from qwen_scope.errors import InputError, brief, check_number, nearest
+from qwen_scope.features import Continuations, Sweep, SweepOptions, sweep
 from qwen_scope.files import Fields, text_lines
 from qwen_scope.lab import neutral_prompts
 from qwen_scope.steer import (
-    Continuations,
     Decoding,
     Generation,
     Intervention,
     Recipe,
-    Sweep,
     Target,
     Where,
     generate,
@@ -29,7 +28,6 @@ from qwen_scope.steer import (
     matches,
     script,
     stream,
-    sweep,
 )
 
 from .app_state import AppState
@@ -251,11 +249,8 @@ def swept(
             f"{len(prompts)} prompts of {how.max_new_tokens} new tokens are {tokens:,} at every amount and this page"
             f" generates up to {state.limits.sweep_tokens:,}; give fewer prompts or a smaller max_new_tokens"
         )
-    scope = state.scope
-    return sweep(
-        scope.model, scope.tokenizer, prompts, chosen, target, saes=scope.saes, stats=scope.stats, decoding=how,
-        chat=state.chat(chat), refine=1, report=report,
-    )  # fmt: skip
+    options = SweepOptions(refine=1)
+    return sweep(state.scope, prompts, chosen, target, options, decoding=how, chat=state.chat(chat), progress=report)
 
 
 def recipe_text(state: AppState, name: str, chosen: list[Intervention]) -> str:

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
 
 import numpy as np
 from jaxtyping import Bool, Float, Float32, Int64, Shaped
 from scipy import stats as scipy_stats
 
-from qwen_scope.errors import InputError, check_count
+from qwen_scope.errors import InputError
+from qwen_scope.report import Progress
+from qwen_scope.scope import Scope
 from qwen_scope.stats import Interval, auroc, benjamini_hochberg, difference, rank_test, resample
+from qwen_scope.store import FeatureStore
+from qwen_scope.text import Chat, Message
 
-from .pooled import REDUCTIONS, Pooled
+from .options import By, FindOptions
+from .pooled import Pooled, pool_store, pool_texts
 
-By = Literal["f1", "difference", "rate", "auroc"]
 FEWEST = 4
 CANDIDATES, FOLDS, REPEATS, DRAWS = 50, 5, 4, 200
 
@@ -95,14 +98,67 @@ class Scores:
 
 
 def find(
-    positive: Mapping[int, Pooled],
-    negative: Mapping[int, Pooled],
+    scope: Scope,
+    positive: Sequence[str | Sequence[Message]],
+    negative: Sequence[str | Sequence[Message]],
+    layers: Sequence[int] | None = None,
+    options: FindOptions | None = None,
     *,
-    n: int = 10,
-    by: By = "f1",
-    level: float = 0.01,
-    reductions: Sequence[str] = REDUCTIONS,
-    seed: int = 0,
+    chat: Chat | None = None,
+    progress: Progress | None = None,
+) -> Findings:
+    """Search the whole dictionary for features that are stronger in the positive texts; see `find_pooled`.
+
+    Args:
+        positive, negative: texts with the property and without it; with `chat` also conversations.
+        layers: those to look at; None: all that have SAEs.
+        options: how many, what ranks them, and the level.
+        chat: render the texts with the chat template.
+        progress: called with the stage, its share done (0 to 1) and a short text.
+
+    Raises:
+        InputError: a text in both sets, fewer than four in one, or an empty one.
+        NotFoundError: a layer without an SAE.
+    """
+    known = [{one if isinstance(one, str) else repr(one) for one in some} for some in (positive, negative)]
+    both = known[0] & known[1]
+    if both:
+        raise InputError(f"{len(both)} texts are in both sets, such as {min(both)!r:.60}")
+    check_sizes(len(positive), len(negative))
+    sides = []
+    for name, some in (("with it", positive), ("without it", negative)):
+
+        def tell(stage: str, share: float, text: str, name: str = name) -> None:
+            if progress is not None:
+                progress(name, share, text)
+
+        sides.append(pool_texts(scope, some, layers, chat=chat, progress=tell))
+    return find_pooled(*sides, options)
+
+
+def find_in_store(
+    store: FeatureStore,
+    positive: Sequence[int] | Int64[np.ndarray, " n"],
+    negative: Sequence[int] | Int64[np.ndarray, " m"] | None = None,
+    layers: Sequence[int] | None = None,
+    options: FindOptions | None = None,
+) -> Findings:
+    """The same search over documents of a store, such as `store.where(...)` gives; by default against all others.
+
+    Raises:
+        InputError: a document in both sets, or fewer than four in one.
+        NotFoundError: a document or layer that the store does not have.
+    """
+    if negative is None:
+        negative = np.setdiff1d(np.arange(store.manifest.documents), positive)
+    if len(both := np.intersect1d(positive, negative)):
+        raise InputError(f"{len(both)} documents are in both sets, such as document {both[0]}")
+    check_sizes(len(positive), len(negative))
+    return find_pooled(*(pool_store(store, some, layers) for some in (positive, negative)), options)
+
+
+def find_pooled(
+    positive: Mapping[int, Pooled], negative: Mapping[int, Pooled], options: FindOptions | None = None
 ) -> Findings:
     """Search the whole dictionary, at every layer given, for features that are stronger in the positive documents.
 
@@ -114,28 +170,17 @@ def find(
 
     Args:
         positive, negative: the documents, by layer (`pool_texts`, `pool_store`); the same layers in both.
-        n: how many to return.
-        by: what ranks: `f1` of the single feature, cross-validated (those within one standard error of the best by how
-            far the means lie apart, in standard deviations inside the sets), `difference` of mean activations, `rate`
-            (the difference of the shares of documents in which it fires, the score of Qwen-Scope's toxicity study), or
-            `auroc`.
-        level: the false discovery rate.
-        reductions: `max`, `mean` or both; the better one stands for a feature.
-        seed: of the split and the intervals.
+        options: how many, what ranks them, and the level.
 
     Raises:
-        InputError: fewer than four documents in a set, layers that differ, or an option that does not exist.
+        InputError: fewer than four documents in a set, or layers that differ.
     """
-    if by not in get_args(By):
-        raise InputError(f"features are ranked by {', '.join(get_args(By))}, not {by!r}")
-    check_count("n", n)
-    if not 0 < level < 1:
-        raise InputError(f"a false discovery rate lies between 0 and 1, not at {level}")
+    options = options or FindOptions()
+    n, by, level, reductions, seed = options.n, options.by, options.level, options.reductions, options.seed
     if not positive or set(positive) != set(negative):
         raise InputError(f"both sets need the same layers, not {sorted(positive)} and {sorted(negative)}")
     sizes = [next(iter(some.values())).documents for some in (positive, negative)]
-    if min(sizes) < FEWEST:
-        raise InputError(f"a search needs at least {FEWEST} documents of each kind, not {sizes[0]} and {sizes[1]}")
+    check_sizes(*sizes)
     rng = np.random.default_rng(seed)
     halves = [np.split(rng.permutation(size), [size - size // 2]) for size in sizes]
     scores = [
@@ -166,6 +211,12 @@ def find(
             found.append(measure(scores[which], at, values(which, at, 1), float(f1[i]), q_here, level, seed))
     held_out = len(halves[0][1]), len(halves[1][1])
     return Findings(tuple(found), len(passed), tests, level, sizes[0], sizes[1], held_out, by, seed)
+
+
+def check_sizes(positive: int, negative: int) -> None:
+    """Refuse sets that are too small to choose on one half and measure on the other; raises InputError."""
+    if min(positive, negative) < FEWEST:
+        raise InputError(f"a search needs at least {FEWEST} documents of each kind, not {positive} and {negative}")
 
 
 def score(

@@ -10,6 +10,7 @@ from jaxtyping import Float32, Int64
 from scipy import sparse
 
 from qwen_scope.errors import InputError
+from qwen_scope.report import Progress
 from qwen_scope.scope import Scope
 from qwen_scope.store import FeatureStore
 from qwen_scope.text import Chat, Message
@@ -73,14 +74,14 @@ def pool_texts(
     *,
     chat: Chat | None = None,
     skip_first: bool = False,
-    report: object = None,
+    progress: Progress | None = None,
 ) -> dict[int, Pooled]:
     """The features of texts, by layer, straight from the model; a text longer than the context is cut.
 
     Args:
         chat: render the texts, a conversation among them, with the chat template, in this mode.
         skip_first: leave out the first token of each text, which often carries a huge residual.
-        report: called with the number of texts done.
+        progress: called with the stage, its share done (0 to 1) and a short text.
 
     Raises:
         InputError: no text, or an empty one.   NotFoundError: a layer without an SAE.
@@ -100,8 +101,8 @@ def pool_texts(
                 on[:, 0] = False
             row = np.broadcast_to(np.arange(len(lengths))[:, None, None], on.shape)[on] + start
             parts[layer].append(_grouped(row, indices[on], values[on], scope.saes[layer].d_sae))
-        if callable(report):
-            report(len(tokens))
+        if progress is not None:
+            progress("reading", len(tokens) / len(texts), "")
     return {layer: _pooled(layer, scope.saes[layer].d_sae, tokens, found) for layer, found in parts.items()}
 
 

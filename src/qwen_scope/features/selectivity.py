@@ -20,10 +20,10 @@ from qwen_scope.steer import (
     SAEsByLayer,
     Target,
     change_reference,
-    evaluate,
     generate,
     log_probabilities,
     next_token_kl,
+    target_values,
 )
 from qwen_scope.text import padded
 
@@ -199,7 +199,7 @@ class _Run:
         made = generate(
             scope.model, scope.tokenizer, self.prompts, interventions, saes=self.saes, decoding=self.decoding
         )
-        return evaluate(self.target, [one.text for one in made])
+        return target_values(self.target, [one.text for one in made])
 
     def effect(self, interventions: Sequence[Intervention]) -> np.ndarray:
         """Per positive example, how much of the concept is gone."""

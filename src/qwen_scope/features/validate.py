@@ -1,4 +1,4 @@
-"""`validate`: is this feature a interventions, or does it only look like one?"""
+"""`validate`: is a feature causal, or only correlated?"""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qwen_scope.errors import InputError, check_count
+from qwen_scope.errors import InputError
 from qwen_scope.model import LayerStats, capture
+from qwen_scope.report import Progress
 from qwen_scope.scope import Scope
 from qwen_scope.stats import Interval, bootstrap, difference
 from qwen_scope.steer import (
@@ -21,7 +22,6 @@ from qwen_scope.steer import (
     SAEsByLayer,
     Target,
     calibrate,
-    evaluate,
     generate,
     log_probabilities,
     next_token_kl,
@@ -29,14 +29,16 @@ from qwen_scope.steer import (
     repetition,
     resolve,
     rows_of,
+    target_values,
 )
 from qwen_scope.text import Chat
 
 from .conditions import along, halved, matched_random, mean_direction
 from .fluency import perplexity_ratio
-from .verdict import Evidence, Rules, judge
+from .options import Rules, ValidateOptions
+from .verdict import Evidence, judge
 
-# From so many times the firing rate on negative examples, a feature is of the concept itself.
+# From this multiple of the firing rate on negative examples on, a feature is of the concept itself.
 CONCEPT_RATIO = 2
 
 
@@ -114,25 +116,21 @@ def validate(
     target: Target,
     prompts: Sequence[str],
     examples: Examples,
+    options: ValidateOptions | None = None,
     *,
-    lower: bool = False,
-    n_random: int = 19,
-    n_shuffled: int = 9,
     reference: Sequence[Row] = (),
     decoding: Decoding | None = None,
     prompting: Callable[[str], str] | None = None,
     tasks: Mapping[str, Task] | None = None,
     chat: Chat | None = None,
     saes: SAEsByLayer | None = None,
-    rules: Rules | None = None,
-    seed: int = 0,
-    report: Callable[[str, float, str], None] | None = None,
+    progress: Progress | None = None,
 ) -> Verdict:
     """Compare an intervention with its controls and classify it.
 
-    The same prompts and draws run under the interventions, `n_random` matched random features, the opposite sign, the
-    difference-of-means direction of the examples, those of `n_shuffled` shuffles of their labels (all with the same
-    length of change), and under prompting alone. The shuffles are one control: the feature is compared with their mean,
+    The same prompts and draws run under the interventions, matched random features, the opposite sign, the
+    difference-of-means direction of the examples, those of shuffles of their labels (all with the same length of
+    change), and under prompting alone. The shuffles are one control: the feature is compared with their mean,
     whose interval is over shuffles, since a single one may by chance point where the real labels do. The text has to
     keep the fluency budget of the rules, which is that of `sweep`. A feature that fires over twice as often on the
     positive examples as on the negative ones is of the concept itself, so it is never drawn as a random one.
@@ -140,38 +138,39 @@ def validate(
     Args:
         interventions: features added, with the amount that `sweep` found.
         target: from continuations to one number each; what the interventions are expected to raise.
-        lower: they are expected to lower it.
-        n_random, n_shuffled: how many matched random features, and shuffles of the examples' labels.
+        options: the controls and the rules.
         reference: tokens whose perplexity the budget counts from, as in `sweep`; by default the unsteered text.
         prompting: from a prompt to one that asks for the property; by default two positive examples before it.
         tasks: scores that must not suffer, such as `answer_task`.
-        chat: wrap each prompt as a user's message.
+        chat: render each prompt with the chat template.
         saes: other SAEs than the scope's.
+        progress: called with the stage, its share done (0 to 1) and a short text.
 
     Raises:
         InputError: fewer prompts, examples, random features or shuffles than the rules ask for, interventions that add
             no feature, or text without a token.
     """
-    rules = rules or Rules()
-    _check(interventions, prompts, examples, n_random, n_shuffled, rules)
-    run = _Run(scope, interventions, target, list(prompts), examples, lower, decoding, chat, saes, seed)
-    say = report or (lambda stage, share, text: None)
+    options = options or ValidateOptions()
+    n_random, n_shuffled, rules, seed = options.n_random, options.n_shuffled, options.rules, options.seed
+    _check(interventions, prompts, examples, options)
+    run = _Run(scope, interventions, target, list(prompts), examples, options.lower, decoding, chat, saes, seed)
+    tell = progress or (lambda stage, share, text: None)
     total = n_random + n_shuffled + 5
     plain, under = run.condition("unsteered", []), run.condition("this feature", run.interventions)
     fluency = run.fluency(under, plain, reference)
     opposite = run.condition("the opposite sign", [one.with_amount(-one.amount) for one in run.interventions])
     direction = run.condition("difference of means", run.direction())
     asked = run.prompted(prompting or run.with_examples)
-    say("validate", 5 / total, "baselines")
+    tell("validate", 5 / total, "baselines")
     shuffled: list[_Made] = []
     for i in range(n_shuffled):
         shuffled.append(run.condition(f"shuffled labels {i + 1}", run.direction(shuffle=i)))
-        say("validate", (6 + i) / total, "shuffled labels")
+        tell("validate", (6 + i) / total, "shuffled labels")
     randoms, own = [], run.of_concept()
     for i in range(n_random):
         other = matched_random(run.interventions, run.saes, run.stats, np.random.default_rng([seed, i]), own)
         randoms.append(run.condition(f"random feature {i + 1}", other))
-        say("validate", (6 + n_shuffled + i) / total, "random features")
+        tell("validate", (6 + n_shuffled + i) / total, "random features")
     side, excess = run.side_effects(rules)
     evidence = Evidence(
         **_compared(under, plain, opposite, shuffled, randoms, seed),
@@ -233,7 +232,7 @@ class _Run:
         scope = self.scope
         tools = {"saes": self.saes, "decoding": self.decoding, "chat": self.chat}
         made = generate(scope.model, scope.tokenizer, prompts, interventions, **tools)
-        values = evaluate(self.target, [one.text for one in made])
+        values = target_values(self.target, [one.text for one in made])
         tokens = scope.tokenize(prompts, chat=self.chat)
         ids = [row[:n].tolist() for row, n in zip(tokens.input_ids, tokens.lengths, strict=True)]
         scored = log_probabilities(scope.model, rows_of(ids, made))
@@ -368,17 +367,15 @@ def _check(
     interventions: Sequence[Intervention],
     prompts: Sequence[str],
     examples: Examples,
-    n_random: int,
-    n_shuffled: int,
-    rules: Rules,
+    options: ValidateOptions,
 ) -> None:
     if not interventions or any(one.op != "add" or one.feature is None for one in interventions):
         raise InputError("a verdict is about features that are added; give the amount that sweep proposes")
+    rules = options.rules
     counts = {"prompts": len(prompts), "positive examples": len(examples.positive)}
     counts |= {"negative examples": len(examples.negative), "unrelated texts": len(examples.unrelated)}
     needed = dict.fromkeys(counts, rules.fewest)
-    counts |= {"random features": check_count("n_random", n_random, 0)}
-    counts |= {"shuffles of the labels": check_count("n_shuffled", n_shuffled, 0)}
+    counts |= {"random features": options.n_random, "shuffles of the labels": options.n_shuffled}
     needed |= {"random features": rules.fewest_random, "shuffles of the labels": rules.fewest_shuffled}
     for name, count in counts.items():
         if count < needed[name]:

@@ -4,50 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from qwen_scope.errors import check_count, check_number
 from qwen_scope.stats import Interval
+
+from .options import Rules
 
 NOT_FLUENT = "causal, but breaks fluency"
 OUTCOMES = ("causal", NOT_FLUENT, "correlated only", "entangled", "no effect")
-
-
-@dataclass(frozen=True)
-class Rules:
-    """What a verdict asks for; printed beside it.
-
-    Attributes:
-        margin: how much the target has to move, and by how much more than under random features.
-        detects: on how much larger a share of the tokens of positive than of negative examples it has to fire.
-        side_ratio: how many times the KL of the difference-of-means direction, of equal length, unrelated text may
-            suffer.
-        task_loss: how much of a task's accuracy may be lost.
-        perplexity_ratio: how many times the reference's perplexity under the unsteered model the text may have.
-        repetition: how much its share of repeated 3-grams may rise. Both are the budget that `sweep` keeps.
-        fewest: samples per condition and examples per side; below it there is no verdict.
-        fewest_random: random features; with 19, being above all of them has a chance of one in twenty.
-        fewest_shuffled: shuffles of the examples' labels; one alone may happen to point where the real labels do.
-
-    Raises:
-        InputError: a rule that is no number, or outside its range.
-    """
-
-    margin: float = 0.1
-    detects: float = 0.1
-    side_ratio: float = 2.0
-    task_loss: float = 0.1
-    perplexity_ratio: float = 2.0
-    repetition: float = 0.1
-    fewest: int = 20
-    fewest_random: int = 19
-    fewest_shuffled: int = 5
-
-    def __post_init__(self) -> None:
-        for name in ("margin", "detects", "task_loss", "repetition"):
-            check_number(f"{name} of the rules", getattr(self, name), 0)
-        for name in ("side_ratio", "perplexity_ratio"):
-            check_number(f"{name} of the rules", getattr(self, name), 1)
-        for name, least in (("fewest", 2), ("fewest_random", 1), ("fewest_shuffled", 2)):
-            check_count(f"{name} of the rules", getattr(self, name), least)
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,8 @@ from .base import SAE as SAE
 from .base import Identity as Identity
 from .base import fingerprint as fingerprint
 from .catalog import Group as Group
+from .feature_name import feature_name as feature_name
+from .feature_name import parse_feature as parse_feature
 from .formats import LAYOUTS as LAYOUTS
 from .jumprelu import JumpReLU as JumpReLU
 from .kinds import KINDS as KINDS

@@ -8,6 +8,7 @@ from .generate import ScopeStats as ScopeStats
 from .joined import Joined as Joined
 from .joined import saes_on as saes_on
 from .joined import store_of_another as store_of_another
+from .options import ScopeOptions as ScopeOptions
 from .plan import Plan as Plan
 from .plan import config_of as config_of
 from .plan import is_model as is_model

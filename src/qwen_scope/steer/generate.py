@@ -14,11 +14,12 @@ from qwen_scope.errors import FormatError, InputError, check_count
 from qwen_scope.model import context_length, input_device
 from qwen_scope.text import Chat, Message, Tokens, tokenize
 
-from .decoding import Decoding, Watched, processors
+from .decoding import Decoding
 from .detokenize import Pieces, shown
 from .finite import NotFinite, explained
 from .intervention import Intervention
 from .phases import PromptPhases
+from .processors import Watched, processors
 from .steering import SAEsByLayer, StatsByLayer, resolve, steering
 
 # Tokens of one batch, padding and what is to be generated included.

@@ -97,7 +97,7 @@ def _script(char: str) -> str:
     return unicodedata.name(char, "") if char.isalpha() else ""
 
 
-def evaluate(target: Target, texts: Sequence[str]) -> np.ndarray:
+def target_values(target: Target, texts: Sequence[str]) -> np.ndarray:
     """The target's numbers, `(texts,)` float64.
 
     Raises:

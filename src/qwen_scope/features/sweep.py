@@ -3,24 +3,36 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from qwen_scope.errors import InputError, check_count, check_number
+from qwen_scope.errors import InputError
+from qwen_scope.report import Progress
+from qwen_scope.scope import Scope
 from qwen_scope.stats import Interval, bootstrap
+from qwen_scope.steer import (
+    Decoding,
+    Generation,
+    Intervention,
+    Recipe,
+    Row,
+    Target,
+    log_probabilities,
+    next_token_kl,
+    perplexity,
+    phases_for,
+    repetition,
+    resolve,
+    rows_of,
+    target_values,
+)
 from qwen_scope.text import Chat, Tokens, tokenize
 
-from .decoding import Decoding
-from .generate import Generation, generate, phases_for
-from .intervention import Intervention
-from .measure import Row, log_probabilities, next_token_kl, perplexity, repetition, rows_of
-from .steering import SAEsByLayer, StatsByLayer, resolve
-from .targets import Target, evaluate
+from .options import Budget, SweepOptions
 
 GRID = (0.1, 0.2, 0.4, 0.6, 0.8, 1.2, 1.6)
 """Lengths of the change, in units of the layer's median residual norm."""
@@ -34,26 +46,6 @@ class Continuations:
     """The target "how likely are these continuations": mean log-probability per token, under the interventions."""
 
     texts: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Budget:
-    """What fluency may cost.
-
-    Attributes:
-        perplexity_ratio: at most so many times the reference's perplexity under the unsteered model.
-        repetition: at most so much above the unsteered share of repeated 3-grams.
-        tolerance: how much of the largest effect may be given up for a smaller amount.
-    """
-
-    perplexity_ratio: float = 2.0
-    repetition: float = 0.1
-    tolerance: float = 0.0
-
-    def __post_init__(self) -> None:
-        check_number("perplexity_ratio of a budget", self.perplexity_ratio, 1)
-        check_number("repetition of a budget", self.repetition, 0)
-        check_number("tolerance of a budget", self.tolerance, 0)
 
 
 @dataclass(frozen=True)
@@ -109,64 +101,78 @@ class Sweep:
 
 
 def sweep(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    scope: Scope,
     prompts: Sequence[str],
     interventions: Sequence[Intervention],
     target: Target | Continuations,
+    options: SweepOptions | None = None,
     *,
-    amounts: Sequence[float] | None = None,
-    lower: bool = False,
-    saes: SAEsByLayer | None = None,
-    stats: StatsByLayer | None = None,
     decoding: Decoding | None = None,
     chat: Chat | None = None,
-    budget: Budget | None = None,
     reference: Sequence[Row] = (),
-    refine: int = 2,
-    report: Callable[[str, float, str], None] | None = None,
+    progress: Progress | None = None,
 ) -> Sweep:
     """Generate under a grid of amounts, measure what it does and what it costs, and propose one.
 
     Args:
         interventions: each runs at its own amount times the dose, so their proportions stay.
-        target: a callable from the continuations to one number each, or `Continuations`.
-        amounts: the grid; by default `GRID` in units of the layer's residual norm, for shares `SHARES`.
-        lower: the aim is to lower the target instead of raising it.
+        target: a callable from the continuations to one number each, or `Continuations`; see `target_of`.
+        options: the grid, the aim and the budget.
         decoding: by default 40 tokens, greedy.
+        chat: render each prompt with the chat template.
         reference: tokens whose perplexity the budget counts from, such as unsteered continuations that are in the
-            language wanted (`rows_of`); by default the unsteered continuations of these prompts.
-        refine: so many more amounts, each halfway (geometrically) between the best one and the next that is too much.
+            language wanted (`rows_of`) or texts (`scored_rows`); by default the unsteered continuations of `prompts`.
+        progress: called with the stage, its share done (0 to 1) and a short text.
 
     Raises:
         InputError: fewer than two prompts, no intervention, or what `generate` refuses.
     """
-    check_count("refine", refine, 0)
+    options = options or SweepOptions()
     if len(prompts) < 2 or not interventions:
         raise InputError(f"a sweep needs two prompts and an intervention, not {len(prompts)} and {len(interventions)}")
-    run = _Run(model, tokenizer, prompts, interventions, target, lower, saes, stats, decoding, chat, budget, reference)
-    grid = sorted(set(amounts if amounts is not None else run.grid()) - {0.0}, key=abs)
-    if not grid or not all(map(math.isfinite, grid)):
-        raise InputError("the grid of a sweep holds at least one finite amount other than 0")
-    say = report or (lambda stage, share, text: None)
+    run = _Run(scope, prompts, interventions, target, options, decoding, chat, reference)
+    grid = sorted(set(options.amounts if options.amounts is not None else run.grid()) - {0.0}, key=abs)
+    tell = progress or (lambda stage, share, text: None)
+    refine = options.refine
     doses = [run.dose(0.0)]
     for i, amount in enumerate(grid):
         doses.append(run.dose(amount))
-        say("sweep", (i + 1) / (len(grid) + refine), f"amount {amount:g}: effect {doses[-1].effect.estimate:.3g}")
+        tell("sweep", (i + 1) / (len(grid) + refine), f"amount {amount:g}: effect {doses[-1].effect.estimate:.3g}")
     for i in range(refine):
         between = _between(doses, run.propose(doses))
         if between is not None:
             doses.append(run.dose(between))
-        say("sweep", (len(grid) + i + 1) / (len(grid) + refine), "refining")
+        tell("sweep", (len(grid) + i + 1) / (len(grid) + refine), "refining")
     ordered = sorted(doses[1:], key=lambda dose: dose.amount)
     return Sweep(
         (doses[0], *ordered),
         run.propose(doses),
         run.reference,
-        run.budget,
-        lower,
+        options.budget,
+        options.lower,
         tuple(one.to_json() for one in interventions),
     )
+
+
+def proposal(scope: Scope, name: str, found: Sweep, *, provenance: str = "a sweep") -> Recipe:
+    """The interventions of a sweep at the proposed amount as a recipe, with what was measured.
+
+    Raises:
+        InputError: the sweep proposes nothing.
+    """
+    if found.best is None:
+        raise InputError("no amount inside the budget does better than the unsteered model, so there is no recipe")
+    dosed = [Intervention.from_json(one) for one in found.interventions]
+    effect = {
+        "target": found.best.effect.estimate,
+        "target_unsteered": found.doses[0].effect.estimate,
+        "perplexity": found.best.perplexity,
+        "perplexity_reference": found.reference,
+        "kl": found.best.kl,
+        "prompts": found.best.effect.n,
+    }
+    chosen = [one.with_amount(one.amount * found.best.amount) for one in dosed]
+    return Recipe.of(name, scope.model, chosen, scope.saes, provenance=provenance, effect=effect)
 
 
 class _Run:
@@ -174,43 +180,30 @@ class _Run:
 
     def __init__(
         self,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
+        scope: Scope,
         prompts: Sequence[str],
         interventions: Sequence[Intervention],
         target: Target | Continuations,
-        lower: bool,
-        saes: SAEsByLayer | None,
-        stats: StatsByLayer | None,
+        options: SweepOptions,
         decoding: Decoding | None,
         chat: Chat | None,
-        budget: Budget | None,
         reference: Sequence[Row],
     ) -> None:
-        self.model, self.tokenizer, self.prompts = model, tokenizer, list(prompts)
+        self.scope, self.model, self.saes, self.stats = scope, scope.model, scope.saes, scope.stats
+        self.prompts, self.interventions, self.target = list(prompts), list(interventions), target
+        self.lower, self.budget = options.lower, options.budget
         self.chat: Chat | None = chat
-        self.interventions, self.target, self.lower = list(interventions), target, lower
-        self.saes, self.stats = saes, stats
-        self.decoding, self.budget = decoding or Decoding(max_new_tokens=40), budget or Budget()
-        tokens = tokenize(tokenizer, self.prompts, max_length=None, chat=chat)
+        self.decoding = decoding or Decoding(max_new_tokens=40)
+        tokens = tokenize(scope.tokenizer, self.prompts, max_length=None, chat=chat)
         self.prompt_ids = _ids(tokens)
-        self.phases = phases_for(interventions, tokenizer, tokens, chat)
+        self.phases = phases_for(interventions, scope.tokenizer, tokens, chat)
         self.plain = self.generated([])
         self.plain_rows = [row for row in rows_of(self.prompt_ids, self.plain, self.phases) if row.start < len(row.ids)]
-        self.reference = perplexity(log_probabilities(model, list(reference) or self.plain_rows))
+        self.reference = perplexity(log_probabilities(self.model, list(reference) or self.plain_rows))
         self.plain_repetition = self.repeated(self.plain)
 
     def generated(self, interventions: Sequence[Intervention]) -> list[Generation]:
-        return generate(
-            self.model,
-            self.tokenizer,
-            self.prompts,
-            interventions,
-            saes=self.saes,
-            stats=self.stats,
-            decoding=self.decoding,
-            chat=self.chat,
-        )
+        return self.scope.generate(self.prompts, interventions, decoding=self.decoding, chat=self.chat)
 
     def repeated(self, generations: Sequence[Generation]) -> float:
         return float(np.mean([repetition([t.token_id for t in one.tokens]) for one in generations]))
@@ -224,7 +217,7 @@ class _Run:
         if isinstance(self.target, Continuations):
             values = self.likelihood(chosen, self.target)
         else:
-            values = evaluate(self.target, [one.text for one in made])
+            values = target_values(self.target, [one.text for one in made])
         cost = perplexity(log_probabilities(self.model, rows_of(self.prompt_ids, made)))
         repeated = self.repeated(made)
         kl = 0.0
@@ -237,7 +230,7 @@ class _Run:
 
     def likelihood(self, chosen: Sequence[Intervention], target: Continuations) -> np.ndarray:
         """Mean log-probability per token of the continuations, one number per prompt."""
-        after = _ids(tokenize(self.tokenizer, list(target.texts), max_length=None))
+        after = _ids(tokenize(self.scope.tokenizer, list(target.texts), max_length=None))
         rows = [
             Row((*ids, *more), len(ids), None if self.phases is None else self.phases.followed(i, more))
             for i, ids in enumerate(self.prompt_ids)
@@ -264,11 +257,9 @@ class _Run:
         if all(one.unit == "resid_norm" for one in self.interventions):
             longest = max(abs(one.amount) for one in self.interventions)
         else:
-            if self.stats is None:
-                raise InputError("a grid in units of the residual norm needs the layer's statistics; give the amounts")
             longest = 0.0
             for one in resolve(self.model, self.interventions, self.saes, self.stats):
-                sae = self.saes[one.layer] if self.saes is not None and one.feature is not None else None
+                sae = self.saes[one.layer] if one.feature is not None else None
                 length = abs(one.amount) * float(torch.linalg.vector_norm(one.vector(sae)))
                 longest = max(longest, length / self.stats[one.layer].norm_median)
         if longest == 0:

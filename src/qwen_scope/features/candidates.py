@@ -2,33 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
-
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from collections.abc import Mapping, Sequence
 
 from qwen_scope.errors import InputError
+from qwen_scope.report import Progress
+from qwen_scope.scope import Scope
+from qwen_scope.steer import Decoding, Intervention, Row, Target
+from qwen_scope.text import Chat
 
-from .intervention import Intervention
+from .options import SweepOptions
 from .sweep import Continuations, Sweep, sweep
-from .targets import Target
 
 
 def sweep_candidates(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    scope: Scope,
     prompts: Sequence[str],
     candidates: Mapping[str, Sequence[Intervention]],
     target: Target | Continuations,
+    options: SweepOptions | None = None,
     *,
-    report: Callable[[str, float, str], None] | None = None,
-    **options: Any,
+    decoding: Decoding | None = None,
+    chat: Chat | None = None,
+    reference: Sequence[Row] = (),
+    progress: Progress | None = None,
 ) -> dict[str, Sweep]:
     """A sweep of every candidate, such as features of different layers, on the same prompts.
 
     Args:
-        candidates: names to interventions.
-        options: as in `sweep`.
+        candidates: names to interventions; the other arguments are those of `sweep`.
+        progress: as in `sweep`; of several candidates each is a stage.
 
     Raises:
         InputError: no candidate, or what `sweep` refuses.
@@ -38,11 +40,21 @@ def sweep_candidates(
     found = {}
     for name, interventions in candidates.items():
 
-        def told(stage: str, share: float, text: str, name: str = name) -> None:
-            if report is not None:
-                report(stage if len(candidates) == 1 else name, share, text)
+        def tell(stage: str, share: float, text: str, name: str = name) -> None:
+            if progress is not None:
+                progress(stage if len(candidates) == 1 else name, share, text)
 
-        found[name] = sweep(model, tokenizer, prompts, interventions, target, report=told, **options)
+        found[name] = sweep(
+            scope,
+            prompts,
+            interventions,
+            target,
+            options,
+            decoding=decoding,
+            chat=chat,
+            reference=reference,
+            progress=tell,
+        )
     return found
 
 

@@ -1,0 +1,149 @@
+"""From what somebody asks for to interventions and targets that fit a scope."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from qwen_scope.errors import InputError
+from qwen_scope.sae import parse_feature
+from qwen_scope.scope import Scope
+from qwen_scope.steer import Intervention, Row, Target, load_recipe, matches, script
+
+from .options import ChangeOptions, RuleLike, TargetOptions
+from .sweep import Continuations
+
+
+def check_change(options: ChangeOptions) -> Intervention | None:
+    """The intervention that the options describe, at the output of its layer; None for a recipe. Needs no model.
+
+    Raises:
+        InputError: a feature and a recipe, neither, an amount that is missing or too much, or values that mean nothing
+            together.
+        NotFoundError: no such operation or unit.
+    """
+    if options.recipe is not None:
+        if options.feature is not None:
+            raise InputError("recipe= says what to change; leave feature= away")
+        return None
+    if options.feature is None:
+        raise InputError("name what to change: feature= as LAYER/FEATURE, such as 5/678, or recipe=")
+    layer, feature = parse_feature(options.feature)
+    amount, unit = options.amount, options.unit
+    if options.op == "ablate":
+        if amount is not None:
+            raise InputError("ablating a feature has no amount; to keep a share of it, use scale")
+        amount, unit = 0.0, "raw"
+    elif amount is None:
+        raise InputError(f"{options.op} needs an amount=")
+    elif options.op == "scale":
+        unit = "raw"
+    return Intervention.from_json(
+        {
+            "hook_point": f"layer{layer}",
+            "op": options.op,
+            "feature": feature,
+            "amount": amount,
+            "unit": unit,
+            "where": options.where,
+        }
+    )
+
+
+def interventions_of(scope: Scope, options: ChangeOptions) -> list[Intervention]:
+    """What the options describe, where the SAE of its layer reads, or the interventions of the recipe they name.
+
+    Raises:
+        InputError, NotFoundError: as `check_change`; no such layer.
+        FormatError, MismatchError: no recipe, or one for another model or other SAEs.
+    """
+    one = check_change(options)
+    if one is None:
+        assert options.recipe is not None
+        return recipe_interventions(scope, options.recipe)
+    return [one.at(scope.hook_point(one.layer))]
+
+
+def recipe_interventions(scope: Scope, path: str | os.PathLike[str]) -> list[Intervention]:
+    """The interventions of a recipe that fits the scope; raises as `load_recipe` and `Recipe.check`."""
+    found = load_recipe(path)
+    found.check(scope.model, scope.saes)
+    return list(found.interventions)
+
+
+def recipes_by_name(scope: Scope, paths: Sequence[str | os.PathLike[str]]) -> Mapping[str, list[Intervention]]:
+    """The interventions of recipes by the names of their files, as `sweep_candidates` takes them.
+
+    Raises:
+        InputError: two of one name; else as `recipe_interventions`.
+    """
+    found = {Path(path).stem: recipe_interventions(scope, path) for path in paths}
+    if len(found) < len(paths):
+        raise InputError("two recipes have the same file name, which is what tells them apart")
+    return found
+
+
+def target_of(scope: Scope, options: TargetOptions) -> Target | Continuations:
+    """The target that the options name.
+
+    Raises:
+        InputError: none, or several; a regular expression, script or feature that there is not.
+        NotFoundError, MismatchError: a layer without SAE, or a rule of other SAEs.
+    """
+    named = [
+        value
+        for value in (options.regex, options.script, options.continuation, options.target_feature, options.rule)
+        if value
+    ]
+    if len(named) != 1:
+        raise InputError("name one target: regex=, script=, continuation=, target_feature= or rule=")
+    if options.regex:
+        return matches(options.regex)
+    if options.script:
+        return script(options.script)
+    if options.continuation:
+        return Continuations(options.continuation)
+    if options.target_feature:
+        return scope.feature_target(*parse_feature(options.target_feature))
+    assert options.rule is not None
+    return rule_target(scope, options.rule)
+
+
+def text_target(scope: Scope, options: TargetOptions) -> Target:
+    """As `target_of`, but only targets that read texts, which a verdict needs; raises InputError for continuations."""
+    found = target_of(scope, options)
+    if isinstance(found, Continuations):
+        raise InputError("a verdict reads what is written: name regex=, script=, target_feature= or rule=")
+    return found
+
+
+def rule_target(scope: Scope, rule: RuleLike) -> Target:
+    """1 where a classifier's rule calls the text positive, else 0.
+
+    Raises:
+        NotFoundError: a layer without SAE.   MismatchError: a rule of other SAEs.
+    """
+    for layer in scope.check_layers(rule.layers):
+        sae = scope.saes[layer]
+        rule.check_sae(layer, sae.identity.fingerprint, sae.d_sae)
+
+    def positive(texts: list[str]) -> np.ndarray:
+        out = np.zeros(len(texts), bool)
+        seen = scope.features([text or " " for text in texts], rule.layers, truncate=True)
+        for i in range(len(texts)):
+            for part in rule.features:
+                out[i] |= float(seen.of(i, part.layer).select([part.feature]).max()) > part.threshold
+        return out.astype(float)
+
+    return positive
+
+
+def scored_rows(scope: Scope, texts: Sequence[str]) -> list[Row]:
+    """Texts as tokens whose perplexity counts from the second token on, as `sweep` and `validate` take a reference."""
+    if not texts:
+        return []
+    tokens = scope.tokenize(texts, truncate=True)
+    return [Row(tuple(ids[:n].tolist())) for ids, n in zip(tokens.input_ids, tokens.lengths, strict=True) if n > 1]
