@@ -126,6 +126,7 @@ def test_a_sweep_becomes_a_recipe(scope: Scope, tmp_path: Path) -> None:
     assert [share for _, share, _ in told] == [0.5, 1.0]
     assert {stage for stage, _, _ in told} == {"sweep"}
     assert found.best is not None
+    assert found.proposed is not None
     proposal(scope, "calm", found).save(tmp_path / "calm.json")
     kept = load_recipe(tmp_path / "calm.json")
     assert kept.interventions == tuple(i.with_amount(found.proposed).bound(scope.saes[0]) for i in made)
@@ -154,6 +155,6 @@ def test_a_search_over_texts_is_the_search_over_their_features(scope: Scope) -> 
         find(scope, positive, [*negative, positive[0]])
     with pytest.raises(InputError, match="at least 4"):
         find(scope, positive, negative[:2])
-    for wrong in ({"n": 0}, {"level": 1.0}):
+    for n, level in ((0, 0.01), (3, 1.0)):
         with pytest.raises(InputError):
-            FindOptions(**wrong)
+            FindOptions(n, level=level)

@@ -133,7 +133,7 @@ def find(
                 progress(name, share, text)
 
         sides.append(pool_texts(scope, some, layers, chat=chat, progress=tell))
-    return find_pooled(*sides, options)
+    return find_pooled(sides[0], sides[1], options)
 
 
 def find_in_store(
@@ -154,7 +154,7 @@ def find_in_store(
     if len(both := np.intersect1d(positive, negative)):
         raise InputError(f"{len(both)} documents are in both sets, such as document {both[0]}")
     check_sizes(len(positive), len(negative))
-    return find_pooled(*(pool_store(store, some, layers) for some in (positive, negative)), options)
+    return find_pooled(pool_store(store, positive, layers), pool_store(store, negative, layers), options)
 
 
 def find_pooled(
