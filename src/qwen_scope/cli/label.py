@@ -8,31 +8,43 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from qwen_scope.errors import InputError
+from qwen_scope.features import JudgeOptions, LabelOptions
 
 from . import options, output
+from .groups import OPTIONS, grouped
 from .store import the_layer
 
 if TYPE_CHECKING:
     from qwen_scope.store import FeatureStore
 
 
+OPTIONS[LabelOptions] = {
+    "examples": Annotated[int, typer.Option("--examples", help="Contexts a name is made from.", min=2)],
+    "tests": Annotated[int, typer.Option("--tests", help="Contexts of each kind a name is tested on.", min=4)],
+    "seed": Annotated[int, typer.Option("--seed", help="Of the contexts.", **options.SEED)],
+}
+OPTIONS[JudgeOptions] = {
+    "summary": Annotated[bool, typer.Option("--summary", help="No model: list the typical tokens.")],
+    "model": Annotated[str | None, typer.Option("--judge", help="The model to ask. Default: OPENAI_MODEL.")],
+    "max_requests": Annotated[int | None, typer.Option("--max-requests", help="Stop after so many requests.", min=1)],
+    "max_tokens": Annotated[int | None, typer.Option("--max-tokens", help="Stop after so many tokens.", min=1)],
+    "concurrency": Annotated[int, typer.Option("--concurrency", help="Requests at a time.", min=1)],
+    "cache": Annotated[
+        Path | None, typer.Option("--cache", help="Where answers are kept. Default: beside the store, STORE.cache.")
+    ],
+}
+
+
+@grouped
 def label(
     folder: Annotated[Path, typer.Argument(metavar="STORE", help="A store that extract has written.")],
+    judge: JudgeOptions,
+    how: LabelOptions,
     layer: Annotated[int | None, typer.Option("--layer", help="Which layer. Default: the only one.")] = None,
     features: Annotated[
         str | None, typer.Option("--features", "--feature", "-f", help="Which, such as 3,17,40-50.")
     ] = None,
     n: Annotated[int | None, typer.Option("-n", help="The so many most frequent features.", min=1)] = None,
-    summary: Annotated[bool, typer.Option("--summary", help="No model: list the typical tokens.")] = False,
-    judge_model: Annotated[str | None, typer.Option("--judge", help="The model to ask. Default: OPENAI_MODEL.")] = None,
-    budget: Annotated[int | None, typer.Option("--max-requests", help="Stop after so many requests.", min=1)] = None,
-    tokens: Annotated[int | None, typer.Option("--max-tokens", help="Stop after so many tokens.", min=1)] = None,
-    concurrency: Annotated[int, typer.Option("--concurrency", help="Requests at a time.", min=1)] = 8,
-    cache: Annotated[
-        Path | None, typer.Option("--cache", help="Where answers are kept. Default: beside the store, STORE.cache.")
-    ] = None,
-    examples: Annotated[int, typer.Option("--examples", help="Contexts a name is made from.", min=2)] = 20,
-    tests: Annotated[int, typer.Option("--tests", help="Contexts of each kind a name is tested on.", min=4)] = 20,
     again: Annotated[bool, typer.Option("--again", help="Also features that have a label of this judge.")] = False,
     note: Annotated[str | None, typer.Option("--note", help="Write a note on one feature instead.")] = None,
     author: Annotated[str, typer.Option("--author", help="Of the note.")] = "",
@@ -41,7 +53,6 @@ def label(
     ] = None,
     export: Annotated[Path | None, typer.Option("--export", help="Write all labels, notes and verdicts here.")] = None,
     merge: Annotated[Path | None, typer.Option("--merge", help="Add those of an exported file.")] = None,
-    seed: Annotated[int, typer.Option("--seed", help="Of the contexts.", **options.SEED)] = 0,
     as_json: options.Json = False,
 ) -> None:
     """Name features of a store and score the names on contexts they were not made from.
@@ -49,7 +60,7 @@ def label(
     The judge is any OpenAI-compatible endpoint: OPENAI_BASE_URL, OPENAI_MODEL and OPENAI_API_KEY. Without one, or with
     --summary, the name is a list of typical tokens, marked as such. A run that was stopped goes on.
     """
-    from qwen_scope.features import LabelOptions, ModelJudge, Notes, TokenJudge, label_features
+    from qwen_scope.features import ModelJudge, Notes, judge_of, label_features
     from qwen_scope.files import check_output
     from qwen_scope.store import FeatureStore
 
@@ -68,37 +79,17 @@ def label(
         return
     chosen = [(layer, feature) for feature in which(store, layer, features, n)]
     output.hold(folder)
-    options_ = LabelOptions(examples, tests, seed)
-    endpoint = None if summary else judge_endpoint(folder, judge_model, budget, tokens, concurrency, cache)
-    judge = TokenJudge() if endpoint is None else ModelJudge(endpoint)
+    asked = judge_of(store, judge)
     with output.progress() as bar:
-        found = label_features(
-            store,
-            chosen,
-            judge,
-            options_,
-            again=again,
-            report=lambda done: bar("labels", done / len(chosen), str(done)),
-        )
+        found = label_features(store, chosen, asked, how, again=again, progress=bar)
     print_labelled(found, len(chosen), as_json)
-    if endpoint is not None and not as_json:
-        spent = endpoint.spent
+    if isinstance(asked, ModelJudge) and not as_json:
+        spent = asked.endpoint.spent
         bad = f", {spent.unusable} answers of no use" if spent.unusable else ""
         cached = f"{spent.cached} answers from the cache{bad}"
         output.console().print(f"{spent.requests} requests, {spent.tokens:,} tokens, {cached}")
     if (reasons := [one for one in found.values() if isinstance(one, str)]) and len(reasons) == len(chosen):
         raise InputError(f"none of the {len(found)} features got a label: {reasons[0]}")
-
-
-def judge_endpoint(
-    folder: Path, model: str | None, requests: int | None, tokens: int | None, concurrency: int, cache: Path | None
-):
-    """The endpoint of the environment, or None where there is none."""
-    from qwen_scope.features import Endpoint
-
-    kept = cache or folder.with_name(folder.name + ".cache")
-    limits = {"max_requests": requests, "max_tokens": tokens, "concurrency": concurrency}
-    return Endpoint.from_environment(model=model, cache=kept, **limits)
 
 
 def which(store: FeatureStore, layer: int, features: str | None, n: int | None) -> list[int]:
@@ -107,8 +98,9 @@ def which(store: FeatureStore, layer: int, features: str | None, n: int | None) 
         raise InputError("say which features: --features 3,17,40-50, or -n for the most frequent ones")
     if features is not None:
         return options.parse_features(features)
-    rows = store.stats(layer).sort_by([("tokens", "descending"), ("feature", "ascending")]).slice(0, n)
-    return rows["feature"].to_pylist()
+    from qwen_scope.features import most_frequent
+
+    return most_frequent(store, layer, n or 1)
 
 
 def one_feature(features: str | None) -> int:

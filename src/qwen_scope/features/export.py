@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from safetensors.numpy import save_file
 
 from qwen_scope.errors import InputError, check_count
 from qwen_scope.files import write_folder, write_text, write_whole
+from qwen_scope.report import Progress
 from qwen_scope.store import FeatureStore
 
 from .notes import Notes
@@ -66,7 +67,7 @@ def export_delphi(
     context: int = 256,
     splits: int = 5,
     model_name: str | None = None,
-    report: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> int:
     """Write a latents folder that delphi's reader takes; returns how many activations it holds.
 
@@ -79,6 +80,7 @@ def export_delphi(
         module: the name of a layer's module, `{}` for its number, as `named_modules()` of the model delphi runs has it.
         splits: files per layer.
         model_name: what delphi should load the tokenizer of; by default the store's model.
+        progress: called with the stage, its share done (0 to 1) and a short text.
 
     Raises:
         InputError: the folder holds something, or there are fewer tokens than one row.
@@ -118,8 +120,9 @@ def export_delphi(
                 data["activations"] = np.minimum(value[inside], LARGEST).astype(np.float16)
                 save_file(data, where / f"{start}_{end}.safetensors")
                 total += int(inside.sum())
-                if report is not None:
-                    report(i * splits + part + 1, len(chosen) * splits)
+                if progress is not None:
+                    done, of = i * splits + part + 1, len(chosen) * splits
+                    progress("delphi", done / of, f"{done} of {of}")
             config = {
                 "dataset_repo": "",
                 "dataset_split": "train",

@@ -2,49 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Shaped
 
-from qwen_scope.errors import InputError, check_count
+from qwen_scope.errors import InputError
+from qwen_scope.report import Progress
 from qwen_scope.stats import Interval, resample
 from qwen_scope.store import Context, FeatureStore
 
 from .completion import BadAnswer
 from .endpoint import BudgetSpent
 from .judges import Judge
+from .label_options import LabelOptions
 from .notes import Label, Notes, make_label
 from .threads import Threads
 
 # A context has 32 tokens, as delphi's have.
 BEFORE, AFTER = 20, 11
-FEWEST = 4
 
 
 class Unanswered(InputError):
     """Too few questions were answered to give a name a score."""
-
-
-@dataclass(frozen=True)
-class LabelOptions:
-    """How much is shown and asked.
-
-    Attributes:
-        examples: contexts the name is made from: half the strongest, half from all strengths.
-        tests: held-out contexts where the feature fires, and as many where it does not.
-        seed: of the draws.
-    """
-
-    examples: int = 20
-    tests: int = 20
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        check_count("the examples of a label", self.examples, 2)
-        check_count("the tests of a label", self.tests, FEWEST)
-        check_count("the seed", self.seed, 0)
 
 
 @dataclass(frozen=True)
@@ -152,7 +133,7 @@ def label_features(
     options: LabelOptions | None = None,
     *,
     again: bool = False,
-    report: Callable[[int], None] | None = None,
+    progress: Progress | None = None,
 ) -> dict[tuple[int, int], Label | str]:
     """Label features and keep the labels with the store, each as soon as it is scored.
 
@@ -163,7 +144,7 @@ def label_features(
     Args:
         features: (layer, feature) each.
         again: label also those that have one.
-        report: called with the number of features done.
+        progress: called with the stage, its share done (0 to 1) and a short text.
 
     Returns:
         per feature the label, or in words why there is none. Features left for want of budget are missing.
@@ -175,7 +156,8 @@ def label_features(
     notes = Notes(store)
     out: dict[tuple[int, int], Label | str] = {}
     todo = []
-    for place in dict.fromkeys(features):
+    wanted = list(dict.fromkeys(features))
+    for place in wanted:
         store.check_feature(*place)
         kept = [note.label for note in notes.of(*place, "label") if note.label.source == judge.source]
         if kept and not again:
@@ -189,8 +171,8 @@ def label_features(
         elif isinstance(found, BadAnswer):
             bad.append(found)
         out[place] = str(found) if isinstance(found, BadAnswer) else found
-        if report is not None:
-            report(len(out))
+        if progress is not None:
+            progress("labels", len(out) / len(wanted), f"{len(out)} of {len(wanted)}")
     if bad and len(bad) == len(out):
         raise bad[0]
     return out

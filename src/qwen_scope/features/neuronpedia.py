@@ -10,7 +10,7 @@ import gzip
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -21,6 +21,7 @@ import numpy as np
 from qwen_scope.errors import InputError, check_count
 from qwen_scope.files import write_folder, write_text
 from qwen_scope.model import HookPoint, text_config
+from qwen_scope.report import Progress
 from qwen_scope.scope import Scope
 from qwen_scope.store import Context, FeatureStore
 
@@ -106,7 +107,7 @@ def export_neuronpedia(
     scope: Scope | None = None,
     features: Sequence[int] | None = None,
     contexts: int = 20,
-    report: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> int:
     """Write what Neuronpedia takes for one layer; returns how many features.
 
@@ -126,6 +127,7 @@ def export_neuronpedia(
         scope: for the tokens a feature promotes; without it those lists are empty.
         features: which; by default all that fire.
         contexts: activations per feature, from five strata of equal size.
+        progress: called with the stage, its share done (0 to 1) and a short text.
 
     Raises:
         InputError: the folder holds something, an empty name, a model id that is not lower case, a `creator` without
@@ -160,8 +162,9 @@ def export_neuronpedia(
             write_text(out / "upload" / f"batch-{number}.json", json.dumps(body, ensure_ascii=False))
             if creator is not None:
                 write_batch(out, number, some, hook_name(store, layer), common, creator, made_by, now)
-            if report is not None:
-                report(start + len(some), len(chosen))
+            if progress is not None:
+                done = start + len(some)
+                progress("neuronpedia", done / len(chosen), f"{done} of {len(chosen)}")
     return len(chosen)
 
 

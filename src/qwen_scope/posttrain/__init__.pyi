@@ -9,6 +9,8 @@ from .data import PrepareRun as PrepareRun
 from .data import RepetitionRun as RepetitionRun
 from .data import RLData as RLData
 from .data import SFTData as SFTData
+from .data import TargetOptions as TargetOptions
+from .data import WriterOptions as WriterOptions
 from .evaluate_model import evaluate_model as evaluate_model
 from .lab_writer import LabWriter as LabWriter
 from .lab_writer import serving_lab as serving_lab
@@ -57,6 +59,7 @@ from .sampling import Sampling as Sampling
 from .sft import held_out_loss as held_out_loss
 from .sft import run_sft as run_sft
 from .sft import sft as sft
+from .sources import seed_corpus as seed_corpus
 from .synthesize import MADE as MADE
 from .synthesize import price as price
 from .synthesize import synthesize as synthesize
@@ -64,9 +67,11 @@ from .table import AlphaTable as AlphaTable
 from .table import LayerTable as LayerTable
 from .table import read_table as read_table
 from .targets import Target as Target
+from .targets import chosen_targets as chosen_targets
 from .targets import judged_targets as judged_targets
 from .targets import listed_targets as listed_targets
 from .targets import searched_targets as searched_targets
 from .trainer import FeatureSFTTrainer as FeatureSFTTrainer
 from .trainer import GroupCollator as GroupCollator
+from .writer_endpoint import writer_endpoint as writer_endpoint
 from .writing import Price as Price

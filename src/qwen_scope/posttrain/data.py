@@ -170,3 +170,63 @@ class RepetitionRun:
     n: int = 200
     reading: CorpusOptions = field(default_factory=lambda: PROMPTS)
     sampling: Sampling = field(default_factory=Sampling)
+
+
+@dataclass(frozen=True)
+class TargetOptions:
+    """Which features `synthesize` writes texts for; exactly one of the first three says it.
+
+    Attributes:
+        features: of one layer.
+        search: words that their label or note has.
+        concept: what the judge finds them relevant to.
+        tau: how relevant, from 0 to 1.
+        strength: they fire above this share of their own activations in the store; 0: at all.
+        layer: of `features`; None means the only one of the store.
+
+    Raises:
+        InputError: none of the three, or more than one.
+    """
+
+    features: tuple[int, ...] | None = None
+    search: str | None = None
+    concept: str | None = None
+    tau: float = 0.5
+    strength: float = 0.0
+    layer: int | None = None
+
+    def __post_init__(self) -> None:
+        if sum(given is not None for given in (self.features, self.search, self.concept)) != 1:
+            raise InputError("say which targets: one of features=, search= or concept=")
+
+
+@dataclass(frozen=True)
+class WriterOptions:
+    """Who writes for `synthesize`, within what limits.
+
+    Attributes:
+        writer: the model to ask, or `lab`, which knows the lab's grammar; None takes OPENAI_MODEL.
+        max_tokens: stop after so many tokens.
+        concurrency: requests at a time.
+        timeout: seconds for one request.
+        price_in, price_out: of a million tokens of prompts and of answers; both or none.
+
+    Raises:
+        InputError: one price without the other.
+    """
+
+    writer: str | None = None
+    max_tokens: int | None = None
+    concurrency: int = 8
+    timeout: float = 120.0
+    price_in: float | None = None
+    price_out: float | None = None
+
+    def __post_init__(self) -> None:
+        if (self.price_in is None) != (self.price_out is None):
+            raise InputError("a price needs both: price_in= and price_out=, per million tokens")
+
+    @property
+    def per_million(self) -> tuple[float, float] | None:
+        """Both prices."""
+        return None if self.price_in is None or self.price_out is None else (self.price_in, self.price_out)

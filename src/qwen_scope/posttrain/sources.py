@@ -14,6 +14,7 @@ from qwen_scope.files import check_folder
 from qwen_scope.lab import chat_prompts, documents
 from qwen_scope.model import load_tokenizer
 from qwen_scope.scope import model_source
+from qwen_scope.store import FeatureStore
 from qwen_scope.text import Corpus, CorpusOptions, Document, PassOver, by_reason, is_lab, only_text, usable
 
 from .rewards import lab_rows
@@ -25,6 +26,10 @@ PROBES = 64
 
 LAB_DOCUMENTS = 1000
 """Of the lab, which has no end, where no sample is asked for."""
+
+
+SEEDS = 200
+"""Of the lab, where it is a corpus to complete."""
 
 
 def given_files(*sources: str | Path | None) -> list[str | Path]:
@@ -42,11 +47,18 @@ def check_run(out: Path, model: str, sae: str | None, *sources: str | Path | Non
     check_folder(out, WRITTEN, *given_files(*sources), *local(model, sae))
 
 
-def read(source: str, reading: CorpusOptions) -> Corpus:
-    """The documents of a source; of the lab a thousand where no sample is asked for."""
+def read(source: str, reading: CorpusOptions, lab: int = LAB_DOCUMENTS) -> Corpus:
+    """The documents of a source; of the lab `lab` where no sample is asked for."""
     if is_lab(source) and reading.sample is None:
-        reading = replace(reading, sample=LAB_DOCUMENTS)
+        reading = replace(reading, sample=lab)
     return Corpus.of(source, reading)
+
+
+def seed_corpus(source: str, reading: CorpusOptions) -> Corpus | FeatureStore:
+    """A corpus to complete, or its store; of the lab two hundred documents."""
+    if (Path(source) / "manifest.json").is_file():
+        return FeatureStore(source)
+    return read(source, reading, SEEDS)
 
 
 def training_samples(

@@ -11,6 +11,8 @@ from qwen_scope.errors import FormatError, InputError, NotFoundError, QwenScopeE
 from qwen_scope.features import BadAnswer, Endpoint, Label, Notes, TokenJudge, one_line
 from qwen_scope.store import Context, FeatureStore
 
+from .data import TargetOptions
+
 SHOWN, BEFORE, AFTER = 20, 20, 11
 """Contexts of 32 tokens, as labels are made from: so many are kept of each target, half the strongest."""
 AT_ONCE = 10
@@ -50,6 +52,28 @@ class Target:
     def place(self) -> tuple[int, int]:
         """Layer and feature."""
         return self.layer, self.feature
+
+
+def chosen_targets(
+    store: FeatureStore, wanted: TargetOptions, endpoint: Endpoint, seed: int = 0, *, ask: bool = True
+) -> list[Target]:
+    """The targets that the options say; without `ask` those of a concept are all labelled features, of which the judge
+    would choose.
+
+    Raises:
+        as `listed_targets`, `searched_targets` and `judged_targets`.   InputError: a store of several layers, and none
+            is named.
+    """
+    if wanted.features is not None:
+        if wanted.layer is None and len(store.layers) > 1:
+            raise InputError(f"the store has layers {', '.join(map(str, store.layers))}; name one with layer=")
+        layer = store.layers[0] if wanted.layer is None else wanted.layer
+        return listed_targets(store, [(layer, feature) for feature in wanted.features], wanted.strength, seed)
+    if wanted.search is not None:
+        return searched_targets(store, wanted.search, wanted.strength, seed)
+    if not ask:
+        return listed_targets(store, list(Notes(store).labels()), wanted.strength, seed)
+    return judged_targets(store, wanted.concept or "", endpoint, wanted.tau, wanted.strength, seed)
 
 
 def listed_targets(
