@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import MISSING, dataclass, fields
 from typing import Annotated, Any
 
 import pytest
 import typer
-from typed import context
+from typed import COMMANDS, context
 
 from qwen_scope.cli import groups, main
 from qwen_scope.cli.groups import OPTIONS, Read, attributes, fields_of, grouped, reader
@@ -114,3 +115,27 @@ def test_an_impossible_architecture_is_one_sentence(given: list[str], says: str,
     assert main([*line, "--batch", "512", *given]) == 2
     assert says in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+def test_a_field_may_have_the_name_of_the_parameter_that_holds_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(OPTIONS, Inner, {"size": Annotated[int, typer.Option()]})
+
+    def command(size):
+        return size
+
+    command.__annotations__ = {"size": Inner}
+    assert grouped(command)(size=7) == Inner(7)
+
+
+COUNTED = [
+    "train", "eval", "synthesize", "label", "export", "posttrain prepare", "posttrain sft", "posttrain eval",
+    "posttrain rl", "posttrain repetition",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("path", COUNTED)
+def test_a_command_has_few_parameters(path: str) -> None:
+    function = COMMANDS[path].callback
+    while hasattr(function, "__wrapped__"):
+        function = function.__wrapped__
+    assert len(inspect.signature(function).parameters) <= MOST

@@ -102,7 +102,7 @@ def grouped(
     for name, one in taken.items():
         if name in groups:
             for field in fields_of(*groups[name]):
-                if field.name not in {*taken, *without} and f"{name}.{field.name}" not in without:
+                if field.name not in {*own, *without} and f"{name}.{field.name}" not in without:
                     shown.setdefault(field.name, field)
         elif name in own:
             shown[name] = one.replace(annotation=hints[name])

@@ -16,7 +16,7 @@ from qwen_scope.store import Context, FeatureStore
 from .completion import BadAnswer
 from .endpoint import BudgetSpent
 from .judges import Judge
-from .label_options import LabelOptions
+from .label_options import FEWEST, LabelOptions
 from .notes import Label, Notes, make_label
 from .threads import Threads
 

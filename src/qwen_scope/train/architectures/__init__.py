@@ -21,6 +21,11 @@ KINDS: tuple[type[Architecture], ...] = (
 ARCHITECTURES: dict[str, type[Architecture]] = {kind.name: kind for kind in KINDS}
 
 
+def options_of(kind: Any) -> set[str]:
+    """The names of an architecture's own options."""
+    return {field.name for field in fields(kind)}
+
+
 def architecture(name: str, **options: Any) -> Architecture:
     """The architecture of a name, with its own options.
 
@@ -30,8 +35,8 @@ def architecture(name: str, **options: Any) -> Architecture:
     if name not in ARCHITECTURES:
         raise NotFoundError(f"no architecture {name!r}; {nearest(name, ARCHITECTURES)}")
     kind: Any = ARCHITECTURES[name]
-    if foreign := sorted(set(options) - {field.name for field in fields(kind)}):
-        owners = [one.name for one in KINDS if foreign[0] in one.__dataclass_fields__]
+    if foreign := sorted(set(options) - options_of(kind)):
+        owners = [one.name for one in KINDS if foreign[0] in options_of(one)]
         of = f", only for {', '.join(owners)}" if owners else ""
         raise InputError(f"{foreign[0]} has no meaning for {name}{of}; leave it out")
     return kind(**options)
