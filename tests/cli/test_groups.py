@@ -129,7 +129,7 @@ def test_a_field_may_have_the_name_of_the_parameter_that_holds_it(monkeypatch: p
 
 COUNTED = [
     "train", "eval", "synthesize", "label", "export", "posttrain prepare", "posttrain sft", "posttrain eval",
-    "posttrain rl", "posttrain repetition",
+    "posttrain rl", "posttrain repetition", "classify transfer",
 ]  # fmt: skip
 
 

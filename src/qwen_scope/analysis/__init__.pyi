@@ -1,5 +1,6 @@
 from .across import Language as Language
 from .across import across as across
+from .across import by_language as by_language
 from .baselines import Student as Student
 from .baselines import best_layer as best_layer
 from .baselines import logistic as logistic

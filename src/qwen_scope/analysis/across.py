@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float32, Float64
 
-from qwen_scope.errors import InputError, check_count
+from qwen_scope.errors import InputError, NotFoundError, check_count, nearest
 from qwen_scope.report import Heatmap
 from qwen_scope.stats import Interval, rates
 
 from .baselines import best_layer, logistic, mean_difference, text_baseline
 from .classify import NOISE, Labelled, fit_rule, noise_test, shared_features
+from .dataset import Dataset
 from .result import Result, Table
 from .rule import Rule
 
 EVERYTHING = "call everything positive"
 SHUFFLES = 20
+FEWEST = 4  # documents of a class, so that some teach and some are held out
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,6 +38,63 @@ class Language:
     test: Labelled
     pooled: Mapping[int, Float32[np.ndarray, "_ d_model"]]
     test_pooled: Mapping[int, Float32[np.ndarray, "_ d_model"]]
+
+
+def by_language(
+    found: Mapping[int, Dataset],
+    pooled: Mapping[int, Float32[np.ndarray, "_ d_model"]],
+    metas: Sequence[Mapping[str, Any]],
+    *,
+    group: str,
+    column: str,
+    value: str,
+    seed: int = 0,
+) -> tuple[dict[str, Language], list[str]]:
+    """The documents of each language in two parts, of which one is held out, and sentences about what is left out.
+
+    Args:
+        found: the firings of all documents, by layer.   pooled: their mean residuals, by layer.
+        metas: of every document.
+        group: the column that names the language.
+        column, value: a document is positive where its column has this value, as it is written on a command line.
+        seed: of the third that is held out.
+
+    Raises:
+        NotFoundError: no document has such a column.
+        InputError: fewer than two languages with enough documents of both classes.
+    """
+    for name in (group, column):
+        if not any(name in meta for meta in metas):
+            known = sorted({key for meta in metas for key in meta})
+            raise NotFoundError(f"no document has a column {name!r}; {nearest(name, known)}")
+    known = [isinstance(meta.get(group), str) and meta.get(column) is not None for meta in metas]
+    is_positive = np.array([as_typed(meta.get(column)) == value for meta in metas])
+    names = sorted({meta[group] for meta, yes in zip(metas, known, strict=True) if yes})
+    languages, notes = {}, []
+    if missing := known.count(False):
+        notes.append(f"{missing} documents without {group} or {column} are left out")
+    for name in names:
+        items = np.array([i for i, meta in enumerate(metas) if known[i] and meta[group] == name])
+        labels = is_positive[items]
+        if min(labels.sum(), (~labels).sum()) < FEWEST:
+            counts = f"{labels.sum()} documents with {column}={value} and {(~labels).sum()} without"
+            notes.append(f"{name} is left out: it has {counts}, and needs {FEWEST} of each")
+            continue
+        whole = Labelled({layer: data.take(items) for layer, data in found.items()}, labels)
+        fit, test = whole.split(2 / 3, seed)
+        fit_vectors, test_vectors = ({layer: x[items][part] for layer, x in pooled.items()} for part in (fit, test))
+        languages[name] = Language(whole.take(fit), whole.take(test), fit_vectors, test_vectors)
+    if len(languages) < 2:
+        raise InputError(
+            f"{len(languages)} of {len(names)} values of {group} have {FEWEST} documents with {column}={value} and"
+            f" {FEWEST} without; transfer takes at least two"
+        )
+    return languages, notes
+
+
+def as_typed(value: Any) -> str:
+    """A value of a column as it is written on the command line."""
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 def across(languages: Mapping[str, Language], *, top: int = 2, shared: int = 10, seed: int = 0) -> Result:

@@ -10,6 +10,7 @@ import typer
 
 from qwen_scope.errors import need
 from qwen_scope.posttrain import ModelEvalRun, PrepareRun, RepetitionRun, RLData, RLRun, SFTData, SFTRun
+from qwen_scope.scope import ScopeOptions
 
 from . import options, output, posttrain_options, whose
 from .commands import App
@@ -17,6 +18,8 @@ from .groups import grouped
 
 if TYPE_CHECKING:
     from qwen_scope.posttrain import AlphaTable
+
+SCOPE = ScopeOptions()
 
 app = App(
     help="Train the language model with feature signals: prepare features, fine-tune, measure.", no_args_is_help=True
@@ -38,12 +41,8 @@ def check_packages() -> None:
 def prepare(
     run: PrepareRun,
     out: Annotated[Path, typer.Option("--out", "-o", help="The alpha table to write, a .json file.")],
-    model: options.Model = "lab",
-    sae: options.Sae = None,
     seed: posttrain_options.Seed = 0,
-    device: options.Device = None,
-    dtype: options.Dtype = "auto",
-    k: options.K = None,
+    asked: ScopeOptions = SCOPE,
     as_json: options.Json = False,
 ) -> None:
     """Find the features of a group of texts, and write what they are on every other group: the alpha table.
@@ -55,9 +54,8 @@ def prepare(
     from qwen_scope.files import check_output
     from qwen_scope.posttrain import prepare_table
 
-    check_output(out, *given(run.source, run.onsets), *options.folders(model, sae), endings=[".json"])
-    with output.status("opening the model"):
-        scope = options.open_scope(model, sae, device, dtype, k)
+    check_output(out, *given(run.source, run.onsets), *options.folders(asked.model, asked.sae), endings=[".json"])
+    scope = options.open_asked(asked)
     with output.progress() as bar:
         table = prepare_table(scope, run, progress=bar)
     table.save(out)
@@ -135,11 +133,7 @@ def evaluate(run: ModelEvalRun, as_json: options.Json = False) -> None:
 def repetition(
     run: RepetitionRun,
     out: Annotated[Path, typer.Option("--out", "-o", help="The recipe to write, .json or .yaml.")],
-    model: options.Model = "lab",
-    sae: options.Sae = None,
-    device: options.Device = None,
-    dtype: options.Dtype = "auto",
-    k: options.K = None,
+    asked: ScopeOptions = SCOPE,
     as_json: options.Json = False,
 ) -> None:
     """Find the features that make answers repeat themselves without end, and check what they do.
@@ -152,9 +146,10 @@ def repetition(
     from qwen_scope.files import check_output
     from qwen_scope.posttrain import repetition as find
 
-    check_output(out, *given(run.source, run.looping), *options.folders(model, sae), endings=options.RECIPES)
-    with output.status("opening the model"):
-        scope = options.open_scope(model, sae, device, dtype, k)
+    check_output(
+        out, *given(run.source, run.looping), *options.folders(asked.model, asked.sae), endings=options.RECIPES
+    )
+    scope = options.open_asked(asked)
     with output.progress() as bar:
         recipe = find(scope, run, progress=bar)
     recipe.save(out)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from qwen_scope.errors import InputError, NotFoundError, nearest
+from qwen_scope.scope import ScopeOptions
 from qwen_scope.text import CorpusOptions
 
 from . import options, output
@@ -16,12 +17,10 @@ from .groups import LINES, grouped
 from .labelled import read_corpus
 
 if TYPE_CHECKING:
-    import numpy as np
-
-    from qwen_scope.analysis import Dataset, Language
     from qwen_scope.text import Corpus
 
 FEWEST = 4  # documents of a class, so that some teach and some are held out
+SCOPE = ScopeOptions()
 
 
 @grouped
@@ -43,12 +42,8 @@ def transfer(
     ] = 0,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder for report.html and PNG figures.")] = None,
     reading: CorpusOptions = LINES,
-    model: options.Model = "lab",
-    sae: options.Sae = None,
+    asked: ScopeOptions = SCOPE,
     layers: options.Layers = None,
-    device: options.Device = None,
-    dtype: options.Dtype = "auto",
-    k: options.K = None,
     as_json: options.Json = False,
 ) -> None:
     """Test what each language teaches on every language, and how many features languages share.
@@ -56,19 +51,18 @@ def transfer(
     The rule of each language, and the usual classifiers from the same seeds, go unchanged to the held-out third of the
     others: F1 from row to column. Rows of the corpus without a language or a class are left out.
     """
-    from qwen_scope.analysis import across
+    from qwen_scope.analysis import across, by_language
 
     what, sign, value = (part.strip() for part in wanted.partition("="))
     if not (what and sign and value):
         raise InputError(f"--positive is COLUMN=VALUE, such as register=rude, not {wanted!r}")
     corpus = lab_corpus(what, value, groups, each, seed) if source == "lab" else options.read(source, reading)
-    output.hold(out, *options.files(source), *options.folders(model, sae))
-    with output.status("opening the model"):
-        scope = options.open_scope(model, sae, device, dtype, k)
+    output.hold(out, *options.files(source), *options.folders(asked.model, asked.sae))
+    scope = options.open_asked(asked)
     where = scope.check_layers(options.parse_layers(layers))
     with output.progress() as bar:
         found, pooled, metas = read_corpus(scope, corpus, "documents", where, bar, reading.chat)
-    languages, left_out = by_language(found, pooled, metas, groups, what, value, seed)
+    languages, left_out = by_language(found, pooled, metas, group=groups, column=what, value=value, seed=seed)
     with output.status("comparing classifiers"):
         result = across(languages, top=top, shared=shared, seed=seed)
     show_result(f"{wanted} across {groups}", add_notes(result, left_out), out, as_json)
@@ -93,51 +87,6 @@ def lab_corpus(what: str, value: str, groups: str, each: int, seed: int) -> Corp
         for d in documents("train", seed, each, ["talk"], [language], registers)
     ]
     return Corpus(rows, name=f"lab:{value}:{each}:{seed}")
-
-
-def by_language(
-    found: dict[int, Dataset], pooled: dict[int, np.ndarray], metas: list[dict[str, Any]], groups: str, what: str,
-    value: str, seed: int,
-) -> tuple[dict[str, Language], list[str]]:  # fmt: skip
-    """The documents of each language in two parts, and a sentence about what is left out."""
-    import numpy as np
-
-    from qwen_scope.analysis import Labelled, Language
-
-    for name in (groups, what):
-        if not any(name in meta for meta in metas):
-            known = sorted({key for meta in metas for key in meta})
-            raise NotFoundError(f"no document has a column {name!r}; {nearest(name, known)}")
-    known = [isinstance(meta.get(groups), str) and meta.get(what) is not None for meta in metas]
-    is_positive = np.array([said(meta.get(what)) == value for meta in metas])
-    names = sorted({meta[groups] for meta, yes in zip(metas, known, strict=True) if yes})
-    languages, notes = {}, []
-    if missing := known.count(False):
-        notes.append(f"{missing} documents without {groups} or {what} are left out")
-    for name in names:
-        items = np.array([i for i, meta in enumerate(metas) if known[i] and meta[groups] == name])
-        labels = is_positive[items]
-        if min(labels.sum(), (~labels).sum()) < FEWEST:
-            counts = f"{labels.sum()} documents with {what}={value} and {(~labels).sum()} without"
-            notes.append(f"{name} is left out: it has {counts}, and needs {FEWEST} of each")
-            continue
-        whole = Labelled({layer: data.take(items) for layer, data in found.items()}, labels)
-        fit, test = whole.split(2 / 3, seed)
-        fit_vectors, test_vectors = ({layer: x[items][part] for layer, x in pooled.items()} for part in (fit, test))
-        languages[name] = Language(whole.take(fit), whole.take(test), fit_vectors, test_vectors)
-    if len(languages) < 2:
-        raise InputError(
-            f"{len(languages)} of {len(names)} values of {groups} have {FEWEST} documents with {what}={value} and"
-            f" {FEWEST} without; transfer takes at least two"
-        )
-    return languages, notes
-
-
-def said(value: Any) -> str:
-    """A value of a column as it is written on the command line."""
-    import json
-
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 def add_notes(result: Any, notes: list[str]) -> Any:
