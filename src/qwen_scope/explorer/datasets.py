@@ -11,13 +11,13 @@ import numpy as np
 
 from qwen_scope.analysis import ANALYSES, Dataset, Evidence, Result, Rule, Table
 from qwen_scope.errors import InputError, NotFoundError, brief
-from qwen_scope.report import Markup, draw, element, join
+from qwen_scope.report import Markup, Progress, draw, element, join
 from qwen_scope.scope import TokenFeatures
 
 from .app_state import AppState
 from .components import card, chip, empty, feature_link, heading, name_of, notice, number, progress_panel
 from .explore import CHAT_CHOICES
-from .jobs import Report, watched
+from .jobs import watched
 from .limits import listed
 from .wiring import on, panel, stops
 
@@ -81,7 +81,7 @@ class DatasetsTab:
         """One analysis of the chosen stores."""
         started = time.monotonic()
         with self.state.jobs.at_work(str(request.session_hash)) as stop:
-            for told in watched(lambda report: analysed(self.state, stores, analysis, int(layer), report), stop):
+            for told in watched(lambda progress: analysed(self.state, stores, analysis, int(layer), progress), stop):
                 if isinstance(told, Result):
                     title, took = NAMES.get(analysis, analysis), time.monotonic() - started
                     yield {self.result: result_panel(title, told, took)}
@@ -100,7 +100,9 @@ class DatasetsTab:
         return {self.traced: trace_panel(self.state, loaded, tokens, evidence)}
 
 
-def analysed(state: AppState, stores: list[str], analysis: str, layer: int, report: Report = lambda *_: None) -> Result:
+def analysed(
+    state: AppState, stores: list[str], analysis: str, layer: int, progress: Progress = lambda *_: None
+) -> Result:
     """The result of one analysis of stores the page was started with; it reports before each store, and before the end.
 
     Raises:
@@ -118,11 +120,11 @@ def analysed(state: AppState, stores: list[str], analysis: str, layer: int, repo
         raise InputError(f"{analysis} needs at least {chosen.datasets} stores; {len(stores)} chosen")
     datasets = []
     for i, name in enumerate(stores):
-        report("reading", i / (len(stores) + 1), name)
+        progress("reading", i / (len(stores) + 1), name)
         with state.store(name) as store:
             texts = analysis == "drift"
             datasets.append(Dataset.from_store(store, layer, chosen.reduction, name=name, texts=texts))  # pyright: ignore[reportArgumentType]
-    report("comparing", len(stores) / (len(stores) + 1), NAMES.get(analysis, analysis))
+    progress("comparing", len(stores) / (len(stores) + 1), NAMES.get(analysis, analysis))
     return chosen.run(datasets)
 
 

@@ -9,11 +9,12 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from typing import NamedTuple, TypeVar
 
+from qwen_scope.report import Progress
+
 GLANCE = 0.2
 """Seconds between two looks at whether work that says nothing is to stop."""
 
 T = TypeVar("T")
-Report = Callable[[str, float, str], None]
 
 
 class Told(NamedTuple):
@@ -71,16 +72,16 @@ class Jobs:
         return len(self._stops)
 
 
-def watched(work: Callable[[Report], T], stop: threading.Event) -> Iterator[Told | T]:
-    """Runs `work` in a thread of its own and gives its reports, then its result.
+def watched(work: Callable[[Progress], T], stop: threading.Event) -> Iterator[Told | T]:
+    """Runs `work` in a thread of its own and gives its progress, then its result.
 
-    Where the event is set, or the iterator closed, the work ends at its next report and there is no result; until then
-    it is told that the work is stopping.
+    Where the event is set, or the iterator closed, the work ends when it next tells its progress, without a
+    result; until then it is told that the work is stopping.
     """
     reports: queue.Queue[Told | None] = queue.Queue()
     done: list[T] = []
 
-    def report(stage: str, share: float, text: str) -> None:
+    def progress(stage: str, share: float, text: str) -> None:
         if stop.is_set():
             raise Stopped
         reports.put(Told(stage, share, text))
@@ -88,7 +89,7 @@ def watched(work: Callable[[Report], T], stop: threading.Event) -> Iterator[Told
     def run() -> None:
         try:
             with suppress(Stopped):
-                done.append(work(report))
+                done.append(work(progress))
         finally:
             reports.put(None)
 

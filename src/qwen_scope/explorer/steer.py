@@ -307,7 +307,7 @@ class SteerTab:
         with self.state.jobs.at_work(str(request.session_hash)) as stop:
             yield {self.doses: progress_panel(Told("sweep", 0.0, ""))}
             work = watched(
-                lambda report: steering.swept(self.state, prompts, chat, chosen, target, decoding, report), stop
+                lambda progress: steering.swept(self.state, prompts, chat, chosen, target, decoding, progress), stop
             )
             for told in work:
                 if isinstance(told, Sweep):

@@ -16,6 +16,7 @@ from qwen_scope.errors import InputError, brief, check_number, nearest
 from qwen_scope.features import Continuations, Sweep, SweepOptions, sweep
 from qwen_scope.files import Fields, text_lines
 from qwen_scope.lab import neutral_prompts
+from qwen_scope.report import Progress
 from qwen_scope.steer import (
     Decoding,
     Generation,
@@ -31,7 +32,6 @@ from qwen_scope.steer import (
 )
 
 from .app_state import AppState
-from .jobs import Report
 from .limits import whole_number
 
 CANDIDATES = 10
@@ -237,7 +237,7 @@ def dosed(chosen: list[Intervention]) -> tuple[list[Intervention], bool]:
 
 def swept(
     state: AppState, prompts: list[str], chat: str, chosen: list[Intervention], target: Target | Continuations,
-    how: Decoding, report: Report,
+    how: Decoding, progress: Progress,
 ) -> Sweep:  # fmt: skip
     """Dose and response of the interventions, each counted in its own amount.
 
@@ -250,7 +250,7 @@ def swept(
             f" generates up to {state.limits.sweep_tokens:,}; give fewer prompts or a smaller max_new_tokens"
         )
     options = SweepOptions(refine=1)
-    return sweep(state.scope, prompts, chosen, target, options, decoding=how, chat=state.chat(chat), progress=report)
+    return sweep(state.scope, prompts, chosen, target, options, decoding=how, chat=state.chat(chat), progress=progress)
 
 
 def recipe_text(state: AppState, name: str, chosen: list[Intervention]) -> str:

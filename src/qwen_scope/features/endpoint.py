@@ -170,14 +170,12 @@ class Endpoint:
     def ask_many(
         self,
         many: Iterable[Sequence[Message]],
-        report: Callable[[int], None] | None = None,
         fits: Callable[[int, str], bool] | None = None,
         **options: Any,
     ) -> list[str | BadAnswer | None]:
         """Answers in the order asked, `concurrency` at a time: one of no use as its error, None where the budget ended.
 
         Args:
-            report: called with the number of answers so far.
             fits: as in `ask`, given the number of the question from 0 on and its answer.
 
         Raises:
@@ -192,13 +190,9 @@ class Endpoint:
             except BadAnswer as bad:
                 return bad
 
-        out: list[str | BadAnswer | None] = []
         with Threads(self.concurrency) as threads:
-            for task in [threads.submit(one, i, messages) for i, messages in enumerate(many)]:
-                out.append(threads.result(task))
-                if report is not None:
-                    report(len(out))
-        return out
+            tasks = [threads.submit(one, i, messages) for i, messages in enumerate(many)]
+            return [threads.result(task) for task in tasks]
 
     def _digest(self, body: Mapping[str, Any]) -> str:
         return hashlib.sha256(f"{self.base_url}\n{json.dumps(body, sort_keys=True)}".encode()).hexdigest()
