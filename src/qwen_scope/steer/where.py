@@ -32,9 +32,9 @@ class Where:
     those of `qwen_scope.text`: `text` outside conversations, and inside them `system`, `user`, `thinking`, `answer`,
     `tool_call` and `tool_result`.
 
-    `all` and `prompt` hold every token: special tokens and sinks, such as the first one, too. A sink's residual may be a
-    hundred times as long as others, so a vector added there changes its direction little; `scale`, `clamp`, `floor` and
-    `cap` set a feature's activation there as anywhere else. To leave sinks alone, name positions or phases.
+    `all` and `prompt` hold special tokens and sinks, such as the first token, too. A sink's residual may be a hundred
+    times as long as others, so a vector added there changes its direction little; `scale`, `clamp`, `floor` and `cap`
+    set a feature's activation there as anywhere else. To leave sinks alone, name positions or phases.
 
     Attributes:
         prompt: every token of the prompt.
