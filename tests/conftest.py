@@ -30,7 +30,6 @@ from jaxtyping import install_import_hook
 ROOMS = (
     "analysis",
     "cli",
-    "corpus",
     "features",
     "foundry",
     "model",
@@ -40,6 +39,7 @@ ROOMS = (
     "scope",
     "stats",
     "steer",
+    "store",
     "text",
     "train",
 )

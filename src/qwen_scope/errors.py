@@ -1,6 +1,6 @@
-"""The errors this package raises on purpose.
+"""The errors that this package raises on purpose.
 
-Each message is one sentence that says what came, what fits and, where it helps, what to type next.
+Each message is one sentence: what was given, what is accepted and, where it helps, what to type next.
 The command line prints the message and exits with code 2; anything that is not a `QwenScopeError` is a bug.
 """
 
@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import Any
 
-REASON = 300  # characters of a foreign error's own words that a sentence repeats
+REASON = 300  # how much of another library's error message is quoted, in characters
 
 
 class QwenScopeError(Exception):
@@ -28,11 +28,11 @@ class QwenScopeError(Exception):
 
 
 class InputError(QwenScopeError):
-    """An argument, a text or a combination of options that does not fit."""
+    """An argument, a text or a combination of options that is not accepted."""
 
 
 class FormatError(QwenScopeError):
-    """A file that is not what its format says it is."""
+    """A file that does not follow its format."""
 
 
 class NotFoundError(QwenScopeError):
@@ -40,11 +40,11 @@ class NotFoundError(QwenScopeError):
 
 
 class MismatchError(QwenScopeError):
-    """Two things that do not belong together, such as an SAE and a model of another width."""
+    """Two things that do not match, such as an SAE and a model of another width."""
 
 
 class QwenScopeWarning(UserWarning):
-    """Something a user should know although the work goes on; the command line prints it as one line."""
+    """Something a user should know while the work continues; the command line prints it as one line."""
 
 
 def nearest(name: str, known: Iterable[str], n: int = 3) -> str:
@@ -59,15 +59,15 @@ def nearest(name: str, known: Iterable[str], n: int = 3) -> str:
 def check_count(
     what: str, value: Any, least: int = 1, most: int | None = None, *, kind: type[QwenScopeError] = InputError
 ) -> int:
-    """A whole number in a range, as a Python int; NumPy's integers are taken, booleans and 3.0 are not.
+    """A whole number in a range, as a Python int; NumPy integers are accepted, booleans and 3.0 are not.
 
     Raises:
-        QwenScopeError: of that `kind`: it is none, or lies outside.
+        QwenScopeError: of that `kind`: it is not, or it is out of range.
     """
     whole = int(value) if isinstance(value, numbers.Integral) and not isinstance(value, bool) else None
     if whole is None or whole < least or (most is not None and whole > most):
-        fits = f"from {least} up" if most is None or most >= 2**31 else f"from {least} to {most}"
-        raise kind(f"{what} is a whole number {fits}, not {brief(value)}")
+        fits = f"of at least {least}" if most is None or most >= 2**31 else f"between {least} and {most}"
+        raise kind(f"{what} must be a whole number {fits}; got {brief(value)}")
     return whole
 
 
@@ -79,17 +79,17 @@ def check_number(
     *,
     kind: type[QwenScopeError] = InputError,
 ) -> float:
-    """A finite number in a range, as a Python float; NaN, infinities and booleans are none.
+    """A finite number in a range, as a Python float; NaN, infinities and booleans are refused.
 
     Raises:
-        QwenScopeError: of that `kind`: it is none, or lies outside.
+        QwenScopeError: of that `kind`: it is not, or it is out of range.
     """
     real = float(value) if isinstance(value, numbers.Real) and _finite(value) and not isinstance(value, bool) else None
     if real is None or not least <= real <= most:
-        fits = {(True, False): f" from {least:g} up", (False, True): f" up to {most:g}"}.get(
-            (least > -math.inf, most < math.inf), f" from {least:g} to {most:g}" if least > -math.inf else ""
+        fits = {(True, False): f" of at least {least:g}", (False, True): f" of at most {most:g}"}.get(
+            (least > -math.inf, most < math.inf), f" between {least:g} and {most:g}" if least > -math.inf else ""
         )
-        raise kind(f"{what} is a finite number{fits}, not {brief(value)}")
+        raise kind(f"{what} must be a finite number{fits}; got {brief(value)}")
     return real
 
 
@@ -97,27 +97,26 @@ def check_positive(what: str, value: Any) -> float:
     """A finite number above zero, as a Python float.
 
     Raises:
-        InputError: it is none.
+        InputError: it is not.
     """
     if not (real := check_number(what, value, 0)):
-        raise InputError(f"{what} is more than 0, not {brief(value)}")
+        raise InputError(f"{what} must be greater than 0; got {brief(value)}")
     return real
 
 
 def check_share(what: str, value: Any, *, zero: bool = False, one: bool = True) -> float:
-    """A share of a whole, above 0 and up to 1, as a Python float.
+    """A fraction in (0, 1], as a Python float.
 
     Args:
-        zero, one: whether the ends are shares too.
+        zero, one: whether 0 and 1 are allowed.
 
     Raises:
-        InputError: it is none.
+        InputError: it is not.
     """
     real = check_number(what, value, 0, 1)
     if (not zero and real == 0) or (not one and real == 1):
-        raise InputError(
-            f"{what} lies {'from' if zero else 'above'} 0 {'up to' if one else 'to below'} 1, not at {brief(value)}"
-        )
+        fits = f"{'[' if zero else '('}0, 1{']' if one else ')'}"
+        raise InputError(f"{what} must be in {fits}; got {brief(value)}")
     return real
 
 
@@ -138,7 +137,7 @@ def check_name(what: str, value: Any) -> str:
 
 
 def brief(value: Any) -> str:
-    """A value in a few words for the end of a sentence; what it holds further down costs nothing."""
+    """A short representation of a value for an error message; nested content is not expanded."""
     shown = _BRIEF.repr(value)
     return shown if len(shown) <= 60 else shown[:59] + "…"
 
@@ -160,7 +159,7 @@ _BRIEF.maxlevel, _BRIEF.maxstring, _BRIEF.maxother = 1, 56, 56
 
 
 def need(what: str, *packages: str) -> None:
-    """Refuse to go on without packages that only an extra brings.
+    """Raise unless the packages of an optional extra are installed.
 
     Raises:
         NotFoundError: "WHAT needs the package NAME; install it with: PYTHON -m pip install 'NAME>=1'".
@@ -170,19 +169,19 @@ def need(what: str, *packages: str) -> None:
 
 
 def absent(what: str, *packages: str) -> str:
-    """The sentence for packages that are not installed, by the names they are imported under."""
+    """The message for packages that are not installed, given their import names."""
     names = [_PROJECTS.get(name, name) for name in packages]
     which, it = (f"package {names[0]}", "it") if len(names) == 1 else (f"packages {', '.join(names)}", "them")
     return f"{what} needs the {which}; install {it} with: {install_line(*names)}"
 
 
 def install_line(*packages: str) -> str:
-    """What to type to add packages to this very environment, whether it holds a checkout or a wheel of qwen-scope.
+    """The command that installs packages into this environment, from a checkout or a wheel of qwen-scope.
 
-    The packages are named themselves, in the versions that our extras ask for: qwen-scope is not on PyPI, so its extras
-    can be named only where its source is.
+    It names the packages in the versions that our extras require: qwen-scope is not on PyPI, so its extras can be named
+    only where its source is.
     """
-    from importlib import metadata  # 10 ms that only this sentence costs
+    from importlib import metadata  # takes 10 ms, needed for this message alone
 
     try:
         asked = [line.partition(";")[0].strip() for line in metadata.requires("qwen-scope") or ()]
@@ -199,14 +198,14 @@ _PROJECTS = {"sklearn": "scikit-learn", "yaml": "pyyaml"}
 
 @contextmanager
 def foreign(what: str, kind: type[QwenScopeError] = FormatError, hint: str = "") -> Iterator[None]:
-    """A boundary around a call into someone else's code: whatever it raises becomes one sentence.
+    """A boundary around a call into another library: whatever it raises becomes one of our errors.
 
-    Our own errors pass through, as do an interrupt and a reader of our output that has gone.
+    Our own errors pass through, as do interrupts and broken pipes.
 
     Args:
-        what: the start of the sentence, such as "the tokenizer of FOLDER can't be loaded".
-        kind: the error that it becomes.
-        hint: what to type next, the end of the sentence.
+        what: the start of the message, such as "the tokenizer of FOLDER can't be loaded".
+        kind: the error raised instead.
+        hint: what to type next; ends the message.
 
     Raises:
         QwenScopeError: of that `kind`, "WHAT: reason; HINT".
@@ -216,14 +215,14 @@ def foreign(what: str, kind: type[QwenScopeError] = FormatError, hint: str = "")
     except (QwenScopeError, BrokenPipeError):
         raise
     except BaseException as error:
-        # A panic of a library in Rust (tokenizers) is no Exception.
+        # A panic in a Rust library (tokenizers) does not derive from Exception.
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         raise kind(f"{what}: {reason(error)}" + (f"; {hint}" if hint else "")) from error
 
 
 def reason(error: BaseException) -> str:
-    """The first line of an error's own words, cut to a readable length; its type where it has none."""
+    """The first line of an error's message, truncated; its type if it has no message."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     if isinstance(error, MemoryError):
@@ -240,14 +239,14 @@ def reason(error: BaseException) -> str:
 
 
 def printable(text: str, keep: str = "") -> str:
-    """Text from outside as it may be shown in a terminal: what steers the terminal or hides the order of the
-    letters is escaped as in a Python string (`\\x1b`, `\\u202e`), everything else is unchanged.
+    """Text from outside, safe to print in a terminal: characters that control the terminal or the direction of text
+    are escaped as in a Python string (`\\x1b`, `\\u202e`).
 
     Escaped are control characters (Cc), lone surrogates, line and paragraph separators, and the embeddings,
     overrides and isolates of bidirectional text (Unicode Standard Annex 9).
 
     Args:
-        keep: characters that are let through, such as a newline in a text of several lines.
+        keep: characters that are not escaped, such as newlines in multi-line text.
     """
     if text.isprintable():  # the usual case; it excludes all of the above
         return text

@@ -100,7 +100,7 @@ HALF_OPEN = {
 @pytest.mark.parametrize("wrong", [-3, 0, True])
 @pytest.mark.parametrize("name", COUNTS)
 def test_a_wrong_count_is_refused(name: str, wrong) -> None:
-    with pytest.raises(InputError, match="whole number from"):
+    with pytest.raises(InputError, match="whole number of at least"):
         COUNTS[name](wrong)
 
 

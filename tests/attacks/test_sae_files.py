@@ -118,7 +118,7 @@ def test_a_k_that_makes_no_sense_is_refused_where_it_is_given(tmp_path: Path, k:
     path = hostile.pt(tmp_path / "plain", hostile.good())
     unchecked = inspect.unwrap(load_sae)  # without the checks of signatures that run in tests alone
     with pytest.raises(
-        errors.InputError, match=r"^k (is a whole number from 1 up|must be between 1 and .* 24); got|, not"
+        errors.InputError, match=r"^k (must be a whole number of at least 1|must be between 1 and .* 24); got|, not"
     ):
         unchecked(path, k=k)
     if isinstance(k, int):

@@ -133,7 +133,7 @@ def test_a_text_outlives_a_reload(visit: Visit) -> None:
 def test_links_to_texts_that_can_not_be_read(visit: Visit) -> None:
     for query, says in (
         ("?text=Hi&layer=99", "no SAE for layer 99"),
-        ("?text=Hi&layer=x", "The layer is a whole number"),
+        ("?text=Hi&layer=x", "The layer must be a whole number"),
         ("?text=%20", "The text is empty"),
     ):
         expect(visit(query).locator("#explore-notice [role=alert]")).to_contain_text(says)

@@ -172,8 +172,8 @@ def test_links_to_features_that_do_not_exist(visit: Visit) -> None:
     for query, says in (
         (f"?layer={LAYER}&feature=2048", "There is no feature 2048"),
         ("?layer=99&feature=1", "no SAE for layer 99"),
-        (f"?layer={LAYER}&feature=%3Cscript%3E", "The feature is a whole number"),
-        ("?layer=2", "The feature is a whole number"),
+        (f"?layer={LAYER}&feature=%3Cscript%3E", "The feature must be a whole number"),
+        ("?layer=2", "The feature must be a whole number"),
     ):
         page = visit(query)
         expect(page.locator("#feature-notice [role=alert]")).to_contain_text(says)

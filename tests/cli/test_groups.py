@@ -104,7 +104,7 @@ def test_train_offers_what_single_architectures_have(capsys) -> None:
     ("given", "says"),
     [
         (["--bandwidth", "0.2"], "bandwidth has no meaning for topk, only for jumprelu"),
-        (["--architecture", "jumprelu", "--bandwidth", "0"], "bandwidth is more than 0"),
+        (["--architecture", "jumprelu", "--bandwidth", "0"], "bandwidth must be greater than 0"),
         (["--architecture", "matryoshka", "--prefixes", "0.5,a"], "no list of numbers"),
         (["--architecture", "matryoshka", "--prefixes", "0.5,0.7"], "end with 1"),
         (["--architecture", "jumpreluu"], "did you mean 'jumprelu'"),

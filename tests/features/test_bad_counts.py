@@ -93,14 +93,14 @@ def calls(scope, folder, tmp_path_factory) -> dict[str, Callable[[int], object]]
 @pytest.mark.parametrize("wrong", WRONG)
 @pytest.mark.parametrize("name", NAMES)
 def test_a_wrong_count_is_refused(calls, name: str, wrong: int) -> None:
-    with pytest.raises(InputError, match=f"whole number from \\d.*, not {wrong}"):
+    with pytest.raises(InputError, match=f"whole number of at least \\d.*; got {wrong}"):
         calls[name](wrong)
 
 
 @pytest.mark.parametrize(("before", "after"), [(-1, 2), (2, -3), (True, 2)])
 def test_tokens_around_a_place_are_counted(store: FeatureStore, before: int, after: int) -> None:
     for ask in (store.contexts, store.silent):
-        with pytest.raises(InputError, match="is a whole number from 0 up"):
+        with pytest.raises(InputError, match="must be a whole number of at least 0"):
             ask(LAYER, 3, 2, before=before, after=after)
 
 
@@ -114,7 +114,7 @@ def test_features_to_export_are_of_the_store(store: FeatureStore, tmp_path, feat
 
 def test_numbers_of_the_lab_and_of_rules() -> None:
     for ask in (neutral_prompts, documents):
-        with pytest.raises(InputError, match="from 0 up, not -3"):
+        with pytest.raises(InputError, match="of at least 0; got -3"):
             ask(n=-3)
         assert list(ask(n=0)) == []
 
@@ -153,7 +153,7 @@ def test_a_budget_of_wrong_values_is_refused(wrong: dict) -> None:
 def test_repeats_and_shuffles(scope: Scope) -> None:
     changes = repeats_in_texts(scope, ["a b a b a b"] * 6, [LAYER])
     for wrong in (-3, 0, True):
-        with pytest.raises(InputError, match="n is a whole number from 1 up"):
+        with pytest.raises(InputError, match="n must be a whole number of at least 1"):
             repeat_features(changes, wrong)
     with pytest.raises(InputError, match="false discovery rate"):
         repeat_features(changes, level=math.nan)
@@ -176,5 +176,5 @@ def test_counts_of_classifiers() -> None:
             lambda n: data_efficiency(seeds, seeds, [n]),
             lambda n: shared_features({"a": seeds}, 2, n),
         ):
-            with pytest.raises(InputError, match="whole number from 1"):
+            with pytest.raises(InputError, match="whole number (of at least|between) 1"):
                 ask(wrong)

@@ -240,8 +240,8 @@ def test_rises_that_a_few_documents_make_are_not_significant() -> None:
     ("words", "said"),
     [
         ({"level": 0.0}, "false discovery rate"),
-        ({"n": 0}, "whole number from 1 up, not 0"),
-        ({"n": -3}, "whole number from 1 up, not -3"),
+        ({"n": 0}, "whole number of at least 1; got 0"),
+        ({"n": -3}, "whole number of at least 1; got -3"),
     ],
 )
 def test_searches_that_make_no_sense_are_refused(words: dict, said: str) -> None:

@@ -322,11 +322,11 @@ def test_notes_that_are_not_true_to_the_format_are_refused(store: FeatureStore, 
     good = Note("label", LAYER, feature, fingerprint, scored).to_json()
     bad = [
         (bare.to_json(), "detection"),
-        ({**good, "feature": -1}, "from 0 up, not -1"),
+        ({**good, "feature": -1}, "of at least 0; got -1"),
         ({**good, "author": "someone else"}, "has been changed"),
         ({**good, "extra": 1}, "no key 'extra'"),
         ({**good, "body": {**scored, "fuzzing": 0.9}}, "fuzzing of a label is an object"),
-        ({**good, "body": {**scored, "fuzzing": {**vars(interval), "low": float("nan")}}}, "finite number.*not nan"),
+        ({**good, "body": {**scored, "fuzzing": {**vars(interval), "low": float("nan")}}}, "finite number.*got nan"),
         ([], "an object with keys"),
     ]
     for entry, said in bad:

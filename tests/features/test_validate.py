@@ -271,7 +271,7 @@ def test_too_few_samples_give_no_verdict(scope) -> None:
         with pytest.raises(InputError, match="too few for a verdict"):
             run(scope, **options)
     for name, wrong in (("n_random", -3), ("n_random", True), ("n_shuffled", -1)):
-        with pytest.raises(InputError, match=f"{name} is a whole number"):
+        with pytest.raises(InputError, match=f"{name} must be a whole number"):
             run(scope, **{name: wrong})
     with pytest.raises(InputError, match="features that are added"):
         run(scope, interventions=[Intervention.ablate(layer=0, feature=1)])

@@ -18,17 +18,17 @@ NO_NUMBER = [True, np.True_, math.nan, math.inf, -math.inf, np.float32("nan"), "
 
 @pytest.mark.parametrize("value", NO_COUNT, ids=brief)
 def test_a_count_is_a_whole_number_and_nothing_else(value) -> None:
-    with pytest.raises(FormatError, match="'n' of the thing is a whole number"):
+    with pytest.raises(FormatError, match="'n' of the thing must be a whole number"):
         Fields({"n": value}, "the thing").count("n")
-    with pytest.raises(InputError, match=r"^n is a whole number from 0 to 9, not "):
+    with pytest.raises(InputError, match=r"^n must be a whole number between 0 and 9; got "):
         check_count("n", value, 0, 9)
 
 
 @pytest.mark.parametrize("value", NO_NUMBER, ids=brief)
 def test_a_number_is_finite_and_no_boolean(value) -> None:
-    with pytest.raises(FormatError, match="'x' of the thing is a finite number"):
+    with pytest.raises(FormatError, match="'x' of the thing must be a finite number"):
         Fields({"x": value}, "the thing").number("x")
-    with pytest.raises(FormatError, match="an entry of 'x' of the thing is a finite number"):
+    with pytest.raises(FormatError, match="an entry of 'x' of the thing must be a finite number"):
         Fields({"x": [0.5, value]}, "the thing").numbers("x")
 
 

@@ -87,7 +87,7 @@ COUNTS: dict[str, Callable] = {
 @pytest.mark.parametrize("wrong", [-3, 0, True])
 @pytest.mark.parametrize("name", COUNTS)
 def test_a_wrong_count_is_refused(scope, name: str, wrong) -> None:
-    with pytest.raises(InputError, match=r"is a whole number from \d|is a block of at least"):
+    with pytest.raises(InputError, match=r"must be a whole number of at least \d|is a block of at least"):
         COUNTS[name](scope, wrong)
 
 
@@ -108,7 +108,7 @@ FROM_ZERO: dict[str, Callable] = {
 @pytest.mark.parametrize("wrong", [-1, True])
 @pytest.mark.parametrize("name", FROM_ZERO)
 def test_a_count_from_zero_is_refused_below(name: str, wrong) -> None:
-    with pytest.raises(InputError, match="is a whole number from 0"):
+    with pytest.raises(InputError, match="must be a whole number of at least 0"):
         FROM_ZERO[name](wrong)
 
 

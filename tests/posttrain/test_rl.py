@@ -227,7 +227,7 @@ def test_what_is_refused(tmp_path, recipe) -> None:
         ({"method": "magic"}, "the method is one of"),
         ({"group": 1}, "at least two answers"),
         ({"micro": 3}, "don't divide"),
-        ({"lr": 0.0}, "lr is more than 0"),
+        ({"lr": 0.0}, "lr must be greater than 0"),
     ):
         with pytest.raises(InputError, match=said):
             told(tmp_path, **wrong)

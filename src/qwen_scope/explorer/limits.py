@@ -142,7 +142,7 @@ def whole_number(value: object, what: str) -> int:
         number = float(value) if isinstance(value, float | str) else value
         whole = int(number)
     except (ValueError, OverflowError):
-        raise InputError(f"the {what} is a whole number, not {brief(value)}") from None
+        raise InputError(f"the {what} must be a whole number; got {brief(value)}") from None
     if whole != number or abs(whole) > LARGEST:
-        raise InputError(f"the {what} is a whole number, not {brief(value)}")
+        raise InputError(f"the {what} must be a whole number; got {brief(value)}")
     return whole

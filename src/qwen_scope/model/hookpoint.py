@@ -45,7 +45,7 @@ class HookPoint:
 
     def __post_init__(self) -> None:
         if isinstance(self.layer, bool) or not isinstance(self.layer, int) or self.layer < 0:
-            raise InputError(f"a layer is a whole number from 0 up, not {self.layer!r}")
+            raise InputError(f"a layer must be a whole number of at least 0; got {self.layer!r}")
         if self.stream == "resid_pre" and self.layer > 0:
             raise InputError(
                 f"the stream 'resid_pre' is not read by that name: 'layers.{self.layer}.resid_pre' is the same"

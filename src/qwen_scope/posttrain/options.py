@@ -268,6 +268,6 @@ def check_scale(weight: float, scale: str) -> None:
         InputError: the first.   NotFoundError: the second.
     """
     if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight < math.inf:
-        raise InputError(f"the weight of an extra term is a finite number, 0 or more, not {brief(weight)}")
+        raise InputError(f"the weight of an extra term must be a finite number of at least 0; got {brief(weight)}")
     if scale not in SCALES:
         raise NotFoundError(f"lambda has no scale {scale!r}; it is one of {', '.join(SCALES)}")

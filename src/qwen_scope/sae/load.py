@@ -162,7 +162,7 @@ def listing(entries: Sequence[Entry]) -> str:
 def number(layer: int) -> int:
     """The layer if it is a whole number from 0 up, else InputError."""
     if isinstance(layer, bool) or layer < 0:
-        raise InputError(f"a layer is a whole number from 0 up, not {layer!r}")
+        raise InputError(f"a layer must be a whole number of at least 0; got {layer!r}")
     return layer
 
 

@@ -191,7 +191,7 @@ def inside(metadata: Mapping[str, Any], key: str) -> int | None:
     if value is None:
         return None
     if not re.fullmatch(r"[0-9]{1,9}", str(value)):
-        raise FormatError(f"{key!r} beside the weights must be a whole number, not {brief(value)}")
+        raise FormatError(f"{key!r} beside the weights must be a whole number; got {brief(value)}")
     return int(value)
 
 
@@ -210,7 +210,7 @@ def integer(config: Mapping[str, Any], key: str) -> int | None:
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise FormatError(f"{key!r} in the config must be a positive whole number, not {brief(value)}")
+        raise FormatError(f"{key!r} in the config must be a positive whole number; got {brief(value)}")
     return value
 
 
