@@ -176,5 +176,5 @@ def test_counts_of_classifiers() -> None:
             lambda n: data_efficiency(seeds, seeds, [n]),
             lambda n: shared_features({"a": seeds}, 2, n),
         ):
-            with pytest.raises(InputError, match="whole number (of at least|between) 1"):
+            with pytest.raises(InputError, match=r"whole number (of at least|between) 1"):
                 ask(wrong)
