@@ -26,8 +26,8 @@ OPTIONS[LabelOptions] = {
 OPTIONS[JudgeOptions] = {
     "summary": Annotated[bool, typer.Option("--summary", help="No model: list the typical tokens.")],
     "model": Annotated[str | None, typer.Option("--judge", help="The model to ask. Default: OPENAI_MODEL.")],
-    "max_requests": Annotated[int | None, typer.Option("--max-requests", help="Stop after so many requests.", min=1)],
-    "max_tokens": Annotated[int | None, typer.Option("--max-tokens", help="Stop after so many tokens.", min=1)],
+    "max_requests": Annotated[int | None, typer.Option("--max-requests", help="Stop after this many requests.", min=1)],
+    "max_tokens": Annotated[int | None, typer.Option("--max-tokens", help="Stop after this many tokens.", min=1)],
     "concurrency": Annotated[int, typer.Option("--concurrency", help="Requests at a time.", min=1)],
     "cache": Annotated[
         Path | None, typer.Option("--cache", help="Where answers are kept. Default: beside the store, STORE.cache.")
@@ -44,7 +44,7 @@ def label(
     features: Annotated[
         str | None, typer.Option("--features", "--feature", "-f", help="Which, such as 3,17,40-50.")
     ] = None,
-    n: Annotated[int | None, typer.Option("-n", help="The so many most frequent features.", min=1)] = None,
+    n: Annotated[int | None, typer.Option("-n", help="This many of the most frequent features.", min=1)] = None,
     again: Annotated[bool, typer.Option("--again", help="Also features that have a label of this judge.")] = False,
     note: Annotated[str | None, typer.Option("--note", help="Write a note on one feature instead.")] = None,
     author: Annotated[str, typer.Option("--author", help="Of the note.")] = "",

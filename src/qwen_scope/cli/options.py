@@ -7,7 +7,7 @@ import re
 import shlex
 import sys
 from collections.abc import Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
@@ -311,8 +311,3 @@ def quiet() -> None:
 
     logging.disable_progress_bar()
     logging.set_verbosity_error()
-
-
-def same_named(kind: type, given: dict[str, Any]) -> dict[str, Any]:
-    """Of a command's parameters those that a dataclass of settings has by the same name."""
-    return {field.name: given[field.name] for field in fields(kind) if field.name in given}

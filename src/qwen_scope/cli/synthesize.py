@@ -61,7 +61,7 @@ OPTIONS[WriterOptions] = {
         str | None, typer.Option("--writer", help="The model to ask, or 'lab'. Default: OPENAI_MODEL.")
     ],
     "max_tokens": Annotated[
-        int | None, typer.Option("--max-tokens", help="Stop this run after so many tokens.", min=1)
+        int | None, typer.Option("--max-tokens", help="Stop this run after this many tokens.", min=1)
     ],
     "concurrency": Annotated[int, typer.Option("--concurrency", help="Requests at a time.", min=1)],
     "timeout": Annotated[float, typer.Option("--timeout", help="Seconds for one request.", min=0.1)],
@@ -91,7 +91,7 @@ def synthesize(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Ask nothing; say what it would take.")] = False,
     sample: Annotated[
         int | None,
-        typer.Option("--sample", help="Only so many documents, drawn evenly. Default: all; of the lab 200.", min=1),
+        typer.Option("--sample", help="At most this many, drawn evenly. Default: all; of the lab 200.", min=1),
     ] = None,
     reading: CorpusOptions = PARAGRAPHS,
     device: options.Device = None,

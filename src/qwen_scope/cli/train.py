@@ -80,7 +80,7 @@ OPTIONS[EvalRun] = {
         typer.Option(
             "--hold-out",
             min=0,
-            help="Read every so-many-th document, those that training keeps out; 0 for all. Default: what the SAEs' run"
+            help="N reads every N-th document, those that training keeps out; 0 reads all. Default: what the SAEs' run"
             " kept out, if the text is its own.",
         ),
     ],

@@ -33,7 +33,7 @@ def transfer(
     ],
     groups: Annotated[str, typer.Option("--groups", help="The column that names the language.")] = "language",
     each: Annotated[
-        int, typer.Option("--documents", help="So many documents of each class and language of the lab.", min=FEWEST)
+        int, typer.Option("--documents", help="How many documents of each class and language of the lab.", min=FEWEST)
     ] = 60,
     top: Annotated[int, typer.Option("--top", help="How many features of one layer, joined by OR.", min=1)] = 2,
     shared: Annotated[int, typer.Option("--shared", help="Top features compared between languages.", min=1)] = 10,
@@ -69,7 +69,7 @@ def transfer(
 
 
 def lab_corpus(what: str, value: str, groups: str, each: int, seed: int) -> Corpus:
-    """Talk of the lab in every language: so many documents of one register, and as many of the others together."""
+    """Talk of the lab in every language: a number of documents of one register, and as many of the others together."""
     from qwen_scope.lab import LANGUAGES, REGISTERS, documents
     from qwen_scope.text import Corpus
 

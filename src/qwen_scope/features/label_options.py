@@ -37,7 +37,7 @@ class JudgeOptions:
     Attributes:
         summary: ask no model: a name is a list of typical tokens. So it is, too, where the environment names none.
         model: the model to ask; None takes OPENAI_MODEL.
-        max_requests, max_tokens: stop after so many; None for no limit.
+        max_requests, max_tokens: the budget; None for no limit.
         concurrency: requests at a time.
         cache: where answers are kept; None keeps them beside the store, in STORE.cache.
     """

@@ -35,7 +35,7 @@ class Benchmark:
         name: what tables call it.
         task: one of `TASKS`.
         n: items.
-        pool: at most so many different prompts; the rest asks them again with other wrong choices. Few prompts for
+        pool: at most this many different prompts; the rest asks them again with other wrong choices. Few prompts for
             many items is redundancy built in.
         languages, registers: those that occur, in equal shares.
         seed: of everything drawn.

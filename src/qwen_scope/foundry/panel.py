@@ -153,7 +153,7 @@ def train_run(
 def score_all(
     folder: Path, names: Sequence[str], made: dict[str, list[Item]], progress: Progress
 ) -> dict[str, torch.Tensor]:
-    """Per benchmark, `(items, models)`: 1 where the model finds the right choice the likeliest."""
+    """Per benchmark, `(items, models)`: 1 where the model gives the right choice the highest probability."""
     found: dict[str, list[torch.Tensor]] = {name: [] for name in made}
     for i, name in enumerate(names):
         loaded = load_model(folder / name, device="cpu")

@@ -206,7 +206,7 @@ class WriterOptions:
 
     Attributes:
         writer: the model to ask, or `lab`, which knows the lab's grammar; None takes OPENAI_MODEL.
-        max_tokens: stop after so many tokens.
+        max_tokens: the budget of tokens; None for no limit.
         concurrency: requests at a time.
         timeout: seconds for one request.
         price_in, price_out: of a million tokens of prompts and of answers; both or none.

@@ -28,13 +28,13 @@ AMOUNTS = (0.05, 0.1, 0.15, 0.2, 0.25, 0.35)
 answer rather than make it loop."""
 
 ENOUGH = 0.5
-"""The first amount under which so many answers loop is taken."""
+"""The first amount under which this share of answers loops is taken."""
 
 TRIED = 128
-"""Amounts are tried on at most so many prompts, and on half of those there are."""
+"""Amounts are tried on at most this many prompts, and on at most half of those given."""
 
 ONSETS = 256
-"""At most so many turns of loops say which features make a turn begin."""
+"""At most this many turns of loops are read to find the features that make a turn begin."""
 
 KEPT_TURNS = 2
 """So many turns of a loop stand before an answer that is continued to see whether the loop goes on; and features are
@@ -221,7 +221,7 @@ def amount_of(
 
 
 def amplifying(scope: Scope, driver: Driver, amount: float) -> Intervention:
-    """The addition of a feature by so many median residual norms, in raw units."""
+    """The addition of a feature by an amount in median residual norms, in raw units."""
     layer = driver.layer
     one = Intervention.add(layer=scope.hook_point(layer), feature=driver.feature, amount=amount, unit="resid_norm")
     return one.resolve(scope.stats[layer], scope.saes[layer])

@@ -22,7 +22,7 @@ _MARKS = re.compile(r"<\|\w+\|>(?:user|assistant|system)?|</?think>")
 _NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
 JAPANESE = frozenset({"HIRAGANA", "KATAKANA", "CJK"})
 SHARE = 0.1
-"""A script is the prompt's own if at least so many of its letters are in it."""
+"""A script is the prompt's own if at least this share of its letters is in it."""
 
 
 def reward_of(name: str, ends: Sequence[int]) -> Reward:

@@ -58,7 +58,7 @@ def read_samples(
         column: the text, the completion to a prompt, or a list of messages that ends with the assistant's.
         prompt_column: the prompt, where rows have one.
         group_column: the name of the group; a row without it has none. In the lab it is the language.
-        n: at most so many, drawn evenly; of the lab 1,000 where it is None.
+        n: at most this many, drawn evenly; of the lab 1,000 where it is None.
         seed, split: of the draw, and of the lab or a dataset.
         unit, subset: of a `.txt` file, and of a dataset, as `Corpus` takes them.
         kinds: of the lab's documents; with conditions behind `lab:` those it names, if it names any.

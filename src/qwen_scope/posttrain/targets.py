@@ -14,7 +14,7 @@ from qwen_scope.store import Context, FeatureStore
 from .data import TargetOptions
 
 SHOWN, BEFORE, AFTER = 20, 20, 11
-"""Contexts of 32 tokens, as labels are made from: so many are kept of each target, half the strongest."""
+"""Contexts of 32 tokens, as labels are made from: this many are kept of each target, half of them the strongest."""
 AT_ONCE = 10
 """Labels in one question to the judge."""
 

@@ -201,7 +201,7 @@ def load(
 
     Raises:
         NotFoundError: there is none.
-        MismatchError: it was written by a run with another config, on other tokens, or spread over other processes.
+        MismatchError: it was written by a run with another config, on other tokens, or divided among other processes.
         FormatError: there are some, and each is damaged; what is said is about the newest.
     """
     place, manifest = newest(where)

@@ -43,7 +43,7 @@ class TrainConfig:
         clip: largest norm of one layer's gradient.
         aux_weight: weight of AuxK (1/32: the Qwen-Scope report).
         k_aux: dead features that AuxK may use per token; None means half of d_model (Gao et al. 2024).
-        dead_tokens: a feature that fired in none of the last so many tokens is dead; None means 10M or a tenth of
+        dead_tokens: a feature that fired in none of this many last tokens is dead; None means 10M or a tenth of
             the run, whichever is less. A window shorter than `DEAD_STEPS` steps never calls a feature dead.
         pre_bias: encode `x - b_dec` in training; folded into `b_enc` on export. Without it, features whose direction
             points away from the mean residual start dead and AuxK, which sees them through a ReLU, can't reach them.

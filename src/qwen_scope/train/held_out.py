@@ -26,7 +26,7 @@ class HeldOut:
 
     Attributes:
         text: a digest of the sources with their sizes and of how they are cut into documents, wherever they lie.
-        every: every so-many-th document was kept out.
+        every: every `every`-th document was kept out.
         context_length: tokens per row.   batch_size: rows per forward pass.
         tokens: about how many were measured on; 0 for none.
         chat: how conversations were rendered.

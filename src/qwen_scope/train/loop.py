@@ -88,7 +88,7 @@ def train(
 
     Args:
         residuals: batches of raw residuals, `(batch, d_model)` per hook point such as `layers.3.resid_post`; in
-            data-parallel training this rank's share, with layers spread over ranks this rank's layers
+            data-parallel training this rank's share, with layers divided among ranks this rank's layers
             (`ranks.owned(names)`). A `Resumable` source is checkpointed with its cursor; another is
             advanced by as many batches as the run had seen.
         init: finished SAEs to continue from, by hook point, for all layers or none.
@@ -97,7 +97,7 @@ def train(
             step that they don't hold.
         callbacks: called after every step, on every rank, when it is saved.
         group: the name of the set that the SAEs will belong to.
-        ranks: how the run is spread over processes.
+        ranks: how the run is divided among processes.
         device: where the SAEs are trained; None means where the residuals are.
         counted: which tokens count, as `measure_counted` of room `model` gives it: sinks by the threshold of their
             layer are left out, and the SAEs say so. The residuals themselves have neither place nor id, so whoever
@@ -105,7 +105,7 @@ def train(
         facts: what else the SAEs' `meta` is to say.
 
     Returns:
-        The SAEs by hook point, on the CPU, reading the raw residual; with layers spread over ranks, this rank's.
+        The SAEs by hook point, on the CPU, reading the raw residual; with layers divided among ranks, this rank's.
 
     Raises:
         InputError: the residuals end before the run does or come in other batches than the config says, or a

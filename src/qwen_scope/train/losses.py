@@ -12,7 +12,7 @@ from .weights import Weights
 
 ALONE = Ranks()
 
-# Up to so many times k_aux dead features, dense products cost less than sparse ones and about as much memory.
+# Up to this multiple of k_aux dead features, dense products cost less than sparse ones and about as much memory.
 DENSE_MOST = 2
 
 

@@ -47,7 +47,7 @@ def memory_plan(config: TrainConfig, d_model: int, n_layers: int, *, buffer: int
 
     Args:
         buffer: bytes of stored residuals on the same device (`ResidualBuffer.nbytes`).
-        world: over how many processes each dictionary's features are spread.
+        world: among how many processes each dictionary's features are divided.
     """
     for name, value in {"d_model": d_model, "n_layers": n_layers, "world": world}.items():
         check_count(name, value)

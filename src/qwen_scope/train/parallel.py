@@ -1,6 +1,6 @@
 """Training over several processes, by torch.distributed alone: started with `torchrun`, or not at all.
 
-Three ways to spread a run, each giving the weights of one process up to the order in which fp32 numbers are added:
+Three ways to run in parallel, each giving the weights of one process up to the order in which fp32 numbers are added:
 
 - `data`: every rank trains on its share of each batch; gradients and statistics are summed.
 - `layers`: every rank trains some of the layers; nothing is exchanged.
@@ -33,7 +33,7 @@ class Ranks:
     """Which process this is among how many, and what they share.
 
     Attributes:
-        mode: what is spread over the ranks.
+        mode: what is divided among the ranks.
         rank, world: this process, and how many there are.
     """
 
@@ -43,7 +43,7 @@ class Ranks:
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
-            raise InputError(f"a run is spread over {', '.join(MODES[1:])}, not {self.mode!r}")
+            raise InputError(f"parallel is one of {', '.join(MODES)}, not {self.mode!r}")
         if self.mode == "alone" and self.world > 1:
             raise InputError(f"{self.world} processes need to know what to share: data, layers or features")
 
@@ -61,7 +61,7 @@ class Ranks:
         return summed(tensor) if self.mode == "features" else tensor
 
     def over_both(self, tensor: Tensor) -> Tensor:
-        """The sum over shares of the batch or slices of the dictionary, whichever is spread."""
+        """The sum over shares of the batch or slices of the dictionary, whichever is divided."""
         return self.over_rows(self.over_features(tensor))
 
     def least(self, tensor: Tensor) -> Tensor:
@@ -117,7 +117,7 @@ class Ranks:
         if self.mode != "layers":
             return list(names)
         if len(names) < self.world:
-            raise InputError(f"{len(names)} layers can't be spread over {self.world} processes; start fewer")
+            raise InputError(f"{len(names)} layers can't be divided among {self.world} processes; start fewer")
         return list(names)[self.rank :: self.world]
 
     def of_first(self, tensor: Tensor) -> Tensor:
@@ -144,7 +144,7 @@ def join(mode: Mode, backend: str | None = None) -> Ranks:
     """
     if "WORLD_SIZE" not in os.environ or "RANK" not in os.environ:
         raise InputError(
-            f"to spread a run over {mode}, start it with: torchrun --nproc-per-node N -m qwen_scope.cli train"
+            f"to train in parallel over {mode}, start it with: torchrun --nproc-per-node N -m qwen_scope.cli train"
         )
     ranks = Ranks(mode, int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
     if not dist.is_initialized():

@@ -230,7 +230,7 @@ def rows_of(run: TrainRun, loaded: LoadedModel, corpus: Corpus) -> TokenRows:
 
 
 def journals_of(run: TrainRun, ranks: Ranks) -> list[Callable[[StepReport], None]]:
-    """Where the figures go; with layers spread over ranks, each rank keeps its own lines."""
+    """Where the figures go; with layers divided among ranks, each rank keeps its own lines."""
     path = run.out / ("metrics.jsonl" if ranks.first else f"metrics.rank{ranks.rank}.jsonl")
     if not run.resume:
         path.unlink(missing_ok=True)

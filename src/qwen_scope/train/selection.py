@@ -14,7 +14,7 @@ from .sparse import Active
 TILE_BYTES = 16 * 2**20
 GROUPS = 8
 
-# From so many rows on, a bf16 product and preparing it cost less than the fp32 product.
+# From this number of rows on, a bf16 product and preparing it cost less than the fp32 product.
 SCREEN_ROWS = 512
 
 # Below this share of the dictionary, gathering the rows asked for costs less than masking the full product.

@@ -13,7 +13,7 @@ from qwen_scope.model import HookPoint, changing, input_device, text_config
 from qwen_scope.report import Progress
 from qwen_scope.sae import SAE
 
-# Logits of so many bytes are held at a time, twice.
+# Bytes of logits that are held at a time, twice.
 LOGIT_BYTES = 2**28
 
 

@@ -14,7 +14,7 @@ from qwen_scope.sae import Identity, JumpReLU, fingerprint
 
 from .parallel import Ranks, gathered
 
-# Random rows are drawn so many at a time, whichever slice of them is kept.
+# Random rows drawn at a time, whichever slice of them is kept.
 DRAWN_ROWS = 4096
 
 

@@ -25,7 +25,7 @@ class Batch:
         x: scaled residuals, `(n, d_model)`.
         n: rows of the whole batch, over all ranks.
         variance: their total variance, the divisor of the losses.
-        ranks: what is spread over processes.
+        ranks: what is divided among processes.
     """
 
     x: Tensor
