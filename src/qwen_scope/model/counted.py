@@ -64,8 +64,9 @@ def measure_counted(
             2,
         )
         return counted
-    asked = set(hook_points or ()) | {HookPoint(layer) for layer in range(n_layers(model))}
-    sizes: dict[HookPoint, list[np.ndarray]] = {point: [] for point in sorted(asked)}
+    # Those that were asked for come first, so that an error names one of them.
+    asked = dict.fromkeys([*(hook_points or ()), *(HookPoint(layer) for layer in range(n_layers(model)))])
+    sizes: dict[HookPoint, list[np.ndarray]] = {point: [] for point in asked}
     for row in taken:
         for point, h in capture(model, row, sizes).items():
             norms = torch.linalg.vector_norm(h, dim=-1, dtype=torch.float32)
@@ -76,7 +77,8 @@ def measure_counted(
     # What a block adds is large where it writes a sink, and not at the next block: no neighbour can confirm it.
     alone = [{point: norms.pop(point)} for point in list(norms) if point.stream != "resid_post"]
     found = [counted.measure(some, positions, ids=ids.numpy(), sample=said) for some in (norms, *alone)]
-    return replace(found[0], norms={at: norm for one in found for at, norm in one.norms.items()})
+    limits = {at: norm for one in found for at, norm in one.norms.items()}
+    return replace(found[0], norms={str(point): limits[str(point)] for point in sorted(asked)})
 
 
 def counted_of(saes: Iterable[SAE]) -> Counted | None:

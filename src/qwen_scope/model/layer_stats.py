@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from qwen_scope.errors import FormatError, InputError
 from qwen_scope.model.hookpoint import HookPoint
 from qwen_scope.model.hooks import capture
+from qwen_scope.text import Counted
 
 QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
 
@@ -29,7 +30,7 @@ class LayerStats:
     Attributes:
         hook_point: where it was measured.
         documents: how many rows of tokens the sample had.
-        tokens: how many tokens, padding not counted.
+        tokens: how many tokens that count.
         sample: what the sample was, in words.
         norm_median: the median L2 norm of the residual over tokens.
         norm_quantiles: quantiles of that norm, from the share of tokens below to the norm.
@@ -98,34 +99,42 @@ class LayerStats:
 
 
 def residual_norms(
-    model: nn.Module, batches: Iterable[Batch], hook_points: Iterable[HookPoint], *, sample: str
+    model: nn.Module,
+    batches: Iterable[Batch],
+    hook_points: Iterable[HookPoint],
+    *,
+    sample: str,
+    counted: Counted | None = None,
 ) -> dict[HookPoint, LayerStats]:
-    """Median and quantiles of the residual norm at every hook point, over all tokens of the batches.
-
-    First tokens and other outliers count like any token: the median does not mind them, the upper quantiles show them.
+    """Median and quantiles of the residual norm at every hook point, over the tokens of the batches that count.
 
     Args:
         batches: pairs of token ids and attention mask, `(batch, seq)` each; a mask of None means no padding.
         sample: what the batches are, in words; it is kept with the figures.
+        counted: which tokens count; by default all.
 
     Raises:
-        InputError: no batch, or whatever `capture` refuses.
+        InputError: no batch, no token that counts, or whatever `capture` refuses.
         NotFoundError: a hook point names a layer the model does not have.
         FormatError: a residual is not finite.
     """
-    points = list(dict.fromkeys(hook_points))
+    points, which = list(dict.fromkeys(hook_points)), counted or Counted.everything()
     norms: dict[HookPoint, list[np.ndarray]] = {point: [] for point in points}
     documents = 0
     for input_ids, attention_mask in batches:
         documents += len(input_ids)
         for point, h in capture(model, input_ids, points, attention_mask).items():
             size = torch.linalg.vector_norm(h.float(), dim=-1).cpu()
-            size = size.flatten() if attention_mask is None else size[attention_mask.cpu().bool()]
-            if not bool(size.isfinite().all()):
+            real = torch.ones_like(size, dtype=torch.bool) if attention_mask is None else attention_mask.cpu().bool()
+            if not bool(size[real].isfinite().all()):
                 raise FormatError(f"a residual at {point} is not finite; load the model in bfloat16 or float32")
-            norms[point].append(size.numpy())
+            keep = which.keep(h, point, input_ids, mask=attention_mask).cpu()
+            norms[point].append(size[keep].numpy())
     if not documents:
         raise InputError("there is no batch to measure residual norms on")
+    for point in points:
+        if not sum(map(len, norms[point])):
+            raise InputError(f"no token of {sample} counts at {point}; give a longer sample, or count every token")
     return {point: _summarise(point, np.concatenate(norms[point]), documents, sample) for point in points}
 
 

@@ -4,10 +4,11 @@ from .compare import compare_seen as compare_seen
 from .extract import ExtractOptions as ExtractOptions
 from .extract import Progress as Progress
 from .extract import extract as extract
-from .generate import ScopeStats as ScopeStats
 from .joined import Joined as Joined
 from .joined import saes_on as saes_on
 from .joined import store_of_another as store_of_another
+from .measured import ScopeCounted as ScopeCounted
+from .measured import ScopeStats as ScopeStats
 from .options import ScopeOptions as ScopeOptions
 from .plan import Plan as Plan
 from .plan import config_of as config_of
@@ -19,7 +20,7 @@ from .plan import plan_model as plan_model
 from .saes import SAEs as SAEs
 from .scope import Scope as Scope
 from .scope import load_scope as load_scope
-from .scope import model_source as model_source
-from .scope import resolve as resolve
 from .seen import Strongest as Strongest
 from .seen import TokenFeatures as TokenFeatures
+from .sources import model_source as model_source
+from .sources import resolve as resolve

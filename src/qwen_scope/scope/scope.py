@@ -24,16 +24,17 @@ from qwen_scope.model import (
     model_sizes,
     n_layers,
 )
-from qwen_scope.sae import FeatureActs, catalog
-from qwen_scope.steer import Decoding, Generation, Intervention, Target
-from qwen_scope.text import Chat, Message, Tokens, by_length, tokenize
+from qwen_scope.sae import FeatureActs
+from qwen_scope.steer import Decoding, Generation, Intervention, Target, generate
+from qwen_scope.text import Chat, Counted, Message, Tokens, by_length, tokenize
 
 from .compare import Comparison, compare_seen
-from .generate import ScopeStats, generate_in_scope
 from .joined import Joined
+from .measured import ScopeCounted, ScopeStats
 from .plan import Plan, plan
 from .saes import CACHE_BYTES, SAEs, brief
-from .seen import TokenFeatures
+from .seen import TokenFeatures, spread
+from .sources import resolve
 
 # Tokens (padding included) of one forward pass; texts of like length share one.
 BATCH_TOKENS = 4096
@@ -48,13 +49,15 @@ class Scope:
         model, tokenizer: as transformers gives them.
         name: the model's source.
         saes: `saes[layer]`, read on first use and evicted by bytes.
+        counted: `counted[layer]`, which tokens count: as the SAE's files say, else measured on first use.
         stats: `stats[layer]`, typical residual norm and feature maxima, measured on first use.
         joined: the pair of model and SAEs; every SAE passes it when it is opened, and what is odd is then said once.
     """
 
-    def __init__(self, loaded: LoadedModel, saes: SAEs) -> None:
+    def __init__(self, loaded: LoadedModel, saes: SAEs, counted: Counted | None = None) -> None:
         self.model, self.tokenizer, self.name, self.saes = loaded.model, loaded.tokenizer, loaded.name, saes
-        self.stats = ScopeStats(self)
+        self.counted = ScopeCounted(loaded, saes, counted)
+        self.stats = ScopeStats(loaded, saes, self.counted)
         self.d_model, self.n_layers = d_model(self.model), n_layers(self.model)
         if saes.d_model != self.d_model:
             raise MismatchError(f"the SAEs are for {saes.d_model} dimensions, {self.name} has {self.d_model}")
@@ -246,7 +249,10 @@ class Scope:
             NotFoundError, MismatchError: a layer that does not exist, or an SAE that does not fit.
         """
         prompts = [prompt] if isinstance(prompt, str) else prompt
-        out = generate_in_scope(self, prompts, interventions, decoding, chat, candidates)
+        out = generate(
+            self.model, self.tokenizer, prompts, interventions, saes=self.saes, stats=self.stats, decoding=decoding,
+            chat=chat, candidates=candidates,
+        )  # fmt: skip
         return out[0] if isinstance(prompt, str) else out
 
     def check_layers(self, layers: Sequence[int] | None) -> list[int]:
@@ -280,6 +286,7 @@ def load_scope(
     device_map: str | None = None,
     quantization: str | None = None,
     cache_bytes: int = CACHE_BYTES,
+    counted: Counted | None = None,
 ) -> Scope:
     """Open a language model and its SAEs.
 
@@ -295,6 +302,7 @@ def load_scope(
         k: only for SAEs whose files do not say it.
         device_map, quantization: as in `load_model`.
         cache_bytes: how much memory the SAEs may take before the least recently used leave.
+        counted: which tokens count, `Counted.everything()` for all; by default as the SAEs' files say, else measured.
 
     Raises:
         NotFoundError, FormatError: the model or the SAEs do not exist or are not what they should be.
@@ -321,35 +329,4 @@ def load_scope(
         dtype=SAE_DTYPES[sae_dtype] if sae_dtype else None,
         cache_bytes=cache_bytes,
     )
-    return Scope(loaded, saes)
-
-
-def model_source(model: str) -> str:
-    """Where a language model is loaded from: the folder of the bundled one for `lab`, else what was given."""
-    return catalog.find("lab").model if model == "lab" else model
-
-
-def resolve(model: str, sae: str | None) -> tuple[str, str]:
-    """The source of the model and of the SAEs, with the catalog's help where one of them is left out."""
-    if model == "lab":
-        return model_source(model), sae or catalog.find("lab").name
-    if sae is not None:
-        return model, sae
-    known = [group.name for group in catalog.groups() if group.model == model]
-    if len(known) == 1:
-        return model, known[0]
-    if known:
-        raise InputError(f"{model} has several groups of SAEs; name one with sae=: {', '.join(known)}")
-    raise NotFoundError(f"the catalog knows no SAEs for {model!r}; name them with sae= (a folder or hub id)")
-
-
-def spread(acts: FeatureActs, mask: Tensor, order: Sequence[int]) -> FeatureActs:
-    """Activations of the tokens of texts in `order` back to `(texts, seq, k)`; padding gets unused slots."""
-    lengths = mask.sum(-1)
-    start = torch.zeros(len(mask), dtype=torch.long)
-    start[torch.tensor(order)] = lengths[torch.tensor(order)].cumsum(0) - lengths[torch.tensor(order)]
-    source = torch.cat([torch.arange(int(s), int(s + n)) for s, n in zip(start, lengths, strict=True)])
-    indices = acts.indices.new_zeros(*mask.shape, acts.k)
-    values = acts.values.new_zeros(*mask.shape, acts.k)
-    indices[mask], values[mask] = acts.indices[source], acts.values[source]
-    return FeatureActs(indices, values, acts.width)
+    return Scope(loaded, saes, counted)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -142,3 +142,15 @@ class TokenFeatures:
     def _check_text(self, text: int) -> None:
         if not 0 <= text < len(self.texts):
             raise InputError(f"there is no text {text}: these are texts 0 to {len(self.texts) - 1}")
+
+
+def spread(acts: FeatureActs, mask: Tensor, order: Sequence[int]) -> FeatureActs:
+    """Activations of the tokens of texts in `order` back to `(texts, seq, k)`; padding gets unused slots."""
+    lengths = mask.sum(-1)
+    start = torch.zeros(len(mask), dtype=torch.long)
+    start[torch.tensor(order)] = lengths[torch.tensor(order)].cumsum(0) - lengths[torch.tensor(order)]
+    source = torch.cat([torch.arange(int(s), int(s + n)) for s, n in zip(start, lengths, strict=True)])
+    indices = acts.indices.new_zeros(*mask.shape, acts.k)
+    values = acts.values.new_zeros(*mask.shape, acts.k)
+    indices[mask], values[mask] = acts.indices[source], acts.values[source]
+    return FeatureActs(indices, values, acts.width)

@@ -1,6 +1,7 @@
 from .activation import activations as activations
 from .activation import activations_reference as activations_reference
 from .calibrate import calibrate as calibrate
+from .calibrate import counted_on_sample as counted_on_sample
 from .change import change_reference as change_reference
 from .decoding import Decoding as Decoding
 from .generate import Candidate as Candidate

@@ -8,9 +8,9 @@ from dataclasses import replace
 import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from qwen_scope.model import HookPoint, LayerStats, capture, context_length, residual_norms
+from qwen_scope.model import HookPoint, LayerStats, capture, context_length, measure_counted, residual_norms
 from qwen_scope.sae import SAE
-from qwen_scope.text import tokenize
+from qwen_scope.text import Counted, tokenize
 
 SAMPLE = (
     "The committee met on Tuesday to discuss the new bridge. After two hours they agreed to ask for a second opinion,"
@@ -39,12 +39,16 @@ def calibrate(
     *,
     sample: str = SAMPLE_NAME,
     batch: int = 32,
+    counted: Counted | None = None,
 ) -> LayerStats:
     """The norm at one layer of what its SAE reads, or of the residual, and with an SAE each feature's maximum and rate.
+
+    All over the tokens that count: a sink would overstate the maximum of most features by orders of magnitude.
 
     Args:
         texts: the sample; what is longer than the context is cut.
         sample: what the texts are, in words; kept with the figures.
+        counted: which tokens count; by default as `counted_on_sample` finds. Phases do not matter, a sample has none.
 
     Raises:
         InputError, NotFoundError, FormatError: as in `residual_norms`.
@@ -54,16 +58,33 @@ def calibrate(
     pairs = [
         (tokens.input_ids[i : i + batch], tokens.attention_mask[i : i + batch]) for i in range(0, len(texts), batch)
     ]
-    stats = residual_norms(model, pairs, [point], sample=sample)[point]
-    return stats if sae is None else with_features(stats, sae, model, pairs)
+    which = replace(counted or counted_on_sample(model, tokenizer, [point]), phases=None)
+    stats = residual_norms(model, pairs, [point], sample=sample, counted=which)[point]
+    return stats if sae is None else with_features(stats, sae, model, pairs, which)
 
 
-def with_features(stats: LayerStats, sae: SAE, model: PreTrainedModel, pairs: Iterable) -> LayerStats:
-    """The statistics with each feature's maximum and firing rate on the same batches."""
+def counted_on_sample(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, hook_points: Iterable[HookPoint] | None = None
+) -> Counted:
+    """Which tokens count on a model whose own data is not at hand: sinks by thresholds measured on `SAMPLE`.
+
+    Args:
+        hook_points: as `measure_counted`.
+
+    Raises:
+        InputError, NotFoundError, FormatError: as in `measure_counted`.
+    """
+    tokens = tokenize(tokenizer, SAMPLE, max_length=context_length(model), truncate=True)
+    rows = [tokens.input_ids[i : i + 1, :length] for i, length in enumerate(tokens.lengths)]
+    return measure_counted(model, tokenizer, rows, hook_points, sample=SAMPLE_NAME)
+
+
+def with_features(stats: LayerStats, sae: SAE, model: PreTrainedModel, pairs: Iterable, counted: Counted) -> LayerStats:
+    """The statistics with each feature's maximum and firing rate on the tokens of the same batches that count."""
     largest, fired, count = np.zeros(sae.d_sae, np.float32), np.zeros(sae.d_sae, np.int64), 0
     for input_ids, mask in pairs:
         h = capture(model, input_ids, [stats.hook_point], mask)[stats.hook_point]
-        acts = sae.encode(h[mask.to(h.device).bool()])
+        acts = sae.encode(h[counted.keep(h, stats.hook_point, input_ids, mask=mask)])
         on = (acts.values > 0).cpu().numpy()
         features, values = acts.indices.cpu().numpy()[on], acts.values.float().cpu().numpy()[on]
         np.maximum.at(largest, features, values)

@@ -1,0 +1,96 @@
+"""What a scope knows about its layers once it has looked: which tokens count there, and typical sizes."""
+
+from __future__ import annotations
+
+import threading
+import warnings
+
+from qwen_scope.errors import QwenScopeWarning
+from qwen_scope.model import HookPoint, LayerStats, LoadedModel, counted_of
+from qwen_scope.steer import calibrate, counted_on_sample
+from qwen_scope.text import Counted
+
+from .saes import SAEs
+
+
+class ScopeCounted:
+    """`counted[layer]`: which tokens count at a layer; safe to share between threads.
+
+    What `set` gave; else what the SAE's files carry from its training; else first and special tokens are left out, and
+    sinks by thresholds that are measured once, on first use, on the built-in sample of texts.
+    """
+
+    def __init__(self, loaded: LoadedModel, saes: SAEs, given: Counted | None = None) -> None:
+        self._loaded, self._saes, self._given = loaded, saes, given
+        self._measured: Counted | None = None
+        self._held: dict[int, Counted] = {}
+        self._said: set[str] = set()
+        self._lock = threading.Lock()
+
+    def __getitem__(self, layer: int) -> Counted:
+        with self._lock:
+            if layer not in self._held:
+                self._held[layer] = self._find(layer)
+            return self._held[layer]
+
+    def set(self, counted: Counted | None) -> None:
+        """Count these tokens at every layer from now on; None goes back to what is carried or measured."""
+        with self._lock:
+            self._given = counted
+            self._held.clear()
+
+    def _find(self, layer: int) -> Counted:
+        carried = counted_of([self._saes[layer]]) if layer in self._saes.layers else None
+        if self._given is not None:
+            # Asking for every token is a decision, not a disagreement.
+            if carried is not None and self._given != Counted.everything():
+                self._say(self._given.difference(carried, ("what was asked for", "the training of the SAEs")))
+            return self._given
+        if carried is not None:
+            special = Counted.of(self._loaded.tokenizer).special
+            if carried.special and carried.special != special:
+                self._say(
+                    f"the SAEs were trained without {len(carried.special):,} special tokens, and the tokenizer of"
+                    f" {self._loaded.name} has {len(special):,}, which are not the same: special tokens are left out as"
+                    " in training"
+                )
+            return carried
+        point = self._saes.hook_point(layer) if layer in self._saes.layers else HookPoint(layer)
+        if self._measured is None or (self._measured.norms and str(point) not in self._measured.norms):
+            points = {point, *(HookPoint.parse(name) for name in (self._measured.norms if self._measured else ()))}
+            self._measured = counted_on_sample(self._loaded.model, self._loaded.tokenizer, sorted(points))
+        return self._measured
+
+    def _say(self, sentence: str | None) -> None:
+        if sentence is not None and sentence not in self._said:
+            self._said.add(sentence)
+            warnings.warn(sentence, QwenScopeWarning, stacklevel=4)
+
+
+class ScopeStats:
+    """`stats[layer]`: the layer's statistics, measured on first use and kept; safe to share between threads.
+
+    Measured over the tokens that count of the built-in sample of texts, unless `set` brings figures of a better one.
+    """
+
+    def __init__(self, loaded: LoadedModel, saes: SAEs, counted: ScopeCounted) -> None:
+        self._loaded, self._saes, self._counted = loaded, saes, counted
+        self._given: dict[int, LayerStats] = {}
+        self._held: dict[int, tuple[Counted, LayerStats]] = {}
+        self._lock = threading.Lock()
+
+    def __getitem__(self, layer: int) -> LayerStats:
+        with self._lock:
+            if layer in self._given:
+                return self._given[layer]
+            sae = self._saes[layer] if layer in self._saes.layers else None
+            counted = self._counted[layer]
+            if layer not in self._held or self._held[layer][0] != counted:
+                stats = calibrate(self._loaded.model, self._loaded.tokenizer, layer, sae, counted=counted)
+                self._held[layer] = counted, stats
+            return self._held[layer][1]
+
+    def set(self, stats: LayerStats) -> None:
+        """Use these figures for their layer from now on."""
+        with self._lock:
+            self._given[stats.hook_point.layer] = stats

@@ -1,0 +1,91 @@
+"""Which tokens count in a scope: as was asked for, as the SAEs' files say, else as measured on the built-in sample."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import tiny
+
+from qwen_scope import load_sae, load_scope
+from qwen_scope.errors import QwenScopeWarning
+from qwen_scope.model import measure_counted
+from qwen_scope.sae import save_sae
+from qwen_scope.scope import Scope
+from qwen_scope.steer.calibrate import SAMPLE, SAMPLE_NAME
+from qwen_scope.text import Counted
+
+
+def opened(sae: Path | None = None, counted: Counted | None = None) -> Scope:
+    return load_scope(tiny.folder() / "model", sae or tiny.folder() / "sae", device="cpu", counted=counted)
+
+
+def carrying(folder: Path, record: Counted) -> Path:
+    """The tiny SAEs, with a record of which tokens counted in their files."""
+    for layer in (0, 2):
+        sae = load_sae(tiny.folder() / "sae", layer)
+        save_sae(replace(sae, meta={**sae.meta, "counted": record.to_json()}), folder, layout="official")
+    return folder
+
+
+def test_it_is_measured_once_on_the_built_in_sample(monkeypatch: pytest.MonkeyPatch) -> None:
+    scope = opened()
+    counted = scope.counted[0]
+    rows = [scope.tokenize([text], truncate=True).input_ids for text in SAMPLE]
+    again = measure_counted(scope.model, scope.tokenizer, rows, sample=SAMPLE_NAME)
+    assert counted == again
+    assert list(counted.norms) == [f"layers.{layer}.resid_post" for layer in range(scope.n_layers)]
+    assert counted.first == 1
+    assert counted.special == frozenset(scope.tokenizer.all_special_ids)
+    monkeypatch.setattr(scope.model, "forward", None)
+    assert scope.counted[2] is counted, "one measurement serves every layer"
+
+
+def test_what_the_saes_carry_comes_before_a_measurement(tmp_path: Path) -> None:
+    special = frozenset(opened().tokenizer.all_special_ids)
+    norms = {"layers.0.resid_post": 7.0, "layers.2.resid_post": 9.0}
+    record = Counted(first=3, special=special, norms=norms, sample="a corpus", tokens=1000)
+    scope = opened(carrying(tmp_path, record))
+    assert scope.counted[0] == scope.counted[2] == record
+    assert scope.counted[1].sample.endswith(SAMPLE_NAME), "a layer without an SAE is measured"
+
+
+def test_it_can_be_set_and_figures_follow() -> None:
+    scope = opened()
+    before = scope.stats[0]
+    scope.counted.set(Counted.everything())
+    assert scope.counted[0] == scope.counted[1] == Counted.everything()
+    every = scope.stats[0]
+    assert every.tokens == sum(scope.tokenize(SAMPLE, truncate=True).lengths)
+    assert before.tokens <= every.tokens - len(SAMPLE)
+    assert opened(counted=Counted.everything()).stats[0].to_json() == every.to_json()
+    scope.counted.set(None)
+    assert scope.stats[0].to_json() == before.to_json()
+
+
+def test_a_disagreement_is_said_once(tmp_path: Path) -> None:
+    special = frozenset(opened().tokenizer.all_special_ids)
+    record = Counted(first=3, special=special)
+    folder = carrying(tmp_path / "a", record)
+    scope = opened(folder, Counted(first=1, special=special))
+    with pytest.warns(QwenScopeWarning, match="first tokens of a row left out: 1 in what was asked for, 3 in"):
+        assert scope.counted[0].first == 1
+    assert scope.counted[2].first == 1, "warnings are errors here: it is said once"
+    assert opened(folder, Counted.everything()).counted[0] == Counted.everything(), "no warning: it was asked for"
+    foreign = Counted(first=1, special=frozenset({0, 1}))
+    shutil.rmtree(folder)
+    scope = opened(carrying(folder, foreign))
+    with pytest.warns(QwenScopeWarning, match="which are not the same"):
+        assert scope.counted[0] == foreign
+
+
+def test_a_hook_point_within_a_block_gets_a_threshold_of_its_own(tmp_path: Path) -> None:
+    for layer in (0, 2):
+        within = replace(load_sae(tiny.folder() / "sae", layer), hook_point=f"layers.{layer}.mlp_out")
+        save_sae(within, tmp_path, layout="official")
+    scope = opened(tmp_path)
+    first, both = scope.counted[0].norms, scope.counted[2].norms
+    assert both.keys() - first.keys() == {"layers.2.mlp_out"}
+    assert {at: both[at] for at in first} == first
