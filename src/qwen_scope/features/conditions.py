@@ -14,7 +14,7 @@ from qwen_scope.model import HookPoint, capture
 from qwen_scope.scope import Scope
 from qwen_scope.steer import Intervention, SAEsByLayer, StatsByLayer
 
-# A random feature is drawn from so many that fire about as often.
+# A random feature is drawn from this many that fire about as often.
 NEAREST = 100
 
 

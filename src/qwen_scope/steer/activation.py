@@ -13,7 +13,8 @@ from qwen_scope.sae import SAE, JumpReLU, TopK
 # Up to as many rows, all pre-activations are held at once.
 FEW_ROWS = 64
 
-# One feature in so many is looked at first, and how far it has to be ahead, as a share of the largest pre-activation.
+# One feature in `PROBED` is looked at first; `MARGIN` is how far it has to be ahead, as a share of the largest
+# pre-activation.
 PROBED, MARGIN = 16, 1e-4
 
 

@@ -17,12 +17,12 @@ class Decoding:
 
     Attributes:
         max_new_tokens: the most tokens generated per prompt.
-        sample: draw from the distribution; by default the likeliest token is taken (greedy).
+        sample: draw from the distribution; by default the most probable token is taken (greedy).
         temperature, top_p, top_k, repetition_penalty: as in transformers; None takes the model's own generation
             config where `sample` is set, and no change of the distribution where it is not.
         seed: of the draws. Each row has its own stream, made from the seed and its place in the list of prompts, so a
             row's draws do not depend on the batch it runs in, nor on other threads.
-        prefill_chunk: feed the prompt in pieces of so many tokens.
+        prefill_chunk: feed the prompt in pieces of this many tokens.
 
     Raises:
         InputError: a value out of range, or one that has no effect without `sample`.

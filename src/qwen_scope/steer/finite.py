@@ -26,7 +26,7 @@ class NotFinite(Exception):
 
 
 class CheckFinite(LogitsProcessor):
-    """Stands first: a likeliest token whose score is NaN or infinite is none. Tokens ruled out with minus infinity are
+    """Stands first: refuses a row whose highest score is NaN or infinite. Tokens ruled out with minus infinity are
     no fault."""
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:

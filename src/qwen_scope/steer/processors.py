@@ -30,7 +30,7 @@ class Watched:
     Attributes:
         chosen: the token of every row, `(rows,)` per step.
         log_probability: its log-probability under the model, `(rows,)` per step.
-        top: per step the `n` likeliest tokens and their log-probabilities, `(rows, n)` each.
+        top: per step the `n` most probable tokens and their log-probabilities, `(rows, n)` each.
     """
 
     chosen: list[Tensor] = field(default_factory=list)
