@@ -39,7 +39,7 @@ TABLE = AlphaTable("zh", (LayerTable(2, SAE, (3, 5), (0.5, 0.25), {"zh": (1.5, 0
 MANIFEST = Manifest(
     "model",
     {"row_tokens": 10},
-    {2: LayerInfo(2, "layers.2.resid_post", "group", "f" * 64, 24, 4, "topk", 50, 50, 12.5)},
+    {2: LayerInfo(2, "layers.2.resid_post", "group", "f" * 64, 24, 4, "topk", 50, 50)},
     5,
     50,
     {"empty": 1},

@@ -13,7 +13,7 @@ from qwen_scope.model import LoadedModel
 from qwen_scope.sae import SAE
 from qwen_scope.scope import ExtractOptions, Scope, extract, load_scope
 from qwen_scope.store import FeatureStore
-from qwen_scope.text import Corpus
+from qwen_scope.text import Corpus, Counted
 
 LAYERS = (0, 2)
 TEXTS = [text * n for n in (1, 3, 2) for text in tiny.TEXTS] + ["hello hello hello", "x"]
@@ -35,8 +35,14 @@ def saes() -> dict[int, SAE]:
 
 
 def make(folder: Path, rows: list | None = None, **options) -> FeatureStore:
-    """The store of the small corpus: windows of about 100 tokens, documents in pieces of 40."""
-    chosen = {"row_tokens": ROW_TOKENS, "window_tokens": 100, "batch_tokens": 80, **options}
+    """The store of the small corpus: windows of about 100 tokens, documents in pieces of 40; every token counts."""
+    chosen = {
+        "row_tokens": ROW_TOKENS,
+        "window_tokens": 100,
+        "batch_tokens": 80,
+        "counted": Counted.everything(),
+        **options,
+    }
     return extract(Corpus(ROWS if rows is None else rows), loaded(), saes(), folder, ExtractOptions(**chosen))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import functools
 import os
 import random
 import subprocess
@@ -19,15 +20,15 @@ import tiny
 import torch
 
 from qwen_scope.errors import InputError, MismatchError
-from qwen_scope.model import HookPoint, capture
+from qwen_scope.model import HookPoint, capture, measure_counted
 from qwen_scope.sae import TopK
 from qwen_scope.scope import ExtractOptions, encoding, extract, prefetch
 from qwen_scope.scope import Progress as ProgressOf
 from qwen_scope.store import FeatureStore
-from qwen_scope.text import Corpus
+from qwen_scope.text import Corpus, Counted
 
 # Everything at once: pieces, windows that end inside a document, masks, pooled residuals.
-HARD = {"row_tokens": 7, "window_tokens": 30, "pool": ("mean", "last"), "sink_multiple": 1.3, "skip_special": True}
+HARD = {"row_tokens": 7, "window_tokens": 30, "pool": ("mean", "last"), "counted": None}
 
 
 @pytest.fixture(scope="module")
@@ -57,38 +58,107 @@ def test_pieces_and_windows_do_not_change_what_is_found(tmp_path, layer) -> None
                 assert ((found > 0) == (expected > 0)).mean() > 0.999
 
 
+LIMIT = 1.25  # of the mean norm: some of the tiny model's tokens lie above it
+
+
+@functools.cache
+def norms(layer: int) -> dict[tuple[int, int], tuple[int, int, float]]:
+    """By document and position: the id, the place in its row and the residual norm, row by row through the model."""
+    out, point = {}, HookPoint(layer)
+    for i, text in enumerate(stores.TEXTS):
+        ids = stores.scope().tokenizer(text)["input_ids"]
+        for start in range(0, len(ids), stores.ROW_TOKENS):
+            row = ids[start : start + stores.ROW_TOKENS]
+            for p, norm in enumerate(
+                capture(stores.scope().model, torch.tensor([row]), [point])[point][0].norm(dim=-1)
+            ):
+                out[i, start + p] = row[p], p, float(norm)
+    return out
+
+
+@functools.cache
+def some_count() -> Counted:
+    """First tokens, special ones and residuals above a fixed limit do not count."""
+    means = {layer: float(np.mean([norm for _, _, norm in norms(layer).values()])) for layer in stores.LAYERS}
+    counted = Counted.of(stores.scope().tokenizer)
+    return replace(counted, norms={str(HookPoint(layer)): LIMIT * mean for layer, mean in means.items()})
+
+
 @pytest.mark.slow
-def test_masks_leave_tokens_out_and_say_which(tmp_path) -> None:
-    plain, masked = stores.make(tmp_path / "a"), stores.make(tmp_path / "b", sink_multiple=1.3, skip_special=True)
-    special = set(stores.scope().tokenizer.all_special_ids)
+def test_tokens_that_do_not_count_are_left_out_with_their_reason(tmp_path) -> None:
+    counted = some_count()
+    plain, masked = stores.make(tmp_path / "a"), stores.make(tmp_path / "b", counted=counted)
+    assert masked.manifest.counted == counted
     for layer in stores.LAYERS:
         rows = masked.sql("SELECT * FROM masked JOIN tokens USING (document, position) WHERE layer = ?", [layer])
         reasons = {(r["document"], r["position"]): r["reason"] for r in rows.to_pylist()}
-        assert set(reasons.values()) == {"special", "sink"}
+        assert set(reasons.values()) == {"first", "special", "sink"}
         info = masked.layer(layer)
         assert info.tokens == masked.manifest.tokens - len(reasons)
-        norms = {}
-        for i, text in enumerate(stores.TEXTS):
-            ids = stores.scope().tokenizer(text)["input_ids"]
-            for start in range(0, len(ids), stores.ROW_TOKENS):
-                piece = torch.tensor([ids[start : start + stores.ROW_TOKENS]])
-                h = capture(stores.scope().model, piece, [HookPoint(layer)])[HookPoint(layer)][0]
-                for p, norm in enumerate(h.norm(dim=-1).tolist()):
-                    norms[i, start + p] = norm, ids[start + p] in special
-        for place, (norm, is_special) in norms.items():
-            limit = 1.3 * (info.median_norm or 0)
-            if abs(norm - limit) > 1e-3:
-                assert reasons.get(place) == ("special" if is_special else "sink" if norm > limit else None)
+        limit = counted.norms[str(HookPoint(layer))]
+        for place, (token, at, norm) in norms(layer).items():
+            first = "special" if token in counted.special else "first" if at == 0 else None
+            if first or abs(norm - limit) > 1e-3:
+                assert reasons.get(place) == (first or ("sink" if norm > limit else None))
         for i, (a, b) in enumerate(zip(stores.from_store(plain, layer), stores.from_store(masked, layer), strict=True)):
             for p in range(len(a)):
                 np.testing.assert_allclose(b[p], 0 if (i, p) in reasons else a[p], atol=1e-5)
         mean = {(r["document"], r["feature"]): r["value"] for r in masked.firing("mean", [layer]).to_pylist()}
         last = {(r["document"], r["feature"]): r["position"] for r in masked.firing("last", [layer]).to_pylist()}
         for i, some in enumerate(stores.from_store(masked, layer)):
-            counted = [p for p in range(len(some)) if (i, p) not in reasons]
+            places = [p for p in range(len(some)) if (i, p) not in reasons]
             for f in np.flatnonzero(some.any(0)).tolist():
-                assert mean[i, f] == np.float32(some[:, f].astype(np.float64).sum() / len(counted))
-                assert last.get((i, f)) == (counted[-1] if some[counted[-1], f] else None)
+                assert mean[i, f] == np.float32(some[:, f].astype(np.float64).sum() / len(places))
+                assert last.get((i, f)) == (places[-1] if some[places[-1], f] else None)
+
+
+def test_pooled_residuals_are_of_the_tokens_that_count(tmp_path) -> None:
+    counted, point = some_count(), HookPoint(0)
+    limit = counted.norms[str(point)]
+    with stores.make(tmp_path / "s", counted=counted, pool=("mean", "last")) as store:
+        for i, text in enumerate(stores.TEXTS):
+            ids = stores.scope().tokenizer(text)["input_ids"]
+            pieces = [torch.tensor([ids[s : s + stores.ROW_TOKENS]]) for s in range(0, len(ids), stores.ROW_TOKENS)]
+            h = torch.cat([capture(stores.scope().model, piece, [point])[point][0] for piece in pieces])
+            keep = [
+                p
+                for p, token in enumerate(ids)
+                if p % stores.ROW_TOKENS and token not in counted.special and norms(0)[i, p][2] <= limit
+            ]
+            if not keep:
+                assert np.isnan(store.residuals(0, "mean")[i]).all()
+                continue
+            np.testing.assert_allclose(store.residuals(0, "mean")[i], h[keep].double().mean(0), atol=1e-5)
+            np.testing.assert_allclose(store.residuals(0, "last")[i], h[keep[-1]], atol=1e-5)
+
+
+def test_what_counts_is_measured_once_and_kept(tmp_path, monkeypatch) -> None:
+    """By thresholds of `measure_counted` on the documents packed one behind the other; no special token among them."""
+    ids = [i for text in stores.TEXTS for i in stores.scope().tokenizer(text)["input_ids"]]
+    room = min(512, tiny.CONTEXT)
+    packed = [torch.tensor([ids[i : i + room]]) for i in range(0, len(ids), room)]
+    wanted = measure_counted(stores.scope().model, stores.scope().tokenizer, packed)
+    made = stores.make(tmp_path / "s", counted=None, row_tokens=None, window_tokens=10**6)
+    assert made.manifest.counted is not None
+    assert made.manifest.counted.norms == pytest.approx(wanted.norms)
+    assert made.manifest.counted.first == 1
+    assert made.manifest.request["counted_by"] == "measured"
+    monkeypatch.setattr(sys.modules["qwen_scope.scope.extract"], "measured", lambda *_: pytest.fail("measured again"))
+    stores.make(tmp_path / "s", counted=None, row_tokens=None, window_tokens=10**6).close()
+    with pytest.raises(InputError, match="counted_by was 'measured', now 'given'"):
+        stores.make(tmp_path / "s", row_tokens=None, window_tokens=10**6)
+
+
+def test_what_the_files_of_the_saes_say_counts(tmp_path) -> None:
+    counted = some_count()
+    saes = {
+        layer: TopK(s.W_enc, s.W_dec, s.b_enc, s.b_dec, k=s.k, hook_point=s.hook_point, identity=s.identity,
+                    meta={**s.meta, "counted": counted.to_json()})
+        for layer, s in stores.saes().items()
+    }  # fmt: skip
+    with extract(Corpus(["hello hello hello"]), stores.loaded(), saes, tmp_path / "s") as store:
+        assert store.manifest.counted == counted
+        assert store.manifest.request["counted_by"] == "saes"
 
 
 def test_pooled_residuals(tmp_path) -> None:
@@ -247,7 +317,7 @@ def test_what_does_not_belong_together_is_refused(tmp_path) -> None:
         run({0: tiny.random_sae(0, d_model=8)})
     with pytest.raises(InputError, match="at least one layer"):
         run({})
-    for bad in ({"window_tokens": 0}, {"sink_multiple": 0.5}, {"pool": ("median",)}):
+    for bad in ({"window_tokens": 0}, {"pool": ("median",)}):
         with pytest.raises(InputError):
             replace(ExtractOptions(), **bad)
     (tmp_path / "file").write_text("x")

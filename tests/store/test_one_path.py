@@ -13,7 +13,7 @@ import torch
 from qwen_scope import load_scope
 from qwen_scope.model import LoadedModel
 from qwen_scope.scope import ExtractOptions, extract
-from qwen_scope.text import PHASES, Corpus, TokenRows, chunks
+from qwen_scope.text import PHASES, Corpus, Counted, TokenRows, chunks
 
 LAYER, CONTEXT = 2, 512
 CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 1, "b": 2}}}
@@ -111,7 +111,10 @@ def test_tokens_phases_and_features_are_the_same_on_every_way(scope, tmp_path, k
 
     loaded = LoadedModel(scope.model, scope.tokenizer, "lab")
     saes = {LAYER: scope.saes[LAYER]}
-    with extract(Corpus([row]), loaded, saes, tmp_path / "s", ExtractOptions(chat=chat)) as store:
+    everything = ExtractOptions(chat=chat, counted=Counted.everything())
+    with extract(Corpus([row]), loaded, saes, tmp_path / "s", everything) as store:
+        spans = store.sql("SELECT phase, tokens FROM spans ORDER BY position").to_pylist()
+        assert [span["phase"] for span in spans for _ in range(span["tokens"])] == [PHASES[i] for i in phases]
         assert store.sql("SELECT token FROM tokens ORDER BY position")["token"].to_pylist() == ids
         found = torch.zeros_like(dense)
         for fired in store.sql("SELECT position, feature, value FROM activations").to_pylist():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,11 +14,12 @@ import tiny
 import torch
 
 from qwen_scope.errors import InputError, MismatchError, NotFoundError
+from qwen_scope.model import HookPoint, capture
 from qwen_scope.sae import Identity
 from qwen_scope.scope import ExtractOptions, extract
 from qwen_scope.store import FeatureStore, Manifest
 from qwen_scope.store.firing import firing_query
-from qwen_scope.text import Corpus
+from qwen_scope.text import Corpus, Counted
 
 
 @pytest.fixture(scope="module")
@@ -245,3 +247,38 @@ def test_the_manifest_survives_and_the_parts_are_checked(store) -> None:
     assert json.loads(text)["format"] == "qwen-scope-store"
     assert replace(store.manifest, tokens=1) != store.manifest
     assert not (store.folder / "work").exists()
+
+
+def as_version_1(folder: Path, sinks: dict[int, float]) -> None:
+    """Make a finished store into one as version 1 had them: no spans, the median norm of each layer, old options."""
+    shutil.rmtree(folder / "spans")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    request = {k: v for k, v in manifest["request"].items() if k not in ("counted", "counted_by")}
+    manifest |= {"version": 1, "request": {**request, "skip_special": False, "sink_multiple": 10.0}}
+    manifest["parts"] = [part for part in manifest["parts"] if not part["file"].startswith("spans/")]
+    manifest["layers"] = [{**entry, "median_norm": sinks[entry["layer"]] / 10} for entry in manifest["layers"]]
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+def test_a_store_of_version_1_is_read_with_what_it_left_out(tmp_path: Path) -> None:
+    """Its thresholds are a multiple of the median, as its own fields say; it knows no phases."""
+    ids = torch.tensor([stores.scope().tokenizer(stores.TEXTS[0])["input_ids"]])
+    read = capture(stores.scope().model, ids, [HookPoint(layer) for layer in stores.LAYERS])
+    limits = {point.layer: float(h.norm(dim=-1).median()) for point, h in read.items()}
+    norms = {f"layers.{layer}.resid_post": limit for layer, limit in limits.items()}
+    with stores.make(tmp_path / "s", counted=Counted(first=0, norms=norms)) as made:
+        wanted, left_out = stores.from_store(made, 0), made.left_out()
+        assert {reason for counts in left_out.values() for reason in counts} == {"sink"}
+    as_version_1(tmp_path / "s", limits)
+    with FeatureStore(tmp_path / "s") as old:
+        old.verify()
+        assert old.manifest.counted is not None
+        assert old.manifest.counted.norms == pytest.approx(norms)
+        assert old.manifest.counted.first == 0
+        assert old.left_out() == left_out
+        for found, expected in zip(stores.from_store(old, 0), wanted, strict=True):
+            np.testing.assert_array_equal(found, expected)
+        with pytest.raises(NotFoundError, match=r"does not tell the phases of its documents; read the corpus again"):
+            old.firing(phases=["text"])
+    with pytest.raises(InputError, match=r"begun with other options .*skip_special was False, now None"):
+        stores.make(tmp_path / "s")

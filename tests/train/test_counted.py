@@ -403,7 +403,7 @@ def test_old_spellings_are_taken_with_a_note(given: list[str], expected: list[st
 
 
 def test_spellings_of_other_commands_stay() -> None:
-    words = ["extract", "lab", "--sink-multiple", "10", "--skip-special"]
+    words = ["compare", "a", "b", "--sink-multiple", "10", "--skip-special"]
     assert respelled(words) == words
     assert respelled([]) == []
 

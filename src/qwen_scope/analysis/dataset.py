@@ -113,21 +113,24 @@ class Dataset:
         name: str | None = None,
         scores: str | os.PathLike[str] | None = None,
         texts: bool = False,
+        phases: Sequence[str] | None = None,
     ) -> Dataset:
         """The documents of a store. Their ids are the `id` of their metadata where all have one, else their numbers.
 
         Args:
             scores: a table of scores, as `read_scores` takes it.
             texts: also keep the text of every document.
+            phases: only what fires in these phases of a conversation.
 
         Raises:
-            NotFoundError: the store has no such layer.   InputError: as for the class, or an unknown reduction.
+            NotFoundError: the store has no such layer, or tells no phases.
+            InputError: as for the class, or an unknown reduction or phase.
         """
         info, ids = store.layer(layer), store_ids(store)
         name = name or store.folder.name
         check_ids(name, ids)
         return cls.from_table(
-            store.firing(reduction, [layer]),
+            store.firing(reduction, [layer], phases=phases),
             name=name,
             ids=ids,
             layer=layer,

@@ -29,19 +29,18 @@ def extract(
     layers: options.Layers = None,
     sample: Annotated[
         int | None,
-        typer.Option("--sample", help="Only so many documents, drawn evenly. Default: all; of the lab 1000.", min=1),
+        typer.Option("--sample", help="Only this many documents, drawn evenly. Default: all; of the lab 1000.", min=1),
     ] = None,
     reading: CorpusOptions = PARAGRAPHS,
     row: Annotated[
-        int | None, typer.Option("--row", help="Read long documents in pieces of so many tokens. Default: whole.")
+        int | None, typer.Option("--row", help="Read long documents in pieces of this many tokens. Default: whole.")
     ] = None,
     max_tokens: Annotated[
-        int | None, typer.Option("--max-tokens", help="At most so many tokens per document. Default: all.")
+        int | None, typer.Option("--max-tokens", help="At most this many tokens per document. Default: all.")
     ] = None,
     window: Annotated[int, typer.Option("--window", help="Tokens written at once: what a stop loses at most.")] = 2**15,
     batch: Annotated[int, typer.Option("--batch", help="Tokens per forward pass, padding included.")] = 4096,
-    skip_special: options.SkipSpecial = False,
-    sinks: options.Sinks = None,
+    count: options.Count = None,
     pool: Annotated[str | None, typer.Option("--pool", help="Also keep residuals per document: mean, last.")] = None,
     device: options.Device = None,
     dtype: options.Dtype = "auto",
@@ -53,12 +52,8 @@ def extract(
     Stopped in whatever way, the same command goes on where it was. Rows that can't be read are counted and listed in
     the store. Ask the store with: qwen-scope store STORE
     """
-    import torch
-
     from qwen_scope.files import not_onto_itself
-    from qwen_scope.model import LoadedModel
     from qwen_scope.scope import ExtractOptions
-    from qwen_scope.scope import extract as run
 
     chosen = ExtractOptions(
         row_tokens=row,
@@ -66,24 +61,16 @@ def extract(
         window_tokens=window,
         batch_tokens=batch,
         chat=reading.chat,
-        skip_special=skip_special,
-        sink_multiple=sinks,
+        counted=options.parse_count(count),
         pool=tuple(part.strip() for part in pool.split(",")) if pool else (),
     )
     not_onto_itself(out, *options.files(source), *options.folders(model, sae))
     corpus = options.read(source, reading, LAB_DOCUMENTS)
     with output.status("opening the model"):
         scope = options.open_scope(model, sae, device, dtype, k)
-    wanted = scope.check_layers(options.parse_layers(layers))
-    # Memory-mapped: each comes to the device for its turn.
-    on_disk = type(scope.saes)(scope.saes.source, d_model=scope.d_model, k=k, dtype=scope.saes.dtype)
-    on_disk.tell(scope.joined.meet)
-    saes = {layer: on_disk[layer] for layer in wanted}
-    place = None if torch.device(scope.saes.device).type == "cpu" else scope.saes.device
-    loaded = LoadedModel(scope.model, scope.tokenizer, model)
+    wanted = options.parse_layers(layers)
     with output.progress() as bar:
-        report, source = reporting(bar), scope.saes.source
-        store = run(corpus, loaded, saes, out, chosen, report, sae_device=place, sae_source=source)
+        store = scope.extract(corpus, out, chosen, layers=wanted, progress=reporting(bar))
     with store:
         show_store(store, as_json)
 
@@ -110,6 +97,7 @@ def show_store(store: FeatureStore, as_json: bool) -> None:
         / max(1, sum(info.activations for info in manifest.layers.values()))
         for table in ("activations", "features")
     }
+    left_out = store.left_out()
     layers: list[dict[str, Any]] = []
     for layer in store.layers:
         info = store.layer(layer)
@@ -120,6 +108,7 @@ def show_store(store: FeatureStore, as_json: bool) -> None:
                 "sae": info.group,
                 "d_sae": info.d_sae,
                 "tokens": info.tokens,
+                "left_out": left_out.get(layer, {}),
                 "activations": info.activations,
                 "firing": firing,
             }
@@ -139,11 +128,36 @@ def show_store(store: FeatureStore, as_json: bool) -> None:
         )
         return
     title = f"{store.folder}: {manifest.documents:,} documents, {manifest.tokens:,} tokens, {size(total)}"
-    columns = ("layer", "features", "firing", "tokens", "activations", "SAE")
+    columns = ("layer", "features", "firing", "tokens", "left out", "activations", "SAE")
     output.show(
         title,
         columns,
-        [tuple(r[n] for n in ("layer", "d_sae", "firing", "tokens", "activations", "sae")) for r in layers],
+        [
+            (r["layer"], r["d_sae"], r["firing"], r["tokens"], sum(r["left_out"].values()), r["activations"], r["sae"])
+            for r in layers
+        ],
     )
+    say_left_out(store, left_out)
     if manifest.unreadable:
         output.show("Rows that could not be read", ("reason", "rows"), manifest.unreadable.items())
+
+
+def say_left_out(store: FeatureStore, left_out: dict[int, dict[str, int]]) -> None:
+    """A line on the tokens that do not count; layers differ in their sinks alone."""
+    from rich.text import Text
+
+    reasons: dict[str, list[int]] = {}
+    for layer in store.layers:
+        for reason, tokens in left_out.get(layer, {}).items():
+            reasons.setdefault(reason, []).append(tokens)
+    said = [f"{span(tokens)} {reason}" for reason, tokens in reasons.items()]
+    counted = store.manifest.counted
+    sample = f" ({counted.sample})" if counted is not None and "too few" in counted.sample else ""
+    total = f"{store.manifest.tokens:,} tokens"
+    output.console().print(Text(f"left out per layer: {', '.join(said) or 'none'} of {total}{sample}"))
+
+
+def span(tokens: list[int]) -> str:
+    """The smallest and the largest of some counts."""
+    low, high = min(tokens), max(tokens)
+    return f"{low:,}" if low == high else f"{low:,} to {high:,}"

@@ -65,10 +65,6 @@ K = Annotated[int | None, typer.Option("--k", help="Features active per token, o
 Chat = Annotated[
     str | None, typer.Option("--chat", help="Wrap the text in the chat template: default, thinking or non_thinking.")
 ]
-SkipSpecial = Annotated[bool, typer.Option("--skip-special", help="Leave special tokens out.")]
-Sinks = Annotated[
-    float | None, typer.Option("--sink-multiple", help="Leave out norms above so many medians; 10 is usual.")
-]
 Count = Annotated[
     str | None,
     typer.Option(

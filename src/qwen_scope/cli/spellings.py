@@ -22,7 +22,7 @@ OLD: dict[str, dict[str, tuple[str, ...]]] = {
 }
 
 # By command: options whose work a measured threshold has taken over, and whether they took a value.
-GONE = {command: {"--skip-special": False, "--sink-multiple": True} for command in ("train", "eval")}
+GONE = {command: {"--skip-special": False, "--sink-multiple": True} for command in ("train", "eval", "extract")}
 
 
 # Commands in which a feature was named by --layer and --feature, and is now by --feature LAYER/FEATURE.

@@ -27,6 +27,5 @@ from .load import live_model as live_model
 from .load import load_config as load_config
 from .load import load_model as load_model
 from .load import load_tokenizer as load_tokenizer
-from .masks import TokenMask as TokenMask
 from .model_sizes import ModelSizes as ModelSizes
 from .model_sizes import model_sizes as model_sizes

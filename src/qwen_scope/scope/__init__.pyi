@@ -1,6 +1,8 @@
 from .compare import Comparison as Comparison
 from .compare import compare_rates as compare_rates
 from .compare import compare_seen as compare_seen
+from .engine import Engine as Engine
+from .engine import ModelEngine as ModelEngine
 from .extract import ExtractOptions as ExtractOptions
 from .extract import Progress as Progress
 from .extract import extract as extract

@@ -1,12 +1,10 @@
-"""One window of a corpus: documents cut into rows, read by the model sorted by length, and put back in order."""
+"""One window of a corpus: read by the model sorted by length, encoded layer by layer, and put back in order."""
 
 from __future__ import annotations
 
 import copy
-import math
-from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -14,181 +12,30 @@ import pyarrow as pa
 import torch
 from torch import Tensor, nn
 
-from qwen_scope.errors import InputError
-from qwen_scope.model import HookPoint, LoadedModel, TokenMask, capture
+from qwen_scope.model import HookPoint
 from qwen_scope.sae import SAE
 from qwen_scope.store import TABLES, LayerRows, Window
-from qwen_scope.text import Corpus, Document, Unreadable, by_length, chunks, meta_json, padded, start_ids
+from qwen_scope.text import REASONS, Counted
 
+from .engine import Engine
 from .prefetch import ahead, in_turn
+from .rows import Pieces, Row
 
 # Residuals that wait for their SAEs, together, in bytes.
 HOLD_BYTES = 2**28
-
-
-@dataclass(frozen=True)
-class State:
-    """From where the next window is made: plain data.
-
-    Attributes:
-        cursor: of the corpus, before the document that is not whole yet.
-        done: how many tokens of that document are in the store.
-        documents, tokens: how many are in the store; the unfinished document counts.
-        medians: per layer the median norm of the first window, once it is known.
-        carried: per layer sum, count and last residual of the unfinished document.
-        window: tokens of the next window, 0 where it is not said.
-    """
-
-    cursor: dict[str, int]
-    done: int = 0
-    documents: int = 0
-    tokens: int = 0
-    medians: dict[str, float] = field(default_factory=dict)
-    carried: dict[str, Any] = field(default_factory=dict)
-    window: int = 0
-
-
-@dataclass(frozen=True, eq=False)
-class Row:
-    """Consecutive tokens of one document, read by the model together.
-
-    Attributes:
-        lead: what the model reads before them, and nobody keeps: a row that begins within a document begins with what
-            the tokenizer puts before a text, such as a BOS.
-    """
-
-    document: int
-    start: int
-    ids: list[int]
-    texts: list[str]
-    ends: bool
-    lead: list[int]
-
-
-@dataclass(frozen=True, eq=False)
-class Pieces:
-    """What a window is made of, and the state after it (without medians and carried residuals)."""
-
-    rows: list[Row]
-    documents: list[dict[str, Any]]
-    unreadable: list[Unreadable]
-    after: State
-
-
-class Reader:
-    """Documents as rows of tokens, a window at a time.
-
-    Attributes:
-        state: of the last window.   documents: begun so far.   unreadable: rows of this window that could not be used.
-    """
-
-    def __init__(
-        self,
-        corpus: Corpus,
-        loaded: LoadedModel,
-        state: State,
-        row_tokens: int,
-        max_tokens: int | None,
-        chat: str | None,
-    ) -> None:
-        self.corpus, self.tokenizer, self.state = corpus, loaded.tokenizer, state
-        self.row_tokens, self.max_tokens, self.chat = row_tokens, max_tokens, chat
-        self.lead = start_ids(loaded.tokenizer)
-        corpus.seek(state.cursor)
-        self.stream = corpus.rows()
-        self.tokens = state.tokens
-        self.documents = state.documents - (state.done > 0)
-        self.skip = state.done
-        self.unreadable: list[Unreadable] = []
-        # The document being cut into rows: the cursor before it, its rows not yet given out.
-        self.before, self.waiting = state.cursor, iter(())
-
-    def window(self, tokens: int) -> Pieces:
-        """The next rows, until there are `tokens` of them."""
-        rows: list[Row] = []
-        entries: list[dict[str, Any]] = []
-        self.unreadable = []
-        held = 0
-        while held < tokens:
-            row = next(self.waiting, None)
-            if row is None:
-                self.before = self.corpus.cursor()
-                found = next(self.stream, None)
-                if found is None:
-                    break
-                if isinstance(found, Document):
-                    self._begin(found, entries)
-                else:
-                    self.unreadable.append(found)
-                continue
-            rows.append(row)
-            held += len(row.ids)
-        self.tokens += held
-        unfinished = bool(rows) and not rows[-1].ends
-        after = State(
-            cursor=self.before if unfinished else self.corpus.cursor(),
-            done=rows[-1].start + len(rows[-1].ids) if unfinished else 0,
-            documents=self.documents,
-            tokens=self.tokens,
-        )
-        return Pieces(rows, entries, list(self.unreadable), after)
-
-    def _begin(self, document: Document, entries: list[dict[str, Any]]) -> None:
-        """Tokenise a document, a chunk at a time: beside its text only what is kept of it is held, as numbers.
-
-        Rows that are in the store already are not given out again.
-        """
-        ids, texts, total = array("i"), [], 0
-        same: dict[str, str] = {}
-        try:
-            for part in chunks(self.tokenizer, document, chat=self.chat):
-                room = len(part.ids) if self.max_tokens is None else max(0, self.max_tokens - len(ids))
-                ids.extend(part.ids[:room])
-                # Most tokens of a long text show what others show.
-                texts += [same.setdefault(text, text) for text in part.strings[:room]]
-                total += len(part.ids)
-        except InputError as error:
-            self.unreadable.append(Unreadable(document.source, document.row, "no tokens", str(error)[:500]))
-            return
-        skip, self.skip = self.skip, 0
-        if not skip:
-            entries.append(
-                {
-                    "document": self.documents,
-                    "tokens": len(ids),
-                    "cut": total - len(ids),
-                    "source": document.source,
-                    "row": document.row,
-                    "meta": meta_json(document.meta),
-                }
-            )
-        number, self.documents = self.documents, self.documents + 1
-        starts = range(0, len(ids), self.row_tokens)
-        self.waiting = (
-            Row(
-                number,
-                s,
-                ids[s : s + self.row_tokens].tolist(),
-                texts[s : s + self.row_tokens],
-                s + self.row_tokens >= len(ids),
-                self.lead if s else [],
-            )
-            for s in starts
-            if s >= skip
-        )
+SINK = REASONS.index("sink")
 
 
 def residuals(
-    model: nn.Module, points: Sequence[HookPoint], rows: Sequence[Row], batch_tokens: int
+    engine: Engine, points: Sequence[HookPoint], rows: Sequence[Row]
 ) -> Iterator[tuple[list[int], dict[int, Tensor]]]:
-    """Per batch which rows it has, and per layer the residuals of their tokens one after the other."""
-    for batch in by_length([len(row.lead) + len(row.ids) for row in rows], batch_tokens):
-        ids, mask = padded([[*rows[i].lead, *rows[i].ids] for i in batch])
-        found = capture(model, ids, points, mask)
-        kept = mask.bool()
-        for line, i in enumerate(batch):
-            kept[line, : len(rows[i].lead)] = False
-        yield batch, {point.layer: h[kept.to(h.device)] for point, h in found.items()}
+    """Per batch which rows it has, and per layer the residuals of their tokens one after the other, without leads."""
+    for batch, found in engine.activations([[*row.lead, *row.ids] for row in rows], points):
+        by_layer = {point.layer: h for point, h in found.items()}
+        if any(rows[i].lead for i in batch):
+            own = np.concatenate([[False] * len(rows[i].lead) + [True] * len(rows[i].ids) for i in batch])
+            by_layer = {layer: h[torch.from_numpy(own).to(h.device)] for layer, h in by_layer.items()}
+        yield batch, by_layer
 
 
 def held(
@@ -214,51 +61,55 @@ def elsewhere(model: nn.Module, saes: Mapping[int, SAE], device: torch.device | 
     return at_work.isdisjoint({torch.device(device).type} if device else {saes[layer].device.type for layer in saes})
 
 
-def points_of(saes: Mapping[int, SAE]) -> list[HookPoint]:
+def points_of(saes: Mapping[int, SAE]) -> dict[int, HookPoint]:
     """Where the SAEs read, in their order."""
-    return [HookPoint.read_by(sae.hook_point, layer) for layer, sae in saes.items()]
+    return {layer: HookPoint.read_by(sae.hook_point, layer) for layer, sae in saes.items()}
 
 
-def median_norms(model: nn.Module, points: Sequence[HookPoint], pieces: Pieces, batch_tokens: int) -> dict[str, float]:
-    """Per layer the median norm of the residuals of a window."""
-    norms: dict[int, list[Tensor]] = {point.layer: [] for point in points}
-    for _, found in residuals(model, points, pieces.rows, batch_tokens):
-        for layer, h in found.items():
-            norms[layer].append(torch.linalg.vector_norm(h.float(), dim=-1).cpu())
-    return {str(layer): float(torch.cat(some).median()) for layer, some in norms.items()}
+def reasons_of(rows: Sequence[Row], counted: Counted) -> np.ndarray:
+    """Per token of the rows why it is left out at every layer, `(tokens,)`: an index into `REASONS`, 0 where it counts.
+
+    Its place is that in the row as the model reads it, with the lead.
+    """
+    ids = torch.tensor([i for row in rows for i in row.ids], dtype=torch.int64)
+    positions = [torch.arange(len(row.ids)) + len(row.lead) for row in rows]
+    phases = None
+    if counted.phases is not None:
+        phases = torch.tensor([p for row in rows for p in row.phases or ()], dtype=torch.int64)
+    return counted.reasons(ids, torch.cat(positions) if rows else ids, phases).numpy()
 
 
 def encode_window(
-    model: nn.Module,
+    engine: Engine,
     saes: Mapping[int, SAE],
     pieces: Pieces,
     *,
-    mask: TokenMask,
-    medians: Mapping[int, float],
-    batch_tokens: int,
+    counted: Counted,
     pool: Sequence[str],
     carried: Mapping[str, Any],
     report: Callable[[int], None],
+    at_once: Callable[[], bool] = lambda: False,
     device: torch.device | str | None = None,
     hold_bytes: int = HOLD_BYTES,
 ) -> tuple[Window, dict[str, Any]]:
     """The window as tables, and the pooled residuals of a document that goes on in the next one.
 
     Args:
-        mask: which tokens do not count.   medians: per layer the norm that sinks are measured by.
+        counted: which tokens count; the others have no activations and are not pooled.
         report: called with the number of tokens that the model has read.
+        at_once: whether the model reads while SAEs encode.
         device: where SAEs come for their turn, or None where they are.
         hold_bytes: about so many bytes of residuals wait for their SAEs, or one batch of them.
     """
-    rows = pieces.rows
+    rows, points = pieces.rows, points_of(saes)
     lengths = np.array([len(row.ids) for row in rows], np.int64)
     first = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
     ids = np.array([i for row in rows for i in row.ids], np.int64)
     document = np.repeat(np.array([row.document for row in rows], np.int32), lengths)
     position = np.arange(first[-1]) - np.repeat(first[:-1] - np.array([r.start for r in rows], np.int64), lengths)
     position = position.astype(np.int32)
-    is_special = mask.special_at(torch.from_numpy(ids)).numpy()
-    layers = {layer: LayerWindow(len(ids)) for layer in saes}
+    everywhere = reasons_of(rows, counted)
+    layers = {layer: LayerWindow(everywhere) for layer in saes}
     pools = {layer: Pools(carried.get(str(layer))) for layer in saes} if pool else {}
 
     def encode(layer: int, sae: SAE, batches: list[tuple[list[int], dict[int, Tensor]]]) -> None:
@@ -266,9 +117,7 @@ def encode_window(
         for batch, found in batches:
             h = found.pop(layer)
             here = np.concatenate([np.arange(first[i], first[i + 1]) for i in batch])
-            sink = mask.sinks_at(h, medians.get(layer, math.inf)).cpu().numpy()
-            layers[layer].sink[here] = sink
-            keep = ~(sink | is_special[here])
+            keep = layers[layer].judge(here, counted.sinks(h, points[layer]).cpu().numpy())
             if keep.any():
                 kept.append(h if keep.all() else h[torch.from_numpy(np.flatnonzero(keep)).to(h.device)])
                 tokens.append(here[keep])
@@ -278,17 +127,17 @@ def encode_window(
             acts = sae.encode(torch.cat(kept)).to("cpu")
             layers[layer].add(np.concatenate(tokens), acts.indices.numpy(), acts.values.float().numpy())
 
-    made_of = held(residuals(model, points_of(saes), rows, batch_tokens), hold_bytes, report)
-    with ahead(made_of, lambda: elsewhere(model, saes, device)) as waiting:
+    made_of = held(residuals(engine, list(points.values()), rows), hold_bytes, report)
+    with ahead(made_of, at_once) as waiting:
         for batches in waiting:
             for layer, sae in in_turn(saes, device):
                 encode(layer, sae, batches)
                 del sae
-    masked = [masked_rows(layer, document, position, is_special, window.sink) for layer, window in layers.items()]
     tables = {
         "documents": document_table(pieces, first),
+        "spans": pa.Table.from_pylist(pieces.spans, schema=TABLES["spans"]),
         "tokens": token_table(document, position, ids, [text for row in rows for text in row.texts]),
-        "masked": pa.concat_tables(masked),
+        "masked": pa.concat_tables([masked_rows(i, document, position, w.reasons) for i, w in layers.items()]),
         "unreadable": pa.Table.from_pylist([asdict(bad) for bad in pieces.unreadable], schema=TABLES["unreadable"]),
         "residuals": TABLES["residuals"].empty_table(),
     }
@@ -297,23 +146,32 @@ def encode_window(
         found_pools = [pools[layer].finish(layer, rows, pool) for layer in saes]
         tables["residuals"] = pa.concat_tables([table for table, _ in found_pools])
         going_on = {str(layer): rest for layer, (_, rest) in zip(saes, found_pools, strict=True) if rest is not None}
-    made = {layer: window.rows(document, position, ~(is_special | window.sink)) for layer, window in layers.items()}
-    return Window(made, tables), going_on
+    return Window({layer: window.rows(document, position) for layer, window in layers.items()}, tables), going_on
 
 
 class LayerWindow:
-    """The activations of one layer, collected batch by batch."""
+    """The activations of one layer, collected batch by batch.
 
-    def __init__(self, tokens: int) -> None:
-        self.sink = np.zeros(tokens, bool)
+    Args:
+        reasons: why tokens are left out at every layer, `(tokens,)`; sinks of this layer are added in `judge`.
+    """
+
+    def __init__(self, reasons: np.ndarray) -> None:
+        self.reasons = reasons.copy()
         self.parts: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+
+    def judge(self, tokens: np.ndarray, sinks: np.ndarray) -> np.ndarray:
+        """Which of some tokens count, `(n,)` bool; `sinks` tells where their residuals are too long."""
+        found = self.reasons[tokens]
+        self.reasons[tokens] = np.where((found == 0) & sinks, SINK, found)
+        return self.reasons[tokens] == 0
 
     def add(self, tokens: np.ndarray, indices: np.ndarray, values: np.ndarray) -> None:
         """Active slots of some tokens: `(n,)`, `(n, k)`, `(n, k)`."""
         on = values > 0
         self.parts.append((np.repeat(tokens, on.sum(-1)), indices[on], values[on]))
 
-    def rows(self, document: np.ndarray, position: np.ndarray, counted: np.ndarray) -> LayerRows:
+    def rows(self, document: np.ndarray, position: np.ndarray) -> LayerRows:
         """Sorted by token and feature."""
         if self.parts:
             token, feature, value = (np.concatenate(column) for column in zip(*self.parts, strict=True))
@@ -321,7 +179,7 @@ class LayerWindow:
             token, feature, value = np.zeros(0, np.int64), np.zeros(0, np.int32), np.zeros(0, np.float32)
         order = np.argsort(token << 32 | feature, kind="stable")
         token, feature, value = token[order], feature[order].astype(np.int32), value[order].astype(np.float32)
-        return LayerRows(document[token], position[token], feature, value, int(counted.sum()))
+        return LayerRows(document[token], position[token], feature, value, int((self.reasons == 0).sum()))
 
 
 class Pools:
@@ -369,14 +227,12 @@ class Pools:
         return pa.Table.from_pylist(out, schema=TABLES["residuals"]), held
 
 
-def masked_rows(
-    layer: int, document: np.ndarray, position: np.ndarray, special: np.ndarray, sink: np.ndarray
-) -> pa.Table:
-    """Rows of `masked` for one layer; a special token that is also a sink is special."""
-    at = np.flatnonzero(special | sink)
-    reason = np.where(special[at], "special", "sink")
+def masked_rows(layer: int, document: np.ndarray, position: np.ndarray, reasons: np.ndarray) -> pa.Table:
+    """Rows of `masked` for one layer."""
+    at = np.flatnonzero(reasons)
     columns = [np.full(len(at), layer, np.int32), document[at], position[at]]
-    arrays = [*(pa.array(column) for column in columns), pa.array(reason.tolist(), pa.string())]
+    named = [REASONS[reason] for reason in reasons[at].tolist()]
+    arrays = [*(pa.array(column) for column in columns), pa.array(named, pa.string())]
     return pa.Table.from_arrays(arrays, schema=TABLES["masked"])
 
 

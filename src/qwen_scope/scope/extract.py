@@ -4,23 +4,28 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 
 from qwen_scope.errors import InputError, MismatchError
-from qwen_scope.model import HookPoint, LoadedModel, TokenMask, context_length, d_model
+from qwen_scope.model import HookPoint, LoadedModel, context_length, counted_of, d_model, measure_counted
 from qwen_scope.sae import SAE
-from qwen_scope.store import FeatureStore, LayerInfo, StoreWriter, place_of
-from qwen_scope.text import Corpus, start_ids
+from qwen_scope.store import FeatureStore, LayerInfo, StoreWriter, kept_counted, place_of
+from qwen_scope.text import LEAST, Corpus, Counted, phase_numbers, start_ids
 
-from .encoding import HOLD_BYTES, Pieces, Reader, State, encode_window, median_norms, points_of
+from .encoding import HOLD_BYTES, elsewhere, encode_window, points_of
+from .engine import Engine, ModelEngine
+from .rows import Pieces, Reader, State
 
 # Rows of a model that states no context.
 LONGEST_ROW = 2**20
 FIRST_WINDOW = 2**11
+SAMPLE_TOKENS = 6000  # that which tokens count is measured on: two windows
+PACKED = 512  # tokens of a row of that sample
 LONGEST_WINDOW = 30.0  # seconds; a window that took longer is the largest
 POOLINGS = ("mean", "last")
 
@@ -34,12 +39,13 @@ class ExtractOptions:
         max_tokens: at most so many tokens of a document; the rest is cut, and counted.
         window_tokens: documents are sorted by length within windows of about so many tokens. A window is also what a
             stopped run loses at most. The first is of 2,048 tokens and each further one twice as large, up to this size
-            or until one takes half a minute; where `sink_multiple` needs a median, all are of this size.
+            or until one takes half a minute.
         batch_tokens: tokens per forward pass, padding included.
         chat: render documents with the chat template: `default`, `thinking` or `non_thinking`.
-        skip_special: leave out tokens the tokenizer calls special.
-        sink_multiple: leave out tokens whose residual norm at a layer is above so many times the median norm there,
-            taken over the first window; None leaves none out.
+        counted: which tokens count; the others have no activations and are not pooled, but stay in the store with the
+            reason. None for what the SAEs' files say, or where they say nothing, all but first tokens, special ones
+            and sinks by thresholds measured on the first documents.
+        phases: only tokens of these phases of a conversation count.
         pool: also keep one residual per document and layer: `mean`, `last` or both.
 
     Raises:
@@ -51,15 +57,16 @@ class ExtractOptions:
     window_tokens: int = 2**15
     batch_tokens: int = 4096
     chat: str | None = None
-    skip_special: bool = False
-    sink_multiple: float | None = None
+    counted: Counted | None = None
+    phases: tuple[str, ...] | None = None
     pool: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("row_tokens", "max_tokens", "window_tokens", "batch_tokens"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise InputError(f"{name} is at least 1, not {value}")
-        TokenMask(sink_multiple=self.sink_multiple)
+        if self.phases is not None:
+            phase_numbers(self.phases)
         if unknown := [name for name in self.pool if name not in POOLINGS]:
             raise InputError(f"residuals are pooled by {' or '.join(POOLINGS)}, not {unknown[0]!r}")
 
@@ -95,6 +102,7 @@ def extract(
     sae_device: torch.device | str | None = None,
     sae_source: str | None = None,
     hold_bytes: int = HOLD_BYTES,
+    engine: Engine | None = None,
 ) -> FeatureStore:
     """Write the features of every token of a corpus into a store, and open it.
 
@@ -112,6 +120,8 @@ def extract(
         sae_source: the name or the folder of the SAEs, kept with the store so that later commands find them.
         hold_bytes: about so many bytes of residuals wait for the turns of their SAEs, or one batch of them: more means
             fewer turns. Like `batch_tokens`, it moves last digits only.
+        engine: what reads the residuals; by default forward passes of the model. Which tokens count is measured with
+            the model in any case.
 
     Raises:
         InputError: no document, options that do not fit, a folder that holds something else, or a full disk.
@@ -127,7 +137,14 @@ def extract(
     context, lead = context_length(loaded.model), len(start_ids(loaded.tokenizer))
     room = None if context is None else max(1, context - lead)
     row_tokens = min(limit for limit in (options.row_tokens, room, LONGEST_ROW) if limit is not None)
-    request = {**asdict(options), "row_tokens": row_tokens, "corpus": corpus.description}
+    run = Extraction(
+        corpus, loaded, saes, options, row_tokens, engine or ModelEngine(loaded.model, options.batch_tokens)
+    )
+    counted, by = run.which_count(Path(folder))
+    if options.phases is not None:
+        counted = replace(counted, phases=frozenset(options.phases))
+    request = {**asdict(replace(options, counted=None)), "counted": counted.to_json(), "counted_by": by}
+    request |= {"row_tokens": row_tokens, "corpus": corpus.description}
     request["dtype"] = str(loaded.model.dtype).removeprefix("torch.")
     request["sae_dtypes"] = sorted({str(sae.dtype).removeprefix("torch.") for sae in saes.values()})
     sources = {"model": place_of(loaded.name, Path(folder))}
@@ -135,72 +152,126 @@ def extract(
         sources["saes"] = place_of(sae_source, Path(folder))
     with StoreWriter(folder, loaded.name, request, infos, sources) as writer:
         if not writer.finished:
-            run_windows(corpus, loaded, saes, options, row_tokens, writer, progress, sae_device, hold_bytes)
+            run_windows(run, counted, writer, progress, sae_device, hold_bytes)
     return FeatureStore(folder, saes)
 
 
+class Extraction:
+    """What is read, and with what; windows that were read to measure which tokens count are not read again."""
+
+    def __init__(
+        self,
+        corpus: Corpus,
+        loaded: LoadedModel,
+        saes: Mapping[int, SAE],
+        options: ExtractOptions,
+        row_tokens: int,
+        engine: Engine,
+    ) -> None:
+        self.corpus, self.loaded, self.saes, self.options = corpus, loaded, saes, options
+        self.row_tokens, self.engine = row_tokens, engine
+        self.reader: Reader | None = None
+        self.held: deque[tuple[int, Pieces]] = deque()
+
+    def which_count(self, folder: Path) -> tuple[Counted, str]:
+        """Which tokens count, and whether that was `given`, is what the `saes` say, or is `measured`.
+
+        A folder that was begun with a measured one keeps it.
+        """
+        if self.options.counted is not None:
+            return self.options.counted, "given"
+        if (trained := counted_of(self.saes.values())) is not None:
+            return trained, "saes"
+        if (kept := kept_counted(folder)) is not None:
+            return kept, "measured"
+        reader, size, tokens = self.open(State(cursor=self.corpus.cursor()), Counted()), FIRST_WINDOW, 0
+        while tokens < SAMPLE_TOKENS:
+            size = min(size, self.options.window_tokens)
+            pieces = reader.window(size)
+            if not pieces.rows and not pieces.unreadable:
+                break
+            self.held.append((size, pieces))
+            tokens += sum(len(row.ids) for row in pieces.rows)
+            size *= 2
+        rows = [row.lead + row.ids for _, pieces in self.held for row in pieces.rows]
+        return measured(self.loaded, rows, list(points_of(self.saes).values()), self.corpus.name), "measured"
+
+    def open(self, state: State, counted: Counted) -> Reader:
+        """The reader of the corpus, from a state on."""
+        options = self.options
+        if self.reader is None or not self.held:
+            self.reader = Reader(
+                self.corpus, self.loaded, state, self.row_tokens, options.max_tokens, options.chat,
+                counted.phases is not None or options.phases is not None,
+            )  # fmt: skip
+        return self.reader
+
+
+def measured(loaded: LoadedModel, rows: Sequence[list[int]], points: Sequence[HookPoint], name: str) -> Counted:
+    """All tokens but first ones, special ones and sinks, by thresholds from the rows packed one behind the other.
+
+    Too few tokens for thresholds leave sinks at later places in, which the sample says.
+    """
+    bare, start = Counted.of(loaded.tokenizer), start_ids(loaded.tokenizer)
+    ids = [i for row in rows for i in (row[len(start) :] if start and row[: len(start)] == start else row)]
+    if len(ids) - sum(i in bare.special for i in ids) < 2 * LEAST:
+        return replace(bare, sample=f"{name}: too few tokens to measure thresholds for sinks on")
+    room = min(PACKED, context_length(loaded.model) or PACKED) - len(start)
+    packed = [torch.tensor([[*start, *ids[at : at + room]]]) for at in range(0, len(ids), room)]
+    return measure_counted(loaded.model, loaded.tokenizer, packed, points, sample=name)
+
+
 def run_windows(
-    corpus: Corpus,
-    loaded: LoadedModel,
-    saes: Mapping[int, SAE],
-    options: ExtractOptions,
-    row_tokens: int,
+    run: Extraction,
+    counted: Counted,
     writer: StoreWriter,
     progress: Callable[[Progress], None] | None,
     sae_device: torch.device | str | None,
     hold_bytes: int,
 ) -> None:
     """Every window that is not in the store yet, then the index."""
+    corpus, options = run.corpus, run.options
     state = State(**writer.state) if writer.state else State(cursor=corpus.cursor())
-    reader = Reader(corpus, loaded, state, row_tokens, options.max_tokens, options.chat)
+    reader = run.open(state, counted)
     begun, before = time.monotonic(), writer.counts["tokens"]
-    mask = TokenMask.of(loaded.tokenizer, options.skip_special, options.sink_multiple)
+    documents = state.documents
 
-    def report(stage: str, done: int) -> None:
+    def report(stage: str, done: int, bad: int = 0) -> None:
         if progress is not None:
             rate = (done - before) / max(1e-9, time.monotonic() - begun)
-            bad = sum(writer.unreadable.values()) + len(reader.unreadable)
             share = corpus.progress if stage == "reading" else 1.0
-            progress(Progress(stage, reader.documents, done, rate, share, bad))
+            progress(Progress(stage, documents, done, rate, share, sum(writer.unreadable.values()) + bad))
 
+    carried, size = state.carried, min(state.window or FIRST_WINDOW, options.window_tokens)
     while True:
-        size, since = window_size(reader.state, options), time.monotonic()
-        pieces: Pieces = reader.window(size)
+        since = time.monotonic()
+        size, pieces = run.held.popleft() if run.held else (size, reader.window(size))
         if not pieces.rows and not pieces.unreadable:
             break
-        medians = reader.state.medians
-        if options.sink_multiple is not None and not medians and pieces.rows:
-            medians = median_norms(loaded.model, points_of(saes), pieces, options.batch_tokens)
-        done = writer.counts["tokens"]
+        done, documents, bad = writer.counts["tokens"], pieces.after.documents, len(pieces.unreadable)
         window, carried = encode_window(
-            loaded.model,
-            saes,
+            run.engine,
+            run.saes,
             pieces,
-            mask=mask,
-            medians={int(layer): norm for layer, norm in medians.items()},
-            batch_tokens=options.batch_tokens,
+            counted=counted,
             pool=options.pool,
-            carried=reader.state.carried,
-            report=lambda tokens, done=done: report("reading", done + tokens),
+            carried=carried,
+            report=lambda tokens, done=done, bad=bad: report("reading", done + tokens, bad),
+            at_once=lambda: elsewhere(run.loaded.model, run.saes, sae_device),
             device=sae_device,
             hold_bytes=hold_bytes,
         )
-        size = size if time.monotonic() - since > LONGEST_WINDOW else 2 * size
-        reader.state = State(**{**asdict(pieces.after), "medians": medians, "carried": carried, "window": size})
-        writer.add(window, asdict(reader.state))
+        if run.held:
+            size = run.held[0][0]
+        elif time.monotonic() - since <= LONGEST_WINDOW:
+            size = min(2 * size, options.window_tokens)
+        writer.add(window, asdict(replace(pieces.after, carried=carried, window=size)))
     if not writer.counts["tokens"]:
         said = ", ".join(f"{n} {reason}" for reason, n in writer.unreadable.items())
         unreadable = f" (unreadable rows: {said})" if said else ""
         raise InputError(f"there is no document to extract in {corpus.name}{unreadable}{corpus.other_columns()}")
     report("indexing", writer.counts["tokens"])
-    writer.finish({int(layer): norm for layer, norm in reader.state.medians.items()})
-
-
-def window_size(state: State, options: ExtractOptions) -> int:
-    """How many tokens the next window has: few at first, so that a run that is stopped early has something to go on."""
-    if options.sink_multiple is not None or (state.tokens and not state.window):
-        return options.window_tokens  # a median wants a full window; a run of an earlier version goes on as it began
-    return min(state.window or FIRST_WINDOW, options.window_tokens)
+    writer.finish()
 
 
 def layer_info(layer: int, sae: SAE, loaded: LoadedModel) -> LayerInfo:

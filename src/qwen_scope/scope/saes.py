@@ -65,6 +65,13 @@ class SAEs:
         """Call `join` with layer and SAE whenever one is opened: the place where it meets its model, or a store."""
         self._joins.append(join)
 
+    def mapped(self) -> SAEs:
+        """The same SAEs in their memory-mapped files, for passes over many layers: each comes to a device for its
+        turn. They meet the same model and stores when they are opened."""
+        out = SAEs(self.source, d_model=self.d_model, k=self.k, dtype=self.dtype, cache_bytes=self.cache_bytes)
+        out._joins = list(self._joins)
+        return out
+
     def hook_point(self, layer: int) -> HookPoint:
         """Where the SAE of a layer reads, as its files say; where they don't, the output of the layer.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, overload
 
 import numpy as np
@@ -26,9 +26,12 @@ from qwen_scope.model import (
 )
 from qwen_scope.sae import FeatureActs
 from qwen_scope.steer import Decoding, Generation, Intervention, Target, generate
-from qwen_scope.text import Chat, Counted, Message, Tokens, by_length, tokenize
+from qwen_scope.store import FeatureStore
+from qwen_scope.text import Chat, Corpus, CorpusOptions, Counted, Message, Tokens, by_length, tokenize
 
 from .compare import Comparison, compare_seen
+from .engine import Engine
+from .extract import ExtractOptions, Progress, extract
 from .joined import Joined
 from .measured import ScopeCounted, ScopeStats
 from .plan import Plan, plan
@@ -188,6 +191,45 @@ class Scope:
             drop_common=drop_common,
             drop_prefix=drop_prefix,
             phases=phases,
+        )
+
+    def extract(
+        self,
+        source: Any,
+        folder: str | os.PathLike[str],
+        options: ExtractOptions | None = None,
+        *,
+        layers: Sequence[int] | None = None,
+        reading: CorpusOptions | None = None,
+        engine: Engine | None = None,
+        progress: Callable[[Progress], None] | None = None,
+    ) -> FeatureStore:
+        """Write which features fire on every token of a corpus into a store, and open it; see `extract`.
+
+        SAEs are read from their memory-mapped files, and each comes to the scope's device for its turn.
+
+        Args:
+            source: a `Corpus`, or whatever `Corpus.of` opens with `reading`.
+            layers: by default all that have an SAE.
+            engine: what reads the residuals; by default forward passes of the model.
+
+        Raises:
+            InputError, MismatchError, NotFoundError: as `extract` and `Corpus.of`.
+        """
+        corpus = source if isinstance(source, Corpus) else Corpus.of(source, reading or CorpusOptions())
+        if options is None and reading is not None:
+            options = ExtractOptions(chat=reading.chat)
+        saes = self.saes.mapped()
+        return extract(
+            corpus,
+            LoadedModel(self.model, self.tokenizer, self.name),
+            {layer: saes[layer] for layer in self.check_layers(layers)},
+            folder,
+            options,
+            progress,
+            sae_device=None if torch.device(self.saes.device).type == "cpu" else self.saes.device,
+            sae_source=self.saes.source,
+            engine=engine,
         )
 
     def feature_target(self, layer: int, feature: int) -> Target:

@@ -1,9 +1,11 @@
 from .contexts import Context as Context
 from .contexts import FeatureSummary as FeatureSummary
 from .contexts import Histogram as Histogram
+from .firings import Firings as Firings
 from .layout import TABLES as TABLES
 from .layout import LayerInfo as LayerInfo
 from .layout import Manifest as Manifest
+from .request import kept_counted as kept_counted
 from .request import place_of as place_of
 from .store import FeatureStore as FeatureStore
 from .writer import LayerRows as LayerRows

@@ -12,9 +12,11 @@ import numpy as np
 from jaxtyping import Float64, Int64
 
 from qwen_scope.errors import InputError, NotFoundError, check_count
+from qwen_scope.text import PHASES
 
 from .layout import ROW_GROUP
 from .parts import TableRows
+from .spans import Spans
 
 # Up to so many rows of a feature are read at once to find its neighbours; beyond, each place is looked up.
 AT_ONCE = 8 * ROW_GROUP
@@ -65,6 +67,7 @@ class Context:
         document, position: the place.   value: the activation there.
         start: the position of the first token shown.
         tokens: what the tokens around show, the place among them.   values: the feature's activation on each.
+        phase: of the place, `text` outside conversations; empty where the store tells none.
     """
 
     document: int
@@ -73,6 +76,7 @@ class Context:
     start: int
     tokens: tuple[str, ...]
     values: tuple[float, ...]
+    phase: str = "text"
 
     @property
     def text(self) -> str:
@@ -152,8 +156,25 @@ def choose(rows: int, n: int, how: str, strata: int, seed: int) -> Int64[np.ndar
     return np.sort(np.concatenate(chosen).astype(np.int64))
 
 
-def first_per_document(features: TableRows, start: int, rows: int, n: int) -> Int64[np.ndarray, " chosen"]:
-    """The strongest row of each of the `n` documents where the feature is strongest."""
+def within(
+    features: TableRows, start: int, rows: int, spans: Spans, phases: Sequence[str]
+) -> Int64[np.ndarray, " some"]:
+    """Which of a feature's rows are of some phases, counted from its strongest."""
+    found = [np.zeros(0, np.int64)]
+    for offset in range(0, rows, ROW_GROUP):
+        piece = features.read(start + offset, min(ROW_GROUP, rows - offset), ["document", "position"])
+        document, position = (column.to_numpy() for column in piece.columns)
+        found.append(offset + np.flatnonzero(spans.within(document, position, phases)))
+    return np.concatenate(found)
+
+
+def first_per_document(
+    features: TableRows, start: int, rows: int, n: int, some: Int64[np.ndarray, " some"] | None = None
+) -> Int64[np.ndarray, " chosen"]:
+    """The strongest row of each of the `n` documents where the feature is strongest, or the strongest of some rows."""
+    if some is not None:
+        documents = features.take(start + some, ["document"])["document"].to_numpy()
+        return some[np.sort(np.unique(documents, return_index=True)[1])[:n]]
     seen: dict[int, int] = {}
     for offset in range(0, rows, ROW_GROUP):
         piece = features.read(start + offset, min(ROW_GROUP, rows - offset), ["document"])["document"].to_numpy()
@@ -167,6 +188,7 @@ def first_per_document(features: TableRows, start: int, rows: int, n: int) -> In
 
 def read(
     tables: Mapping[str, TableRows],
+    spans: Spans,
     layer: int,
     feature: int,
     start: int,
@@ -196,6 +218,7 @@ def read(
     low, high = np.maximum(0, position - before), np.minimum(length, position + after + 1)
     words = np.concatenate([np.arange(f + a, f + b) for f, a, b in zip(first_token, low, high, strict=True)])
     texts = tables["tokens"].take(words.astype(np.int64), ["text"])["text"].to_pylist()
+    phases = [PHASES[p] if p >= 0 else "" for p in spans.phases(document, position).tolist()]
     found, at = [], 0
     for i in range(len(chosen)):
         size = int(high[i] - low[i])
@@ -208,7 +231,7 @@ def read(
         place = int(document[i]), int(position[i]), float(value[i]), int(low[i])
         if not math.isclose(values[position[i] - low[i]], value[i]):
             raise NotFoundError(f"the two sort orders of the store differ at document {place[0]}, position {place[1]}")
-        found.append(Context(*place, tokens, tuple(values.tolist())))
+        found.append(Context(*place, tokens, tuple(values.tolist()), phases[i]))
     return found
 
 

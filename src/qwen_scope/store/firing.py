@@ -9,15 +9,42 @@ from qwen_scope.errors import InputError, check_count
 
 Query = tuple[str, dict[str, Any]]
 
-# Tokens that count, per layer and document, and the last of them. `masked` is usually a sliver of `tokens`.
-_COUNTED = """counted AS (
+# Where a document is of the phases asked for.
+_INSIDE = """inside AS (
+  SELECT document, position AS start, position + tokens AS stop FROM spans
+  WHERE list_contains($phases::VARCHAR[], phase))"""
+
+
+def _within(table: str, phases: bool) -> str:
+    """A table with a position, or those of its rows that are of the phases asked for."""
+    if not phases:
+        return table
+    return (
+        f"(SELECT t.* FROM {table} t JOIN inside ON t.document = inside.document"
+        " AND t.position >= inside.start AND t.position < inside.stop)"
+    )
+
+
+def _counted(phases: bool) -> str:
+    """Tokens that count, per layer and document. `masked` is usually a sliver of `tokens`."""
+    documents = (
+        "(SELECT document, sum(stop - start) AS tokens FROM inside GROUP BY document)" if phases else "documents"
+    )
+    return f"""counted AS (
   SELECT l.layer, d.document, d.tokens - coalesce(m.masked, 0) AS tokens
-  FROM documents d CROSS JOIN (SELECT unnest($layers::INTEGER[]) AS layer) l
-  LEFT JOIN (SELECT layer, document, count(*) AS masked FROM masked GROUP BY ALL) m USING (layer, document))"""
-_LAST = """last AS (
+  FROM {documents} d CROSS JOIN (SELECT unnest($layers::INTEGER[]) AS layer) l
+  LEFT JOIN (SELECT layer, document, count(*) AS masked FROM {_within("masked", phases)} GROUP BY ALL) m
+  USING (layer, document))"""
+
+
+def _last(phases: bool) -> str:
+    """The last token that counts, per layer and document."""
+    return f"""last AS (
   SELECT layer, document, max(position) AS position
-  FROM (SELECT l.layer, t.document, t.position FROM tokens t CROSS JOIN (SELECT unnest($layers::INTEGER[]) AS layer) l)
+  FROM (SELECT l.layer, t.document, t.position
+        FROM {_within("tokens", phases)} t CROSS JOIN (SELECT unnest($layers::INTEGER[]) AS layer) l)
   ANTI JOIN masked USING (layer, document, position) GROUP BY layer, document)"""
+
 
 REDUCTIONS = {
     "any": "SELECT document, layer, feature, 1::FLOAT AS value, min(position) AS position FROM chosen GROUP BY ALL",
@@ -30,7 +57,11 @@ REDUCTIONS = {
 
 
 def firing_query(
-    reduction: str, layers: Sequence[int], features: Sequence[int] | None, documents: Sequence[int] | None
+    reduction: str,
+    layers: Sequence[int],
+    features: Sequence[int] | None,
+    documents: Sequence[int] | None,
+    phases: Sequence[str] | None = None,
 ) -> Query:
     """The `Firing` table; see `FeatureStore.firing`.
 
@@ -53,8 +84,11 @@ def firing_query(
     params |= {"low": min(layers, default=0), "high": max(layers, default=0)}
     where += " AND layer BETWEEN $low AND $high"
     table = "features" if features is not None and documents is None else "activations"
-    tables = [f"chosen AS (SELECT * FROM {table} WHERE {where})"]
-    tables += {"mean": [_COUNTED], "last": [_LAST]}.get(reduction, [])
+    some = phases is not None
+    tables = [_INSIDE] if some else []
+    params |= {"phases": list(phases)} if phases is not None else {}
+    tables.append(f"chosen AS (SELECT * FROM {_within(f'(SELECT * FROM {table} WHERE {where})', some)})")
+    tables += {"mean": [_counted(some)], "last": [_last(some)]}.get(reduction, [])
     return f"WITH {', '.join(tables)} {REDUCTIONS[reduction]} ORDER BY document, layer, feature", params
 
 

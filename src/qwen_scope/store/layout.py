@@ -14,8 +14,9 @@ import pyarrow.parquet as pq
 
 from qwen_scope.errors import FormatError, InputError, brief
 from qwen_scope.files import parse_value
+from qwen_scope.text import Counted
 
-FORMAT, VERSION = "qwen-scope-store", 1
+FORMAT, VERSION = "qwen-scope-store", 2
 MANIFEST = "manifest.json"
 WORK = "work"  # present only while a store is being written
 
@@ -46,6 +47,14 @@ TABLES: dict[str, pa.Schema] = {
             ("row", _int64),
             ("meta", _text),
         ],
+        "spans": [
+            ("document", _int32),
+            ("turn", _int32),
+            ("role", _text),
+            ("phase", _text),
+            ("position", _int32),
+            ("tokens", _int32),
+        ],
         "tokens": [("document", _int32), ("position", _int32), ("token", _int32), ("text", _text)],
         "activations": _ACTIVATION,
         "features": _ACTIVATION,
@@ -64,7 +73,6 @@ TABLES: dict[str, pa.Schema] = {
         "residuals": [("layer", _int32), ("document", _int32), ("pooling", _text), ("vector", pa.list_(pa.float32()))],
     }.items()
 }
-REASONS = ("special", "sink")
 PART_NAME = re.compile(rf"({'|'.join(TABLES)})/[0-9]{{6,}}\.parquet", re.ASCII)
 
 
@@ -131,7 +139,6 @@ class LayerInfo:
         d_sae: its features.   k: features per token, None where it varies.   architecture: `topk` or `jumprelu`.
         tokens: how many tokens count: all but the masked ones.
         activations: how many rows this layer has in each of the two sort orders.
-        median_norm: the median residual norm that sinks were measured against, or None.
     """
 
     layer: int
@@ -143,7 +150,6 @@ class LayerInfo:
     architecture: str
     tokens: int = 0
     activations: int = 0
-    median_norm: float | None = None
 
 
 @dataclass(frozen=True)
@@ -172,6 +178,18 @@ class Manifest:
     versions: dict[str, str]
     sources: dict[str, dict[str, str]] = field(default_factory=dict)
 
+    @property
+    def counted(self) -> Counted | None:
+        """Which tokens count, as the request says; None where it does not say it.
+
+        Of a store of version 1 this has the thresholds for sinks; the special ids it left out stand in `masked` alone.
+
+        Raises:
+            FormatError: the request holds something else there.
+        """
+        data = self.request.get("counted")
+        return None if data is None else Counted.from_json(data, f"'counted' in {MANIFEST}")
+
     def to_json(self) -> str:
         """The text of manifest.json."""
         data = {
@@ -195,8 +213,8 @@ class Manifest:
         if not isinstance(data, dict) or data.get("format") != FORMAT:
             raise FormatError(f"{MANIFEST} does not say it is of the format {FORMAT!r}")
         version = data.get("version")
-        if type(version) is not int or version != VERSION:
-            raise FormatError(f"the store is of version {brief(version)} and this package reads version {VERSION}")
+        if type(version) is not int or version not in (1, VERSION):
+            raise FormatError(f"the store is of version {brief(version)} and this package reads 1 and {VERSION}")
         body = {key: value for key, value in data.items() if key not in ("format", "version")}
         known = {f.name for f in fields(cls)}
         body.setdefault("sources", {})
@@ -207,6 +225,8 @@ class Manifest:
             body, {"model": str, "request": dict, "layers": list, "unreadable": dict, "parts": list, "versions": dict}
         )
         _check(body, {"documents": int, "tokens": int})
+        if version == 1:
+            body |= _from_version_1(body)
         layers = [_read(LayerInfo, entry) for entry in body["layers"]]
         parts = tuple(_read(Part, entry) for entry in body["parts"])
         if len({info.layer for info in layers}) != len(layers) or len({part.file for part in parts}) != len(parts):
@@ -220,14 +240,33 @@ class Manifest:
             _check(place, dict.fromkeys(place, str))
         for reason, count in body["unreadable"].items():
             _check({reason: count}, {reason: int})
-        return cls(**{**body, "layers": {info.layer: info for info in layers}, "parts": parts})
+        made = cls(**{**body, "layers": {info.layer: info for info in layers}, "parts": parts})
+        _ = made.counted  # refused here rather than where it is first used
+        return made
+
+
+def _from_version_1(body: dict[str, Any]) -> dict[str, Any]:
+    """Layers and request as this version has them: a sink was longer than a multiple of its layer's median norm."""
+    layers, norms, multiple = [], {}, body["request"].get("sink_multiple")
+    for entry in body["layers"]:
+        if not isinstance(entry, dict) or "median_norm" not in entry:
+            raise FormatError(f"an entry of 'layers' in {MANIFEST} lacks median_norm, which version 1 has")
+        _check(entry, {"median_norm": (float, int, type(None))})
+        median = entry["median_norm"]
+        if median and isinstance(multiple, int | float) and not isinstance(multiple, bool):
+            norms[entry.get("hook_point")] = float(multiple * median)
+        layers.append({key: value for key, value in entry.items() if key != "median_norm"})
+    try:
+        counted = Counted(first=0, norms=norms, sample="the first window" if norms else "")
+    except InputError as error:
+        raise FormatError(f"the thresholds for sinks in {MANIFEST} do not fit: {error}") from error
+    return {"layers": layers, "request": {**body["request"], "counted": counted.to_json()}}
 
 
 _KINDS: dict[str, Any] = {
     "int": int,
     "str": str,
     "int | None": (int, type(None)),
-    "float | None": (float, int, type(None)),
 }
 
 

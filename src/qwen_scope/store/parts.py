@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -146,6 +146,17 @@ def check_parts(folder: Path, manifest: Manifest) -> dict[str, list[PartFile]]:
         _check_ranges(path, part.table, metadata, manifest)
         found[part.table].append(PartFile(path, metadata))
     return found
+
+
+def check_rows(tables: Mapping[str, TableRows], manifest: Manifest, folder: Path) -> None:
+    """Raise FormatError where a table has another number of rows than the manifest says."""
+    activations = sum(info.activations for info in manifest.layers.values())
+    wanted = {"documents": manifest.documents, "tokens": manifest.tokens}
+    wanted |= {"activations": activations, "features": activations}
+    wanted["stats"] = sum(info.d_sae for info in manifest.layers.values())
+    for name, rows in wanted.items():
+        if tables[name].rows != rows:
+            raise FormatError(f"{folder} has {tables[name].rows} rows of {name!r} and its manifest says {rows}")
 
 
 def _footer(path: Path, part: Part) -> pq.FileMetaData:

@@ -8,11 +8,31 @@ from pathlib import Path
 from typing import Any
 
 from qwen_scope.errors import InputError, NotFoundError, QwenScopeError, brief
+from qwen_scope.files import read_object
 from qwen_scope.sae import catalog, load_sae
+from qwen_scope.text import Counted
 
-from .layout import Manifest
+from .layout import MANIFEST, WORK, Manifest
 
 SHOWN = 40  # characters of two long values around the place where they part
+
+
+def kept_counted(folder: str | os.PathLike[str]) -> Counted | None:
+    """Which tokens count in a store that was begun or finished in a folder, where that was measured; else None.
+
+    A run that goes on, or asks for a store that is there, takes it from here instead of measuring it again.
+    """
+    folder = Path(folder)
+    path = folder / MANIFEST
+    if not path.is_file():
+        path = folder / WORK / "request.json"
+        windows = (folder / WORK).glob("window-*.json")
+        if not path.is_file() or not any(read_object(one).get("tokens") for one in windows):
+            return None
+    request = read_object(path).get("request")
+    if not isinstance(request, Mapping) or request.get("counted_by") != "measured":
+        return None
+    return Counted.from_json(request.get("counted"), f"'counted' in {path}")
 
 
 def check_same(old: Any, new: Mapping[str, Any], folder: Path) -> None:

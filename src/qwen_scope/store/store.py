@@ -12,21 +12,20 @@ import numpy as np
 import pyarrow as pa
 from jaxtyping import Float32, Float64, Int64
 
-from qwen_scope.errors import FormatError, MismatchError, NotFoundError, nearest
+from qwen_scope.errors import FormatError, MismatchError, NotFoundError
 from qwen_scope.files import digest_of
 from qwen_scope.sae import SAE, Identity
 
 from . import contexts, firing
 from .contexts import Context, FeatureSummary, Histogram
+from .documents import Condition, meeting
 from .layout import MANIFEST, TABLES, LayerInfo, Manifest
-from .parts import TableRows, check_parts
+from .parts import TableRows, check_parts, check_rows
 from .queries import connect, read_bounded, refusals, select
 from .request import source_of
+from .spans import Spans, check_phases
 
 MEMORY = "1500MB"
-
-Condition = tuple[str, str, bool]
-"""A column of the documents' metadata, a value, and whether they are to be equal."""
 
 
 @final
@@ -68,10 +67,11 @@ class FeatureStore:
         self.manifest = Manifest.from_json(text)
         files = check_parts(self.folder, self.manifest)
         self.tables = {name: TableRows(name, files[name]) for name in TABLES}
-        self._check_layers()
+        check_rows(self.tables, self.manifest, self.folder)
         for layer, sae in (saes or {}).items():
             self.require(layer, sae)
         self._memory, self._connection = memory, None
+        self._spans: Spans | None = None
 
     def __repr__(self) -> str:
         m = self.manifest
@@ -178,6 +178,7 @@ class FeatureStore:
         *,
         features: Sequence[int] | None = None,
         documents: Sequence[int] | None = None,
+        phases: Sequence[str] | None = None,
     ) -> pa.Table:
         """The `Firing` table: document, layer, feature, value and position of that value, by document, layer, feature.
 
@@ -188,11 +189,13 @@ class FeatureStore:
                 at the first position that has it; `last` the activation on the last token; `mean` the mean over all
                 tokens of the document, with no position (-1).
             layers, features, documents: only these.
+            phases: of each document only the tokens of these phases of a conversation; `last` is then the last of them.
 
         Raises:
-            InputError: an unknown reduction.   NotFoundError: a layer or feature that does not exist.
+            InputError: an unknown reduction or phase.
+            NotFoundError: a layer or feature that does not exist, or phases of a store that tells none.
         """
-        return self.firing_stream(reduction, layers, features=features, documents=documents).read_all()
+        return self.firing_stream(reduction, layers, features=features, documents=documents, phases=phases).read_all()
 
     def firing_stream(
         self,
@@ -201,13 +204,15 @@ class FeatureStore:
         *,
         features: Sequence[int] | None = None,
         documents: Sequence[int] | None = None,
+        phases: Sequence[str] | None = None,
     ) -> pa.RecordBatchReader:
         """As `firing`, in batches: for tables larger than memory."""
         chosen = [self.layer(layer).layer for layer in (self.layers if layers is None else layers)]
         for feature in features or ():
             if not any(0 <= feature < self.layer(layer).d_sae for layer in chosen):
                 raise NotFoundError(f"no layer of {chosen} has a feature {feature}")
-        return self.stream(*firing.firing_query(reduction, chosen, features, documents))
+        named = None if phases is None else check_phases(self.tables["spans"], phases, self.folder)
+        return self.stream(*firing.firing_query(reduction, chosen, features, documents, named))
 
     def cofiring(self, layer: int, feature: int, n: int | None = 20, *, other_layer: int | None = None) -> pa.Table:
         """Features that fire on the same tokens as this one: feature, both, tokens, jaccard; highest Jaccard first.
@@ -241,6 +246,14 @@ class FeatureStore:
         mean = table["sum"].to_numpy() / counted
         return table.append_column("frequency", pa.array(frequency)).append_column("mean", pa.array(mean))
 
+    def left_out(self) -> dict[int, dict[str, int]]:
+        """Per layer how many tokens do not count, by reason; layers and reasons without one are not named."""
+        query = "SELECT layer, reason, count(*) AS tokens FROM masked GROUP BY ALL ORDER BY layer, tokens DESC, reason"
+        out: dict[int, dict[str, int]] = {}
+        for row in self.sql(query).to_pylist():
+            out.setdefault(row["layer"], {})[row["reason"]] = row["tokens"]
+        return out
+
     def residuals(
         self, layer: int, pooling: Literal["mean", "last"] = "mean"
     ) -> Float32[np.ndarray, "documents d_model"]:
@@ -272,14 +285,8 @@ class FeatureStore:
         Raises:
             NotFoundError: no document has such a column.
         """
-        table = self.sql("SELECT document, meta FROM documents ORDER BY document")
-        metas = [json.loads(text) for text in table["meta"].to_pylist()]
-        for column, _, _ in conditions:
-            if not any(column in meta for meta in metas):
-                known = sorted({name for meta in metas for name in meta})
-                raise NotFoundError(f"no document of {self.folder} has a column {column!r}; {nearest(column, known)}")
-        keep = [all((_plain_text(meta.get(c)) == v) is equal for c, v, equal in conditions) for meta in metas]
-        return np.flatnonzero(keep).astype(np.int64)
+        metas = self.sql("SELECT meta FROM documents ORDER BY document")["meta"].to_pylist()
+        return meeting([json.loads(text) for text in metas], conditions, self.folder)
 
     # --- one feature -------------------------------------------------------------------------------------------------
 
@@ -322,6 +329,7 @@ class FeatureStore:
         strata: int = 5,
         seed: int = 0,
         per_document: bool = False,
+        phases: Sequence[str] | None = None,
     ) -> list[Context]:
         """Places where a feature fires, with the tokens around them.
 
@@ -331,12 +339,22 @@ class FeatureStore:
                 shares by size, from each an equal random sample, strongest first.
             before, after: tokens of the same document to show around the place.
             per_document: of the top activations only the strongest of each document.
+            phases: only places in these phases of a conversation.
+
+        Raises:
+            InputError: an unknown phase.   NotFoundError: phases of a store that tells none.
         """
         start, rows = self._rows(layer, feature)
-        chosen = contexts.choose(rows, n, how, strata, seed)
+        some = None
+        if phases is not None:
+            named = check_phases(self.tables["spans"], phases, self.folder)
+            some = contexts.within(self.tables["features"], start, rows, self.spans, named)
         if per_document and how == "top":
-            chosen = contexts.first_per_document(self.tables["features"], start, rows, n)
-        return contexts.read(self.tables, layer, feature, start, rows, chosen, before, after)
+            chosen = contexts.first_per_document(self.tables["features"], start, rows, n, some)
+        else:
+            chosen = contexts.choose(rows if some is None else len(some), n, how, strata, seed)
+            chosen = chosen if some is None else some[chosen]
+        return contexts.read(self.tables, self.spans, layer, feature, start, rows, chosen, before, after)
 
     def silent(
         self, layer: int, feature: int, n: int = 20, *, before: int = 20, after: int = 10, seed: int = 0
@@ -344,6 +362,13 @@ class FeatureStore:
         """Random places without the feature, nor in the tokens shown around them; fewer than `n` where it fires nearly
         everywhere."""
         return contexts.silent(self.tables, layer, feature, *self._rows(layer, feature), n, before, after, seed)
+
+    @property
+    def spans(self) -> Spans:
+        """Which phase the tokens are of; read on first use."""
+        if self._spans is None:
+            self._spans = Spans(self.tables["spans"])
+        return self._spans
 
     # --- inside ------------------------------------------------------------------------------------------------------
 
@@ -362,23 +387,8 @@ class FeatureStore:
         self.tables["features"].check(row["first_row"], row["tokens"])
         return row["first_row"], row["tokens"]
 
-    def _check_layers(self) -> None:
-        activations = sum(info.activations for info in self.manifest.layers.values())
-        wanted = {"documents": self.manifest.documents, "tokens": self.manifest.tokens}
-        wanted |= {"activations": activations, "features": activations}
-        wanted["stats"] = sum(info.d_sae for info in self.manifest.layers.values())
-        for name, rows in wanted.items():
-            if self.tables[name].rows != rows:
-                raise FormatError(
-                    f"{self.folder} has {self.tables[name].rows} rows of {name!r} and its manifest says {rows}"
-                )
-
 
 def _absent(folder: Path) -> str:
     if folder.is_dir():
         return f"{folder} has no {MANIFEST}: it is no store, or one that is not finished; run the same extract again"
     return f"there is no store {str(folder)!r}"
-
-
-def _plain_text(value: Any) -> str | None:
-    return value if isinstance(value, str) or value is None else json.dumps(value, ensure_ascii=False)

@@ -60,7 +60,7 @@ class Window:
 
     Attributes:
         layers: the activations by layer.
-        tables: rows of `documents`, `tokens`, `masked`, `unreadable` and `residuals`, in their schemas.
+        tables: rows of `documents`, `spans`, `tokens`, `masked`, `unreadable` and `residuals`, in their schemas.
     """
 
     layers: Mapping[int, LayerRows]
@@ -107,7 +107,7 @@ class StoreWriter:
             with foreign(f"{self.folder / MANIFEST} can't be read"):
                 text = (self.folder / MANIFEST).read_text(encoding="utf-8")
             old = Manifest.from_json(text)
-            bare = [asdict(replace(i, tokens=0, activations=0, median_norm=None)) for i in old.layers.values()]
+            bare = [asdict(replace(i, tokens=0, activations=0)) for i in old.layers.values()]
             check_same({"model": old.model, "request": old.request, "layers": bare}, asked, self.folder)
             self._tidy()
             return
@@ -217,11 +217,10 @@ class StoreWriter:
             write_text(self._marker(number), text)
         self.markers.append(json.loads(text))
 
-    def finish(self, medians: Mapping[int, float | None] | None = None, *, memory: str = "1500MB") -> None:
+    def finish(self, *, memory: str = "1500MB") -> None:
         """Sort the activations by feature, take the statistics and write the manifest.
 
         Args:
-            medians: per layer the median norm that sinks were measured against.
             memory: how much the sort may take before it goes to disk.
 
         Raises:
@@ -248,7 +247,6 @@ class StoreWriter:
                     info,
                     tokens=sum(m["layers"][str(layer)][0] for m in self.markers),
                     activations=activations,
-                    median_norm=(medians or {}).get(layer),
                 )
             order = list(TABLES)
             manifest = Manifest(

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -33,12 +33,14 @@ class Chunk:
     Attributes:
         ids: their ids.   strings: what each shows, as in `Tokens`; those of all chunks join to the text.
         turns, phases: turn and phase (an index into `PHASES`) of each, or None where they were not asked for.
+        roles: the role of each turn of the text; empty where phases were not asked for.
     """
 
     ids: list[int]
     strings: list[str]
     turns: Int32[np.ndarray, " seq"] | None = None
     phases: Int8[np.ndarray, " seq"] | None = None
+    roles: Mapping[int, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,7 +107,7 @@ def chunks(
     if not isinstance(document, Document):
         document = Document(document if isinstance(document, str) else [dict(message) for message in document])
     rendered = render_document(tokenizer, document, chat)
-    whole = rendered.text
+    whole, roles = rendered.text, {span.turn: span.role for span in rendered.spans} if phases else {}
     backend: Any = tokenizer.backend_tokenizer
     inside = type(backend.model).__name__ == "BPE"
 
@@ -130,7 +132,7 @@ def chunks(
             kept = last or not whole[tail:end].isspace()
             relative = [(start - base, end - base) for start, end in spans]
             strings = display(whole[base:end], relative, names, whole=kept, shown=shown - base)
-            told = token_phases(rendered.spans, spans) if phases else ()
+            told = (*token_phases(rendered.spans, spans), roles) if phases else ()
             yield Chunk(here.ids[first:stop], strings, *told)
             shown = end if kept else tail
         if then is None:
