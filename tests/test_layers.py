@@ -25,7 +25,7 @@ ROWS = [
 ]
 ROW = {room: i for i, row in enumerate(ROWS) for room in row}
 ALLOWED = {room: {other for other in ROW if ROW[other] < ROW[room]} for room in ROW}
-ALLOWED["analysis"] = {"errors", "files", "stats", "report", "store"}
+ALLOWED["analysis"] = {"errors", "files", "stats", "report", "text", "store"}
 for _room in ALLOWED:
     # The lab is text, read by those who make or measure with it; its bundled weights are data, found by the catalog.
     if _room not in {"text", "train", "foundry", "posttrain", "explorer", "cli"}:

@@ -59,25 +59,24 @@ def test_fit_predict_distil(folder: Path, capsys) -> None:
 
 
 def test_predictions_equal_the_rule_on_a_store(folder: Path, capsys) -> None:
-    from qwen_scope.analysis import Dataset, fit_rule
-    from qwen_scope.cli.classify import label_window, labelled, read_documents
-    from qwen_scope.scope import load_scope
+    from qwen_scope.analysis import Dataset, fit_rule, labelled
+    from qwen_scope.cli.classify import label_window
+    from qwen_scope.scope import ExtractOptions, load_scope
+    from qwen_scope.text import Counted, Document
 
     scope = load_scope(tiny.folder() / "model", tiny.folder() / "sae", device="cpu")
-
-    def bar(*_: object) -> None:
-        pass
-
-    read = [
-        read_documents(scope, str(folder / name), [0, 2], CorpusOptions(unit="line"), bar)
+    # A rule that says nothing of it counts every token.
+    how, reading = ExtractOptions(counted=Counted.everything()), CorpusOptions(unit="line")
+    east, west = (
+        scope.firings(str(folder / name), [0, 2], how, name=name, reading=reading)
         for name in ("east.jsonl", "west.jsonl")
-    ]
-    seeds, _ = labelled(read, [0, 2])
+    )
+    seeds, _ = labelled(east, west)
     rule = fit_rule(seeds, several=2)
     data = seeds.layers[0]
     assert isinstance(data, Dataset)
     texts = list(data.texts or ())
-    streamed = list(label_window(rule, scope, texts, [{} for _ in texts]))
+    streamed = list(label_window(rule, scope, [Document(text) for text in texts], [{} for _ in texts]))
     assert [a["label"] for a in streamed] == rule.decide(seeds.layers).tolist()
     assert [a["score"] for a in streamed] == pytest.approx(rule.scores(seeds.layers).tolist(), rel=1e-4)
     for i, answer in enumerate(streamed):

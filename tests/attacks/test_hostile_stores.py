@@ -106,7 +106,7 @@ ATTACKS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no text": (lambda f: (f / "manifest.json").write_bytes(b"\xff\xff"), "is not UTF-8"),
     "a list": (lambda f: (f / "manifest.json").write_text("[]"), "does not say it is of the format"),
     "another format": (lambda f: manifest(f, format="zarr"), "does not say it is of the format"),
-    "a future version": (lambda f: manifest(f, version=2), "of version 2 and this package reads version 1"),
+    "a future version": (lambda f: manifest(f, version=3), "of version 3 and this package reads 1 and 2"),
     "version true": (lambda f: manifest(f, version=True), "of version True"),
     "an unknown key": (lambda f: manifest(f, extra=1), "lacks or adds extra"),
     "documents as text": (lambda f: manifest(f, documents="5"), "'documents' .* does not fit"),

@@ -28,7 +28,15 @@ from .drift import distance_test as distance_test
 from .drift import drift_of as drift_of
 from .drift import paired_tests as paired_tests
 from .drift import rate_tests as rate_tests
+from .labelled import Answer as Answer
+from .labelled import counted_by as counted_by
+from .labelled import datasets_of as datasets_of
+from .labelled import features_of as features_of
+from .labelled import fit as fit
+from .labelled import labelled as labelled
+from .labelled import predict as predict
 from .near import near_duplicates as near_duplicates
+from .options import FitOptions as FitOptions
 from .overlap import clusters as clusters
 from .overlap import overlap_of as overlap_of
 from .overlap import overlaps as overlaps

@@ -11,18 +11,20 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from qwen_scope.analysis import FitOptions
 from qwen_scope.errors import InputError, MismatchError
+from qwen_scope.scope import ScopeOptions
 from qwen_scope.text import CorpusOptions
 
 from . import options, output, transfer
 from .analyze import show_result
 from .commands import App
-from .groups import LINES, grouped
-from .labelled import labelled, name_of, read_documents
+from .groups import LINES, OPTIONS, grouped
 
 if TYPE_CHECKING:
-    from qwen_scope.analysis import Dataset, Rule, Student
+    from qwen_scope.analysis import Answer, Rule, Student
     from qwen_scope.scope import Scope
+    from qwen_scope.store import Firings
     from qwen_scope.text import Chat, Corpus, Document
 
 app = App(help="Classifiers of a few features: fit, predict, and distil into one without a model.")
@@ -30,7 +32,26 @@ app.info.no_args_is_help = True
 
 app.command("transfer")(transfer.transfer)
 
+SCOPE, FIT = ScopeOptions(), FitOptions()
+OPTIONS[FitOptions] = {
+    "top": Annotated[int, typer.Option("--top", help="How many features of one layer, joined by OR.", min=1)],
+    "several": Annotated[
+        int, typer.Option("--several", help="Instead the best feature of each of this many layers.", min=1)
+    ],
+    "fpr": Annotated[
+        float | None,
+        typer.Option("--fpr", help="Raise thresholds until at most this share of negative documents passes."),
+    ],
+    "name": Annotated[str | None, typer.Option("--name", help="Of the property. Default: the positive file's.")],
+    "seed": Annotated[int, typer.Option("--seed", help="Of the split, the sample and the intervals.", **options.SEED)],
+}
+
 WINDOW = 512  # documents read at once: sorted by length, they share passes through the model
+
+
+def name_of(source: str) -> str:
+    """What a set of documents is called by default: a file's name without its ending."""
+    return source if source.startswith("lab:") else Path(source.removesuffix(".gz")).stem
 
 
 @app.command()
@@ -41,65 +62,45 @@ def fit(
     rule: Annotated[Path | None, typer.Option("--rule", "-r", help="Where to write the rule (JSON).")] = None,
     test_positive: Annotated[str | None, typer.Option("--test-positive", help="Held-out ones with it.")] = None,
     test_negative: Annotated[str | None, typer.Option("--test-negative", help="Held-out ones without it.")] = None,
-    top: Annotated[int, typer.Option("--top", help="How many features of one layer, joined by OR.", min=1)] = 2,
-    several: Annotated[
-        int, typer.Option("--several", help="Instead the best feature of each of so many layers.", min=1)
-    ] = 1,
-    fpr: Annotated[
-        float | None, typer.Option("--fpr", help="Raise thresholds until at most this share of negative seeds passes.")
-    ] = None,
-    name: Annotated[str | None, typer.Option("--name", help="Of the property. Default: the positive file's.")] = None,
-    seed: Annotated[int, typer.Option("--seed", help="Of the split and the intervals.", **options.SEED)] = 0,
+    made: FitOptions = FIT,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder for report.html and PNG figures.")] = None,
     reading: CorpusOptions = LINES,
-    model: options.Model = "lab",
-    sae: options.Sae = None,
+    asked: ScopeOptions = SCOPE,
     layers: options.Layers = None,
-    device: options.Device = None,
-    dtype: options.Dtype = "auto",
-    k: options.K = None,
+    count: options.Count = None,
+    phase: options.Phase = None,
     as_json: options.Json = False,
 ) -> None:
     """Find the features that tell two sets of documents apart, and test the rule beside the usual classifiers.
 
     Without test documents a third of the seeds is held out. The layer is the one with the largest top-1 difference.
     """
-    from qwen_scope.analysis import try_rule
+    from qwen_scope.analysis import fit as run
     from qwen_scope.files import check_output
+    from qwen_scope.scope import ExtractOptions
+    from qwen_scope.text import tell_unused
 
     if (test_positive is None) != (test_negative is None):
         raise InputError("give both --test-positive and --test-negative, or neither")
     sources = [positive, negative] + [path for path in (test_positive, test_negative) if path is not None]
-    given = [*options.files(*sources), *options.folders(model, sae)]
+    given = [*options.files(*sources), *options.folders(asked.model, asked.sae)]
     if rule is not None:
         check_output(rule, *given)
     output.hold(out, *given)
-    with output.status("opening the model"):
-        scope = options.open_scope(model, sae, device, dtype, k)
+    counted, phases = options.parse_count(count), options.check_phases(phase)
+    scope = options.open_asked(asked)
     where = scope.check_layers(options.parse_layers(layers))
     with output.progress() as bar:
         # Each with a seed of its own, so that parts of the lab with the same factors share no document.
-        asked = [replace(reading, seed=reading.seed + i) for i in range(len(sources))]
-        read = [read_documents(scope, one, where, how, bar) for one, how in zip(sources, asked, strict=True)]
-    seeds, pooled = labelled(read[:2], where)
-    if len(read) == 4:
-        test, test_pooled = labelled(read[2:], where)
-    else:
-        chosen, held = seeds.split(2 / 3, seed)
-        test, test_pooled = seeds.take(held), {layer: x[held] for layer, x in pooled.items()}
-        seeds, pooled = seeds.take(chosen), {layer: x[chosen] for layer, x in pooled.items()}
+        read: list[Firings] = []
+        for i, one in enumerate(sources):
+            corpus = options.read(one, replace(reading, seed=reading.seed + i))
+            how = ExtractOptions(counted=counted, phases=phases, chat=reading.chat)
+            read.append(scope.firings(corpus, where, how, name=name_of(one), progress=bar))
+            tell_unused(read[-1].left_out, len(read[-1]) + sum(read[-1].left_out.values()), corpus.name)
+            counted = read[0].counted
     with output.status("comparing classifiers"):
-        found, result = try_rule(
-            seeds,
-            test,
-            pooled,
-            test_pooled,
-            top=top,
-            several=several,
-            fpr=fpr,
-            name=name or name_of(positive),
-            seed=seed,
-        )
+        found, result = run(read[0], read[1], (read[2], read[3]) if len(read) == 4 else None, made)
     if rule is not None:
         found.save(rule)
     show_result(f"Rule for {found.name}", result, out, as_json)
@@ -112,11 +113,7 @@ def predict(
     source: Annotated[str, typer.Argument(metavar="CORPUS", help="The documents, as extract reads them.")],
     out: Annotated[Path | None, typer.Option("--out", "-o", help="A .jsonl file. Default: standard output.")] = None,
     reading: CorpusOptions = LINES,
-    model: options.Model = "lab",
-    sae: options.Sae = None,
-    device: options.Device = None,
-    dtype: options.Dtype = "auto",
-    k: options.K = None,
+    asked: ScopeOptions = SCOPE,
 ) -> None:
     """Label a stream of documents, one JSON line each; a rule says which feature fired where. A student needs no model.
 
@@ -125,10 +122,10 @@ def predict(
     from qwen_scope.files import check_output, write_whole
 
     # A shell may have sent standard output into the corpus, which would then never end.
-    check_output(out or "/dev/stdout", classifier, *options.files(source), *options.folders(model, sae))
+    check_output(out or "/dev/stdout", classifier, *options.files(source), *options.folders(asked.model, asked.sae))
     loaded = load_classifier(classifier)
     corpus = options.read(source, reading)
-    scope = None if not hasattr(loaded, "features") else options.open_scope(model, sae, device, dtype, k)
+    scope = None if not hasattr(loaded, "features") else options.open_asked(asked)
     with output.progress() as bar:
         report = lambda n: bar("labelling", corpus.progress or 0.0, f"{n:,} documents")  # noqa: E731
         lines = predictions(loaded, scope, corpus, reading.chat, report)
@@ -162,7 +159,7 @@ def predictions(
             scores = loaded.scores([text_of(document) for document in documents])
             yield from ({**w, "label": bool(s > 0), "score": float(s)} for w, s in zip(where, scores, strict=True))
         else:
-            yield from label_window(loaded, scope, [document.text for document in documents], where, chat)
+            yield from label_window(loaded, scope, documents, where, chat)
         done += len(documents)
         report(done)
     if not done:
@@ -170,14 +167,14 @@ def predictions(
 
 
 def label_window(
-    rule: Rule, scope: Scope, texts: list[Any], where: list[dict], chat: Chat | None = None
+    rule: Rule, scope: Scope, documents: list[Document], where: list[dict[str, Any]], chat: Chat | None = None
 ) -> Iterator[dict[str, Any]]:
     """The answers of a rule, each with its evidence: feature, layer, position and token."""
-    found, tokens = rule_firings(rule, scope, texts, chat)
-    called, scores = rule.decide(found), rule.scores(found)
-    for i, place in enumerate(where):
-        because = [{**asdict(e), "token": tokens[i][e.position]} for e in rule.trace(found, i)] if called[i] else []
-        yield {**place, "label": bool(called[i]), "score": float(scores[i]), "because": because}
+    for place, answer in zip(where, answers_of(rule, scope, documents, chat), strict=True):
+        because = [
+            {**asdict(evidence), "token": token} for evidence, token in zip(answer.because, answer.tokens, strict=True)
+        ]
+        yield {**place, "label": answer.label, "score": answer.score, "because": because}
 
 
 def check_rule(rule: Rule, scope: Scope) -> None:
@@ -194,35 +191,21 @@ def check_rule(rule: Rule, scope: Scope) -> None:
             raise MismatchError(f"{error}; name its model and SAEs with --model and --sae") from error
 
 
-def rule_firings(
-    rule: Rule, scope: Scope, texts: list[Any], chat: Chat | None = None
-) -> tuple[dict[int, Dataset], list[list[str]]]:
-    """The firings of a rule's features alone, by `max`, and the tokens; with `chat` texts may be conversations."""
-    import numpy as np
-
-    from qwen_scope.analysis import Dataset
+def answers_of(rule: Rule, scope: Scope, documents: list[Document], chat: Chat | None) -> list[Answer]:
+    """An answer per document, on the tokens that counted when the rule was fitted; negative where none does."""
+    from qwen_scope.analysis import Answer, counted_by, features_of
+    from qwen_scope.analysis import predict as run
+    from qwen_scope.model import context_length
+    from qwen_scope.scope import ExtractOptions
+    from qwen_scope.text import Corpus
 
     check_rule(rule, scope)
-    seen = scope.features(texts, rule.layers, chat=chat, truncate=True)
-    ids, found = tuple(map(str, range(len(texts)))), {}
-    for layer in rule.layers:
-        acts = seen.acts[layer]
-        indices, values = acts.indices.numpy(), acts.values.float().numpy()
-        wanted = np.isin(indices, [f.feature for f in rule.features if f.layer == layer]) & (values > 0)
-        item, position, slot = np.nonzero(wanted)
-        feature, value = indices[item, position, slot], values[item, position, slot]
-        # Per item and feature the largest value, at its first position.
-        order = np.lexsort((position, -value, feature, item))
-        first = np.unique(np.stack([item[order], feature[order]]), axis=1, return_index=True)[1]
-        rows = order[first]
-        columns = (
-            item[rows].astype(np.int32),
-            feature[rows].astype(np.int32),
-            value[rows],
-            position[rows].astype(np.int32),
-        )
-        found[layer] = Dataset("documents", ids, layer, acts.width, scope.saes[layer].identity.fingerprint, *columns)
-    return found, seen.tokens
+    rows = [{**one.meta, "text": one.text} for one in documents]
+    # A document is read up to the end of the model's context.
+    how = ExtractOptions(counted=counted_by(rule), max_tokens=context_length(scope.model), chat=chat)
+    read = scope.firings(Corpus(rows), rule.layers, how, features=features_of(rule))
+    found = {answer.row: answer for answer in run(rule, read)}
+    return [found.get(i) or Answer(i, False, 0.0, (), ()) for i in range(1, len(documents) + 1)]
 
 
 def windows(corpus: Corpus, *, any_kind: bool) -> Iterator[list[Document]]:
@@ -259,11 +242,7 @@ def distil(
     ] = None,
     seed: Annotated[int, typer.Option("--seed", help="Of the fifth that is held out.", **options.SEED)] = 0,
     reading: CorpusOptions = LINES,
-    model: options.Model = "lab",
-    sae: options.Sae = None,
-    device: options.Device = None,
-    dtype: options.Dtype = "auto",
-    k: options.K = None,
+    asked: ScopeOptions = SCOPE,
     as_json: options.Json = False,
 ) -> None:
     """Train a small model of the bare text on a rule's labels, for places where no language model runs.
@@ -276,15 +255,14 @@ def distil(
     from qwen_scope.files import check_output
     from qwen_scope.stats import rates
 
-    check_output(student, rule, *options.files(source), *options.folders(model, sae))
+    check_output(student, rule, *options.files(source), *options.folders(asked.model, asked.sae))
     loaded = Rule.load(rule)
     corpus = options.read(source, reading)
-    scope = options.open_scope(model, sae, device, dtype, k)
+    scope = options.open_asked(asked)
     texts, labels, true = [], [], []
     with output.progress() as bar:
         for documents in windows(corpus, any_kind=reading.chat is not None):
-            some: list[Any] = [document.text for document in documents]
-            labels += loaded.decide(rule_firings(loaded, scope, some, reading.chat)[0]).tolist()
+            labels += [answer.label for answer in answers_of(loaded, scope, documents, reading.chat)]
             texts += [text_of(document) for document in documents]
             true += [truth_of(document, truth) for document in documents] if truth else []
             bar("labelling", corpus.progress or 0.0, f"{len(texts):,} documents")

@@ -2,30 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from qwen_scope.scope import ScopeOptions
 from qwen_scope.text import CorpusOptions
 
 from . import options, output
 from .groups import PARAGRAPHS, grouped
 
 if TYPE_CHECKING:
-    from qwen_scope.scope import Progress
     from qwen_scope.store import FeatureStore
 
 LAB_DOCUMENTS = 1000
+SCOPE = ScopeOptions()
 
 
 @grouped
 def extract(
     source: options.Documents,
     out: Annotated[Path, typer.Option("--out", "-o", help="The store to write; an unfinished one goes on.")],
-    model: options.Model = "lab",
-    sae: options.Sae = None,
+    asked: ScopeOptions = SCOPE,
     layers: options.Layers = None,
     sample: Annotated[
         int | None,
@@ -41,10 +40,8 @@ def extract(
     window: Annotated[int, typer.Option("--window", help="Tokens written at once: what a stop loses at most.")] = 2**15,
     batch: Annotated[int, typer.Option("--batch", help="Tokens per forward pass, padding included.")] = 4096,
     count: options.Count = None,
+    phase: options.Phase = None,
     pool: Annotated[str | None, typer.Option("--pool", help="Also keep residuals per document: mean, last.")] = None,
-    device: options.Device = None,
-    dtype: options.Dtype = "auto",
-    k: options.K = None,
     as_json: options.Json = False,
 ) -> None:
     """Write which features fire on which tokens of a corpus, for any set of layers in one pass.
@@ -62,28 +59,17 @@ def extract(
         batch_tokens=batch,
         chat=reading.chat,
         counted=options.parse_count(count),
+        phases=options.check_phases(phase),
         pool=tuple(part.strip() for part in pool.split(",")) if pool else (),
     )
-    not_onto_itself(out, *options.files(source), *options.folders(model, sae))
+    not_onto_itself(out, *options.files(source), *options.folders(asked.model, asked.sae))
     corpus = options.read(source, reading, LAB_DOCUMENTS)
-    with output.status("opening the model"):
-        scope = options.open_scope(model, sae, device, dtype, k)
+    scope = options.open_asked(asked)
     wanted = options.parse_layers(layers)
     with output.progress() as bar:
-        store = scope.extract(corpus, out, chosen, layers=wanted, progress=reporting(bar))
+        store = scope.extract(corpus, out, chosen, layers=wanted, progress=bar)
     with store:
         show_store(store, as_json)
-
-
-def reporting(bar: output.Report) -> Callable[[Progress], None]:
-    """What to call with the progress of an extraction, so that a bar shows it."""
-
-    def report(now: Progress) -> None:
-        rate = f"{now.tokens:,} tokens, {now.tokens_per_second:,.0f}/s" if now.stage == "reading" else ""
-        bad = f", {now.unreadable} unreadable" if now.unreadable else ""
-        bar(now.stage, now.share or 0.0, rate + bad)
-
-    return report
 
 
 def show_store(store: FeatureStore, as_json: bool) -> None:

@@ -14,7 +14,6 @@ from qwen_scope.text import CorpusOptions
 from . import options, output
 from .analyze import show_result
 from .groups import LINES, grouped
-from .labelled import read_corpus
 
 if TYPE_CHECKING:
     from qwen_scope.text import Corpus
@@ -44,6 +43,7 @@ def transfer(
     reading: CorpusOptions = LINES,
     asked: ScopeOptions = SCOPE,
     layers: options.Layers = None,
+    count: options.Count = None,
     as_json: options.Json = False,
 ) -> None:
     """Test what each language teaches on every language, and how many features languages share.
@@ -51,7 +51,9 @@ def transfer(
     The rule of each language, and the usual classifiers from the same seeds, go unchanged to the held-out third of the
     others: F1 from row to column. Rows of the corpus without a language or a class are left out.
     """
-    from qwen_scope.analysis import across, by_language
+    from qwen_scope.analysis import across, by_language, datasets_of
+    from qwen_scope.scope import ExtractOptions
+    from qwen_scope.text import tell_unused
 
     what, sign, value = (part.strip() for part in wanted.partition("="))
     if not (what and sign and value):
@@ -60,9 +62,15 @@ def transfer(
     output.hold(out, *options.files(source), *options.folders(asked.model, asked.sae))
     scope = options.open_asked(asked)
     where = scope.check_layers(options.parse_layers(layers))
+    counted = options.parse_count(count)
     with output.progress() as bar:
-        found, pooled, metas = read_corpus(scope, corpus, "documents", where, bar, reading.chat)
-    languages, left_out = by_language(found, pooled, metas, group=groups, column=what, value=value, seed=seed)
+        how = ExtractOptions(counted=counted, chat=reading.chat)
+        read = scope.firings(corpus, where, how, name="documents", progress=bar)
+    tell_unused(read.left_out, len(read) + sum(read.left_out.values()), corpus.name)
+    found = datasets_of(read)
+    languages, left_out = by_language(
+        found, read.residuals, read.metas, group=groups, column=what, value=value, seed=seed
+    )
     with output.status("comparing classifiers"):
         result = across(languages, top=top, shared=shared, seed=seed)
     show_result(f"{wanted} across {groups}", add_notes(result, left_out), out, as_json)

@@ -11,6 +11,7 @@ from .joined import saes_on as saes_on
 from .joined import store_of_another as store_of_another
 from .measured import ScopeCounted as ScopeCounted
 from .measured import ScopeStats as ScopeStats
+from .opening import load_scope as load_scope
 from .options import ScopeOptions as ScopeOptions
 from .plan import Plan as Plan
 from .plan import config_of as config_of
@@ -21,7 +22,6 @@ from .plan import plan_group as plan_group
 from .plan import plan_model as plan_model
 from .saes import SAEs as SAEs
 from .scope import Scope as Scope
-from .scope import load_scope as load_scope
 from .seen import Strongest as Strongest
 from .seen import TokenFeatures as TokenFeatures
 from .sources import model_source as model_source

@@ -13,6 +13,7 @@ import torch
 
 from qwen_scope.errors import InputError, MismatchError
 from qwen_scope.model import HookPoint, LoadedModel, context_length, counted_of, d_model, measure_counted
+from qwen_scope.report import Progress as Told
 from qwen_scope.sae import SAE
 from qwen_scope.store import FeatureStore, LayerInfo, StoreWriter, kept_counted, place_of
 from qwen_scope.text import LEAST, Corpus, Counted, phase_numbers, start_ids
@@ -58,7 +59,7 @@ class ExtractOptions:
     batch_tokens: int = 4096
     chat: str | None = None
     counted: Counted | None = None
-    phases: tuple[str, ...] | None = None
+    phases: Sequence[str] | None = None
     pool: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -89,6 +90,17 @@ class Progress:
     tokens_per_second: float
     share: float | None
     unreadable: int
+
+
+def telling(progress: Told) -> Callable[[Progress], None]:
+    """What `extract` calls, so that `progress` is told stage, share and a few words."""
+
+    def tell(now: Progress) -> None:
+        rate = f"{now.tokens:,} tokens, {now.tokens_per_second:,.0f}/s" if now.stage == "reading" else ""
+        bad = f", {now.unreadable} unreadable" if now.unreadable else ""
+        progress(now.stage, now.share or 0.0, rate + bad)
+
+    return tell
 
 
 def extract(

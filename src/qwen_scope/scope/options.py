@@ -29,6 +29,6 @@ class ScopeOptions:
 
     def open(self) -> Scope:
         """The scope; raises as `load_scope`."""
-        from .scope import load_scope
+        from .opening import load_scope
 
         return load_scope(self.model, self.sae, device=self.device, dtype=self.dtype, k=self.k)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection, Sequence
+import tempfile
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, overload
 
 import numpy as np
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
+from torch import Tensor
 
 from qwen_scope.errors import InputError, MismatchError, NotFoundError
 from qwen_scope.model import (
@@ -19,30 +20,26 @@ from qwen_scope.model import (
     capture,
     context_length,
     d_model,
-    live_model,
-    load_model,
     model_sizes,
     n_layers,
 )
+from qwen_scope.report import Progress
 from qwen_scope.sae import FeatureActs
 from qwen_scope.steer import Decoding, Generation, Intervention, Target, generate
-from qwen_scope.store import FeatureStore
+from qwen_scope.store import FeatureStore, Firings
 from qwen_scope.text import Chat, Corpus, CorpusOptions, Counted, Message, Tokens, by_length, tokenize
 
 from .compare import Comparison, compare_seen
 from .engine import Engine
-from .extract import ExtractOptions, Progress, extract
+from .extract import ExtractOptions, extract, telling
 from .joined import Joined
 from .measured import ScopeCounted, ScopeStats
 from .plan import Plan, plan
-from .saes import CACHE_BYTES, SAEs, brief
+from .saes import SAEs, brief
 from .seen import TokenFeatures, spread
-from .sources import resolve
 
 # Tokens (padding included) of one forward pass; texts of like length share one.
 BATCH_TOKENS = 4096
-
-SAE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class Scope:
@@ -202,7 +199,7 @@ class Scope:
         layers: Sequence[int] | None = None,
         reading: CorpusOptions | None = None,
         engine: Engine | None = None,
-        progress: Callable[[Progress], None] | None = None,
+        progress: Progress | None = None,
     ) -> FeatureStore:
         """Write which features fire on every token of a corpus into a store, and open it; see `extract`.
 
@@ -210,8 +207,7 @@ class Scope:
 
         Args:
             source: a `Corpus`, or whatever `Corpus.of` opens with `reading`.
-            layers: by default all that have an SAE.
-            engine: what reads the residuals; by default forward passes of the model.
+            layers: by default all that have an SAE.   engine: by default forward passes of the model.
 
         Raises:
             InputError, MismatchError, NotFoundError: as `extract` and `Corpus.of`.
@@ -226,11 +222,41 @@ class Scope:
             {layer: saes[layer] for layer in self.check_layers(layers)},
             folder,
             options,
-            progress,
+            None if progress is None else telling(progress),
             sae_device=None if torch.device(self.saes.device).type == "cpu" else self.saes.device,
             sae_source=self.saes.source,
             engine=engine,
         )
+
+    def firings(
+        self,
+        source: Any,
+        layers: Sequence[int] | None = None,
+        options: ExtractOptions | None = None,
+        *,
+        name: str | None = None,
+        features: Mapping[int, Sequence[int]] | None = None,
+        reading: CorpusOptions | None = None,
+        engine: Engine | None = None,
+        progress: Progress | None = None,
+    ) -> Firings:
+        """What fires on each document, and mean residuals, for `analysis.fit`, `.predict` and `.by_language`.
+
+        It goes by way of a store in a temporary folder.
+
+        Args:
+            options: as `extract`; residuals are pooled by `mean` in any case.
+            name: of the documents; by default the source's.   features: only these of each layer.
+
+        Raises:
+            InputError: as `extract`, or no token of any document counts.
+        """
+        corpus = source if isinstance(source, Corpus) else Corpus.of(source, reading or CorpusOptions())
+        options = replace(options or ExtractOptions(chat=reading.chat if reading else None), pool=("mean",))
+        with tempfile.TemporaryDirectory(prefix="qwen-scope-") as folder:
+            where = os.path.join(folder, "s")
+            with self.extract(corpus, where, options, layers=layers, engine=engine, progress=progress) as store:
+                return Firings.of(store, name or corpus.name, features)
 
     def feature_target(self, layer: int, feature: int) -> Target:
         """A target for sweeps and verdicts: the mean activation of a feature over each text.
@@ -313,62 +339,3 @@ class Scope:
                 f"{self.saes.source} has no SAE for layer {brief(missing)}; it has layers {brief(self.saes.layers)}"
             )
         return sorted(set(layers))
-
-
-def load_scope(
-    model: str | os.PathLike[str] | nn.Module = "lab",
-    sae: str | os.PathLike[str] | None = None,
-    *,
-    tokenizer: PreTrainedTokenizerBase | None = None,
-    adapter: str | os.PathLike[str] | None = None,
-    device: str | torch.device | None = None,
-    dtype: str = "auto",
-    sae_dtype: str | None = None,
-    k: int | None = None,
-    device_map: str | None = None,
-    quantization: str | None = None,
-    cache_bytes: int = CACHE_BYTES,
-    counted: Counted | None = None,
-) -> Scope:
-    """Open a language model and its SAEs.
-
-    Args:
-        model: `lab` for the bundled one, a hub id, a folder (also of a PEFT adapter), a GGUF, or a model of
-            transformers or PEFT that is in memory; it stays where and as it is.
-        sae: a group (hub id, catalog alias or folder); it may be left out where the catalog knows exactly one.
-        tokenizer: of a model in memory.
-        adapter: a folder with a PEFT adapter to be merged into the model.
-        device: where the model runs, and the SAEs; by default CUDA, else MPS, else the CPU.
-        dtype: of the model's weights: `auto`, `float32`, `bfloat16` or `float16`.
-        sae_dtype: of the SAEs' weights in memory; by default as stored. Their arithmetic is fp32 either way.
-        k: only for SAEs whose files do not say it.
-        device_map, quantization: as in `load_model`.
-        cache_bytes: how much memory the SAEs may take before the least recently used leave.
-        counted: which tokens count, `Counted.everything()` for all; by default as the SAEs' files say, else measured.
-
-    Raises:
-        NotFoundError, FormatError: the model or the SAEs do not exist or are not what they should be.
-        MismatchError: they do not belong together.
-    """
-    if sae_dtype is not None and sae_dtype not in SAE_DTYPES:
-        raise InputError(f"the type of SAE weights is one of {', '.join(SAE_DTYPES)}, not {sae_dtype!r}")
-    wanted = None if sae is None else os.fspath(sae)
-    if isinstance(model, str | os.PathLike):
-        source, group = resolve(os.fspath(model), wanted)
-        placed: dict[str, Any] = {"device_map": device_map, "quantization": quantization, "adapter": adapter}
-        loaded = load_model(source, device=device, dtype=dtype, **placed)
-    else:
-        if (device, dtype, device_map, quantization, adapter) != (None, "auto", None, None, None):
-            raise InputError("device, dtype, device_map, quantization and adapter are settled in a model in memory")
-        loaded = live_model(model, tokenizer)
-        group = resolve(loaded.name, wanted)[1]
-    where = loaded.model.device if device_map is None else torch.device(device or "cpu")
-    saes = SAEs(
-        group,
-        d_model=d_model(loaded.model),
-        k=k,
-        device=where,
-        dtype=SAE_DTYPES[sae_dtype] if sae_dtype else None,
-        cache_bytes=cache_bytes,
-    )
-    return Scope(loaded, saes, counted)

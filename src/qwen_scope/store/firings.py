@@ -58,12 +58,12 @@ class Firings:
             features: only these of each layer; None for all.
 
         Raises:
-            InputError: no document has a token that counts.   NotFoundError: a store without mean residuals.
+            InputError: no token of any document counts.   NotFoundError: a store without mean residuals.
         """
+        if not any(store.layer(layer).tokens for layer in store.layers):
+            raise InputError(f"no document of {name} has a token that counts; --count all counts every token")
         residuals = {layer: store.residuals(layer, "mean") for layer in store.layers}
         keep = np.flatnonzero(np.all([np.isfinite(x).all(1) for x in residuals.values()], axis=0))
-        if not len(keep):
-            raise InputError(f"no document of {name} has a token that counts; --count all counts every token")
         number = np.full(store.manifest.documents, -1, np.int32)
         number[keep] = np.arange(len(keep), dtype=np.int32)
         parts = [

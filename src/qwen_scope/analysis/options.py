@@ -1,0 +1,24 @@
+"""Options of analyses; light enough for `--help`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class FitOptions:
+    """How a rule is made.
+
+    Attributes:
+        top: how many features of one layer it has, joined by OR.
+        several: more than 1 for the best feature of each of this many layers instead.
+        fpr: raise thresholds until at most this share of the negative documents passes; None leaves them at 0.
+        name: of the property; None for the positive documents' name.
+        seed: of the split and of intervals.
+    """
+
+    top: int = 2
+    several: int = 1
+    fpr: float | None = None
+    name: str | None = None
+    seed: int = 0
