@@ -306,7 +306,9 @@ def verdict(step: int, fall: dict[str, np.ndarray]) -> str:
     said = []
     for condition in ("vanilla", "random", "blind"):
         against, own = fall[condition].mean(), fall["steered"].mean()
-        times = f"{own / against:.1f} times as large" if against > 0 else "alone in lowering it"
+        times = (
+            f"{own / against:.1f} times as large" if against > 0 else f"not a ratio, as {condition} does not lower it"
+        )
         twice = spread(fall["steered"] - 2 * fall[condition])
         said.append(f"with {condition}, {times} (minus twice the other's fall, in points: {twice})")
     part = fall["blind"].mean() / fall["vanilla"].mean()
