@@ -43,7 +43,7 @@ def test_a_run_leaves_everything_needed(run: TrainRun) -> None:
     steps, said = [], set()
     result = run_train(run, on_step=lambda r: steps.append(r.step), progress=lambda what, share, text: said.add(what))
     assert steps == list(range(1, 41))
-    assert said == {"means", "reconstruction", "loss"}
+    assert said == {"training", "means", "reconstruction", "loss"}
     assert result.folder == run.out / "tiny"
     x = torch.randn(20, 32, generator=torch.Generator().manual_seed(0))
     for layer in (0, 2):

@@ -25,7 +25,7 @@ OPTIONS[LabelOptions] = {
 }
 OPTIONS[JudgeOptions] = {
     "summary": Annotated[bool, typer.Option("--summary", help="No model: list the typical tokens.")],
-    "model": Annotated[str | None, typer.Option("--judge", help="The model to ask. Default: OPENAI_MODEL.")],
+    "judge": Annotated[str | None, typer.Option("--judge", help="The model to ask. Default: OPENAI_MODEL.")],
     "max_requests": Annotated[int | None, typer.Option("--max-requests", help="Stop after this many requests.", min=1)],
     "max_tokens": Annotated[int | None, typer.Option("--max-tokens", help="Stop after this many tokens.", min=1)],
     "concurrency": Annotated[int, typer.Option("--concurrency", help="Requests at a time.", min=1)],

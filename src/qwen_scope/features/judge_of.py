@@ -18,7 +18,7 @@ def judge_of(store: FeatureStore, options: JudgeOptions) -> ModelJudge | TokenJu
     if options.summary:
         return TokenJudge()
     found = Endpoint.from_environment(
-        model=options.model,
+        model=options.judge,
         cache=options.cache or store.folder.with_name(store.folder.name + ".cache"),
         max_requests=options.max_requests,
         max_tokens=options.max_tokens,

@@ -36,14 +36,14 @@ class JudgeOptions:
 
     Attributes:
         summary: ask no model: a name is a list of typical tokens. So it is, too, where the environment names none.
-        model: the model to ask; None takes OPENAI_MODEL.
+        judge: the model to ask; None takes OPENAI_MODEL.
         max_requests, max_tokens: the budget; None for no limit.
         concurrency: requests at a time.
         cache: where answers are kept; None keeps them beside the store, in STORE.cache.
     """
 
     summary: bool = False
-    model: str | None = None
+    judge: str | None = None
     max_requests: int | None = None
     max_tokens: int | None = None
     concurrency: int = 8
