@@ -8,6 +8,7 @@ import pytest
 import tiny
 
 from qwen_scope.cli import main
+from qwen_scope.cli.options import place_of
 from qwen_scope.cli.spellings import respelled
 from qwen_scope.errors import InputError, QwenScopeWarning
 from qwen_scope.sae import feature_name, parse_feature
@@ -45,6 +46,14 @@ def test_the_old_spelling(given: str, expected: str) -> None:
 @pytest.mark.parametrize("words", ["steer hi --feature 5/678", "show 5/678", "store s --layer 5 --feature 678"])
 def test_what_stays(words: str) -> None:
     assert respelled(words.split()) == words.split()
+
+
+def test_a_name_beside_a_layer() -> None:
+    assert place_of(None, "5/678") == place_of(5, "5/678") == place_of(5, "678") == (5, 678)
+    assert place_of(None, "678") == (None, 678)
+    assert place_of(3, None) == (3, None)
+    with pytest.raises(InputError, match="is of layer 5; leave --layer 4 out"):
+        place_of(4, "5/678")
 
 
 def test_both_spellings_do_the_same(capsys: pytest.CaptureFixture[str]) -> None:

@@ -29,15 +29,15 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "qwen-scope extract lab -o out/store --layers 5 --sample 200",
         "qwen-scope extract out/examples/corpus.jsonl -o out/corpus --layers 5",
     ),
-    "store": ("qwen-scope store out/store", "qwen-scope store out/store --layer 5 --feature 678 -n 3"),
+    "store": ("qwen-scope store out/store", "qwen-scope store out/store --feature 5/678 -n 3"),
     "find": (
         "qwen-scope find --positive lab:language=de --negative lab:language=fr --documents 20 --layers 5 -n 3",
         "qwen-scope find --positive out/examples/rude.txt --negative out/examples/polite.txt --layers 5 -n 3",
         "qwen-scope find out/store --groups language -n 1",
     ),
     "show": (
-        "qwen-scope show out/store --feature 678 -n 5",
-        "qwen-scope show out/store --feature 678 -n 5 --html out/german.html",
+        "qwen-scope show out/store --feature 5/678 -n 5",
+        "qwen-scope show out/store --feature 5/678 -n 5 --html out/german.html",
     ),
     "label": ("qwen-scope label out/store --features 678",),
     "export": ("qwen-scope export out/store --to statistics -o out/statistics.csv",),

@@ -181,6 +181,22 @@ def numbers_in(part: str) -> range | None:
     return range(first, last + 1)
 
 
+def place_of(layer: int | None, feature: str | None) -> tuple[int | None, int | None]:
+    """Layer and feature from `LAYER/FEATURE`, or from a feature's number beside `--layer`; None for what is left out.
+
+    Raises:
+        InputError: neither of the two, or two layers that differ.
+    """
+    from qwen_scope.sae import parse_feature
+
+    if feature is None or (feature.isascii() and feature.isdigit() and len(feature) <= 9):
+        return layer, None if feature is None else int(feature)
+    named, number = parse_feature(feature)
+    if layer is not None and layer != named:
+        raise InputError(f"--feature {feature} is of layer {named}; leave --layer {layer} out")
+    return named, number
+
+
 def open_scope(
     model: str, sae: str | None, device: str | None = None, dtype: str = "auto", k: int | None = None
 ) -> Scope:

@@ -24,7 +24,7 @@ def show(
         Path | None, typer.Argument(metavar="[STORE]", help="A store that extract has written: where it fires.")
     ] = None,
     layer: Annotated[int | None, typer.Option("--layer", help="Which layer. Default: the only one.")] = None,
-    feature: Annotated[int | None, typer.Option("--feature", "-f", help="Which feature.")] = None,
+    name: Annotated[str | None, typer.Option("--feature", "-f", help="Which: LAYER/FEATURE.")] = None,
     n: Annotated[int, typer.Option("-n", help="How many tokens, neighbours and contexts of each kind.", min=1)] = 10,
     html: Annotated[Path | None, typer.Option("--html", help="Write one HTML file that opens by itself.")] = None,
     no_model: Annotated[bool, typer.Option("--no-model", help="Only what the store knows.")] = False,
@@ -45,6 +45,7 @@ def show(
 
     if html is not None:
         check_output(html, *options.folders(folder, model, sae))
+    layer, feature = options.place_of(layer, name)
     if feature is None:
         raise InputError("name a feature with --feature; qwen-scope find tells which tell two sets of texts apart")
     if folder is None and no_model:

@@ -23,7 +23,7 @@ WAYS = ("top", "random", "quantiles")
 def store(
     folder: Annotated[Path, typer.Argument(metavar="STORE", help="A folder that extract has written.")],
     layer: Annotated[int | None, typer.Option("--layer", help="Which layer. Default: the only one.")] = None,
-    feature: Annotated[int | None, typer.Option("--feature", "-f", help="All about one feature.")] = None,
+    name: Annotated[str | None, typer.Option("--feature", "-f", help="All about one: LAYER/FEATURE.")] = None,
     n: Annotated[int, typer.Option("-n", help="How many contexts, or features.", min=1)] = 10,
     how: Annotated[str, typer.Option("--how", help="Contexts: top, random or quantiles.")] = "top",
     seed: Annotated[int, typer.Option("--seed", help="Of random and quantiles.", **options.SEED)] = 0,
@@ -36,6 +36,7 @@ def store(
     """Show what a store holds; with --feature its statistics and contexts, with --layer the most frequent features."""
     from qwen_scope.store import FeatureStore
 
+    layer, feature = options.place_of(layer, name)
     with FeatureStore(folder) as opened:
         if verify:
             opened.verify()
