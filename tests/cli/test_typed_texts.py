@@ -70,8 +70,8 @@ def test_a_folder_s_name_is_said_too(here: Path, capsys) -> None:
     [
         (["features", "prompts.txt", "--layers", "2"], ["prompts.txt"]),
         (["features", "Hi", "--response", "a b.txt", "--layers", "2"], ["a b.txt"]),
-        (["compare", "prompts.txt", "x", "--layers", "2"], ["prompts.txt", "x"]),
-        (["compare", "Hi", "x", "--layers", "2"], ["x"]),
+        (["compare", "prompts.txt", "x", "--layers", "2", "--count", "all"], ["prompts.txt", "x"]),
+        (["compare", "Hi", "x", "--layers", "2", "--count", "all"], ["x"]),
         (["steer", "prompts.txt", "--feature", "2/3", "--amount", "1", "--max-new-tokens", "1"],
          ["prompts.txt"]),
         (["features", "Hi there", "--layers", "2"], []),

@@ -10,6 +10,7 @@ import pytest
 from qwen_scope import load_scope
 from qwen_scope.cli import main
 from qwen_scope.errors import InputError
+from qwen_scope.text import Counted
 
 TALK = [
     {"role": "user", "content": "Wo ist der Bahnhof?"},
@@ -19,7 +20,7 @@ TALK = [
 
 @pytest.fixture(scope="module")
 def scope():
-    return load_scope("lab", device="cpu")
+    return load_scope("lab", device="cpu", counted=Counted.everything())
 
 
 def test_a_conversation_is_read_once_and_every_token_has_its_phase(scope) -> None:

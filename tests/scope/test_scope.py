@@ -10,13 +10,15 @@ from qwen_scope import load_scope
 from qwen_scope.errors import InputError, MismatchError, NotFoundError
 from qwen_scope.sae import FeatureActs, save_sae
 from qwen_scope.scope import SAEs, Scope, compare_rates
+from qwen_scope.text import Counted
 
 TEXTS = ["The station?", "你好，今天天气很好。The weather is fine", "a"]
 
 
 @pytest.fixture(scope="module")
 def scope() -> Scope:
-    return load_scope(tiny.folder() / "model", tiny.folder() / "sae", device="cpu")
+    every = Counted.everything()  # what is left out by default is tested in test_scope_counted
+    return load_scope(tiny.folder() / "model", tiny.folder() / "sae", device="cpu", counted=every)
 
 
 def by_hand(scope: Scope, text: str, layer: int) -> torch.Tensor:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import tiny
+import torch
 
 from qwen_scope import load_sae, load_scope
-from qwen_scope.errors import QwenScopeWarning
+from qwen_scope.cli import main
+from qwen_scope.errors import InputError, QwenScopeWarning
 from qwen_scope.model import measure_counted
 from qwen_scope.sae import save_sae
 from qwen_scope.scope import Scope
@@ -89,3 +92,68 @@ def test_a_hook_point_within_a_block_gets_a_threshold_of_its_own(tmp_path: Path)
     first, both = scope.counted[0].norms, scope.counted[2].norms
     assert both.keys() - first.keys() == {"layers.2.mlp_out"}
     assert {at: both[at] for at in first} == first
+
+
+TEXTS = ["The station is fine today", "Guten Morgen, the weather", "a"]
+
+
+def kept_by_hand(scope: Scope, text: str, counted: Counted, layer: int) -> list[bool]:
+    tokens = scope.tokenize([text])
+    h = scope.capture(tokens, [layer])[layer][0]
+    limit = counted.norms[f"layers.{layer}.resid_post"]
+    assert limit is not None
+    ids = tokens.input_ids[0].tolist()
+    return [
+        i >= counted.first and one not in counted.special and float(h[i].norm()) <= limit for i, one in enumerate(ids)
+    ]
+
+
+def test_tokens_that_do_not_count_are_shown_but_neither_rank_nor_compare() -> None:
+    scope = opened(counted=Counted.everything())
+    tokens = scope.tokenize(TEXTS)
+    h = scope.capture(tokens, [0])[0]
+    limit = float(h[:2, 3:5].norm(dim=-1).quantile(0.6))
+    counted = Counted(1, frozenset({int(tokens.input_ids[0, 2])}), {"layers.0.resid_post": limit})
+    every = scope.features(TEXTS, [0])
+    scope.counted.set(counted)
+    seen = scope.features(TEXTS, [0])
+    assert torch.equal(seen.acts[0].indices, every.acts[0].indices)
+    assert torch.equal(seen.acts[0].values, every.acts[0].values)
+    kept = [kept_by_hand(scope, text, counted, 0) for text in TEXTS]
+    assert [seen.counts(i, 0).tolist() for i in range(3)] == kept
+    assert seen.left_out(0, 0)[0] == "first"
+    assert seen.left_out(0, 0)[2] == "special"
+    assert "sink" in {*seen.left_out(0, 0), *seen.left_out(1, 0)}
+    assert sum(n for why, n in seen.tally(0).items() if why not in ("counts", "padding")) == sum(
+        not one for row in kept for one in row
+    )
+    dense = seen.of(1, 0).to_dense()
+    found = seen.strongest(1, 0)
+    top = dense[kept[1]].amax(0)
+    assert [one.feature for one in found] == sorted(top.nonzero().flatten().tolist(), key=lambda f: (-float(top[f]), f))
+    for one in found:
+        assert kept[1][one.position]
+        assert one.rate == pytest.approx(float((dense[kept[1]][:, one.feature] > 0).double().mean()))
+        assert one.mean == pytest.approx(float(dense[kept[1]][:, one.feature].mean()), rel=1e-5)
+    assert seen.strongest(2, 0) == [], "no token of a text of one token counts"
+    a, b = ((seen.of(i, 0).to_dense()[kept[i]] > 0).double().mean(0) for i in (0, 1))
+    for one in scope.compare(TEXTS[0], TEXTS[1], [0], n=None)[0]:
+        assert one.rate_a == pytest.approx(float(a[one.feature]))
+        assert one.rate_b == pytest.approx(float(b[one.feature]))
+    with pytest.raises(InputError, match="or count all"):
+        scope.compare("a", "a", [0])
+
+
+def test_the_commands_mark_what_does_not_count(capsys: pytest.CaptureFixture[str]) -> None:
+    where = ("--model", str(tiny.folder() / "model"), "--sae", str(tiny.folder() / "sae"), "--device", "cpu")
+    assert main(["features", TEXTS[0], *where, "--layers", "0"]) == 0
+    out = capsys.readouterr().out
+    assert "left out: 1 first token" in out
+    assert main(["features", TEXTS[0], *where, "--json"]) == 0
+    data = json.loads(capsys.readouterr().out)
+    assert data["tokens"][0]["left_out"] == {"0": "first", "2": "first"}
+    assert main(["features", TEXTS[0], *where, "--layers", "0", "--count", "all"]) == 0
+    assert "left out" not in capsys.readouterr().out
+    for extra, first in ((), 2), (("--count", "all"), 0):
+        assert main(["compare", *TEXTS[:2], *where, "--json", *extra]) == 0
+        assert json.loads(capsys.readouterr().out)["left_out"]["0"]["first"] == first

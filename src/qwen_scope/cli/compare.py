@@ -23,6 +23,7 @@ def compare(
     drop_prefix: Annotated[bool, typer.Option("--drop-prefix", help="Leave out the common beginning.")] = False,
     chat: options.Chat = None,
     phase: options.Phase = None,
+    count: options.Count = None,
     device: options.Device = None,
     dtype: options.Dtype = "auto",
     k: options.K = None,
@@ -33,19 +34,23 @@ def compare(
     By the difference of their activation rates, layer by layer.
     A feature's activation rate is the share of a text's tokens on which it is active.
     """
+    from qwen_scope.scope import compare_seen
+    from qwen_scope.text import summary
+
     mode, phases = options.check_chat(chat), options.check_phases(phase)
     wanted = options.parse_layers(layers)
     if a == b == "-":
         raise InputError("standard input holds one text; write the other out")
     a, b = options.typed_or_piped(a), options.typed_or_piped(b)
     with output.status("opening the model"):
-        scope = options.open_scope(model, sae, device, dtype, k)
-    found = scope.compare(
-        a, b, wanted, n=top, drop_first=drop_first, drop_common=drop_common, drop_prefix=drop_prefix, phases=phases,
-        chat=mode,
-    )  # fmt: skip
+        scope = options.open_scope(model, sae, device, dtype, k, count)
+    seen = scope.features([a, b], wanted, chat=mode)
+    found = compare_seen(
+        seen, 1, n=top, drop_first=drop_first, drop_common=drop_common, drop_prefix=drop_prefix, phases=phases
+    )
+    left_out = {layer: {why: n for why, n in seen.tally(layer).items() if why != "padding"} for layer in seen.layers}
     if as_json:
-        output.print_json({"a": a, "b": b, "layers": found})
+        output.print_json({"a": a, "b": b, "left_out": left_out, "layers": found})
         return
     told = {layer: [c for c in features if c.difference] for layer, features in found.items()}
     if not any(told.values()):
@@ -59,3 +64,9 @@ def compare(
     ]
     columns = ("layer", "feature", "in the first", "in the second", "difference")
     output.show("Activation rates of two texts: the share of tokens on which a feature is active", columns, rows)
+    said: dict[str, list[int]] = {}
+    for layer, reasons in left_out.items():
+        said.setdefault(summary(reasons), []).append(layer)
+    for sentence, layers_said in said.items():
+        where = "" if len(said) == 1 else f"layers {', '.join(map(str, layers_said))}: "
+        output.console().print(where + sentence)

@@ -26,6 +26,7 @@ def features(
     ] = None,
     chat: options.Chat = None,
     phase: options.Phase = None,
+    count: options.Count = None,
     truncate: Annotated[bool, typer.Option("--truncate", help="Cut a text longer than the context.")] = False,
     device: options.Device = None,
     dtype: options.Dtype = "auto",
@@ -43,7 +44,7 @@ def features(
     wanted = options.parse_layers(layers)
     text = options.typed_or_piped(text)
     with output.status("opening the model"):
-        scope = options.open_scope(model, sae, device, dtype, k)
+        scope = options.open_scope(model, sae, device, dtype, k, count)
     if wanted is None and response is None and not as_json:
         wanted = [scope.layers[len(scope.layers) // 2]]
     start = 0
@@ -71,27 +72,40 @@ def print_tokens(seen: TokenFeatures, chosen: list[int], phases: list[Phase] | N
     from qwen_scope.report import visible
 
     for layer in seen.layers:
-        acts = seen.of(0, layer)
+        acts, left_out = seen.of(0, layer), seen.left_out(0, layer)
+        marked = any(left_out[i] for i in chosen)
         rows = []
         for i in chosen:
             pairs = zip(acts.indices[i].tolist(), acts.values[i].tolist(), strict=True)
             shown = [f"{f}:{v:.3g}" for f, v in list(pairs)[:top] if v > 0]
-            rows.append((i, visible(seen.tokens[0][i]), *([phases[i]] if phases else []), "  ".join(shown)))
+            told = [*([phases[i]] if phases else []), *([left_out[i]] if marked else [])]
+            rows.append((i, visible(seen.tokens[0][i]), *told, "  ".join(shown)))
         title = f"Layer {layer}: the strongest features of each token (feature:activation)"
-        output.show(title, ("#", "token", *(["phase"] if phases else []), "features"), rows)
+        columns = ("#", "token", *(["phase"] if phases else []), *(["left out"] if marked else []), "features")
+        output.show(title, columns, rows)
+        say_left_out(seen, layer)
 
 
 def print_tokens_json(seen: TokenFeatures, chosen: list[int], phases: list[Phase] | None, top: int) -> None:
     data = []
     for i in chosen:
-        here = {}
+        here, left_out = {}, {}
         for layer in seen.layers:
+            if reason := seen.left_out(0, layer)[i]:
+                left_out[layer] = reason
             acts = seen.of(0, layer)
             pairs = zip(acts.indices[i].tolist(), acts.values[i].tolist(), strict=True)
             here[layer] = [{"feature": f, "activation": v} for f, v in list(pairs)[:top] if v > 0]
         told = {"phase": phases[i]} if phases else {}
         data.append(
-            {"position": i, "id": int(seen.input_ids[0, i]), "token": seen.tokens[0][i], **told, "layers": here}
+            {
+                "position": i,
+                "id": int(seen.input_ids[0, i]),
+                "token": seen.tokens[0][i],
+                **told,
+                "left_out": left_out,
+                "layers": here,
+            }
         )
     output.print_json({"text": seen.texts[0], "tokens": data})
 
@@ -112,6 +126,15 @@ def print_ranking(seen: TokenFeatures, start: int, top: int, as_json: bool) -> N
         rows = []
         for f in found:
             values = acts.select([f.feature])[start:, 0].tolist()
-            rows.append((f.feature, f.maximum, f"{f.rate:.0%}", shaded(seen.tokens[0][start:], values)))
+            rows.append((f.feature, f.maximum, f"{f.rate:.0%}", shaded(seen.tokens[0][start:], values, f.maximum)))
         title = f"Layer {layer}: the features of the response, strongest first"
         output.show(title, ("feature", "max", "tokens", "where it fires"), rows)
+        say_left_out(seen, layer)
+
+
+def say_left_out(seen: TokenFeatures, layer: int) -> None:
+    """A line on the tokens that do not count, if there are any."""
+    from qwen_scope.text import summary
+
+    if bool((seen.mask & (seen.reasons[layer] != 0)).any()):
+        output.console().print(summary(seen.tally(layer)))

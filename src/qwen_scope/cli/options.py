@@ -198,14 +198,19 @@ def place_of(layer: int | None, feature: str | None) -> tuple[int | None, int | 
 
 
 def open_scope(
-    model: str, sae: str | None, device: str | None = None, dtype: str = "auto", k: int | None = None
+    model: str,
+    sae: str | None,
+    device: str | None = None,
+    dtype: str = "auto",
+    k: int | None = None,
+    count: str | None = None,
 ) -> Scope:
     """The scope a command was asked for; where nobody asked and it is the lab's, it says so."""
     from qwen_scope.scope import load_scope
 
     quiet()
     whose.refuse_other_saes(sae)
-    scope = load_scope(model, sae, device=device, dtype=dtype, k=k)
+    scope = load_scope(model, sae, device=device, dtype=dtype, k=k, counted=parse_count(count))
     whose.say_whose()
     return scope
 

@@ -46,6 +46,8 @@ def compare_seen(
 ) -> dict[int, list[Comparison]]:
     """Per layer, the `n` features whose activation rates differ most between two sets of texts that were seen together.
 
+    Rates are over the tokens that count.
+
     Args:
         first: how many of the texts, from the first on, are the one set; the others are the other set.
         drop_first, drop_common, drop_prefix: as in `kept_tokens`.
@@ -67,15 +69,15 @@ def compare_seen(
         wanted = phase_numbers(phases)
         kept = [keep & torch.from_numpy(np.isin(seen.source.phases(i)[1], wanted)) for i, keep in enumerate(kept)]
         check_left(kept[:first], kept[first:])
-    return {
-        layer: compare_rates(
-            layer,
-            FeatureActs.cat([seen.of(i, layer)[keep] for i, keep in enumerate(kept[:first])]),
-            FeatureActs.cat([seen.of(i, layer)[keep] for i, keep in enumerate(kept[first:], first)]),
-            n,
+    found = {}
+    for layer in seen.layers:
+        here = [keep & seen.counts(i, layer) for i, keep in enumerate(kept)]
+        check_left(here[:first], here[first:])
+        a, b = (
+            FeatureActs.cat([seen.of(i, layer)[here[i]] for i in side]) for side in (range(first), range(first, texts))
         )
-        for layer in seen.layers
-    }
+        found[layer] = compare_rates(layer, a, b, n)
+    return found
 
 
 def kept_tokens(
@@ -117,7 +119,7 @@ def check_left(a: Sequence[Bool[Tensor, " _"]], b: Sequence[Bool[Tensor, " _"]])
     for name, side in (("first", a), ("second", b)):
         if not any(bool(keep.any()) for keep in side):
             what = "text" if len(side) == 1 else "set of texts"
-            raise InputError(f"nothing is left of the {name} {what} to compare; drop fewer of its tokens")
+            raise InputError(f"nothing is left of the {name} {what} to compare; drop fewer of its tokens, or count all")
 
 
 def rates(acts: FeatureActs) -> Float[Tensor, " width"]:

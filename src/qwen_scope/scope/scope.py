@@ -36,7 +36,7 @@ from .joined import Joined
 from .measured import ScopeCounted, ScopeStats
 from .plan import Plan, plan
 from .saes import SAEs, brief
-from .seen import TokenFeatures, spread
+from .seen import TokenFeatures, spread, spread_flags
 
 # Tokens (padding included) of one forward pass; texts of like length share one.
 BATCH_TOKENS = 4096
@@ -126,7 +126,7 @@ class Scope:
         truncate: bool = False,
         batch_tokens: int = BATCH_TOKENS,
     ) -> TokenFeatures:
-        """The features of every token of every text.
+        """The features of every token of every text, and which tokens count (as `counted` says).
 
         Args:
             texts: one or more, each a string or, with `chat`, a conversation: a list of messages.
@@ -143,6 +143,7 @@ class Scope:
         tokens = self.tokenize(texts, chat=chat, truncate=truncate)
         mask = tokens.attention_mask.bool()
         parts: dict[int, list[FeatureActs]] = {layer: [] for layer in wanted}
+        sinks: dict[int, list[Tensor]] = {layer: [] for layer in wanted}
         points = [self.hook_point(layer) for layer in wanted]
         batches = by_length(tokens.lengths, batch_tokens)
         for rows in batches:
@@ -152,9 +153,14 @@ class Scope:
             for point, h in residuals.items():
                 kept = h[here.bool().to(h.device)]
                 parts[point.layer].append(self.saes[point.layer].encode(kept).to("cpu"))
+                sinks[point.layer].append(self.counted[point.layer].sinks(kept, point).cpu())
         order = [i for rows in batches for i in rows]
         acts = {layer: spread(FeatureActs.cat(found), mask, order) for layer, found in parts.items()}
-        return TokenFeatures(tokens.texts, tokens.strings, tokens.input_ids, mask, acts, tokens)
+        reasons = {
+            layer: self.counted[layer].reasons_of(tokens, spread_flags(torch.cat(found), mask, order))
+            for layer, found in sinks.items()
+        }
+        return TokenFeatures(tokens.texts, tokens.strings, tokens.input_ids, mask, acts, tokens, reasons)
 
     def compare(
         self,
@@ -171,8 +177,9 @@ class Scope:
     ) -> dict[int, list[Comparison]]:
         """Per layer, the `n` features whose activation rates differ most between two texts, or two sets of texts.
 
-        The options leave out the first token of each text, tokens whose id occurs on both sides, the beginning that
-        all texts share, or tokens of other phases of a conversation than those named.
+        Rates are over the tokens that count. The options leave out, besides, the first token of each text, tokens whose
+        id occurs on both sides, the beginning that all texts share, or tokens of other phases of a conversation than
+        those named.
 
         Raises:
             InputError: an empty text, or nothing left to compare.

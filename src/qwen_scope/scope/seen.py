@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Int, UInt8
 from torch import Tensor
 
 from qwen_scope.errors import InputError, NotFoundError, check_count
 from qwen_scope.sae import FeatureActs
-from qwen_scope.text import PHASES, Phase, Tokens, phase_numbers
+from qwen_scope.text import PHASES, REASONS, Phase, Tokens, phase_numbers, tally
 
 
 @dataclass(frozen=True)
@@ -23,8 +23,8 @@ class Strongest:
         feature: its index in the dictionary.
         maximum: its largest activation.
         position: the token of that activation.
-        rate: the share of the text's tokens on which it is active.
-        mean: its mean activation over all tokens.
+        rate: the share of the tokens that count on which it is active.
+        mean: its mean activation over the tokens that count.
     """
 
     feature: int
@@ -45,6 +45,8 @@ class TokenFeatures:
         mask: `(texts, seq)`, True at tokens and False at padding, where no feature is active.
         acts: per layer, `(texts, seq, k)` feature activations.
         source: the tokens as they were read; it knows the turn and the phase of each.
+        reasons: per layer and token why it does not count, `(texts, seq)`: an index into `qwen_scope.text.REASONS`, 0
+            where it counts. Every token has its features; those that count alone rank, average and compare.
     """
 
     texts: list[str]
@@ -53,6 +55,7 @@ class TokenFeatures:
     mask: Bool[Tensor, "texts seq"]
     acts: Mapping[int, FeatureActs]
     source: Tokens
+    reasons: Mapping[int, UInt8[Tensor, "texts seq"]]
 
     @property
     def layers(self) -> list[int]:
@@ -66,9 +69,38 @@ class TokenFeatures:
             NotFoundError: the layer was not asked for.
         """
         self._check_text(text)
-        if layer not in self.acts:
-            raise NotFoundError(f"layer {layer} was not looked at; these are here: {self.layers}")
+        self._check_layer(layer)
         return self.acts[layer][text, : len(self.tokens[text])]
+
+    def left_out(self, text: int, layer: int) -> list[str]:
+        """Per token of a text why it does not count at a layer: `first`, `special`, `sink`, `phase`; or "".
+
+        Raises:
+            InputError, NotFoundError: as `of`.
+        """
+        self._check_text(text)
+        self._check_layer(layer)
+        found = self.reasons[layer][text, : len(self.tokens[text])].tolist()
+        return [REASONS[reason] if reason else "" for reason in found]
+
+    def counts(self, text: int, layer: int) -> Bool[Tensor, " tokens"]:
+        """Which tokens of a text count at a layer.
+
+        Raises:
+            InputError, NotFoundError: as `of`.
+        """
+        self._check_text(text)
+        self._check_layer(layer)
+        return self.reasons[layer][text, : len(self.tokens[text])] == 0
+
+    def tally(self, layer: int) -> dict[str, int]:
+        """How many tokens of all texts have each of `qwen_scope.text.REASONS` at a layer.
+
+        Raises:
+            NotFoundError: the layer was not asked for.
+        """
+        self._check_layer(layer)
+        return tally(self.reasons[layer])
 
     def phases(self, text: int) -> list[Phase]:
         """The phase of every token of a text: `text` outside chats.
@@ -96,15 +128,17 @@ class TokenFeatures:
         tokens: slice | None = None,
         phases: Collection[str] | None = None,
     ) -> list[Strongest]:
-        """The features of a text ranked by their largest activation; equal ones by lower index.
+        """The features of a text ranked by their largest activation on tokens that count; equal ones by lower index.
+
+        None where no token of those asked for counts, as in a text of one token.
 
         Args:
             n: how many; by default all that are active.
-            tokens: which tokens count, such as `slice(start, None)` for an answer after its prompt.
+            tokens: only these tokens, such as `slice(start, None)` for an answer after its prompt.
             phases: of these, only tokens of some phases, such as `("thinking",)`.
 
         Raises:
-            InputError: no such text, no token that counts, or a phase that there is not.
+            InputError: no such text, no token asked for, or a phase that there is not.
         """
         acts = self.of(text, layer)
         if n is not None:
@@ -117,6 +151,7 @@ class TokenFeatures:
             chosen = chosen[np.isin(self.source.phases(text)[1][chosen], phase_numbers(phases))]
             if not len(chosen):
                 raise InputError(f"no token of the text is of the phase {' or '.join(sorted(phases))}")
+        chosen = chosen[self.counts(text, layer).numpy()[chosen]]
         acts = acts[torch.from_numpy(chosen).to(acts.indices.device)]
         values, features = acts.values.float().cpu().numpy(), acts.indices.cpu().numpy()
         position = np.broadcast_to(chosen[:, None], values.shape)
@@ -139,6 +174,10 @@ class TokenFeatures:
             for i in rank
         ]
 
+    def _check_layer(self, layer: int) -> None:
+        if layer not in self.acts:
+            raise NotFoundError(f"layer {layer} was not looked at; these are here: {self.layers}")
+
     def _check_text(self, text: int) -> None:
         if not 0 <= text < len(self.texts):
             raise InputError(f"there is no text {text}: these are texts 0 to {len(self.texts) - 1}")
@@ -146,11 +185,22 @@ class TokenFeatures:
 
 def spread(acts: FeatureActs, mask: Tensor, order: Sequence[int]) -> FeatureActs:
     """Activations of the tokens of texts in `order` back to `(texts, seq, k)`; padding gets unused slots."""
-    lengths = mask.sum(-1)
-    start = torch.zeros(len(mask), dtype=torch.long)
-    start[torch.tensor(order)] = lengths[torch.tensor(order)].cumsum(0) - lengths[torch.tensor(order)]
-    source = torch.cat([torch.arange(int(s), int(s + n)) for s, n in zip(start, lengths, strict=True)])
+    source = _source(mask, order)
     indices = acts.indices.new_zeros(*mask.shape, acts.k)
     values = acts.values.new_zeros(*mask.shape, acts.k)
     indices[mask], values[mask] = acts.indices[source], acts.values[source]
     return FeatureActs(indices, values, acts.width)
+
+
+def spread_flags(flags: Tensor, mask: Tensor, order: Sequence[int]) -> Tensor:
+    """A flag per token of texts in `order` back to `(texts, seq)`; False at padding."""
+    out = flags.new_zeros(mask.shape)
+    out[mask] = flags[_source(mask, order)]
+    return out
+
+
+def _source(mask: Tensor, order: Sequence[int]) -> Tensor:
+    lengths, rows = mask.sum(-1), torch.tensor(order)
+    start = torch.zeros(len(mask), dtype=torch.long)
+    start[rows] = lengths[rows].cumsum(0) - lengths[rows]
+    return torch.cat([torch.arange(int(s), int(s + n)) for s, n in zip(start, lengths, strict=True)])

@@ -18,7 +18,7 @@ from qwen_scope.files import Fields
 
 from .phases import PHASES
 from .sinks import point_name, thresholds
-from .tokenize import special_ids
+from .tokenize import Tokens, special_ids
 
 REASONS = ("counts", "padding", "special", "first", "phase", "sink")
 """What `Counted.reasons` answers per token, as an index; the earliest reason that applies, after "counts"."""
@@ -204,6 +204,19 @@ class Counted:
         _mark(out, _within(ids, sorted(self.special)), "special")
         _mark(out, ~real, "padding")
         return out
+
+    def reasons_of(self, tokens: Tokens, sinks: Bool[Tensor, "batch seq"] | None = None) -> UInt8[Tensor, "batch seq"]:
+        """`reasons` of texts, with their phases where only some phases count.
+
+        Raises:
+            InputError: only some phases count, and a chat template gives no markers to tell them by.
+        """
+        phases = None
+        if self.phases is not None:
+            phases = torch.zeros_like(tokens.input_ids)
+            for i, length in enumerate(tokens.lengths):
+                phases[i, :length] = torch.from_numpy(tokens.phases(i)[1]).to(phases)
+        return self.reasons(tokens.input_ids, phases=phases, mask=tokens.attention_mask, sinks=sinks)
 
     def difference(self, other: Counted, names: tuple[str, str] = ("one", "the other")) -> str | None:
         """A sentence that says where two of them count other tokens, or None where they count the same.
