@@ -10,8 +10,8 @@ from pathlib import Path
 from qwen_scope import load_scope
 from qwen_scope.lab import documents
 from qwen_scope.model import LoadedModel
-from qwen_scope.scope import Scope, extract
-from qwen_scope.text import Corpus
+from qwen_scope.scope import ExtractOptions, Scope, extract
+from qwen_scope.text import Corpus, Counted
 
 LAYER, OTHER = 5, 2
 
@@ -32,7 +32,9 @@ def folder() -> Path:
     rows += [{"text": d.text, "kind": d.kind} for d in documents(seed=5, n=12, kinds=["repetition"])]
     out = Path(tempfile.mkdtemp(prefix="qwen-scope-lab-store-")) / "store"
     saes = {layer: scope().saes[layer] for layer in (OTHER, LAYER)}
-    extract(Corpus(rows, name="small"), LoadedModel(scope().model, scope().tokenizer, "lab"), saes, out).close()
+    everything = ExtractOptions(counted=Counted.everything())
+    loaded = LoadedModel(scope().model, scope().tokenizer, "lab")
+    extract(Corpus(rows, name="small"), loaded, saes, out, everything).close()
     return out
 
 

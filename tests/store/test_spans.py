@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ import pyarrow as pa
 import pytest
 import stores
 
+from qwen_scope.analysis import Dataset
+from qwen_scope.cli import main
 from qwen_scope.errors import InputError, NotFoundError
 from qwen_scope.store import TABLES, FeatureStore, LayerInfo, LayerRows, StoreWriter, Window
 from qwen_scope.text import PHASES, tokenize
@@ -141,3 +144,37 @@ def planted(folder: Path, documents: int = 40, *, spans: bool = True) -> Feature
         writer.add(Window({3: LayerRows(document, position, feature, value, 15 * documents)}, tables), {})
         writer.finish()
     return FeatureStore(folder)
+
+
+def test_what_fires_while_it_thinks_and_not_while_it_answers(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One command finds the planted feature: those that fire in both phases, or only in answers, are not among them."""
+    planted(tmp_path / "s").close()
+    argv = ["find", str(tmp_path / "s"), "--phase", "thinking", "--against", "answer", "--json"]
+    assert main(argv) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [(one["layer"], one["feature"]) for one in found["found"] if one["significant"]] == [(3, 3)]
+    assert found["significant"] == 1
+    assert main([*argv[:3], "answer", "--against", "thinking", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [one["feature"] for one in found["found"] if one["significant"]] == [5]
+    assert main(["store", str(tmp_path / "s"), "-f", "7", "--phase", "answer", "-n", "100", "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)["contexts"]
+    assert {(one["position"], one["phase"]) for one in shown} == {(11, "answer")}
+    assert main(["store", str(tmp_path / "s"), "-f", "7", "-n", "1"]) == 0
+    assert "position 11 (answer)" in capsys.readouterr().out  # values rise with the rows, so the last is the strongest
+    for wrong in (["--phase", "thinking"], ["--phase", "thinking", "--against", "thinking"], ["--against", "answer"]):
+        assert main(["find", str(tmp_path / "s"), *wrong]) == 2
+        assert len(capsys.readouterr().err.strip().splitlines()) == 1
+    assert main(["find", str(tmp_path / "s"), "--phase", "thought", "--against", "answer"]) == 2
+
+
+def test_drift_of_a_phase(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("a", "b"):
+        planted(tmp_path / name).close()
+    with FeatureStore(tmp_path / "a") as store:
+        data = [Dataset.from_store(store, 3, "max", phases=[phase]) for phase in ("thinking", "answer")]
+    assert [np.flatnonzero(one.counts()).tolist() for one in data] == [[3, 7, 9], [5, 7, 9]]
+    argv = ["analyze", "drift", str(tmp_path / "a"), str(tmp_path / "b"), "--phase", "answer", "--json"]
+    assert main(argv) == 0

@@ -32,6 +32,7 @@ def shared(
             help="Tokens of an item to one value: any, last, mean or max. Default: max for drift, else last.",
         ),
     ] = None,
+    phase: options.Phase = None,
     names: Annotated[
         str | None, typer.Option("--names", help="What to call the stores, a,b,... Default: their folders.")
     ] = None,
@@ -113,6 +114,7 @@ def analyze(
     stores: list[Path],
     layer: int | None,
     reduction: str | None,
+    phase: str | None,
     names: str | None,
     scores: list[Path] | None,
     out: Path | None,
@@ -130,14 +132,22 @@ def analyze(
     output.hold(out, *stores, *(scores or []))
     with output.status("reading the stores"):
         tables = scores or [None] * len(stores)
-        datasets = [open_dataset(*one, layer, way, analysis.texts) for one in zip(stores, said, tables, strict=True)]
+        phases = options.check_phases(phase)
+        every = zip(stores, said, tables, strict=True)
+        datasets = [open_dataset(*one, layer, way, analysis.texts, phases) for one in every]
     with output.status(f"analysing {name}"):
         result = analysis.run(datasets, **chosen)
     show_result(f"{name}: {', '.join(said)}", result, out, as_json)
 
 
 def open_dataset(
-    folder: Path, name: str, scores: Path | None, layer: int | None, reduction: str, texts: bool
+    folder: Path,
+    name: str,
+    scores: Path | None,
+    layer: int | None,
+    reduction: str,
+    texts: bool,
+    phases: list[str] | None = None,
 ) -> Dataset:
     """One store as a dataset."""
     from qwen_scope.analysis import Dataset
@@ -148,7 +158,7 @@ def open_dataset(
     way = cast("Literal['any', 'last', 'mean', 'max']", reduction)
     with FeatureStore(folder) as opened:
         where = the_layer(opened, layer)
-        return Dataset.from_store(opened, where, way, name=name, scores=scores, texts=texts)
+        return Dataset.from_store(opened, where, way, name=name, scores=scores, texts=texts, phases=phases)
 
 
 def show_result(title: str, result: Result, out: Path | None, as_json: bool) -> None:

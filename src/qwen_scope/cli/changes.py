@@ -126,6 +126,12 @@ OPTIONS[FindOptions] = {
     "seed": Annotated[
         int, typer.Option("--seed", help="Of the halves that choose and measure, and of intervals.", **options.SEED)
     ],
+    "phases": Annotated[options.Phase, Read(options.phases_tuple)],
+    "against": Annotated[
+        str | None,
+        typer.Option("--against", help="Compare --phase with these phases of the same documents."),
+        Read(options.phases_tuple),
+    ],
 }
 
 # The defaults where the command line says nothing.

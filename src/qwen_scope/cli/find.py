@@ -53,16 +53,21 @@ def find(
 ) -> None:
     """Find features: one of --positive, --groups, --repetition, --promotes, --near or --label.
 
-    Two sets of documents are compared over the whole dictionary. Half of each set chooses, the other half measures;
-    q is adjusted for the number of features that were looked at.
+    Two sets of documents are compared over the whole dictionary, or with --phase thinking --against answer two phases
+    of a store's conversations. Half of each set chooses, the other half measures; q is adjusted for the number of
+    features that were looked at.
     """
     from qwen_scope.store import FeatureStore
 
     questions = [positive, groups, repetition, promotes, near, words]
-    if sum(one is not None for one in questions) != 1:
+    asked_of = sum(one is not None for one in questions)
+    if asked_of > 1 or (not asked_of and search.against is None):
         raise InputError(
-            "ask one thing: --positive (with --negative), --groups, --repetition, --promotes, --near or --label"
+            "ask one thing: --positive (with --negative), --phase with --against, --groups, --repetition, --promotes,"
+            " --near or --label"
         )
+    if search.phases is not None and (folder is None or (asked_of and positive is None)):
+        raise InputError("--phase compares documents of a STORE: with --positive, or alone with --against")
     store = FeatureStore(folder) if folder is not None else None
     wanted, n, level = options.parse_layers(layers), search.n, search.level
 
@@ -83,22 +88,22 @@ def find(
     elif groups is not None:
         print_groups(need(store, "--groups"), groups, wanted, n, search.seed, as_json)
     elif store is not None:
-        print_findings(sets_in_store(store, str(positive), negative, wanted, search), as_json)
+        print_findings(sets_in_store(store, positive, negative, wanted, search), as_json)
     else:
         print_findings(sets_of_texts(scope, str(positive), negative, wanted, each, reading, search), as_json)
 
 
 def sets_in_store(
-    store: FeatureStore, positive: str, negative: str | None, layers: list[int] | None, search: FindOptions
+    store: FeatureStore, positive: str | None, negative: str | None, layers: list[int] | None, search: FindOptions
 ) -> Findings:
     """What tells two sets of a store's documents apart."""
     import numpy as np
 
     from qwen_scope.features import find_in_store
 
-    chosen = documents.documents_of(store, positive)
+    chosen = None if positive is None else documents.documents_of(store, positive)
     others = None if negative is None else documents.documents_of(store, negative)
-    if others is not None and len(np.intersect1d(chosen, others)):
+    if chosen is not None and others is not None and len(np.intersect1d(chosen, others)):
         raise InputError(f"some documents are in both sets: {positive} and {negative}")
     with output.status("reading the store"):
         return find_in_store(store, chosen, others, layers, search)

@@ -273,6 +273,12 @@ def check_phases(phase: str | None) -> list[str] | None:
     return phases
 
 
+def phases_tuple(phase: str | None) -> tuple[str, ...] | None:
+    """As `check_phases`, for an option of a frozen dataclass."""
+    phases = check_phases(phase)
+    return None if phases is None else tuple(phases)
+
+
 def weight_type(name: str | None) -> torch.dtype | None:
     """The type of an SAE's weights; None keeps the stored one.
 

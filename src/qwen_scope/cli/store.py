@@ -27,6 +27,7 @@ def store(
     n: Annotated[int, typer.Option("-n", help="How many contexts, or features.", min=1)] = 10,
     how: Annotated[str, typer.Option("--how", help="Contexts: top, random or quantiles.")] = "top",
     seed: Annotated[int, typer.Option("--seed", help="Of random and quantiles.", **options.SEED)] = 0,
+    phase: options.Phase = None,
     query: Annotated[
         str | None, typer.Option("--sql", help="One SELECT for DuckDB; tables in docs/store-format.md.")
     ] = None,
@@ -43,7 +44,7 @@ def store(
         if query is not None:
             show_rows("", opened.answer(query), as_json)
         elif feature is not None:
-            show_feature(opened, the_layer(opened, layer), feature, n, how, seed, as_json)
+            show_feature(opened, the_layer(opened, layer), feature, n, how, seed, options.check_phases(phase), as_json)
         elif layer is not None:
             rows = opened.stats(layer).sort_by([("tokens", "descending"), ("feature", "ascending")]).slice(0, n)
             names = ["feature", "frequency", "documents", "mean", "maximum"]
@@ -74,7 +75,16 @@ def show_rows(title: str, table: Any, as_json: bool) -> None:
     output.show(title, table.column_names, rows)
 
 
-def show_feature(opened: FeatureStore, layer: int, feature: int, n: int, how: str, seed: int, as_json: bool) -> None:
+def show_feature(
+    opened: FeatureStore,
+    layer: int,
+    feature: int,
+    n: int,
+    how: str,
+    seed: int,
+    phases: list[str] | None,
+    as_json: bool,
+) -> None:
     """Statistics and contexts of one feature."""
     from rich.text import Text
 
@@ -82,7 +92,7 @@ def show_feature(opened: FeatureStore, layer: int, feature: int, n: int, how: st
 
     for way in WAYS:
         if how == way:
-            found = opened.contexts(layer, feature, n, how=way, seed=seed)
+            found = opened.contexts(layer, feature, n, how=way, seed=seed, phases=phases)
             break
     else:
         raise InputError(f"--how is one of {', '.join(WAYS)}, not {how!r}")
@@ -100,5 +110,6 @@ def show_feature(opened: FeatureStore, layer: int, feature: int, n: int, how: st
     output.show(f"Layer {layer}, feature {feature}", ("statistic", "value"), shown)
     out = output.console()
     for context in found:
-        place = f"{context.value:.4g} at document {context.document}, position {context.position}: "
+        phase = "" if context.phase in ("", "text") else f" ({context.phase})"
+        place = f"{context.value:.4g} at document {context.document}, position {context.position}{phase}: "
         out.print(Text(place, style="dim") + shaded(context.tokens, context.values, stats.maximum))

@@ -138,23 +138,53 @@ def find(
 
 def find_in_store(
     store: FeatureStore,
-    positive: Sequence[int] | Int64[np.ndarray, " n"],
+    positive: Sequence[int] | Int64[np.ndarray, " n"] | None = None,
     negative: Sequence[int] | Int64[np.ndarray, " m"] | None = None,
     layers: Sequence[int] | None = None,
     options: FindOptions | None = None,
 ) -> Findings:
     """The same search over documents of a store, such as `store.where(...)` gives; by default against all others.
 
+    With `options.phases` only tokens of those phases are compared. With `options.against` too, the documents' tokens of
+    the one are compared with their tokens of the other: `FindOptions(phases=("thinking",), against=("answer",))` finds
+    what fires while a model thinks and not while it answers.
+
+    Args:
+        positive: None for all documents, where phases are compared.
+
     Raises:
-        InputError: a document in both sets, or fewer than four in one.
+        InputError: a document in both sets, fewer than four in one, or nothing to compare.
         NotFoundError: a document or layer that the store does not have.
     """
+    options = options or FindOptions()
+    everywhere = np.arange(store.manifest.documents)
+    if options.against is not None and options.phases is not None:
+        if negative is not None:
+            raise InputError("name either other documents or other phases to compare with")
+        chosen = everywhere if positive is None else np.asarray(positive)
+        one, other = (documents_of_phases(store, chosen, some) for some in (options.phases, options.against))
+        check_sizes(len(one), len(other))
+        return find_pooled(
+            pool_store(store, one, layers, options.phases), pool_store(store, other, layers, options.against), options
+        )
+    if positive is None:
+        raise InputError("name the documents with the property, or phases and what they are compared against")
     if negative is None:
-        negative = np.setdiff1d(np.arange(store.manifest.documents), positive)
+        negative = np.setdiff1d(everywhere, positive)
     if len(both := np.intersect1d(positive, negative)):
         raise InputError(f"{len(both)} documents are in both sets, such as document {both[0]}")
     check_sizes(len(positive), len(negative))
-    return find_pooled(pool_store(store, positive, layers), pool_store(store, negative, layers), options)
+    sides = [pool_store(store, some, layers, options.phases) for some in (positive, negative)]
+    return find_pooled(sides[0], sides[1], options)
+
+
+def documents_of_phases(
+    store: FeatureStore, documents: Int64[np.ndarray, " n"], phases: Sequence[str]
+) -> Int64[np.ndarray, " m"]:
+    """Of some documents those with a token of one of the phases."""
+    query = "SELECT DISTINCT document FROM spans WHERE list_contains(?::VARCHAR[], phase)"
+    found = store.sql(query, [store.check_phases(phases)])["document"].to_numpy()
+    return np.intersect1d(documents, found).astype(np.int64)
 
 
 def find_pooled(

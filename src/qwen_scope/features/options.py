@@ -190,9 +190,12 @@ class FindOptions:
         level: the false discovery rate.
         reductions: `max`, `mean` or both; the better one stands for a feature.
         seed: of the halves that choose and measure, and of the intervals.
+        phases: only tokens of these phases of a conversation; in a store.
+        against: compare the documents' tokens of `phases` with their tokens of these phases.
 
     Raises:
-        InputError: an option that does not exist, a number below 1, or a rate outside (0, 1).
+        InputError: an option that does not exist, `against` without `phases` or with one of them, a number below 1,
+            or a rate outside (0, 1).
     """
 
     n: int = 10
@@ -200,8 +203,12 @@ class FindOptions:
     level: float = 0.01
     reductions: tuple[str, ...] = ("max", "mean")
     seed: int = 0
+    phases: tuple[str, ...] | None = None
+    against: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
+        if self.against is not None and (self.phases is None or set(self.phases) & set(self.against)):
+            raise InputError("against compares with other phases than phases names, such as thinking against answer")
         if self.by not in get_args(By):
             raise InputError(f"features are ranked by {', '.join(get_args(By))}, not {self.by!r}")
         check_count("n", self.n)

@@ -107,33 +107,59 @@ def pool_texts(
 
 
 def pool_store(
-    store: FeatureStore, documents: Sequence[int] | Int64[np.ndarray, " n"], layers: Sequence[int] | None = None
+    store: FeatureStore,
+    documents: Sequence[int] | Int64[np.ndarray, " n"],
+    layers: Sequence[int] | None = None,
+    phases: Sequence[str] | None = None,
 ) -> dict[int, Pooled]:
     """The features of documents of a store, by layer; masked tokens do not count.
 
+    Args:
+        phases: only tokens of these phases of a conversation.
+
     Raises:
-        InputError: no document.   NotFoundError: a document or layer the store does not have.
+        InputError: no document, or an unknown phase.
+        NotFoundError: a document or layer the store does not have, or phases of a store that tells none.
     """
     chosen = [int(document) for document in documents]
     if not chosen:
         raise InputError("there is no document to look at")
     for edge in (min(chosen), max(chosen)):
         store.check_document(edge)
+    named = [] if phases is None else store.check_phases(phases)
+    wanted = (
+        "wanted AS (SELECT unnest($documents::INTEGER[]) AS document), inside AS (SELECT document, position AS start,"
+        " position + tokens AS stop FROM spans WHERE list_contains($phases::VARCHAR[], phase))"
+    )
+    sized = (
+        "documents"
+        if phases is None
+        else "(SELECT document, sum(stop - start)::BIGINT AS tokens FROM inside GROUP BY ALL)"
+    )
+
+    def some(table: str) -> str:
+        """The rows of a table that are of the phases."""
+        if phases is None:
+            return table
+        return (
+            f"(SELECT t.* FROM {table} t JOIN inside ON t.document = inside.document"
+            " AND t.position >= inside.start AND t.position < inside.stop)"
+        )
+
     out = {}
     for layer in store.layers if layers is None else layers:
         width = store.layer(layer).d_sae
-        params = {"layer": layer, "documents": chosen}
-        wanted = "WITH wanted AS (SELECT unnest($documents::INTEGER[]) AS document)"
+        params = {"layer": layer, "documents": chosen, "phases": named}
         counted = store.sql(
-            f"{wanted}, gone AS"
-            " (SELECT document, count(*) AS masked FROM masked WHERE layer = $layer GROUP BY document)"
-            " SELECT document, tokens - coalesce(masked, 0) AS tokens FROM documents SEMI JOIN wanted USING (document)"
+            f"WITH {wanted}, gone AS"
+            f" (SELECT document, count(*) AS masked FROM {some('masked')} WHERE layer = $layer GROUP BY document)"
+            f" SELECT document, tokens - coalesce(masked, 0) AS tokens FROM {sized} SEMI JOIN wanted USING (document)"
             " LEFT JOIN gone USING (document)",
             params,
         )
         found = store.stream(
-            f"{wanted} SELECT document, feature, max(value) AS top, sum(value::DOUBLE) AS total, count(*) AS fires"
-            " FROM (SELECT * FROM activations WHERE layer = $layer) SEMI JOIN wanted USING (document)"
+            f"WITH {wanted} SELECT document, feature, max(value) AS top, sum(value::DOUBLE) AS total, count(*) AS fires"
+            f" FROM (SELECT * FROM {some('activations')} WHERE layer = $layer) SEMI JOIN wanted USING (document)"
             " GROUP BY document, feature",
             params,
         )
@@ -147,7 +173,7 @@ def pool_store(
             )
             for batch in found
         ]
-        out[layer] = _pooled(layer, width, [sizes[document] for document in chosen], parts)
+        out[layer] = _pooled(layer, width, [sizes.get(document, 0) for document in chosen], parts)
     return out
 
 

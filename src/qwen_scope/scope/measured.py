@@ -33,6 +33,11 @@ class ScopeCounted:
                 self._held[layer] = self._find(layer)
             return self._held[layer]
 
+    @property
+    def given(self) -> Counted | None:
+        """What was given for every layer; None where each layer's is carried or measured."""
+        return self._given
+
     def set(self, counted: Counted | None) -> None:
         """Count these tokens at every layer from now on; None goes back to what is carried or measured."""
         with self._lock:

@@ -222,6 +222,9 @@ class Scope:
         corpus = source if isinstance(source, Corpus) else Corpus.of(source, reading or CorpusOptions())
         if options is None and reading is not None:
             options = ExtractOptions(chat=reading.chat)
+        options = options or ExtractOptions()
+        if options.counted is None:
+            options = replace(options, counted=self.counted.given)
         saes = self.saes.mapped()
         return extract(
             corpus,

@@ -211,7 +211,7 @@ class FeatureStore:
         for feature in features or ():
             if not any(0 <= feature < self.layer(layer).d_sae for layer in chosen):
                 raise NotFoundError(f"no layer of {chosen} has a feature {feature}")
-        named = None if phases is None else check_phases(self.tables["spans"], phases, self.folder)
+        named = None if phases is None else self.check_phases(phases)
         return self.stream(*firing.firing_query(reduction, chosen, features, documents, named))
 
     def cofiring(self, layer: int, feature: int, n: int | None = 20, *, other_layer: int | None = None) -> pa.Table:
@@ -347,7 +347,7 @@ class FeatureStore:
         start, rows = self._rows(layer, feature)
         some = None
         if phases is not None:
-            named = check_phases(self.tables["spans"], phases, self.folder)
+            named = self.check_phases(phases)
             some = contexts.within(self.tables["features"], start, rows, self.spans, named)
         if per_document and how == "top":
             chosen = contexts.first_per_document(self.tables["features"], start, rows, n, some)
@@ -362,6 +362,10 @@ class FeatureStore:
         """Random places without the feature, nor in the tokens shown around them; fewer than `n` where it fires nearly
         everywhere."""
         return contexts.silent(self.tables, layer, feature, *self._rows(layer, feature), n, before, after, seed)
+
+    def check_phases(self, phases: Sequence[str]) -> list[str]:
+        """The phases in order; InputError for none or an unknown one, NotFoundError where the store tells none."""
+        return check_phases(self.tables["spans"], phases, self.folder)
 
     @property
     def spans(self) -> Spans:
