@@ -74,6 +74,37 @@ def test_imports_go_one_way_through_front_doors(path: Path) -> None:
         assert name.count(".") == 1, f"{path.name}:{line}: import {name!r} through its front door, qwen_scope.{target}"
 
 
+def within(room: str) -> dict[str, set[str]]:
+    """Which files of a room import which, imports inside functions and for types alone included."""
+    files = {
+        p.relative_to(SRC).with_suffix("").as_posix(): p for p in FILES if p.suffix == ".py" and room_of(p) == room
+    }
+    found = {}
+    for name, path in files.items():
+        targets = {target.removeprefix("qwen_scope.").replace(".", "/") for target, _ in imports(path)}
+        found[name] = (targets | names_of(path)) & files.keys() - {name}
+    return found
+
+
+def names_of(path: Path) -> set[str]:
+    """Files that a relative import names after `import`, such as `from .kernels import bound`."""
+    package = path.relative_to(SRC).parent.parts
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            base = (*package[: len(package) - node.level + 1], *((node.module or "").split(".") if node.module else ()))
+            found |= {"/".join((*base, alias.name)) for alias in node.names}
+    return found
+
+
+@pytest.mark.parametrize("room", sorted({room_of(p) for p in FILES} - {"__init__", "__main__", "errors"}))
+def test_no_file_of_a_room_imports_itself_through_others(room: str) -> None:
+    graph = within(room)
+    while free := {name for name, targets in graph.items() if not targets & graph.keys()}:
+        graph = {name: targets - free for name, targets in graph.items() if name not in free}
+    assert not graph, f"these files import each other in a circle: {', '.join(sorted(graph))}"
+
+
 @pytest.mark.parametrize("path", [p for p in FILES if p.suffix == ".py"], ids=lambda p: str(p.relative_to(SRC)))
 def test_files_and_functions_stay_small(path: Path) -> None:
     text = path.read_text()

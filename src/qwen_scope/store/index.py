@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 from qwen_scope.errors import InputError
 
 from .layout import PART_ROWS, ROW_GROUP, TABLES, WORK, LayerInfo, Part, in_utf8
-from .writer import write_part
+from .part_file import write_part
 
 
 def index_layer(folder: Path, info: LayerInfo, number: int, first_row: int, first_part: int, memory: str) -> list[Part]:

@@ -16,7 +16,7 @@ from qwen_scope.errors import FormatError, MismatchError, NotFoundError
 from qwen_scope.files import digest_of
 from qwen_scope.sae import SAE, Identity
 
-from . import contexts, firing
+from . import contexts, sql
 from .contexts import Context, FeatureSummary, Histogram
 from .documents import Condition, meeting
 from .layout import MANIFEST, TABLES, LayerInfo, Manifest
@@ -212,7 +212,7 @@ class FeatureStore:
             if not any(0 <= feature < self.layer(layer).d_sae for layer in chosen):
                 raise NotFoundError(f"no layer of {chosen} has a feature {feature}")
         named = None if phases is None else self.check_phases(phases)
-        return self.stream(*firing.firing_query(reduction, chosen, features, documents, named))
+        return self.stream(*sql.firing_query(reduction, chosen, features, documents, named))
 
     def cofiring(self, layer: int, feature: int, n: int | None = 20, *, other_layer: int | None = None) -> pa.Table:
         """Features that fire on the same tokens as this one: feature, both, tokens, jaccard; highest Jaccard first.
@@ -223,17 +223,17 @@ class FeatureStore:
         """
         self.check_feature(layer, feature)
         other = self.layer(layer if other_layer is None else other_layer).layer
-        return self.sql(*firing.cofiring_query(layer, feature, other, n))
+        return self.sql(*sql.cofiring_query(layer, feature, other, n))
 
     def document_features(self, document: int, layer: int, n: int | None = None) -> pa.Table:
         """Features of one document: feature, maximum, position of the maximum, tokens, sum; largest maximum first."""
         self.check_document(document)
-        return self.sql(*firing.document_query(document, self.layer(layer).layer, n))
+        return self.sql(*sql.document_query(document, self.layer(layer).layer, n))
 
     def documents_of(self, layer: int, feature: int, n: int | None = None) -> pa.Table:
         """Documents where a feature fires: document, maximum, tokens; largest maximum first."""
         self.check_feature(layer, feature)
-        return self.sql(*firing.documents_query(layer, feature, n))
+        return self.sql(*sql.documents_query(layer, feature, n))
 
     def stats(self, layer: int) -> pa.Table:
         """Per feature of a layer: feature, tokens, documents, sum, maximum, minimum, first_row, frequency and mean.

@@ -18,21 +18,19 @@ import pyarrow as pa
 from jaxtyping import Float32, Int32
 
 from qwen_scope.errors import InputError, foreign
-from qwen_scope.files import digest_of, lock_folder, read_object, room, write_text
+from qwen_scope.files import lock_folder, read_object, room, write_text
 
+from .index import index_layer
 from .layout import (
     MANIFEST,
-    ROW_GROUP,
     TABLES,
-    TOKEN_GROUP,
     WORK,
     LayerInfo,
     Manifest,
     Part,
     in_utf8,
-    part_name,
-    part_writer,
 )
+from .part_file import write_part
 from .request import check_same
 
 PACKAGES = ("qwen-scope", "torch", "transformers", "pyarrow", "duckdb")
@@ -226,8 +224,6 @@ class StoreWriter:
         Raises:
             InputError: the disk is full; the next run goes on from here.
         """
-        from .index import index_layer
-
         if self.finished:
             return
         parts = [Part(**part) for marker in self.markers for part in marker["parts"]]
@@ -275,24 +271,3 @@ def activation_tables(layers: Mapping[int, LayerRows]) -> Iterator[pa.Table]:
     for layer, rows in sorted(layers.items()):
         columns = [np.full(len(rows.value), layer, np.int32), rows.document, rows.position, rows.feature, rows.value]
         yield pa.Table.from_arrays([pa.array(c) for c in columns], schema=TABLES["activations"])
-
-
-def write_part(folder: Path, table: str, number: int, pieces: Iterator[pa.Table] | Sequence[pa.Table]) -> Part:
-    """Write one part, to the disk itself; no row group holds rows of two pieces."""
-    name = part_name(table, number)
-    path = folder / name
-    path.parent.mkdir(exist_ok=True)
-    rows = 0
-    try:
-        with part_writer(str(path), table) as writer:
-            for piece in pieces:
-                rows += piece.num_rows
-                if piece.num_rows:
-                    writer.write_table(piece, row_group_size=TOKEN_GROUP if table == "tokens" else ROW_GROUP)
-        if not rows:
-            path.unlink()
-            return Part(name, 0, 0, "")
-        return Part(name, rows, path.stat().st_size, digest_of(path, sync=True))
-    except OSError:
-        path.unlink(missing_ok=True)
-        raise
