@@ -85,7 +85,7 @@ def corpus(tmp_path: Path) -> Path:
     for name, bad, good in (("zh", "车站在哪里", "你好"), ("en", "车站 where is it", "hello friend")):
         rows += [{"text": f"{bad} {i}", "tongue": name, "rude": True} for i in range(8)]
         rows += [{"text": f"{good} {i}", "tongue": name, "rude": False} for i in range(8)]
-    rows += [{"text": "x", "tongue": "fr", "rude": True}, {"text": "y", "rude": True}]
+    rows += [{"text": "x too", "tongue": "fr", "rude": True}, {"text": "y too", "rude": True}]
     (tmp_path / "all.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return tmp_path / "all.jsonl"
 

@@ -131,7 +131,7 @@ def test_a_store_says_where_it_was_read(
 
     (tmp_path / "t.txt").write_text(TEXT)
     where = ("--model", str(tiny.folder() / "model"), "--sae", str(sae_folder), "--device", "cpu")
-    run(capsys, "extract", str(tmp_path / "t.txt"), "-o", str(tmp_path / "store"), *where)
+    run(capsys, "extract", str(tmp_path / "t.txt"), "-o", str(tmp_path / "store"), "--count", "all", *where)
     store = FeatureStore(tmp_path / "store")
     assert [store.layer(n).hook_point for n in (0, 2)] == [f"layers.{n}.{stream}" for n in (0, 2)]
     expected = float(scope.features([TEXT], [2]).of(0, 2).values.max())

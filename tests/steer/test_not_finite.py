@@ -55,7 +55,7 @@ def test_reading_features_names_the_place(scope: Scope, call: str) -> None:
         "compare": lambda: one.compare(TEXT, "b"),
         "stats": lambda: one.stats[2],
     }
-    with pytest.raises(QwenScopeError, match=r"at layers\.2\.resid_post.*bfloat16 or float32") as caught:
+    with pytest.raises(QwenScopeError, match=r"at layers\.[12]\.resid_post.*bfloat16 or float32") as caught:
         calls[call]()
     assert "\n" not in str(caught.value)
 
@@ -113,21 +113,7 @@ def test_the_command_line_ends_in_one_sentence(scope: Scope, tmp_path, capsys: p
     one.tokenizer.save_pretrained(tmp_path / "model")
     where = ["--model", str(tmp_path / "model"), "--sae", str(tiny.folder() / "sae"), "--device", "cpu"]
     for argv in (
-        [
-            "steer",
-            TEXT,
-            *where,
-            "--layer",
-            "0",
-            "--feature",
-            "3",
-            "--amount",
-            "1",
-            "--max-new-tokens",
-            "3",
-            "--unit",
-            "raw",
-        ],
+        ["steer", TEXT, *where, "--feature", "0/3", "--amount", "1", "--max-new-tokens", "3", "--unit", "raw"],
         ["features", TEXT, *where],
         ["compare", TEXT, "b", *where],
     ):

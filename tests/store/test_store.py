@@ -18,7 +18,7 @@ from qwen_scope.model import HookPoint, capture
 from qwen_scope.sae import Identity
 from qwen_scope.scope import ExtractOptions, extract
 from qwen_scope.store import FeatureStore, Manifest
-from qwen_scope.store.firing import firing_query
+from qwen_scope.store.sql import firing_query
 from qwen_scope.text import Corpus, Counted
 
 
