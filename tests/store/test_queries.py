@@ -146,7 +146,7 @@ USEFUL = {
     "WITH big AS (SELECT * FROM features WHERE value > 0) SELECT feature, max(value) FROM big GROUP BY 1 LIMIT 2": 2,
     "DESCRIBE tokens": 4,
     "SUMMARIZE stats": None,
-    "SHOW TABLES": 8,
+    "SHOW TABLES": 9,
     "VALUES (1), (2)": 2,
     "SELECT 1 UNION ALL SELECT 2": 2,
     "/* why */ SELECT 1 -- because; of this\n": 1,
