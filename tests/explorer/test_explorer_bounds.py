@@ -402,7 +402,7 @@ def test_hostile_names_labels_and_files_are_shown_inertly(state: AppState) -> No
     inert(explore_view.tokens_panel(seen, reading, label))
     inert(explore_view.token_features_panel(seen, reading, label))
     inert(explore_view.text_features_panel(seen, reading, label))
-    inert(explore_view.heat_panel(seen, reading, label, own_scale=True, skip_first=False))
+    inert(explore_view.heat_panel(seen, reading, label, own_scale=True, only_counted=False))
     inert(explore_view.token_depth_panel({LAYER: seen}, reading, label))
 
     good = Interval(0.9, 0.8, 1.0, 20)

@@ -11,7 +11,7 @@ import pytest
 from lab_store import LAYER, OTHER
 from scipy import sparse
 
-from qwen_scope import FeatureStore
+from qwen_scope import FeatureStore, load_scope
 from qwen_scope.cli import main
 from qwen_scope.errors import InputError, NotFoundError
 from qwen_scope.features import (
@@ -29,11 +29,12 @@ from qwen_scope.features.find import best_f1
 from qwen_scope.features.repeats import Changes
 from qwen_scope.lab import documents
 from qwen_scope.scope import Scope
+from qwen_scope.text import REASONS, Counted
 
 
 @pytest.fixture(scope="module")
 def scope() -> Scope:
-    return lab_store.scope()
+    return load_scope("lab", device="cpu", counted=Counted.everything())  # as the store was made
 
 
 def texts_of(store: FeatureStore, rows: list[int]) -> list[str]:
@@ -63,7 +64,7 @@ def test_a_store_and_the_model_give_the_same_documents(store: FeatureStore, scop
 def test_pooling_is_what_it_says(scope: Scope) -> None:
     texts = ["Wo ist der Bahnhof?", "Where is the station?"]
     seen, pooled = scope.features(texts, [LAYER]), pool_texts(scope, texts, [LAYER])[LAYER]
-    later = pool_texts(scope, texts, [LAYER], skip_first=True)[LAYER]
+    later = pool_texts(lab_store.scope(), texts, [LAYER])[LAYER]
     features = np.arange(pooled.width)
     for i in range(len(texts)):
         dense = seen.of(i, LAYER).to_dense().numpy()
@@ -71,7 +72,36 @@ def test_pooling_is_what_it_says(scope: Scope) -> None:
         np.testing.assert_allclose(pooled.values("mean", features)[i], dense.mean(0), rtol=1e-5)
         np.testing.assert_array_equal(pooled.fires.toarray()[i], (dense > 0).sum(0))
         np.testing.assert_array_equal(later.values("max", features)[i], dense[1:].max(0))
+        np.testing.assert_allclose(later.values("mean", features)[i], dense[1:].mean(0), rtol=1e-5)
         assert (pooled.tokens[i], later.tokens[i]) == (len(dense), len(dense) - 1)
+    assert later.left_out == {**dict.fromkeys(REASONS, 0), **later.left_out, "first": 2, "counts": sum(later.tokens)}
+    assert pooled.left_out["counts"] == sum(pooled.tokens)
+
+
+def test_a_sink_is_left_out_of_a_search_and_said(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """Of two texts that differ by one token, that token is made a sink: their documents are then the same."""
+    opened = load_scope("lab", device="cpu", counted=Counted.everything())
+    texts = ["Wo ist der Bahnhof, bitte?"]
+    h = opened.capture(opened.tokenize(texts), [LAYER])[LAYER][0]
+    norms = h[1:].norm(dim=-1)
+    at, limit = 1 + int(norms.argmax()), float(norms.sort().values[-2:].mean())
+    dense = opened.features(texts, [LAYER]).of(0, LAYER).to_dense().numpy()
+    opened.counted.set(Counted(1, norms={f"layers.{LAYER}.resid_post": limit}))
+    found = pool_texts(opened, texts, [LAYER])[LAYER]
+    rest = [i for i in range(1, len(dense)) if i != at]
+    np.testing.assert_array_equal(found.maximum.toarray()[0], dense[rest].max(0))
+    assert (found.left_out["sink"], found.left_out["first"], found.tokens[0]) == (1, 1, len(rest))
+
+    for name, language in (("p", "de"), ("n", "en")):
+        some = documents(seed=3, n=6, kinds=["talk"], languages=[language])
+        (tmp_path / f"{name}.txt").write_text("\n".join(d.text.splitlines()[0] for d in some), encoding="utf-8")
+    sides = ["--positive", str(tmp_path / "p.txt"), "--negative", str(tmp_path / "n.txt")]
+    asked = ["find", *sides, "--layers", str(LAYER)]
+    assert main(asked) == 0
+    assert "left out: 12 first tokens" in " ".join(capsys.readouterr().out.split())
+    assert main([*asked, "--count", "all", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["left_out"][str(LAYER)]["first"] == 0
+    assert main(["find", "nowhere", "--positive", "language=de", "--count", "all"]) == 2
 
 
 def test_the_best_threshold_is_found_among_all() -> None:
@@ -223,6 +253,17 @@ def test_repeats_compare_the_same_token(store: FeatureStore, scope: Scope) -> No
     assert first.rise.estimate == pytest.approx(np.max(np.mean(expected, axis=0)), rel=1e-4)
     with pytest.raises(InputError, match="times"):
         repeats_in_texts(scope, ["Where is it?"], [LAYER], times=9)
+
+
+def test_a_first_token_is_no_first_occurrence(scope: Scope) -> None:
+    text = "no no no no"
+    dense = scope.features([text], [LAYER]).of(0, LAYER).to_dense().numpy()
+    ids = scope.tokenize([text]).input_ids[0].tolist()
+    later = {one: [i for i, other in enumerate(ids) if i and other == one] for one in ids}
+    expected = [dense[at[-1]] - dense[at[0]] for at in later.values() if len(at) > 1]
+    found = repeats_in_texts(lab_store.scope(), [text], [LAYER])[LAYER]
+    assert found.tokens.tolist() == [len(expected)]
+    np.testing.assert_allclose(found.mean.toarray()[0], np.mean(expected, axis=0), atol=1e-5)
 
 
 def test_rises_that_a_few_documents_make_are_not_significant() -> None:

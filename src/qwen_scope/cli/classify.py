@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -67,7 +68,6 @@ def fit(
     reading: CorpusOptions = LINES,
     asked: ScopeOptions = SCOPE,
     layers: options.Layers = None,
-    count: options.Count = None,
     phase: options.Phase = None,
     as_json: options.Json = False,
 ) -> None:
@@ -87,7 +87,7 @@ def fit(
     if rule is not None:
         check_output(rule, *given)
     output.hold(out, *given)
-    counted, phases = options.parse_count(count), options.check_phases(phase)
+    counted, phases = asked.counted, options.check_phases(phase)
     scope = options.open_asked(asked)
     where = scope.check_layers(options.parse_layers(layers))
     with output.progress() as bar:
@@ -107,7 +107,7 @@ def fit(
 
 
 @app.command()
-@grouped
+@partial(grouped, without=["asked.counted"])
 def predict(
     classifier: Annotated[Path, typer.Argument(metavar="RULE", help="A rule of classify fit, or a student of distil.")],
     source: Annotated[str, typer.Argument(metavar="CORPUS", help="The documents, as extract reads them.")],
@@ -232,7 +232,7 @@ def text_of(document: Document) -> str:
 
 
 @app.command()
-@grouped
+@partial(grouped, without=["asked.counted"])
 def distil(
     rule: Annotated[Path, typer.Argument(help="A rule of classify fit.")],
     source: Annotated[str, typer.Argument(metavar="CORPUS", help="Unlabelled documents, as extract reads them.")],

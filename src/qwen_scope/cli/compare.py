@@ -35,7 +35,7 @@ def compare(
     A feature's activation rate is the share of a text's tokens on which it is active.
     """
     from qwen_scope.scope import compare_seen
-    from qwen_scope.text import summary
+    from qwen_scope.text import summaries
 
     mode, phases = options.check_chat(chat), options.check_phases(phase)
     wanted = options.parse_layers(layers)
@@ -43,7 +43,7 @@ def compare(
         raise InputError("standard input holds one text; write the other out")
     a, b = options.typed_or_piped(a), options.typed_or_piped(b)
     with output.status("opening the model"):
-        scope = options.open_scope(model, sae, device, dtype, k, count)
+        scope = options.open_scope(model, sae, device, dtype, k, options.parse_count(count))
     seen = scope.features([a, b], wanted, chat=mode)
     found = compare_seen(
         seen, 1, n=top, drop_first=drop_first, drop_common=drop_common, drop_prefix=drop_prefix, phases=phases
@@ -64,9 +64,5 @@ def compare(
     ]
     columns = ("layer", "feature", "in the first", "in the second", "difference")
     output.show("Activation rates of two texts: the share of tokens on which a feature is active", columns, rows)
-    said: dict[str, list[int]] = {}
-    for layer, reasons in left_out.items():
-        said.setdefault(summary(reasons), []).append(layer)
-    for sentence, layers_said in said.items():
-        where = "" if len(said) == 1 else f"layers {', '.join(map(str, layers_said))}: "
-        output.console().print(where + sentence)
+    for sentence in summaries(left_out):
+        output.console().print(sentence)

@@ -39,7 +39,6 @@ def extract(
     ] = None,
     window: Annotated[int, typer.Option("--window", help="Tokens written at once: what a stop loses at most.")] = 2**15,
     batch: Annotated[int, typer.Option("--batch", help="Tokens per forward pass, padding included.")] = 4096,
-    count: options.Count = None,
     phase: options.Phase = None,
     pool: Annotated[str | None, typer.Option("--pool", help="Also keep residuals per document: mean, last.")] = None,
     as_json: options.Json = False,
@@ -58,7 +57,7 @@ def extract(
         window_tokens=window,
         batch_tokens=batch,
         chat=reading.chat,
-        counted=options.parse_count(count),
+        counted=asked.counted,
         phases=options.check_phases(phase),
         pool=tuple(part.strip() for part in pool.split(",")) if pool else (),
     )

@@ -44,7 +44,7 @@ def features(
     wanted = options.parse_layers(layers)
     text = options.typed_or_piped(text)
     with output.status("opening the model"):
-        scope = options.open_scope(model, sae, device, dtype, k, count)
+        scope = options.open_scope(model, sae, device, dtype, k, options.parse_count(count))
     if wanted is None and response is None and not as_json:
         wanted = [scope.layers[len(scope.layers) // 2]]
     start = 0

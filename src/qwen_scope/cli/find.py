@@ -73,8 +73,13 @@ def find(
 
     def scope() -> Scope:
         with output.status("opening the model"):
-            return show.scope_of(store, model, asked.sae, asked.device, asked.dtype, asked.k)
+            return show.scope_of(store, model, asked.sae, asked.device, asked.dtype, asked.k, asked.counted)
 
+    if store is not None and asked.counted is not None:
+        raise InputError(
+            "a store keeps the activations of the tokens that counted when it was made; leave --count away, or extract"
+            " the documents anew with --count all"
+        )
     if store is not None and promotes is None and near is None:
         show.check_saes(store, model, asked.sae, wanted, asked.k)
     if words is not None:
@@ -130,6 +135,8 @@ def print_findings(found: Findings, as_json: bool) -> None:
     """A table of findings, and how many there are in all."""
     from rich.text import Text
 
+    from qwen_scope.text import summaries
+
     if as_json:
         output.print_json(found)
         return
@@ -156,7 +163,7 @@ def print_findings(found: Findings, as_json: bool) -> None:
         said = f"None of the first {len(found.found)} is significant; {said}"
     elif not rows:
         said = f"Nothing is significant: {said}"
-    output.console().print(Text(said))
+    output.console().print(Text("\n".join([said, *summaries(found.left_out)])))
 
 
 def print_groups(store: FeatureStore, column: str, layers: list[int] | None, n: int, seed: int, as_json: bool) -> None:

@@ -62,6 +62,7 @@ OPTIONS: dict[type, dict[str, Any]] = {
         "device": options.Device,
         "dtype": options.Dtype,
         "k": options.K,
+        "counted": Annotated[options.Count, Read(options.parse_count)],
     },
 }
 

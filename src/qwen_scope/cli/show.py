@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from qwen_scope.features import FeaturePage
     from qwen_scope.scope import Scope
     from qwen_scope.store import Context, FeatureStore
+    from qwen_scope.text import Counted
 
 
 def show(
@@ -74,20 +75,26 @@ def show(
 
 
 def scope_of(
-    store: FeatureStore | None, model: str | None, sae: str | None, device: str | None, dtype: str, k: int | None
+    store: FeatureStore | None,
+    model: str | None,
+    sae: str | None,
+    device: str | None,
+    dtype: str,
+    k: int | None,
+    counted: Counted | None = None,
 ) -> Scope:
     """The scope that was asked for; what is left out is taken from the store.
 
     Each SAE that is opened must be the store's where the store has its layer; another model than the store's is said.
     """
     if store is None:
-        return options.open_scope(model or "lab", sae, device, dtype, k)
+        return options.open_scope(model or "lab", sae, device, dtype, k, counted)
     if model is None:
         sae = sae or store.source("saes") or listed_group(store)
     else:
         tell_of_another_model(store, model)
     model = model or store.source("model") or store.manifest.model
-    scope = options.open_scope(model, sae, device, dtype, k)
+    scope = options.open_scope(model, sae, device, dtype, k, counted)
     scope.saes.tell(lambda layer, opened: store.require(layer, opened) if layer in store.layers else None)
     return scope
 

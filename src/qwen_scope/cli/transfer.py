@@ -43,7 +43,6 @@ def transfer(
     reading: CorpusOptions = LINES,
     asked: ScopeOptions = SCOPE,
     layers: options.Layers = None,
-    count: options.Count = None,
     as_json: options.Json = False,
 ) -> None:
     """Test what each language teaches on every language, and how many features languages share.
@@ -62,7 +61,7 @@ def transfer(
     output.hold(out, *options.files(source), *options.folders(asked.model, asked.sae))
     scope = options.open_asked(asked)
     where = scope.check_layers(options.parse_layers(layers))
-    counted = options.parse_count(count)
+    counted = asked.counted
     with output.progress() as bar:
         how = ExtractOptions(counted=counted, chat=reading.chat)
         read = scope.firings(corpus, where, how, name="documents", progress=bar)

@@ -66,16 +66,20 @@ class Api:
         }
 
     def features(self, text: str, layer: int, chat: str = "plain", n: int = 10) -> dict[str, Any]:
-        """The tokens of a text, the n strongest features of each, and those of the whole text."""
+        """The tokens of a text, the n strongest features of each, and those of its tokens that count.
+
+        left_out: why a token does not count (first, special, sink), or "".
+        """
         layer, n = whole_number(layer, "layer"), self.state.limits.check_features(n)
         seen = self.state.seen(text, layer, chat)
         if (pairs := len(seen.tokens[0]) * n) > PAIRS:
             raise InputError(f"{pairs:,} activations are more than one answer holds ({PAIRS:,}); ask for a smaller n")
-        acts = seen.of(0, layer)
+        acts, left_out = seen.of(0, layer), seen.left_out(0, layer)
         tokens = []
         for i, token in enumerate(seen.tokens[0]):
             pairs = zip(acts.indices[i].tolist(), acts.values[i].float().tolist(), strict=True)
-            tokens.append({"token": token, "features": [[f, v] for f, v in pairs if v > 0][:n]})
+            features = [[f, v] for f, v in pairs if v > 0][:n]
+            tokens.append({"token": token, "left_out": left_out[i], "features": features})
         strongest = [asdict(one) for one in seen.strongest(0, layer, n)]
         return {"layer": layer, "tokens": tokens, "strongest": strongest}
 

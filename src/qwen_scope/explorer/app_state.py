@@ -334,4 +334,4 @@ class Lately(Generic[T]):
 def size_of(found: TokenFeatures) -> int:
     """Bytes of the tensors of what was seen."""
     tensors = [t for acts in found.acts.values() for t in (acts.indices, acts.values)]
-    return sum(t.numel() * t.element_size() for t in [*tensors, found.input_ids, found.mask])
+    return sum(t.numel() * t.element_size() for t in [*tensors, *found.reasons.values(), found.input_ids, found.mask])

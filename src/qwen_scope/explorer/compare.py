@@ -20,9 +20,9 @@ START = (
     "Give two texts, or upload two sets, and press Compare: features that are active on one side and not on the other."
 )
 OPTIONS = [
-    ("Leave out the first token", "first"),
-    ("Leave out tokens that occur on both sides", "common"),
-    ("Leave out the common beginning", "prefix"),
+    ("the first token", "first"),
+    ("tokens that occur on both sides", "common"),
+    ("the common beginning", "prefix"),
 ]
 SUFFIXES = [".txt", ".jsonl", ".csv"]
 
@@ -48,7 +48,7 @@ class CompareTab:
         self.examples = panel(examples([" / ".join(pair) for pair in PAIRS]), elem_id="compare-examples")
         with gr.Row(elem_classes="qs-options", equal_height=False):
             self.options = gr.CheckboxGroup(
-                OPTIONS, value=[], label="Tokens that count", scale=4, elem_id="compare-options"
+                OPTIONS, value=[], label="Also leave out", scale=4, elem_id="compare-options"
             )
             self.chat = gr.Dropdown(CHAT_CHOICES, value="plain", label="Read as", min_width=150, scale=1)
             self.first = gr.Dropdown(state.layers, value=state.layers[0], label="From layer", min_width=90, scale=1)

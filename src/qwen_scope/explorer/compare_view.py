@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from qwen_scope.report import Markup, element, join
 from qwen_scope.scope import Comparison, TokenFeatures
 
-from .components import card, chip, feature_link, heading, name_of, percent, strength
+from .components import card, chip, feature_link, heading, left_out_note, name_of, percent, strength
 from .explore_view import Label
 
 SHOWN_TEXTS = 12
@@ -17,17 +17,22 @@ Texts = Sequence[int]
 
 
 def shading(seen: TokenFeatures, sides: tuple[Texts, Texts], layer: int, feature: int) -> dict[str, list]:
-    """Per side the chips that a feature shades: `[place among the side's chips, share of the maximum]`."""
+    """Per side the chips that a feature shades: `[place among the side's chips, share of the maximum]`.
+
+    The maximum is that of the tokens that count; others may be at it too.
+    """
     found: dict[str, list] = {}
-    top = 0.0
+    top = highest = 0.0
     for name, texts in zip("ab", sides, strict=True):
         found[name], at = [], 0
         for text in texts:
-            values = seen.of(text, layer).select([feature])[:, 0].float().tolist()
-            found[name] += [[at + i, v] for i, v in enumerate(values) if v > 0]
-            top = max([top, *values])
+            values = seen.of(text, layer).select([feature])[:, 0].float().numpy()
+            found[name] += [[at + i, v] for i, v in enumerate(values.tolist()) if v > 0]
+            top = max(top, float(values[seen.counts(text, layer).numpy()].max(initial=0.0)))
+            highest = max(highest, float(values.max()))
             at += len(values)
-    return {name: [[i, round(v / top, 3)] for i, v in pairs] for name, pairs in found.items()}
+    top = top or highest
+    return {name: [[i, round(min(1.0, v / top), 3)] for i, v in pairs] for name, pairs in found.items()}
 
 
 def side_panel(seen: TokenFeatures, texts: Texts, side: str, shares: Sequence[Sequence[float]], total: int) -> Markup:
@@ -35,13 +40,26 @@ def side_panel(seen: TokenFeatures, texts: Texts, side: str, shares: Sequence[Se
     by_place = {int(i): v for i, v in shares}
     rows, at = [], 0
     for text in texts:
-        tokens = seen.tokens[text]
-        made = [chip(token, by_place.get(at + i, 0.0), 1.0) for i, token in enumerate(tokens)]
+        tokens, why = seen.tokens[text], left_out_at(seen, text)
+        made = [chip(token, by_place.get(at + i, 0.0), 1.0, left_out=why[i]) for i, token in enumerate(tokens)]
         rows.append(element("div", *made, class_="qs-tokens", dir="auto"))
         at += len(tokens)
     more = f"the first {len(texts)} of {total} texts" if total > len(texts) else f"{at} tokens"
     mark = element("span", side.upper(), class_=f"qs-side qs-side-{side}")
     return card(heading("", join(mark, " ", more)), element("div", *rows, data_side=side, class_="qs-texts"))
+
+
+def left_out_at(seen: TokenFeatures, text: int) -> list[str]:
+    """Per token of a text why it does not count: `first`, or `sink at layers 2, 3` where it counts at others."""
+    out = []
+    for whys in zip(*(seen.left_out(text, layer) for layer in seen.layers), strict=True):
+        parts = []
+        for why in dict.fromkeys(filter(None, whys)):
+            layers = [layer for layer, one in zip(seen.layers, whys, strict=True) if one == why]
+            at = f" at layer{'s' if len(layers) > 1 else ''} {', '.join(map(str, layers))}"
+            parts.append(why if len(layers) == len(seen.layers) else why + at)
+        out.append("; ".join(parts))
+    return out
 
 
 def difference_bar(one: Comparison, top: float) -> Markup:
@@ -86,7 +104,8 @@ def ranking_panel(
         "table", element("thead", head), element("tbody", *rows, data_roving=True), class_="qs-table qs-ranked"
     )
     return card(
-        heading("What tells them apart", "rate: share of tokens on which a feature is active"),
+        heading("What tells them apart", "rate: share of the tokens that count on which a feature is active"),
+        left_out_note(seen) or Markup(""),
         element("div", table, class_="qs-scroll", data_shading=True),
     )
 

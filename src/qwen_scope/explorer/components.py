@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from qwen_scope.report import Markup, element, join, visible
+from qwen_scope.scope import TokenFeatures
+from qwen_scope.text import summaries
 
 from .jobs import Told
 
@@ -41,10 +43,17 @@ def chip(
     pick: str | None = None,
     pressed: bool = False,
     title: str | None = None,
+    left_out: str = "",
     class_: str = "",
 ) -> Markup:
-    """One token, shaded by its value; a button where it can be picked."""
+    """One token, shaded by its value; a button where it can be picked.
+
+    Args:
+        left_out: why the token does not count, such as `first` or `sink`; it is marked with a dashed frame.
+    """
     shown = visible(token) or "·"
+    if left_out:
+        class_, title = f"{class_} qs-left-out".strip(), " · ".join(filter(None, [title, f"left out: {left_out}"]))
     attributes = {
         "class_": f"qs-token {class_}".strip(),
         "style": strength(value, top),
@@ -56,6 +65,15 @@ def chip(
     else:
         made = element("button", shown, type="button", data_pick=pick, aria_pressed=str(pressed).lower(), **attributes)
     return join(made, element("br")) if "\n" in token else made
+
+
+def left_out_note(seen: TokenFeatures) -> Markup | None:
+    """How many tokens rankings and averages leave out, and how chips mark them; None where every token counts."""
+    said = summaries({layer: seen.tally(layer) for layer in seen.layers})
+    if not said:
+        return None
+    mark = element("span", "token", class_="qs-token qs-left-out")
+    return element("p", mark, f" {'; '.join(said)}; shown here, but in no ranking, rate or mean", class_="qs-note")
 
 
 def quoted(token: str) -> Markup:

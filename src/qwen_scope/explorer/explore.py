@@ -51,7 +51,7 @@ class ExploreTab:
                 self.heat = panel(elem_id="explore-heat")
                 with gr.Row(elem_classes="qs-options", visible=False) as self.heat_options:
                     self.own_scale = gr.Checkbox(True, label="Scale each row by its own maximum")
-                    self.skip_first = gr.Checkbox(True, label="Leave out the first token")
+                    self.only_counted = gr.Checkbox(True, label="Only tokens that count")
             with gr.Column(scale=2, min_width=320):
                 self.of_token = panel(elem_id="explore-token-features")
                 self.of_text = panel(elem_id="explore-text-features")
@@ -69,7 +69,7 @@ class ExploreTab:
     def join(self) -> None:
         """Which event calls what."""
         shown = self.shown
-        heat = [self.own_scale, self.skip_first]
+        heat = [self.own_scale, self.only_counted]
         on(
             [self.read.click, self.text.submit],
             self.start, [self.text, self.chat, self.layer, *heat], shown, self.notice, self.state,
@@ -113,9 +113,9 @@ class ExploreTab:
         shown = view.token_depth_panel(seen, reading, self.state.label)
         yield {self.depth: join(view.feature_depth_panel(seen, near, reading, self.state.label), shown)}
 
-    def start(self, text: str, chat: str, layer: int, own_scale: bool, skip_first: bool) -> dict[Any, Any]:
+    def start(self, text: str, chat: str, layer: int, own_scale: bool, only_counted: bool) -> dict[Any, Any]:
         """A new text."""
-        return self.show(Reading(text, chat, int(layer)), own_scale, skip_first)
+        return self.show(Reading(text, chat, int(layer)), own_scale, only_counted)
 
     def arrive(self, text: str, chat: str, layer: Any) -> dict[Any, Any]:
         """The text of a link, or of the address when the page is loaded again."""
@@ -126,14 +126,16 @@ class ExploreTab:
         """An example was clicked."""
         return {self.text: EXAMPLES[picked(event, "example") % len(EXAMPLES)]}
 
-    def move(self, reading: Reading | None, layer: int, own_scale: bool, skip_first: bool) -> dict[Any, Any]:
+    def move(self, reading: Reading | None, layer: int, own_scale: bool, only_counted: bool) -> dict[Any, Any]:
         """Another layer, or another way to draw."""
         if reading is None:
             return {}
         feature = reading.feature if int(layer) == reading.layer else -1
-        return self.show(replace(reading, layer=int(layer), feature=feature), own_scale, skip_first)
+        return self.show(replace(reading, layer=int(layer), feature=feature), own_scale, only_counted)
 
-    def choose(self, reading: Reading | None, own_scale: bool, skip_first: bool, event: gr.EventData) -> dict[Any, Any]:
+    def choose(
+        self, reading: Reading | None, own_scale: bool, only_counted: bool, event: gr.EventData
+    ) -> dict[Any, Any]:
         """A token or a feature was clicked."""
         if reading is None:
             return {}
@@ -142,9 +144,9 @@ class ExploreTab:
         if (feature := picked(event, "feature")) >= 0:
             self.state.check_feature(reading.layer, feature)
             reading = replace(reading, feature=feature)
-        return self.show(reading, own_scale, skip_first)
+        return self.show(reading, own_scale, only_counted)
 
-    def show(self, reading: Reading, own_scale: bool, skip_first: bool) -> dict[Any, Any]:
+    def show(self, reading: Reading, own_scale: bool, only_counted: bool) -> dict[Any, Any]:
         """Every panel for what is being looked at."""
         state = self.state
         seen = state.seen(reading.text, reading.layer, reading.chat)
@@ -155,7 +157,7 @@ class ExploreTab:
             self.tokens: view.tokens_panel(seen, reading, label),
             self.of_token: view.token_features_panel(seen, reading, label),
             self.of_text: view.text_features_panel(seen, reading, label),
-            self.heat: view.heat_panel(seen, reading, label, own_scale=own_scale, skip_first=skip_first),
+            self.heat: view.heat_panel(seen, reading, label, own_scale=own_scale, only_counted=only_counted),
             self.heat_options: gr.Row(visible=True),
             self.depth_options: gr.Row(visible=True),
             self.depth: "",

@@ -7,13 +7,27 @@ from dataclasses import dataclass, replace
 from urllib.parse import quote, urlencode
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 
 from qwen_scope.features import Neighbour
 from qwen_scope.report import Markup, element, join, visible
 from qwen_scope.scope import TokenFeatures
 
-from .components import Named, bar, card, chip, chips, feature_link, heading, name_of, number, percent, quoted, strength
+from .components import (
+    Named,
+    bar,
+    card,
+    chip,
+    chips,
+    feature_link,
+    heading,
+    left_out_note,
+    name_of,
+    number,
+    percent,
+    quoted,
+    strength,
+)
 
 RANKED = 12
 HEAT_ROWS = 24
@@ -63,9 +77,10 @@ def values_of(seen: TokenFeatures, layer: int, feature: int) -> Float[np.ndarray
 
 
 def tokens_panel(seen: TokenFeatures, reading: Reading, label: Label) -> Markup:
-    """The text as chips, shaded by the chosen feature; each picks its token."""
+    """The text as chips, shaded by the chosen feature; each picks its token, and those that do not count are marked."""
     values = values_of(seen, reading.layer, reading.feature) if reading.feature >= 0 else np.zeros(len(seen.tokens[0]))
-    top = float(values.max())
+    counts, left_out = seen.counts(0, reading.layer).numpy(), seen.left_out(0, reading.layer)
+    top = largest(values, counts)
     made = [
         chip(
             token,
@@ -74,6 +89,7 @@ def tokens_panel(seen: TokenFeatures, reading: Reading, label: Label) -> Markup:
             pick=f"token:{i}",
             pressed=i == reading.token,
             title=f"token {i}: {number(float(value))}" if value > 0 else f"token {i}",
+            left_out=left_out[i],
         )
         for i, (token, value) in enumerate(zip(seen.tokens[0], values, strict=True))
     ]
@@ -83,13 +99,19 @@ def tokens_panel(seen: TokenFeatures, reading: Reading, label: Label) -> Markup:
         named = name_of(label(reading.layer, reading.feature))
         legend = element("span", class_="qs-legend", aria_hidden="true")
         scale = element("span", "0 ", legend, " ", number(top), class_="qs-scale")
-        where = f"fires on {int((values > 0).sum())} of {len(values)} tokens"
+        where = f"fires on {int((values[counts] > 0).sum())} of {int(counts.sum())} tokens"
         note = join(
             element("b", f"feature {reading.feature}", class_="qs-id"), " ", named, " ", where, " ", scale, " ",
             feature_link(reading.layer, reading.feature),
         )  # fmt: skip
     link = element("span", hidden=True, data_address=address(reading))
-    return card(heading(f"{len(seen.tokens[0])} tokens", note), chips(made, "Tokens of the text"), link)
+    title = heading(f"{len(seen.tokens[0])} tokens", note)
+    return card(title, chips(made, "Tokens of the text"), left_out_note(seen) or Markup(""), link)
+
+
+def largest(values: Float[np.ndarray, " tokens"], counts: Bool[np.ndarray, " tokens"]) -> float:
+    """The top of a shading: the largest value on tokens that count, so that a sink does not make all others pale."""
+    return float(values[counts].max(initial=0.0)) or float(values.max(initial=0.0))
 
 
 def ranked_row(
@@ -117,12 +139,13 @@ def token_features_panel(seen: TokenFeatures, reading: Reading, label: Label) ->
     pairs = [(f, v) for f, v in zip(features, values, strict=True) if v > 0][:RANKED]
     top = max((v for _, v in pairs), default=0.0)
     rows = [ranked_row(reading.layer, f, v, top, f == reading.feature, label) for f, v in pairs]
-    title = heading("This token", join("token ", reading.token, " ", quoted(seen.tokens[0][reading.token])))
+    said = (why := seen.left_out(0, reading.layer)[reading.token]) and f" · left out: {why}"
+    title = heading("This token", join("token ", reading.token, " ", quoted(seen.tokens[0][reading.token]), said))
     return card(title, element("ol", *rows, class_="qs-ranking", data_roving=True))
 
 
 def text_features_panel(seen: TokenFeatures, reading: Reading, label: Label) -> Markup:
-    """The strongest features of the whole text."""
+    """The strongest features of the whole text, on its tokens that count."""
     best = seen.strongest(0, reading.layer, RANKED)
     top = max((one.maximum for one in best), default=0.0)
     rows = [
@@ -135,40 +158,46 @@ def text_features_panel(seen: TokenFeatures, reading: Reading, label: Label) -> 
     return card(title, element("ol", *rows, class_="qs-ranking", data_roving=True))
 
 
-def heat_panel(seen: TokenFeatures, reading: Reading, label: Label, *, own_scale: bool, skip_first: bool) -> Markup:
-    """Features by tokens. Rows are the features of the largest mean activation.
+def heat_panel(seen: TokenFeatures, reading: Reading, label: Label, *, own_scale: bool, only_counted: bool) -> Markup:
+    """Features by tokens. Rows are the features of the largest mean activation on tokens that count.
 
     Args:
         own_scale: shade each row by its own maximum instead of the whole map's.
-        skip_first: leave out the first token, whose residual is often huge.
+        only_counted: leave out the columns of tokens that do not count.
     """
-    first = 1 if skip_first and len(seen.tokens[0]) > 1 else 0
-    best = seen.strongest(0, reading.layer, tokens=slice(first, None))
+    left_out, counts = seen.left_out(0, reading.layer), seen.counts(0, reading.layer).numpy()
+    shown = np.flatnonzero(counts) if only_counted else np.arange(len(counts))
+    best = seen.strongest(0, reading.layer)
     best = sorted(best, key=lambda one: (-one.mean, one.feature))[:HEAT_ROWS]
     if not best:
-        return card(heading("Heat map"), element("p", "No feature is active here.", class_="qs-note"))
-    values = seen.of(0, reading.layer).select([one.feature for one in best]).float().numpy()[first:]
-    tokens = seen.tokens[0][first:]
+        why = "No feature is active here." if counts.any() else "No token of this text counts."
+        return card(heading("Heat map"), element("p", why, class_="qs-note"))
+    values = seen.of(0, reading.layer).select([one.feature for one in best]).float().numpy()
+    highest = float(values[counts].max())
     head = element(
         "tr",
         element("th", "feature", scope="col"),
         *(
-            element("th", element("span", visible(t) or "·", dir="auto"), scope="col", title=f"token {first + i}")
-            for i, t in enumerate(tokens)
+            element(
+                "th",
+                element("span", visible(seen.tokens[0][i]) or "·", dir="auto"),
+                scope="col",
+                title=f"token {i}" + (f" · left out: {left_out[i]}" if left_out[i] else ""),
+                class_="qs-left-out" if left_out[i] else None,
+            )
+            for i in shown.tolist()
         ),
     )
     rows = []
     for j, one in enumerate(best):
-        top = one.maximum if own_scale else float(values.max())
+        top = one.maximum if own_scale else highest
         button = element(
             "button", one.feature, type="button", data_pick=f"feature:{one.feature}", class_="qs-id",
             aria_pressed=str(one.feature == reading.feature).lower(),
         )  # fmt: skip
         cells = [
-            element(
-                "td", style=strength(float(v), top), title=f"{number(float(v))} at token {first + i}" if v else None
-            )
-            for i, v in enumerate(values[:, j].tolist())
+            element("td", style=strength(v, top), title=f"{number(v)} at token {i}" if v else None)
+            for i, v in zip(shown.tolist(), values[shown, j].tolist(), strict=True)
         ]
         rows.append(
             element("tr", element("th", button, name_of(label(reading.layer, one.feature)), scope="row"), *cells)

@@ -121,7 +121,7 @@ def text_target(scope: Scope, options: TargetOptions) -> Target:
 
 
 def rule_target(scope: Scope, rule: RuleLike) -> Target:
-    """1 where a classifier's rule calls the text positive, else 0.
+    """1 where a classifier's rule calls the text positive by its tokens that count, else 0.
 
     Raises:
         NotFoundError: a layer without SAE.   MismatchError: a rule of other SAEs.
@@ -135,7 +135,8 @@ def rule_target(scope: Scope, rule: RuleLike) -> Target:
         seen = scope.features([text or " " for text in texts], rule.layers, truncate=True)
         for i in range(len(texts)):
             for part in rule.features:
-                out[i] |= float(seen.of(i, part.layer).select([part.feature]).max()) > part.threshold
+                acts = seen.of(i, part.layer)[seen.counts(i, part.layer)]
+                out[i] |= bool((acts.select([part.feature]) > part.threshold).any())
         return out.astype(float)
 
     return positive

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from jaxtyping import Bool, Float, Float32, Int64, Shaped
@@ -17,7 +17,7 @@ from qwen_scope.store import FeatureStore
 from qwen_scope.text import Chat, Message
 
 from .options import By, FindOptions
-from .pooled import Pooled, pool_store, pool_texts
+from .pooled import Pooled, added, pool_store, pool_texts
 
 FEWEST = 4
 CANDIDATES, FOLDS, REPEATS, DRAWS = 50, 5, 4, 200
@@ -67,6 +67,8 @@ class Findings:
         tests: how many tests were made.   level: the false discovery rate.
         positives, negatives: documents.   held_out: how many of each were kept for measuring.
         by: what ranked.   seed: of the split and the intervals.
+        left_out: by layer, how many tokens of the texts count, and how many do not for each of
+            `qwen_scope.text.REASONS`; empty for documents of a store, which says it itself.
     """
 
     found: tuple[Finding, ...]
@@ -78,6 +80,7 @@ class Findings:
     held_out: tuple[int, int]
     by: str
     seed: int
+    left_out: Mapping[int, Mapping[str, int]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,7 +110,7 @@ def find(
     chat: Chat | None = None,
     progress: Progress | None = None,
 ) -> Findings:
-    """Search the whole dictionary for features that are stronger in the positive texts; see `find_pooled`.
+    """Search for features that are stronger in the tokens of the positive texts that count; see `find_pooled`.
 
     Args:
         positive, negative: texts with the property and without it; with `chat` also conversations.
@@ -240,7 +243,9 @@ def find_pooled(
             (which, at), q_here = chosen[i], float(adjusted[chosen[i][0]][chosen[i][1]])
             found.append(measure(scores[which], at, values(which, at, 1), float(f1[i]), q_here, level, seed))
     held_out = len(halves[0][1]), len(halves[1][1])
-    return Findings(tuple(found), len(passed), tests, level, sizes[0], sizes[1], held_out, by, seed)
+    tallies = {layer: added([positive[layer].left_out, negative[layer].left_out]) for layer in sorted(positive)}
+    left_out = {layer: tally for layer, tally in tallies.items() if tally}
+    return Findings(tuple(found), len(passed), tests, level, sizes[0], sizes[1], held_out, by, seed, left_out)
 
 
 def check_sizes(positive: int, negative: int) -> None:

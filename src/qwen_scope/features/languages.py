@@ -42,8 +42,8 @@ def language_features(
     """Per language and layer the `n` features that most belong to it, by language, layer and score.
 
     `score = mu - gamma`: mu is the mean activation over the tokens of the language, gamma the mean over the other
-    languages of their means (SASFT, arXiv 2507.14894); its authors leave out the first token (`skip_first` of
-    `pool_texts`) and take the top two of a layer. Any groups of documents may stand for languages.
+    languages of their means (SASFT, arXiv 2507.14894), all over the tokens that count; its authors leave out the first
+    token and take the top two of a layer. Any groups of documents may stand for languages.
 
     Intervals resample whole documents, since the tokens of one document go together, of every language independently.
     They say how far the score of a feature depends on the documents that were read, not that it was chosen as the

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from jaxtyping import Float32, Int64
@@ -13,7 +13,7 @@ from qwen_scope.errors import InputError
 from qwen_scope.report import Progress
 from qwen_scope.scope import Scope
 from qwen_scope.store import FeatureStore
-from qwen_scope.text import Chat, Message
+from qwen_scope.text import REASONS, Chat, Message
 
 REDUCTIONS = ("max", "mean")
 
@@ -30,6 +30,8 @@ class Pooled:
         tokens: `(documents,)` how many tokens of each document count.
         maximum, total, fires: `(documents, width)` sparse by column: the largest activation, the sum over tokens, and
             on how many tokens the feature fires.
+        left_out: how many tokens of all documents count, and how many do not for each of `qwen_scope.text.REASONS`;
+            empty where it is not known.
     """
 
     layer: int
@@ -38,6 +40,7 @@ class Pooled:
     maximum: sparse.csc_array
     total: sparse.csc_array
     fires: sparse.csc_array
+    left_out: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def documents(self) -> int:
@@ -73,37 +76,40 @@ def pool_texts(
     layers: Sequence[int] | None = None,
     *,
     chat: Chat | None = None,
-    skip_first: bool = False,
     progress: Progress | None = None,
 ) -> dict[int, Pooled]:
-    """The features of texts, by layer, straight from the model; a text longer than the context is cut.
+    """The features of texts over their tokens that count, by layer, straight from the model.
+
+    A text longer than the context is cut. Which tokens count is told by `scope.counted`.
 
     Args:
         chat: render the texts, a conversation among them, with the chat template, in this mode.
-        skip_first: leave out the first token of each text, which often carries a huge residual.
         progress: called with the stage, its share done (0 to 1) and a short text.
 
     Raises:
         InputError: no text, or an empty one.   NotFoundError: a layer without an SAE.
     """
     wanted = scope.check_layers(layers)
-    tokens: list[int] = []
+    tokens: dict[int, list[int]] = {layer: [] for layer in wanted}
+    left_out = {layer: dict.fromkeys(REASONS, 0) for layer in wanted}
     parts: dict[int, list[tuple[np.ndarray, ...]]] = {layer: [] for layer in wanted}
     for start in range(0, max(1, len(texts)), TEXTS):
         seen = scope.features(texts[start : start + TEXTS], wanted, chat=chat, truncate=True)
-        lengths = [len(row) for row in seen.tokens]
-        tokens += [length - skip_first for length in lengths]
         for layer in wanted:
-            acts = seen.acts[layer]
+            acts, counts = seen.acts[layer], (seen.reasons[layer] == 0).numpy()
+            tokens[layer] += counts.sum(1).tolist()
+            for reason, count in seen.tally(layer).items():
+                left_out[layer][reason] += count
             indices, values = acts.indices.numpy(), acts.values.float().numpy()
-            on = values > 0
-            if skip_first:
-                on[:, 0] = False
-            row = np.broadcast_to(np.arange(len(lengths))[:, None, None], on.shape)[on] + start
+            on = (values > 0) & counts[..., None]
+            row = np.broadcast_to(np.arange(len(counts))[:, None, None], on.shape)[on] + start
             parts[layer].append(_grouped(row, indices[on], values[on], scope.saes[layer].d_sae))
         if progress is not None:
-            progress("reading", len(tokens) / len(texts), "")
-    return {layer: _pooled(layer, scope.saes[layer].d_sae, tokens, found) for layer, found in parts.items()}
+            progress("reading", (start + len(seen.texts)) / len(texts), "")
+    return {
+        layer: _pooled(layer, scope.saes[layer].d_sae, tokens[layer], found, left_out[layer])
+        for layer, found in parts.items()
+    }
 
 
 def pool_store(
@@ -187,8 +193,14 @@ def together(parts: Sequence[Mapping[int, Pooled]]) -> dict[int, Pooled]:
             for name in ("maximum", "total", "fires")
         )
         tokens = np.concatenate([one.tokens for one in some])
-        out[layer] = Pooled(layer, some[0].width, tokens, maximum, total, fires)
+        out[layer] = Pooled(layer, some[0].width, tokens, maximum, total, fires, added(one.left_out for one in some))
     return out
+
+
+def added(left_out: Iterable[Mapping[str, int]]) -> dict[str, int]:
+    """Tallies of several groups of tokens as one; of none where one of them is not known."""
+    parts = list(left_out)
+    return {reason: sum(part[reason] for part in parts) for reason in REASONS} if parts and all(parts) else {}
 
 
 def _grouped(row: np.ndarray, feature: np.ndarray, value: np.ndarray, width: int) -> tuple[np.ndarray, ...]:
@@ -204,7 +216,13 @@ def _grouped(row: np.ndarray, feature: np.ndarray, value: np.ndarray, width: int
     return key[first] // width, key[first] % width, top, total, counts
 
 
-def _pooled(layer: int, width: int, tokens: Sequence[int], parts: Iterable[tuple[np.ndarray, ...]]) -> Pooled:
+def _pooled(
+    layer: int,
+    width: int,
+    tokens: Sequence[int],
+    parts: Iterable[tuple[np.ndarray, ...]],
+    left_out: Mapping[str, int] | None = None,
+) -> Pooled:
     found = list(parts)
     if found:
         row, feature, top, total, fires = (np.concatenate(column) for column in zip(*found, strict=True))
@@ -212,4 +230,4 @@ def _pooled(layer: int, width: int, tokens: Sequence[int], parts: Iterable[tuple
         row = feature = top = total = fires = np.zeros(0, np.int64)
     where, shape = (row, feature), (len(tokens), width)
     tables = [sparse.csc_array(sparse.coo_array((values, where), shape=shape)) for values in (top, total, fires)]
-    return Pooled(layer, width, np.asarray(tokens, np.int64), *tables)
+    return Pooled(layer, width, np.asarray(tokens, np.int64), *tables, left_out or {})

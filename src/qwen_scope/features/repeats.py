@@ -66,11 +66,13 @@ def repeats_in_texts(
     times: int = 2,
     chat: Chat | None = None,
 ) -> dict[int, Changes]:
-    """The changes in texts, by layer, straight from the model.
+    """The changes in texts, by layer, straight from the model; only tokens that count are compared.
+
+    A sink is no first occurrence, since features of its residual say nothing of its token.
 
     Args:
         texts: with `chat` also conversations.
-        times: how often a token has to occur in a text to count.
+        times: how often a token has to occur in a text among those that count.
         chat: render the texts with the chat template, in this mode.
 
     Raises:
@@ -78,21 +80,24 @@ def repeats_in_texts(
     """
     wanted = scope.check_layers(layers)
     parts: dict[int, list[sparse.csr_array]] = {layer: [] for layer in wanted}
-    tokens: list[int] = []
+    tokens: dict[int, list[int]] = {layer: [] for layer in wanted}
     for start in range(0, max(1, len(texts)), TEXTS):
         seen = scope.features(texts[start : start + TEXTS], wanted, chat=chat, truncate=True)
         for text in range(len(seen.texts)):
-            first, last = pairs_of(seen.input_ids[text][: len(seen.tokens[text])].numpy(), times)
-            if not len(first):
-                continue
-            tokens.append(len(first))
+            ids = seen.input_ids[text][: len(seen.tokens[text])].numpy()
             for layer in wanted:
+                places = np.flatnonzero(seen.counts(text, layer).numpy())
+                first, last = (places[some].tolist() for some in pairs_of(ids[places], times))
+                if not first:
+                    continue
+                tokens[layer].append(len(first))
                 acts = seen.of(text, layer)
                 width = scope.saes[layer].d_sae
                 parts[layer].append(row_of(acts, last, width) - row_of(acts, first, width))
-    check_repeats(tokens, times)
+    for layer in wanted:
+        check_repeats(tokens[layer], times)
     return {
-        layer: Changes(layer, scope.saes[layer].d_sae, sparse.csc_array(sparse.vstack(rows)), np.array(tokens))
+        layer: Changes(layer, scope.saes[layer].d_sae, sparse.csc_array(sparse.vstack(rows)), np.array(tokens[layer]))
         for layer, rows in parts.items()
     }
 

@@ -85,8 +85,8 @@ def prepare(
         progress: called with the stage, its share done (0 to 1) and a short text.
 
     Raises:
-        InputError: fewer than two groups, a group without a second token, too few features, or a quantile outside 0
-            to 1.
+        InputError: fewer than two groups, a group without a token that counts, too few features, or a quantile outside
+            0 to 1.
         NotFoundError: a target that no text has, or a layer without an SAE.
     """
     groups = checked(labelled, target, features, quantile)
@@ -95,7 +95,7 @@ def prepare(
     texts = {group: [text for other, text in labelled if other == group] for group in groups}
     pooled: dict[str, dict[int, Pooled]] = {}
     for i, group in enumerate(groups):
-        pooled[group] = pool_texts(scope, texts[group], wanted, skip_first=True)
+        pooled[group] = pool_texts(scope, texts[group], wanted)
         report("scores", (i + 1) / len(groups), group)
     scores: Mapping[int, np.ndarray] = (
         {layer: contrast(pooled, target, layer) for layer in wanted}
@@ -147,7 +147,7 @@ def contrast(pooled: Mapping[str, Mapping[int, Pooled]], target: str, layer: int
     here = {group: found[layer] for group, found in pooled.items()}
     for group, found in here.items():
         if not found.tokens.any():
-            raise InputError(f"no text of {group!r} has a second token; its means would be of nothing")
+            raise InputError(f"no text of {group!r} has a second token that counts; its means would be of nothing")
     return group_scores(here)[target]
 
 
@@ -163,17 +163,17 @@ def drawn(pooled: Mapping[str, Mapping[int, Pooled]], layer: int, best: Sequence
 def pre_acts(
     scope: Scope, texts: Sequence[str], features: Mapping[int, Sequence[int]]
 ) -> dict[int, Float64[np.ndarray, "tokens features"]]:
-    """Per layer the pre-activations of some features at all tokens of texts but their first."""
+    """Per layer the pre-activations of some features at all tokens of texts that count."""
     tokens = scope.tokenize(texts, truncate=True)
     parts: dict[int, list[np.ndarray]] = {layer: [] for layer in features}
-    counted = tokens.attention_mask.bool().clone()
-    counted[:, 0] = False
+    placed = {layer: scope.counted[layer].reasons_of(tokens) == 0 for layer in features}
     for rows in by_length(tokens.lengths, BATCH_TOKENS):
         seq = max(tokens.lengths[i] for i in rows)
         ids, mask = tokens.input_ids[rows, :seq], tokens.attention_mask[rows, :seq]
         residuals = capture(scope.model, ids, [scope.hook_point(layer) for layer in features], mask)
         for point, h in residuals.items():
-            kept = h[counted[rows, :seq].to(h.device)]
+            at = placed[point.layer][rows, :seq].to(h.device)
+            kept = h[at & ~scope.counted[point.layer].sinks(h, point)]
             pre = scope.saes[point.layer].pre_acts(kept, list(features[point.layer]))
             parts[point.layer].append(pre.double().cpu().numpy())
     return {layer: np.concatenate(found) for layer, found in parts.items()}

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from qwen_scope.text import Counted
+
     from .scope import Scope
 
 
@@ -19,6 +21,7 @@ class ScopeOptions:
         device: where the model runs; None: CUDA, else MPS, else the CPU.
         dtype: of the model's weights.
         k: only for SAEs whose files do not say it.
+        counted: which tokens count; None: as the SAEs' files say, else measured.
     """
 
     model: str = "lab"
@@ -26,9 +29,10 @@ class ScopeOptions:
     device: str | None = None
     dtype: str = "auto"
     k: int | None = None
+    counted: Counted | None = None
 
     def open(self) -> Scope:
         """The scope; raises as `load_scope`."""
         from .opening import load_scope
 
-        return load_scope(self.model, self.sae, device=self.device, dtype=self.dtype, k=self.k)
+        return load_scope(self.model, self.sae, device=self.device, dtype=self.dtype, k=self.k, counted=self.counted)

@@ -269,17 +269,22 @@ class Scope:
                 return Firings.of(store, name or corpus.name, features)
 
     def feature_target(self, layer: int, feature: int) -> Target:
-        """A target for sweeps and verdicts: the mean activation of a feature over each text.
+        """A target for sweeps and verdicts: the mean activation of a feature over the tokens of each text that count.
+
+        It is 0 for a text without any.
 
         Raises:
-            NotFoundError, InputError, MismatchError: no such layer or feature.
+            NotFoundError: no such layer.   InputError: no such feature.
         """
-        self.saes[layer].pre_acts(self.saes[layer].b_dec, [feature])
+        (layer,) = self.check_layers([layer])
+        if not 0 <= feature < (d_sae := self.saes[layer].d_sae):
+            raise InputError(f"feature {feature} does not exist: this SAE has features 0 to {d_sae - 1}")
 
         def mean(texts: list[str]) -> np.ndarray:
             filled = [text or " " for text in texts]
             seen = self.features(filled, [layer], truncate=True)
-            return np.array([float(seen.of(i, layer).select([feature]).mean()) for i in range(len(filled))])
+            values = [seen.of(i, layer)[seen.counts(i, layer)].select([feature]) for i in range(len(filled))]
+            return np.array([float(some.mean()) if len(some) else 0.0 for some in values])
 
         return mean
 

@@ -6,6 +6,7 @@ from .chunks import chunks as chunks
 from .corpus import Corpus as Corpus
 from .counted import REASONS as REASONS
 from .counted import Counted as Counted
+from .counted import summaries as summaries
 from .counted import summary as summary
 from .counted import tally as tally
 from .document import Document as Document

@@ -318,6 +318,24 @@ def summary(left_out: Mapping[str, int]) -> str:
     return f"left out: {', '.join(parts) or 'none'} of {total:,} token{'' if total == 1 else 's'}"
 
 
+def summaries(by_layer: Mapping[int, Mapping[str, int]]) -> list[str]:
+    """Lines such as "layers 2, 3: left out: 1 sink of 20 tokens": one for all layers that leave out the same.
+
+    Args:
+        by_layer: what `tally` gives, by layer; layers are named where they differ. No line where every token counts.
+    """
+    said: dict[str, list[int]] = {}
+    for layer, tally in by_layer.items():
+        said.setdefault(summary(tally), []).append(layer)
+    if all(not count or reason in ("counts", "padding") for one in by_layer.values() for reason, count in one.items()):
+        return []
+    if len(said) == 1:
+        return list(said)
+    return [
+        f"layer{'s' if len(layers) > 1 else ''} {', '.join(map(str, layers))}: {line}" for line, layers in said.items()
+    ]
+
+
 def _plural(word: str) -> str:
     return "tokens" + word.removeprefix("token") if word.startswith("token") else word + "s"
 
