@@ -65,7 +65,7 @@ def write(folder: Path, name: str, rows: list[dict[str, Any]], kind: str) -> str
 
 def plain(value: Any) -> Any:
     """An answer without where it came from and when."""
-    gone = {"store", "source", "row", "folder", "bytes", "bytes_per_activation", "seconds", "student"}
+    gone = {"store", "source", "sample", "row", "folder", "bytes", "bytes_per_activation", "seconds", "student"}
     if isinstance(value, dict):
         return {name: plain(one) for name, one in value.items() if name not in gone}
     return [plain(one) for one in value] if isinstance(value, list) else value

@@ -132,8 +132,8 @@ def chunks(
             kept = last or not whole[tail:end].isspace()
             relative = [(start - base, end - base) for start, end in spans]
             strings = display(whole[base:end], relative, names, whole=kept, shown=shown - base)
-            told = (*token_phases(rendered.spans, spans), roles) if phases else ()
-            yield Chunk(here.ids[first:stop], strings, *told)
+            turns, of = token_phases(rendered.spans, spans) if phases else (None, None)
+            yield Chunk(here.ids[first:stop], strings, turns, of, roles if phases else {})
             shown = end if kept else tail
         if then is None:
             return
