@@ -109,7 +109,17 @@ def test_a_reader_that_has_gone_does_not_end_the_job(monkeypatch) -> None:
     [
         ["extract", "lab", "--sample", "6", "-o", "store"],
         ["eval", "lab", "--tokens", "2048"],
-        ["train", "lab", "--d-sae=64", "--k=4", "--tokens=2048", "--batch=512", "--context-length=32", "--eval-tokens=0", "-orun"],
+        [
+            "train",
+            "lab",
+            "--d-sae=64",
+            "--k=4",
+            "--tokens=2048",
+            "--batch=512",
+            "--context-length=32",
+            "--eval-tokens=0",
+            "-orun",
+        ],
         ["compare", "The station", "Guten Morgen"],
     ],
     ids=lambda words: words[0],

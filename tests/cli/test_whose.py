@@ -89,7 +89,8 @@ def test_every_command_with_a_model_says_whose_it_is() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "words", [["features", "The weather"], ["compare", "a", "b"], ["eval", "OWN", "--tokens", "600"]]
+    "words",
+    [["features", "The weather"], ["compare", "The weather", "A station"], ["eval", "OWN", "--tokens", "600"]],
 )
 def test_it_is_one_line_on_standard_error(words: list, tmp_path: Path, capsys) -> None:
     (tmp_path / "own.txt").write_text("The weather is fine today.\n\n" * 200, encoding="utf-8")
