@@ -11,7 +11,7 @@ import tiny
 from qwen_scope import Scope, load_scope
 from qwen_scope.analysis import Rule
 from qwen_scope.analysis.rule import RuleFeature
-from qwen_scope.errors import InputError, MismatchError, NotFoundError
+from qwen_scope.errors import InputError, MismatchError, NotFoundError, QwenScopeWarning
 from qwen_scope.features import (
     Budget,
     ChangeOptions,
@@ -32,6 +32,7 @@ from qwen_scope.features import (
     text_target,
 )
 from qwen_scope.steer import Decoding, Intervention, Recipe, load_recipe, log_probabilities
+from qwen_scope.text import Counted
 
 PROMPTS = ["The weather is", "Guten Morgen", "1 + 1 =", "Once upon"]
 
@@ -80,6 +81,13 @@ def test_recipes(scope: Scope, tmp_path: Path) -> None:
     (found,) = interventions_of(scope, ChangeOptions(recipe=tmp_path / "a.json"))
     assert found == one.bound(scope.saes[0])
     assert recipes_by_name(scope, [tmp_path / "a.json"]) == {"a": [found]}
+    typical = Intervention.add(layer=0, feature=7, amount=0.1, unit="resid_norm")
+    every = {0: Counted.everything()}
+    Recipe.of("b", scope.model, [typical], scope.saes, counted=every).save(tmp_path / "b.json")
+    with pytest.warns(QwenScopeWarning, match="its amounts stand for other sizes"):
+        interventions_of(scope, ChangeOptions(recipe=tmp_path / "b.json"))
+    Recipe.of("b", scope.model, [typical], scope.saes, counted=scope.counted).save(tmp_path / "b.json")
+    interventions_of(scope, ChangeOptions(recipe=tmp_path / "b.json"))
     Recipe.of("a", scope.model, [one], scope.saes).save(tmp_path / "a.yaml")
     with pytest.raises(InputError, match="same file name"):
         recipes_by_name(scope, [tmp_path / "a.json", tmp_path / "a.yaml"])

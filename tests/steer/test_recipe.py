@@ -12,6 +12,7 @@ from families import FAMILIES
 from qwen_scope.errors import FormatError, InputError, MismatchError, NotFoundError, QwenScopeError
 from qwen_scope.sae import Identity
 from qwen_scope.steer import Intervention, Recipe, load_recipe
+from qwen_scope.text import Counted
 
 
 @pytest.fixture
@@ -44,6 +45,32 @@ def test_it_is_for_its_own_model_and_saes(recipe, scope) -> None:
         Recipe.of("x", scope.model, [Intervention.ablate(layer=2, feature=1)])
     with pytest.raises(InputError, match="at least one"):
         Recipe("x", "m", ())
+
+
+def test_it_keeps_which_tokens_its_amounts_were_measured_on(tmp_path, scope) -> None:
+    interventions = [
+        Intervention.add(layer=2, feature=17, amount=0.5, unit="resid_norm"),
+        Intervention.add(layer=0, feature=3, amount=2.0),
+    ]
+    norms = {f"layers.{layer}.resid_post": 9.0 + layer for layer in range(4)}
+    counted = {layer: Counted(1, frozenset({3, 4}), norms) for layer in range(4)}
+    made = Recipe.of("x", scope.model, interventions, scope.saes, counted=counted)
+    assert set(made.counted) == {"layers.2.resid_post"}, "a raw amount stands for itself"
+    made.save(tmp_path / "x.json")
+    again = load_recipe(tmp_path / "x.json")
+    assert again.counted == {"layers.2.resid_post": Counted(1, frozenset({3, 4}), {"layers.2.resid_post": 11.0})}
+    assert again.differences(counted) == []
+    (said,) = again.differences({2: Counted.everything()})
+    assert "the first tokens of a row left out: 1 in the recipe 'x', 0 in this model" in said
+    assert said.endswith("its amounts stand for other sizes")
+    data = json.loads((tmp_path / "x.json").read_text())
+    del data["counted"]
+    (tmp_path / "old.json").write_text(json.dumps(data))
+    assert load_recipe(tmp_path / "old.json").counted == {}, "recipes of before say nothing"
+    data["counted"] = {"layers.2.resid_post": {"first": -1}}
+    (tmp_path / "bad.json").write_text(json.dumps(data))
+    with pytest.raises(FormatError, match="'counted' at layers"):
+        load_recipe(tmp_path / "bad.json")
 
 
 HOSTILE = {

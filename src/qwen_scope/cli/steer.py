@@ -54,7 +54,7 @@ def steer(
     if save_recipe is not None:
         from qwen_scope.steer import Recipe
 
-        Recipe.of(save_recipe.stem, scope.model, interventions, scope.saes).save(save_recipe)
+        Recipe.of(save_recipe.stem, scope.model, interventions, scope.saes, counted=scope.counted).save(save_recipe)
     if stream:
         stream_text(scope, prompt, interventions, decoding, mode)
         return

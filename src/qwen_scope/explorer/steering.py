@@ -255,7 +255,8 @@ def swept(
 
 def recipe_text(state: AppState, name: str, chosen: list[Intervention]) -> str:
     """A recipe as the text of a `.json` file."""
-    made = Recipe.of(name.strip() or "recipe", state.scope.model, chosen, state.scope.saes, provenance="the explorer")
+    scope, name = state.scope, name.strip() or "recipe"
+    made = Recipe.of(name, scope.model, chosen, scope.saes, provenance="the explorer", counted=scope.counted)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "recipe.json"
         made.save(path)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from qwen_scope.errors import InputError
+from qwen_scope.errors import InputError, QwenScopeWarning
 from qwen_scope.sae import parse_feature
 from qwen_scope.scope import Scope
 from qwen_scope.steer import Intervention, Row, Target, load_recipe, matches, script
@@ -68,9 +69,14 @@ def interventions_of(scope: Scope, options: ChangeOptions) -> list[Intervention]
 
 
 def recipe_interventions(scope: Scope, path: str | os.PathLike[str]) -> list[Intervention]:
-    """The interventions of a recipe that fits the scope; raises as `load_recipe` and `Recipe.check`."""
+    """The interventions of a recipe that fits the scope; raises as `load_recipe` and `Recipe.check`.
+
+    A warning says where other tokens count now than did when its amounts were chosen.
+    """
     found = load_recipe(path)
     found.check(scope.model, scope.saes)
+    for sentence in found.differences(scope.counted):
+        warnings.warn(sentence, QwenScopeWarning, stacklevel=2)
     return list(found.interventions)
 
 

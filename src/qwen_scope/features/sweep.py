@@ -172,7 +172,7 @@ def proposal(scope: Scope, name: str, found: Sweep, *, provenance: str = "a swee
         "prompts": found.best.effect.n,
     }
     chosen = [one.with_amount(one.amount * found.best.amount) for one in dosed]
-    return Recipe.of(name, scope.model, chosen, scope.saes, provenance=provenance, effect=effect)
+    return Recipe.of(name, scope.model, chosen, scope.saes, provenance=provenance, effect=effect, counted=scope.counted)
 
 
 class _Run:

@@ -155,7 +155,9 @@ def repetition_recipe(
         "loops": len(loops),
     }
     made = f"{len(chosen)} features that make the turns of {len(known)} loops begin, of {scope.name}"
-    return Recipe.of("repetition", scope.model, interventions, scope.saes, provenance=made, effect=effect)
+    return Recipe.of(
+        "repetition", scope.model, interventions, scope.saes, provenance=made, effect=effect, counted=scope.counted
+    )
 
 
 @dataclass(frozen=True)

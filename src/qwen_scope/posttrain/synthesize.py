@@ -34,9 +34,8 @@ from jaxtyping import Int64
 from qwen_scope.errors import InputError, MismatchError
 from qwen_scope.features import Endpoint
 from qwen_scope.files import lock_folder, room, write_text, write_whole
-from qwen_scope.model import LoadedModel
 from qwen_scope.report import Curves, Line, Progress, save_png
-from qwen_scope.scope import ExtractOptions, Scope, extract
+from qwen_scope.scope import ExtractOptions, Scope
 from qwen_scope.store import FeatureStore
 from qwen_scope.text import Chat, Corpus, usable
 
@@ -164,8 +163,7 @@ def seed_store(
             seed.require(layer, sae)
         yield seed
         return
-    how = ExtractOptions(chat=chat)
-    with extract(seed, LoadedModel(scope.model, scope.tokenizer, scope.name), saes, folder, how) as store:
+    with scope.extract(seed, folder, ExtractOptions(chat=chat), layers=list(saes)) as store:
         yield store
 
 

@@ -46,6 +46,7 @@ class Scope:
     """One language model and its SAEs.
 
     Attributes:
+        loaded: model, tokenizer and name as they were loaded.
         model, tokenizer: as transformers gives them.
         name: the model's source.
         saes: `saes[layer]`, read on first use and evicted by bytes.
@@ -55,7 +56,8 @@ class Scope:
     """
 
     def __init__(self, loaded: LoadedModel, saes: SAEs, counted: Counted | None = None) -> None:
-        self.model, self.tokenizer, self.name, self.saes = loaded.model, loaded.tokenizer, loaded.name, saes
+        self.loaded, self.saes = loaded, saes
+        self.model, self.tokenizer, self.name = loaded.model, loaded.tokenizer, loaded.name
         self.counted = ScopeCounted(loaded, saes, counted)
         self.stats = ScopeStats(loaded, saes, self.counted)
         self.d_model, self.n_layers = d_model(self.model), n_layers(self.model)
@@ -228,7 +230,7 @@ class Scope:
         saes = self.saes.mapped()
         return extract(
             corpus,
-            LoadedModel(self.model, self.tokenizer, self.name),
+            self.loaded,
             {layer: saes[layer] for layer in self.check_layers(layers)},
             folder,
             options,

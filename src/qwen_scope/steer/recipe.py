@@ -5,15 +5,16 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from torch import nn
 
 from qwen_scope.errors import FormatError, InputError, MismatchError, NotFoundError, foreign
 from qwen_scope.files import Fields, parse_value, write_text
-from qwen_scope.model import text_config
+from qwen_scope.model import HookPoint, text_config
+from qwen_scope.text import Counted
 
 from .intervention import Intervention
 from .steering import SAEsByLayer
@@ -23,6 +24,13 @@ KINDS = (".json", ".yaml", ".yml")
 MAX_BYTES = 64 * 10**6
 
 _KEYS = {"version", "name", "model", "group", "interventions", "provenance", "effect"}
+
+
+@runtime_checkable
+class CountedByLayer(Protocol):
+    """Anything that tells which tokens count at a layer as `counted[layer]`, such as `scope.counted`."""
+
+    def __getitem__(self, layer: int, /) -> Counted: ...
 
 
 @dataclass(frozen=True)
@@ -36,6 +44,8 @@ class Recipe:
         group: the group of SAEs that the features belong to, or None.
         provenance: how it was found, in words.
         effect: what it was measured to do: names to numbers or words.
+        counted: by hook point, which tokens counted in the statistics that its units stand for; empty where it is not
+            known or every amount is raw.
 
     Raises:
         InputError: no name or no intervention.
@@ -47,6 +57,7 @@ class Recipe:
     group: str | None = None
     provenance: str = ""
     effect: Mapping[str, Any] = field(default_factory=dict)
+    counted: Mapping[str, Counted] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.name.strip() or not self.interventions:
@@ -62,8 +73,12 @@ class Recipe:
         *,
         provenance: str = "",
         effect: Mapping[str, Any] | None = None,
+        counted: CountedByLayer | None = None,
     ) -> Recipe:
         """A recipe for this model, each feature bound to its SAE.
+
+        Args:
+            counted: which tokens count where `resid_norm` and `max_act` are measured, such as `scope.counted`.
 
         Raises:
             InputError, MismatchError: an intervention that does not fit its SAE.
@@ -77,7 +92,18 @@ class Recipe:
             bound.append(one)
         groups = {one.sae.group for one in bound if one.sae is not None}
         group = groups.pop() if len(groups) == 1 else None
-        return cls(name, signature(model), tuple(bound), group, provenance, dict(effect or {}))
+        known = {}
+        for one in bound if counted is not None else ():
+            if one.needs_stats:
+                here, at = counted[one.layer], str(one.hook_point)
+                known[at] = replace(here, norms={at: here.norms[at]} if at in here.norms else {})
+        return cls(name, signature(model), tuple(bound), group, provenance, dict(effect or {}), known)
+
+    def differences(self, counted: CountedByLayer) -> list[str]:
+        """Sentences on hook points where other tokens count than did when the amounts were chosen."""
+        names = f"the recipe {self.name!r}", "this model"
+        said = [one.difference(counted[HookPoint.parse(at).layer], names) for at, one in self.counted.items()]
+        return list(dict.fromkeys(f"{one}; its amounts stand for other sizes" for one in said if one is not None))
 
     def check(self, model: nn.Module, saes: SAEsByLayer | None) -> None:
         """Refuse a model or SAEs that the recipe was not made for.
@@ -110,6 +136,8 @@ class Recipe:
             "effect": dict(self.effect),
             "interventions": [one.to_json() for one in self.interventions],
         }
+        if self.counted:
+            data["counted"] = {at: one.to_json() for at, one in self.counted.items()}
         if target.suffix == ".json":
             text = json.dumps(data, ensure_ascii=False, indent=2, allow_nan=False)
         else:
@@ -142,7 +170,7 @@ def load_recipe(path: str | os.PathLike[str], most_bytes: int = MAX_BYTES) -> Re
         raise FormatError(f"{source.name} is not a recipe: it holds no keys")
     found = Fields(data, f"the recipe {source.name}")
     found.header(VERSION)
-    found = Fields(data, found.what, sorted(_KEYS))
+    found = Fields(data, found.what, sorted(_KEYS), ["counted"])
     made = tuple(Intervention.from_json(one) for one in found.items("interventions"))
     return Recipe(
         found.text("name"),
@@ -151,7 +179,14 @@ def load_recipe(path: str | os.PathLike[str], most_bytes: int = MAX_BYTES) -> Re
         found.maybe(found.text, "group"),
         found.text("provenance"),
         found.object("effect"),
+        {} if "counted" not in data else _counted(found.object("counted"), found.what),
     )
+
+
+def _counted(known: Mapping[str, Any], what: str) -> dict[str, Counted]:
+    return {
+        str(HookPoint.parse(at)): Counted.from_json(one, f"'counted' at {at} in {what}") for at, one in known.items()
+    }
 
 
 def signature(model: nn.Module) -> str:
