@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 from jaxtyping import Float32, Float64, Int64
 
-from qwen_scope.errors import FormatError, MismatchError, NotFoundError
+from qwen_scope.errors import FormatError, MismatchError, NotFoundError, check_count
 from qwen_scope.files import digest_of
 from qwen_scope.sae import SAE, Identity
 
@@ -342,9 +342,10 @@ class FeatureStore:
             phases: only places in these phases of a conversation.
 
         Raises:
-            InputError: an unknown phase.   NotFoundError: phases of a store that tells none.
+            InputError: an unknown phase, or `n` below 1.   NotFoundError: phases of a store that tells none.
         """
         start, rows = self._rows(layer, feature)
+        check_count("n", n)
         some = None
         if phases is not None:
             named = self.check_phases(phases)
