@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +28,7 @@ from qwen_scope.features import (
     proposal,
     recipes_by_name,
     scored_rows,
+    sinks_changed,
     sweep,
     target_of,
     text_target,
@@ -91,6 +93,19 @@ def test_recipes(scope: Scope, tmp_path: Path) -> None:
     Recipe.of("a", scope.model, [one], scope.saes).save(tmp_path / "a.yaml")
     with pytest.raises(InputError, match="same file name"):
         recipes_by_name(scope, [tmp_path / "a.json", tmp_path / "a.yaml"])
+
+
+def test_a_sink_that_is_changed_too_is_said(scope: Scope) -> None:
+    own = Scope(scope.loaded, scope.saes)
+    add = Intervention.add(layer=2, feature=5, amount=1.0)
+    norms = own.capture(own.tokenize(["Guten Morgen"]), [2])[2][0].norm(dim=-1)
+    assert sinks_changed(own, "Guten Morgen", [add]) == []
+    own.stats.set(replace(own.stats[2], norm_median=float(norms.max()) / 50))
+    (said,) = sinks_changed(own, "Guten Morgen", [add, add])
+    assert f"at layers.2.resid_post token {int(norms.argmax())} is changed too" in said
+    assert "is 50 times as long" in said
+    for where in ("generated", "0"):
+        assert sinks_changed(own, "Guten Morgen", [Intervention.add(layer=2, feature=5, amount=1.0, where=where)]) == []
 
 
 def test_targets(scope: Scope) -> None:

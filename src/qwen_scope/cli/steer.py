@@ -38,7 +38,7 @@ def steer(
     The amount of `add`, `clamp`, `floor` and `cap` counts in lengths of the layer's typical residual unless --unit says
     otherwise; `sweep` finds a good one.
     """
-    from qwen_scope.features import check_change, interventions_of
+    from qwen_scope.features import check_change, interventions_of, sinks_changed
     from qwen_scope.files import check_output
 
     if save_recipe is not None:
@@ -51,6 +51,8 @@ def steer(
     prompt = options.typed_or_piped(prompt)
     scope = options.open_asked(asked)
     interventions = interventions_of(scope, change)
+    for sentence in sinks_changed(scope, prompt, interventions, mode):
+        output.say(f"qwen-scope: {sentence}")
     if save_recipe is not None:
         from qwen_scope.steer import Recipe
 

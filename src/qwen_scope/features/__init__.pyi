@@ -7,6 +7,7 @@ from .changes import recipe_interventions as recipe_interventions
 from .changes import recipes_by_name as recipes_by_name
 from .changes import rule_target as rule_target
 from .changes import scored_rows as scored_rows
+from .changes import sinks_changed as sinks_changed
 from .changes import target_of as target_of
 from .changes import text_target as text_target
 from .completion import BadAnswer as BadAnswer

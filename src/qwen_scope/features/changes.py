@@ -8,14 +8,20 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from qwen_scope.errors import InputError, QwenScopeWarning
+from qwen_scope.model import capture
 from qwen_scope.sae import parse_feature
 from qwen_scope.scope import Scope
 from qwen_scope.steer import Intervention, Row, Target, load_recipe, matches, script
+from qwen_scope.text import Chat
 
 from .options import ChangeOptions, RuleLike, TargetOptions
 from .sweep import Continuations
+
+MASSIVE = 4.0
+"""Times the typical residual's length; sinks of real models have 5 to 170, other tokens up to 3."""
 
 
 def check_change(options: ChangeOptions) -> Intervention | None:
@@ -78,6 +84,27 @@ def recipe_interventions(scope: Scope, path: str | os.PathLike[str]) -> list[Int
     for sentence in found.differences(scope.counted):
         warnings.warn(sentence, QwenScopeWarning, stacklevel=2)
     return list(found.interventions)
+
+
+def sinks_changed(
+    scope: Scope, prompt: str, interventions: Sequence[Intervention], chat: Chat | None = None
+) -> list[str]:
+    """Sentences on tokens of a prompt with massive activations that interventions change too; none for most prompts.
+
+    Raises:
+        InputError: as `Scope.tokenize`.
+    """
+    tokens, out = scope.tokenize([prompt], chat=chat), []
+    for point in dict.fromkeys(one.hook_point for one in interventions if one.where.prompt):
+        norms = torch.linalg.vector_norm(capture(scope.model, tokens.input_ids, [point])[point][0].float(), dim=-1)
+        ratio, at = (norms / scope.stats[point.layer].norm_median).max(0)
+        if float(ratio) > MASSIVE:
+            out.append(
+                f"at {point} token {int(at)} is changed too, a sink: its residual is {float(ratio):.0f} times as long"
+                " as the typical one, so a vector added there changes its direction little; to leave it alone, name"
+                " positions or phases"
+            )
+    return out
 
 
 def recipes_by_name(scope: Scope, paths: Sequence[str | os.PathLike[str]]) -> Mapping[str, list[Intervention]]:

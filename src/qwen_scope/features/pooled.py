@@ -91,7 +91,7 @@ def pool_texts(
     """
     wanted = scope.check_layers(layers)
     tokens: dict[int, list[int]] = {layer: [] for layer in wanted}
-    left_out = {layer: dict.fromkeys(REASONS, 0) for layer in wanted}
+    left_out: dict[int, dict[str, int]] = {layer: dict.fromkeys(REASONS, 0) for layer in wanted}
     parts: dict[int, list[tuple[np.ndarray, ...]]] = {layer: [] for layer in wanted}
     for start in range(0, max(1, len(texts)), TEXTS):
         seen = scope.features(texts[start : start + TEXTS], wanted, chat=chat, truncate=True)
@@ -230,4 +230,4 @@ def _pooled(
         row = feature = top = total = fires = np.zeros(0, np.int64)
     where, shape = (row, feature), (len(tokens), width)
     tables = [sparse.csc_array(sparse.coo_array((values, where), shape=shape)) for values in (top, total, fires)]
-    return Pooled(layer, width, np.asarray(tokens, np.int64), *tables, left_out or {})
+    return Pooled(layer, width, np.asarray(tokens, np.int64), *tables, left_out=left_out or {})

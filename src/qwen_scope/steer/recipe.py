@@ -93,8 +93,8 @@ class Recipe:
         groups = {one.sae.group for one in bound if one.sae is not None}
         group = groups.pop() if len(groups) == 1 else None
         known = {}
-        for one in bound if counted is not None else ():
-            if one.needs_stats:
+        for one in bound:
+            if counted is not None and one.needs_stats:
                 here, at = counted[one.layer], str(one.hook_point)
                 known[at] = replace(here, norms={at: here.norms[at]} if at in here.norms else {})
         return cls(name, signature(model), tuple(bound), group, provenance, dict(effect or {}), known)
