@@ -114,6 +114,12 @@ def test_the_readme_counts_what_the_catalog_has() -> None:
     said = re.search(r"lists (\d+) groups with (\d+) SAEs", " ".join((ROOT / "README.md").read_text().split()))
     assert said is not None
     assert [int(n) for n in said.groups()] == [len(catalog.groups()), sum(group.layers for group in catalog.groups())]
+    said = re.search(
+        r"has (\d+) groups that others released, with (\d+) SAEs", " ".join((ROOT / "README.md").read_text().split())
+    )
+    assert said is not None
+    others = catalog.community()
+    assert [int(n) for n in said.groups()] == [len(others), sum(group.layers for group in others)]
 
 
 def test_the_commands_name_no_file_that_nobody_has() -> None:

@@ -54,8 +54,9 @@ def plan(
         data = {"group": found.name, **vars(needs), "fits": None if limit is None else needs.fits(limit)}
         output.print_json({**data, "training": None if run is None else {**vars(run), "total": run.total}})
         return
+    released = "fp32" if found.stored == "float32" else "bf16"
     rows = [
-        ("download, SAEs as released (fp32)", size(needs.disk)),
+        (f"download, SAEs as released ({released})", size(needs.disk)),
         (f"language model in {dtype}", size(needs.model)),
         (f"one SAE in {sae_dtype}", size(needs.sae)),
         ("working memory of one batch (estimate)", size(needs.working)),

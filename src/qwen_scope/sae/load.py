@@ -13,10 +13,11 @@ from qwen_scope.errors import FormatError, InputError, MismatchError, NotFoundEr
 
 from .base import SAE
 from .catalog import Group
-from .formats import LAYOUTS, Entry, Layout, Place, build, find_entries, hooks
-from .formats.container import read_config, read_weights
+from .formats import READABLE, Entry, Layout, Place, build, find_entries, hooks
+from .formats.container import read_config
 from .formats.hooks import layer_in
 from .formats.layout import STORED_DTYPES, kept_meta
+from .kinds import KINDS
 from .source import Source, resolve
 
 
@@ -72,6 +73,8 @@ def layers_of(
         NotFoundError, FormatError: as `load_sae`.
     """
     place = resolve(source, revision, cache_dir)
+    if place.listed is not None and place.listed.folder is None and place.listed.complete:
+        return list(place.listed.layer_numbers)
     return sorted({entry.layer for entry in entries_of(place) if entry.layer is not None})
 
 
@@ -80,6 +83,9 @@ def entries_of(place: Source) -> list[Entry]:
     if place.only is not None:
         return [_entry_of_file(place, place.only)]
     found = [_with_layer(place, entry) for entry in find_entries(place.names(), place.where)]
+    if place.listed is not None and {e.layer for e in found} == {layer + 1 for layer in place.listed.layer_numbers}:
+        # As many files as layers, numbered from 1: the output of the first layer is layer 0.
+        found = [replace(entry, layer=entry.layer - 1) for entry in found if entry.layer is not None]
     return sorted(found, key=lambda e: (e.layer is None, e.layer or 0, e.weights))
 
 
@@ -89,8 +95,9 @@ def _with_layer(place: Source, entry: Entry) -> Entry:
     A config is opened where the names of file and folder do not say both layer and stream: `resid_pre` of a layer is
     the output of the one before.
     """
-    layout = LAYOUTS[entry.layout]
-    said = entry.layer is not None and (layout.shared or hooks.in_folder(entry.folder) is not None)
+    layout = READABLE[entry.layout]
+    known = layout.shared or place.listed is not None or hooks.in_folder(entry.folder) is not None
+    said = entry.layer is not None and known
     if said or (entry.config is None and entry.folder):
         return entry
     hook = layout.hook_of(read_config(place.fetch(entry.config))) if entry.config else None
@@ -111,7 +118,7 @@ def _with_layer(place: Source, entry: Entry) -> Entry:
 def _entry_of_file(place: Source, name: str) -> Entry:
     """The SAE in one named file, with the config beside it; an unknown name is read as the official layout."""
     names = [name, *(n for n in place.names() if "/" not in n and n.endswith(".json"))]
-    for layout in LAYOUTS.values():
+    for layout in READABLE.values():
         if layout.weights.fullmatch(name) and (found := layout.entries(names)):
             return _with_layer(place, found[0])
     suffix = Path(name).suffix
@@ -144,7 +151,8 @@ def choose(place: Source, entries: Sequence[Entry], layer: int | str | None) -> 
             return replace(entries[0], layer=wanted)
         raise NotFoundError(f"{place.where} has no SAE for layer {wanted}; it has {listing(entries)}")
     if len(same) > 1:
-        folders = ", ".join(repr(entry.folder or entry.weights) for entry in same)
+        shared = READABLE[same[0].layout].shared
+        folders = ", ".join(repr(entry.weights if shared else entry.folder or entry.weights) for entry in same)
         raise InputError(f"{place.where} has several SAEs for layer {wanted}, name one as layer=: {folders}")
     return same[0]
 
@@ -181,22 +189,28 @@ def parse_layer(layer: int | str) -> int:
 
 def read_entry(place: Source, entry: Entry, k: int | None) -> SAE:
     """Fetch and read one SAE."""
-    layout: Layout = LAYOUTS[entry.layout]
+    layout: Layout = READABLE[entry.layout]
     config_file = place.fetch_optional(entry.config) if entry.config else None
-    tensors, metadata = read_weights(place.fetch(entry.weights))
+    tensors, metadata = layout.open_file(place.fetch(entry.weights))
     folder = entry.folder or place.label
     config = read_config(config_file)
     parsed = layout.read(tensors, config, metadata, Place(entry.layer, folder))
     parsed = replace(parsed, meta={**kept_meta(config, metadata), **parsed.meta})
+    if place.listed and KINDS[parsed.architecture].fixed_k and parsed.k is None and k is None:
+        k = place.listed.k
     sae = build(parsed, group=place.group, layer=entry.layer, k=k, names=[*folder.split("/")[::-1], place.group])
-    if place.listed and (sae.d_sae, sae.d_model) != (place.listed.d_sae, place.listed.d_model):
-        raise MismatchError(
-            f"{place.where} should hold SAEs of {place.listed.d_sae} x {place.listed.d_model} according to the catalog,"
-            f" but layer {entry.layer} is {sae.d_sae} x {sae.d_model}"
-        )
-    if place.listed and sae.k is not None and sae.k != place.listed.k:
-        raise MismatchError(
-            f"{place.where} should hold SAEs of k={place.listed.k} according to the catalog, but layer {entry.layer}"
-            f" says k={sae.k}"
-        )
+    if place.listed:
+        check_listed(sae, place.listed, f"{place.where} should hold", f"layer {entry.layer}")
     return sae
+
+
+def check_listed(sae: SAE, listed: Group, should: str, what: str) -> None:
+    """Raise MismatchError if an SAE is not of the size or k that the catalog says its group has."""
+    d_sae = listed.d_sae or sae.d_sae
+    if (sae.d_sae, sae.d_model) != (d_sae, listed.d_model):
+        raise MismatchError(
+            f"{should} SAEs of {d_sae} x {listed.d_model} according to the catalog, but {what} is"
+            f" {sae.d_sae} x {sae.d_model}"
+        )
+    if sae.k is not None and sae.k != listed.k:
+        raise MismatchError(f"{should} SAEs of k={listed.k} according to the catalog, but {what} says k={sae.k}")

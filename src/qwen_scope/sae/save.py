@@ -15,7 +15,7 @@ from qwen_scope.errors import FormatError, InputError, MismatchError, reason
 from qwen_scope.files import write_whole
 
 from .base import SAE
-from .formats import LAYOUTS, Layout, Written, find_entries, layout_named
+from .formats import READABLE, Layout, Written, find_entries, layout_named
 from .formats.container import read_config, write_weights
 from .formats.hooks import module_name, of_sae
 from .formats.layout import KEPT, STORED_DTYPES, need_layer
@@ -55,6 +55,7 @@ def save_sae(
     """
     saes = [sae] if isinstance(sae, SAE) else list(sae)
     chosen = layout_named(layout)
+    assert chosen.write is not None, "a layout that can be named is one that is written"
     if not saes:
         raise InputError("there is no SAE to save")
     if dtype is not None and dtype not in STORED_DTYPES:
@@ -101,7 +102,7 @@ def check_free(folder: Path, layout: Layout) -> None:
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{folder} is a file, not a folder")
     names = [p.relative_to(folder).as_posix() for pattern in ("*", "*/*") for p in folder.glob(pattern)]
-    others = [name for name, other in LAYOUTS.items() if name != layout.name and other.entries(names)]
+    others = [name for name, other in READABLE.items() if name != layout.name and other.entries(names)]
     if others:
         raise FormatError(f"{folder} already holds SAEs in the layout {others[0]}; choose another folder")
 

@@ -60,8 +60,8 @@ class FolderSource(Source):
         self.listed, self.only = listed, only
 
     def names(self) -> Sequence[str]:
-        # Repositories of other tools hold one folder per SAE, some with a level above it.
-        levels = ("*",) if self.only else ("*", "*/*", "*/*/*")
+        # Repositories of other tools hold one folder per SAE, some with two levels above it.
+        levels = ("*",) if self.only else ("*", "*/*", "*/*/*", "*/*/*/*")
         found = (path for level in levels for path in self.folder.glob(level))
         return [path.relative_to(self.folder).as_posix() for path in found if path.is_file()]
 
@@ -76,11 +76,18 @@ class HubSource(Source):
     def __init__(self, repo: str, revision: str | None, cache_dir: str | Path | None, listed: Group | None) -> None:
         self.repo, self.revision, self.cache_dir = repo, revision, cache_dir
         self.where, self.group, self.label = repo, repo.rpartition("/")[2], repo.rpartition("/")[2]
+        self.group = listed.name if listed else self.group
         self.listed, self.only = listed, None
 
     def names(self) -> Sequence[str]:
-        if self.listed:
-            return ["config.json", *(self.listed.filename(layer) for layer in range(self.listed.layers))]
+        known = [] if self.listed is None else self.listed.filenames()
+        if self.listed and self.listed.complete and known:
+            return known
+        folder = self.listed.folder_on_hub if self.listed else ""
+        return [name for name in self._asked() if name.startswith(f"{folder}/")] if folder else self._asked()
+
+    def _asked(self) -> Sequence[str]:
+        """The names in the repository; without the Hub those in the cache."""
         from huggingface_hub import HfApi
 
         from .hub import Unreachable, cached_names, explained

@@ -30,7 +30,7 @@ class Plan:
         model: the language model's weights.
         sae: one SAE's weights as held in memory.
         n_saes: how many layers are looked at.
-        disk: the SAEs' files as released, in fp32.
+        disk: the SAEs' files as released.
         working: residuals of one batch, the widest block at work, and the tiles of encode; an estimate.
         one_at_a_time: on the device with one SAE in memory at a time.
         all_at_once: on the device with every SAE in memory.
@@ -64,9 +64,10 @@ def plan(
     *,
     dtype: str = "bfloat16",
     sae_dtype: str = "float32",
+    stored: str = "float32",
     on_gpu: bool = True,
 ) -> Plan:
-    """The plan for a model and `n_saes` SAEs of `d_sae` features.
+    """The plan for a model and `n_saes` SAEs of `d_sae` features, whose files hold matrices of type `stored`.
 
     Raises:
         InputError: a type that weights can't have, or no SAE.
@@ -81,11 +82,11 @@ def plan(
         model=model,
         sae=each,
         n_saes=n_saes,
-        disk=n_saes * sae_bytes(d_sae, d_model, "float32"),
+        disk=n_saes * sae_bytes(d_sae, d_model, stored),
         working=working,
         one_at_a_time=model + each + working,
         all_at_once=model + n_saes * each + working,
-        host=sae_bytes(d_sae, d_model, "float32") if on_gpu else 0,
+        host=sae_bytes(d_sae, d_model, stored) if on_gpu else 0,
     )
 
 
@@ -95,16 +96,19 @@ def plan_group(
     """The plan for a group of the catalog; the shapes of its language model come with the package.
 
     Raises:
-        NotFoundError: a layer that the group does not have.
+        NotFoundError: a layer that the group does not have.   InputError: a group whose width or layers are not known.
     """
-    for layer in layers or ():
-        group.filename(layer)
+    if not group.d_sae or not group.layers:
+        raise InputError(f"{'the width' if group.layers else 'which layers'} of {group.name} is not known here")
+    if missing := sorted(set(layers or ()) - set(group.layer_numbers)):
+        group.filename(missing[0])
     return plan(
         model_sizes(config_of(group.model)),
         group.d_sae,
         group.layers if layers is None else len(set(layers)),
         dtype=dtype,
         sae_dtype=sae_dtype,
+        stored=group.stored,
     )
 
 
@@ -194,6 +198,8 @@ def config_of(model: str) -> PreTrainedConfig:
     if model not in shapes():
         raise NotFoundError(f"the shape of {model!r} is not known here; known are {', '.join(shapes())}")
     row = dict(shapes()[model])
+    if "like" in row:
+        row = dict(shapes()[row["like"]])
     return AutoConfig.for_model(row.pop("model_type"), **row)
 
 

@@ -17,7 +17,7 @@ def resolve(model: str, sae: str | None) -> tuple[str, str]:
         return model_source(model), sae or catalog.find("lab").name
     if sae is not None:
         return model, sae
-    known = [group.name for group in catalog.groups() if group.model == model]
+    known = [group.name for group in (*catalog.groups(), *catalog.community()) if group.model == model]
     if len(known) == 1:
         return model, known[0]
     if known:

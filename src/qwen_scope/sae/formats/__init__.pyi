@@ -5,5 +5,6 @@ from .layout import Place as Place
 from .layout import Written as Written
 from .layout import build as build
 from .registry import LAYOUTS as LAYOUTS
+from .registry import READABLE as READABLE
 from .registry import find_entries as find_entries
 from .registry import layout_named as layout_named

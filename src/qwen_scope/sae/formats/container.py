@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from qwen_scope.errors import FormatError, NotFoundError, foreign
+from qwen_scope.errors import FormatError, NotFoundError, brief, foreign
 from qwen_scope.files import first_bytes, parse_value
 
 STORED = {
@@ -65,6 +65,38 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 def read_pt(path: Path) -> dict[str, Tensor]:
     """The dict of tensors in a `.pt` file as views of the mapped file; nothing in it can run."""
+    return checked_tensors(path, unpickled(path))
+
+
+def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors of a `.pt` file that keeps them in a dict `state`, and the numbers beside it, written out.
+
+    Raises:
+        NotFoundError: no such file.   FormatError: it is not a whole, harmless file of that kind.
+    """
+    if not path.is_file():
+        raise NotFoundError(f"there is no file {path}")
+    content = unpickled(path)
+    state = content.get("state")
+    if not isinstance(state, dict):
+        raise FormatError(f"{path} holds no dict of tensors 'state', but {', '.join(map(repr, list(content)[:6]))}")
+    said = {}
+    for name, value in content.items():
+        number = value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
+        if name == "state":
+            continue
+        if not isinstance(name, str) or isinstance(number, bool) or not isinstance(number, int | float):
+            raise FormatError(
+                f"{path} holds {brief(name)} of type {type(value).__name__}; beside 'state' stand numbers"
+            )
+        said[name] = str(number)
+    return checked_tensors(path, state), said
+
+
+def unpickled(path: Path) -> dict[Any, Any]:
+    """The dict in a `.pt` file; nothing in it can run."""
+    if path.stat().st_size == 0:
+        raise FormatError(f"{path} is empty")
     check_zip(path)
     try:
         with warnings.catch_warnings():
@@ -82,6 +114,11 @@ def read_pt(path: Path) -> dict[str, Tensor]:
         raise FormatError(f"{path} is not a whole torch file: {one_line(error)}") from error
     if not isinstance(content, dict):
         raise FormatError(f"{path} holds a {type(content).__name__}, not a dict of tensors")
+    return content
+
+
+def checked_tensors(path: Path, content: Mapping[Any, Any]) -> dict[str, Tensor]:
+    """The named tensors of a file, whose records must hold all of their bytes; raises FormatError."""
     for name, value in content.items():
         if not isinstance(name, str) or not isinstance(value, Tensor):
             raise FormatError(f"{path} holds {name!r} of type {type(value).__name__}; only named tensors are read")

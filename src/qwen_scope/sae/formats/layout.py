@@ -7,6 +7,7 @@ import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -17,6 +18,7 @@ from qwen_scope.files import parse_value
 
 from ..base import SAE, Identity, check_weights, fingerprint
 from ..kinds import KINDS
+from .container import read_weights
 from .hooks import Hook, in_folder, layer_in
 
 STORED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -95,7 +97,8 @@ class Layout:
         hook_of: the hook point that a config mentions, for folders whose name does not say it.
         kinds: the architectures it can hold; None where it names each by `SAE.architecture` and keeps its own tensors.
         read: tensors, config, metadata and what the place says in, `Parsed` out.
-        write: an SAE in, `Written` out.
+        write: an SAE in, `Written` out; None for a layout that is only read.
+        open_file: a weights file in, its tensors and metadata out.
     """
 
     name: str
@@ -108,9 +111,10 @@ class Layout:
     container: Literal["pt", "safetensors"]
     hook_of: Callable[[Mapping[str, Any]], Hook | None]
     read: Callable[[Mapping[str, Tensor], Mapping[str, Any], Mapping[str, str], Place], Parsed]
-    write: Callable[[SAE], Written]
+    write: Callable[[SAE], Written] | None = None
     computes_as_stored: bool = False
     kinds: tuple[str, ...] | None = None
+    open_file: Callable[[Path], tuple[dict[str, Tensor], dict[str, str]]] = read_weights
 
     def check_kind(self, sae: SAE) -> None:
         """Raise InputError if the layout has no way of saying what this SAE computes."""

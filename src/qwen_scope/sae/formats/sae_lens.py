@@ -176,8 +176,8 @@ def write_sae_lens(sae: SAE) -> Written:
 
 SAE_LENS = Layout(
     name="sae_lens",
-    # OpenInterpretability keeps all layers in one folder: sae_L11_latest.safetensors, sae_L11_cfg.json.
-    weights=re.compile(r"(?P<folder>(?:.*/)?)(?:sae_weights|sae_L(?P<layer>[0-9]+)(?:_latest)?)\.safetensors"),
+    # Some keep all layers in one folder: sae_L11.safetensors, sae_L11_cfg.json.
+    weights=re.compile(r"(?P<folder>(?:.*/)?)(?:sae_weights|sae_L(?P<layer>[0-9]+))\.safetensors"),
     weights_name=lambda layer: "sae_weights.safetensors",
     config_name="cfg.json",
     config_of=lambda match: ("cfg.json",) if match["layer"] is None else (f"sae_L{match['layer']}_cfg.json",),

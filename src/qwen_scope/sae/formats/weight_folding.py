@@ -29,6 +29,16 @@ def with_b_dec(W_enc: Tensor, b_enc: Tensor, b_dec: Tensor) -> Tensor:
     return (b_enc.double() + encoder_of_b_dec(W_enc, b_dec)).float()
 
 
+def unscaled(W_enc: Tensor, b_enc: Tensor, b_pre: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """`b_enc` and `b_dec` on the raw residual, for an SAE that reads `x * scale - b_pre` and writes its inverse.
+
+    With `pre = (x * scale - b_pre) @ W_enc.T + b_enc`, the new pre-activations are `pre / scale`: the same order and
+    the same signs for a positive scale, and the same reconstruction with the matrices as they are.
+    """
+    folded = (b_enc.double() - encoder_of_b_dec(W_enc, b_pre)) / scale
+    return folded.float(), (b_pre.double() / scale).float()
+
+
 def decoder_norms(W_dec: Tensor) -> Tensor:
     """The length of each feature's direction in float64; 1 for a feature that writes nothing."""
     norms = torch.cat([columns.double().norm(dim=0) for columns in W_dec.split(ROWS, dim=1)])
