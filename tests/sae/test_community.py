@@ -17,8 +17,7 @@ from torch import Tensor
 from qwen_scope.cli import main
 from qwen_scope.errors import FormatError, InputError, MismatchError, NotFoundError, QwenScopeError
 from qwen_scope.sae import SAE, catalog, compare_saes, layers_of, load_sae, save_sae
-from qwen_scope.scope import config_of, plan_group
-from qwen_scope.scope.sources import resolve
+from qwen_scope.scope import config_of, plan_group, resolve
 
 D_MODEL, D_SAE, K, SCALE = 16, 64, 5, 0.37
 FULLSTACK = (15, 19, 23, 27, 35, 39, 43, 47, 51, 59, 63)
