@@ -228,6 +228,7 @@ def sae_layout(world: World, here: Path, rng: random.Random) -> Case:
         ("sae_L1_latest.safetensors", "sae_L1_cfg.json"),
         ("layer0-00001-of-00002.safetensors", "config.json"),
         ("ae.pt", "config.json"),
+        ("layer_0.pt", "config.json"),
         ("weights.npz", "config.json"),
     ]
     weights, config = rng.choice(names)
@@ -238,7 +239,10 @@ def sae_layout(world: World, here: Path, rng: random.Random) -> Case:
     place = here / "sae" / weights
     place.parent.mkdir()
     if place.suffix == ".pt":
-        torch.save(rng.choice([tensors, list(tensors), {"x": 1}, 5, {"a": {"b": tensors}}]), place)
+        torch.save(
+            rng.choice([tensors, list(tensors), {"x": 1}, 5, {"a": {"b": tensors}}, {"state": tensors, "scale": 1}]),
+            place,
+        )
     else:
         save_file({k: v.clone() for k, v in tensors.items()}, place)
     write(place.parent / config, rng.choice([*JSON, b'{"d_in": "8", "d_sae": [24]}', b'{"k": 1e400}', b'{"k": 4}']))

@@ -81,10 +81,10 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     if not isinstance(state, dict):
         raise FormatError(f"{path} holds no dict of tensors 'state', but {', '.join(map(repr, list(content)[:6]))}")
     said = {}
-    for name, value in content.items():
+    beside = {name: value for name, value in content.items() if name != "state"}
+    checked_tensors(path, {name: value for name, value in beside.items() if isinstance(value, Tensor)})
+    for name, value in beside.items():
         number = value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
-        if name == "state":
-            continue
         if not isinstance(name, str) or isinstance(number, bool) or not isinstance(number, int | float):
             raise FormatError(
                 f"{path} holds {brief(name)} of type {type(value).__name__}; beside 'state' stand numbers"
