@@ -117,7 +117,7 @@ def test_the_penalty_has_both_scales(tmp_path) -> None:
 
 @pytest.mark.parametrize("weight", [-1.0, float("nan"), float("inf"), True])
 def test_a_weight_that_is_no_number(weight) -> None:
-    with pytest.raises(InputError, match="0 or more"):
+    with pytest.raises(InputError, match="of at least 0"):
         FeatureLoss(small.table(), small.saes(), weight=weight)
 
 
@@ -231,7 +231,7 @@ def test_what_does_not_fit_is_refused(tmp_path) -> None:
         small.train(tmp_path, frozen, only="lm_head")
     with pytest.raises(DivergedError, match="not a finite number at step"):
         small.train(tmp_path, learning_rate=1e30, max_steps=4)
-    with pytest.raises(InputError, match="0 or more"):
+    with pytest.raises(InputError, match="of at least 0"):
         FeatureLoss(small.table(), small.saes(), weight=-1.0)
     with pytest.raises(InputError, match="threshold of zero"):
         FeatureLoss(small.table(), small.saes(), weight=1.0, zero=True, enhance=True)
