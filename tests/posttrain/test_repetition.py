@@ -75,10 +75,10 @@ def test_the_first_amount_that_makes_half_loop_is_taken(scope) -> None:
     looping = loops_in(scope, ["yes " + "no no? " * 5, "a b " * 8], Detector(8, 4, 8))
     drivers = beginning(scope, looping, scope.layers, 3)
     warm = replace(COLD, temperature=1.0)
-    amount, interventions = amount_of(scope, PROMPTS, drivers, None, warm, lambda share: None)
+    amount, interventions = amount_of(scope, PROMPTS, drivers, None, warm, lambda *_: None)
     tried = []
     for each in AMOUNTS:
-        _, one = amount_of(scope, PROMPTS, drivers, each, warm, lambda share: None)
+        _, one = amount_of(scope, PROMPTS, drivers, each, warm, lambda *_: None)
         fresh = replace(warm, seed=warm.seed + 2)
         share = loop_share(scope.model, scope.tokenizer, PROMPTS, fresh, interventions=one, saes=scope.saes).share
         tried.append(share.estimate)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -167,7 +168,7 @@ def test_the_loops_of_the_start_are_those_of_the_first_part(tmp_path, recipe, mo
     short = {"detector": Detector(longest=2, times=2, least=2), "save_every": 1}
     first = run_rl(told(tmp_path, **short), ROWS, asked, recipe)
     measured = []
-    monkeypatch.setattr("qwen_scope.posttrain.rl.loop_share", lambda *a: measured.append(1) or loop_share(*a))
+    monkeypatch.setattr(sys.modules[run_rl.__module__], "loop_share", lambda *a: measured.append(1) or loop_share(*a))
     again = run_rl(told(tmp_path, resume=True, **short), ROWS, asked, recipe)
     assert len(measured) == 1, "after training alone"
     assert again == first

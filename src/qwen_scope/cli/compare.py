@@ -7,15 +7,19 @@ from typing import Annotated
 import typer
 
 from qwen_scope.errors import InputError
+from qwen_scope.scope import ScopeOptions
 
 from . import options, output
+from .groups import grouped
+
+SCOPE = ScopeOptions()
 
 
+@grouped
 def compare(
     a: Annotated[str, typer.Argument(help="The first text; '-' reads standard input.")],
     b: Annotated[str, typer.Argument(help="The second text; '-' likewise.")],
-    model: options.Model = "lab",
-    sae: options.Sae = None,
+    asked: ScopeOptions = SCOPE,
     layers: options.Layers = None,
     top: Annotated[int, typer.Option("--top", help="Features per layer.", min=1)] = 5,
     drop_first: Annotated[bool, typer.Option("--drop-first", help="Leave out the first token.")] = False,
@@ -23,10 +27,6 @@ def compare(
     drop_prefix: Annotated[bool, typer.Option("--drop-prefix", help="Leave out the common beginning.")] = False,
     chat: options.Chat = None,
     phase: options.Phase = None,
-    count: options.Count = None,
-    device: options.Device = None,
-    dtype: options.Dtype = "auto",
-    k: options.K = None,
     as_json: options.Json = False,
 ) -> None:
     """Rank the features that tell two texts apart.
@@ -42,8 +42,7 @@ def compare(
     if a == b == "-":
         raise InputError("standard input holds one text; write the other out")
     a, b = options.typed_or_piped(a), options.typed_or_piped(b)
-    with output.status("opening the model"):
-        scope = options.open_scope(model, sae, device, dtype, k, options.parse_count(count))
+    scope = options.open_asked(asked)
     seen = scope.features([a, b], wanted, chat=mode)
     found = compare_seen(
         seen, 1, n=top, drop_first=drop_first, drop_common=drop_common, drop_prefix=drop_prefix, phases=phases

@@ -7,18 +7,23 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from qwen_scope.errors import InputError
+from qwen_scope.scope import ScopeOptions
 
 from . import options, output
+from .groups import grouped
 
 if TYPE_CHECKING:
     from qwen_scope.scope import TokenFeatures
     from qwen_scope.text import Phase
 
 
+SCOPE = ScopeOptions()
+
+
+@grouped
 def features(
     text: Annotated[str, typer.Argument(help="The text; '-' reads standard input.")],
-    model: options.Model = "lab",
-    sae: options.Sae = None,
+    asked: ScopeOptions = SCOPE,
     layers: options.ShownLayers = None,
     top: Annotated[int, typer.Option("--top", help="Features per token (or per answer).", min=1)] = 5,
     response: Annotated[
@@ -26,11 +31,7 @@ def features(
     ] = None,
     chat: options.Chat = None,
     phase: options.Phase = None,
-    count: options.Count = None,
     truncate: Annotated[bool, typer.Option("--truncate", help="Cut a text longer than the context.")] = False,
-    device: options.Device = None,
-    dtype: options.Dtype = "auto",
-    k: options.K = None,
     as_json: options.Json = False,
 ) -> None:
     """Show the strongest features of every token.
@@ -43,8 +44,7 @@ def features(
         raise InputError("--phase tells the parts of one conversation apart; leave it out with --response")
     wanted = options.parse_layers(layers)
     text = options.typed_or_piped(text)
-    with output.status("opening the model"):
-        scope = options.open_scope(model, sae, device, dtype, k, options.parse_count(count))
+    scope = options.open_asked(asked)
     if wanted is None and response is None and not as_json:
         wanted = [scope.layers[len(scope.layers) // 2]]
     start = 0

@@ -62,6 +62,9 @@ OPTIONS: dict[type, dict[str, Any]] = {
         "device": options.Device,
         "dtype": options.Dtype,
         "k": options.K,
+        "adapter": Annotated[
+            str | None, typer.Option("--adapter", help="A folder with a PEFT adapter to be merged into the model.")
+        ],
         "counted": Annotated[options.Count, Read(options.parse_count)],
     },
 }

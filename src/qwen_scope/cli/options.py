@@ -204,13 +204,14 @@ def open_scope(
     dtype: str = "auto",
     k: int | None = None,
     counted: Counted | None = None,
+    adapter: str | None = None,
 ) -> Scope:
     """The scope a command was asked for; where nobody asked and it is the lab's, it says so."""
     from qwen_scope.scope import load_scope
 
     quiet()
     whose.refuse_other_saes(sae)
-    scope = load_scope(model, sae, device=device, dtype=dtype, k=k, counted=counted)
+    scope = load_scope(model, sae, device=device, dtype=dtype, k=k, counted=counted, adapter=adapter)
     whose.say_whose()
     return scope
 
@@ -218,7 +219,7 @@ def open_scope(
 def open_asked(asked: ScopeOptions) -> Scope:
     """`open_scope` for a group of options, with a spinner."""
     with output.status("opening the model"):
-        return open_scope(asked.model, asked.sae, asked.device, asked.dtype, asked.k, asked.counted)
+        return open_scope(asked.model, asked.sae, asked.device, asked.dtype, asked.k, asked.counted, asked.adapter)
 
 
 def typed_or_piped(text: str) -> str:

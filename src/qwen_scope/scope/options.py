@@ -16,11 +16,12 @@ class ScopeOptions:
     """Which language model and SAEs to open, and how; `load_scope` tells more of each.
 
     Attributes:
-        model: `lab` for the bundled one, a Hub id, or a folder.
+        model: `lab` for the bundled one, a Hub id, a folder (also of a PEFT adapter), or a GGUF.
         sae: a group of SAEs; None where the catalog knows exactly one for the model.
         device: where the model runs; None: CUDA, else MPS, else the CPU.
         dtype: of the model's weights.
         k: only for SAEs whose files do not say it.
+        adapter: a folder with a PEFT adapter to be merged into the model.
         counted: which tokens count; None: as the SAEs' files say, else measured.
     """
 
@@ -29,10 +30,19 @@ class ScopeOptions:
     device: str | None = None
     dtype: str = "auto"
     k: int | None = None
+    adapter: str | None = None
     counted: Counted | None = None
 
     def open(self) -> Scope:
         """The scope; raises as `load_scope`."""
         from .opening import load_scope
 
-        return load_scope(self.model, self.sae, device=self.device, dtype=self.dtype, k=self.k, counted=self.counted)
+        return load_scope(
+            self.model,
+            self.sae,
+            device=self.device,
+            dtype=self.dtype,
+            k=self.k,
+            adapter=self.adapter,
+            counted=self.counted,
+        )
