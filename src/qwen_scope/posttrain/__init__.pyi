@@ -27,6 +27,7 @@ from .monitor import monitor_figures as monitor_figures
 from .monitor import read_monitor as read_monitor
 from .options import METHODS as METHODS
 from .options import RL_METHODS as RL_METHODS
+from .options import WRITTEN as WRITTEN
 from .options import RLRun as RLRun
 from .options import SFTRun as SFTRun
 from .options import SynthesisOptions as SynthesisOptions
@@ -43,7 +44,6 @@ from .rl import rl as rl
 from .rl import run_rl as run_rl
 from .rollouts import SteeredRollouts as SteeredRollouts
 from .rollouts import SteeredTrainer as SteeredTrainer
-from .runs import WRITTEN as WRITTEN
 from .samples import Row as Row
 from .samples import Sample as Sample
 from .samples import chats_only as chats_only

@@ -31,6 +31,18 @@ processes. That is what SASFT's code adds up to with the transformers (4.51.0) t
 term per pass, and nothing divides it by the number of passes. With their one sample per pass and 32 passes it is about
 32 times the `mean` term, so a published lambda is meant in this scale."""
 
+WRITTEN = (
+    "run.json",
+    "log.jsonl",
+    "metrics.json",
+    "monitor.jsonl",
+    "monitor_start.npz",
+    "checkpoints",
+    "adapter",
+    "model",
+)
+"""What a run writes in its folder."""
+
 
 @dataclass(frozen=True)
 class SFTRun:

@@ -18,18 +18,6 @@ from qwen_scope.files import append_lines, lock_folder, read_lines, write_folder
 from qwen_scope.model import LoadedModel
 from qwen_scope.report import Progress
 
-WRITTEN = (
-    "run.json",
-    "log.jsonl",
-    "metrics.json",
-    "monitor.jsonl",
-    "monitor_start.npz",
-    "checkpoints",
-    "adapter",
-    "model",
-)
-"""What a run writes in its folder."""
-
 
 class JsonlLog(TrainerCallback):
     """Writes what the trainer logs to a file, one line at a time, and reports progress, with what `said` makes of the

@@ -5,9 +5,8 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from qwen_scope import lab
@@ -24,6 +23,9 @@ from qwen_scope.text import (
     tell_unused,
     usable,
 )
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 Sample = dict[str, Any]
 """`{"text"}`, or `{"prompt", "completion"}` (strings, or lists of messages), and `"group"`, a name or None."""
@@ -197,4 +199,6 @@ def dataset_of(samples: list[Sample]) -> Dataset:
     kinds = {tuple(sorted(sample)) for sample in samples}
     if len(kinds) != 1:
         raise InputError("training data is either all texts or all prompts with completions; this has both")
+    from datasets import Dataset
+
     return Dataset.from_list(samples)

@@ -17,8 +17,8 @@ from qwen_scope.scope import model_source
 from qwen_scope.store import FeatureStore
 from qwen_scope.text import Corpus, CorpusOptions, Document, PassOver, by_reason, is_lab, only_text, usable
 
+from .options import WRITTEN
 from .rewards import lab_rows
-from .runs import WRITTEN
 from .samples import Row, Sample, chats_only, prompt_text, read_samples, responses, with_chat
 
 PROBES = 64
