@@ -389,7 +389,7 @@ def test_a_plan_needs_no_download(name: str) -> None:
         with pytest.raises(InputError, match="is not known here"):
             plan_group(group)
         return
-    each = 2 * group.d_sae * group.d_model * {"float32": 4, "bfloat16": 2}[group.stored]
+    each = 2 * group.d_sae * group.d_model * {None: 4, "bfloat16": 2}[group.stored]
     each += 4 * (group.d_sae + group.d_model)
     assert plan_group(group).disk == len(group.layer_numbers) * each
 

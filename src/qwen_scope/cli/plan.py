@@ -54,7 +54,8 @@ def plan(
         data = {"group": found.name, **vars(needs), "fits": None if limit is None else needs.fits(limit)}
         output.print_json({**data, "training": None if run is None else {**vars(run), "total": run.total}})
         return
-    released = "fp32" if found.stored == "float32" else "bf16"
+    types = {None: "type not known; fp32 at most", "float32": "fp32", "bfloat16": "bf16"}
+    released = types.get(found.stored, found.stored)
     rows = [
         (f"download, SAEs as released ({released})", size(needs.disk)),
         (f"language model in {dtype}", size(needs.model)),

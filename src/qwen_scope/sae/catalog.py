@@ -37,7 +37,7 @@ class Group:
         path: the weights file, with `{layer}` in the place of the layer; None where the names are not known.
         config: the file beside it, None where there is none.
         folder_on_hub: the folder of the repository that its files are in.
-        stored: the type of the released matrices.
+        stored: the type of the released matrices, None where it is not known.
         conventions: how it reads a residual, and what is folded into the weights when it is loaded.
     """
 
@@ -60,7 +60,7 @@ class Group:
     path: str | None = "layer{layer}.sae.pt"
     config: str | None = "config.json"
     folder_on_hub: str = ""
-    stored: str = "float32"
+    stored: str | None = "float32"
     conventions: str = "top-k; reads x itself, b_dec is only added; layers count from 0"
 
     @property
@@ -121,7 +121,7 @@ def community() -> tuple[Group, ...]:
     for row in _rows()["community"]:
         shared = {key: value for key, value in row.items() if key != "parts"}
         for part in row.get("parts", [{}]):
-            said = {"name": row["repo"].rpartition("/")[2], "d_sae": 0, **shared, **part}
+            said = {"name": row["repo"].rpartition("/")[2], "d_sae": 0, "stored": None, **shared, **part}
             label = said.pop("part", "")
             for key, absent in (("path", None), ("config", None), ("folder_on_hub", "")):
                 said[key] = said[key].replace("{part}", label) if key in said else absent

@@ -108,7 +108,7 @@ def plan_group(
         group.layers if layers is None else len(set(layers)),
         dtype=dtype,
         sae_dtype=sae_dtype,
-        stored=group.stored,
+        stored=group.stored or "float32",
     )
 
 
