@@ -127,7 +127,7 @@ def test_an_export_is_whole_or_absent(store: FeatureStore, tmp_path: Path, to: s
     assert main(words) == 0
     assert [path.name for path in out.parent.iterdir()] == ["out"]
     assert main(words) == 2
-    assert "holds something" in capsys.readouterr().err
+    assert "is not empty" in capsys.readouterr().err
 
 
 def test_statistics_keep_the_old_table(store: FeatureStore, tmp_path: Path) -> None:

@@ -281,7 +281,7 @@ def test_neuronpedia_gets_what_it_takes(tmp_path: Path) -> None:
         assert all(len(r["freq_hist_data_bar_values"]) == len(r["freq_hist_data_bar_heights"]) for r in bulk)
         for name in ("release", "model", "sourceset", "source"):
             json.loads((tmp_path / "np" / f"{name}.jsonl").read_text())
-        with pytest.raises(InputError, match="holds something"):
+        with pytest.raises(InputError, match="is not empty"):
             export_neuronpedia(store, LAYER, tmp_path / "np", model_id="lab", set_name="ours")
 
 
@@ -328,7 +328,7 @@ def test_the_export_command(folder: Path, tmp_path: Path, capsys) -> None:
     for bad, said in (
         (["parquet", "-o", "x"], "--to is one of"),
         (["neuronpedia", "-o", str(tmp_path / "m")], "--model-id"),
-        (["delphi", "-o", str(tmp_path / "d")], "holds something"),
+        (["delphi", "-o", str(tmp_path / "d")], "is not empty"),
     ):
         assert main([*base, *bad]) == 2
         assert said in capsys.readouterr().err

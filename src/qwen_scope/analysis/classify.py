@@ -97,7 +97,7 @@ def fit_rule(seeds: Labelled, k: int = 2, *, layer: int | None = None, several: 
 
     Args:
         layer: by default the one with the largest top-1 difference.
-        several: more than 1 for a rule over so many layers, those with the largest top-1 differences; `k` is not used.
+        several: above 1, a rule over this many layers, those with the largest top-1 differences; `k` is not used.
 
     Raises:
         InputError: more features or layers than there are, or a layer that is not among them.
@@ -159,7 +159,7 @@ def f1(rule: Rule, test: Labelled) -> float:
 def data_efficiency(
     seeds: Labelled, test: Labelled, sizes: Sequence[int], k: int = 2, repeats: int = 10, seed: int = 0
 ) -> Float64[np.ndarray, "sizes repeats"]:
-    """F1 on `test` of rules from random subsets with so many seeds of each class.
+    """F1 on `test` of rules from random subsets with this many labelled documents of each class.
 
     Raises:
         InputError: a size larger than a class.

@@ -124,7 +124,7 @@ def counted_by(rule: Rule) -> Counted:
     """Which tokens counted when a rule was fitted: all of them where it does not say.
 
     Raises:
-        FormatError: the rule holds something else there.
+        FormatError: the rule is of another type there.
     """
     data = rule.about.get("counted")
     return Counted.everything() if data is None else Counted.from_json(data, f"'counted' of the rule {rule.name!r}")

@@ -19,7 +19,7 @@ class Analysis:
     Attributes:
         run: takes the datasets, and keyword options that are `Annotated` with their help; returns a `Result`.
         reduction: how the tokens of an item are reduced, unless a user says otherwise.
-        datasets: at least so many.
+        datasets: the least number.
         texts: it shows documents, so their texts are read too.
     """
 

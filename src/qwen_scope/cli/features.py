@@ -37,7 +37,7 @@ def features(
     """Show the strongest features of every token.
 
     With --response the text is the prompt and the features of the whole answer are ranked by strength: the way to see
-    which feature stands behind a bad answer.
+    which feature drives a bad answer.
     """
     mode, phases = options.check_chat(chat), options.check_phases(phase)
     if phases is not None and response is not None:

@@ -45,7 +45,7 @@ OPTIONS: dict[type, dict[str, Any]] = {
         "column": Annotated[str, typer.Option("--column", help="The column with the text or the messages.")],
         "unit": Annotated[str, typer.Option("--unit", help="A document of a .txt: paragraph, line or file.")],
         "sample": Annotated[
-            int | None, typer.Option("--sample", help="Only so many documents, drawn evenly. Default: all.", min=1)
+            int | None, typer.Option("--sample", help="Number of documents, drawn evenly. Default: all.", min=1)
         ],
         "seed": Annotated[int, typer.Option("--seed", help="Of the sample.", **options.SEED)],
         "split": Annotated[str, typer.Option("--split", help="Of a dataset or the lab.")],

@@ -140,7 +140,7 @@ class AppState:
         return "[12:30] Anna: " if self.known else ""
 
     def side(self, text: str, file: str | None, which: str) -> list[str]:
-        """One side of a comparison: the texts of the uploaded file where there is one, else the one text.
+        """One side of a comparison: the texts of the uploaded file if there is one, else the single text.
 
         Raises:
             InputError, FormatError: it is empty, too large, or of another kind.

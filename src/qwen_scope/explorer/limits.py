@@ -93,7 +93,7 @@ class Limits:
         return text
 
     def check_texts(self, texts: object, what: str, most: int) -> list[str]:
-        """A list of texts that may be read, at most so many of them.
+        """A list of texts that may be read, up to a maximum number.
 
         Raises:
             InputError: it is none, or one of its texts can't be read.
@@ -105,7 +105,7 @@ class Limits:
         return check_count("the number of features", whole_number(n, "number of features"), 1, self.features)
 
     def check_rows(self, rows: object) -> list[Mapping[str, Any]]:
-        """A list of interventions as objects with keys, at most so many of them."""
+        """A list of interventions as objects with keys, up to a maximum number."""
         found = listed(rows, "interventions", self.interventions)
         for row in found:
             if not isinstance(row, Mapping):
@@ -114,7 +114,7 @@ class Limits:
 
 
 def listed(values: object, what: str, most: int) -> list[Any]:
-    """A list of at most so many; raises InputError for anything else."""
+    """A list up to a maximum length; raises InputError for anything else."""
     if not isinstance(values, Sequence) or isinstance(values, str | bytes):
         raise InputError(f"give the {what} as a list, not {brief(values)}")
     if len(values) > most:

@@ -278,7 +278,7 @@ class SteerTab:
         }
 
     def token(self, side: str) -> Any:
-        """What a click on a token of one side does: its likeliest alternatives."""
+        """A click on a token of one side shows its most probable alternatives."""
 
         def pick(event: gr.EventData, sides: tuple[Generation, Generation] | None) -> dict[Any, Any]:
             at = picked(event, "token")

@@ -97,7 +97,7 @@ def candidates_panel(title: str, side: Generation, at: int) -> Markup:
     ]
     note = join("instead of token ", at, " ", element("span", visible(token.text) or "·", class_="qs-token"))
     table = element("table", element("tbody", *rows), class_="qs-table qs-candidates")
-    return card(heading(f"{title}: likeliest tokens", note), table)
+    return card(heading(f"{title}: most probable tokens", note), table)
 
 
 def sweep_panel(found: Sweep, in_lengths: bool) -> Markup:

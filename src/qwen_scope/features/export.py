@@ -83,7 +83,7 @@ def export_delphi(
         progress: called with the stage, its share done (0 to 1) and a short text.
 
     Raises:
-        InputError: the folder holds something, or there are fewer tokens than one row.
+        InputError: the folder is not empty, or there are fewer tokens than one row.
     """
     check_count("splits", splits)
     rows = store.manifest.tokens // check_count("context", context)

@@ -197,9 +197,9 @@ def find_pooled(
 
     One half of the documents of each set, drawn at random, ranks the features and sets the thresholds; every figure
     about a found feature is then measured on the other half. A Mann-Whitney test over all documents, adjusted over
-    every feature, layer and reduction (Benjamini and Hochberg 1995), says which findings to believe: with tens of
-    thousands of features the best one looks good on any two sets. A false discovery rate of `level` also bounds, for
-    sets that do not differ at all, the chance of reporting anything.
+    every feature, layer and reduction (Benjamini and Hochberg 1995), controls the expected share of false findings:
+    among tens of thousands of features the best one looks good on any two sets. A false discovery rate of `level` also
+    bounds, for sets that do not differ at all, the chance of reporting anything.
 
     Args:
         positive, negative: the documents, by layer (`pool_texts`, `pool_store`); the same layers in both.

@@ -130,7 +130,7 @@ def export_neuronpedia(
         progress: called with the stage, its share done (0 to 1) and a short text.
 
     Raises:
-        InputError: the folder holds something, an empty name, a model id that is not lower case, a `creator` without
+        InputError: the folder is not empty, an empty name, a model id that is not lower case, a `creator` without
             the sizes of the model where no scope says them, or no feature that fires.
         NotFoundError: a feature that the store does not have.
     """

@@ -22,10 +22,10 @@ def write_folder(path: str | os.PathLike[str], *, replace: bool = False) -> Iter
 
     Args:
         path: the output: a new or empty folder.
-        replace: it may also be a folder that holds something, which is replaced as a whole.
+        replace: the folder may be non-empty; it is then replaced as a whole.
 
     Raises:
-        InputError: it is a file, it holds something, it can't be written, or another process is about to write it.
+        InputError: it is a file, it is not empty, it can't be written, or another process is about to write it.
     """
     target = Path(os.path.realpath(path))
     part = target.with_name(UNFINISHED + target.name)
@@ -58,7 +58,7 @@ def _check(target: Path, path: str | os.PathLike[str], replace: bool) -> None:
     if target.exists() and not target.is_dir():
         raise InputError(f"{path} is a file; name a folder")
     if target.is_dir() and not replace and any(target.iterdir()):
-        raise InputError(f"{path} holds something; name a new or empty folder")
+        raise InputError(f"{path} is not empty; name a new or empty folder")
 
 
 def _restore(target: Path, before: Path) -> None:

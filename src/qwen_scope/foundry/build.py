@@ -92,7 +92,7 @@ def build(out: Path, config: LabConfig, progress: Progress | None = None) -> dic
         progress: called with the stage, its share done (0 to 1) and a short text.
 
     Raises:
-        InputError: `out` exists and holds something else.
+        InputError: `out` exists with other content.
     """
     from .measure import measure
 

@@ -78,7 +78,7 @@ def build_panel(out: Path, config: PanelConfig | None = None, progress: Progress
     reads) and last `panel.json`, which is returned. A stopped run goes on with the trainings that are missing.
 
     Raises:
-        InputError: `out` holds something else.
+        InputError: `out` has other content.
     """
     config, report = config or PanelConfig(), progress or (lambda stage, share, text: None)
     with lock_folder(out):

@@ -78,7 +78,7 @@ class LayerStats:
         """The statistics that `to_json` wrote.
 
         Raises:
-            FormatError: a key is missing, unknown, or holds something else.
+            FormatError: a key is missing, unknown or of the wrong type.
         """
         fields = set(cls.__dataclass_fields__)
         if not isinstance(data, dict) or set(data) != fields:

@@ -116,7 +116,7 @@ def write_lines(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def check_folder(out: Path, request: Mapping[str, Any]) -> None:
-    """Refuse a folder that holds something else than a run of the same request.
+    """Refuse a folder with anything but a run of the same request.
 
     Args:
         request: what decides the result, as plain data.
@@ -136,4 +136,4 @@ def check_folder(out: Path, request: Mapping[str, Any]) -> None:
     elif out.exists() and (
         not out.is_dir() or any(found.name not in ("seed", "cache", ".lock") for found in out.iterdir())
     ):
-        raise InputError(f"{out} holds something else than a synthesis; name a new folder")
+        raise InputError(f"{out} contains something other than a synthesis; name a new folder")

@@ -125,7 +125,7 @@ class SFTRun:
         if self.watch_every is not None:
             check_count("watch_every", self.watch_every)
         if self.resume and not self.save_every:
-            raise InputError("going on needs checkpoints: set save_every (--save-every) in both runs")
+            raise InputError("resuming requires checkpoints: set save_every (--save-every) in both runs")
 
 
 @dataclass(frozen=True)
@@ -202,7 +202,7 @@ class RLRun:
                 f" passes of {self.micro} don't divide"
             )
         if self.resume and not self.save_every:
-            raise InputError("going on needs checkpoints: set save_every (--save-every) in both runs")
+            raise InputError("resuming requires checkpoints: set save_every (--save-every) in both runs")
         if self.save_every % self.updates:
             raise InputError(
                 f"a checkpoint falls between the {self.updates} updates that share their answers, which it does not"

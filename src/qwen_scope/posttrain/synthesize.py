@@ -80,7 +80,7 @@ def synthesize(
 
     Raises:
         MismatchError: a target or a store of another SAE.   NotFoundError: the server can't be reached at all.
-        InputError: no target, a folder that holds something else or that another process writes to, a full disk.
+        InputError: no target, a folder with other content or one that another process writes to, a full disk.
         QwenScopeError: what the server says.
     """
     o = options or SynthesisOptions()

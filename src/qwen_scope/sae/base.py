@@ -17,7 +17,7 @@ from qwen_scope.errors import InputError, MismatchError
 from .acts import FeatureActs
 
 SAMPLED_BLOCKS, BLOCK = 4, 32
-# Weights are looked through in pieces of so many numbers.
+# Weights are checked in pieces of this many numbers.
 FINITE_NUMBERS = 2**22
 
 

@@ -99,7 +99,7 @@ def encode_window(
         report: called with the number of tokens that the model has read.
         at_once: whether the model reads while SAEs encode.
         device: where SAEs come for their turn, or None where they are.
-        hold_bytes: about so many bytes of residuals wait for their SAEs, or one batch of them.
+        hold_bytes: about how many bytes of residuals wait for their SAEs, or one batch of them.
     """
     rows, points = pieces.rows, points_of(saes)
     lengths = np.array([len(row.ids) for row in rows], np.int64)

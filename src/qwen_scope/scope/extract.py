@@ -36,9 +36,9 @@ class ExtractOptions:
     """How a corpus is read. Every field but `batch_tokens` decides what the store says; that one moves last digits.
 
     Attributes:
-        row_tokens: longer documents are read in pieces of so many tokens; None for the model's context.
-        max_tokens: at most so many tokens of a document; the rest is cut, and counted.
-        window_tokens: documents are sorted by length within windows of about so many tokens. A window is also what a
+        row_tokens: tokens per piece of a longer document; None for the model's context.
+        max_tokens: tokens of a document that are read at most; the rest is cut, and counted.
+        window_tokens: documents are sorted by length within windows of about this many tokens. A window is also what a
             stopped run loses at most. The first is of 2,048 tokens and each further one twice as large, up to this size
             or until one takes half a minute.
         batch_tokens: tokens per forward pass, padding included.
@@ -130,13 +130,13 @@ def extract(
             so memory-mapped SAEs of all layers can be swept with at most two of them there; None leaves them where
             they are.
         sae_source: the name or the folder of the SAEs, kept with the store so that later commands find them.
-        hold_bytes: about so many bytes of residuals wait for the turns of their SAEs, or one batch of them: more means
+        hold_bytes: about how many bytes of residuals wait for the turns of their SAEs, or one batch of them: more means
             fewer turns. Like `batch_tokens`, it moves last digits only.
         engine: what reads the residuals; by default forward passes of the model. Which tokens count is measured with
             the model in any case.
 
     Raises:
-        InputError: no document, options that do not fit, a folder that holds something else, or a full disk.
+        InputError: no document, options that do not fit, a folder with other content, or a full disk.
         MismatchError: an SAE of another width than the model, or of another layer.
         NotFoundError: a layer the model does not have.
     """

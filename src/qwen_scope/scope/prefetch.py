@@ -1,4 +1,4 @@
-"""Work that goes on while other work is done: the next SAE on its way, the next residuals being made."""
+"""Prefetch the next SAE while the current one encodes, and the next residuals while the last are used."""
 
 from __future__ import annotations
 

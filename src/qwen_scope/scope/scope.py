@@ -326,7 +326,7 @@ class Scope:
         Args:
             interventions: what is changed; none for the model as it is.
             decoding: by default greedy, 100 tokens.
-            candidates: keep each token's probability and so many likeliest tokens.
+            candidates: keep each token's probability and those of this many most probable tokens.
 
         Raises:
             InputError: an empty prompt, one that leaves no room in the context, a position past the end, a feature out

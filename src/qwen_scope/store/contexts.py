@@ -18,7 +18,7 @@ from .layout import ROW_GROUP
 from .parts import TableRows
 from .spans import Spans
 
-# Up to so many rows of a feature are read at once to find its neighbours; beyond, each place is looked up.
+# Up to this many rows of a feature are read at once to find its neighbours; beyond, each place is looked up.
 AT_ONCE = 8 * ROW_GROUP
 
 

@@ -185,7 +185,7 @@ class Manifest:
         Of a store of version 1 this has the thresholds for sinks; the special ids it left out stand in `masked` alone.
 
         Raises:
-            FormatError: the request holds something else there.
+            FormatError: the request is of another type there.
         """
         data = self.request.get("counted")
         return None if data is None else Counted.from_json(data, f"'counted' in {MANIFEST}")

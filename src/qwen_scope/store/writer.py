@@ -81,7 +81,7 @@ class StoreWriter:
         state: of the last complete window, or None.
 
     Raises:
-        InputError: the folder holds something else, or a store of another request; another run writes to it now; or its
+        InputError: the folder has other content, or a store of another request; another run writes to it now; or its
             path is not UTF-8.
     """
 

@@ -19,7 +19,7 @@ from .options import CorpusOptions
 from .source import find_sources
 from .unused import by_reason, tell_unused, the_first
 
-# A source is given up when so many rows from its beginning held no document.
+# A source is given up when this many rows from its beginning held no document.
 HOPELESS = 10_000
 
 

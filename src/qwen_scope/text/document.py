@@ -32,7 +32,7 @@ class Document:
 
 @dataclass(frozen=True)
 class Unreadable:
-    """A row that could not be used: where it is, a reason to count by, and what came."""
+    """A row that could not be used: where it is, the reason it is counted under, and its content."""
 
     source: str
     row: int

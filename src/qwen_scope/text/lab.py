@@ -17,7 +17,7 @@ FACTORS = ("kind", "language", "register")
 
 
 def is_lab(source: Any) -> bool:
-    """Whether a source is the lab, with or without conditions: documents without end, unless so many are asked for."""
+    """Whether a source is the lab, with or without conditions: endless documents, unless a number is asked for."""
     return isinstance(source, str | os.PathLike) and str(os.fspath(source)).partition(":")[0] == LAB
 
 

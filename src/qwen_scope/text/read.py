@@ -26,7 +26,7 @@ DAMAGED = (gzip.BadGzipFile, EOFError, zlib.error)
 
 @dataclass(frozen=True)
 class Problem:
-    """Why a row could not be used: a reason to count by, and what came."""
+    """Why a row could not be used: the reason it is counted under, and its content."""
 
     reason: str
     detail: str

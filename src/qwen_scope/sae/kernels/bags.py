@@ -24,7 +24,7 @@ TABLE_BYTES = 8 * 2**20
 TABLE_BYTES_ON_GPU = 2**28
 # Numbers in a line of cache: a narrower table wastes the rest of each line it reads.
 LINE = 16
-# Below one active slot for so many features, gathering their columns costs less than turning all of them over.
+# Below one active slot per this many features, gathering their columns costs less than turning all of them over.
 GATHER_SHARE = 8
 
 

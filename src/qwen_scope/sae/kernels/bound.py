@@ -24,7 +24,7 @@ TINY = 2.0**-120
 LARGEST_NORM = 2.0**50
 # The root of the squares that vanish in fp32, and what matrix units read as zero.
 VANISHED = 2.0**-56
-# Weights are prepared in pieces of so many numbers, which stay in cache and in memory that is there already.
+# Weights are prepared in pieces of this many numbers, which stay in cache and in memory that is there already.
 PREPARE_NUMBERS = 2**17
 # Up to this width a norm taken in fp32 is off by less than the room that is added to it.
 WIDEST = 2**14

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-# Below so many rows the product reads weights rather than computes, and packing them would cost more.
+# Below this many rows the product reads weights rather than computes, and packing them would cost more.
 FEWEST_ROWS = 16
 
 

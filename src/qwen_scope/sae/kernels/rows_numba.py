@@ -199,7 +199,7 @@ def _choose_rows(
         counts[r] = 0
         if n == 0:
             continue
-        # The likeliest first: their fp32 values raise the floor for the rest.
+        # The most probable first: their fp32 values raise the floor for the rest.
         likely = kth_largest(approx[:n], k) if n > k else -np.inf
         first, done = np.int64(0), np.int64(0)
         for i in range(n):
