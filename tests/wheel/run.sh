@@ -7,7 +7,7 @@ root=$(cd "$(dirname "$0")/../.." && pwd)
 work=$(mktemp -d); trap 'rm -rf "$work"' EXIT
 "$root/.venv/bin/python" -m build --wheel --outdir "$work/dist" "$root" >"$work/build.log" 2>&1 || { tail -20 "$work/build.log"; exit 1; }
 python3 -m venv "$work/venv"
-extras=$(grep -oE '\bmake (explorer|posttrain|datasets|fast|gpu|track|spread)\b' "$root/README.md" | cut -d' ' -f2 | sort -u | paste -sd,)
+extras=$(grep -oE '\bmake (explorer|posttrain|datasets|fast|gguf|gpu|track|spread)\b' "$root/README.md" | cut -d' ' -f2 | sort -u | paste -sd,)
 "$work/venv/bin/python" -m pip install -q -c "$root/constraints.txt" "$(echo "$work"/dist/*.whl)[$extras]"
 mkdir "$work/empty" && cd "$work/empty"
 export HF_HUB_OFFLINE=1 HOME="$work/home" PATH="$work/venv/bin:$PATH"
