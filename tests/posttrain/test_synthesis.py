@@ -249,7 +249,7 @@ def test_what_belongs_to_another_sae_is_refused(tmp_path: Path) -> None:
                 synthesize(lab.scope(), store, lab.targets(), endpoint, tmp_path / "a", SMALL)
         (tmp_path / "full").mkdir()
         (tmp_path / "full" / "letter.txt").write_text("mine")
-        with pytest.raises(InputError, match="something else"):
+        with pytest.raises(InputError, match="something other"):
             run(server, tmp_path / "full")
         assert not server.seen
     assert not (tmp_path / "a" / "run.json").exists()
