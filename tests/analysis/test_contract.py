@@ -18,7 +18,7 @@ from qwen_scope.cli.analyze import strict
 from qwen_scope.errors import FormatError, InputError, MismatchError, NotFoundError
 from qwen_scope.report import figure_page, save_png
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "corpus"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "store"))
 import stores
 
 
