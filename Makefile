@@ -13,7 +13,7 @@ demo: $(VENV)/.core
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
 
-# Under two minutes on two cores. Besides tests marked slow, folders are left out where most tests train or serve something:
+# Three and a half minutes on two cores. Besides tests marked slow, folders are left out where most tests train or serve something:
 # posttrain and foundry train language models, explorer starts servers, attacks feeds thousands of hostile files.
 NOT_FAST := posttrain foundry explorer attacks
 

@@ -117,15 +117,14 @@ def test_a_file_gives_what_the_rounded_model_gives(architecture: str, tied: bool
     model = written(tmp_path / "m.gguf", model_of(architecture, tied), architecture, "Q8_0")
     file = Gguf.open(tmp_path / "m.gguf")
     assert file.stays_packed
-    dense, packed = (file.model(transformers.AutoModelForCausalLM, torch.float32, way) for way in (False, True))
+    auto, config = transformers.AutoModelForCausalLM, file.config()
+    dense, packed = (file.model(auto, config, torch.float32, way) for way in (False, True))
     for want, got, same in zip(states(model), states(dense), states(packed), strict=True):
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
         assert torch.equal(got, same)
     assert sum(b.nbytes for b in packed.buffers()) < sum(p.nbytes for p in dense.parameters()) / 3
-    half = file.model(transformers.AutoModelForCausalLM, torch.bfloat16, packed=True)
-    assert torch.equal(
-        states(half)[-1], states(file.model(transformers.AutoModelForCausalLM, torch.bfloat16, False))[-1]
-    )
+    half = file.model(auto, config, torch.bfloat16, packed=True)
+    assert torch.equal(states(half)[-1], states(file.model(auto, config, torch.bfloat16, False))[-1])
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -202,7 +201,7 @@ def test_what_is_no_model_is_refused(small: Path, tmp_path: Path, capsys) -> Non
     at = content.index(b"qwen2.block_count") + len(b"qwen2.block_count") + 4
     (tmp_path / "odd.gguf").write_bytes(content[:at] + (10**6).to_bytes(4, "little") + content[at + 4 :])
     with pytest.raises(FormatError, match="holds 2 blocks, its config says 1000000"):
-        Gguf.open(tmp_path / "odd.gguf").model(transformers.AutoModelForCausalLM, torch.float32, True)
+        load_model(tmp_path / "odd.gguf")
     assert main(["features", "x", "--model", str(tmp_path / "text.gguf"), "--sae", "lab"]) == 2
     assert capsys.readouterr().err.count("\n") == 1
 

@@ -89,6 +89,13 @@ def test_config_tokenizer_and_command_know_the_folder(made: tuple[Path, Any], ca
     assert found[0] | {"model": ""} == found[1] | {"model": ""}
 
 
+@pytest.mark.parametrize("words", [["features", "hi"], ["find", "--near", "2/5"], ["find", "--promotes", "hi"]])
+def test_no_command_drops_an_adapter(words: list[str], tmp_path: Path, capsys) -> None:
+    where = ["--model", str(tiny.folder() / "model"), "--sae", str(tiny.folder() / "sae"), "--device", "cpu"]
+    assert main([*words, *where, "--adapter", str(tmp_path)]) == 2
+    assert "there is no adapter in" in capsys.readouterr().err
+
+
 def test_a_live_model_is_taken_as_it_is() -> None:
     model, saes = base(), tiny.folder() / "sae"
     tokenizer = load_tokenizer(tiny.folder() / "model")

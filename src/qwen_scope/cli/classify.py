@@ -83,7 +83,7 @@ def fit(
     if (test_positive is None) != (test_negative is None):
         raise InputError("give both --test-positive and --test-negative, or neither")
     sources = [positive, negative] + [path for path in (test_positive, test_negative) if path is not None]
-    given = [*options.files(*sources), *options.folders(asked.model, asked.sae)]
+    given = [*options.files(*sources), *options.folders_of(asked)]
     if rule is not None:
         check_output(rule, *given)
     output.hold(out, *given)
@@ -122,7 +122,7 @@ def predict(
     from qwen_scope.files import check_output, write_whole
 
     # A shell may have sent standard output into the corpus, which would then never end.
-    check_output(out or "/dev/stdout", classifier, *options.files(source), *options.folders(asked.model, asked.sae))
+    check_output(out or "/dev/stdout", classifier, *options.files(source), *options.folders_of(asked))
     loaded = load_classifier(classifier)
     corpus = options.read(source, reading)
     scope = None if not hasattr(loaded, "features") else options.open_asked(asked)
@@ -255,7 +255,7 @@ def distil(
     from qwen_scope.files import check_output
     from qwen_scope.stats import rates
 
-    check_output(student, rule, *options.files(source), *options.folders(asked.model, asked.sae))
+    check_output(student, rule, *options.files(source), *options.folders_of(asked))
     loaded = Rule.load(rule)
     corpus = options.read(source, reading)
     scope = options.open_asked(asked)

@@ -45,6 +45,7 @@ def convert(
     """
     from qwen_scope.report import size
     from qwen_scope.sae import LAYOUTS, compare_saes, folder_name, layers_of, load_sae, save_sae
+    from qwen_scope.scope import ScopeOptions
 
     wanted = options.parse_layers(layers)
     if layout not in LAYOUTS:
@@ -56,7 +57,7 @@ def convert(
     residuals = None
     if model is not None:
         with output.status("reading residuals"):
-            scope = options.open_scope(model, source, k=k)
+            scope = options.open_scope(ScopeOptions(model, source, k=k))
             tokens = scope.tokenize([options.typed(text)])
             residuals = {layer: h[0].cpu() for layer, h in scope.capture(tokens, wanted or scope.layers).items()}
     for layer in chosen:

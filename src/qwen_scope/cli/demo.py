@@ -28,10 +28,11 @@ def demo(
     Features of a sentence token by token, what single features fire on, and two texts compared.
     """
     from qwen_scope.sae import catalog
+    from qwen_scope.scope import ScopeOptions
 
     text = options.typed_or_piped(text)
     with output.status("opening the bundled model and its SAEs"):
-        scope = options.open_scope("lab", None, device)
+        scope = options.open_scope(ScopeOptions(device=device))
     metrics = json.loads((Path(catalog.find("lab").model).parent / "metrics.json").read_text(encoding="utf-8"))
     out = output.console()
     layer = scope.layers[2 * len(scope.layers) // 3]

@@ -97,6 +97,7 @@ def for_neuronpedia(
 ) -> int:
     """Write one layer for Neuronpedia; how many features."""
     from qwen_scope.features import export_neuronpedia
+    from qwen_scope.scope import ScopeOptions
 
     creator = how.creator
     if how.model_id is None:
@@ -104,7 +105,7 @@ def for_neuronpedia(
     if layers is not None and len(layers) > 1:
         raise InputError("Neuronpedia's files are made layer by layer; name one with --layers")
     layer = the_layer(store, layers[0] if layers else None)
-    scope = None if how.no_model else show.scope_of(store, None, None, None, "auto", None)
+    scope = None if how.no_model else show.scope_of(store, None, ScopeOptions())
     registered = {
         name: value for name, value in vars(how).items() if name in ("method", "explainer") and value is not None
     }

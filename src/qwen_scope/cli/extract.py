@@ -61,7 +61,7 @@ def extract(
         phases=options.check_phases(phase),
         pool=tuple(part.strip() for part in pool.split(",")) if pool else (),
     )
-    not_onto_itself(out, *options.files(source), *options.folders(asked.model, asked.sae))
+    not_onto_itself(out, *options.files(source), *options.folders_of(asked))
     corpus = options.read(source, reading, LAB_DOCUMENTS)
     scope = options.open_asked(asked)
     wanted = options.parse_layers(layers)

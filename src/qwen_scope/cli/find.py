@@ -73,7 +73,7 @@ def find(
 
     def scope() -> Scope:
         with output.status("opening the model"):
-            return show.scope_of(store, model, asked.sae, asked.device, asked.dtype, asked.k, asked.counted)
+            return show.scope_of(store, model, asked)
 
     if store is not None and asked.counted is not None:
         raise InputError(

@@ -197,21 +197,11 @@ def place_of(layer: int | None, feature: str | None) -> tuple[int | None, int | 
     return named, number
 
 
-def open_scope(
-    model: str,
-    sae: str | None,
-    device: str | None = None,
-    dtype: str = "auto",
-    k: int | None = None,
-    counted: Counted | None = None,
-    adapter: str | None = None,
-) -> Scope:
+def open_scope(asked: ScopeOptions) -> Scope:
     """The scope a command was asked for; where nobody asked and it is the lab's, it says so."""
-    from qwen_scope.scope import load_scope
-
     quiet()
-    whose.refuse_other_saes(sae)
-    scope = load_scope(model, sae, device=device, dtype=dtype, k=k, counted=counted, adapter=adapter)
+    whose.refuse_other_saes(asked.sae)
+    scope = asked.open()
     whose.say_whose()
     return scope
 
@@ -219,7 +209,12 @@ def open_scope(
 def open_asked(asked: ScopeOptions) -> Scope:
     """`open_scope` for a group of options, with a spinner."""
     with output.status("opening the model"):
-        return open_scope(asked.model, asked.sae, asked.device, asked.dtype, asked.k, asked.counted, asked.adapter)
+        return open_scope(asked)
+
+
+def folders_of(asked: ScopeOptions) -> list[str | Path]:
+    """The folders that a scope is read from, which no output may replace."""
+    return folders(asked.model, asked.sae, asked.adapter)
 
 
 def typed_or_piped(text: str) -> str:

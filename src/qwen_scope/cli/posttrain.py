@@ -54,7 +54,7 @@ def prepare(
     from qwen_scope.files import check_output
     from qwen_scope.posttrain import prepare_table
 
-    check_output(out, *given(run.source, run.onsets), *options.folders(asked.model, asked.sae), endings=[".json"])
+    check_output(out, *given(run.source, run.onsets), *options.folders_of(asked), endings=[".json"])
     scope = options.open_asked(asked)
     with output.progress() as bar:
         table = prepare_table(scope, run, progress=bar)
@@ -146,9 +146,7 @@ def repetition(
     from qwen_scope.files import check_output
     from qwen_scope.posttrain import repetition as find
 
-    check_output(
-        out, *given(run.source, run.looping), *options.folders(asked.model, asked.sae), endings=options.RECIPES
-    )
+    check_output(out, *given(run.source, run.looping), *options.folders_of(asked), endings=options.RECIPES)
     scope = options.open_asked(asked)
     with output.progress() as bar:
         recipe = find(scope, run, progress=bar)

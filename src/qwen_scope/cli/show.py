@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from qwen_scope.errors import InputError, NotFoundError, QwenScopeWarning, printable
+from qwen_scope.scope import ScopeOptions
 
 from . import options, output
 from .store import the_layer
@@ -17,7 +19,6 @@ if TYPE_CHECKING:
     from qwen_scope.features import FeaturePage
     from qwen_scope.scope import Scope
     from qwen_scope.store import Context, FeatureStore
-    from qwen_scope.text import Counted
 
 
 def show(
@@ -57,7 +58,7 @@ def show(
         )
     store = FeatureStore(folder) if folder is not None else None
     with output.status("opening the model"):
-        scope = None if no_model else scope_of(store, model, sae, device, dtype, k)
+        scope = None if no_model else scope_of(store, model, ScopeOptions(sae=sae, device=device, dtype=dtype, k=k))
     if store is not None:
         layer = the_layer(store, layer)
     elif layer is None:
@@ -77,24 +78,21 @@ def show(
 def scope_of(
     store: FeatureStore | None,
     model: str | None,
-    sae: str | None,
-    device: str | None,
-    dtype: str,
-    k: int | None,
-    counted: Counted | None = None,
+    asked: ScopeOptions,
 ) -> Scope:
-    """The scope that was asked for; what is left out is taken from the store.
+    """The scope that was asked for, with `model` in the place of its model; what is left out is taken from the store.
 
     Each SAE that is opened must be the store's where the store has its layer; another model than the store's is said.
     """
     if store is None:
-        return options.open_scope(model or "lab", sae, device, dtype, k, counted)
+        return options.open_scope(replace(asked, model=model or "lab"))
+    sae = asked.sae
     if model is None:
         sae = sae or store.source("saes") or listed_group(store)
     else:
         tell_of_another_model(store, model)
     model = model or store.source("model") or store.manifest.model
-    scope = options.open_scope(model, sae, device, dtype, k, counted)
+    scope = options.open_scope(replace(asked, model=model, sae=sae))
     scope.saes.tell(lambda layer, opened: store.require(layer, opened) if layer in store.layers else None)
     return scope
 

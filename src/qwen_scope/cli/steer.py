@@ -43,7 +43,7 @@ def steer(
 
     if save_recipe is not None:
         given = [change.recipe] if change.recipe else []
-        check_output(save_recipe, *given, *options.folders(asked.model, asked.sae), endings=options.RECIPES)
+        check_output(save_recipe, *given, *options.folders_of(asked), endings=options.RECIPES)
     mode = options.check_chat(chat)
     check_change(change)
     if stream and as_json:

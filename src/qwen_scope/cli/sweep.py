@@ -71,7 +71,7 @@ def sweep(
         target_of,
     )
 
-    given = [prompts, reference, *(recipe or []), asked.model, asked.sae]
+    given = [prompts, reference, *(recipe or []), asked.model, asked.sae, asked.adapter]
     check_outputs(save_recipe, plot, options.folders(*given))
     mode = options.check_chat(chat)
     one = replace(change, amount=None if change.op == "ablate" else 1.0)

@@ -10,6 +10,7 @@ import typer
 
 from qwen_scope.errors import InputError
 from qwen_scope.posttrain import SynthesisOptions, TargetOptions, WriterOptions
+from qwen_scope.scope import ScopeOptions
 from qwen_scope.text import CorpusOptions
 
 from . import options, output
@@ -120,7 +121,7 @@ def synthesize(
         with output.status("choosing targets"):
             chosen = chosen_targets(opened, targets, endpoint, how.seed, ask=not dry_run)
         with output.status("opening the model"):
-            scope = scope_of(opened, model, sae, device, dtype, None)
+            scope = scope_of(opened, model, ScopeOptions(sae=sae, device=device, dtype=dtype))
         if dry_run:
             show_price(*price(scope, corpus, chosen, out, how, per_million=writer.per_million), as_json)
             return

@@ -58,7 +58,7 @@ def transfer(
     if not (what and sign and value):
         raise InputError(f"--positive is COLUMN=VALUE, such as register=rude, not {wanted!r}")
     corpus = lab_corpus(what, value, groups, each, seed) if source == "lab" else options.read(source, reading)
-    output.hold(out, *options.files(source), *options.folders(asked.model, asked.sae))
+    output.hold(out, *options.files(source), *options.folders_of(asked))
     scope = options.open_asked(asked)
     where = scope.check_layers(options.parse_layers(layers))
     counted = asked.counted

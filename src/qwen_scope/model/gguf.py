@@ -27,7 +27,7 @@ from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorPr
 
 from qwen_scope.errors import FormatError, InputError, NotFoundError, foreign, need
 
-from .packed import packed_kind, tie, unpacked
+from .packed import Packed, packed_kind, tie, unpacked
 
 SUFFIX = ".gguf"
 ON_HUB = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+):(?P<file>[^:]+\.gguf)", re.IGNORECASE)
@@ -166,11 +166,11 @@ class Gguf:
         with foreign(f"{self.path} has no tokenizer that transformers can build", NotFoundError), _read_quickly(self):
             return transformers.AutoTokenizer.from_pretrained(self.path.parent, gguf_file=self.path.name)
 
-    def model(self, auto: Any, dtype: torch.dtype, packed: bool) -> PreTrainedModel:
+    def model(self, auto: Any, config: PreTrainedConfig, dtype: torch.dtype, packed: bool) -> PreTrainedModel:
         """The model on the CPU, in eval mode.
 
         Args:
-            auto: the auto class that builds it.
+            auto: the auto class that builds it.   config: of this file.
             dtype: what it computes in, and what its weights are unpacked to.
             packed: keep what can stay packed as it lies in the file.
 
@@ -185,7 +185,6 @@ class Gguf:
                     quantization_config=transformers.GgufConfig(dequantize=True),
                     dtype=dtype,
                 )
-        config = self.config()
         blocks = {name.split(".")[1] for name in self.tensors if name.startswith("blk.")}
         if config.num_hidden_layers != len(blocks):
             raise FormatError(f"{self.path} holds {len(blocks)} blocks, its config says {config.num_hidden_layers}")
@@ -217,7 +216,7 @@ class Gguf:
                 # A change of the rows' order is the same for blocks as for values.
                 values = torch.from_numpy(np.ascontiguousarray(processor.process(values.numpy(), name).weights))
             if keep and holder is not None:
-                model.set_submodule(place, holder(module, values, stored.kind, dtype))
+                model.set_submodule(place, holder(module, Packed(values, stored.kind, dtype)))
             else:
                 setattr(module, attribute, nn.Parameter(values.to(dtype), requires_grad=False))
         tie(model)

@@ -242,7 +242,7 @@ def _load_gguf(name: str, file: str, device: str | torch.device | None, dtype: s
     gguf, chosen = Gguf.open(file), _device(device)
     config = gguf.config()
     computes = ("float32" if chosen.type == "cpu" else "bfloat16") if dtype == "auto" else dtype
-    model: Any = gguf.model(auto_class(config.model_type, name), getattr(torch, computes), packed=dtype == "auto")
+    model: Any = gguf.model(auto_class(config.model_type, name), config, getattr(torch, computes), dtype == "auto")
     with foreign(f"{name!r} does not fit onto {str(chosen)!r}", InputError):
         return LoadedModel(model.to(chosen), gguf.tokenizer(), name)
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from itertools import repeat
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -12,52 +15,68 @@ CHUNK = 2**26  # values of a weight that are unpacked at a time
 Q5_0 = 6
 
 
-class PackedLinear(nn.Module):
-    """A linear layer whose weight stays in blocks, `(out_features, bytes per row)`, and is unpacked when it runs."""
+class Packed(nn.Module):
+    """A weight in blocks, `(rows, bytes per row)`; modules that share a weight share one of these.
 
-    def __init__(self, linear: nn.Module, blocks: Tensor, kind: int, dtype: torch.dtype) -> None:
+    Args:
+        kind: the number of the blocks' type in ggml.
+        dtype: what values are unpacked to.
+    """
+
+    def __init__(self, blocks: Tensor, kind: int, dtype: torch.dtype) -> None:
         super().__init__()
-        self.out_features, self.in_features = linear.weight.shape  # pyright: ignore[reportAttributeAccessIssue, reportGeneralTypeIssues]
         self.register_buffer("blocks", blocks, persistent=False)
         self.blocks: Tensor
-        self.bias, self.kind, self.dtype = getattr(linear, "bias", None), kind, dtype
+        self.kind, self.dtype = kind, dtype
+
+    def forward(self, blocks: Tensor | None = None) -> Tensor:
+        """Some rows of the weight, or all, unpacked at each call."""
+        return unpacked(self.blocks if blocks is None else blocks, self.kind).to(self.dtype)
+
+
+class PackedLinear(nn.Module):
+    """A linear layer whose weight `(out_features, in_features)` stays packed and is unpacked when it runs."""
+
+    def __init__(self, linear: nn.Module, packed: Packed) -> None:
+        super().__init__()
+        weight: Any = linear.weight
+        self.out_features, self.in_features = weight.shape
+        self.packed, self.bias = packed, getattr(linear, "bias", None)
 
     @property
     def weight(self) -> Tensor:
-        """The whole weight `(out_features, in_features)`, unpacked at each call."""
-        return unpacked(self.blocks, self.kind).to(self.dtype)
+        """The whole weight, unpacked at each call."""
+        return self.packed()
 
     def forward(self, x: Tensor) -> Tensor:
         """`x W^T + bias`, unpacking as many rows at a time as keep within `CHUNK` values."""
         rows = max(1, CHUNK // self.in_features)
-        biases = [None] * len(self.blocks) if self.bias is None else self.bias.split(rows)
+        biases = repeat(None) if self.bias is None else self.bias.split(rows)
         parts = [
-            nn.functional.linear(x, unpacked(some, self.kind).to(x.dtype), bias)
-            for some, bias in zip(self.blocks.split(rows), biases, strict=False)
+            nn.functional.linear(x, self.packed(some).to(x.dtype), bias)
+            for some, bias in zip(self.packed.blocks.split(rows), biases, strict=False)
         ]
         return torch.cat(parts, -1) if len(parts) > 1 else parts[0]
 
 
 class PackedEmbedding(nn.Module):
-    """A token embedding whose rows stay in GGUF blocks, `(tokens, bytes per row)`, and are unpacked when looked up."""
+    """A token embedding whose weight `(num_embeddings, embedding_dim)` stays packed; rows looked up are unpacked."""
 
-    def __init__(self, embedding: nn.Module, blocks: Tensor, kind: int, dtype: torch.dtype) -> None:
+    def __init__(self, embedding: nn.Module, packed: Packed) -> None:
         super().__init__()
-        self.num_embeddings, self.embedding_dim = embedding.weight.shape  # pyright: ignore[reportAttributeAccessIssue, reportGeneralTypeIssues]
-        self.register_buffer("blocks", blocks, persistent=False)
-        self.blocks: Tensor
-        self.kind, self.dtype = kind, dtype
-        self.scale = float(getattr(embedding, "embed_scale", 1.0))
+        weight: Any = embedding.weight
+        self.num_embeddings, self.embedding_dim = weight.shape
+        self.packed, self.scale = packed, float(getattr(embedding, "embed_scale", 1.0))
 
     @property
     def weight(self) -> Tensor:
-        """The whole table `(num_embeddings, embedding_dim)`, unpacked at each call."""
-        return unpacked(self.blocks, self.kind).to(self.dtype)
+        """The whole weight, unpacked at each call."""
+        return self.packed()
 
     def forward(self, ids: Tensor) -> Tensor:
         """The rows of some tokens, `(*ids.shape, embedding_dim)`, with the factor that some models put on them."""
-        rows = unpacked(self.blocks[ids.flatten()], self.kind).to(self.dtype).reshape(*ids.shape, -1)
-        return rows if self.scale == 1 else rows * torch.tensor(self.scale, dtype=self.dtype, device=rows.device)
+        rows = self.packed(self.packed.blocks[ids.flatten()]).reshape(*ids.shape, -1)
+        return rows if self.scale == 1 else rows * torch.tensor(self.scale, dtype=rows.dtype, device=rows.device)
 
 
 def packed_kind(module: nn.Module) -> type[PackedLinear] | type[PackedEmbedding] | None:
@@ -101,4 +120,4 @@ def tie(model: PreTrainedModel) -> None:
     if not isinstance(embedding, PackedEmbedding):
         model.tie_weights()
     elif head is not None and not isinstance(head, PackedLinear) and head.weight.is_meta:
-        model.set_output_embeddings(PackedLinear(head, embedding.blocks, embedding.kind, embedding.dtype))
+        model.set_output_embeddings(PackedLinear(head, embedding.packed))

@@ -157,7 +157,7 @@ def plan_model(folder: Path, *, dtype: str = "bfloat16") -> dict[str, int]:
     """
     file = gguf_file(str(folder))
     gguf = None if file is None else Gguf.open(file)
-    sizes = model_sizes(config_of(str(folder)))
+    sizes = model_sizes(config_of(str(folder)) if gguf is None else gguf.config())
     files = [path for ending in ("*.safetensors", "*.bin") for path in folder.glob(ending)] if gguf is None else []
     return {
         "disk": sum(path.stat().st_size for path in files) if gguf is None else gguf.path.stat().st_size,
