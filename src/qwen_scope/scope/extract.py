@@ -16,7 +16,7 @@ from qwen_scope.model import HookPoint, LoadedModel, context_length, counted_of,
 from qwen_scope.report import Progress as Told
 from qwen_scope.sae import SAE
 from qwen_scope.store import FeatureStore, LayerInfo, StoreWriter, kept_counted, place_of
-from qwen_scope.text import LEAST, Corpus, Counted, phase_numbers, start_ids
+from qwen_scope.text import LEAST, Chat, Corpus, Counted, phase_numbers, start_ids
 
 from .encoding import HOLD_BYTES, elsewhere, encode_window, points_of
 from .engine import Engine, ModelEngine
@@ -57,7 +57,7 @@ class ExtractOptions:
     max_tokens: int | None = None
     window_tokens: int = 2**15
     batch_tokens: int = 4096
-    chat: str | None = None
+    chat: Chat | None = None
     counted: Counted | None = None
     phases: Sequence[str] | None = None
     pool: tuple[str, ...] = ()

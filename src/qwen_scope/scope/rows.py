@@ -11,7 +11,7 @@ import numpy as np
 
 from qwen_scope.errors import InputError
 from qwen_scope.model import LoadedModel
-from qwen_scope.text import PHASES, Chunk, Corpus, Document, Unreadable, chunks, meta_json, start_ids
+from qwen_scope.text import PHASES, Chat, Chunk, Corpus, Document, Unreadable, chunks, meta_json, start_ids
 
 
 @dataclass(frozen=True)
@@ -81,11 +81,12 @@ class Reader:
         state: State,
         row_tokens: int,
         max_tokens: int | None,
-        chat: str | None,
+        chat: Chat | None,
         need_phases: bool = False,
     ) -> None:
         self.corpus, self.tokenizer, self.state = corpus, loaded.tokenizer, state
-        self.row_tokens, self.max_tokens, self.chat = row_tokens, max_tokens, chat
+        self.row_tokens, self.max_tokens = row_tokens, max_tokens
+        self.chat: Chat | None = chat
         self.lead, self.need_phases = start_ids(loaded.tokenizer), need_phases
         corpus.seek(state.cursor)
         self.stream = corpus.rows()

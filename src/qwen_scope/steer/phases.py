@@ -31,7 +31,8 @@ class PromptPhases:
         Raises:
             InputError: the chat template gives no markers to tell the phases by.
         """
-        self._tokenizer, self._chat = tokenizer, chat
+        self._tokenizer = tokenizer
+        self._chat: Chat | None = chat
         self._known = [tokens.phases(i)[1].tolist() for i in range(len(tokens))]
         self._first: list[Phase] = [one.next_phase for one in tokens.rendered]
 

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from qwen_scope.errors import InputError, brief, foreign
 
 from .markers import Markers, Template, learn
-from .options import CHATS
+from .options import CHATS, Chat
 from .phases import ROLES, Phase, Span
 from .spans import REASONING, SpanFinder, find_pieces
 
@@ -87,7 +87,7 @@ class Rendered:
 def render(
     tokenizer: PreTrainedTokenizerBase,
     document: str | Sequence[Message],
-    chat: str | None,
+    chat: Chat | None,
     *,
     tools: Sequence[Any] | None = None,
     where: str = "text 0",
@@ -139,7 +139,7 @@ def render(
 
 
 def template_of(
-    tokenizer: PreTrainedTokenizerBase, chat: str, *, tools: Sequence[Any] | None = None, where: str = "text 0"
+    tokenizer: PreTrainedTokenizerBase, chat: Chat, *, tools: Sequence[Any] | None = None, where: str = "text 0"
 ) -> Template:
     """The tokenizer's chat template in one mode; of several named ones the one it takes for these tools.
 

@@ -15,6 +15,7 @@ from qwen_scope.errors import InputError, brief, foreign
 
 from .chat import Message
 from .document import Document
+from .options import Chat
 from .phases import token_phases
 from .tokenize import check_tokenizer, display, render_document
 
@@ -85,7 +86,7 @@ def chunks(
     tokenizer: PreTrainedTokenizerBase,
     document: Document | str | Sequence[Message],
     *,
-    chat: str | None = None,
+    chat: Chat | None = None,
     phases: bool = False,
 ) -> Iterator[Chunk]:
     """The tokens that `tokenize` gives for a text, without tokenising all of it at once where that can be avoided.

@@ -12,6 +12,7 @@ from qwen_scope.errors import InputError
 
 from .chat import template_of
 from .markers import atoms, is_marker, learn
+from .options import Chat
 from .phases import PHASES, Phase
 
 _MARKER = 64  # characters of the text so far in which a marker of several tokens can begin
@@ -30,7 +31,7 @@ class GenerationPhases:
         for token in generated: phases.feed(token)
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, chat: str | None, first: Phase) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, chat: Chat | None, first: Phase) -> None:
         """Start after a prompt.
 
         Args:

@@ -15,6 +15,7 @@ from qwen_scope.errors import FormatError, InputError
 
 from .corpus import Corpus
 from .document import Document
+from .options import Chat
 from .tokenize import start_ids, token_ids
 
 # Documents are tokenised this many at a time.
@@ -43,14 +44,15 @@ class TokenRows:
         *,
         context_length: int = 512,
         batch_size: int = 16,
-        chat: str | None = None,
+        chat: Chat | None = None,
     ) -> None:
         if chat is not None and not tokenizer.chat_template:
             raise InputError("the tokenizer has no chat template; read the texts without chat")
         self.start = start_ids(tokenizer)
         if context_length <= len(self.start) or batch_size < 1:
             raise InputError(f"a batch needs at least one row of one token, got {batch_size} rows of {context_length}")
-        self.corpus, self.tokenizer, self.chat = corpus, tokenizer, chat
+        self.corpus, self.tokenizer = corpus, tokenizer
+        self.chat: Chat | None = chat
         self.context_length, self.batch_size = context_length, batch_size
         last: Any = tokenizer.eos_token_id
         self.end: list[int] = [] if last is None else [last]

@@ -16,6 +16,7 @@ from qwen_scope.errors import InputError, brief, foreign
 
 from .chat import Message, Rendered, render
 from .document import Document
+from .options import Chat
 from .phases import token_phases
 
 
@@ -70,7 +71,7 @@ def tokenize(
     *,
     max_length: int | None,
     truncate: bool = False,
-    chat: str | None = None,
+    chat: Chat | None = None,
     padding_side: str = "right",
 ) -> Tokens:
     """Tokenise texts into one padded batch, with character offsets and display strings.
@@ -122,7 +123,7 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
         raise InputError(f"{type(tokenizer).__name__} gives no character offsets; a tokenizer.json is needed")
 
 
-def token_ids(tokenizer: PreTrainedTokenizerBase, documents: Sequence[Document], chat: str | None) -> list[list[int]]:
+def token_ids(tokenizer: PreTrainedTokenizerBase, documents: Sequence[Document], chat: Chat | None) -> list[list[int]]:
     """The ids of every document, the same as `tokenize` and `chunks` give.
 
     Raises:
@@ -136,7 +137,7 @@ def token_ids(tokenizer: PreTrainedTokenizerBase, documents: Sequence[Document],
     return found
 
 
-def render_document(tokenizer: PreTrainedTokenizerBase, document: Document, chat: str | None) -> Rendered:
+def render_document(tokenizer: PreTrainedTokenizerBase, document: Document, chat: Chat | None) -> Rendered:
     """A document as it will be tokenised; the tools that its row names go to the chat template."""
     tools = document.meta.get("tools") if chat is not None else None
     where = f"row {document.row} of {document.source}" if document.source else "the text"

@@ -10,6 +10,7 @@ from qwen_scope.errors import InputError
 
 from .corpus import Corpus
 from .document import Document
+from .options import Chat
 from .unused import tell_unused
 
 T = TypeVar("T")
@@ -58,6 +59,6 @@ def only_text(found: Document) -> str:
     return found.text
 
 
-def as_read(found: Document, chat: str | None) -> str | list[dict[str, Any]]:
+def as_read(found: Document, chat: Chat | None) -> str | list[dict[str, Any]]:
     """The text of a row, or with `chat` its conversation, which is rendered where it is tokenised."""
     return only_text(found) if chat is None else found.text

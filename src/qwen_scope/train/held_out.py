@@ -11,7 +11,7 @@ from typing import Any
 from qwen_scope.errors import FormatError
 from qwen_scope.files import Fields
 from qwen_scope.sae import SAE
-from qwen_scope.text import CHATS, Corpus
+from qwen_scope.text import CHATS, Chat, Corpus
 
 KEY = "held_out"
 """Where the record is in an SAE's `meta` and files."""
@@ -37,7 +37,7 @@ class HeldOut:
     context_length: int
     batch_size: int
     tokens: int
-    chat: str | None
+    chat: Chat | None
 
     def to_json(self) -> dict[str, Any]:
         """As values of JSON."""
