@@ -1,4 +1,4 @@
-"""`qwen-scope export`: a store for other tools."""
+"""`qwen-scope export`: a store for other tools, and a recipe for other runtimes."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ import typer
 
 from qwen_scope.errors import InputError
 from qwen_scope.features import DelphiOptions, NeuronpediaOptions
+from qwen_scope.scope import ScopeOptions
 
-from . import options, output, show
+from . import changes, options, output, show
 from .groups import OPTIONS, Read, grouped
 from .store import the_layer
 
@@ -19,7 +20,9 @@ if TYPE_CHECKING:
     from qwen_scope.report import Progress
     from qwen_scope.store import FeatureStore
 
-KINDS = ("statistics", "neuronpedia", "delphi")
+OF_STORES = ("statistics", "neuronpedia", "delphi")
+OF_RECIPES = ("control-vector", "ablated-checkpoint")
+KINDS = (*OF_STORES, *OF_RECIPES)
 
 
 OPTIONS[NeuronpediaOptions] = {
@@ -57,23 +60,40 @@ OPTIONS[DelphiOptions] = {
 
 @grouped
 def export(
-    folder: Annotated[Path, typer.Argument(metavar="STORE", help="A store that extract has written.")],
+    source: Annotated[
+        Path, typer.Argument(metavar="STORE|RECIPE", help="A store that extract has written, or a recipe of steer.")
+    ],
     to: Annotated[str, typer.Option("--to", help=f"One of {', '.join(KINDS)}.")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="A .csv or .parquet file for statistics, else a folder.")],
+    out: Annotated[
+        Path,
+        typer.Option(
+            "--out", "-o", help="A .csv or .parquet file for statistics, a .gguf for control-vector, else a folder."
+        ),
+    ],
     neuronpedia: NeuronpediaOptions,
     delphi: DelphiOptions,
+    asked: ScopeOptions = changes.SCOPE,
     layers: options.Layers = None,
     as_json: options.Json = False,
 ) -> None:
-    """Write Neuronpedia's upload and bulk files, a latents folder for delphi, or a table of statistics with labels."""
+    """Write a store for other tools, or a recipe for other runtimes.
+
+    A store: Neuronpedia's upload and bulk files, a latents folder for delphi, or a table of statistics with labels.
+    A recipe: a control vector for llama.cpp, or a checkpoint without the directions that the recipe ablates.
+    """
     from qwen_scope.features import export_delphi, export_statistics
     from qwen_scope.files import not_onto_itself
     from qwen_scope.store import FeatureStore
 
     options.one_of("--to", to, KINDS)
-    not_onto_itself(out, folder)
+    not_onto_itself(out, source)
     wanted = options.parse_layers(layers)
-    store = FeatureStore(folder)
+    if to in OF_RECIPES:
+        if wanted is not None:
+            raise InputError("a recipe names its own layers; leave --layers away")
+        for_runtime(source, to, out, asked, as_json)
+        return
+    store = FeatureStore(source)
     with output.progress() as bar:
         if to == "statistics":
             n = export_statistics(store, out, wanted)
@@ -113,3 +133,36 @@ def for_neuronpedia(
         store, layer, out, model_id=how.model_id, set_name=how.set_name, creator=creator, features=how.features,
         scope=scope, progress=progress, **registered,
     )  # fmt: skip
+
+
+def for_runtime(recipe: Path, to: str, out: Path, asked: ScopeOptions, as_json: bool) -> None:
+    """Write a recipe for another runtime, and say what was written."""
+    from qwen_scope.features import export_ablated, export_control_vector, recipe_interventions
+    from qwen_scope.files import check_folder, check_output
+    from qwen_scope.steer import check_ablated, check_control_vector, load_recipe
+
+    inputs = [recipe, *options.folders_of(asked)]
+    given = load_recipe(recipe).interventions  # refused before the model is opened
+    if to == "control-vector":
+        check_control_vector(given)
+        check_output(out, *inputs, endings=(".gguf",))
+    else:
+        check_ablated(given)
+        check_folder(out, (), *inputs)
+    scope = options.open_asked(asked)
+    interventions = recipe_interventions(scope, recipe)
+    if to == "control-vector":
+        layers = export_control_vector(scope, interventions, out)
+        written, said = {"layers": layers}, f"{out}: vectors of layers {', '.join(map(str, layers))}"
+    else:
+        with output.status("changing the weights"):
+            off = export_ablated(scope, interventions, out)
+        written = {"difference": off}
+        said = (
+            f"{out}: a model whose log-probabilities differ from the recipe's by {off.mean:.2g} nats on average and"
+            f" {off.largest:.2g} at most, over {off.tokens} tokens"
+        )
+    if as_json:
+        output.print_json({"written": str(out), **written})
+    else:
+        output.console().print(said, soft_wrap=True)

@@ -78,6 +78,8 @@ from .repeats import RepeatFeature as RepeatFeature
 from .repeats import repeat_features as repeat_features
 from .repeats import repeats_in_store as repeats_in_store
 from .repeats import repeats_in_texts as repeats_in_texts
+from .runtimes import export_ablated as export_ablated
+from .runtimes import export_control_vector as export_control_vector
 from .selectivity import Removal as Removal
 from .selectivity import Selectivity as Selectivity
 from .selectivity import selectivity as selectivity

@@ -1,8 +1,14 @@
+from .ablated import ablated as ablated
+from .ablated import check_ablated as check_ablated
 from .activation import activations as activations
 from .activation import activations_reference as activations_reference
+from .calibrate import SAMPLE as SAMPLE
 from .calibrate import calibrate as calibrate
 from .calibrate import counted_on_sample as counted_on_sample
 from .change import change_reference as change_reference
+from .control_vector import check_control_vector as check_control_vector
+from .control_vector import control_vector as control_vector
+from .control_vector import write_control_vector as write_control_vector
 from .decoding import Decoding as Decoding
 from .generate import Candidate as Candidate
 from .generate import GeneratedToken as GeneratedToken
