@@ -18,7 +18,7 @@ ROWS = [
     ["steer", "store"],
     ["scope"],
     ["features", "analysis", "train"],
-    ["posttrain"],
+    ["circuits", "posttrain"],
     ["foundry"],
     ["serve", "explorer"],
     ["cli"],

@@ -1,0 +1,14 @@
+from .edges import Incoming as Incoming
+from .edges import incoming as incoming
+from .effects import Effects as Effects
+from .effects import Method as Method
+from .effects import Place as Place
+from .effects import ablated as ablated
+from .effects import check_method as check_method
+from .effects import effects as effects
+from .quantity import Quantity as Quantity
+from .quantity import most_likely as most_likely
+from .quantity import one_token as one_token
+from .reading import Active as Active
+from .reading import Reading as Reading
+from .reading import read as read

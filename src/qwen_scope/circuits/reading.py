@@ -1,0 +1,224 @@
+"""`Reading`: what the streams of one prompt are made of, and forward passes of that prompt under changes."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from qwen_scope.errors import InputError, foreign
+from qwen_scope.model import HookPoint, changing, input_device
+from qwen_scope.scope import Scope
+from qwen_scope.text import REASONS
+
+from .quantity import Quantity
+
+# Tokens of one forward pass whose graph is kept.
+BATCH_TOKENS = 2048
+
+
+@dataclass(frozen=True, eq=False)
+class Active:
+    """The active features of one layer, flat: entry n is feature `features[n]` at token `positions[n]`."""
+
+    positions: Int[Tensor, " n"]
+    features: Int[Tensor, " n"]
+    values: Float[Tensor, " n"]
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+
+@dataclass(frozen=True, eq=False)
+class Reading:
+    """A prompt up to the position that is asked about, taken apart: `h = W_dec a + b_dec + e` at each layer.
+
+    At a token that does not count (the first, sinks, special ones) an SAE was not trained, so there its whole stream
+    less `b_dec` is error and no feature is a node.
+
+    Attributes:
+        scope, quantity: whose, and what is asked about; its position counts from the start.
+        ids, tokens: of the prompt, up to that position.
+        layers: those taken apart, ascending.
+        embeddings: what the first block reads, `(seq, d_model)`.
+        streams, errors: by layer, `(seq, d_model)` in fp32.
+        active: by layer, the features.
+        left_out: by layer, why a token does not count; "" where it does.
+        value: of the quantity.
+        logits: at the position; None for a feature.
+    """
+
+    scope: Scope
+    quantity: Quantity
+    ids: tuple[int, ...]
+    tokens: tuple[str, ...]
+    layers: tuple[int, ...]
+    embeddings: Float[Tensor, "seq d_model"]
+    streams: Mapping[int, Float[Tensor, "seq d_model"]]
+    errors: Mapping[int, Float[Tensor, "seq d_model"]]
+    active: Mapping[int, Active]
+    left_out: Mapping[int, tuple[str, ...]]
+    value: float
+    logits: Tensor | None
+
+    @property
+    def n_nodes(self) -> int:
+        """How many features are active, over all layers and tokens."""
+        return sum(len(one) for one in self.active.values())
+
+    @property
+    def rows(self) -> int:
+        """How many copies of the prompt one forward pass takes."""
+        return max(1, BATCH_TOKENS // len(self.ids))
+
+    def decoder(self, layer: int) -> Float[Tensor, "n d_model"]:
+        """The direction of every active feature of a layer, times its activation."""
+        one, sae = self.active[layer], self.scope.saes[layer]
+        return sae.W_dec[:, one.features].T.float() * one.values[:, None]
+
+    def run(
+        self,
+        embeddings: Float[Tensor, "batch seq d_model"],
+        changes: Mapping[int, Callable[[Tensor], Tensor]] | None = None,
+    ) -> Float[Tensor, " batch"]:
+        """The quantity on every row of embeddings, with the streams of layers changed on the way."""
+        return forward(self.scope, self.quantity, embeddings, changes or {})[0]
+
+    def copies(self, n: int) -> Float[Tensor, "n seq d_model"]:
+        """The embeddings of the prompt, `n` times."""
+        return self.embeddings.expand(n, *self.embeddings.shape)
+
+
+def read(
+    scope: Scope,
+    ids: Sequence[int],
+    quantity: Quantity,
+    layers: Sequence[int] | None = None,
+    *,
+    tokens: Sequence[str] | None = None,
+) -> Reading:
+    """Take a prompt apart.
+
+    Args:
+        ids: the prompt's tokens.
+        layers: which layers are taken apart; by default all that have an SAE, and for a feature those below its own.
+
+    Raises:
+        InputError: a position past the end, SAEs that do not read the residual stream, a feature that is not active
+            at the position, or no layer below it.
+        NotFoundError: a layer without an SAE.
+    """
+    quantity = quantity.at(len(ids))
+    quantity.check(scope)
+    ids = list(ids[: quantity.position + 1])
+    chosen = sorted(set(scope.check_layers(layers)))
+    if quantity.layer is not None:
+        chosen = [layer for layer in chosen if layer < quantity.layer]
+        if not chosen:
+            raise InputError(f"no layer below {quantity.layer} is left to explain its feature {quantity.feature} with")
+    for layer in chosen:
+        if (point := scope.hook_point(layer)).stream != "resid_post":
+            raise InputError(
+                f"the SAE of layer {layer} reads {point.stream}; a graph needs SAEs of the residual stream"
+            )
+    embeddings = _embeddings(scope, ids)
+    with torch.no_grad():
+        kept: dict[int, Tensor] = {}
+        value, logits = forward(scope, quantity, embeddings[None], {layer: _keeper(kept, layer) for layer in chosen})
+    if quantity.kind == "feature" and not float(value[0]) > 0:
+        raise InputError(
+            f"feature {quantity.feature} of layer {quantity.layer} is not active at position {quantity.position};"
+            " name one that is (qwen-scope features shows them)"
+        )
+    streams, errors, active, left_out = {}, {}, {}, {}
+    for layer in chosen:
+        streams[layer] = kept[layer][0].float()
+        left_out[layer] = _left_out(scope, ids, layer, streams[layer])
+        active[layer], errors[layer] = _apart(scope, layer, streams[layer], left_out[layer])
+    shown = tuple(tokens[: len(ids)]) if tokens else tuple(str(scope.tokenizer.decode([i])) for i in ids)
+    return Reading(
+        scope, quantity, tuple(ids), shown, tuple(chosen), embeddings, streams, errors, active, left_out,
+        float(value[0]), None if logits is None else logits[0],
+    )  # fmt: skip
+
+
+def forward(
+    scope: Scope, quantity: Quantity, embeddings: Tensor, changes: Mapping[int, Callable[[Tensor], Tensor]]
+) -> tuple[Float[Tensor, " batch"], Tensor | None]:
+    """The quantity at its position for every row, and the logits there; gradients flow where they are enabled."""
+    model = scope.model
+    taken: dict[str, Tensor] = {}
+
+    def change(h: Tensor, point: HookPoint) -> Tensor:
+        new = changes[point.layer](h) if point.layer in changes else h
+        if point.layer == quantity.layer:
+            taken["h"] = new[:, quantity.position]
+        return new
+
+    at = {*changes, *([] if quantity.layer is None else [quantity.layer])}
+    kept: dict[str, Any] = {}
+    if "logits_to_keep" in inspect.signature(model.forward).parameters:
+        kept["logits_to_keep"] = 1  # the position asked about is the last
+    hooks = changing(model, {HookPoint(layer): change for layer in at}) if at else ExitStack()
+    with hooks:
+        logits = model(inputs_embeds=embeddings, use_cache=False, **kept).logits[:, -1]
+    if quantity.layer is not None:
+        return quantity.of_residual(scope, taken["h"]), None
+    return quantity.of_logits(logits), logits
+
+
+def gradients(value: Tensor, of: Sequence[Tensor], *, again: bool = False) -> list[Tensor]:
+    """The gradient of a sum of values in fp32; zeros for a tensor that has no part in it.
+
+    Args:
+        again: keep the graph for another backward pass.
+
+    Raises:
+        InputError: the model's kernels give no gradient.
+    """
+    hint = "load the model unquantised, with PyTorch's own kernels (attn_implementation sdpa or eager)"
+    if not value.requires_grad:
+        raise InputError(f"the model gives no gradient to explain it with: its kernels detach; {hint}")
+    with foreign("the model gives no gradient to explain it with", InputError, hint):
+        found = torch.autograd.grad(value.sum(), list(of), retain_graph=again, allow_unused=True)
+    return [
+        torch.zeros_like(x, dtype=torch.float32) if g is None else g.float() for g, x in zip(found, of, strict=True)
+    ]
+
+
+def _keeper(kept: dict[int, Tensor], layer: int) -> Callable[[Tensor], Tensor]:
+    def keep(h: Tensor) -> Tensor:
+        kept[layer] = h
+        return h
+
+    return keep
+
+
+def _embeddings(scope: Scope, ids: Sequence[int]) -> Tensor:
+    with torch.no_grad():
+        place = input_device(scope.model)
+        return scope.model.get_input_embeddings()(torch.tensor(ids, device=place))
+
+
+def _left_out(scope: Scope, ids: Sequence[int], layer: int, stream: Tensor) -> tuple[str, ...]:
+    counted, point = scope.counted[layer], scope.hook_point(layer)
+    sinks = counted.sinks(stream, point).cpu()
+    reasons = counted.reasons(torch.tensor([list(ids)]), sinks=sinks[None])[0]
+    return tuple("" if code == 0 else REASONS[code] for code in reasons.tolist())
+
+
+def _apart(scope: Scope, layer: int, stream: Tensor, left_out: Sequence[str]) -> tuple[Active, Tensor]:
+    sae = scope.saes[layer]
+    acts = sae.encode(stream)
+    counts = torch.tensor([not reason for reason in left_out], device=acts.values.device)
+    values = acts.values * counts[:, None]
+    positions, slots = (values > 0).nonzero(as_tuple=True)
+    features = acts.indices[positions, slots].long()
+    error = stream - sae.decode(acts) * counts[:, None] - sae.b_dec.float() * ~counts[:, None]
+    return Active(positions, features, values[positions, slots].float()), error
