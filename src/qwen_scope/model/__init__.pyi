@@ -29,10 +29,10 @@ from .load import load_model as load_model
 from .load import load_tokenizer as load_tokenizer
 from .model_sizes import ModelSizes as ModelSizes
 from .model_sizes import model_sizes as model_sizes
-from .writers import Writer as Writer
-from .writers import embedding_writer as embedding_writer
-from .writers import part_writers as part_writers
 from .rules import Routing as Routing
 from .rules import has_routers as has_routers
 from .rules import plain_kernels as plain_kernels
 from .rules import relevance as relevance
+from .writers import Writer as Writer
+from .writers import embedding_writer as embedding_writer
+from .writers import part_writers as part_writers
