@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -11,20 +10,19 @@ from typing import Any
 
 import torch
 import transformers
-from huggingface_hub import constants, get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
 from huggingface_hub import errors as hub
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
 from qwen_scope.errors import FormatError, InputError, NotFoundError, brief, foreign, need
 
 from . import adapter as adapters
 from .gguf import Gguf, gguf_file
+from .place import folder_of, known_type, read_config, sentence
+from .quantized import quantised
+from .weights import load_weights
 
 DTYPES = ("float32", "bfloat16", "float16", "auto")
 QUANTIZATIONS = ("8bit", "4bit")
-# Tensors beside quantised weights; a loader that does not use them would take the weights for what they are not.
-SCALES = ("weight_scale_inv", "weight_scale", "input_scale", ".scales", ".qzeros", ".absmax", ".SCB")
 
 
 @dataclass(frozen=True)
@@ -83,30 +81,17 @@ def load_model(
         if device_map is not None or quantization is not None:
             raise InputError("a GGUF is quantised already and runs on one device: drop device_map and quantization")
         return _load_gguf(name, file, device, dtype)
-    placement = _placement(device, device_map, quantization)
     config = load_config(name, revision=revision)
+    as_is = quantization is not None and not isinstance(quantization, str)
+    stored = None if as_is else quantised(name, config)
+    if stored is not None and quantization is not None:
+        raise InputError(f"the weights of {name!r} are quantised already ({stored}); drop quantization")
+    own = _placement(device, device_map, quantization, stored is not None and not stored.unpacked)
     auto = auto_class(config.model_type, name)
-    place = _folder(name) or name
+    place = folder_of(name) or name
     tokenizer = _tokenizer(name, place, revision)
-    _check_quantisation(name, config)
-    options = {"config": config, "revision": revision, "dtype": dtype, "use_safetensors": True, **placement}
-    with foreign(f"the weights of {name!r} can't be loaded", hint=_quantised(config)):
-        try:  # what does not fit is reported below in one sentence, not raised with a table
-            model, info = auto.from_pretrained(place, ignore_mismatched_sizes=True, output_loading_info=True, **options)
-        except OSError as error:
-            raise NotFoundError(f"the weights of {name!r} can't be loaded: {_sentence(error)}") from error
-    if mismatched := sorted(info["mismatched_keys"]):
-        raise FormatError(
-            f"the weights of {name!r} do not have the shapes its config.json says, such as {mismatched[0][0]!r}"
-        )
-    if missing := sorted(info["missing_keys"]):
-        raise FormatError(f"the weights of {name!r} lack {len(missing)} tensors, such as {missing[0]!r}")
-    if scales := sorted(key for key in info["unexpected_keys"] if key.endswith(SCALES)):
-        raise FormatError(
-            f"the weights of {name!r} come with scales, such as {scales[0]!r}, which its config.json does"
-            " not speak of and which would be ignored; name the model in its original precision"
-        )
-    if "device_map" not in placement:
+    model = load_weights(name, place, auto, config, stored, {"revision": revision, "dtype": dtype, **own})
+    if "device_map" not in own:
         chosen = _device(device)
         with foreign(f"{name!r} does not fit onto {str(chosen)!r}", InputError):
             model = model.to(chosen)
@@ -149,14 +134,14 @@ def load_config(source: str | os.PathLike[str], *, revision: str | None = None) 
         return Gguf.open(file).config()
     if adapters.is_adapter(name):
         return load_config(adapters.base_of(Path(name).expanduser()), revision=revision)
-    place = _folder(name) or name
-    _model_type(name, _read_config(name, place, revision))
+    place = folder_of(name) or name
+    known_type(name, read_config(name, place, revision))
     with foreign(f"the config.json of {name!r} holds a value that does not fit"):
         try:
             return transformers.AutoConfig.from_pretrained(place, revision=revision)
         except hub.StrictDataclassError as error:  # its first line names the class alone
             raise FormatError(
-                f"the config.json of {name!r} holds a value that does not fit: {_sentence(error)}"
+                f"the config.json of {name!r} holds a value that does not fit: {sentence(error)}"
             ) from error
 
 
@@ -199,7 +184,7 @@ def _device(device: str | torch.device | None) -> torch.device:
     return chosen
 
 
-def _placement(device: Any, device_map: Any, quantization: Any) -> dict[str, Any]:
+def _placement(device: Any, device_map: Any, quantization: Any, stays_quantised: bool) -> dict[str, Any]:
     """The arguments of `from_pretrained` that say where and how small the weights go."""
     accelerate = find_spec("accelerate") is not None
     if device_map is not None:
@@ -211,6 +196,8 @@ def _placement(device: Any, device_map: Any, quantization: Any) -> dict[str, Any
         chosen = _device(device)
         # straight onto the device, without a copy in host memory
         place = {"device_map": {"": chosen}} if accelerate and chosen.type != "cpu" else {}
+    if stays_quantised:  # transformers would move to a GPU what has no map
+        return {"device_map": {"": _device(device)}, **place}
     if quantization is None:
         return place
     if isinstance(quantization, str):
@@ -247,60 +234,6 @@ def _load_gguf(name: str, file: str, device: str | torch.device | None, dtype: s
         return LoadedModel(model.to(chosen), gguf.tokenizer(), name)
 
 
-def _folder(name: str) -> str | None:
-    """The folder a source names, or None where it can only be a hub id."""
-    path = Path(name).expanduser()
-    if name and path.is_dir():
-        return str(path)
-    if name and path.exists():
-        raise NotFoundError(f"{name!r} is a file; pass the folder that holds the model")
-    if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or "\\" in name or not name:
-        raise NotFoundError(f"there is no folder {name!r}")
-    return None
-
-
-def _read_config(name: str, place: str, revision: str | None) -> dict[str, Any]:
-    path = Path(place, "config.json") if Path(place).is_dir() else Path(_fetch_config(place, revision))
-    if not path.is_file():
-        raise FormatError(f"the folder {name!r} has no config.json, so it holds no transformers model")
-    with foreign(f"the config.json of {name!r} can't be read"):
-        config = json.loads(path.read_text(encoding="utf-8"))
-    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
-        raise FormatError(f"the config.json of {name!r} names no model_type, so it is no transformers model")
-    return config
-
-
-def _fetch_config(repo: str, revision: str | None) -> str:
-    """The path of the cached config.json, so that whatever is wrong with the repository shows at once."""
-    try:
-        if not constants.HF_HUB_OFFLINE and try_to_load_from_cache(repo, "config.json", revision=revision) is None:
-            get_hf_file_metadata(hf_hub_url(repo, "config.json", revision=revision))  # fails without retrying
-        return hf_hub_download(repo, "config.json", revision=revision)
-    except hub.HFValidationError as error:
-        raise NotFoundError(f"{repo!r} is neither a folder here nor a hub id (owner/name)") from error
-    except hub.GatedRepoError as error:
-        raise NotFoundError(
-            f"{repo!r} is gated: ask for access on its page, then log in with 'hf auth login'"
-        ) from error
-    except hub.RevisionNotFoundError as error:
-        raise NotFoundError(f"{repo!r} has no revision {revision!r}") from error
-    except hub.RepositoryNotFoundError as error:
-        raise NotFoundError(
-            f"{repo!r} is neither a folder here nor a repository on the Hub (a private one needs 'hf auth login')"
-        ) from error
-    except (hub.LocalEntryNotFoundError, hub.OfflineModeIsEnabled) as error:
-        why = "offline mode is on (HF_HUB_OFFLINE)" if constants.HF_HUB_OFFLINE else "the Hub can't be reached"
-        raise NotFoundError(f"{repo!r} is not in the local cache and {why}") from error
-    except hub.EntryNotFoundError as error:
-        raise FormatError(f"{repo!r} has no config.json, so it holds no transformers model") from error
-    except hub.HfHubHTTPError as error:
-        raise NotFoundError(f"the Hub did not give {repo!r}: {_sentence(error)}") from error
-    except hub.HTTPError as error:  # pyright: ignore[reportPrivateImportUsage]  # of httpx or httpx2, by version
-        raise NotFoundError(
-            f"{repo!r} is not in the local cache and the Hub can't be reached: {_sentence(error)}"
-        ) from error
-
-
 def load_tokenizer(source: str | os.PathLike[str], *, revision: str | None = None) -> PreTrainedTokenizerBase:
     """The tokenizer of a model, without its weights, from the same sources as `load_model`.
 
@@ -312,7 +245,7 @@ def load_tokenizer(source: str | os.PathLike[str], *, revision: str | None = Non
         return Gguf.open(file).tokenizer()
     if adapters.is_adapter(name) and not adapters.has_tokenizer(folder := Path(name).expanduser()):
         return load_tokenizer(adapters.base_of(folder), revision=revision)
-    return _tokenizer(name, _folder(name) or name, revision)
+    return _tokenizer(name, folder_of(name) or name, revision)
 
 
 def _tokenizer(name: str, place: str, revision: str | None) -> PreTrainedTokenizerBase:
@@ -323,48 +256,3 @@ def _tokenizer(name: str, place: str, revision: str | None) -> PreTrainedTokeniz
     if not known:  # transformers makes an empty one where there is no file
         raise NotFoundError(f"{name!r} has no tokenizer; put its tokenizer.json beside the weights")
     return tokenizer
-
-
-def _check_quantisation(name: str, config: PreTrainedConfig) -> None:
-    """Refuse weights that are quantised in a way that transformers would not see, and read as they stand.
-
-    Raises:
-        InputError: a method that this transformers does not know.
-    """
-    found = getattr(config, "quantization_config", None)
-    if not isinstance(found, dict) or found.get("load_in_4bit") or found.get("load_in_8bit"):
-        return
-    method = found.get("quant_method")
-    if not isinstance(method, str) or method not in AUTO_QUANTIZATION_CONFIG_MAPPING:
-        by = "in a way that their config.json does not name" if method is None else f"by {brief(method)}"
-        raise InputError(
-            f"the weights of {name!r} are quantised {by}, which transformers {transformers.__version__} can't read;"
-            " name the model in its original precision"
-        )
-
-
-def _quantised(config: PreTrainedConfig) -> str:
-    """What helps where quantised weights can't be loaded; nothing for weights as they were trained."""
-    found = getattr(config, "quantization_config", None)
-    if not found:
-        return ""
-    method = found.get("quant_method") if isinstance(found, dict) else getattr(found, "quant_method", None)
-    how = f" ({brief(method)})" if isinstance(method, str) else ""
-    return f"its weights are quantised{how}: install what that needs, or name the model in its original precision"
-
-
-def _model_type(name: str, config: dict[str, Any]) -> str:
-    kind = config["model_type"]
-    if kind not in transformers.CONFIG_MAPPING:
-        hint = (
-            "it needs code of its own, which is not run"
-            if "auto_map" in config
-            else f"transformers {transformers.__version__} does not know it; a newer transformers may"
-        )
-        raise InputError(f"{name!r} has the architecture {kind!r}: {hint}")
-    return kind
-
-
-def _sentence(error: BaseException) -> str:
-    """The first sentence of a longer message, on one line."""
-    return " ".join(str(error).split(". ")[0].split()).rstrip(".") or type(error).__name__
