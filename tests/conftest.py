@@ -37,6 +37,7 @@ ROOMS = (
     "report",
     "sae",
     "scope",
+    "serve",
     "stats",
     "steer",
     "store",

@@ -5,7 +5,11 @@ from .activation import activations_reference as activations_reference
 from .calibrate import SAMPLE as SAMPLE
 from .calibrate import calibrate as calibrate
 from .calibrate import counted_on_sample as counted_on_sample
+from .change import Change as Change
 from .change import change_reference as change_reference
+from .change import changed as changed
+from .change import check_together as check_together
+from .change import grouped as grouped
 from .control_vector import check_control_vector as check_control_vector
 from .control_vector import control_vector as control_vector
 from .control_vector import write_control_vector as write_control_vector
@@ -29,6 +33,7 @@ from .phases import RowPhases as RowPhases
 from .recipe import Recipe as Recipe
 from .recipe import load_recipe as load_recipe
 from .recipe import signature as signature
+from .recipe import signature_of as signature_of
 from .steering import SAEsByLayer as SAEsByLayer
 from .steering import StatsByLayer as StatsByLayer
 from .steering import resolve as resolve

@@ -95,7 +95,7 @@ class Change:
         if not sets:
             return cls(where, vector)
         assert sae is not None, "only a feature can be set"
-        numbers = torch.tensor([_LINE[one.op](one.amount) for one in sets], device=sae.device)
+        numbers = torch.tensor([_LINE[one.op](one.amount) for one in sets], dtype=torch.float32, device=sae.device)
         factor, offset, low, high = numbers.unbind(-1)
         return cls(
             where,
@@ -115,8 +115,8 @@ class Change:
         return self.vector is None and not self.features and self.basis is None
 
     def __call__(
-        self, h: Float[Tensor, "batch seq d_model"], chosen: Bool[Tensor, "batch seq"] | None
-    ) -> Float[Tensor, "batch seq d_model"]:
+        self, h: Float[Tensor, "*rows d_model"], chosen: Bool[Tensor, "*rows"] | None
+    ) -> Float[Tensor, "*rows d_model"]:
         """The residual after the change, at the chosen tokens (None: at all); `h` itself where nothing changes."""
         if self.vector is not None and not self.features:
             new = h + self.vector.to(h.device, h.dtype)
@@ -151,6 +151,50 @@ class Change:
         assert self.basis is not None
         component = rows.float() @ self.basis.T
         return (rows.float() - self.share * component @ self.basis).to(rows.dtype)
+
+
+def grouped(
+    interventions: Sequence[Intervention], sae: SAE | None, device: torch.device, dtype: torch.dtype
+) -> list[Change]:
+    """The interventions at one hook point as changes in the order in which they apply: directions are removed last.
+
+    Args:
+        interventions: with raw amounts, all at one hook point.
+        sae: the dictionary of their features.
+        device, dtype: of the residual.
+
+    Raises:
+        InputError, MismatchError: as in `Change.of` and `Intervention.vector`.
+    """
+    groups: dict[tuple[bool, Where], list[Intervention]] = {}
+    for one in interventions:
+        groups.setdefault((one.removes_direction, one.where), []).append(one)
+    ordered = sorted(groups.items(), key=lambda item: item[0][0])
+    changes = [Change.of(group, sae, device, dtype) for _, group in ordered]
+    return [change for change in changes if not change.nothing]
+
+
+def changed(
+    h: Float[Tensor, "*rows d_model"], changes: Sequence[Change], chosen: Sequence[Bool[Tensor, "*rows"] | None]
+) -> Float[Tensor, "*rows d_model"]:
+    """The residuals after all changes at one hook point; pure, and `h` itself where nothing changes.
+
+    Differences all read `h` as it arrives and add up; then directions are removed. PyTorch hooks and servers both end
+    here.
+
+    Args:
+        changes: as `grouped` orders them.
+        chosen: for each, the rows it touches; None for all.
+    """
+    new = h
+    for one, rows in zip(changes, chosen, strict=True):
+        if one.basis is not None:
+            new = one(new, rows)
+            continue
+        now = one(h, rows)
+        if now is not h:
+            new = now if new is h else torch.where(new == h, now, new + (now - h))
+    return new
 
 
 def check_together(interventions: Sequence[Intervention]) -> None:

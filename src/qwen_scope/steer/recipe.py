@@ -194,7 +194,11 @@ def signature(model: nn.Module) -> str:
 
     Base and post-trained models of one size share it, because SAEs of the one are used on the other.
     """
-    config = text_config(model)
+    return signature_of(text_config(model))
+
+
+def signature_of(config: Any) -> str:
+    """The same from the config of the text decoder."""
     return f"{config.model_type}, {config.num_hidden_layers} layers of {config.hidden_size}"
 
 

@@ -13,10 +13,9 @@ from qwen_scope.errors import InputError, MismatchError, NotFoundError
 from qwen_scope.model import HookPoint, LayerStats, blocks, changing, d_model, n_layers, token_positions
 from qwen_scope.sae import SAE
 
-from .change import Change, check_together
+from .change import Change, changed, check_together, grouped
 from .intervention import Intervention
 from .phases import RowPhases
-from .where import Where
 
 
 @runtime_checkable
@@ -82,12 +81,7 @@ def prepare(
         parameter = next(layers[point.layer].parameters())
         here = [one for one in resolved if one.hook_point == point]
         sae = _sae(saes, point.layer) if any(one.feature is not None for one in here) else None
-        groups: dict[tuple[bool, Where], list[Intervention]] = {}
-        for one in here:
-            groups.setdefault((one.removes_direction, one.where), []).append(one)
-        ordered = sorted(groups.items(), key=lambda item: item[0][0])  # directions are removed last
-        changes = [Change.of(group, sae, parameter.device, _dtype(model)) for _, group in ordered]
-        changes = [change for change in changes if not change.nothing]
+        changes = grouped(here, sae, parameter.device, _dtype(model))
         if changes:
             lengths = None if prompt_lengths is None else torch.tensor(prompt_lengths, device=parameter.device)[:, None]
             prepared[point] = _changer(changes, lengths, phases)
@@ -131,16 +125,8 @@ def _changer(
         positions = positions.to(h.device).expand(*h.shape[:2])
         ends = torch.full((len(h), 1), 2**62, device=h.device) if lengths is None else lengths
         told = phases.at(positions) if phases is not None and any(one.where.by_phase for one in changes) else None
-        new = h
-        for one in changes:
-            chosen = None if one.where.everywhere else one.where.mask(positions, ends, told)
-            if one.basis is not None:
-                new = one(new, chosen)
-                continue
-            now = one(h, chosen)
-            if now is not h:
-                new = now if new is h else torch.where(new == h, now, new + (now - h))
-        return new
+        masks = [None if one.where.everywhere else one.where.mask(positions, ends, told) for one in changes]
+        return changed(h, changes, masks)
 
     return change
 

@@ -1,0 +1,14 @@
+from .admit import Admission as Admission
+from .admit import ModelFacts as ModelFacts
+from .admit import write_stats as write_stats
+from .plugin import register as register
+from .protocol import FIELD as FIELD
+from .protocol import Ask as Ask
+from .protocol import PromptKinds as PromptKinds
+from .protocol import Read as Read
+from .rows import Pattern as Pattern
+from .rows import Step as Step
+from .settings import ServeSettings as ServeSettings
+from .tables import Tables as Tables
+from .worker import Shape as Shape
+from .worker import WorkerState as WorkerState

@@ -1,0 +1,221 @@
+"""Admission: what a request asks, resolved and checked against what the server has, before anything runs."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from qwen_scope.errors import FormatError, InputError, MismatchError, NotFoundError, nearest
+from qwen_scope.files import read_object
+from qwen_scope.model import HookPoint, LayerStats
+from qwen_scope.sae import SAE, layers_of, load_sae
+from qwen_scope.steer import Intervention, check_together, load_recipe
+
+from .compiled import Compiled
+from .protocol import Ask, Read, canonical
+from .settings import ServeSettings
+
+REMEMBERED = 1024
+"""Interventions that were found to fit, by fingerprint."""
+
+RECIPE_BYTES = 8 * 10**6
+STATS_VERSION = 1
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What admission has to know of the served model.
+
+    Attributes:
+        layers: how many blocks.
+        width: of the residual.
+        dtype: the type of the residual.
+        context: the most tokens of a request.
+        signature: as `steer.signature`, which recipes name.
+    """
+
+    layers: int
+    width: int
+    dtype: torch.dtype
+    context: int
+    signature: str
+
+
+class ServedSAEs:
+    """`saes[layer]` of a server: each opened once, on one device, at the output of its layer.
+
+    Raises:
+        NotFoundError: no SAEs are served, or none for this layer.
+        MismatchError: an SAE of another width, or one that reads another stream than the output of a block.
+    """
+
+    def __init__(self, settings: ServeSettings, width: int, device: torch.device | str = "cpu") -> None:
+        self._settings, self._width, self._device = settings, width, device
+        self._held: dict[int, SAE] = {}
+
+    def __getitem__(self, layer: int) -> SAE:
+        if layer not in self._held:
+            self._held[layer] = self._opened(layer)
+        return self._held[layer]
+
+    def _opened(self, layer: int) -> SAE:
+        source = self._settings.sae
+        if source is None:
+            raise NotFoundError("this server has no SAEs: it serves plain directions")
+        if layer not in (known := layers_of(source)):
+            raise NotFoundError(f"the server's SAEs have no layer {layer}; they have {', '.join(map(str, known))}")
+        sae = load_sae(source, layer, k=self._settings.k, device=self._device)
+        point = HookPoint.read_by(sae.hook_point, layer)
+        if point.stream != "resid_post":
+            raise MismatchError(f"the SAE of layer {layer} reads {point}; a server reads and changes resid_post")
+        if sae.d_model != self._width:
+            raise MismatchError(f"the SAE of layer {layer} reads {sae.d_model} dimensions, the model has {self._width}")
+        return sae
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of those that are open."""
+        return sum(sae.nbytes for sae in self._held.values())
+
+
+class Admission:
+    """`admit` turns what a client asks into what a worker takes, or refuses it with one sentence.
+
+    Nothing that a worker does with an admitted ask can fail on it: admission prepares the same objects.
+    """
+
+    def __init__(self, settings: ServeSettings, facts: ModelFacts) -> None:
+        """Read what is served.
+
+        Raises:
+            NotFoundError: a layer that the model or the SAEs do not have, or a missing file.
+            MismatchError: an SAE that does not fit.
+            FormatError: statistics that can't be read.
+        """
+        self.settings, self.facts = settings, facts
+        for layer in settings.touched:
+            if layer >= facts.layers:
+                raise NotFoundError(f"there is no layer {layer}: the model has layers 0 to {facts.layers - 1}")
+        self.saes = ServedSAEs(settings, facts.width)
+        for layer in {*settings.feature_layers, *settings.read_layers}:
+            _ = self.saes[layer]
+        self.stats = {} if settings.stats is None else read_stats(settings.stats)
+        self._fits: OrderedDict[str, None] = OrderedDict()
+
+    def admit(self, ask: Ask, prompt: int, new: int) -> Ask:
+        """The ask as workers take it: interventions listed, in raw units, in canonical order; the recipe's name gone.
+
+        Args:
+            prompt: tokens of the prompt.
+            new: the most tokens that will be generated.
+
+        Raises:
+            InputError, NotFoundError, MismatchError, FormatError: what cannot be served, in one sentence.
+        """
+        interventions = ask.interventions if ask.recipe is None else self._recipe(ask.recipe)
+        made = tuple(sorted((self._resolved(one) for one in interventions), key=lambda one: canonical(one.to_json())))
+        admitted = replace(ask, recipe=None, interventions=made)
+        check_together(made)
+        self._check_tokens(admitted, prompt, new)
+        if ask.read is not None:
+            self._check_read(ask.read)
+        if made and admitted.fingerprint not in self._fits:
+            self._check_fit(made)
+            self._fits[admitted.fingerprint] = None
+            while len(self._fits) > REMEMBERED:
+                self._fits.popitem(last=False)
+        return replace(admitted, phases=ask.phases if admitted.by_phase else None)
+
+    def _recipe(self, name: str) -> tuple[Intervention, ...]:
+        if self.settings.recipes is None:
+            raise NotFoundError("this server has no recipes; list `interventions`")
+        folder = Path(self.settings.recipes)
+        path = folder / f"{name}.json"
+        if not path.is_file():
+            known = [one.stem for one in folder.glob("*.json")] if folder.is_dir() else []
+            raise NotFoundError(f"there is no recipe {name!r}" + (f"; {nearest(name, known)}" if known else ""))
+        recipe = load_recipe(path, RECIPE_BYTES)
+        if recipe.model != self.facts.signature:
+            raise MismatchError(f"the recipe {name!r} is for the model {recipe.model}, this is {self.facts.signature}")
+        return recipe.interventions
+
+    def _resolved(self, one: Intervention) -> Intervention:
+        """In raw units, at a layer that is served for it."""
+        point, settings = one.hook_point, self.settings
+        if point.stream != "resid_post":
+            raise InputError(f"a server changes resid_post, not {point}")
+        served = settings.adding if one.op == "add" else settings.feature_layers
+        if point.layer not in served:
+            listed = ", ".join(map(str, served)) or "none"
+            raise NotFoundError(f"layer {point.layer} is not served for {one.op}; this server serves it at: {listed}")
+        if one.direction is not None and len(one.direction) != self.facts.width:
+            raise MismatchError(f"the direction has {len(one.direction)} numbers, the residual {self.facts.width}")
+        sae = self.saes[point.layer] if one.feature is not None else None
+        if not one.needs_stats:
+            one.vector(sae)
+            return one
+        if point.layer not in self.stats:
+            raise InputError(
+                f"this server has no statistics of layer {point.layer}, which the unit {one.unit!r} needs; give the"
+                " amount in the unit 'raw'"
+            )
+        return one.resolve(self.stats[point.layer], sae)
+
+    def _check_tokens(self, ask: Ask, prompt: int, new: int) -> None:
+        wheres = [one.where for one in ask.interventions] + ([ask.read.where] if ask.read else [])
+        last = prompt + new - 2
+        for where in wheres:
+            if where.reach > max(last, prompt - 1):
+                raise InputError(
+                    f"position {where.reach} is past the end: a prompt of {prompt} tokens and {new} to generate have"
+                    f" positions 0 to {last}"
+                )
+        if not ask.by_phase:
+            return
+        if ask.phases is None:
+            raise InputError("phases of tokens are known in chats alone; name prompt, generated or positions instead")
+        told = len(ask.phases.tokens)
+        if told != prompt:
+            raise InputError(f"the phases of {told} tokens are given for a prompt of {prompt}")
+
+    def _check_read(self, read: Read) -> None:
+        for layer in read.layers:
+            if layer not in self.settings.read_layers:
+                listed = ", ".join(map(str, self.settings.read_layers)) or "none"
+                raise NotFoundError(f"layer {layer} is not served for reading; this server reads at: {listed}")
+            for feature in read.named_at(layer):
+                if feature >= (count := self.saes[layer].d_sae):
+                    raise NotFoundError(
+                        f"feature {layer}/{feature} does not exist: the SAE has features 0 to {count - 1}"
+                    )
+
+    def _check_fit(self, interventions: tuple[Intervention, ...]) -> None:
+        """Prepare them as a worker will, and count the rows they can need."""
+        compiled = Compiled.of(interventions, self.saes, "cpu", self.facts.dtype)
+        if compiled.rows > self.settings.rows:
+            raise InputError(
+                f"the places of the interventions overlap in {compiled.rows} ways, of which this server keeps"
+                f" {self.settings.rows} for a request; name fewer places, or start it with more rows"
+            )
+
+
+def write_stats(stats: Mapping[int, LayerStats]) -> str:
+    """The text of a file that `read_stats` reads."""
+    return canonical({"version": STATS_VERSION, "stats": [one.to_json() for _, one in sorted(stats.items())]})
+
+
+def read_stats(path: str) -> dict[int, LayerStats]:
+    """Statistics by layer.
+
+    Raises:
+        NotFoundError: there is no such file.   FormatError: it holds something else.
+    """
+    data = read_object(path)
+    if data.get("version") != STATS_VERSION or not isinstance(data.get("stats"), list):
+        raise FormatError(f"{path} holds no statistics of version {STATS_VERSION}")
+    found = [LayerStats.from_json(one) for one in data["stats"]]
+    return {one.hook_point.layer: one for one in found}

