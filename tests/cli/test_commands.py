@@ -52,6 +52,11 @@ def test_features_of_a_response_are_ranked_over_the_answer_only(capsys, where) -
     code, out, _ = run(capsys, "features", "hello", *where, "--response", " station")
     assert code == 0
     assert "features of the response" in out
+    assert "prompt, left out: 1 first token of 1 token" in " ".join(out.split())
+    assert "response, left out" not in out, "every token of the response counts"
+    counts = len(dense)
+    assert data["left_out"]["0"]["response"]["counts"] == counts
+    assert data["left_out"]["0"]["prompt"]["first"] == 1
 
 
 def test_features_reads_standard_input_and_chats(capsys, where, monkeypatch) -> None:

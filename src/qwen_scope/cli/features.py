@@ -117,24 +117,36 @@ def print_ranking(seen: TokenFeatures, start: int, top: int, as_json: bool) -> N
     answer = slice(start, None)
     ranked = {layer: seen.strongest(0, layer, top, answer) for layer in seen.layers}
     if as_json:
-        output.print_json({"text": seen.texts[0], "response_starts_at": start, "layers": ranked})
+        parts = {"prompt": slice(0, start), "response": answer}
+        tallies = {layer: {name: seen.tally(layer, part) for name, part in parts.items()} for layer in seen.layers}
+        output.print_json({"text": seen.texts[0], "response_starts_at": start, "left_out": tallies, "layers": ranked})
         return
-    from qwen_scope.report import shaded
+    from qwen_scope.report import marks_note, shaded
 
     for layer, found in ranked.items():
         acts = seen.of(0, layer)
-        rows = []
+        rows, left_out = [], seen.left_out(0, layer)[start:]
         for f in found:
             values = acts.select([f.feature])[start:, 0].tolist()
-            rows.append((f.feature, f.maximum, f"{f.rate:.0%}", shaded(seen.tokens[0][start:], values, f.maximum)))
+            where = shaded(seen.tokens[0][start:], values, f.maximum, left_out=left_out)
+            rows.append((f.feature, f.maximum, f"{f.rate:.0%}", where))
         title = f"Layer {layer}: the features of the response, strongest first"
         output.show(title, ("feature", "max", "tokens", "where it fires"), rows)
-        say_left_out(seen, layer)
+        say_left_out(seen, layer, "prompt", slice(0, start))
+        say_left_out(seen, layer, "response", answer)
+        if note := marks_note(left_out):
+            output.console().print(note)
 
 
-def say_left_out(seen: TokenFeatures, layer: int) -> None:
-    """A line on the tokens that do not count, if there are any."""
+def say_left_out(seen: TokenFeatures, layer: int, part: str = "", tokens: slice | None = None) -> None:
+    """A line on the tokens that do not count, if there are any.
+
+    Args:
+        part: what the line calls these tokens, such as `response`.
+        tokens: only these; by default all.
+    """
     from qwen_scope.text import summary
 
-    if bool((seen.mask & (seen.reasons[layer] != 0)).any()):
-        output.console().print(summary(seen.tally(layer)))
+    counted = seen.tally(layer, tokens)
+    if any(n for reason, n in counted.items() if reason not in ("counts", "padding")):
+        output.console().print(f"{part}{', ' if part else ''}{summary(counted)}")

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from rich.table import Table
     from rich.text import Text
 
+    from qwen_scope.store import Context
+
 Report = Callable[[str, float, str], None]
 
 # What JSON lets stand although a terminal may obey it; it occurs inside texts alone, where an escape means the same.
@@ -130,6 +132,20 @@ def show(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> N
     out.print(printable(title), style="bold")
     out.print(table(columns, rows, out.width))
     out.print()
+
+
+def print_contexts(some: Sequence[Context], maximum: float) -> None:
+    """Lines of tokens shaded by a feature, and a note where some of them do not count."""
+    from rich.text import Text
+
+    from qwen_scope.report import marks_note, shaded
+
+    out = console()
+    for context in some:
+        line = shaded(context.tokens, context.values, maximum, left_out=context.left_out)
+        out.print(Text(f"{context.value:.4g} at {context.place}: ", style="dim") + line)
+    if note := marks_note(reason for context in some for reason in context.left_out):
+        out.print(note, style="dim")
 
 
 def print_json(data: Any) -> None:

@@ -18,7 +18,7 @@ from .store import the_layer
 if TYPE_CHECKING:
     from qwen_scope.features import FeaturePage
     from qwen_scope.scope import Scope
-    from qwen_scope.store import Context, FeatureStore
+    from qwen_scope.store import FeatureStore
 
 
 def show(
@@ -165,8 +165,11 @@ def print_page(page: FeaturePage) -> None:
         if some:
             rows = [(one.layer, one.feature, one.cosine, one.jaccard) for one in some]
             output.show(name, ("layer", "feature", "cosine", "Jaccard"), rows)
-    print_contexts("Strongest contexts", page.strongest, page.maximum)
-    print_contexts("From weak to strong", page.spread, page.maximum)
+    for name, some in (("Strongest contexts", page.strongest), ("From weak to strong", page.spread)):
+        if some:
+            out.print(name, style="bold")
+            output.print_contexts(some, page.maximum)
+            out.print()
 
 
 def bars(page: FeaturePage, width: int = 40) -> list[tuple[float, int, str]]:
@@ -175,19 +178,3 @@ def bars(page: FeaturePage, width: int = 40) -> list[tuple[float, int, str]]:
     edges, counts = page.histogram.edges.tolist(), page.histogram.counts.tolist()
     top = max(counts) ** 0.5 or 1.0
     return [(edge, n, "█" * round(width * n**0.5 / top)) for edge, n in zip(edges, counts, strict=False)]
-
-
-def print_contexts(title: str, some: tuple[Context, ...], maximum: float) -> None:
-    """Lines of shaded tokens."""
-    from rich.text import Text
-
-    from qwen_scope.report import shaded
-
-    if not some:
-        return
-    out = output.console()
-    out.print(Text(title, style="bold"))
-    for context in some:
-        place = f"{context.value:.4g} at document {context.document}, position {context.position}: "
-        out.print(Text(place, style="dim") + shaded(context.tokens, context.values, maximum))
-    out.print()

@@ -86,10 +86,6 @@ def show_feature(
     as_json: bool,
 ) -> None:
     """Statistics and contexts of one feature."""
-    from rich.text import Text
-
-    from qwen_scope.report import shaded
-
     for way in WAYS:
         if how == way:
             found = opened.contexts(layer, feature, n, how=way, seed=seed, phases=phases)
@@ -108,8 +104,4 @@ def show_feature(
     shown = [(name, value) for name, value in asdict(stats).items() if name not in ("layer", "feature")]
     shown += [(f"{share:.0%} of its tokens at most", value) for share, value in zip(SHARES, quantiles, strict=False)]
     output.show(f"Layer {layer}, feature {feature}", ("statistic", "value"), shown)
-    out = output.console()
-    for context in found:
-        phase = "" if context.phase in ("", "text") else f" ({context.phase})"
-        place = f"{context.value:.4g} at document {context.document}, position {context.position}{phase}: "
-        out.print(Text(place, style="dim") + shaded(context.tokens, context.values, stats.maximum))
+    output.print_contexts(found, stats.maximum)

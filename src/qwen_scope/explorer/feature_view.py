@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from itertools import groupby
 
 from qwen_scope.features import FeaturePage, Label, Neighbour, TokenEffect, label_text, page_facts
-from qwen_scope.report import Markup, element, join, visible
+from qwen_scope.report import Markup, element, join, marks_note, visible
 from qwen_scope.store import Context
 
 from .components import bar, card, chip, heading, name_of, number
@@ -75,21 +75,33 @@ def contexts_panel(title: str, note: str, contexts: Sequence[Context], maximum: 
     """Places where it fires, shaded by one scale."""
     rows = []
     for context in contexts:
-        place = element("span", number(context.value), class_="qs-value",
-                        title=f"document {context.document}, position {context.position}")  # fmt: skip
-        made = passage(context.tokens, context.values, maximum)
-        rows.append(element("li", place, element("div", *made, class_="qs-tokens qs-small", dir="auto")))
-    return card(heading(title, note), element("ol", *rows, class_="qs-contexts"))
+        place = element("span", number(context.value), class_="qs-value", title=context.place)
+        phase = element("small", f"{context.phase}: ", class_="qs-note") if context.phase not in ("", "text") else None
+        made = passage(context.tokens, context.values, maximum, context.left_out)
+        rows.append(element("li", place, element("div", phase, *made, class_="qs-tokens qs-small", dir="auto")))
+    said = marks_note((reason for context in contexts for reason in context.left_out), "A dashed frame")
+    marks = element("p", said, class_="qs-note") if said else Markup("")
+    return card(heading(title, note), element("ol", *rows, class_="qs-contexts"), marks)
 
 
-def passage(tokens: Sequence[str], values: Sequence[float], maximum: float) -> list[Markup]:
-    """A text whose firing tokens are shaded chips; what stands between two of them is one piece, as it is read."""
+def passage(
+    tokens: Sequence[str], values: Sequence[float], maximum: float, left_out: Sequence[str] = ()
+) -> list[Markup]:
+    """A text whose firing tokens are shaded chips, as are those that do not count; the rest is read as one piece.
+
+    Args:
+        left_out: per token why it does not count, "" where it does.
+    """
     made: list[Markup] = []
-    for fires, group in groupby(zip(tokens, values, strict=True), lambda pair: pair[1] > 0):
-        if fires:
-            made += [chip(token, value, maximum, title=number(value)) for token, value in group]
+    reasons = left_out or [""] * len(tokens)
+    for alone, group in groupby(zip(tokens, values, reasons, strict=True), lambda one: one[1] > 0 or bool(one[2])):
+        if alone:
+            made += [
+                chip(token, value, maximum, title=number(value) if value > 0 else None, left_out=reason)
+                for token, value, reason in group
+            ]
             continue
-        lines = "".join(visible(token) + ("\0" if "\n" in token else "") for token, _ in group).split("\0")
+        lines = "".join(visible(token) + ("\0" if "\n" in token else "") for token, *_ in group).split("\0")
         pieces = [part for line in lines for part in (element("br"), line)][1:]
         made.append(element("bdi", *pieces, class_="qs-silent"))
     return made

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from qwen_scope.errors import printable
-from qwen_scope.report import Markup, element, html_bars, html_page, html_table, html_tokens, join, visible
+from qwen_scope.report import Markup, element, html_bars, html_page, html_table, html_tokens, join, marks_note, visible
 from qwen_scope.store import Context
 
 from .effects import TokenEffect
@@ -43,6 +43,9 @@ def feature_html(page: FeaturePage) -> str:
     for name, some in (("Strongest contexts", page.strongest), ("From weak to strong", page.spread)):
         if some:
             parts += [element("h2", name), *(context_line(context, page.maximum) for context in some)]
+    shown = [reason for context in (*page.strongest, *page.spread) for reason in context.left_out]
+    if note := marks_note(shown, "A dashed frame"):
+        parts.append(element("p", note, class_="place"))
     return html_page(title, *parts)
 
 
@@ -83,5 +86,5 @@ def neighbour_table(name: str, some: tuple[Neighbour, ...]) -> Markup:
 
 
 def context_line(context: Context, maximum: float) -> Markup:
-    place = f"{context.value:.4g} at document {context.document}, position {context.position}"
-    return join(html_tokens(context.tokens, context.values, maximum, place))
+    place = f"{context.value:.4g} at {context.place}"
+    return join(html_tokens(context.tokens, context.values, maximum, place, context.left_out))

@@ -20,5 +20,6 @@ from .table import size as size
 from .table import table as table
 from .tokens import inert as inert
 from .tokens import legend as legend
+from .tokens import marks_note as marks_note
 from .tokens import shaded as shaded
 from .tokens import visible as visible

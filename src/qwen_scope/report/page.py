@@ -16,7 +16,8 @@ table{border-collapse:collapse}td,th{text-align:left;padding:.15rem 1rem .15rem 
 td.n,th.n{text-align:right;font-variant-numeric:tabular-nums}th{color:#5a5a5a;font-weight:600}
 .context{font-family:ui-monospace,monospace;white-space:pre-wrap;overflow-wrap:anywhere;unicode-bidi:isolate;
 margin:.35rem 0;padding:.3rem .5rem;border:1px solid #ddd;border-radius:4px}
-.context span{unicode-bidi:isolate}.place{color:#5a5a5a;font-size:.85em}.side{display:flex;gap:3rem;flex-wrap:wrap}
+.context span{unicode-bidi:isolate}.out{outline:1px dashed #767676;color:#5a5a5a}
+.place{color:#5a5a5a;font-size:.85em}.side{display:flex;gap:3rem;flex-wrap:wrap}
 """ + "".join(
     f".s{i}{{background:{shade};color:{'#fff' if i == len(SHADES) - 1 else '#000'}}}" for i, shade in enumerate(SHADES)
 )
@@ -36,13 +37,20 @@ def html_page(title: str, *body: Child) -> str:
     return printable("<!doctype html>\n" + element("html", head, element("body", *body), lang="en") + "\n", keep="\n\t")
 
 
-def html_tokens(tokens: Sequence[str], values: Sequence[float], maximum: float, place: str = "") -> Markup:
-    """A line of tokens shaded by their values, each with its value as a tip; the text is inert."""
+def html_tokens(
+    tokens: Sequence[str], values: Sequence[float], maximum: float, place: str = "", left_out: Sequence[str] = ()
+) -> Markup:
+    """A line of tokens shaded by their values, each with its value as a tip; the text is inert.
+
+    Args:
+        left_out: per token why it does not count, "" where it does; those have a dashed frame.
+    """
     shown: list[Child] = [element("span", f"{place} ", class_="place")] if place else []
-    for token, value in zip(tokens, values, strict=True):
-        shade = level(value, maximum)
-        text = visible(token)
-        shown.append(text if shade is None else element("span", text, class_=f"s{shade}", title=f"{value:.4g}"))
+    for token, value, reason in zip(tokens, values, left_out or [""] * len(tokens), strict=True):
+        shade, text = level(value, maximum), visible(token)
+        tips = [*([] if shade is None else [f"{value:.4g}"]), *([f"left out: {reason}"] if reason else [])]
+        classes = [*([] if shade is None else [f"s{shade}"]), *(["out"] if reason else [])]
+        shown.append(element("span", text, class_=" ".join(classes), title=", ".join(tips)) if classes else text)
     return element("div", *shown, class_="context", dir="auto")
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from rich.text import Text
 
@@ -11,6 +11,9 @@ from qwen_scope.errors import printable
 
 # Light to dark orange, readable with black or white on top; lightness carries it, so colour-blind eyes see it too.
 SHADES = ("#fff1e0", "#ffd9ad", "#ffb870", "#f08a2c", "#b85a00")
+
+MARK = "⟨⟩"
+"""What stands around a token that does not count."""
 
 LONGEST = 200
 
@@ -72,24 +75,42 @@ def level(value: float, top: float) -> int | None:
 
 
 def shaded(
-    tokens: Sequence[str], values: Sequence[float], maximum: float | None = None, *, brackets: bool = False
+    tokens: Sequence[str],
+    values: Sequence[float],
+    maximum: float | None = None,
+    *,
+    brackets: bool = False,
+    left_out: Sequence[str] = (),
 ) -> Text:
     """The tokens in a row, each on a background as strong as its value; 0 has none.
 
     Args:
         maximum: the value that gets the strongest shade; by default the largest here.
         brackets: put tokens with more than the lightest shade into square brackets, for readers without colour.
+        left_out: per token why it does not count, "" where it does; those stand in angle brackets (`marks_note`).
     """
     top = maximum if maximum else max(values, default=0.0)
     text = Text()
-    for token, value in zip(tokens, values, strict=True):
-        shade = level(value, top)
-        if shade is not None:
-            style = f"{'white' if shade == len(SHADES) - 1 else 'black'} on {SHADES[shade]}"
-            text.append(f"[{visible(token)}]" if brackets and shade else visible(token), style=style)
-        else:
-            text.append(visible(token))
+    for token, value, reason in zip(tokens, values, left_out or [""] * len(tokens), strict=True):
+        shade, shown = level(value, top), visible(token)
+        if brackets and shade:
+            shown = f"[{shown}]"
+        if reason:
+            shown = MARK[0] + shown + MARK[1]
+        style = None if shade is None else f"{'white' if shade == len(SHADES) - 1 else 'black'} on {SHADES[shade]}"
+        text.append(shown, style=style)
     return text
+
+
+def marks_note(reasons: Iterable[str], mark: str = " ".join(MARK)) -> str | None:
+    """A sentence on the tokens that `shaded` marks, with the reasons that occur; None where there are none.
+
+    Args:
+        reasons: of all tokens that are shown, "" for those that count.
+        mark: what marks them.
+    """
+    known = [reason for reason in dict.fromkeys(reasons) if reason]
+    return f"{mark} marks tokens that do not count: {', '.join(known)}" if known else None
 
 
 def legend(maximum: float) -> Text:

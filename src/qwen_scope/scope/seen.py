@@ -93,14 +93,17 @@ class TokenFeatures:
         self._check_layer(layer)
         return self.reasons[layer][text, : len(self.tokens[text])] == 0
 
-    def tally(self, layer: int) -> dict[str, int]:
+    def tally(self, layer: int, tokens: slice | None = None) -> dict[str, int]:
         """How many tokens of all texts have each of `qwen_scope.text.REASONS` at a layer.
+
+        Args:
+            tokens: only these of each text, such as `slice(start, None)` for an answer after its prompt.
 
         Raises:
             NotFoundError: the layer was not asked for.
         """
         self._check_layer(layer)
-        return tally(self.reasons[layer])
+        return tally(self.reasons[layer][:, tokens or slice(None)])
 
     def phases(self, text: int) -> list[Phase]:
         """The phase of every token of a text: `text` outside chats.

@@ -9,7 +9,7 @@ from itertools import pairwise
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float64, Int64
+from jaxtyping import Float64, Int32, Int64
 
 from qwen_scope.errors import InputError, NotFoundError, check_count
 from qwen_scope.text import PHASES
@@ -68,6 +68,8 @@ class Context:
         start: the position of the first token shown.
         tokens: what the tokens around show, the place among them.   values: the feature's activation on each.
         phase: of the place, `text` outside conversations; empty where the store tells none.
+        left_out: per token why it does not count at the layer, such as `first` or `sink`; "" where it counts. Those
+            tokens are shown and have no activations.
     """
 
     document: int
@@ -77,6 +79,13 @@ class Context:
     tokens: tuple[str, ...]
     values: tuple[float, ...]
     phase: str = "text"
+    left_out: tuple[str, ...] = ()
+
+    @property
+    def place(self) -> str:
+        """Where it is, in words."""
+        phase = "" if self.phase in ("", "text") else f" ({self.phase})"
+        return f"document {self.document}, position {self.position}{phase}"
 
     @property
     def text(self) -> str:
@@ -219,6 +228,7 @@ def read(
     words = np.concatenate([np.arange(f + a, f + b) for f, a, b in zip(first_token, low, high, strict=True)])
     texts = tables["tokens"].take(words.astype(np.int64), ["text"])["text"].to_pylist()
     phases = [PHASES[p] if p >= 0 else "" for p in spans.phases(document, position).tolist()]
+    reasons = left_out(tables["masked"], layer, document, low, high)
     found, at = [], 0
     for i in range(len(chosen)):
         size = int(high[i] - low[i])
@@ -231,7 +241,7 @@ def read(
         place = int(document[i]), int(position[i]), float(value[i]), int(low[i])
         if not math.isclose(values[position[i] - low[i]], value[i]):
             raise NotFoundError(f"the two sort orders of the store differ at document {place[0]}, position {place[1]}")
-        found.append(Context(*place, tokens, tuple(values.tolist()), phases[i]))
+        found.append(Context(*place, tokens, tuple(values.tolist()), phases[i], reasons[i]))
     return found
 
 
@@ -264,10 +274,32 @@ def silent(
         if ((where >= low) & (where < high)).any():
             continue
         texts = tables["tokens"].read(int(first_token[document]) + low, high - low, ["text"])["text"].to_pylist()
-        found.append(Context(document, position, 0.0, low, tuple(texts), (0.0,) * (high - low)))
+        ends = (np.array([value], np.int64) for value in (document, low, high))
+        (reasons,) = left_out(tables["masked"], layer, *ends)
+        found.append(Context(document, position, 0.0, low, tuple(texts), (0.0,) * (high - low), left_out=reasons))
         if len(found) == n:
             break
     return found
+
+
+def left_out(
+    masked: TableRows,
+    layer: int,
+    document: Int64[np.ndarray, " contexts"] | Int32[np.ndarray, " contexts"],
+    low: Int64[np.ndarray, " contexts"] | Int32[np.ndarray, " contexts"],
+    high: Int64[np.ndarray, " contexts"] | Int32[np.ndarray, " contexts"],
+) -> list[tuple[str, ...]]:
+    """Per token of contexts `[low, high)` why it does not count at a layer; "" where it counts."""
+    groups = {group for one in np.unique(document).tolist() for group in masked.groups_of(layer, one)}
+    known: dict[tuple[int, int], str] = {}
+    for group in sorted(groups):
+        table = masked.group(group, ["layer", "document", "position", "reason"])
+        layers, documents, positions = (column.to_numpy() for column in table.columns[:3])
+        here = np.flatnonzero((layers == layer) & np.isin(documents, document))
+        places = zip(documents[here].tolist(), positions[here].tolist(), strict=True)
+        known |= dict(zip(places, table["reason"].take(here).to_pylist(), strict=True))
+    ends = zip(document.tolist(), low.tolist(), high.tolist(), strict=True)
+    return [tuple(known.get((d, p), "") for p in range(a, b)) for d, a, b in ends]
 
 
 def around(

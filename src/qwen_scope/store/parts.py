@@ -111,9 +111,10 @@ class TableRows:
         return pa.concat_tables(pieces).combine_chunks().take(pa.array(back))
 
     def groups_of(self, layer: int, document: int) -> list[int]:
-        """Row groups of `activations` that may hold rows of a document at a layer."""
+        """Row groups of `activations` or `masked` that may hold rows of a document at a layer."""
         return np.flatnonzero(
-            (self._bound("layer", "min") == layer)
+            (self._bound("layer", "min") <= layer)
+            & (self._bound("layer", "max") >= layer)
             & (self._bound("document", "min") <= document)
             & (self._bound("document", "max") >= document)
         ).tolist()

@@ -13,9 +13,15 @@ from transformers import PreTrainedTokenizerBase
 
 from qwen_scope.errors import InputError, foreign
 
+from .steps import TooManySteps, at_most
+
 # A template's text in pieces that are compared whole, so that `<|end|>` and `<|endoftext|>` share nothing.
 ATOM = re.compile(r"<[^<>\n]{1,64}>|\[/?[A-Za-z_]{1,32}\]|\w+|(?s:.)")
 _BOUNDS = re.compile(r"start|begin|end|[\W_]")
+
+# Lines of compiled template that a conversation may take. TRL's templates take 250 to 4,500 for eight short messages,
+# those that read a content letter by letter 16 per character.
+STEPS, PER_CHARACTER = 100_000, 100
 
 SYSTEM, USER, ANSWER, USER_2, ANSWER_2, REASON, NAME, VALUE, RESULT = (
     f"Zq{i}sentinel{i}qZ" for i in range(9)
@@ -54,10 +60,14 @@ class Template:
         """The text of a conversation, with the generation prompt if `prompt`.
 
         Raises:
-            InputError: the template refuses the conversation.
+            InputError: the template refuses the conversation.   TooManySteps: it does not come to an end.
         """
         switch: dict[str, Any] = {} if self.switch is None else {"enable_thinking": self.switch}
-        with foreign(f"the tokenizer's chat template refuses {where}", InputError):
+        steps = STEPS + PER_CHARACTER * len(repr((messages, tools)))
+        with (
+            foreign(f"the tokenizer's chat template refuses {where}", InputError),
+            at_most(steps, f"the tokenizer's chat template does not finish {where}"),
+        ):
             text = self.tokenizer.apply_chat_template(
                 [dict(message) for message in messages],
                 tools=list(tools) if tools else None,
@@ -71,9 +81,15 @@ class Template:
             return text
 
     def tried(self, messages: Sequence[Mapping[str, Any]], *, prompt: bool = False) -> str:
-        """As `render`, but empty where the template refuses."""
+        """As `render`, but empty where the template refuses.
+
+        Raises:
+            TooManySteps: it does not come to an end.
+        """
         try:
             return self.render(messages, prompt=prompt)
+        except TooManySteps:
+            raise
         except InputError:
             return ""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import pickle
+import sys
 from typing import Any
 
 import pytest
@@ -158,6 +159,35 @@ def test_templates_that_are_refused(tokenizer: PreTrainedTokenizerBase, template
     with pytest.raises(InputError, match=said) as caught:
         render(tokenizer, "hello", "default")
     assert "\n" not in str(caught.value)
+
+
+LOOP = "{% for i in range(99999) %}"
+LOOPS = {
+    "loops within loops": LOOP + LOOP + LOOP + "x" + 3 * "{% endfor %}",
+    "a macro that calls itself": "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}"
+    "{{ f(60) }}",
+    "on real conversations alone": "{% if 'sentinel' not in messages[0]['content'] %}" + LOOP + LOOP + "x"
+    + 2 * "{% endfor %}" + "{% endif %}{{ messages[0]['content'] }}",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("template", LOOPS.values(), ids=LOOPS)
+def test_a_template_that_does_not_end_is_stopped(tokenizer: PreTrainedTokenizerBase, template: str) -> None:
+    tokenizer.chat_template = template
+    tracing = sys.gettrace()
+    with pytest.raises(InputError, match=r"does not finish .* in [0-9,]+ steps: a loop in it may not end") as caught:
+        render(tokenizer, "hello", "default")
+    assert "\n" not in str(caught.value)
+    assert sys.gettrace() is tracing
+
+
+def test_a_long_conversation_has_as_many_steps_as_it_needs(tokenizer: PreTrainedTokenizerBase) -> None:
+    """A template that reads each letter twice takes more than a probe may."""
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% for c in m.content %}{% if c != '~' %}{{ c }}{% endif %}{% endfor %}{% endfor %}"
+    )
+    text = "a~b" * 30_000
+    assert render(tokenizer, text, "default").text == text.replace("~", "")
 
 
 @pytest.mark.parametrize("chat", ["thinking", "non_thinking"])

@@ -1,0 +1,54 @@
+"""A limit on the steps of foreign Python code, such as a chat template that loops within loops."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+from qwen_scope.errors import InputError
+
+TEMPLATE = "<template>"
+"""The file name that Jinja gives to the code it compiles a template to."""
+
+
+class TooManySteps(InputError):
+    """A template ran for longer than any conversation needs."""
+
+
+@contextmanager
+def at_most(steps: int, what: str) -> Iterator[None]:
+    """Stop templates that are rendered inside after this many lines of compiled code, in this thread.
+
+    Jinja's sandbox bounds one `range`, and not loops within loops. Counting lines is the same on every machine, and the
+    code under a debugger or a measurement of coverage is traced by it again afterwards.
+
+    Args:
+        what: the beginning of the error.
+
+    Raises:
+        TooManySteps: there were more.
+    """
+    left = steps
+
+    def line(frame: FrameType, event: str, arg: Any) -> Any:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise TooManySteps(
+                f"{what} in {steps:,} steps: a loop in it may not end; read the texts without a chat template, or give"
+                " the tokenizer another one"
+            )
+        return line
+
+    def call(frame: FrameType, event: str, arg: Any) -> Any:
+        return line if frame.f_code.co_filename == TEMPLATE else None
+
+    before = sys.gettrace()
+    sys.settrace(call)
+    try:
+        yield
+    finally:
+        sys.settrace(before)
