@@ -11,7 +11,7 @@ from qwen_scope.cli import main
 from qwen_scope.cli.options import place_of
 from qwen_scope.cli.spellings import respelled
 from qwen_scope.errors import InputError, QwenScopeWarning
-from qwen_scope.sae import feature_name, parse_feature
+from qwen_scope.sae import feature_name, features_at, parse_feature
 
 WHERE = ["--model", str(tiny.folder() / "model"), "--sae", str(tiny.folder() / "sae"), "--device", "cpu"]
 
@@ -36,14 +36,28 @@ def test_what_is_no_name(text: str) -> None:
             "validate p.txt --feature 678 --target-feature 4:2 --layer 5",
             "validate p.txt --target-feature 4/2 --feature 5/678",
         ),
+        ("label s --layer 5 -f 678 --summary", "label s --summary --features 5/678"),
+        ("export s --to neuronpedia --layers=5 --features=3,40-50", "export s --to neuronpedia --features 5/3,5/40-50"),
+        ("synthesize lab --features 3,7 --layer 5 -o x", "synthesize lab -o x --features 5/3,5/7"),
     ],
 )
 def test_the_old_spelling(given: str, expected: str) -> None:
-    with pytest.warns(QwenScopeWarning, match=r"LAYER/FEATURE|is now --feature 5/678"):
+    with pytest.warns(QwenScopeWarning, match=r"LAYER/FEATURE|is now --features? 5/"):
         assert respelled(given.split()) == expected.split()
 
 
-@pytest.mark.parametrize("words", ["steer hi --feature 5/678", "show 5/678", "store s --layer 5 --feature 678"])
+@pytest.mark.parametrize(
+    "words",
+    [
+        "steer hi --feature 5/678",
+        "show 5/678",
+        "store s --layer 5 --feature 678",
+        "label s -n 3 --layer 5",
+        "label s --features 5/3-9,2/7",
+        "label s --features 678",
+        "export s --to statistics --layers 0,2",
+    ],
+)
 def test_what_stays(words: str) -> None:
     assert respelled(words.split()) == words.split()
 
@@ -54,6 +68,17 @@ def test_a_name_beside_a_layer() -> None:
     assert place_of(3, None) == (3, None)
     with pytest.raises(InputError, match="is of layer 5; leave --layer 4 out"):
         place_of(4, "5/678")
+
+
+def test_lists_of_names() -> None:
+    assert features_at("5/3-4,2/7", [2, 5]) == [(2, 7), (5, 3), (5, 4)]
+    assert (
+        features_at("7,3", [5]) == features_at("7,3", [2, 5], 5) == features_at("5/3,7", [2, 5], 5) == [(5, 3), (5, 7)]
+    )
+    with pytest.raises(InputError, match="there are layers 2, 5; name features LAYER/FEATURE, such as 2/7"):
+        features_at("7", [2, 5])
+    with pytest.raises(InputError, match="5/7 is not of layer 2"):
+        features_at("5/7", [2, 5], 2)
 
 
 def test_both_spellings_do_the_same(capsys: pytest.CaptureFixture[str]) -> None:

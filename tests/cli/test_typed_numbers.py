@@ -10,9 +10,10 @@ import torch
 from typed import COMMANDS, LEAVES
 
 from qwen_scope.cli import main
-from qwen_scope.cli.options import SEED, parse_features, parse_layers, parse_size
+from qwen_scope.cli.options import SEED, parse_layers, parse_size
 from qwen_scope.errors import FormatError, InputError
 from qwen_scope.model import HookPoint, load_model
+from qwen_scope.sae import parse_features
 from qwen_scope.sae.formats.hooks import layer_in
 from qwen_scope.steer import Decoding, Where, generate
 
@@ -59,11 +60,12 @@ def test_lists_that_are_none_or_too_long(parse: Any, text: str) -> None:
 
 
 def test_lists_are_read() -> None:
-    assert parse_features("3, 17,40-43,3") == [3, 17, 40, 41, 42, 43]
+    assert parse_features("3, 17,40-43,3") == [(None, one) for one in [3, 17, 40, 41, 42, 43]]
+    assert parse_features("5/17, 2/40-41,5 / 3,5/17") == [(2, 40), (2, 41), (5, 3), (5, 17)]
     assert parse_layers("0,2-4,layer3,layers.9.resid_post") == [0, 2, 3, 4, 9]
     assert len(parse_features("0-131071")) == 2**17
     for text in ("layers.3", "all", "٣"):  # a layer's names are no feature's
-        with pytest.raises(InputError, match="--features takes numbers"):
+        with pytest.raises(InputError, match="features are named LAYER/FEATURE"):
             parse_features(text)
 
 

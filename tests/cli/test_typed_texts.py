@@ -147,9 +147,9 @@ EVERYWHERE = [
      "r.yaml"],
     ["steer", "Größe", "--recipe", "r.yaml", "--max-new-tokens", "4", "--stream"],
     ["extract", "ex/german.txt", "-o", "store", "--layers", "4"],
-    ["label", "store", "--layer", "4", "-f", "7", "--note", "Größe 中"],
+    ["label", "store", "-f", "4/7", "--note", "Größe 中"],
     ["find", "store", "--label", "Größe"],
-    ["show", "store", "--layer", "4", "-f", "7", "--html", "page.html"],
+    ["show", "store", "-f", "4/7", "--html", "page.html"],
     ["store", "store", "--sql", "SELECT text FROM tokens LIMIT 3", "--json"],
 ]  # fmt: skip
 

@@ -352,7 +352,7 @@ def test_notes_that_are_not_true_to_the_format_are_refused(store: FeatureStore, 
 def test_the_command_labels_notes_and_moves_them(store: FeatureStore, tmp_path: Path, capsys, monkeypatch) -> None:
     for name in ("OPENAI_BASE_URL", "OPENAI_MODEL", "OPENAI_API_KEY"):
         monkeypatch.delenv(name, raising=False)
-    folder, feature = str(store.folder), str(busy(store)[0])
+    folder, feature = str(store.folder), f"{LAYER}/{busy(store)[0]}"
     base = ["label", folder, "--layer", str(LAYER)]
     small = ["--examples", "6", "--tests", "6"]
     assert main([*base, "-f", feature, *small, "--json"]) == 0
@@ -374,7 +374,7 @@ def test_the_command_labels_notes_and_moves_them(store: FeatureStore, tmp_path: 
     assert main(["label", folder, "--merge", str(tmp_path / "notes.jsonl")]) == 0
     assert main(["find", folder, "--label", "full stop"]) == 0
     capsys.readouterr()
-    assert main(["show", folder, "--layer", str(LAYER), "-f", feature, "--no-model", "-n", "3"]) == 0
+    assert main(["show", folder, "-f", feature, "--no-model", "-n", "3"]) == 0
     shown = capsys.readouterr().out
     for part in ("full stops", "detection", "entangled", "a note"):
         assert part in shown
@@ -447,10 +447,10 @@ def test_the_label_command_fails_where_no_feature_got_a_label(store: FeatureStor
     silent = [
         f for f, tokens in zip(stats["feature"].to_pylist(), stats["tokens"].to_pylist(), strict=True) if not tokens
     ]
-    words = ["label", str(store.folder), "--layer", str(LAYER), "--summary", *as_json]
-    assert main([*words, "-f", f"{silent[0]},{silent[1]}"]) == 2
+    words = ["label", str(store.folder), "--summary", *as_json]
+    assert main([*words, "-f", f"{LAYER}/{silent[0]},{LAYER}/{silent[1]}"]) == 2
     out, err = capsys.readouterr()
     assert "none of the 2 features got a label" in err
     assert len(err.strip().splitlines()) == 1
     assert not as_json or len(json.loads(out)["without"]) == 2
-    assert main([*words, "-f", f"{silent[0]},{busy(store)[0]}"]) == 0
+    assert main([*words, "-f", f"{LAYER}/{silent[0]},{LAYER}/{busy(store)[0]}"]) == 0

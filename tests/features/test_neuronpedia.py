@@ -183,7 +183,7 @@ def test_an_empty_creator_is_refused(changes: dict) -> None:
 
 
 def test_the_command_asks_for_all_of_a_creator(tmp_path: Path, capsys) -> None:
-    base = ["export", str(lab_store.folder()), "--to", "neuronpedia", "--layers", str(LAYER), "--features", "0-9"]
+    base = ["export", str(lab_store.folder()), "--to", "neuronpedia", "--features", f"{LAYER}/0-9"]
     base += ["--model-id", "lab", "--no-model"]
     assert main([*base, "-o", str(tmp_path / "a"), "--creator-id", "u"]) == 2
     assert "--creator-id, --creator-name and --owner" in capsys.readouterr().err

@@ -33,14 +33,14 @@ def busy(store: FeatureStore, n: int) -> str:
     """Features that fire in about half of the documents."""
     documents = store.stats(LAYER)["documents"].to_numpy()
     order = np.argsort(np.abs(documents - store.manifest.documents // 2), kind="stable")
-    return ",".join(map(str, order[:n].tolist()))
+    return ",".join(f"{LAYER}/{feature}" for feature in order[:n].tolist())
 
 
 def test_a_full_disk_during_label_costs_no_label_and_no_store(store: FeatureStore, capsys, monkeypatch) -> None:
     monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
     path = store.folder / "notes.jsonl"
     few = ["--examples", "6", "--tests", "6"]
-    words = ["label", str(store.folder), "--layer", str(LAYER), *few, "-f"]
+    words = ["label", str(store.folder), *few, "-f"]
     assert main([*words, busy(store, 1)]) == 0
     words.append(busy(store, 3))
     with full_after(path.stat().st_size + 100):
@@ -97,7 +97,7 @@ def test_separators_inside_a_text_end_no_line(store: FeatureStore, tmp_path: Pat
 
 
 def test_one_label_run_at_a_time_but_a_note_goes_beside_it(store: FeatureStore, capsys) -> None:
-    words = ["label", str(store.folder), "--layer", str(LAYER), "-f", "3", "--summary"]
+    words = ["label", str(store.folder), "-f", f"{LAYER}/3", "--summary"]
     with lock_folder(store.folder):
         assert main(words) == 2
         said = capsys.readouterr().err

@@ -322,7 +322,7 @@ def test_the_export_command(folder: Path, tmp_path: Path, capsys) -> None:
     assert main([*base, "statistics", "-o", str(tmp_path / "s.csv")]) == 0
     assert main([*base, "delphi", "-o", str(tmp_path / "d"), "--context", "64", "--model-name", "org/m", "--json"]) == 0
     assert '"model_name": "org/m"' in next((tmp_path / "d").glob("*/config.json")).read_text()
-    named = ["--model-id", "lab", "--layers", str(LAYER), "--features", "0-5"]
+    named = ["--model-id", "lab", "--features", f"{LAYER}/0-5"]
     assert main([*base, "neuronpedia", "-o", str(tmp_path / "n"), *named]) == 0
     capsys.readouterr()
     for bad, said in (

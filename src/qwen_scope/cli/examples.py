@@ -39,7 +39,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "qwen-scope show out/store --feature 5/678 -n 5",
         "qwen-scope show out/store --feature 5/678 -n 5 --html out/german.html",
     ),
-    "label": ("qwen-scope label out/store --features 678",),
+    "label": ("qwen-scope label out/store --features 5/678",),
     "export": ("qwen-scope export out/store --to statistics -o out/statistics.csv",),
     "explore": ("qwen-scope explore", "qwen-scope explore --store out/store --port 7861"),
     "steer": ('qwen-scope steer "[12:30] Anna: " --feature 5/678 --amount 0.3 --sample',),

@@ -13,7 +13,7 @@ from qwen_scope.features import DelphiOptions, NeuronpediaOptions
 from qwen_scope.scope import ScopeOptions
 
 from . import changes, options, output, show
-from .groups import OPTIONS, Read, grouped
+from .groups import OPTIONS, grouped
 from .store import the_layer
 
 if TYPE_CHECKING:
@@ -28,8 +28,7 @@ KINDS = (*OF_STORES, *OF_RECIPES)
 OPTIONS[NeuronpediaOptions] = {
     "features": Annotated[
         str | None,
-        typer.Option("--features", "-f", help="Neuronpedia: which, such as 3,17,40-50. Default: all."),
-        Read(lambda text: tuple(options.parse_features(text))),
+        typer.Option("--features", "-f", help="Neuronpedia: LAYER/FEATURE, as in 2/3,2/40-50. Default: all."),
     ],
     "model_id": Annotated[str | None, typer.Option("--model-id", help="Neuronpedia: its name of the model.")],
     "set_name": Annotated[str, typer.Option("--set", help="Neuronpedia: the source set.")],
@@ -117,6 +116,7 @@ def for_neuronpedia(
 ) -> int:
     """Write one layer for Neuronpedia; how many features."""
     from qwen_scope.features import export_neuronpedia
+    from qwen_scope.sae import features_at
     from qwen_scope.scope import ScopeOptions
 
     creator = how.creator
@@ -124,13 +124,18 @@ def for_neuronpedia(
         raise InputError("name the model as Neuronpedia knows it with --model-id, such as qwen3-1.7b")
     if layers is not None and len(layers) > 1:
         raise InputError("Neuronpedia's files are made layer by layer; name one with --layers")
-    layer = the_layer(store, layers[0] if layers else None)
+    asked = layers[0] if layers else None
+    places = None if how.features is None else features_at(how.features, store.layers, asked)
+    if places and len({layer for layer, _ in places}) > 1:
+        raise InputError("Neuronpedia's files are made layer by layer; name features of one layer with --features")
+    layer = places[0][0] if places else the_layer(store, asked)
+    features = None if places is None else [feature for _, feature in places]
     scope = None if how.no_model else show.scope_of(store, None, ScopeOptions())
     registered = {
         name: value for name, value in vars(how).items() if name in ("method", "explainer") and value is not None
     }
     return export_neuronpedia(
-        store, layer, out, model_id=how.model_id, set_name=how.set_name, creator=creator, features=how.features,
+        store, layer, out, model_id=how.model_id, set_name=how.set_name, creator=creator, features=features,
         scope=scope, progress=progress, **registered,
     )  # fmt: skip
 

@@ -40,9 +40,9 @@ def label(
     folder: Annotated[Path, typer.Argument(metavar="STORE", help="A store that extract has written.")],
     judge: JudgeOptions,
     how: LabelOptions,
-    layer: Annotated[int | None, typer.Option("--layer", help="Which layer. Default: the only one.")] = None,
+    layer: Annotated[int | None, typer.Option("--layer", help="Of -n. Default: the only one.")] = None,
     features: Annotated[
-        str | None, typer.Option("--features", "--feature", "-f", help="Which, such as 3,17,40-50.")
+        str | None, typer.Option("--features", "--feature", "-f", help="Which: LAYER/FEATURE, as in 2/3,2/40-50.")
     ] = None,
     n: Annotated[int | None, typer.Option("-n", help="This many of the most frequent features.", min=1)] = None,
     again: Annotated[bool, typer.Option("--again", help="Also features that have a label of this judge.")] = False,
@@ -73,11 +73,10 @@ def label(
         written = notes.export(export) if export is not None else 0
         output.print_json({"merged": added, "exported": written, "kept": len(notes)})
         return
-    layer = the_layer(store, layer)
     if note is not None or verdict is not None:
-        keep(store, layer, one_feature(features), note, verdict, author)
+        keep(store, *one_feature(store, layer, features), note, verdict, author)
         return
-    chosen = [(layer, feature) for feature in which(store, layer, features, n)]
+    chosen = which(store, layer, features, n)
     output.hold(folder)
     asked = judge_of(store, judge)
     with output.progress() as bar:
@@ -92,22 +91,27 @@ def label(
         raise InputError(f"none of the {len(found)} features got a label: {reasons[0]}")
 
 
-def which(store: FeatureStore, layer: int, features: str | None, n: int | None) -> list[int]:
-    """The features that were named, or the most frequent ones."""
-    if (features is None) == (n is None):
-        raise InputError("say which features: --features 3,17,40-50, or -n for the most frequent ones")
-    if features is not None:
-        return options.parse_features(features)
+def which(store: FeatureStore, layer: int | None, features: str | None, n: int | None) -> list[tuple[int, int]]:
+    """Layer and feature of those that were named, or of the most frequent ones."""
     from qwen_scope.features import most_frequent
+    from qwen_scope.sae import features_at
 
-    return most_frequent(store, layer, n or 1)
+    if (features is None) == (n is None):
+        raise InputError("say which features: --features 2/3,2/40-50, or -n for the most frequent ones")
+    if features is not None:
+        return features_at(features, store.layers, layer)
+    layer = the_layer(store, layer)
+    return [(layer, feature) for feature in most_frequent(store, layer, n or 1)]
 
 
-def one_feature(features: str | None) -> int:
+def one_feature(store: FeatureStore, layer: int | None, features: str | None) -> tuple[int, int]:
     """The one feature that was named."""
-    if features is None or not features.isdigit():
-        raise InputError("name one feature with --feature")
-    return int(features)
+    from qwen_scope.sae import features_at
+
+    found = features_at(features, store.layers, layer) if features is not None else []
+    if len(found) != 1:
+        raise InputError("name one feature with --feature LAYER/FEATURE")
+    return found[0]
 
 
 def keep(store: FeatureStore, layer: int, feature: int, note: str | None, verdict: Path | None, author: str) -> None:
@@ -129,6 +133,8 @@ def keep(store: FeatureStore, layer: int, feature: int, note: str | None, verdic
 
 def print_labelled(found: dict, wanted: int, as_json: bool) -> None:
     """The labels, each with its scores, and why others have none."""
+    from qwen_scope.sae import feature_name
+
     labelled = {place: one for place, one in found.items() if not isinstance(one, str)}
     failed = {place: one for place, one in found.items() if isinstance(one, str)}
     left = wanted - len(found)
@@ -140,7 +146,10 @@ def print_labelled(found: dict, wanted: int, as_json: bool) -> None:
         without = [{"layer": place[0], "feature": place[1], "reason": one} for place, one in failed.items()]
         output.print_json({"labels": rows, "without": without, "left_for_want_of_budget": left})
         return
-    rows = [(place[1], str(one.detection), str(one.fuzzing), one.source, one.shown) for place, one in labelled.items()]
+    rows = [
+        (feature_name(*place), str(one.detection), str(one.fuzzing), one.source, one.shown)
+        for place, one in labelled.items()
+    ]
     output.show("Labels", ("feature", "detection", "fuzzing", "by", "name"), rows)
     if chance := sum(one.at_chance for one in labelled.values()):
         output.console().print(
@@ -149,6 +158,8 @@ def print_labelled(found: dict, wanted: int, as_json: bool) -> None:
             soft_wrap=True,
         )
     if failed:
-        output.show("Without a label", ("feature", "reason"), [(place[1], one) for place, one in failed.items()])
+        output.show(
+            "Without a label", ("feature", "reason"), [(feature_name(*place), one) for place, one in failed.items()]
+        )
     if left:
         output.console().print(f"{left} features are left for want of budget; the same command goes on")

@@ -21,7 +21,6 @@ OneOf = TypeVar("OneOf", bound=str)
 
 # The range of a seed that every generator of random numbers below us takes.
 SEED: Any = {"min": 0, "max": 2**32 - 1}
-MOST = 10**6  # numbers that a list such as 0,2-5 may stand for
 
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 
@@ -133,6 +132,8 @@ def parse_layers(text: str | None) -> list[int] | None:
     """
     if text is None or text.strip() == "all":
         return None
+    from qwen_scope.sae import numbers_in
+
     layers: set[int] = set()
     for part in text.split(","):
         if (found := numbers_in(part)) is not None:
@@ -148,37 +149,6 @@ def parse_layers(text: str | None) -> list[int] | None:
                 )
             layers.add(point.layer)
     return sorted(layers)
-
-
-def parse_features(text: str) -> list[int]:
-    """`3,17,40-50` as features, in ascending order, each once.
-
-    Raises:
-        InputError: anything else.
-    """
-    features: set[int] = set()
-    for part in text.split(","):
-        if (found := numbers_in(part)) is None:
-            raise InputError(f"--features takes numbers and ranges, such as 3,17,40-50, not {brief(part.strip())}")
-        features.update(found)
-    return sorted(features)
-
-
-def numbers_in(part: str) -> range | None:
-    """The numbers of `3` or `2-5`, or None where it is neither.
-
-    Raises:
-        InputError: a range that runs backwards, or of more than `MOST` numbers.
-    """
-    match = re.fullmatch(r"\s*([0-9]{1,9})(?:\s*-\s*([0-9]{1,9}))?\s*", part)
-    if match is None:
-        return None
-    first, last = int(match[1]), int(match[2] or match[1])
-    if last < first:
-        raise InputError(f"the range {part.strip()!r} runs backwards; write {last}-{first}")
-    if last - first >= MOST:
-        raise InputError(f"the range {part.strip()!r} has more than {MOST:,} numbers")
-    return range(first, last + 1)
 
 
 def place_of(layer: int | None, feature: str | None) -> tuple[int | None, int | None]:

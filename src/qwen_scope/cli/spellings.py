@@ -29,11 +29,17 @@ GONE = {command: {"--skip-special": False, "--sink-multiple": True} for command 
 SPLIT = ("steer", "sweep", "validate")
 
 
+# Commands in which features were named by a layer and a list, and are now by --features LAYER/FEATURE,...
+LISTED = ("label", "export", "synthesize")
+
+
 def respelled(argv: Sequence[str]) -> list[str]:
     """The arguments with old spellings replaced; each is said in a warning."""
     words = list(argv)
     if words and words[0] in SPLIT:
         words = [words[0], *one_name(words[1:])]
+    if words and words[0] in LISTED:
+        words = [words[0], *names_of_list(words[1:])]
     known = {*OLD, *GONE}
     first = next((n for n in (1, 2) if " ".join(words[:n]) in known), 0)
     command, out, words = " ".join(words[:first]), words[:first], words[first:]
@@ -81,6 +87,26 @@ def one_name(words: Sequence[str]) -> list[str]:
         _say(f"--layer {found['--layer']} --feature {found['--feature']} is now --feature {name}")
         return [*out, "--feature", name]
     return [*out, *(part for pair in found.items() for part in pair)]
+
+
+def names_of_list(words: Sequence[str]) -> list[str]:
+    """The words of a command with the layer of listed features in each of their names."""
+    out: list[str] = []
+    found: dict[str, tuple[str, str]] = {}
+    rest = list(words)
+    while rest:
+        name, equals, value = rest.pop(0).partition("=")
+        kind = {"--layers": "--layer", "--feature": "--features", "-f": "--features"}.get(name, name)
+        if kind in ("--layer", "--features") and (equals or rest):
+            found[kind] = (name, value if equals else rest.pop(0))
+            continue
+        out.append(name + equals + value)
+    (at, layer), (_, names) = found.get("--layer", ("", "")), found.get("--features", ("", ""))
+    if layer.isdecimal() and names and "/" not in names:
+        named = ",".join(f"{layer}/{part.strip()}" for part in names.split(","))
+        _say(f"{at} {layer} --features {names} is now --features {named}")
+        return [*out, "--features", named]
+    return [*out, *(part for pair in found.values() for part in pair)]
 
 
 def _without(name: str, value: str) -> list[str]:

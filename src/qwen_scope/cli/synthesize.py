@@ -24,8 +24,7 @@ if TYPE_CHECKING:
 OPTIONS[TargetOptions] = {
     "features": Annotated[
         str | None,
-        typer.Option("--features", "-f", help="The targets, such as 3,17,40-50."),
-        Read(lambda text: tuple(options.parse_features(text))),
+        typer.Option("--features", "-f", help="The targets: LAYER/FEATURE, as in 2/3,2/40-50."),
     ],
     "search": Annotated[str | None, typer.Option("--search", help="Targets: features whose label has these words.")],
     "concept": Annotated[
@@ -36,7 +35,9 @@ OPTIONS[TargetOptions] = {
         float,
         typer.Option("--strength", help="Fire above this share of a feature's own activations; 0: at all.", min=0),
     ],
-    "layer": Annotated[int | None, typer.Option("--layer", help="Of the targets. Default: the store's only one.")],
+    "layer": Annotated[
+        int | None, typer.Option("--layer", help="Of targets named without one. Default: the only one.")
+    ],
 }
 OPTIONS[SynthesisOptions] = {
     "want": Annotated[

@@ -16,7 +16,7 @@ class NeuronpediaOptions:
     """How a store is written for Neuronpedia; see `export_neuronpedia` and `Creator`.
 
     Attributes:
-        features: which; None for all that fire.
+        features: which of one layer, named as in `2/3,2/40-50`; None for all that fire.
         model_id: its name of the model.
         set_name: the source set.
         method, explainer: a registered way and a registered model of explanations; None takes the usual ones.
@@ -25,7 +25,7 @@ class NeuronpediaOptions:
         no_model: leave out the tokens that a feature promotes, which take the model.
     """
 
-    features: tuple[int, ...] | None = None
+    features: str | None = None
     model_id: str | None = None
     set_name: str = "qwen-scope"
     method: str | None = None

@@ -177,18 +177,18 @@ class TargetOptions:
     """Which features `synthesize` writes texts for; exactly one of the first three says it.
 
     Attributes:
-        features: of one layer.
+        features: a list of names such as `2/3,2/40-50`.
         search: words that their label or note has.
         concept: what the judge finds them relevant to.
         tau: how relevant, from 0 to 1.
         strength: they fire above this share of their own activations in the store; 0: at all.
-        layer: of `features`; None means the only one of the store.
+        layer: of `features` named without one; None means the only one of the store.
 
     Raises:
         InputError: none of the three, or more than one.
     """
 
-    features: tuple[int, ...] | None = None
+    features: str | None = None
     search: str | None = None
     concept: str | None = None
     tau: float = 0.5

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from qwen_scope.errors import FormatError, InputError, NotFoundError, QwenScopeError, QwenScopeWarning, check_number
 from qwen_scope.features import BadAnswer, Endpoint, Label, Notes, TokenJudge, one_line
+from qwen_scope.sae import features_at
 from qwen_scope.store import Context, FeatureStore
 
 from .data import TargetOptions
@@ -65,10 +66,8 @@ def chosen_targets(
             is named.
     """
     if wanted.features is not None:
-        if wanted.layer is None and len(store.layers) > 1:
-            raise InputError(f"the store has layers {', '.join(map(str, store.layers))}; name one with layer=")
-        layer = store.layers[0] if wanted.layer is None else wanted.layer
-        return listed_targets(store, [(layer, feature) for feature in wanted.features], wanted.strength, seed)
+        places = features_at(wanted.features, store.layers, wanted.layer)
+        return listed_targets(store, places, wanted.strength, seed)
     if wanted.search is not None:
         return searched_targets(store, wanted.search, wanted.strength, seed)
     if not ask:

@@ -7,7 +7,10 @@ from .base import Identity as Identity
 from .base import fingerprint as fingerprint
 from .catalog import Group as Group
 from .feature_name import feature_name as feature_name
+from .feature_name import features_at as features_at
+from .feature_name import numbers_in as numbers_in
 from .feature_name import parse_feature as parse_feature
+from .feature_name import parse_features as parse_features
 from .formats import LAYOUTS as LAYOUTS
 from .jumprelu import JumpReLU as JumpReLU
 from .kinds import KINDS as KINDS
