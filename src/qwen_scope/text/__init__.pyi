@@ -28,6 +28,7 @@ from .phases import token_phases as token_phases
 from .read import is_readable as is_readable
 from .sinks import LEAST as LEAST
 from .sinks import thresholds as thresholds
+from .source import Together as Together
 from .tokenize import Tokens as Tokens
 from .tokenize import by_length as by_length
 from .tokenize import padded as padded

@@ -11,11 +11,13 @@ from dataclasses import asdict
 from itertools import islice
 from typing import Any, final
 
-from qwen_scope.errors import InputError
+from qwen_scope.errors import FormatError, InputError, check_count
 
 from .document import Document, Unreadable, document_of
 from .lab import is_lab
 from .options import CorpusOptions
+from .read import Raw
+from .shuffle import BLOCK, BLOCK_CHARACTERS, Blocks, Strands, countable, size_of
 from .source import find_sources
 from .unused import by_reason, tell_unused, the_first
 
@@ -25,7 +27,7 @@ HOPELESS = 10_000
 
 @final
 class Corpus:
-    """Documents in a fixed order: files by name, rows as they stand.
+    """Documents in a fixed order: files by name, rows as they stand; or, with `shuffle`, in one drawn by a seed.
 
     A row that holds no document keeps its number and is passed over; how many were is said in a warning at the end.
 
@@ -33,7 +35,8 @@ class Corpus:
         source: a file or a folder of files (`.txt`, `.jsonl`, `.ndjson`, `.csv`, `.tsv`, `.parquet`, also gzipped), a
             folder written by `datasets`, a dataset of the Hub (`owner/name`, streamed), `lab` or some of its documents
             (`lab:language=de,register!=rude`; without end, unless there is a `sample`), a `datasets` object, a frame of
-            pandas or polars, an Arrow table, a mapping of columns, or texts or mappings in a list or from a generator.
+            pandas or polars, an Arrow table, a mapping of columns, or texts or mappings in a list or from a generator;
+            `Together` for several of those that have names.
         column: the column that holds the text: a string or a list of messages.
         unit: what one document of a `.txt` file is: a `paragraph` (up to a blank line), a `line`, or the `file`.
         sample: only this many rows, drawn evenly from all of them, in their order; of the lab the first ones.
@@ -45,6 +48,8 @@ class Corpus:
         held_out: give the rows that are kept, instead of the others.
         rank, world: every `world`-th of the rows, from `rank` on: the share of one process.
         repeat: begin again at the end; a source that can be read only once then ends.
+        shuffle: a seed: mix the sources in proportion to their rows, and the rows within each, as `text.shuffle` says.
+            Which rows are kept or shared does not depend on it. None keeps the order, in which stores are written.
         quiet: no warning of rows that can't be used: another reading of the same documents gives it.
 
     Attributes:
@@ -75,6 +80,7 @@ class Corpus:
         rank: int = 0,
         world: int = 1,
         repeat: bool = False,
+        shuffle: int | None = None,
         quiet: bool = False,
     ) -> None:
         asked = asdict(CorpusOptions(column, unit, sample, seed, split, subset))
@@ -82,7 +88,9 @@ class Corpus:
             raise InputError(
                 f"hold_out {hold_out} would leave nothing to train on; 100 keeps one document in a hundred"
             )
-        self.column, self.rank, self.world = column, rank, world
+        if shuffle is not None:
+            check_count("shuffle", shuffle, 0)
+        self.column, self.rank, self.world, self.shuffle = column, rank, world, shuffle
         self.hold_out, self.held_out = hold_out, held_out
         self._once = isinstance(source, Iterator)
         self.repeat = repeat and not self._once
@@ -92,7 +100,9 @@ class Corpus:
         self.options = {name: value for name, value in asked.items() if name != "chat"}
         lab = is_lab(source)
         self.endless = self.repeat or (lab and sample is None)
-        self.epoch, self._at, self._rows, self._offset, self._seen = 0, 0, 0, 0, 0
+        self.epoch, self._at, self._rows, self._offset, self._seen, self._before = 0, 0, 0, 0, 0, 0
+        self._numbered_apart = len(self.sources) > 1 and not countable(self.sources)
+        self._blocks = Blocks()
         self.used, self.unused, self._told = 0, Counter[str](), quiet
         self._first: Unreadable | None = None  # the first row that can't be used
         self._lacking: Mapping[str, Any] | None = None  # the first row without the column
@@ -136,21 +146,28 @@ class Corpus:
 
     def cursor(self) -> dict[str, Any]:
         """The place after the row taken last, and how many rows of the first pass were of use: plain data."""
-        return {
-            "epoch": self.epoch,
-            "source": self._at,
-            "rows": self._rows,
-            "offset": self._offset,
-            "seen": self._seen,
-            "used": self.used,
-            "unused": dict(self.unused),
-        }
+        read = {"epoch": self.epoch, "used": self.used, "unused": dict(self.unused)}
+        if self.shuffle is not None:
+            return {**read, **vars(self._blocks)}
+        place = {"source": self._at, "rows": self._rows, "offset": self._offset, "seen": self._seen}
+        return {**read, **place, "before": self._before}
 
     def seek(self, cursor: Mapping[str, Any]) -> None:
-        """Go on from a cursor of the same corpus; to be called before the first row is taken."""
-        self.epoch, self._at, self._rows = int(cursor.get("epoch", 0)), int(cursor["source"]), int(cursor["rows"])
-        self._offset, self._seen = int(cursor["offset"]), int(cursor["seen"])
+        """Go on from a cursor of the same corpus; to be called before the first row is taken.
+
+        Raises:
+            FormatError: the cursor is of documents in another order.
+        """
+        if ("served" in cursor) is (self.shuffle is None):
+            kept, here = ("in order", "shuffled") if self.shuffle is not None else ("shuffled", "in order")
+            raise FormatError(f"the place in {self.name} was kept while it was read {kept}, and here it is read {here}")
+        self.epoch = int(cursor.get("epoch", 0))
         self.used, self.unused = int(cursor.get("used", 0)), Counter(cursor.get("unused", {}))
+        if self.shuffle is not None:
+            self._blocks = Blocks(int(cursor["block"]), int(cursor["served"]), cursor["strands"])
+            return
+        self._at, self._rows, self._offset = int(cursor["source"]), int(cursor["rows"]), int(cursor["offset"])
+        self._seen, self._before = int(cursor["seen"]), int(cursor.get("before", 0))
 
     def __iter__(self) -> Iterator[Document]:
         """The documents alone; `rows` also has the rows that can't be used.
@@ -159,7 +176,7 @@ class Corpus:
             InputError: at the end of a pass from the beginning, where no row could be used.
         """
         while True:
-            whole, taken = self._seen == 0, 0
+            whole, taken = self._at_start, 0
             for found in self._pass():
                 if isinstance(found, Document):
                     taken += 1
@@ -175,7 +192,7 @@ class Corpus:
     def rows(self) -> Iterator[Document | Unreadable]:
         """Every row of the share, from the cursor on, also those that can't be used; nothing is said about them."""
         while True:
-            whole, taken = self._seen == 0, 0
+            whole, taken = self._at_start, 0
             for found in self._pass():
                 taken += 1
                 yield found
@@ -188,26 +205,58 @@ class Corpus:
             self._told = True
             tell_unused(self.unused, self.used + self.unused.total(), self.name, self._first)
 
+    @property
+    def _at_start(self) -> bool:
+        return self._seen == 0 and self._blocks.strands is None
+
     def _pass(self) -> Iterator[Document | Unreadable]:
         """The rows of the share that are still to come in this pass."""
+        for found in self._in_order() if self.shuffle is None else self._in_blocks(self.shuffle):
+            if self.epoch == 0:
+                if isinstance(found, Document):
+                    self.used += 1
+                else:
+                    self.unused[found.reason] += 1
+                    self._first = self._first or found
+            yield found
+
+    def _in_order(self) -> Iterator[Document | Unreadable]:
         while self._at < len(self.sources):
-            source = self.sources[self._at]
-            for raw in source.read(self._rows, self._offset):
+            for raw in self.sources[self._at].read(self._rows, self._offset):
+                number = self._at + self._seen - self._before if self._numbered_apart else self._seen
                 self._rows, self._offset, self._seen = raw.row, raw.offset, self._seen + 1
-                if not self._wanted(self._seen - 1):
-                    continue
-                value = raw.parse()
-                if self._lacking is None and isinstance(value, Mapping) and self.column not in value:
-                    self._lacking = value
-                found = document_of(value, self.column, source.name, raw.row)
-                if self.epoch == 0:
-                    if isinstance(found, Document):
-                        self.used += 1
-                    else:
-                        self.unused[found.reason] += 1
-                        self._first = self._first or found
-                yield found
-            self._at, self._rows, self._offset = self._at + 1, 0, 0
+                if self._wanted(number):
+                    yield self._document(self._at, raw)
+            self._at, self._rows, self._offset, self._before = self._at + 1, 0, 0, self._seen
+
+    def _in_blocks(self, seed: int) -> Iterator[Document | Unreadable]:
+        # As many rows are read for a block of held-out documents as for one of the others.
+        most = max(1, BLOCK // self.hold_out) if self.held_out else BLOCK
+        strands = Strands(self.sources, self._blocks.strands)
+        rows = iter(strands)
+        while True:
+            self._blocks.strands = strands.places
+            block: list[Document | Unreadable] = []
+            characters = 0
+            for at, number, raw in rows:
+                if self._wanted(number):
+                    block.append(self._document(at, raw))
+                    characters += size_of(block[-1])
+                    if len(block) == most or characters >= BLOCK_CHARACTERS:
+                        break
+            if not block:
+                return
+            random.Random(f"{seed} {self.epoch} {self._blocks.block}").shuffle(block)
+            while self._blocks.served < len(block):
+                self._blocks.served += 1
+                yield block[self._blocks.served - 1]
+            self._blocks = Blocks(self._blocks.block + 1, 0, strands.places)
+
+    def _document(self, at: int, raw: Raw) -> Document | Unreadable:
+        value = raw.parse()
+        if self._lacking is None and isinstance(value, Mapping) and self.column not in value:
+            self._lacking = value
+        return document_of(value, self.column, self.sources[at].name, raw.row)
 
     def _no_use(self, which: str) -> InputError:
         why = self.other_columns() or the_first(self._first)
@@ -217,7 +266,8 @@ class Corpus:
         """Begin another pass, if one was asked for."""
         if not self.repeat:
             return False
-        self.epoch, self._at, self._rows, self._offset, self._seen = self.epoch + 1, 0, 0, 0, 0
+        self.epoch, self._at, self._rows, self._offset, self._seen, self._before = self.epoch + 1, 0, 0, 0, 0, 0
+        self._blocks = Blocks()
         return True
 
     def _wanted(self, number: int) -> bool:

@@ -56,7 +56,8 @@ def lab_source(source: str, split: str, seed: int, n: int | None) -> Source:
             meta = {"id": d.id, "kind": d.kind, "language": d.language, "register": d.register, **d.factors}
             yield Raw(i, i, partial(same, {"text": d.text, **meta}))
 
-    return Source(f"{source}:{split}:{seed}:{n}", n, rows)
+    # Documents are made one after the other: what stands before a place is made again.
+    return Source(f"{source}:{split}:{seed}:{n}", n, rows, n, "stream" if n is None else "first")
 
 
 def factors(asked: Iterable[tuple[str, str, bool]]) -> dict[str, list[str]]:

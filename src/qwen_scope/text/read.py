@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 from qwen_scope.errors import FormatError, foreign
 
 SUFFIXES = (".txt", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
+Begin = Literal["anywhere", "first", "stream"]
 DAMAGED = (gzip.BadGzipFile, EOFError, zlib.error)
 
 
@@ -55,11 +56,16 @@ class Source:
         name: what documents say they come from.
         size: in the unit of the offsets, or None where it is not known.
         read: its rows from a place on: the number of rows before it, and the offset.
+        rows: how many it has, where that is known without reading; their offsets are their numbers then.
+        begin: where reading can begin without reading what stands before: `anywhere`, or at its `first` row alone; of a
+            `stream` the rows can't be counted either.
     """
 
     name: str
     size: int | None
     read: Callable[[int, int], Iterator[Raw]]
+    rows: int | None = None
+    begin: Begin = "anywhere"
 
 
 def is_readable(path: Path) -> bool:
@@ -76,19 +82,21 @@ def file_source(path: Path, name: str, unit: str) -> Source:
     zipped = path.suffix == ".gz"
     suffix = (path.with_suffix("") if zipped else path).suffix
     size = None if zipped else path.stat().st_size
+    begin: Begin = "first" if zipped else "anywhere"
     if suffix == ".parquet":
         try:
             with parquet(path) as file:
-                return Source(name, file.metadata.num_rows, partial(parquet_rows, path))
+                rows = file.metadata.num_rows
+                return Source(name, rows, partial(parquet_rows, path), rows, begin)
         except (pa.ArrowException, OSError, *DAMAGED) as error:
             raise FormatError(f"{path} is not a Parquet file: {' '.join(str(error).split())[:200]}") from error
     if suffix in (".csv", ".tsv"):
-        return Source(name, size, partial(csv_rows, path, "\t" if suffix == ".tsv" else ","))
+        return Source(name, size, partial(csv_rows, path, "\t" if suffix == ".tsv" else ","), begin=begin)
     if suffix in (".jsonl", ".ndjson"):
-        return Source(name, size, partial(line_rows, path, parse_json))
+        return Source(name, size, partial(line_rows, path, parse_json), begin=begin)
     if unit == "line":
-        return Source(name, size, partial(line_rows, path, decode))
-    return Source(name, size, partial(block_rows, path, unit))
+        return Source(name, size, partial(line_rows, path, decode), begin=begin)
+    return Source(name, size, partial(block_rows, path, unit), begin=begin)
 
 
 def opened(path: Path, offset: int) -> Any:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -18,6 +19,21 @@ from .read import SUFFIXES, Raw, Source, file_source, is_readable, record_of, sa
 
 OTHERS = (".json", ".gz", ".zst", ".md", ".arrow")  # of files that are not read, which are no names of datasets
 BATCH = 256  # rows of a table that are turned into Python objects together
+
+
+@dataclass(frozen=True)
+class Together:
+    """Several named sources that are read as one corpus, in this order.
+
+    Raises:
+        InputError: no name, or one twice.
+    """
+
+    names: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        if not self.names or len(set(self.names)) < len(self.names):
+            raise InputError(f"name each source of documents once, and at least one; got {list(self.names)}")
 
 
 def find_sources(
@@ -40,6 +56,9 @@ def find_sources(
         InputError: an object that holds no documents, or a folder without a file of a known kind.
         FormatError: a `.parquet` file is none.
     """
+    if isinstance(source, Together):
+        each = [find_sources(one, unit=unit, split=split, subset=subset, seed=seed, n=n) for one in source.names]
+        return [found for some, _ in each for found in some], ", ".join(called for _, called in each)
     if isinstance(source, str | os.PathLike):
         if is_lab(source):
             found = lab_source(str(os.fspath(source)), split, seed, n)
@@ -72,7 +91,7 @@ def named(source: str, unit: str, split: str, subset: str | None) -> tuple[list[
     datasets = datasets_package(f"{source!r} is no file here, and reading it from the Hub")
     with foreign(f"there is no file {source!r} here, and the Hub does not give it as a dataset", NotFoundError):
         stream = datasets.load_dataset(source, subset, split=split, streaming=True)
-    return [Source(f"hub:{source}", None, partial(dataset_rows, stream))], source
+    return [Source(f"hub:{source}", None, partial(dataset_rows, stream), begin="stream")], source
 
 
 def object_source(source: Any, split: str, name: str | None) -> Source:
@@ -89,20 +108,25 @@ def object_source(source: Any, split: str, name: str | None) -> Source:
     package = type(source).__module__.partition(".")[0]
     size = len(source) if hasattr(source, "__len__") else None
     if package == "datasets":
-        return Source(name or "dataset", size, partial(dataset_rows, source))
+        return in_memory(name or "dataset", size, partial(dataset_rows, source))
     if isinstance(source, pa.Table | pa.RecordBatch | pa.ChunkedArray | pa.Array):
         read = table_rows if isinstance(source, pa.Table | pa.RecordBatch) else array_rows
-        return Source(name or "table", size, partial(read, source))
+        return in_memory(name or "table", size, partial(read, source))
     if package in ("pandas", "polars") and hasattr(source, "columns"):
-        return Source(name or "table", size, partial(frame_rows, source))
+        return in_memory(name or "table", size, partial(frame_rows, source))
     if isinstance(source, Mapping):
-        return Source(name or "table", *columns_source(source))
+        return in_memory(name or "table", *columns_source(source))
     if isinstance(source, Iterable) and not isinstance(source, str | bytes | bytearray | set | frozenset):
-        return Source(name or "list", size, partial(item_rows, source))
+        return in_memory(name or "list", size, partial(item_rows, source))
     raise InputError(
         f"a {kind} holds no documents in an order; pass a file, a list of texts, a dataset, or a table with a column of"
         " texts"
     )
+
+
+def in_memory(name: str, size: int | None, read: Callable[[int, int], Iterator[Raw]]) -> Source:
+    """The source in an object whose rows are numbered; without a length it is a stream."""
+    return Source(name, size, read, size, "stream" if size is None else "anywhere")
 
 
 def columns_source(columns: Mapping[Any, Any]) -> tuple[int, Any]:
