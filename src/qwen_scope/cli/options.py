@@ -71,14 +71,12 @@ Count = Annotated[
         help="all: every token counts. Default: all but the first of each row, special tokens and sinks.",
     ),
 ]
-Documents = Annotated[
-    str,
-    typer.Argument(
-        metavar="CORPUS",
-        help="A .txt, .jsonl, .csv, .tsv or .parquet file (also .gz), a folder of such, a dataset of the Hub"
-        " (owner/name), or 'lab', of which lab:language=de is a part.",
-    ),
-]
+DOCUMENTS: Any = typer.Argument(
+    metavar="CORPUS",
+    help="A .txt, .jsonl, .csv, .tsv or .parquet file (also .gz), a folder of such, a dataset of the Hub"
+    " (owner/name), or 'lab', of which lab:language=de is a part.",
+)
+Documents = Annotated[str, DOCUMENTS]
 Phase = Annotated[
     str | None,
     typer.Option(

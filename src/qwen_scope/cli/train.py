@@ -28,17 +28,32 @@ OPTIONS[TrainConfig] = {
     "lr": Annotated[float | None, typer.Option("--lr", help="Peak learning rate. Default: 2e-4 / sqrt(d_sae / 2^14).")],
     "seed": Annotated[int, typer.Option("--seed", help="Of the start and the order.", **options.SEED)],
 }
+
+
+def places(typed: list[str]) -> str | tuple[str, ...]:
+    """Where documents are: one place, or several."""
+    return typed[0] if len(typed) == 1 else tuple(typed)
+
+
+Places = Annotated[list[str], options.DOCUMENTS, Read(places)]
 OPTIONS[TrainRun] = {
-    "data": options.Documents,
+    "data": Places,
     "out": Annotated[Path, typer.Option("--out", "-o", help="The folder of the run.")],
     "train": TrainConfig,
     "model": options.Model,
     "layers": Annotated[options.Layers, Read(options.layers_tuple)],
     "start_from": Annotated[str | None, typer.Option("--start-from", help="SAEs to continue from.")],
+    "against_scratch": Annotated[
+        bool, typer.Option("--against-scratch", help="Also train SAEs from scratch on the same tokens, and compare.")
+    ],
     "group": Annotated[
         str | None, typer.Option("--group", help="The name of the set of SAEs. Default: from model, width and k.")
     ],
     "corpus": CorpusOptions,
+    "shuffle": Annotated[
+        bool,
+        typer.Option("--shuffle/--no-shuffle", help="Mix documents of all sources, or read them one after the other."),
+    ],
     "counted": Annotated[options.Count, Read(options.parse_count)],
     "context_length": Annotated[int, typer.Option("--context-length", help="Tokens per row of packed text.", min=2)],
     "batch_size": Annotated[int, typer.Option("--batch-size", help="Rows per forward pass.", min=1)],
@@ -67,7 +82,7 @@ OPTIONS[TrainRun] = {
 
 
 OPTIONS[EvalRun] = {
-    "data": options.Documents,
+    "data": Places,
     "model": options.Model,
     "sae": options.Sae,
     "post": Annotated[
@@ -125,10 +140,13 @@ def train(run: TrainRun, more: Mapping[str, Any], as_json: options.Json = False)
     with output.progress() as report:
         result = run_train(seeded(run, run.train.seed), progress=report)
     quality = {str(name): found.plain() for name, found in result.quality.items()}
+    began = {name: found.plain() for name, found in result.began.items()}
     if as_json:
-        output.print_json({"folder": str(result.folder), "layers": sorted(map(str, result.saes)), "quality": quality})
+        layers = sorted(map(str, result.saes))
+        output.print_json({"folder": str(result.folder), "layers": layers, "quality": quality, "began": began})
         return
     show_quality(f"Trained {len(result.saes)} SAEs", quality)
+    show_began(quality, began)
     out = output.console()
     out.print(f"Written to {result.folder}. Look at them:", soft_wrap=True)
     out.print(f"  qwen-scope features TEXT --model {run.model} --sae {result.folder}", soft_wrap=True)
@@ -191,6 +209,20 @@ def show_quality(title: str, quality: dict[str, Any]) -> None:
     for line in dict.fromkeys(said.values()):
         where = [point for point, one in said.items() if one == line]
         output.console().print(line if len(where) == len(said) else f"{', '.join(where)}: {line}", soft_wrap=True)
+
+
+def show_began(quality: dict[str, Any], began: dict[str, Any]) -> None:
+    """SAEs that were continued, before and after, and beside those from scratch."""
+    if not began:
+        return
+    rows = []
+    for point, one in began.items():
+        moved, now = one["moved"], quality.get(point, {})
+        fvus = (found.get("fvu") for found in (one.get("before", {}), now, one.get("scratch", {})))
+        rows.append((point, *fvus, moved["median"], moved["low"], moved["below_50"]))
+    columns = ("hook point", "FVU before", "FVU now", "from scratch", "cosine", "5% quantile", "below 0.5")
+    group = next(iter(began.values()))["history"][-1]["group"]
+    output.show(f"Continued from {group}", columns, rows)
 
 
 def show_transfer(title: str, transfer: dict[str, Any]) -> None:

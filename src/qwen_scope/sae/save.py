@@ -141,13 +141,15 @@ def merged(old: Mapping[str, Any], new: Mapping[str, Any], folder: Path) -> dict
 
 
 def _joined(key: str, old: Any, config: Mapping[str, Any], folder: Path) -> dict[str, Any] | None:
-    """What a folder says of all its SAEs once there is one more: each one's own threshold for sinks, and else nothing
-    where they differ; raises MismatchError where they were trained on other tokens."""
+    """What a folder says of all its SAEs once there is one more: each one's own threshold for sinks and history, and
+    else nothing where they differ; raises MismatchError where they were trained on other tokens."""
     new = config.get(key)
     if old == new:
         return new
-    if key != "counted" or not isinstance(old, dict) or not isinstance(new, dict):
+    if not isinstance(old, dict) or not isinstance(new, dict) or key not in ("counted", "history"):
         return None
+    if key == "history":
+        return {**old, **new}
     if differ := [name for name in ("first", "special", "phases") if old.get(name) != new.get(name)]:
         raise MismatchError(
             f"{folder} holds SAEs that were trained on other tokens ({', '.join(differ)} of 'counted' differ); choose"

@@ -10,6 +10,7 @@ from typing import Any
 from qwen_scope.files import write_text, write_whole
 from qwen_scope.text import Counted, summary
 
+from .card_began import began
 from .evaluate import DENSITY_EDGES
 from .metrics import read_metrics
 
@@ -49,11 +50,16 @@ def write_card(
     history = read_metrics(metrics)
     plots = draw(folder / "plots", history, quality)
     path = folder / "README.md"
-    write_text(path, text_of(run, quality, plots))
+    write_text(path, text_of(run, quality, plots, history))
     return path
 
 
-def text_of(run: Mapping[str, Any], quality: Mapping[str, Mapping[str, Any]], plots: Sequence[str]) -> str:
+def text_of(
+    run: Mapping[str, Any],
+    quality: Mapping[str, Mapping[str, Any]],
+    plots: Sequence[str],
+    history: Sequence[Mapping[str, Any]] = (),
+) -> str:
     """The card as Markdown."""
     config, group = run["train"], run["group"]
     head = [
@@ -70,7 +76,7 @@ def text_of(run: Mapping[str, Any], quality: Mapping[str, Mapping[str, Any]], pl
     what = (
         f"Sparse autoencoders ({config['architecture']}, {config['d_sae']:,} features, k {config['k']}) on the residual"
         f" stream of `{run['model']}` after the blocks named below, each trained on {config['tokens']:,} tokens of"
-        f" {run['data']}."
+        f" {run['data'] if isinstance(run['data'], str) else ', '.join(run['data'])}."
     )
     first = next(iter(quality), "layers.0.resid_post")
     use = [
@@ -84,6 +90,7 @@ def text_of(run: Mapping[str, Any], quality: Mapping[str, Mapping[str, Any]], pl
     if quality:
         tokens = next(iter(quality.values()))["tokens"]
         lines += [f"Measured on {tokens:,} tokens of {run['eval_data']}.", ""]
+    lines += began(run, quality, history)
     lines += ["## Which tokens count", "", *which_count(run, quality), ""]
     if plots:
         lines += ["## Curves", "", *(f"![{Path(plot).stem}](plots/{plot})" for plot in plots), ""]

@@ -33,7 +33,7 @@ from qwen_scope.errors import (
 from qwen_scope.files import Fields, digest_of, read_object, write_text
 from qwen_scope.text import Counted
 
-from .config import TrainConfig
+from .config import Plan, TrainConfig, hook_of
 from .parallel import Ranks
 from .step import Layer, adam
 from .weights import Weights
@@ -130,7 +130,7 @@ class Checkpoints:
                 shutil.rmtree(path)
 
 
-def save(state: RunState, config: TrainConfig, where: Checkpoints, ranks: Ranks) -> Path:
+def save(state: RunState, plan: Plan, where: Checkpoints, ranks: Ranks) -> Path:
     """Write one checkpoint, by all ranks together; the older ones stay until it is whole.
 
     Raises:
@@ -146,7 +146,7 @@ def save(state: RunState, config: TrainConfig, where: Checkpoints, ranks: Ranks)
         write_rank(state, place, ranks)
         ranks.barrier()
         if ranks.first:
-            write_manifest(state, config, place, ranks)
+            write_manifest(state, plan, place, ranks)
             where.prune()
         ranks.barrier()
     except (OSError, SafetensorError) as error:
@@ -173,7 +173,7 @@ def write_rank(state: RunState, place: Path, ranks: Ranks) -> None:
     write_text(place / f"rank{ranks.rank}.json", json.dumps(note))
 
 
-def write_manifest(state: RunState, config: TrainConfig, place: Path, ranks: Ranks) -> None:
+def write_manifest(state: RunState, plan: Plan, place: Path, ranks: Ranks) -> None:
     """Gather what the ranks noted; from here on the checkpoint counts."""
     notes = []
     for rank in range(ranks.world):
@@ -184,7 +184,7 @@ def write_manifest(state: RunState, config: TrainConfig, place: Path, ranks: Ran
         "format": FORMAT,
         "step": state.step,
         "seconds": state.seconds,
-        "config": config.to_json(),
+        "config": plan.to_json(),
         "counted": state.counted.to_json(),
         "mode": ranks.mode,
         "world": ranks.world,
@@ -194,7 +194,7 @@ def write_manifest(state: RunState, config: TrainConfig, place: Path, ranks: Ran
 
 
 def load(
-    config: TrainConfig, where: Checkpoints, ranks: Ranks, device: torch.device | str | None = None,
+    plan: Plan | TrainConfig, where: Checkpoints, ranks: Ranks, device: torch.device | str | None = None,
     counted: Counted = Counted.everything(),  # noqa: B008 - frozen
 ) -> RunState:  # fmt: skip
     """The newest checkpoint of a run whose files are all whole; newer ones are said and removed.
@@ -204,8 +204,9 @@ def load(
         MismatchError: it was written by a run with another config, on other tokens, or divided among other processes.
         FormatError: there are some, and each is damaged; what is said is about the newest.
     """
+    plan = plan if isinstance(plan, Plan) else Plan(plan)
     place, manifest = newest(where)
-    check_same_run(manifest, config, counted, ranks, place)
+    check_same_run(manifest, plan, counted, ranks, place)
     path, note = place / f"rank{ranks.rank}.safetensors", manifest["ranks"][ranks.rank]
     tensors = read_tensors(path)
     source = tensors
@@ -213,7 +214,7 @@ def load(
         source = read_tensors(place / "rank0.safetensors")
     with foreign(f"{place / MANIFEST} does not describe {path.name}"):
         layers = {
-            name: layer_from(config, name, numbers, under(source, name), device)
+            name: layer_from(plan.of(name), hook_of(name), numbers, under(source, name), device)
             for name, numbers in note["layers"].items()
         }
     ranks.barrier()
@@ -273,11 +274,9 @@ def read_manifest(place: Path) -> dict[str, Any]:
     return found
 
 
-def check_same_run(
-    manifest: Mapping[str, Any], config: TrainConfig, counted: Counted, ranks: Ranks, place: Path
-) -> None:
+def check_same_run(manifest: Mapping[str, Any], plan: Plan, counted: Counted, ranks: Ranks, place: Path) -> None:
     """Raise MismatchError unless the checkpoint was written by a run like this one, naming what differs."""
-    mine, theirs = config.to_json(), manifest["config"]
+    mine, theirs = plan.to_json(), manifest["config"]
     differ = [
         f"{name} {theirs.get(name)!r} there and {mine.get(name)!r} here"
         for name in sorted({*mine, *theirs})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 from qwen_scope.errors import InputError, check_count
@@ -18,6 +18,10 @@ if TYPE_CHECKING:
 DEAD_STEPS = 10
 
 ANY = -(2**63)  # the least of a whole number whose range is checked elsewhere
+
+AUX = 1 / 32
+
+CONTINUING = 0.3  # docs/log.md, "Where training begins"
 
 # Steps of the runs that the published learning rate was found for: half a billion tokens and more, 4,096 a step.
 LONG_RUN = 120_000
@@ -41,7 +45,7 @@ class TrainConfig:
         betas: Adam's two rates.
         eps: Adam's epsilon, small because the loss is divided by the total variance (Gao et al. 2024).
         clip: largest norm of one layer's gradient.
-        aux_weight: weight of AuxK (1/32: the Qwen-Scope report).
+        aux_weight: weight of AuxK; None means 1/32 (the Qwen-Scope report).
         k_aux: dead features that AuxK may use per token; None means half of d_model (Gao et al. 2024).
         dead_tokens: a feature that fired in none of this many last tokens is dead; None means 10M or a tenth of
             the run, whichever is less. A window shorter than `DEAD_STEPS` steps never calls a feature dead.
@@ -66,7 +70,7 @@ class TrainConfig:
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 6.25e-10
     clip: float = 1.0
-    aux_weight: float = 1 / 32
+    aux_weight: float | None = None
     k_aux: int | None = None
     dead_tokens: int | None = None
     pre_bias: bool = True
@@ -97,7 +101,7 @@ class TrainConfig:
             raise InputError(f"decay is a share of the run, 0 to 1, got {self.decay}")
         if self.warmup is not None and not 0 <= self.warmup <= self.steps:
             raise InputError(f"a warm-up of {self.warmup} steps does not fit a run of {self.steps}")
-        if not 0 <= self.aux_weight < math.inf:
+        if not 0 <= self.aux < math.inf:
             raise InputError(f"aux_weight must not be negative, got {self.aux_weight}")
         kind.check(self.shape)
 
@@ -115,13 +119,35 @@ class TrainConfig:
 
     def to_json(self) -> dict[str, Any]:
         """As values of JSON: the architecture by its name, its options beside the rest."""
-        own = {field.name: getattr(self, field.name) for field in fields(self)}
+        own = {field.name: getattr(self, field.name) for field in fields(self)} | {"aux_weight": self.aux}
         return json.loads(json.dumps({**own, "architecture": self.kind.name, **vars(self.kind)}))
+
+    def resolved(self) -> dict[str, Any]:
+        """As `to_json`, with what is used where nothing was said."""
+        return self.to_json() | {"lr": self.peak_lr, "warmup": self.warmup_steps, "dead_tokens": self.dead_window}
 
     @property
     def steps(self) -> int:
         """Steps of the run."""
         return self.tokens // self.batch
+
+    @property
+    def aux(self) -> float:
+        """The weight of AuxK."""
+        return AUX if self.aux_weight is None else self.aux_weight
+
+    def continuing(self) -> TrainConfig:
+        """This run where it begins with finished SAEs, with other defaults: those weights are nearly right.
+
+        Without a learning rate of its own `CONTINUING` times that of a new run. Without a weight of its own no AuxK,
+        which would turn features that this text has no use for into other ones: a feature keeps its number and meaning.
+        """
+        lr = CONTINUING * self.peak_lr if self.lr is None else self.lr
+        return replace(self, lr=lr, aux_weight=0.0 if self.aux_weight is None else self.aux_weight)
+
+    def anew(self) -> TrainConfig:
+        """A run to compare one that continues with: as many tokens, by the defaults of a run that begins anew."""
+        return replace(self, lr=None, warmup=None, aux_weight=None)
 
     @property
     def warmup_steps(self) -> int:
@@ -146,3 +172,44 @@ class TrainConfig:
         """Tokens without firing after which a feature is dead, or None where a run is too short to tell."""
         window = min(10_000_000, self.tokens // 10) if self.dead_tokens is None else self.dead_tokens
         return window if self.dead_tokens is not None or window >= DEAD_STEPS * self.batch else None
+
+
+SCRATCH = "scratch:"
+"""Before the hook point, the name of an SAE that is trained from scratch beside one that is continued."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How the layers of a run are trained.
+
+    Attributes:
+        config: of the SAEs of the run.
+        scratch: of others on the same batches that begin anew, to be compared with; None for none.
+
+    Raises:
+        InputError: these are of other batches.
+    """
+
+    config: TrainConfig
+    scratch: TrainConfig | None = None
+
+    def __post_init__(self) -> None:
+        mine, other = self.config, self.scratch
+        if other is not None and (other.tokens, other.batch) != (mine.tokens, mine.batch):
+            raise InputError(
+                f"SAEs from scratch are trained on the same batches: {mine.tokens} tokens in batches of {mine.batch},"
+                f" not {other.tokens} in batches of {other.batch}"
+            )
+
+    def of(self, name: str) -> TrainConfig:
+        """The config of a layer."""
+        return self.scratch if self.scratch is not None and name.startswith(SCRATCH) else self.config
+
+    def to_json(self) -> dict[str, Any]:
+        """As values of JSON: the config, and beside it that of the others."""
+        return {**self.config.to_json(), **({} if self.scratch is None else {"scratch": self.scratch.to_json()})}
+
+
+def hook_of(name: str) -> str:
+    """The hook point of a layer in training."""
+    return name.removeprefix(SCRATCH)

@@ -11,7 +11,7 @@ from typing import Any
 from qwen_scope.errors import FormatError
 from qwen_scope.files import Fields
 from qwen_scope.sae import SAE
-from qwen_scope.text import CHATS, Chat, Corpus
+from qwen_scope.text import CHATS, Chat, Corpus, Together
 
 KEY = "held_out"
 """Where the record is in an SAE's `meta` and files."""
@@ -30,6 +30,7 @@ class HeldOut:
         context_length: tokens per row.   batch_size: rows per forward pass.
         tokens: about how many were measured on; 0 for none.
         chat: how conversations were rendered.
+        shuffle: the seed of the order in which they were read; None where they were read as they stand.
     """
 
     text: str
@@ -38,6 +39,7 @@ class HeldOut:
     batch_size: int
     tokens: int
     chat: Chat | None
+    shuffle: int | None = None
 
     def to_json(self) -> dict[str, Any]:
         """As values of JSON."""
@@ -46,6 +48,11 @@ class HeldOut:
     def is_of(self, corpus: Corpus) -> bool:
         """Whether these documents are of that text, cut in the same way."""
         return self.text == digest(corpus)
+
+
+def text_source(data: str | tuple[str, ...]) -> str | Together:
+    """What `Corpus` takes for the places of a text."""
+    return data if isinstance(data, str) else Together(data)
 
 
 def digest(corpus: Corpus) -> str:
@@ -66,10 +73,11 @@ def held_out_of(saes: Iterable[SAE]) -> HeldOut | None:
         what, record = f"{KEY!r} in the files of {sae.identity}", sae.meta[KEY]
         if isinstance(record, Mapping):
             record = {EARLIER.get(name, name): value for name, value in record.items()}
-        read = Fields(record, what, [*HeldOut.__dataclass_fields__])
+        read = Fields(record, what, [name for name in HeldOut.__dataclass_fields__ if name != "shuffle"], ("shuffle",))
         chat = read.maybe(read.text, "chat")
         if chat is not None and chat not in CHATS:
             raise FormatError(f"'chat' of {what} is one of {', '.join(CHATS)}, not {chat!r}")
         size = read.count("context_length", 2), read.count("batch_size", 1)
-        found.append(HeldOut(read.text("text"), read.count("every", 2), *size, read.count("tokens"), chat))
+        order = read.maybe(read.count, "shuffle")
+        found.append(HeldOut(read.text("text"), read.count("every", 2), *size, read.count("tokens"), chat, order))
     return found[0] if found and len(set(found)) == 1 else None

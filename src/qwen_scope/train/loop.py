@@ -10,14 +10,14 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from qwen_scope.errors import InputError, MismatchError
+from qwen_scope.errors import InputError, MismatchError, brief
 from qwen_scope.model import HookPoint
 from qwen_scope.sae import SAE
 from qwen_scope.text import Counted
 
 from . import checkpoint
 from .checkpoint import Checkpoints, RunState
-from .config import TrainConfig
+from .config import SCRATCH, Plan, TrainConfig, hook_of
 from .parallel import Ranks
 from .step import DivergedError, Layer, LayerReport, start, step
 from .weights import exported
@@ -59,8 +59,8 @@ class StepReport:
     layers: Mapping[str, LayerReport]
 
     def line(self) -> str:
-        """Loss, FVU, L0 and dead share, averaged over layers, and the speed."""
-        layers = list(self.layers.values())
+        """Loss, FVU, L0 and dead share, averaged over the layers of the run, and the speed."""
+        layers = [layer for name, layer in self.layers.items() if not name.startswith(SCRATCH)]
 
         def mean(name: str) -> float:
             return sum(float(getattr(layer, name)) for layer in layers) / len(layers)
@@ -83,6 +83,7 @@ def train(
     device: torch.device | str | None = None,
     counted: Counted | None = None,
     facts: Mapping[str, Any] | None = None,
+    scratch: TrainConfig | None = None,
 ) -> dict[str, SAE]:
     """Train one SAE per hook point, all on the same batches.
 
@@ -91,7 +92,7 @@ def train(
             data-parallel training this rank's share, with layers divided among ranks this rank's layers
             (`ranks.owned(names)`). A `Resumable` source is checkpointed with its cursor; another is
             advanced by as many batches as the run had seen.
-        init: finished SAEs to continue from, by hook point, for all layers or none.
+        init: finished SAEs to continue from, for all layers or none; `TrainConfig.continuing` has defaults for that.
         checkpoints: where and how often the run is saved; None saves nothing.
         journals: called after every step, on every rank, before the step may be saved: so a checkpoint never counts a
             step that they don't hold.
@@ -103,31 +104,35 @@ def train(
             layer are left out, and the SAEs say so. The residuals themselves have neither place nor id, so whoever
             gives them leaves out first and special tokens (`ResidualBuffer` does). None trains on all that are given.
         facts: what else the SAEs' `meta` is to say.
+        scratch: how to train from scratch, beside each SAE that is continued, another one on the same batches; it is
+            called `scratch:` and the hook point.
 
     Returns:
         The SAEs by hook point, on the CPU, reading the raw residual; with layers divided among ranks, this rank's.
 
     Raises:
-        InputError: the residuals end before the run does or come in other batches than the config says, or a
-            checkpoint can't be written.
+        InputError: the residuals end before the run does or come in other batches than the config says, a checkpoint
+            can't be written, or `scratch` comes without `init` or is of other batches.
         DivergedError: a loss or a residual is not finite; the message names step, layer and batch.
         MismatchError: `init` or a checkpoint does not belong to this run.
     """
     batches = iter(residuals)
     facts = {**({} if counted is None else {"counted": counted.to_json()}), **(facts or {})}
     counted = Counted.everything() if counted is None else counted
-    state = begin(config, residuals, batches, checkpoints, ranks, device, counted)
+    plan = Plan(config, scratch)
+    state = begin(plan, residuals, batches, checkpoints, ranks, device, counted)
     began, before, earlier = time.monotonic(), state.step, state.seconds
     while state.step < config.steps:
         batch = {str(name): x for name, x in next(batches, {}).items()}
         check_batch(config, batch, state, ranks)
         if not state.layers:
-            state.layers = first_layers(config, batch, init or {}, checkpoints, ranks, device, counted)
+            state.layers = first_layers(plan, batch, init or {}, checkpoints, ranks, device, counted)
         lr = config.lr_at(state.step)
         reports = {}
         for name, layer in state.layers.items():
             try:
-                reports[name] = step(config, layer, batch[name], lr, ranks, counted)
+                lr_here = plan.of(name).lr_at(state.step)
+                reports[name] = step(plan.of(name), layer, batch[hook_of(name)], lr_here, ranks, counted)
             except DivergedError as error:
                 raise DivergedError(where_diverged(str(error), state, residuals, checkpoints)) from error
         state.step += 1
@@ -140,25 +145,25 @@ def train(
         if checkpoints and (state.step % checkpoints.every == 0 or state.step == config.steps):
             state.cursor = residuals.cursor() if isinstance(residuals, Resumable) else None
             state.rng = checkpoint.rng_now()
-            checkpoint.save(state, config, checkpoints, ranks)
+            checkpoint.save(state, plan, checkpoints, ranks)
         for callback in callbacks:
             callback(report)
     # One after the other, so that a layer's optimiser is gone before the next layer's weights are copied.
-    return {name: finish(config, state.layers.pop(name), group, ranks, facts) for name in list(state.layers)}
+    return {name: finish(plan.of(name), state.layers.pop(name), group, ranks, facts) for name in list(state.layers)}
 
 
 def begin(
-    config: TrainConfig, residuals: Residuals, batches: Iterator[Any], checkpoints: Checkpoints | None,
+    plan: Plan, residuals: Residuals, batches: Iterator[Any], checkpoints: Checkpoints | None,
     ranks: Ranks, device: torch.device | str | None, counted: Counted,
 ) -> RunState:  # fmt: skip
     """A new state, or that of the latest checkpoint with the residuals moved to where it left off."""
-    ranks.slice_of(config.d_sae)
+    ranks.slice_of(plan.config.d_sae)
     if checkpoints is None:
         return RunState(counted=counted)
     checkpoints.prepare()
     if not checkpoints.resume or checkpoints.latest() is None:
         return RunState(counted=counted)
-    state = checkpoint.load(config, checkpoints, ranks, device, counted)
+    state = checkpoint.load(plan, checkpoints, ranks, device, counted)
     checkpoint.restore_rng(state.rng)
     if isinstance(residuals, Resumable) and state.cursor is not None:
         residuals.seek(state.cursor)
@@ -178,29 +183,32 @@ def check_batch(config: TrainConfig, batch: Mapping[str, Tensor], state: RunStat
             raise InputError(
                 f"the residuals of {name} come as {tuple(x.shape)}; the config asks for {share} rows at a time"
             )
-    if missing := [name for name in state.layers if name not in batch]:
+    if missing := [name for name in map(hook_of, state.layers) if name not in batch]:
         raise MismatchError(
             f"the residuals have no {', '.join(missing)}, which this run trains; they have {', '.join(batch)}"
         )
 
 
 def first_layers(
-    config: TrainConfig, batch: Mapping[str, Tensor], init: Mapping[str, SAE], checkpoints: Checkpoints | None,
+    plan: Plan, batch: Mapping[str, Tensor], init: Mapping[str, SAE], checkpoints: Checkpoints | None,
     ranks: Ranks, device: torch.device | str | None, counted: Counted,
 ) -> dict[str, Layer]:  # fmt: skip
     """The layers of this rank before their first step; bad names, sizes and a full disk are found here."""
     for name in batch:
         HookPoint.parse(name)
     init = {str(name): sae for name, sae in init.items()}
+    if plan.scratch is not None and not init:
+        raise InputError("SAEs are trained from scratch beside SAEs that are continued; name those to continue from")
     if init and (differ := sorted(set(init) ^ set(batch))):
         raise MismatchError(f"the SAEs to continue from and the residuals differ in {', '.join(differ)}")
     for name, sae in init.items():
         if sae.hook_point is not None and HookPoint.parse(sae.hook_point) != HookPoint.parse(name):
             raise MismatchError(f"the SAE to continue from at {name} reads {sae.hook_point}")
-    layers = {
-        name: start(config, name, x.to(device, torch.float32), ranks, init.get(name), counted)
-        for name, x in batch.items()
-    }
+    here = {name: x.to(device, torch.float32) for name, x in batch.items()}
+    layers = {name: start(plan.config, name, x, ranks, init.get(name), counted) for name, x in here.items()}
+    if plan.scratch is not None:
+        beside = {SCRATCH + name: start(plan.scratch, name, x, ranks, None, counted) for name, x in here.items()}
+        layers |= beside
     if checkpoints:
         parameters = sum(p.numel() for layer in layers.values() for p in layer.weights.parameters().values())
         checkpoints.check_space(3 * 4 * parameters)
@@ -209,7 +217,7 @@ def first_layers(
 
 def where_diverged(what: str, state: RunState, residuals: Residuals, checkpoints: Checkpoints | None) -> str:
     """One sentence: what is not finite, where, and what is left."""
-    cursor = f", which ended at {residuals.cursor()}" if isinstance(residuals, Resumable) else ""
+    cursor = f", which ended at {brief(str(residuals.cursor()))}" if isinstance(residuals, Resumable) else ""
     good = checkpoints.latest() if checkpoints else None
     left = f"the last good checkpoint is {good}" if good else "there is no checkpoint to go back to"
     return f"{what} at step {state.step + 1} (batch {state.step + 1} of the residuals{cursor}); {left}"

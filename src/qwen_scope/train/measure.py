@@ -16,8 +16,8 @@ from qwen_scope.scope import Joined, model_source, resolve
 from qwen_scope.text import Corpus, Counted, TokenRows
 
 from .evaluate import Quality, evaluate_saes
-from .held_out import HeldOut, held_out_of
-from .options import EvalRun
+from .held_out import HeldOut, held_out_of, text_source
+from .options import EvalRun, named
 from .transfer import Transfer, transfer
 
 CONTEXT_LENGTH, BATCH_SIZE, TOKENS = 256, 16, 65536
@@ -96,13 +96,13 @@ def post_of(run: EvalRun, source: str, loaded: LoadedModel, saes: Mapping[HookPo
 def documents_of(run: EvalRun, saes: Mapping[HookPoint, SAE]) -> tuple[Corpus, HeldOut | None]:
     """The documents to measure on, and the record of the run that kept them out of training, if they are its own."""
 
-    def read(every: int) -> Corpus:
-        return Corpus.of(run.data, run.corpus, hold_out=every, held_out=every > 0)
+    def read(every: int, order: int | None = None) -> Corpus:
+        return Corpus.of(text_source(run.data), run.corpus, hold_out=every, held_out=every > 0, shuffle=order)
 
     known, whole = held_out_of(saes.values()), read(0)
     if known is None or not known.is_of(whole) or run.hold_out not in (None, known.every):
         return (read(run.hold_out) if run.hold_out else whole), None
-    return read(known.every), known
+    return read(known.every, known.shuffle), known
 
 
 def rows_of(run: EvalRun, reading: HeldOut | None, corpus: Corpus, loaded: LoadedModel) -> list[torch.Tensor]:
@@ -115,6 +115,6 @@ def rows_of(run: EvalRun, reading: HeldOut | None, corpus: Corpus, loaded: Loade
     found = list(islice(packed, max(1, tokens // (context_length * batch_size))))
     if not found:
         raise InputError(
-            f"the text of {run.data} does not fill one row of {context_length} tokens; lower context_length"
+            f"the text of {named(run.data)} does not fill one row of {context_length} tokens; lower context_length"
         )
     return found

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from .parallel import Mode
 
 RUN = "run.json"
-RESERVED = ("checkpoints", "tensorboard", RUN, "metrics.jsonl", "quality.json")
+SCRATCH_FOLDER = "scratch"
+RESERVED = ("checkpoints", SCRATCH_FOLDER, "tensorboard", RUN, "metrics.jsonl", "quality.json")
 """What a run writes into its folder beside the group."""
 
 RUN_COUNTS = {"context_length": 2, "batch_size": 1, "budget": 1, "checkpoint_every": 1, "keep": 1, "log_every": 1}
@@ -30,14 +31,17 @@ class TrainRun:
     """What a training run is told besides the dictionary itself.
 
     Attributes:
-        data: where the text is, as `Corpus` takes it.
+        data: where the text is, as `Corpus` takes it, or several such places, which are mixed in proportion.
         out: the folder of the run.
         train: the dictionary and how it is trained.
         model: `lab`, or folder or Hub id of the language model.
         layers: layers to train on, counting from 0; None means all.
         group: the name of the set and of its folder in `out`; None means one made of the model's name, the width and k.
-        start_from: a group, folder or Hub id of SAEs to continue from.
+        start_from: a group, folder or Hub id of SAEs to continue from, of this model or another checkpoint of it.
+        against_scratch: train beside each SAE that is continued one from scratch on the same batches, and compare.
         corpus: how the documents are read; with `chat` they are rendered with the model's chat template.
+        shuffle: read documents in an order drawn by the seed, sources mixed in proportion (`text.shuffle`), and not as
+            they stand; which are held out does not depend on it.
         counted: which tokens count, in training and in measuring. None leaves out the first token of each row, special
             tokens, and sinks by thresholds that are measured on the text at the start; `Counted.everything()` trains on
             all.
@@ -59,14 +63,16 @@ class TrainRun:
         InputError: a value that can't be.   NotFoundError: an unknown layout.
     """
 
-    data: str
+    data: str | tuple[str, ...]
     out: Path
     train: TrainConfig
     model: str = "lab"
     layers: tuple[int, ...] | None = None
     group: str | None = None
     start_from: str | None = None
+    against_scratch: bool = False
     corpus: CorpusOptions = field(default_factory=CorpusOptions)
+    shuffle: bool = True
     counted: Counted | None = None
     context_length: int = 256
     batch_size: int = 16
@@ -101,6 +107,13 @@ class TrainRun:
             raise NotFoundError(f"no layout {unknown[0]!r}; there are {', '.join(LAYOUTS)}")
         if self.eval_tokens and not self.hold_out:
             raise InputError("measuring needs held-out documents; set hold_out, or eval_tokens to 0")
+        if self.against_scratch and not (self.start_from and self.eval_tokens):
+            raise InputError("against_scratch compares SAEs that start_from names, and needs eval_tokens to measure on")
+
+    @property
+    def config(self) -> TrainConfig:
+        """How the SAEs are trained: with the defaults of continuing where they are continued."""
+        return self.train.continuing() if self.start_from else self.train
 
     @property
     def name(self) -> str:
@@ -109,13 +122,19 @@ class TrainRun:
         return self.group or f"SAE-Res-{Path(self.model).name}-W{width}-L0_{self.train.k}"
 
 
+def named(data: str | tuple[str, ...]) -> str:
+    """Where the text is, in a sentence."""
+    return data if isinstance(data, str) else ", ".join(data)
+
+
 @dataclass(frozen=True)
 class EvalRun:
     """What an evaluation is told.
 
     Attributes:
-        data: where the text is, as `Corpus` takes it. Of the text that the SAEs were trained on, as their files tell,
-            the documents that were kept out of training are read, as the run that made them read them.
+        data: where the text is, as `Corpus` takes it, or several such places. Of the text that the SAEs were trained
+            on, as their files tell, the documents that were kept out of training are read, as the run that made them
+            read them.
         model: `lab`, or folder or Hub id of the language model.
         sae: group, folder or Hub id of the SAEs; None where the catalog knows those of the model.
         hold_out: read every `hold_out`-th document, those that training with this `hold_out` does not see; 0 reads all;
@@ -136,7 +155,7 @@ class EvalRun:
         InputError: a value that can't be.
     """
 
-    data: str
+    data: str | tuple[str, ...]
     model: str = "lab"
     sae: str | None = None
     post: str | None = None

@@ -5,6 +5,7 @@ out/
   run.json        the resolved config, versions and seed; at the end also how many rows of the text could not be used
   metrics.jsonl   one line per logged step
   checkpoints/    see `checkpoint.py`
+  scratch/        SAEs that were trained from scratch beside, in the official layout
   <group>/        the SAEs in the official layout, README.md (the card) and plots/: what is shared
   sae_lens/ ...   exports that were asked for
 ```
@@ -15,9 +16,9 @@ from __future__ import annotations
 import json
 import math
 import platform
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from itertools import chain, islice
 from pathlib import Path
@@ -29,18 +30,29 @@ from qwen_scope.errors import InputError, MismatchError, NotFoundError
 from qwen_scope.files import check_folder, lock_folder, read_object, write_text
 from qwen_scope.model import HookPoint, LoadedModel, context_length, load_model, measure_counted, n_layers
 from qwen_scope.report import Progress
-from qwen_scope.sae import SAE, load_sae, save_sae
-from qwen_scope.scope import Joined, model_source
+from qwen_scope.sae import SAE, save_sae
+from qwen_scope.scope import model_source
 from qwen_scope.text import REASONS, Corpus, Counted, TokenRows
 
+from .began import (
+    Began,
+    Moved,
+    beginnings,
+    check_same_beginning,
+    cosines_of,
+    history_of,
+    with_history,
+    write_cosines,
+)
 from .buffer import ResidualBuffer
 from .card import write_card
 from .checkpoint import Checkpoints
+from .config import SCRATCH, hook_of
 from .evaluate import Quality, evaluate_saes
-from .held_out import KEY, HeldOut, digest
+from .held_out import KEY, HeldOut, digest, text_source
 from .loop import StepReport, train
 from .metrics import JsonlMetrics, TensorBoardMetrics, WandbMetrics
-from .options import RESERVED, RUN, TrainRun
+from .options import RESERVED, RUN, SCRATCH_FOLDER, TrainRun, named
 from .parallel import Ranks, join
 
 
@@ -52,11 +64,13 @@ class TrainResult:
         folder: the group in the official layout, with its card.
         saes: the SAEs by hook point.
         quality: what was measured, by hook point; empty where nothing was.
+        began: what SAEs that were continued began as and how they compare, by hook point.
     """
 
     folder: Path
     saes: Mapping[str, SAE]
     quality: Mapping[str, Quality]
+    began: Mapping[str, Began] = field(default_factory=dict)
 
 
 def run_train(
@@ -74,7 +88,8 @@ def run_train(
     Raises:
         QwenScopeError: with one sentence, before training where the cause can be known before.
     """
-    read = [one for one in (run.data, run.start_from, run.model) if one is not None and str(one) != "lab"]
+    texts = (run.data,) if isinstance(run.data, str) else run.data
+    read = [one for one in (*texts, run.start_from, run.model) if one is not None and str(one) != "lab"]
     check_folder(run.out, (*RESERVED, run.name, *run.exports), *read)
     ranks = Ranks() if run.parallel == "alone" else join(run.parallel)
     # Of several processes of one run the first holds its folder.
@@ -94,16 +109,24 @@ def _run(
     points = hook_points(run, loaded)
     counted = kept_counted(run, checkpoints) or counted_at_start(run, loaded, ranks)
     source = source_of(run, loaded, ranks.owned([str(point) for point in points]), ranks, counted)
-    init = start_of(run, loaded, points)
+    init = beginnings(run, loaded, points)
+    history = {name: history_of(sae, name, run.start_from or "") for name, sae in init.items()}
     journals = journals_of(run, ranks)
-    facts = facts_of(run, loaded, counted)
+    facts = facts_of(run, loaded, counted) | {"began_as": {name: one[-1] for name, one in history.items()}}
+    if checkpoints.resume and checkpoints.latest() is not None:
+        check_same_beginning(read_object(run.out / RUN).get("began_as", {}), facts["began_as"], run.out)
     if ranks.first:
         write_json(run.out / RUN, facts)
-    saes = train(
-        run.train, source, init=init, checkpoints=checkpoints, journals=journals,
+    mine = {name: sae for name, sae in init.items() if name in map(str, source.hook_points)}
+    every = train(
+        run.config, source, init=mine, checkpoints=checkpoints, journals=journals,
         callbacks=callbacks_of(on_step, progress) if ranks.first else [], group=run.name, ranks=ranks,
         device=loaded.model.device, counted=counted, facts={KEY: held_out_by(run).to_json()} if run.hold_out else {},
+        scratch=run.train.anew() if run.against_scratch else None,
     )  # fmt: skip
+    every = {name: with_history(sae, hook_of(name), run.model, history.get(name, ())) for name, sae in every.items()}
+    saes = {name: sae for name, sae in every.items() if not name.startswith(SCRATCH)}
+    scratch = {hook_of(name): sae for name, sae in every.items() if name.startswith(SCRATCH)}
     source.rows.corpus.tell()
     facts["rows_passed_over"] = source.rows.corpus.unused.total()
     read = ranks.over_rows(torch.tensor([source.read[reason] for reason in REASONS], device=loaded.model.device))
@@ -112,16 +135,25 @@ def _run(
     alone = ranks.mode != "layers"
     if ranks.first or not alone:
         save(run, saes, folder, ranks)
-    quality = measured(run, loaded, saes, counted, progress) if ranks.first or not alone else {}
+        if scratch:
+            save_sae(list(scratch.values()), run.out / SCRATCH_FOLDER / run.name, layout="official")
+    here = ranks.first or not alone
+    quality = measured(run, loaded, saes, counted, progress) if here else {}
+    began = compared(run, loaded, saes, init, scratch, history, counted, progress) if here and init else {}
     plain = {name: quality[name].plain() if quality else {} for name in saes}
-    note = {name: {**figures, "dropped": saes[name].meta["sinks_dropped"]} for name, figures in plain.items()}
+    note = {
+        name: {**plain[name], "dropped": sae.meta["sinks_dropped"], "trained_on": sae.meta["tokens"]}
+        for name, sae in saes.items()
+    }
+    for name, one in began.items():
+        note[name]["began"] = one.plain()
     if ranks.first or not alone:
         write_json(run.out / f"quality.rank{ranks.rank}.json", note)
     ranks.barrier()
     if ranks.first:
         write_json(run.out / RUN, facts)
         finish_folder(run, folder, facts)
-    return TrainResult(folder, saes, quality)
+    return TrainResult(folder, saes, quality, began)
 
 
 def kept_counted(run: TrainRun, checkpoints: Checkpoints) -> Counted | None:
@@ -162,19 +194,25 @@ def held_out_by(run: TrainRun) -> HeldOut:
         batch_size=run.batch_size,
         tokens=run.eval_tokens,
         chat=run.corpus.chat,
+        shuffle=0 if run.shuffle else None,
     )
 
 
-def start_of(run: TrainRun, loaded: LoadedModel, points: Sequence[HookPoint]) -> dict[str, SAE] | None:
-    """The SAEs to go on from, by hook point; None where training begins anew.
-
-    Raises:
-        NotFoundError, MismatchError: a layer without one, or SAEs of another model's shape.
-    """
-    if not run.start_from:
-        return None
-    joined = Joined(loaded, run.start_from)
-    return {str(p): joined.meet(p.layer, load_sae(run.start_from, p.layer)) for p in points}
+def compared(
+    run: TrainRun, loaded: LoadedModel, saes: Mapping[str, SAE], init: Mapping[str, SAE],
+    scratch: Mapping[str, SAE], history: Mapping[str, list[dict[str, Any]]], counted: Counted,
+    progress: Progress | None,
+) -> dict[str, Began]:  # fmt: skip
+    """What the SAEs of this rank began as, measured on the same tokens as they are, and beside those from scratch."""
+    before = measured(run, loaded, {name: init[name] for name in saes}, counted, progress)
+    beside = measured(run, loaded, scratch, counted, progress) if scratch else {}
+    found = {}
+    for name, sae in saes.items():
+        cosines = cosines_of(sae, init[name])
+        write_cosines(run.out / run.name, name, cosines)
+        own = tuple(history[name])
+        found[name] = Began(own, init[name].k, Moved.of(cosines), before.get(name), beside.get(name))
+    return found
 
 
 def finish_folder(run: TrainRun, folder: Path, facts: Mapping[str, Any]) -> None:
@@ -215,7 +253,9 @@ def source_of(run: TrainRun, loaded: LoadedModel, names: list[str], ranks: Ranks
 
 def corpus_of(run: TrainRun, **share: Any) -> Corpus:
     """The documents of a run: a process' share of them, or those held out."""
-    return Corpus.of(run.data, run.corpus, hold_out=run.hold_out, **share)
+    # Held-out documents are the same ones in every order of the others.
+    order = None if not run.shuffle else 0 if share.get("held_out") else run.train.seed
+    return Corpus.of(text_source(run.data), run.corpus, hold_out=run.hold_out, shuffle=order, **share)
 
 
 def rows_of(run: TrainRun, loaded: LoadedModel, corpus: Corpus) -> TokenRows:
@@ -241,7 +281,7 @@ def journals_of(run: TrainRun, ranks: Ranks) -> list[Callable[[StepReport], None
         found.append(TensorBoardMetrics(run.out / "tensorboard", run.log_every))
     if ranks.first and run.wandb:
         found.append(
-            WandbMetrics({"project": run.wandb, "name": run.name, "config": run.train.to_json()}, run.log_every)
+            WandbMetrics({"project": run.wandb, "name": run.name, "config": run.config.to_json()}, run.log_every)
         )
     return found
 
@@ -275,7 +315,9 @@ def measured(
         return {}
     rows = held_out_rows(run, loaded)
     if not rows:
-        raise InputError(f"the SAEs are saved, but the held-out documents of {run.data} fill no row to measure on")
+        raise InputError(
+            f"the SAEs are saved, but the held-out documents of {named(run.data)} fill no row to measure on"
+        )
     here = {HookPoint.parse(name): sae.to(loaded.model.device) for name, sae in saes.items()}
     found = evaluate_saes(loaded.model, here, rows, counted=counted, progress=progress)
     return {str(point): figures for point, figures in found.items()}
@@ -285,16 +327,14 @@ def facts_of(run: TrainRun, loaded: LoadedModel, counted: Counted) -> dict[str, 
     """What a reader needs to repeat the run."""
     facts = json.loads(json.dumps(asdict(replace(run, group=run.name, counted=None)), default=str))
     facts["counted"] = counted.to_json()
-    facts["train"] = run.train.to_json() | {
-        "lr": run.train.peak_lr,
-        "warmup": run.train.warmup_steps,
-        "dead_tokens": run.train.dead_window,
-    }
+    facts["train"] = run.config.resolved()
+    if run.against_scratch:
+        facts["scratch"] = run.train.anew().resolved()
     versions = {"python": platform.python_version()}
     for package in ("qwen-scope", "torch", "transformers", "numpy"):
         with suppress(PackageNotFoundError):
             versions[package] = version(package)
-    held = f"held-out documents of {run.data} (one in {run.hold_out})"
+    held = f"held-out documents of {named(run.data)} (one in {run.hold_out})"
     return {**facts, "device": str(loaded.model.device), "eval_data": held, "versions": versions}
 
 

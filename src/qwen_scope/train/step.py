@@ -121,10 +121,10 @@ def step(
     dead = dead_features(config, layer)
     n_dead = int(ranks.over_features(dead.sum()))
     aux = x.new_zeros(())
-    if n_dead and config.aux_weight:
+    if n_dead and config.aux:
         k_aux = min(config.k_aux or w.d_model // 2, config.d_sae)
         aux = losses.aux_k(w, x, x - outcome.x_hat, dead, k_aux, batch.variance, ranks)
-    loss = outcome.loss + config.aux_weight * aux
+    loss = outcome.loss + config.aux * aux
     shown = ranks.over_rows(
         torch.stack([loss.detach(), losses.fvu(x, outcome.x_hat.detach(), batch.variance), aux.detach()])
     )

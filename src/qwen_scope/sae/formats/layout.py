@@ -142,8 +142,9 @@ class Layout:
         return found
 
 
-KEPT = ("counted", "held_out")
-"""Parts of an SAE's `meta` that its files carry: which tokens counted in training, and what was kept out of it."""
+KEPT = ("counted", "held_out", "history")
+"""Parts of an SAE's `meta` that its files carry: which tokens counted in training, what was kept out of it, and by hook
+point what it was trained on and began as."""
 
 
 def identity_metadata(sae: SAE) -> dict[str, str]:
