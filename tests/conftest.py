@@ -5,10 +5,13 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import tempfile
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Verdicts that tests make or find are not the user's.
+os.environ["QWEN_SCOPE_STATE"] = tempfile.mkdtemp(prefix="qwen-scope-state-")
 if not Path("/dev/nvidia0").exists():
     # Without a GPU Triton's kernels run in its interpreter; it asks when it is first imported, by whomever.
     os.environ.setdefault("TRITON_INTERPRET", "1")

@@ -14,7 +14,7 @@ from gguf import GGMLQuantizationType, GGUFWriter, quants
 from qwen_scope import load_scope
 from qwen_scope.cli import main
 from qwen_scope.errors import FormatError, InputError, NotFoundError
-from qwen_scope.model import HookPoint, capture, load_config, load_model, load_tokenizer
+from qwen_scope.model import HookPoint, capture, load_config, load_model, load_tokenizer, weights_fingerprint
 from qwen_scope.model.gguf import Gguf
 from qwen_scope.model.packed import unpacked
 
@@ -122,6 +122,7 @@ def test_a_file_gives_what_the_rounded_model_gives(architecture: str, tied: bool
     for want, got, same in zip(states(model), states(dense), states(packed), strict=True):
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
         assert torch.equal(got, same)
+    assert weights_fingerprint(dense) == weights_fingerprint(packed) is not None
     assert sum(b.nbytes for b in packed.buffers()) < sum(p.nbytes for p in dense.parameters()) / 3
     half = file.model(auto, config, torch.bfloat16, packed=True)
     assert torch.equal(states(half)[-1], states(file.model(auto, config, torch.bfloat16, False))[-1])

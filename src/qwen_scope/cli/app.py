@@ -13,6 +13,7 @@ from . import (
     compare,
     convert,
     demo,
+    evaluate,
     explore,
     export,
     extract,
@@ -82,6 +83,6 @@ app.command("steer", rich_help_panel=STEERING)(steer.steer)
 app.command("sweep", rich_help_panel=STEERING)(sweep.sweep)
 app.command("validate", rich_help_panel=STEERING)(validate.validate)
 app.command("train", rich_help_panel=TRAIN)(train.train)
-app.command("eval", rich_help_panel=TRAIN)(train.evaluate)
+app.command("eval", rich_help_panel=TRAIN)(evaluate.evaluate)
 app.command("convert", rich_help_panel=TRAIN)(convert.convert)
 app.add_typer(posttrain.app, name="posttrain", rich_help_panel=TRAIN)

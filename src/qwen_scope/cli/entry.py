@@ -6,6 +6,7 @@ Nothing heavy is imported here: an interrupt while the commands are still being 
 from __future__ import annotations
 
 import io
+import logging
 import os
 import signal
 import sys
@@ -42,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
     open_streams()
-    with ended_by_signals() as ended, told_warnings():
+    with ended_by_signals() as ended, told_warnings(), told_notes():
         try:
             code = run(argv)
             if ended:  # the code of a library ran into the signal and made something else of it
@@ -244,3 +245,24 @@ def told_warnings() -> Iterator[None]:
         yield
     finally:
         warnings.showwarning = shown
+
+
+class Teller(logging.Handler):
+    """Prints what the library logs as a line each."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        say(record.getMessage())
+
+
+@contextmanager
+def told_notes() -> Iterator[None]:
+    """Print what the library has to say that is no warning, such as a remembered verdict."""
+    log, teller = logging.getLogger("qwen_scope"), Teller(logging.INFO)
+    level = log.level
+    log.addHandler(teller)
+    log.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        log.removeHandler(teller)
+        log.setLevel(level)

@@ -1,4 +1,4 @@
-"""`qwen-scope train` and `qwen-scope eval`: make SAEs, and measure them."""
+"""`qwen-scope train`: make SAEs."""
 
 from __future__ import annotations
 
@@ -6,18 +6,16 @@ from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from qwen_scope.text import CorpusOptions
-from qwen_scope.train import EvalRun, TrainConfig, TrainRun
+from qwen_scope.train import TrainConfig, TrainRun
 
 from . import options, output, whose
+from .evaluate import Places, seeded, show_quality
 from .groups import OPTIONS, Read, generated, grouped
-
-if TYPE_CHECKING:
-    from qwen_scope.train import EvalResult
 
 OPTIONS[TrainConfig] = {
     "d_sae": Annotated[int, typer.Option("--d-sae", help="Features of each SAE.")],
@@ -28,14 +26,6 @@ OPTIONS[TrainConfig] = {
     "lr": Annotated[float | None, typer.Option("--lr", help="Peak learning rate. Default: 2e-4 / sqrt(d_sae / 2^14).")],
     "seed": Annotated[int, typer.Option("--seed", help="Of the start and the order.", **options.SEED)],
 }
-
-
-def places(typed: list[str]) -> str | tuple[str, ...]:
-    """Where documents are: one place, or several."""
-    return typed[0] if len(typed) == 1 else tuple(typed)
-
-
-Places = Annotated[list[str], options.DOCUMENTS, Read(places)]
 OPTIONS[TrainRun] = {
     "data": Places,
     "out": Annotated[Path, typer.Option("--out", "-o", help="The folder of the run.")],
@@ -81,39 +71,6 @@ OPTIONS[TrainRun] = {
 }
 
 
-OPTIONS[EvalRun] = {
-    "data": Places,
-    "model": options.Model,
-    "sae": options.Sae,
-    "post": Annotated[
-        str | None, typer.Option("--post", help="Another checkpoint: may these SAEs be used on it, too?")
-    ],
-    "layers": Annotated[options.Layers, Read(options.layers_tuple)],
-    "tokens": Annotated[int | None, typer.Option("--tokens", help="About how many. Default: 65536.", min=2)],
-    "hold_out": Annotated[
-        int | None,
-        typer.Option(
-            "--hold-out",
-            min=0,
-            help="N reads every N-th document, those that training keeps out; 0 reads all. Default: what the SAEs' run"
-            " kept out, if the text is its own.",
-        ),
-    ],
-    "corpus": CorpusOptions,
-    "context_length": Annotated[
-        int | None, typer.Option("--context-length", help="Tokens per row. Default: 256.", min=2)
-    ],
-    "batch_size": Annotated[
-        int | None, typer.Option("--batch-size", help="Rows per forward pass. Default: 16.", min=1)
-    ],
-    "counted": Annotated[options.Count, Read(options.parse_count)],
-    "loss": Annotated[bool, typer.Option("--loss/--no-loss", help="Measure what the predictions lose, too.")],
-    "seed": Annotated[int, typer.Option("--seed", help="Of the resampling of the transfer report.", **options.SEED)],
-    "device": options.Device,
-    "dtype": options.Dtype,
-}
-
-
 def own_options() -> dict[str, Any]:
     """The options that single architectures have, from their dataclasses."""
     from qwen_scope.train import ARCHITECTURES
@@ -152,65 +109,6 @@ def train(run: TrainRun, more: Mapping[str, Any], as_json: options.Json = False)
     out.print(f"  qwen-scope features TEXT --model {run.model} --sae {result.folder}", soft_wrap=True)
 
 
-def seeded(run: Any, seed: int) -> Any:
-    """A run whose sample is drawn by its seed; without a sample the lab's documents are those of its first seed."""
-    return replace(run, corpus=replace(run.corpus, seed=0 if run.corpus.sample is None else seed))
-
-
-@grouped
-def evaluate(run: EvalRun, as_json: options.Json = False) -> None:
-    """Measure SAEs: reconstruction, sparsity, and the loss of the model.
-
-    Of the text that the SAEs were trained on, the documents that were kept out are read, as the run read them.
-    With --post also the transfer report: the same SAEs on another checkpoint, with 95% intervals.
-    """
-    from qwen_scope.train import run_eval
-
-    options.quiet()
-    whose.refuse_other_saes(run.sae)
-    whose.say_whose()
-    with output.progress() as report:
-        result = run_eval(seeded(run, run.seed), progress=report)
-    if as_json:
-        output.print_json(plain(result))
-        return
-    data_ = plain(result)
-    show_quality(f"{result.sae} on {run.model}", data_["quality"])
-    read = f"the documents kept out of training, one in {result.held_out}" if result.held_out else "all documents"
-    output.console().print(f"Measured on {read}.", soft_wrap=True)
-    if data_["transfer"]:
-        show_transfer(f"The same SAEs on {run.post}, with 95% intervals", data_["transfer"])
-
-
-def plain(result: EvalResult) -> dict[str, Any]:
-    return {
-        "quality": {str(point): found.plain() for point, found in result.quality.items()},
-        "transfer": {str(point): found.plain() for point, found in result.transfer.items()},
-        "counted": result.counted.to_json(),
-        "held_out": result.held_out,
-    }
-
-
-def show_quality(title: str, quality: dict[str, Any]) -> None:
-    """The figures people ask for first; the rest is in the JSON."""
-    if not quality:
-        return
-    columns = {
-        "fvu": "FVU", "fvu_without_first": "w/o first", "explained_variance_per_token": "EV/token", "cosine": "cosine",
-        "l0": "L0", "dead": "dead", "ce_recovered": "CE rec.", "kl": "KL", "left_out": "left out",
-    }  # fmt: skip
-    if all(figures["reasons"]["first"] for figures in quality.values()):
-        del columns["fvu_without_first"]  # the same figure
-    rows = [(point, *(figures.get(name) for name in columns)) for point, figures in quality.items()]
-    output.show(title, ("hook point", *columns.values()), rows)
-    from qwen_scope.text import summary
-
-    said = {point: summary(figures["reasons"]) for point, figures in quality.items()}
-    for line in dict.fromkeys(said.values()):
-        where = [point for point, one in said.items() if one == line]
-        output.console().print(line if len(where) == len(said) else f"{', '.join(where)}: {line}", soft_wrap=True)
-
-
 def show_began(quality: dict[str, Any], began: dict[str, Any]) -> None:
     """SAEs that were continued, before and after, and beside those from scratch."""
     if not began:
@@ -223,13 +121,3 @@ def show_began(quality: dict[str, Any], began: dict[str, Any]) -> None:
     columns = ("hook point", "FVU before", "FVU now", "from scratch", "cosine", "5% quantile", "below 0.5")
     group = next(iter(began.values()))["history"][-1]["group"]
     output.show(f"Continued from {group}", columns, rows)
-
-
-def show_transfer(title: str, transfer: dict[str, Any]) -> None:
-    names = ("fvu_base", "fvu_post", "fvu_rise", "jaccard", "cosine_post")
-
-    def cell(estimate: dict[str, float]) -> str:
-        return f"{estimate['value']:.3f} ({estimate['low']:.3f} to {estimate['high']:.3f})"
-
-    rows = [(point, *(cell(figures[name]) for name in names)) for point, figures in transfer.items()]
-    output.show(title, ("hook point", "FVU base", "FVU here", "rise", "Jaccard", "cosine"), rows)

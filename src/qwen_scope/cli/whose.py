@@ -85,3 +85,15 @@ def model_of(sae: str) -> str | None:
     except QwenScopeError:  # whoever opens it says what is wrong
         return None
     return said if isinstance(said, str) and said not in ("lab", lab.name, lab.model) else None
+
+
+def saes_of_lab(sae: str) -> bool:
+    """Whether SAEs are the bundled ones, or were trained on the lab as their files say."""
+    from qwen_scope.sae import catalog, layers_of, load_sae
+    from qwen_scope.scope import model_named_by
+
+    listed = catalog.lookup(sae) or catalog.lookup(Path(sae).name)
+    if listed is not None:
+        return listed.folder is not None
+    lab = catalog.find("lab")
+    return Path(sae).exists() and model_named_by(load_sae(sae, layers_of(sae)[0]), sae) in ("lab", lab.name, lab.model)

@@ -11,6 +11,7 @@ from .families import n_layers as n_layers
 from .families import norms_parts as norms_parts
 from .families import text_config as text_config
 from .families import unembedding as unembedding
+from .fingerprint import weights_fingerprint as weights_fingerprint
 from .gguf import Gguf as Gguf
 from .gguf import gguf_file as gguf_file
 from .hookpoint import HookPoint as HookPoint

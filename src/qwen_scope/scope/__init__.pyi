@@ -7,6 +7,7 @@ from .extract import ExtractOptions as ExtractOptions
 from .extract import Progress as Progress
 from .extract import extract as extract
 from .joined import Joined as Joined
+from .joined import model_named_by as model_named_by
 from .joined import saes_on as saes_on
 from .joined import store_of_another as store_of_another
 from .measured import ScopeCounted as ScopeCounted
@@ -26,3 +27,11 @@ from .seen import Strongest as Strongest
 from .seen import TokenFeatures as TokenFeatures
 from .sources import model_source as model_source
 from .sources import resolve as resolve
+from .verdicts import DO_NOT_USE as DO_NOT_USE
+from .verdicts import FITS as FITS
+from .verdicts import LOSSES as LOSSES
+from .verdicts import UNTOLD as UNTOLD
+from .verdicts import WORDS as WORDS
+from .verdicts import Verdict as Verdict
+from .verdicts import recall as recall
+from .verdicts import remember as remember

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
+import shlex
 import threading
 import warnings
 from pathlib import Path
@@ -13,10 +15,13 @@ import torch
 from torch import nn
 
 from qwen_scope.errors import MismatchError, QwenScopeWarning
-from qwen_scope.model import HookPoint, LoadedModel, d_model, n_layers, norms_parts
+from qwen_scope.model import HookPoint, LoadedModel, d_model, n_layers, norms_parts, weights_fingerprint
 from qwen_scope.sae import SAE, catalog
 
 from .saes import SAEs
+from .verdicts import DO_NOT_USE, Verdict, recall
+
+LOG = logging.getLogger(__name__)
 
 # What TransformerLens and sae_lens call models that have another name on the Hub.
 SHORT = {"gpt2-small": "gpt2", "gpt2-xl": "gpt2-xl"}
@@ -40,12 +45,17 @@ class Joined:
 
     Attributes:
         notes: what is odd about the pair, each also given once as a `QwenScopeWarning`.
+        verdicts: by layer what `qwen-scope eval --post` found of the SAEs that were met. A verdict is logged once for
+            all layers that were measured together, and is a note and a warning if it is `do not use`.
     """
 
     def __init__(self, loaded: LoadedModel, source: str, *, variants: bool = True) -> None:
         self.model, self.name, self.source, self.variants = loaded.model, loaded.name, source, variants
         self.notes: tuple[str, ...] = ()
-        self._lock = threading.Lock()
+        self.verdicts: dict[int, Verdict] = {}
+        self._said: set[str] = set()
+        self._fingerprint: str | None = None
+        self._lock = threading.RLock()
 
     def meet(self, layer: int, sae: SAE) -> SAE:
         """The SAE, if the model can be read by it at this layer; what is odd about the pair is said.
@@ -63,14 +73,70 @@ class Joined:
         if point.layer >= depth:
             raise MismatchError(f"{sae.identity} reads {point}, but {self.name} has {depth} layers, counted from 0")
         check_stream(sae, self.model, point)
-        named = model_named_by(sae, self.source)
-        said = None if named is None else difference(named, self.name, variants=self.variants)
         with self._lock:
+            verdict = recall(sae.identity.fingerprint, self.fingerprint) if self.variants else None
+            if verdict is None:
+                said = self.unverified(sae)
+            else:
+                self.verdicts[layer] = verdict
+                said = self.told(verdict)
             if said is None or said in self.notes:
                 return sae
             self.notes = (*self.notes, said)
         warnings.warn(said, QwenScopeWarning, stacklevel=2)
         return sae
+
+    def fingerprint(self) -> str | None:
+        """That of the model's weights, taken at the first call."""
+        if self._fingerprint is None:
+            self._fingerprint = weights_fingerprint(self.model)
+        return self._fingerprint
+
+    def told(self, verdict: Verdict) -> str | None:
+        """The sentence of a verdict that is a warning; any other is logged here, once."""
+        if verdict.verdict == DO_NOT_USE:
+            return verdict.sentence
+        if verdict.sentence not in {*self._said, *self.notes}:
+            self._said.add(verdict.sentence)
+            LOG.info("%s", verdict.sentence)
+        return None
+
+    def unverified(self, sae: SAE) -> str | None:
+        """What names and recorded fingerprints say against a pair that was not measured, and what would settle it."""
+        named = model_named_by(sae, self.source)
+        said = None if named is None else difference(named, self.name, variants=self.variants)
+        trained_on = recorded_weights(sae) if self.variants else None
+        if trained_on is not None and (own := self.fingerprint()) is not None:
+            if own == trained_on:
+                return None
+            said = said or (
+                f"the SAEs were trained on other weights than those of {names_of_model(self.name)[0]}, though the names"
+                " agree: it was fine-tuned, quantised or otherwise changed, or the SAEs are of an earlier state of it"
+            )
+        if said is None or not self.variants:
+            return said
+        known = [] if named is None or named == self.name else ["--model", named]
+        words = ["qwen-scope", "eval", "CORPUS", *known, "--sae", self.source, "--post", self.name]
+        return f"{said}; to measure whether they fit: {shlex.join(words)}"
+
+
+class ScopeVerdicts:
+    """`verdicts[layer]`: what `qwen-scope eval --post` found of a layer's SAE on this model, or None."""
+
+    def __init__(self, saes: SAEs, joined: Joined) -> None:
+        self._saes, self._joined = saes, joined
+
+    def __getitem__(self, layer: int) -> Verdict | None:
+        """Raises NotFoundError where there is no SAE for this layer."""
+        self._saes.hook_point(layer)
+        return self._joined.verdicts.get(layer)
+
+
+def recorded_weights(sae: SAE) -> str | None:
+    """The fingerprint of the model that an SAE was trained on, as its files say."""
+    record = sae.meta.get("base")
+    found = record.get("weights") if isinstance(record, dict) else None
+    return found if isinstance(found, str) and found else None
 
 
 def saes_on(loaded: LoadedModel, source: str, *, device: torch.device | str = "cpu") -> SAEs:
@@ -116,9 +182,11 @@ def names_of_model(source: str) -> list[str]:
 
 def model_named_by(sae: SAE, source: str) -> str | None:
     """The model that the SAE's files name, or the catalog for a released group; None where neither does."""
-    said = sae.meta.get("model")
-    if isinstance(said, str) and said.strip():
-        return said.strip()
+    record = sae.meta.get("history")
+    own = record.get(sae.hook_point) if isinstance(record, dict) else None
+    for said in (sae.meta.get("model"), own.get("model") if isinstance(own, dict) else None):
+        if isinstance(said, str) and said.strip():
+            return said.strip()
     group = catalog.lookup(source)
     return None if group is None else group.model
 

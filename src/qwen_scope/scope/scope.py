@@ -32,7 +32,7 @@ from qwen_scope.text import Chat, Corpus, CorpusOptions, Counted, Message, Token
 from .compare import Comparison, compare_seen
 from .engine import Engine
 from .extract import ExtractOptions, extract, telling
-from .joined import Joined
+from .joined import Joined, ScopeVerdicts
 from .measured import ScopeCounted, ScopeStats
 from .plan import Plan, plan
 from .saes import SAEs, brief
@@ -53,6 +53,7 @@ class Scope:
         counted: `counted[layer]`, which tokens count: as the SAE's files say, else measured on first use.
         stats: `stats[layer]`, typical residual norm and feature maxima, measured on first use.
         joined: the pair of model and SAEs; every SAE passes it when it is opened, and what is odd is then said once.
+        verdicts: `verdicts[layer]`, what `qwen-scope eval --post` found of this SAE on this model, or None.
     """
 
     def __init__(self, loaded: LoadedModel, saes: SAEs, counted: Counted | None = None) -> None:
@@ -68,6 +69,7 @@ class Scope:
                 f"{saes.source} has SAEs for layers {brief(beyond)}, {self.name} has {self.n_layers} layers"
             )
         self.joined = Joined(loaded, saes.source)
+        self.verdicts = ScopeVerdicts(saes, self.joined)
         saes.tell(self.joined.meet)
 
     @property

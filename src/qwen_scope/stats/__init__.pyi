@@ -4,6 +4,8 @@ from .bootstrap import Interval as Interval
 from .bootstrap import bootstrap as bootstrap
 from .bootstrap import difference as difference
 from .bootstrap import resample as resample
+from .clusters import ClusterSums as ClusterSums
+from .clusters import ratio_test as ratio_test
 from .correlations import coefficient as coefficient
 from .correlations import correlation as correlation
 from .correlations import kendall as kendall

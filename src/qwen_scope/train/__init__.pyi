@@ -13,6 +13,10 @@ from .evaluate import Quality as Quality
 from .evaluate import Reconstruction as Reconstruction
 from .evaluate import evaluate_residuals as evaluate_residuals
 from .evaluate import evaluate_saes as evaluate_saes
+from .fit import Criterion as Criterion
+from .fit import Fit as Fit
+from .fit import fit as fit
+from .fit import judge as judge
 from .loop import Resumable as Resumable
 from .loop import StepReport as StepReport
 from .loop import train as train
@@ -23,8 +27,14 @@ from .memory import memory_plan as memory_plan
 from .metrics import JsonlMetrics as JsonlMetrics
 from .metrics import TensorBoardMetrics as TensorBoardMetrics
 from .metrics import WandbMetrics as WandbMetrics
+from .moves import Move as Move
+from .moves import Moves as Moves
 from .options import EvalRun as EvalRun
 from .options import TrainRun as TrainRun
+from .pair import PairSums as PairSums
+from .pair import measure_pair as measure_pair
+from .pair_rows import DocumentRows as DocumentRows
+from .pair_rows import document_rows as document_rows
 from .parallel import Ranks as Ranks
 from .parallel import join as join
 from .run import TrainResult as TrainResult

@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from itertools import islice
+from pathlib import Path
 
 import torch
 
 from qwen_scope.errors import InputError
-from qwen_scope.model import HookPoint, LoadedModel, counted_of, load_model, measure_counted
+from qwen_scope.model import HookPoint, LoadedModel, counted_of, load_model, measure_counted, weights_fingerprint
 from qwen_scope.report import Progress
 from qwen_scope.sae import SAE, layers_of, load_sae
-from qwen_scope.scope import Joined, model_source, resolve
+from qwen_scope.scope import WORDS, Joined, Verdict, model_source, remember, resolve
 from qwen_scope.text import Corpus, Counted, TokenRows
 
 from .evaluate import Quality, evaluate_saes
+from .fit import Fit, fit
 from .held_out import HeldOut, held_out_of, text_source
-from .options import EvalRun, named
-from .transfer import Transfer, transfer
+from .options import EvalRun
+from .pair import measure_pair
+from .pair_rows import document_rows
+from .transfer import Transfer, transferred
 
 CONTEXT_LENGTH, BATCH_SIZE, TOKENS = 256, 16, 65536
 
@@ -29,9 +34,13 @@ class EvalResult:
 
     Attributes:
         sae: the group, folder or Hub id of the SAEs.
-        quality: by hook point.   transfer: by hook point; empty without another checkpoint.
+        quality: by hook point, on their own model; empty without one.
+        transfer: by hook point; empty without another checkpoint or without their own.
         counted: which tokens counted.
         held_out: every `held_out`-th document was read, those that training kept out; 0 where all were.
+        fits: whether the SAEs fit the other checkpoint, by hook point; empty without one or without losses.
+        counted_post: which tokens counted on the other checkpoint, with its own thresholds.
+        remembered: the files that keep the verdicts.
     """
 
     sae: str
@@ -39,10 +48,46 @@ class EvalResult:
     transfer: dict[HookPoint, Transfer]
     counted: Counted
     held_out: int
+    fits: dict[HookPoint, Fit] = field(default_factory=dict)
+    counted_post: Counted | None = None
+    remembered: tuple[Path, ...] = ()
+
+
+@dataclass(frozen=True)
+class Texts:
+    """The documents of an evaluation, and how they are read.
+
+    Attributes:
+        corpus: to be packed into rows.   again: the same, to be read document by document.
+    """
+
+    corpus: Corpus
+    again: Corpus
+    context_length: int
+    batch_size: int
+    tokens: int
+    chat: str | None
+
+    def packed(self, loaded: LoadedModel) -> list[torch.Tensor]:
+        """Batches of full rows of token ids."""
+        rows = TokenRows(
+            self.corpus,
+            loaded.tokenizer,
+            context_length=self.context_length,
+            batch_size=self.batch_size,
+            chat=self.chat,
+        )
+        found = list(islice(rows, max(1, self.tokens // (self.context_length * self.batch_size))))
+        if not found:
+            raise InputError(
+                f"the text of {self.corpus.name} does not fill one row of {self.context_length} tokens; lower"
+                " context_length"
+            )
+        return found
 
 
 def run_eval(run: EvalRun, *, progress: Progress | None = None) -> EvalResult:
-    """Measure a group of SAEs on a model, and on another checkpoint of it if one is named.
+    """Measure a group of SAEs on a model, and whether they fit another checkpoint of it if one is named.
 
     Args:
         progress: called with the stage, its share done (0 to 1) and a short text.
@@ -50,28 +95,98 @@ def run_eval(run: EvalRun, *, progress: Progress | None = None) -> EvalResult:
     Raises:
         QwenScopeError: with one sentence, before the model runs where the cause can be known before.
     """
+    if run.model is None:
+        return _alone(run, progress)
     source = resolve(run.model, run.sae)[1]
     loaded = load_model(model_source(run.model), device=run.device, dtype=run.dtype)
     saes = saes_of(run, source, loaded)
-    corpus, reading = documents_of(run, saes)
-    rows = rows_of(run, reading, corpus, loaded)
+    texts, held_out = texts_of(run, saes)
+    rows = texts.packed(loaded)
     counted = run.counted or counted_of(saes.values())
     if counted is None:
-        counted = measure_counted(loaded.model, loaded.tokenizer, rows, saes, sample=corpus.name)
+        counted = measure_counted(loaded.model, loaded.tokenizer, rows, saes, sample=texts.corpus.name)
     post = post_of(run, source, loaded, saes)
     quality = evaluate_saes(loaded.model, saes, rows, loss=run.loss, counted=counted, progress=progress)
-    moved = (
-        {}
-        if post is None
-        else transfer(loaded.model, post.model, saes, rows, counted=counted, seed=run.seed, progress=progress)
+    result = EvalResult(source, quality, {}, counted, held_out)
+    return result if post is None else with_post(run, result, loaded, post, saes, texts, rows, progress)
+
+
+def _alone(run: EvalRun, progress: Progress | None) -> EvalResult:
+    """A group of SAEs on another checkpoint, without the model that they are for."""
+    assert run.sae is not None, "checked by EvalRun"
+    assert run.post is not None, "checked by EvalRun"
+    source = resolve(run.post, run.sae)[1]
+    post = load_model(model_source(run.post), device=run.device, dtype=run.dtype)
+    saes = saes_of(run, source, post, variants=False)
+    texts, held_out = texts_of(run, saes)
+    rows = texts.packed(post)
+    return with_post(run, EvalResult(source, {}, {}, Counted(), held_out), None, post, saes, texts, rows, progress)
+
+
+def with_post(
+    run: EvalRun,
+    result: EvalResult,
+    loaded: LoadedModel | None,
+    post: LoadedModel,
+    saes: Mapping[HookPoint, SAE],
+    texts: Texts,
+    rows: list[torch.Tensor],
+    progress: Progress | None,
+) -> EvalResult:
+    """The result with how the SAEs do on another checkpoint, beside their own model where it is at hand.
+
+    Sinks of the other checkpoint are told by thresholds measured on it, of the same text.
+    """
+    counted_post = run.counted or measure_counted(
+        post.model, post.tokenizer, rows, saes, sample=f"{texts.again.name} on {post.name}"
     )
-    return EvalResult(source, quality, moved, counted, corpus.hold_out)
+    counted = counted_post if loaded is None else result.counted
+    read = document_rows(
+        texts.again, post.tokenizer, context_length=texts.context_length, tokens=texts.tokens, chat=texts.chat
+    )
+    found = measure_pair(
+        None if loaded is None else loaded.model,
+        post.model,
+        saes,
+        read,
+        counted=counted,
+        counted_post=counted_post,
+        loss=run.loss,
+        progress=progress,
+    )
+    moved = {} if loaded is None else {point: transferred(one.by_document(), run.seed) for point, one in found.items()}
+    fits = {point: fit(one, seed=run.seed) for point, one in found.items()} if run.loss else {}
+    kept = keep(run, fits, saes, post, texts.again.name) if run.remember else ()
+    return replace(
+        result, transfer=moved, counted=counted, fits=fits, counted_post=counted_post, remembered=tuple(kept)
+    )
 
 
-def saes_of(run: EvalRun, source: str, loaded: LoadedModel) -> dict[HookPoint, SAE]:
+def keep(
+    run: EvalRun, fits: Mapping[HookPoint, Fit], saes: Mapping[HookPoint, SAE], post: LoadedModel, corpus: str
+) -> list[Path]:
+    """Remember the verdicts that are any; the files."""
+    told = {point: one for point, one in fits.items() if one.verdict in WORDS}
+    weights = weights_fingerprint(post.model) if told else None
+    if weights is None:
+        return []
+    words = {point.layer: one.verdict for point, one in told.items()}
+    today = time.strftime("%Y-%m-%d")
+    made = [
+        Verdict(
+            one.verdict, saes[point].identity.fingerprint, weights, words, run.model, one.tokens, one.documents, corpus,
+            today, {name: (e.value, e.low, e.high) for name, e in one.figures.items()},
+            {phase: part.verdict for phase, part in one.phases.items()},
+        )
+        for point, one in told.items()
+    ]  # fmt: skip
+    return [path for path in map(remember, made) if path is not None]
+
+
+def saes_of(run: EvalRun, source: str, loaded: LoadedModel, *, variants: bool = True) -> dict[HookPoint, SAE]:
     """The SAEs of the chosen layers, on the model's device."""
     layers = layers_of(source) if run.layers is None else list(run.layers)
-    joined = Joined(loaded, source)
+    joined = Joined(loaded, source, variants=variants)
     saes = [(layer, joined.meet(layer, load_sae(source, layer, device=loaded.model.device))) for layer in layers]
     return {HookPoint.read_by(sae.hook_point, layer): sae for layer, sae in saes}
 
@@ -93,28 +208,29 @@ def post_of(run: EvalRun, source: str, loaded: LoadedModel, saes: Mapping[HookPo
     return post
 
 
-def documents_of(run: EvalRun, saes: Mapping[HookPoint, SAE]) -> tuple[Corpus, HeldOut | None]:
+def texts_of(run: EvalRun, saes: Mapping[HookPoint, SAE]) -> tuple[Texts, int]:
+    """The documents to measure on, read as the run says, else as the record of the run that made the SAEs does; and
+    which part of all they are, 0 for all."""
+    corpus, reading = documents_of(run, saes)
+    texts = Texts(
+        corpus,
+        documents_of(run, saes, quiet=True)[0],
+        run.context_length or (reading.context_length if reading else CONTEXT_LENGTH),
+        run.batch_size or (reading.batch_size if reading else BATCH_SIZE),
+        run.tokens or (reading.tokens if reading else 0) or TOKENS,
+        run.corpus.chat or (reading.chat if reading else None),
+    )
+    return texts, corpus.hold_out
+
+
+def documents_of(run: EvalRun, saes: Mapping[HookPoint, SAE], *, quiet: bool = False) -> tuple[Corpus, HeldOut | None]:
     """The documents to measure on, and the record of the run that kept them out of training, if they are its own."""
 
     def read(every: int, order: int | None = None) -> Corpus:
-        return Corpus.of(text_source(run.data), run.corpus, hold_out=every, held_out=every > 0, shuffle=order)
+        share = {"hold_out": every, "held_out": every > 0, "shuffle": order, "quiet": quiet}
+        return Corpus.of(text_source(run.data), run.corpus, **share)
 
     known, whole = held_out_of(saes.values()), read(0)
     if known is None or not known.is_of(whole) or run.hold_out not in (None, known.every):
         return (read(run.hold_out) if run.hold_out else whole), None
     return read(known.every, known.shuffle), known
-
-
-def rows_of(run: EvalRun, reading: HeldOut | None, corpus: Corpus, loaded: LoadedModel) -> list[torch.Tensor]:
-    """Batches of full rows of token ids, read as the run says, else as the record does."""
-    context_length = run.context_length or (reading.context_length if reading else CONTEXT_LENGTH)
-    batch_size = run.batch_size or (reading.batch_size if reading else BATCH_SIZE)
-    tokens = run.tokens or (reading.tokens if reading else 0) or TOKENS
-    chat = run.corpus.chat or (reading.chat if reading else None)
-    packed = TokenRows(corpus, loaded.tokenizer, context_length=context_length, batch_size=batch_size, chat=chat)
-    found = list(islice(packed, max(1, tokens // (context_length * batch_size))))
-    if not found:
-        raise InputError(
-            f"the text of {named(run.data)} does not fill one row of {context_length} tokens; lower context_length"
-        )
-    return found

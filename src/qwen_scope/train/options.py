@@ -135,11 +135,13 @@ class EvalRun:
         data: where the text is, as `Corpus` takes it, or several such places. Of the text that the SAEs were trained
             on, as their files tell, the documents that were kept out of training are read, as the run that made them
             read them.
-        model: `lab`, or folder or Hub id of the language model.
+        model: `lab`, or folder or Hub id of the language model. None, with `post`, where the model that the SAEs were
+            trained on is not at hand: then `post` is measured alone.
         sae: group, folder or Hub id of the SAEs; None where the catalog knows those of the model.
         hold_out: read every `hold_out`-th document, those that training with this `hold_out` does not see; 0 reads all;
             None decides as `data` says.
-        post: another checkpoint of the same model: also report how the SAEs do there.
+        post: another checkpoint of the same model: whether the SAEs fit it, too; needs `loss`.
+        remember: keep that verdict in the user's state folder, so that whatever opens the pair shows it.
         layers: None means all that the group has.
         tokens: about how many to measure on; None means as many as the run measured on, or 65,536.
         corpus: how the documents are read; without `chat` as the run rendered them, or not at all.
@@ -149,16 +151,17 @@ class EvalRun:
         counted: which tokens count. None means those that the SAEs' files say; where these say none, all but the first
             token of each row, special tokens, and sinks by thresholds measured on the first rows.
         dtype, device: of the language models.
-        seed: of the resampling of the transfer report.
+        seed: of the resampling of intervals.
 
     Raises:
         InputError: a value that can't be.
     """
 
     data: str | tuple[str, ...]
-    model: str = "lab"
+    model: str | None = "lab"
     sae: str | None = None
     post: str | None = None
+    remember: bool = True
     layers: tuple[int, ...] | None = None
     hold_out: int | None = None
     tokens: int | None = None
@@ -172,6 +175,8 @@ class EvalRun:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        if self.model is None and (self.post is None or self.sae is None):
+            raise InputError("without model there have to be sae and post: which SAEs, and on which checkpoint")
         for name, least in {"tokens": 2, "context_length": 2, "batch_size": 1, "hold_out": 0, "seed": 0}.items():
             if (value := getattr(self, name)) is not None:
                 check_count(name, value, least)

@@ -28,7 +28,15 @@ import torch
 
 from qwen_scope.errors import InputError, MismatchError, NotFoundError
 from qwen_scope.files import check_folder, lock_folder, read_object, write_text
-from qwen_scope.model import HookPoint, LoadedModel, context_length, load_model, measure_counted, n_layers
+from qwen_scope.model import (
+    HookPoint,
+    LoadedModel,
+    context_length,
+    load_model,
+    measure_counted,
+    n_layers,
+    weights_fingerprint,
+)
 from qwen_scope.report import Progress
 from qwen_scope.sae import SAE, save_sae
 from qwen_scope.scope import model_source
@@ -121,7 +129,7 @@ def _run(
     every = train(
         run.config, source, init=mine, checkpoints=checkpoints, journals=journals,
         callbacks=callbacks_of(on_step, progress) if ranks.first else [], group=run.name, ranks=ranks,
-        device=loaded.model.device, counted=counted, facts={KEY: held_out_by(run).to_json()} if run.hold_out else {},
+        device=loaded.model.device, counted=counted, facts=carried(run, loaded),
         scratch=run.train.anew() if run.against_scratch else None,
     )  # fmt: skip
     every = {name: with_history(sae, hook_of(name), run.model, history.get(name, ())) for name, sae in every.items()}
@@ -183,6 +191,13 @@ def counted_at_start(run: TrainRun, loaded: LoadedModel, ranks: Ranks) -> Counte
         found,
         norms={at: None if math.isnan(norm) else norm for at, norm in zip(found.norms, limits, strict=True)},
     )
+
+
+def carried(run: TrainRun, loaded: LoadedModel) -> dict[str, Any]:
+    """What the SAEs' files say besides: which documents training did not see, and which weights it saw."""
+    found = {KEY: held_out_by(run).to_json()} if run.hold_out else {}
+    weights = weights_fingerprint(loaded.model)
+    return found if weights is None else {**found, "base": {"weights": weights}}
 
 
 def held_out_by(run: TrainRun) -> HeldOut:

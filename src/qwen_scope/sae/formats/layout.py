@@ -142,9 +142,9 @@ class Layout:
         return found
 
 
-KEPT = ("counted", "held_out", "history")
-"""Parts of an SAE's `meta` that its files carry: which tokens counted in training, what was kept out of it, and by hook
-point what it was trained on and began as."""
+KEPT = ("counted", "held_out", "history", "base")
+"""Parts of an SAE's `meta` that its files carry: which tokens counted in training, what was kept out of it, by hook
+point what it was trained on and began as, and the fingerprint of the model's weights."""
 
 
 def identity_metadata(sae: SAE) -> dict[str, str]:
