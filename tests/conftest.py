@@ -32,6 +32,7 @@ from jaxtyping import install_import_hook
 # explorer: Gradio asks whether a handler is a generator function, which a checked one no longer says.
 ROOMS = (
     "analysis",
+    "circuits",
     "cli",
     "features",
     "foundry",

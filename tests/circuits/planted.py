@@ -26,6 +26,17 @@ IDS = {one: byte_tokenizer()(one)["input_ids"][0] for one in "adxt"}
 AMOUNT = {A: 2.0, D: 1.5, X: 1.0}
 
 
+class NoNorm(nn.Module):
+    """Leaves its input alone, so that blocks have closed forms."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(8), requires_grad=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.weight
+
+
 def silu(x: float) -> float:
     return x / (1 + math.exp(-x))
 
@@ -49,8 +60,8 @@ def planted() -> Scope:
         parameter.zero_()
     blocks = model.model.layers
     for block in blocks:
-        block.input_layernorm = block.post_attention_layernorm = nn.Identity()
-    model.model.norm = nn.Identity()
+        block.input_layernorm, block.post_attention_layernorm = NoNorm(), NoNorm()
+    model.model.norm = NoNorm()
     words = model.model.embed_tokens.weight
     words[:, CONST] = 1.0
     words[IDS["a"], A], words[IDS["d"], D], words[IDS["x"], X] = AMOUNT[A], AMOUNT[D], AMOUNT[X]

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from qwen_scope.errors import InputError
 
-from .effects import Method, Place, ruled
+from .effects import Place, ruled
+from .options import Method
 from .reading import Reading, gradients
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
-from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -15,9 +14,8 @@ from torch import Tensor
 from qwen_scope.errors import InputError, check_count
 from qwen_scope.model import Routing, has_routers, relevance
 
+from .options import Method, check_method
 from .reading import Reading, gradients
-
-Method = Literal["gradient", "ig", "relp"]
 
 # Integrated gradients halve pieces of their way until what they leave over is at most this share of what they explain,
 # or as many steps are made.
@@ -53,18 +51,6 @@ class Effects:
         errors = float(self.errors[layer].abs().sum())
         total = errors + float(self.features[layer].abs().sum())
         return errors / total if total else 0.0
-
-
-def check_method(method: str) -> Method:
-    """The method, if there is such.
-
-    Raises:
-        InputError: there is not.
-    """
-    for known in get_args(Method):
-        if method == known:
-            return known
-    raise InputError(f"a method is one of {', '.join(get_args(Method))}, not {method!r}")
 
 
 def effects(reading: Reading, method: Method = "relp", *, steps: int = 10) -> Effects:

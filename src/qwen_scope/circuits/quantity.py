@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from qwen_scope.errors import InputError, check_count
+from qwen_scope.model import input_device
 from qwen_scope.scope import Scope
 
 Kind = Literal["logit", "log_prob", "difference", "feature"]
@@ -148,6 +149,14 @@ def one_token(scope: Scope, text: str) -> int:
         f"{text!r} is {len(ids)} tokens to this model ({pieces}); name one token, such as"
         f" {tokenizer.decode([ids[0]])!r}"
     )
+
+
+def next_logits(scope: Scope, ids: Sequence[int]) -> Float[Tensor, " vocab"]:
+    """The logits of the token behind a prompt, of the tokens that the tokenizer has."""
+    with torch.no_grad():
+        place = input_device(scope.model)
+        logits = scope.model(torch.tensor([list(ids)], device=place), use_cache=False).logits[0, -1]
+    return logits[: len(scope.tokenizer)]
 
 
 def most_likely(logits: Float[Tensor, " vocab"], n: int) -> list[tuple[int, float]]:

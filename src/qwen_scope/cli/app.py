@@ -31,6 +31,7 @@ from . import (
     synthesize,
     train,
     validate,
+    why,
 )
 from .commands import App
 
@@ -70,6 +71,7 @@ app.command("plan", rich_help_panel=START)(plan.plan)
 app.command("features", rich_help_panel=LOOK)(features.features)
 app.command("compare", rich_help_panel=LOOK)(compare.compare)
 app.command("find", rich_help_panel=LOOK)(find.find)
+app.command("why", rich_help_panel=LOOK)(why.why)
 app.command("show", rich_help_panel=LOOK)(show.show)
 app.command("explore", rich_help_panel=LOOK)(explore.explore)
 app.command("extract", rich_help_panel=CORPORA)(extract.extract)

@@ -25,6 +25,11 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         " --sae Qwen/SAE-Res-Qwen3-1.7B-Base-W32K-L0_50",
     ),
     "compare": ('qwen-scope compare "Where is the station?" "Wo ist der Bahnhof?" --drop-common',),
+    "why": (
+        'qwen-scope why "Guten Morgen, wo ist" --token " der" --against " the"',
+        'qwen-scope why "Guten Morgen, wo ist" --token " der" --against " the" --layers 1-5 --recipe out/why.json',
+        'qwen-scope why "Guten Morgen, wo ist" --nodes 60 --html out/why.html --graph out/graph.json',
+    ),
     "extract": (
         "qwen-scope extract lab -o out/store --layers 5 --sample 200",
         "qwen-scope extract out/examples/corpus.jsonl -o out/corpus --layers 5",

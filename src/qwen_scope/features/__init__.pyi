@@ -15,6 +15,7 @@ from .conditions import matched_random as matched_random
 from .conditions import mean_direction as mean_direction
 from .effects import TokenEffect as TokenEffect
 from .effects import TopLogit as TopLogit
+from .effects import promoted_tokens as promoted_tokens
 from .effects import token_effects as token_effects
 from .effects import token_ids as token_ids
 from .effects import top_logits as top_logits

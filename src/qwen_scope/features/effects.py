@@ -18,6 +18,8 @@ from qwen_scope.scope import Scope
 
 # Features of a dictionary that go through the norm at once.
 BLOCK = 4096
+# Features whose effects on the whole vocabulary are in memory at once.
+PROMOTED_BLOCK = 64
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,18 @@ def token_effects(
         return tuple(TokenEffect(i, token_text(scope.tokenizer, i), float(effect[i])) for i in ids.tolist())
 
     return shown(ranked[:n]), shown(ranked.flip(0)[:n])
+
+
+def promoted_tokens(scope: Scope, layer: int, features: Sequence[int], n: int = 3) -> list[tuple[str, ...]]:
+    """The `n` tokens that each of several features promotes most directly, as texts; see `token_effects`."""
+    sae = scope.saes[scope.check_layers([layer])[0]]
+    check_count("n", n)
+    words = vocabulary(scope)
+    found: list[tuple[str, ...]] = []
+    for start in range(0, len(features), PROMOTED_BLOCK):
+        best = (normed(scope, sae, features[start : start + PROMOTED_BLOCK]) @ words.T).topk(n).indices
+        found += [tuple(token_text(scope.tokenizer, i) for i in row) for row in best.tolist()]
+    return found
 
 
 def top_logits(scope: Scope, tokens: Sequence[int], layers: Sequence[int] | None = None, n: int = 10) -> list[TopLogit]:

@@ -1,0 +1,242 @@
+"""`explain`: from a prompt to the graph of what leads to a quantity."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from qwen_scope.features import promoted_tokens
+from qwen_scope.stats import coefficient
+
+from .edges import Incoming, incoming
+from .effects import Effects, Place, ablated, effects
+from .graph import Edge, Graph, LayerShares, Node, Received, find_ladders
+from .options import Method, WhyOptions, check_method
+from .reading import Reading
+
+PROMOTED = 3
+
+
+def explain(reading: Reading, options: WhyOptions | None = None) -> Graph:
+    """The graph of a prompt that was read.
+
+    Features are chosen by the size of their effect, with a share per layer and a budget over all. Edges into each are
+    computed from every active feature and every error of the layer below, and kept by their share of what the receiver
+    takes in. Errors and embeddings are nodes where they send an edge that is kept.
+
+    Raises:
+        InputError: a method that does not fit the model.
+    """
+    options = options or WhyOptions()
+    method = check_method(options.method)
+    found = effects(reading, method, steps=options.steps)
+    chosen = choose(reading, found, options)
+    places = [one.place for one in chosen]
+    exact: list[float | None] = [None] * len(chosen)
+    agreement = None
+    checked = sorted(range(len(chosen)), key=lambda n: -abs(chosen[n].effect))[: options.exact]
+    if checked:
+        measured = ablated(reading, [[places[n]] for n in checked]).tolist()
+        for n, value in zip(checked, measured, strict=True):
+            exact[n] = value
+        agreement = agree([chosen[n].effect for n in checked], measured)
+    edges = incoming(reading, places, "relp" if method == "relp" else "gradient")
+    return _Assembly(reading, found, chosen, exact, edges, options).graph(method, agreement)
+
+
+def brief_name(source: str) -> str:
+    """A model's name: of a folder the last two parts, so that pages that are passed on tell nothing of a machine."""
+    return "/".join(Path(source).parts[-2:]) if Path(source).is_absolute() else source
+
+
+def agree(estimated: Sequence[float], measured: Sequence[float]) -> tuple[float, float] | None:
+    """Pearson and Spearman correlation; None for fewer than four pairs, or where one side does not vary."""
+    one, other = np.asarray(estimated, float), np.asarray(measured, float)
+    if len(one) < 4 or not np.ptp(one) or not np.ptp(other):
+        return None
+    return coefficient(one, other, "pearson"), coefficient(one, other, "spearman")
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """A feature that becomes a node: its place, its entry in `reading.active`, activation and effect."""
+
+    place: Place
+    entry: int
+    activation: float
+    effect: float
+
+
+def choose(reading: Reading, found: Effects, options: WhyOptions) -> list[Chosen]:
+    """The features with the largest effects, by layer and position."""
+    pool: list[Chosen] = []
+    for layer in reading.layers:
+        one, effect = reading.active[layer], found.features[layer]
+        size = effect.abs()
+        order = size.argsort(descending=True, stable=True)
+        carried = size[order].cumsum(0)
+        enough = int((carried < options.node_share * carried[-1]).sum()) + 1 if len(order) else 0
+        for n in order[: min(enough, options.nodes)].tolist():
+            if float(size[n]) > 0:
+                place = Place(layer, int(one.positions[n]), int(one.features[n]))
+                pool.append(Chosen(place, n, float(one.values[n]), float(effect[n])))
+    pool.sort(key=lambda one: -abs(one.effect))
+    return sorted(pool[: options.nodes], key=lambda one: (one.place.layer, one.place.position, one.entry))
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    source: tuple[str, int | None, int, int]  # kind, layer, position, entry
+    edge: Edge
+    matters: float
+
+
+class _Assembly:
+    """Nodes and edges of a graph from what was computed."""
+
+    def __init__(
+        self,
+        reading: Reading,
+        found: Effects,
+        chosen: Sequence[Chosen],
+        exact: Sequence[float | None],
+        edges: Sequence[Incoming],
+        options: WhyOptions,
+    ) -> None:
+        self.reading, self.found, self.chosen, self.exact = reading, found, chosen, exact
+        self.edges, self.options = edges, options
+        self.entries: dict[int, Tensor] = {}
+        for layer in reading.layers:
+            here = [one.entry for one in chosen if one.place.layer == layer]
+            self.entries[layer] = torch.tensor(here, dtype=torch.long)
+
+    def graph(self, method: Method, agreement: tuple[float, float] | None) -> Graph:
+        reading, scope = self.reading, self.reading.scope
+        candidates, received = self.candidates()
+        candidates.sort(key=lambda one: -one.matters)
+        kept = candidates[: self.options.edges]
+        nodes, index = self.nodes({one.source for one in kept})
+        receivers = [index["feature", one.place.layer, one.place.position, one.entry] for one in self.chosen]
+        receivers.append(len(nodes) - 1)
+        edges = [replace(one.edge, source=index[one.source], target=receivers[one.edge.target]) for one in kept]
+        edges.sort(key=lambda one: (one.source, one.target))
+        probability = None
+        if reading.logits is not None:
+            spread = torch.softmax(reading.logits.float(), -1)
+            probability = float(spread[list(reading.quantity.tokens)].sum())
+        return Graph(
+            model=brief_name(scope.name),
+            group=scope.saes[reading.layers[0]].identity.group,
+            prompt=str(scope.tokenizer.decode(list(reading.ids))),
+            tokens=reading.tokens,
+            ids=reading.ids,
+            quantity=reading.quantity.name(scope.tokenizer),
+            value=reading.value,
+            answer=reading.quantity.tokens,
+            probability=probability,
+            method=method,
+            layers=reading.layers,
+            n_layers=scope.n_layers,
+            nodes=tuple(nodes),
+            edges=tuple(edges),
+            ladders=find_ladders(nodes, edges),
+            received={receivers[n]: one for n, one in enumerate(received)},
+            shares={layer: self.layer_shares(layer) for layer in reading.layers},
+            edges_left_out=self.possible - len(kept),
+            agreement=agreement,
+        )
+
+    def candidates(self) -> tuple[list[_Candidate], list[Received]]:
+        """The edges whose share suffices, and where everything that each receiver takes in comes from."""
+        found: list[_Candidate] = []
+        received = []
+        self.possible = 0
+        effect_of = [*(one.effect for one in self.chosen), self.reading.value]
+        for n, one in enumerate(self.edges):
+            total = float(one.features.abs().sum() + one.errors.abs().sum())
+            rows: list[tuple[tuple[str, int | None, int, int], float, float]] = []
+            if one.layer is not None:
+                entries, active = self.entries[one.layer], self.reading.active[one.layer]
+                rows += [
+                    (("feature", one.layer, int(active.positions[i]), i), float(one.features[i]),
+                     float(one.features_passed[i]))
+                    for i in entries.tolist()
+                ]  # fmt: skip
+            kind = "embedding" if one.layer is None else "error"
+            pairs = zip(one.errors.tolist(), one.errors_passed.tolist(), strict=True)
+            others = [((kind, one.layer, p, p), weight, passed) for p, (weight, passed) in enumerate(pairs)]
+            taken = 0.0
+            self.possible += len(rows) + sum(weight != 0 for _, weight, _ in others)
+            for source, weight, passed in [*rows, *others]:
+                share = abs(weight) / total if total else 0.0
+                if weight and share >= self.options.edge_share:
+                    found.append(_Candidate(source, Edge(-1, n, weight, passed, share), share * abs(effect_of[n])))
+                    taken += share if source[0] == "feature" else 0.0
+            sent = float(one.errors.abs().sum()) / total if total else 0.0
+            by_features = 1.0 - sent if total else 0.0
+            errors, embeddings = (sent, 0.0) if one.layer is not None else (0.0, sent)
+            received.append(Received(taken, by_features - taken, errors, embeddings))
+        return found, received
+
+    def nodes(
+        self, sources: set[tuple[str, int | None, int, int]]
+    ) -> tuple[list[Node], dict[tuple[str, int | None, int, int], int]]:
+        """All nodes in the order of layers, and where each is."""
+        reading, found = self.reading, self.found
+        made: list[tuple[tuple[str, int | None, int, int], Node]] = []
+        for kind, layer, position, entry in sources:
+            if kind == "embedding":
+                node = Node("embedding", position, effect=_plain(found.embeddings[position]))
+                made.append(((kind, layer, position, entry), node))
+            elif kind == "error":
+                assert layer is not None, "of a layer"
+                node = Node("error", position, layer, effect=float(found.errors[layer][position]))
+                made.append(((kind, layer, position, entry), node))
+        promotes = self.promoted()
+        for one, exact in zip(self.chosen, self.exact, strict=True):
+            place = one.place
+            assert place.feature is not None, "of a feature"
+            node = Node(
+                "feature", place.position, place.layer, place.feature, one.activation, one.effect, exact,
+                self.fires(place.layer, place.feature), promotes[place.layer, place.feature],
+            )  # fmt: skip
+            made.append((("feature", place.layer, place.position, one.entry), node))
+        made.sort(key=lambda pair: (-1 if pair[1].layer is None else pair[1].layer, pair[1].kind != "error", pair[0]))
+        index = {key: n for n, (key, _) in enumerate(made)}
+        target = Node("target", reading.quantity.position, effect=reading.value)
+        return [*(node for _, node in made), target], index
+
+    def fires(self, layer: int, feature: int) -> tuple[tuple[int, float], ...]:
+        """Where in the prompt a feature is active, and how much."""
+        one = self.reading.active[layer]
+        where = (one.features == feature).nonzero()[:, 0]
+        return tuple(zip(one.positions[where].tolist(), one.values[where].tolist(), strict=True))
+
+    def promoted(self) -> dict[tuple[int, int], tuple[str, ...]]:
+        """By layer and feature, the tokens that the features of the graph promote directly."""
+        out = {}
+        for layer in self.reading.layers:
+            features = sorted({one.place.feature or 0 for one in self.chosen if one.place.layer == layer})
+            shown = promoted_tokens(self.reading.scope, layer, features, PROMOTED) if features else []
+            out.update({(layer, feature): tokens for feature, tokens in zip(features, shown, strict=True)})
+        return out
+
+    def layer_shares(self, layer: int) -> LayerShares:
+        features, errors = self.found.features[layer].abs(), float(self.found.errors[layer].abs().sum())
+        total = float(features.sum()) + errors
+        kept = float(features[self.entries[layer].to(features.device)].sum())
+        n = len(self.entries[layer])
+        if not total:
+            return LayerShares(0.0, 0.0, 0.0, n, len(features) - n)
+        left_out = (float(features.sum()) - kept) / total
+        return LayerShares(kept / total, left_out, errors / total, n, len(features) - n)
+
+
+def _plain(value: Tensor) -> float:
+    """An effect, 0 where the method gives none."""
+    return 0.0 if bool(value.isnan()) else float(value)

@@ -1,0 +1,239 @@
+"""`qwen-scope why`: from features to features to the answer."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from qwen_scope.circuits import WhyOptions
+from qwen_scope.errors import InputError
+from qwen_scope.scope import ScopeOptions
+
+from . import options, output
+from .groups import OPTIONS, grouped
+
+if TYPE_CHECKING:
+    from qwen_scope.circuits import Graph, Quantity
+    from qwen_scope.circuits import Path as Way
+    from qwen_scope.scope import Scope
+    from qwen_scope.text import Chat
+
+SCOPE, WHY = ScopeOptions(), WhyOptions()
+
+OPTIONS[WhyOptions] = {
+    "method": Annotated[str, typer.Option("--method", help="Of the effects: gradient, relp or ig.")],
+    "steps": Annotated[int, typer.Option("--steps", help="Of ig, on one piece of its way.", min=1)],
+    "nodes": Annotated[int, typer.Option("--nodes", help="At most as many features in the graph.", min=1)],
+    "node_share": Annotated[
+        float, typer.Option("--node-share", help="Of each layer's effects, the share that is enough.")
+    ],
+    "edges": Annotated[int, typer.Option("--edges", help="At most as many edges.", min=1)],
+    "edge_share": Annotated[
+        float, typer.Option("--edge-share", help="Least share of what a node takes in, for an edge.")
+    ],
+    "exact": Annotated[int, typer.Option("--exact", help="Nodes whose effect is measured by ablation.", min=0)],
+}
+
+
+@grouped
+def why(
+    prompt: Annotated[str, typer.Argument(help="The text; '-' reads standard input.")],
+    asked: ScopeOptions = SCOPE,
+    token: Annotated[
+        str | None, typer.Option("--token", help='The token to explain, such as " Paris". Default: the likeliest.')
+    ] = None,
+    against: Annotated[
+        str | None, typer.Option("--against", help="Explain the difference of logits to this token.")
+    ] = None,
+    of: Annotated[
+        str | None, typer.Option("--of", help="Explain a feature's activation instead: LAYER/FEATURE.")
+    ] = None,
+    log_prob: Annotated[bool, typer.Option("--log-prob", help="Of the token, its log-probability.")] = False,
+    position: Annotated[int, typer.Option("--position", help="Of the token before the answer; -1 is the last.")] = -1,
+    layers: options.Layers = None,
+    how: WhyOptions = WHY,
+    paths: Annotated[int, typer.Option("--paths", help="Paths to print.", min=1)] = 5,
+    chat: options.Chat = None,
+    html: Annotated[Path | None, typer.Option("--html", help="Write one HTML file with the graph.")] = None,
+    graph_file: Annotated[
+        Path | None,
+        typer.Option("--graph", help="Write the graph for circuit-tracer's viewers, with its features' files beside."),
+    ] = None,
+    recipe: Annotated[
+        Path | None, typer.Option("--recipe", help="Write a recipe (.json, .yaml) that adds the strongest features.")
+    ] = None,
+    as_json: options.Json = False,
+) -> None:
+    """Explain the next token: the features it hangs on, layer by layer, and what they are made of.
+
+    Effects are estimates; those of the strongest nodes are compared with ablation. --json prints the graph in the
+    format of circuit-tracer, which Neuronpedia renders. A recipe goes to: qwen-scope steer --recipe
+    """
+    from qwen_scope.circuits import explain, graph_recipe, read
+    from qwen_scope.files import check_output, write_text
+
+    wanted, mode = options.parse_layers(layers), options.check_chat(chat)
+    text = options.typed_or_piped(prompt)
+    for file in (html, graph_file, recipe):
+        if file is not None:
+            check_output(file, *options.folders_of(asked))
+    if recipe is not None and recipe.suffix not in options.RECIPES:
+        raise InputError(f"--recipe ends in .json or .yaml, not {recipe.name!r}")
+    scope = options.open_asked(asked)
+    with output.status("tracing"):
+        ids, tokens, quantity = asked_about(scope, text, mode, token, against, of, log_prob, position)
+        graph = explain(read(scope, ids, quantity, wanted, tokens=tokens), how)
+    if html is not None:
+        from qwen_scope.circuits import graph_html
+
+        write_text(html, graph_html(graph))
+    if graph_file is not None:
+        write_graph(graph_file, graph, scope)
+    if recipe is not None:
+        graph_recipe(graph, scope).save(recipe)
+    if as_json:
+        output.print_json(document(graph, scope))
+    else:
+        print_graph(graph, paths)
+    for file in (html, graph_file, recipe):
+        if file is not None:
+            output.say(f"{file} written")
+
+
+def asked_about(
+    scope: Scope,
+    text: str,
+    chat: Chat | None,
+    token: str | None,
+    against: str | None,
+    of: str | None,
+    log_prob: bool,
+    position: int,
+) -> tuple[list[int], list[str], Quantity]:
+    """The prompt's tokens, as ids and as texts, and what is asked about it."""
+    from qwen_scope.circuits import Quantity, most_likely, next_logits, one_token
+    from qwen_scope.sae import parse_feature
+
+    if of is not None and (token is not None or against is not None or log_prob):
+        raise InputError("--of explains a feature; leave out --token, --against and --log-prob")
+    if log_prob and against is not None:
+        raise InputError("--against explains a difference of logits; leave out --log-prob")
+    chosen = [None if one is None else one_token(scope, one) for one in (token, against)]
+    found = scope.tokenize([text], chat=chat)
+    ids = found.input_ids[0].tolist()
+    tokens = list(found.strings[0])
+    if of is not None:
+        layer, feature = parse_feature(of)
+        return ids, tokens, Quantity.activation(layer, feature, position)
+    one, other = chosen
+    if one is None:
+        at = Quantity.logit(0, position=position).at(len(ids)).position
+        best = most_likely(next_logits(scope, ids[: at + 1]), 2)
+        one = next(word for word, _ in best if word != other)
+    if other is not None:
+        return ids, tokens, Quantity.difference(one, other, position)
+    return ids, tokens, (Quantity.log_prob if log_prob else Quantity.logit)(one, position=position)
+
+
+def document(graph: Graph, scope: Scope, base_url: str = "") -> dict[str, Any]:
+    """The graph in circuit-tracer's format."""
+    from qwen_scope.circuits import graph_document
+
+    return graph_document(graph, lambda token: str(scope.tokenizer.decode([token])), base_url=base_url)
+
+
+def write_graph(file: Path, graph: Graph, scope: Scope) -> None:
+    """The graph as a file, and a folder of its features' files beside it."""
+    from qwen_scope.circuits import feature_documents
+    from qwen_scope.features import token_effects
+    from qwen_scope.files import write_text
+
+    shown = {}
+    for i in graph.features:
+        node = graph.nodes[i]
+        assert node.layer is not None, "of a feature"
+        assert node.feature is not None, "of a feature"
+        promoted, demoted = token_effects(scope, node.layer, node.feature, 10)
+        shown[i] = ([one.text for one in promoted], [one.text for one in demoted])
+    folder = file.with_name(f"{file.stem}-features")
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, data in feature_documents(graph, shown).items():
+        write_text(folder / name, json.dumps(data, ensure_ascii=False))
+    write_text(file, json.dumps(document(graph, scope, base_url=folder.name), ensure_ascii=False, allow_nan=False))
+
+
+def print_graph(graph: Graph, n: int) -> None:
+    """What is explained, the paths that carry most, the strongest features, and what the graph leaves out."""
+    out = output.console()
+    sure = "" if graph.probability is None else f", probability {graph.probability:.3g}"
+    title = f"{graph.quantity} after {graph.tokens[-1]!r}: {graph.value:.4g}{sure}"
+    out.print(title, style="bold")
+    rows = []
+    seen: set[int] = set()
+    for i in graph.features:
+        node, ladder = graph.nodes[i], graph.ladder_of[i]
+        if i in seen:
+            continue
+        seen.update(ladder.nodes)
+        exact = "" if node.exact is None else f"{node.exact:+.3g}"
+        written = "the token" if ladder.written is None else f"block {ladder.written}"
+        rows.append((name_of(graph, i), place_of(graph, i), f"{node.effect:+.3g}", exact, written, says(graph, i)))
+        if len(rows) == 2 * n:
+            break
+    columns = ("feature", "token", "effect", "ablated", "written by", "promotes")
+    output.show(f"Features with the largest effects ({graph.method})", columns, rows)
+    if found := graph.paths(n):
+        rows = [(f"{path.weight:+.3g}", way(graph, path)) for path in found]
+        output.show("How the strongest come about (and the share that each step gives)", ("writes", "path"), rows)
+    shares = [
+        (layer, one.n_kept, one.n_left_out, f"{one.kept:.0%}", f"{one.left_out:.0%}", f"{one.errors:.0%}")
+        for layer, one in graph.shares.items()
+    ]
+    columns = ("layer", "features", "left out", "effects kept", "left out", "through errors")
+    output.show("What is in the graph, by the size of effects", columns, shares)
+    if graph.agreement is not None:
+        pearson, spearman = graph.agreement
+        checked = sum(node.exact is not None for node in graph.nodes)
+        out.print(
+            f"Estimated against ablated effects of {checked} features: Pearson {pearson:.2f}, Spearman {spearman:.2f}."
+        )
+
+
+def name_of(graph: Graph, i: int) -> str:
+    """A feature with the layers its ladder spans, such as `3/17 (to 5/21)`."""
+    ladder = graph.ladder_of[i].nodes
+    first, last = graph.nodes[ladder[0]], graph.nodes[ladder[-1]]
+    name = graph.nodes[i].name
+    if len(ladder) == 1:
+        return name
+    return f"{name} (layers {first.layer}-{last.layer})"
+
+
+def place_of(graph: Graph, i: int) -> str:
+    """The token of a node with its position."""
+    from qwen_scope.report import visible
+
+    position = graph.nodes[i].position
+    return f"{position}:{visible(graph.tokens[position])}"
+
+
+def says(graph: Graph, i: int) -> str:
+    """A node's label, or the tokens that it promotes."""
+    from qwen_scope.report import visible
+
+    node = graph.nodes[i]
+    return node.label or " ".join(visible(token) for token in node.promotes)
+
+
+def way(graph: Graph, path: Way) -> str:
+    """A path in one line."""
+    parts = []
+    for i, share in zip(path.nodes[:-1], path.shares, strict=True):
+        if graph.nodes[i].kind == "embedding":
+            parts.append(f"{place_of(graph, i)} →({share:.0%})")
+        else:
+            parts.append(f"{name_of(graph, i)} at {place_of(graph, i)} [{says(graph, i)}] →({share:.0%})")
+    return " ".join([*parts, "the answer" if graph.answer else graph.quantity])
