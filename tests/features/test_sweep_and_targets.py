@@ -124,6 +124,10 @@ def test_targets(scope: Scope) -> None:
     half = float(acts[2][:, feature].max()) / 2
     rule = Rule("r", (RuleFeature(2, feature, half, 1.0, 0.0, scope.saes[2].identity.fingerprint),))
     assert values(TargetOptions(rule=rule)) == [float((a[:, feature] > half).any()) for a in acts]
+    # a rule judges the tokens that counted when it was fitted, whatever counts in the scope
+    strict = replace(rule, about={"counted": Counted(first=1 + int(acts[2][:, feature].argmax()) + 1).to_json()})
+    left = [acts[i][strict.counted.first - 1 :] for i in range(len(texts))]
+    assert values(TargetOptions(rule=strict)) == [float((a[:, feature] > half).any()) for a in left]
     other = Rule("r", (RuleFeature(2, feature, half, 1.0, 0.0, "f" * 12),))
     with pytest.raises(MismatchError):
         text_target(scope, TargetOptions(rule=other))

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -82,6 +84,38 @@ def test_a_disagreement_is_said_once(tmp_path: Path) -> None:
     scope = opened(carrying(folder, foreign))
     with pytest.warns(QwenScopeWarning, match="which are not the same"):
         assert scope.counted[0] == foreign
+
+
+def test_carried_thresholds_of_another_model_are_said(tmp_path: Path) -> None:
+    """SAEs that were trained on a model whose residuals are a hundred times as long, or as short."""
+    plain, special = opened(), frozenset(opened().tokenizer.all_special_ids)
+    medians = {}
+    for layer in (0, 2):
+        rows = [plain.capture(plain.tokenize([text], truncate=True), [layer])[layer][0, 1:] for text in SAMPLE]
+        medians[layer] = float(np.median(torch.cat(rows).norm(dim=-1).numpy()))
+    for name, factor, layers in (("long", 200.0, (0, 2)), ("short", 0.02, (0,)), ("like", 2.5, ())):
+        norms = {f"layers.{layer}.resid_post": medians[layer] * factor for layer in (0, 2)}
+        scope = opened(carrying(tmp_path / name, Counted(1, special, norms)))
+        for layer in layers:
+            at = f"layers.{layer}.resid_post"
+            said = f"the threshold for sinks at {at} is {norms[at]:.4g} in the files of the SAEs, and residuals of this"
+            with pytest.warns(QwenScopeWarning, match=re.escape(said) + f".* of about {medians[layer]:.4g}"):
+                scope.counted.check_sample([layer])
+        scope.counted.check_sample([0] if name == "short" else [0, 2])  # warnings are errors here: it is said once
+    with pytest.warns(QwenScopeWarning, match="at layer 0 are longer than the threshold for sinks in the files of the"):
+        opened(tmp_path / "short").features(TEXTS, [0])
+    opened(tmp_path / "long").features(TEXTS, [0])
+    everything = opened(tmp_path / "short", Counted.everything())
+    everything.counted.check_sample([0])
+    assert everything.features(TEXTS, [0]).tally(0)["sink"] == 0
+
+
+def test_a_scope_counts_by_what_is_given_with_the_texts() -> None:
+    scope, counted = opened(), Counted(first=2)
+    seen = scope.features(TEXTS[:2], [0], counted=counted)
+    assert seen.tally(0)["first"] == 4
+    assert seen.tally(0)["sink"] == seen.tally(0)["special"] == 0
+    assert scope.features(TEXTS[:2], [0]).tally(0)["first"] == 2
 
 
 def test_a_hook_point_within_a_block_gets_a_threshold_of_its_own(tmp_path: Path) -> None:

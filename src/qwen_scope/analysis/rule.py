@@ -21,6 +21,7 @@ from jaxtyping import Bool, Float64
 
 from qwen_scope.errors import FormatError, MismatchError, NotFoundError, check_share
 from qwen_scope.files import Fields, read_object, write_text
+from qwen_scope.text import Counted
 
 from .dataset import Dataset
 
@@ -64,6 +65,16 @@ class Rule:
     @property
     def layers(self) -> list[int]:
         return sorted({f.layer for f in self.features})
+
+    @property
+    def counted(self) -> Counted:
+        """Which tokens counted when it was fitted: all of them where it does not say.
+
+        Raises:
+            FormatError: its file says something else there.
+        """
+        data = self.about.get("counted")
+        return Counted.everything() if data is None else Counted.from_json(data, f"'counted' of the rule {self.name!r}")
 
     def values(self, layers: Mapping[int, Dataset]) -> Float64[np.ndarray, "items features"]:
         """The largest activation of each of the rule's features on each item.

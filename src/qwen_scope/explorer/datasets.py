@@ -94,9 +94,10 @@ class DatasetsTab:
         if rule is None:
             raise InputError("upload a rule first: the .json that qwen-scope classify writes")
         loaded = Rule.load(rule)
-        seen = {layer: self.state.seen(text, layer, chat) for layer in self.state.scope.check_layers(loaded.layers)}
-        evidence = loaded.trace({layer: one_item(self.state, found, layer) for layer, found in seen.items()}, 0)
-        tokens = next(iter(seen.values())).tokens[0]
+        text, mode = self.state.check_text(text), self.state.chat(chat)
+        seen = self.state.scope.features([text], loaded.layers, chat=mode, counted=loaded.counted)
+        evidence = loaded.trace({layer: one_item(self.state, seen, layer) for layer in loaded.layers}, 0)
+        tokens = seen.tokens[0]
         return {self.traced: trace_panel(self.state, loaded, tokens, evidence)}
 
 

@@ -329,9 +329,10 @@ class SteerTab:
 
     def load_recipe(self, path: str, prompt: str, chat: str) -> dict[Any, Any]:
         """The interventions of an uploaded recipe."""
-        name, rows = steering.rows_of_recipe(self.state, path)
+        name, rows, said = steering.rows_of_recipe(self.state, path)
         return {
-            self.selected: 0, self.recipe_name: name, **self.filled(rows[0]), **self.drawn(rows, 0, prompt, chat)
+            self.selected: 0, self.recipe_name: name, **self.filled(rows[0]), **self.drawn(rows, 0, prompt, chat),
+            self.notice: notice(self.state.discreet("; ".join(said))) if said else "",
         }  # fmt: skip
 
 

@@ -263,8 +263,8 @@ def recipe_text(state: AppState, name: str, chosen: list[Intervention]) -> str:
         return path.read_text(encoding="utf-8")
 
 
-def rows_of_recipe(state: AppState, path: str) -> tuple[str, list[dict[str, Any]]]:
-    """The name and the fields of an uploaded recipe that fits the scope.
+def rows_of_recipe(state: AppState, path: str) -> tuple[str, list[dict[str, Any]], list[str]]:
+    """The name and the fields of an uploaded recipe that fits the scope, and sentences on where other tokens count.
 
     Raises:
         FormatError, MismatchError, InputError: it is none, is for another model, or changes plain directions.
@@ -275,7 +275,11 @@ def rows_of_recipe(state: AppState, path: str) -> tuple[str, list[dict[str, Any]
     if any(one.feature is None for one in found.interventions):
         raise InputError(f"the recipe {brief(found.name)} changes plain directions, which this page does not show")
     keys = ("op", "feature", "amount", "unit")
-    return found.name, [
-        {"layer": one.layer, "where": str(one.where), **{key: getattr(one, key) for key in keys}}
-        for one in found.interventions
-    ]
+    return (
+        found.name,
+        [
+            {"layer": one.layer, "where": str(one.where), **{key: getattr(one, key) for key in keys}}
+            for one in found.interventions
+        ],
+        found.differences(state.scope.counted),
+    )

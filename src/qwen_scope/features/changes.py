@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -154,7 +155,9 @@ def text_target(scope: Scope, options: TargetOptions) -> Target:
 
 
 def rule_target(scope: Scope, rule: RuleLike) -> Target:
-    """1 where a classifier's rule calls the text positive by its tokens that count, else 0.
+    """1 where a classifier's rule calls the text positive, else 0, by the tokens that counted when it was fitted.
+
+    Phases do not matter: what a model wrote is one text.
 
     Raises:
         NotFoundError: a layer without SAE.   MismatchError: a rule of other SAEs.
@@ -163,9 +166,11 @@ def rule_target(scope: Scope, rule: RuleLike) -> Target:
         sae = scope.saes[layer]
         rule.check_sae(layer, sae.identity.fingerprint, sae.d_sae)
 
+    counted = replace(rule.counted, phases=None)
+
     def positive(texts: list[str]) -> np.ndarray:
         out = np.zeros(len(texts), bool)
-        seen = scope.features([text or " " for text in texts], rule.layers, truncate=True)
+        seen = scope.features([text or " " for text in texts], rule.layers, truncate=True, counted=counted)
         for i in range(len(texts)):
             for part in rule.features:
                 acts = seen.of(i, part.layer)[seen.counts(i, part.layer)]

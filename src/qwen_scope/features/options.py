@@ -6,9 +6,12 @@ import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol, get_args, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args, runtime_checkable
 
 from qwen_scope.errors import InputError, check_count, check_number
+
+if TYPE_CHECKING:
+    from qwen_scope.text import Counted
 
 By = Literal["f1", "difference", "rate", "auroc"]
 """What ranks features in a search."""
@@ -43,6 +46,8 @@ class RuleLike(Protocol):
     def layers(self) -> list[int]: ...
     @property
     def features(self) -> Sequence[Any]: ...
+    @property
+    def counted(self) -> Counted: ...
     def check_sae(self, layer: int, fingerprint: str, width: int) -> None: ...
 
 

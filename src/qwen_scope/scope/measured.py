@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import threading
 import warnings
+from collections.abc import Iterable, Mapping
 
 from qwen_scope.errors import QwenScopeWarning
 from qwen_scope.model import HookPoint, LayerStats, LoadedModel, counted_of
-from qwen_scope.steer import calibrate, counted_on_sample
+from qwen_scope.steer import calibrate, counted_on_sample, norms_on_sample
 from qwen_scope.text import Counted
 
 from .saes import SAEs
+
+# How far above the edge of the bulk on one sample a threshold from another sample of the same model may lie.
+_FAR = 4.0
+_FEW = 8  # tokens of which no share can be told
 
 
 class ScopeCounted:
@@ -24,6 +29,8 @@ class ScopeCounted:
         self._loaded, self._saes, self._given = loaded, saes, given
         self._measured: Counted | None = None
         self._held: dict[int, Counted] = {}
+        self._carried: set[int] = set()  # layers whose SAE's files say it
+        self._checked: set[HookPoint] = set()  # whose carried threshold was held against a sample
         self._said: set[str] = set()
         self._lock = threading.Lock()
 
@@ -43,6 +50,7 @@ class ScopeCounted:
         with self._lock:
             self._given = counted
             self._held.clear()
+            self._carried.clear()
 
     def _find(self, layer: int) -> Counted:
         carried = counted_of([self._saes[layer]]) if layer in self._saes.layers else None
@@ -52,6 +60,7 @@ class ScopeCounted:
                 self._say(self._given.difference(carried, ("what was asked for", "the training of the SAEs")))
             return self._given
         if carried is not None:
+            self._carried.add(layer)
             special = Counted.of(self._loaded.tokenizer).special
             if carried.special and carried.special != special:
                 self._say(
@@ -60,11 +69,51 @@ class ScopeCounted:
                     " in training"
                 )
             return carried
-        point = self._saes.hook_point(layer) if layer in self._saes.layers else HookPoint(layer)
+        point = self._point(layer)
         if self._measured is None or (self._measured.norms and str(point) not in self._measured.norms):
             points = {point, *(HookPoint.parse(name) for name in (self._measured.norms if self._measured else ()))}
             self._measured = counted_on_sample(self._loaded.model, self._loaded.tokenizer, sorted(points))
         return self._measured
+
+    def _point(self, layer: int) -> HookPoint:
+        return self._saes.hook_point(layer) if layer in self._saes.layers else HookPoint(layer)
+
+    def check_sample(self, layers: Iterable[int]) -> None:
+        """Say in a warning where a threshold that an SAE carries is no threshold for residuals of this model.
+
+        One of this model lies at twice the median norm or at the edge of the bulk. The norms are measured on the
+        built-in sample, once for a layer, and only where its threshold is carried.
+        """
+        points = {layer: self._point(layer) for layer in layers if self[layer].norms}
+        carried = {
+            point: self[layer].norms.get(str(point)) for layer, point in points.items() if layer in self._carried
+        }
+        asked = [point for point, norm in carried.items() if norm is not None and point not in self._checked]
+        if not asked:
+            return
+        self._checked.update(asked)
+        for point, found in norms_on_sample(self._loaded.model, self._loaded.tokenizer, asked).items():
+            norm, median = carried[point], found.norm_median
+            edge = median * max(2.0, (found.norm_quantiles[0.95] / median) ** 4) if median else 0.0
+            if norm is not None and not median <= norm <= _FAR * edge:
+                self._say(
+                    f"the threshold for sinks at {point} is {norm:.4g} in the files of the SAEs, and residuals of"
+                    f" this model have a norm of about {median:.4g} there: were the SAEs trained on another model?"
+                )
+
+    def check_share(self, tallies: Mapping[int, Mapping[str, int]]) -> None:
+        """Say in a warning where a threshold that an SAE carries makes sinks of most tokens of some texts.
+
+        Args:
+            tallies: by layer, how many tokens count or do not, as `tally` counts them.
+        """
+        for layer, found in tallies.items():
+            ordinary = found["counts"] + found["sink"]
+            if layer in self._carried and found["sink"] > ordinary / 2 and ordinary >= _FEW:
+                self._say(
+                    f"{found['sink']} of {ordinary} ordinary tokens at layer {layer} are longer than the threshold for"
+                    " sinks in the files of the SAEs: were they trained on another model?"
+                )
 
     def _say(self, sentence: str | None) -> None:
         if sentence is not None and sentence not in self._said:
@@ -91,6 +140,7 @@ class ScopeStats:
             sae = self._saes[layer] if layer in self._saes.layers else None
             counted = self._counted[layer]
             if layer not in self._held or self._held[layer][0] != counted:
+                self._counted.check_sample([layer])
                 stats = calibrate(self._loaded.model, self._loaded.tokenizer, layer, sae, counted=counted)
                 self._held[layer] = counted, stats
             return self._held[layer][1]

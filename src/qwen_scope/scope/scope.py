@@ -27,7 +27,7 @@ from qwen_scope.report import Progress
 from qwen_scope.sae import FeatureActs
 from qwen_scope.steer import Decoding, Generation, Intervention, Target, generate
 from qwen_scope.store import FeatureStore, Firings
-from qwen_scope.text import Chat, Corpus, CorpusOptions, Counted, Message, Tokens, by_length, tokenize
+from qwen_scope.text import Chat, Corpus, CorpusOptions, Counted, Message, Tokens, by_length, tally, tokenize
 
 from .compare import Comparison, compare_seen
 from .engine import Engine
@@ -129,8 +129,9 @@ class Scope:
         chat: Chat | None = None,
         truncate: bool = False,
         batch_tokens: int = BATCH_TOKENS,
+        counted: Counted | None = None,
     ) -> TokenFeatures:
-        """The features of every token of every text, and which tokens count (as `counted` says).
+        """The features of every token of every text, and which tokens count.
 
         Args:
             texts: one or more, each a string or, with `chat`, a conversation: a list of messages.
@@ -138,6 +139,7 @@ class Scope:
             chat: render each with the tokenizer's chat template, in this mode; a string becomes a user's message.
             truncate: cut a text longer than the context instead of refusing it.
             batch_tokens: tokens per forward pass, padding included.
+            counted: which tokens count at every layer, such as a rule's; by default as `scope.counted[layer]` says.
 
         Raises:
             InputError: no text, an empty text, or one longer than the context.
@@ -149,6 +151,7 @@ class Scope:
         parts: dict[int, list[FeatureActs]] = {layer: [] for layer in wanted}
         sinks: dict[int, list[Tensor]] = {layer: [] for layer in wanted}
         points = [self.hook_point(layer) for layer in wanted]
+        which = {layer: counted or self.counted[layer] for layer in wanted}
         batches = by_length(tokens.lengths, batch_tokens)
         for rows in batches:
             seq = max(tokens.lengths[i] for i in rows)
@@ -157,13 +160,15 @@ class Scope:
             for point, h in residuals.items():
                 kept = h[here.bool().to(h.device)]
                 parts[point.layer].append(self.saes[point.layer].encode(kept).to("cpu"))
-                sinks[point.layer].append(self.counted[point.layer].sinks(kept, point).cpu())
+                sinks[point.layer].append(which[point.layer].sinks(kept, point).cpu())
         order = [i for rows in batches for i in rows]
         acts = {layer: spread(FeatureActs.cat(found), mask, order) for layer, found in parts.items()}
         reasons = {
-            layer: self.counted[layer].reasons_of(tokens, spread_flags(torch.cat(found), mask, order))
+            layer: which[layer].reasons_of(tokens, spread_flags(torch.cat(found), mask, order))
             for layer, found in sinks.items()
         }
+        if counted is None:
+            self.counted.check_share({layer: tally(found) for layer, found in reasons.items()})
         return TokenFeatures(tokens.texts, tokens.strings, tokens.input_ids, mask, acts, tokens, reasons)
 
     def compare(
@@ -229,6 +234,7 @@ class Scope:
         options = options or ExtractOptions()
         if options.counted is None:
             options = replace(options, counted=self.counted.given)
+            self.counted.check_sample(self.check_layers(layers))
         saes = self.saes.mapped()
         return extract(
             corpus,

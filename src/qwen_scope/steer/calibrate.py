@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 import numpy as np
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qwen_scope.model import HookPoint, LayerStats, capture, context_length, measure_counted, residual_norms
@@ -53,14 +54,33 @@ def calibrate(
     Raises:
         InputError, NotFoundError, FormatError: as in `residual_norms`.
     """
-    tokens = tokenize(tokenizer, texts, max_length=context_length(model), truncate=True)
+    pairs = batches_of(model, tokenizer, texts, batch)
     point = HookPoint.read_by(None if sae is None else sae.hook_point, layer)
-    pairs = [
-        (tokens.input_ids[i : i + batch], tokens.attention_mask[i : i + batch]) for i in range(0, len(texts), batch)
-    ]
     which = replace(counted or counted_on_sample(model, tokenizer, [point]), phases=None)
     stats = residual_norms(model, pairs, [point], sample=sample, counted=which)[point]
     return stats if sae is None else with_features(stats, sae, model, pairs, which)
+
+
+def norms_on_sample(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, hook_points: Iterable[HookPoint]
+) -> dict[HookPoint, LayerStats]:
+    """The norms on `SAMPLE` at hook points, of all tokens but first and special ones: sinks have no threshold here.
+
+    Raises:
+        InputError, NotFoundError, FormatError: as in `residual_norms`.
+    """
+    pairs, which = batches_of(model, tokenizer, SAMPLE), Counted.of(tokenizer)
+    return residual_norms(model, pairs, hook_points, sample=SAMPLE_NAME, counted=which)
+
+
+def batches_of(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], batch: int = 32
+) -> list[tuple[Tensor, Tensor]]:
+    """Token ids and attention masks of texts, each cut at the context."""
+    tokens = tokenize(tokenizer, texts, max_length=context_length(model), truncate=True)
+    return [
+        (tokens.input_ids[i : i + batch], tokens.attention_mask[i : i + batch]) for i in range(0, len(texts), batch)
+    ]
 
 
 def counted_on_sample(
