@@ -30,6 +30,7 @@ from .load import load_model as load_model
 from .load import load_tokenizer as load_tokenizer
 from .model_sizes import ModelSizes as ModelSizes
 from .model_sizes import model_sizes as model_sizes
+from .pieces import capture_pieces as capture_pieces
 from .rules import Routing as Routing
 from .rules import has_routers as has_routers
 from .rules import plain_kernels as plain_kernels

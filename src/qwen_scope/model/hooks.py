@@ -111,10 +111,8 @@ def capture(
         InputError: no hook point, ids outside the vocabulary, a mask that does not fit, or a compiled model.
         FormatError: a block's output is not a residual of shape `(batch, seq, d_model)`.
     """
-    points = list(dict.fromkeys(hook_points))
-    if not points:
-        raise InputError("capture needs at least one hook point, such as HookPoint(0)")
-    _check_inputs(model, input_ids, attention_mask)
+    points = distinct(hook_points)
+    check_inputs(model, input_ids, attention_mask)
     body = model if model_inputs else decoder(model)
     place = input_device(model)
     inputs: dict[str, Any] = {"input_ids": input_ids.to(place), "use_cache": False, **model_inputs}
@@ -122,7 +120,13 @@ def capture(
         inputs["attention_mask"] = attention_mask.to(place, torch.int64)
         if not model_inputs and "position_ids" in inspect.signature(body.forward).parameters:
             inputs["position_ids"] = positions_from_mask(inputs["attention_mask"])
+    return run_to_deepest(model, body, inputs, points, grad=grad)
 
+
+def run_to_deepest(
+    model: nn.Module, body: nn.Module, inputs: Mapping[str, Any], points: list[HookPoint], *, grad: bool = False
+) -> dict[HookPoint, Float[Tensor, "batch seq d_model"]]:
+    """The residuals of a forward pass of `body`, the model or its decoder, that stops once it has them all."""
     taken: dict[HookPoint, Tensor] = {}
 
     def take(point: HookPoint) -> Callable[[Tensor], None]:
@@ -137,6 +141,14 @@ def capture(
     with hooks, torch.set_grad_enabled(grad), suppress(_Deepest):
         body(**inputs)
     return {point: taken[point] for point in points}
+
+
+def distinct(hook_points: Iterable[HookPoint]) -> list[HookPoint]:
+    """Each hook point once; raise InputError where there is none."""
+    points = list(dict.fromkeys(hook_points))
+    if not points:
+        raise InputError("capture needs at least one hook point, such as HookPoint(0)")
+    return points
 
 
 def positions_from_mask(attention_mask: Mask) -> Int[Tensor, "batch seq"]:
@@ -245,7 +257,8 @@ def _refuse_compiled(model: nn.Module, hooked: list[nn.Module]) -> None:
             )
 
 
-def _check_inputs(model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None) -> None:
+def check_inputs(model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None) -> None:
+    """Raise InputError for ids or a mask that the model can't read."""
     if input_ids.ndim != 2 or input_ids.numel() == 0:
         raise InputError(f"input_ids has shape {tuple(input_ids.shape)}; it has to be (batch, seq), neither empty")
     vocab = text_config(model).vocab_size

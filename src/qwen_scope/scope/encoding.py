@@ -26,25 +26,37 @@ HOLD_BYTES = 2**28
 SINK = REASONS.index("sink")
 
 
+Part = tuple[int, int, int]
+"""Tokens of one row: the row, its first token, and the one after its last."""
+
+
 def residuals(
     engine: Engine, points: Sequence[HookPoint], rows: Sequence[Row]
-) -> Iterator[tuple[list[int], dict[int, Tensor]]]:
-    """Per batch which rows it has, and per layer the residuals of their tokens one after the other, without leads."""
+) -> Iterator[tuple[list[Part], dict[int, Tensor]]]:
+    """Per batch which tokens it has, and per layer their residuals one after the other, without leads."""
+    read = [0] * len(rows)  # with its lead; a long row comes in pieces
     for batch, found in engine.activations([[*row.lead, *row.ids] for row in rows], points):
         by_layer = {point.layer: h for point, h in found.items()}
-        if any(rows[i].lead for i in batch):
-            own = np.concatenate([[False] * len(rows[i].lead) + [True] * len(rows[i].ids) for i in batch])
-            by_layer = {layer: h[torch.from_numpy(own).to(h.device)] for layer, h in by_layer.items()}
-        yield batch, by_layer
+        parts, own = [], []
+        for i in batch:
+            lead, whole = len(rows[i].lead), len(rows[i].lead) + len(rows[i].ids)
+            until = whole if len(batch) > 1 else read[i] + len(next(iter(by_layer.values())))
+            parts.append((i, max(0, read[i] - lead), max(0, until - lead)))
+            own.append(np.arange(read[i], until) >= lead)
+            read[i] = until
+        if not all(flags.all() for flags in own):
+            kept = torch.from_numpy(np.concatenate(own))
+            by_layer = {layer: h[kept.to(h.device)] for layer, h in by_layer.items()}
+        yield parts, by_layer
 
 
 def held(
-    found: Iterator[tuple[list[int], dict[int, Tensor]]], hold_bytes: int, report: Callable[[int], None]
-) -> Iterator[list[tuple[list[int], dict[int, Tensor]]]]:
+    found: Iterator[tuple[list[Part], dict[int, Tensor]]], hold_bytes: int, report: Callable[[int], None]
+) -> Iterator[list[tuple[list[Part], dict[int, Tensor]]]]:
     """Batches in lists whose residuals are together as large as `hold_bytes`, or one batch."""
     batches, size, done = [], 0, 0
-    for batch, by_layer in found:
-        batches.append((batch, by_layer))
+    for parts, by_layer in found:
+        batches.append((parts, by_layer))
         size += sum(h.numel() * h.element_size() for h in by_layer.values())
         done += len(next(iter(by_layer.values())))
         report(done)
@@ -112,17 +124,17 @@ def encode_window(
     layers = {layer: LayerWindow(everywhere) for layer in saes}
     pools = {layer: Pools(carried.get(str(layer))) for layer in saes} if pool else {}
 
-    def encode(layer: int, sae: SAE, batches: list[tuple[list[int], dict[int, Tensor]]]) -> None:
+    def encode(layer: int, sae: SAE, batches: list[tuple[list[Part], dict[int, Tensor]]]) -> None:
         kept, tokens = [], []
-        for batch, found in batches:
+        for parts, found in batches:
             h = found.pop(layer)
-            here = np.concatenate([np.arange(first[i], first[i + 1]) for i in batch])
+            here = np.concatenate([first[i] + np.arange(start, stop) for i, start, stop in parts])
             keep = layers[layer].judge(here, counted.sinks(h, points[layer]).cpu().numpy())
             if keep.any():
                 kept.append(h if keep.all() else h[torch.from_numpy(np.flatnonzero(keep)).to(h.device)])
                 tokens.append(here[keep])
             if pool:
-                pools[layer].add(batch, lengths, h, keep)
+                pools[layer].add(parts, h, keep)
         if kept:
             acts = sae.encode(torch.cat(kept)).to("cpu")
             layers[layer].add(np.concatenate(tokens), acts.indices.numpy(), acts.values.float().numpy())
@@ -189,15 +201,16 @@ class Pools:
         self.found: dict[int, tuple[np.ndarray, int, np.ndarray | None]] = {}
         self.carried = copy.copy(carried)
 
-    def add(self, batch: Sequence[int], lengths: np.ndarray, h: Tensor, keep: np.ndarray) -> None:
+    def add(self, parts: Sequence[Part], h: Tensor, keep: np.ndarray) -> None:
         """Sum, count and last of the counted residuals of each row of a batch."""
         kept = torch.from_numpy(keep).to(h.device)
         at = 0
-        for i in batch:
-            some = h[at : at + lengths[i]][kept[at : at + lengths[i]]]
-            at += int(lengths[i])
-            last = some[-1].float().cpu().numpy() if len(some) else None
-            self.found[i] = some.float().cpu().double().sum(0).numpy(), len(some), last
+        for i, start, stop in parts:
+            some = h[at : at + stop - start][kept[at : at + stop - start]]
+            at += stop - start
+            total, count, last = self.found.get(i, (0.0, 0, None))
+            last = some[-1].float().cpu().numpy() if len(some) else last
+            self.found[i] = total + some.float().cpu().double().sum(0).numpy(), count + len(some), last
 
     def finish(self, layer: int, rows: Sequence[Row], pool: Sequence[str]) -> tuple[pa.Table, dict[str, Any] | None]:
         """Rows of `residuals` for the documents that end here, and what goes over to the next window."""

@@ -5,14 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Protocol, runtime_checkable
 
+import torch
 from torch import Tensor, nn
 
-from qwen_scope.model import HookPoint, capture
+from qwen_scope.model import HookPoint, capture, capture_pieces
 from qwen_scope.text import by_length, padded
 
 Batch = tuple[list[int], dict[HookPoint, Tensor]]
 """Which rows were read together, and per hook point their tokens' residuals one after the other, `(tokens, d_model)`,
-in the order of the rows."""
+in the order of the rows. A row that is longer than a forward pass may come in pieces: batches of that row alone, one
+after the other, until all of its tokens have come."""
+
+# Tokens of a piece of a longer row: their mask against all tokens before them stays small.
+PIECE = 2048
 
 
 @runtime_checkable
@@ -30,7 +35,7 @@ class Engine(Protocol):
 
 
 class ModelEngine:
-    """The default: forward passes of a transformers model, rows of like length together.
+    """The default: forward passes of a transformers model, rows of like length together, and longer ones in pieces.
 
     Args:
         batch_tokens: tokens per forward pass, padding included.
@@ -42,6 +47,11 @@ class ModelEngine:
     def activations(self, rows: Sequence[Sequence[int]], points: Sequence[HookPoint]) -> Iterator[Batch]:
         """As `Engine`."""
         for batch in by_length([len(row) for row in rows], self.batch_tokens):
+            if len(rows[batch[0]]) > self.batch_tokens:  # such a row is alone
+                whole = torch.tensor([rows[batch[0]]], dtype=torch.int64)
+                for piece in capture_pieces(self.model, whole, points, min(self.batch_tokens, PIECE)):
+                    yield batch, {point: h[0] for point, h in piece.items()}
+                continue
             ids, mask = padded([rows[i] for i in batch])
             found = capture(self.model, ids, points, mask)
             real = mask.bool()

@@ -27,10 +27,10 @@ from qwen_scope.report import Progress
 from qwen_scope.sae import FeatureActs
 from qwen_scope.steer import Decoding, Generation, Intervention, Target, generate
 from qwen_scope.store import FeatureStore, Firings
-from qwen_scope.text import Chat, Corpus, CorpusOptions, Counted, Message, Tokens, by_length, tally, tokenize
+from qwen_scope.text import Chat, Corpus, CorpusOptions, Counted, Message, Tokens, tally, tokenize
 
 from .compare import Comparison, compare_seen
-from .engine import Engine
+from .engine import Engine, ModelEngine
 from .extract import ExtractOptions, extract, telling
 from .joined import Joined, ScopeVerdicts
 from .measured import ScopeCounted, ScopeStats
@@ -138,7 +138,8 @@ class Scope:
             layers: which layers; by default all that have an SAE.
             chat: render each with the tokenizer's chat template, in this mode; a string becomes a user's message.
             truncate: cut a text longer than the context instead of refusing it.
-            batch_tokens: tokens per forward pass, padding included.
+            batch_tokens: tokens per forward pass, padding included; a longer text is read in pieces, which moves last
+                digits.
             counted: which tokens count at every layer, such as a rule's; by default as `scope.counted[layer]` says.
 
         Raises:
@@ -152,19 +153,16 @@ class Scope:
         sinks: dict[int, list[Tensor]] = {layer: [] for layer in wanted}
         points = [self.hook_point(layer) for layer in wanted]
         which = {layer: counted or self.counted[layer] for layer in wanted}
-        batches = by_length(tokens.lengths, batch_tokens)
-        for rows in batches:
-            seq = max(tokens.lengths[i] for i in rows)
-            ids, here = tokens.input_ids[rows, :seq], tokens.attention_mask[rows, :seq]
-            residuals = capture(self.model, ids, points, here)
+        ids = [row[here].tolist() for row, here in zip(tokens.input_ids, mask, strict=True)]
+        order: dict[int, None] = {}
+        for rows, residuals in ModelEngine(self.model, batch_tokens).activations(ids, points):
+            order |= dict.fromkeys(rows)
             for point, h in residuals.items():
-                kept = h[here.bool().to(h.device)]
-                parts[point.layer].append(self.saes[point.layer].encode(kept).to("cpu"))
-                sinks[point.layer].append(which[point.layer].sinks(kept, point).cpu())
-        order = [i for rows in batches for i in rows]
-        acts = {layer: spread(FeatureActs.cat(found), mask, order) for layer, found in parts.items()}
+                parts[point.layer].append(self.saes[point.layer].encode(h).to("cpu"))
+                sinks[point.layer].append(which[point.layer].sinks(h, point).cpu())
+        acts = {layer: spread(FeatureActs.cat(found), mask, list(order)) for layer, found in parts.items()}
         reasons = {
-            layer: which[layer].reasons_of(tokens, spread_flags(torch.cat(found), mask, order))
+            layer: which[layer].reasons_of(tokens, spread_flags(torch.cat(found), mask, list(order)))
             for layer, found in sinks.items()
         }
         if counted is None:
