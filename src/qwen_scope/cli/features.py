@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 
 
 SCOPE = ScopeOptions()
+SHOWN = 200
+"""Tokens of a table: those of a longer text are for a machine to read."""
 
 
 @grouped
@@ -35,6 +38,9 @@ def features(
     as_json: options.Json = False,
 ) -> None:
     """Show the strongest features of every token.
+
+    Of a long text the first 200 tokens are shown, and the features that are strongest anywhere in it; --json has every
+    token.
 
     With --response the text is the prompt and the features of the whole answer are ranked by strength: the way to see
     which feature drives a bad answer.
@@ -71,43 +77,60 @@ def print_tokens(seen: TokenFeatures, chosen: list[int], phases: list[Phase] | N
     """A table per layer: token, its phase if that was asked for, then its strongest features with their activations."""
     from qwen_scope.report import visible
 
+    first = chosen[:SHOWN]
     for layer in seen.layers:
-        acts, left_out = seen.of(0, layer), seen.left_out(0, layer)
-        marked = any(left_out[i] for i in chosen)
+        found, left_out = pairs(seen, layer, first, top), seen.left_out(0, layer)
+        marked = any(left_out[i] for i in first)
         rows = []
-        for i in chosen:
-            pairs = zip(acts.indices[i].tolist(), acts.values[i].tolist(), strict=True)
-            shown = [f"{f}:{v:.3g}" for f, v in list(pairs)[:top] if v > 0]
+        for i, here in zip(first, found, strict=True):
             told = [*([phases[i]] if phases else []), *([left_out[i]] if marked else [])]
-            rows.append((i, visible(seen.tokens[0][i]), *told, "  ".join(shown)))
+            shown = "  ".join(f"{f}:{v:.3g}" for f, v in here)
+            rows.append((i, visible(seen.tokens[0][i]), *told, shown))
         title = f"Layer {layer}: the strongest features of each token (feature:activation)"
         columns = ("#", "token", *(["phase"] if phases else []), *(["left out"] if marked else []), "features")
         output.show(title, columns, rows)
+        if len(first) < len(chosen):
+            output.console().print(f"Shown are {len(first):,} of {len(chosen):,} tokens; --json has them all.")
+            strongest(seen, layer, phases, chosen, top)
         say_left_out(seen, layer)
 
 
-def print_tokens_json(seen: TokenFeatures, chosen: list[int], phases: list[Phase] | None, top: int) -> None:
-    data = []
+def pairs(seen: TokenFeatures, layer: int, chosen: list[int], top: int) -> Iterator[list[tuple[int, float]]]:
+    """Per chosen token its strongest features with their activations, made when they are asked for."""
+    acts = seen.of(0, layer)
     for i in chosen:
-        here, left_out = {}, {}
-        for layer in seen.layers:
-            if reason := seen.left_out(0, layer)[i]:
-                left_out[layer] = reason
-            acts = seen.of(0, layer)
-            pairs = zip(acts.indices[i].tolist(), acts.values[i].tolist(), strict=True)
-            here[layer] = [{"feature": f, "activation": v} for f, v in list(pairs)[:top] if v > 0]
-        told = {"phase": phases[i]} if phases else {}
-        data.append(
-            {
+        both = zip(acts.indices[i, :top].tolist(), acts.values[i, :top].tolist(), strict=True)
+        yield [(f, v) for f, v in both if v > 0]
+
+
+def strongest(seen: TokenFeatures, layer: int, phases: list[Phase] | None, chosen: list[int], top: int) -> None:
+    """The features that are strongest anywhere in a text that is too long to be shown."""
+    of = None if phases is None else {phases[i] for i in chosen}
+    rows = [
+        (one.feature, one.maximum, one.position, f"{one.rate:.0%}") for one in seen.strongest(0, layer, top, phases=of)
+    ]
+    output.show(f"Layer {layer}: the strongest of the whole text", ("feature", "max", "at #", "tokens"), rows)
+
+
+def print_tokens_json(seen: TokenFeatures, chosen: list[int], phases: list[Phase] | None, top: int) -> None:
+    """One JSON document, written token by token."""
+    found = {layer: pairs(seen, layer, chosen, top) for layer in seen.layers}
+    left_out = {layer: seen.left_out(0, layer) for layer in seen.layers}
+
+    def tokens() -> Iterator[dict[str, Any]]:
+        for i in chosen:
+            yield {
                 "position": i,
                 "id": int(seen.input_ids[0, i]),
                 "token": seen.tokens[0][i],
-                **told,
-                "left_out": left_out,
-                "layers": here,
+                **({"phase": phases[i]} if phases else {}),
+                "left_out": {layer: reasons[i] for layer, reasons in left_out.items() if reasons[i]},
+                "layers": {
+                    layer: [{"feature": f, "activation": v} for f, v in next(here)] for layer, here in found.items()
+                },
             }
-        )
-    output.print_json({"text": seen.texts[0], "tokens": data})
+
+    output.print_json_list({"text": seen.texts[0]}, "tokens", tokens())
 
 
 def print_ranking(seen: TokenFeatures, start: int, top: int, as_json: bool) -> None:

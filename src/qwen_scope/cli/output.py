@@ -153,6 +153,16 @@ def print_json(data: Any) -> None:
     sys.stdout.write(json_text(data, indent=2) + "\n")
 
 
+def print_json_list(head: dict[str, Any], name: str, items: Iterable[Any]) -> None:
+    """One JSON document on standard output: the fields of `head`, then a list that is written while it is made."""
+    opening = json_text(head, indent=2).removesuffix("\n}")
+    sys.stdout.write(f"{opening},\n  {json_text(name)}: [")
+    for number, item in enumerate(items):
+        text = json_text(item, indent=2).replace("\n", "\n    ")
+        sys.stdout.write(("," if number else "") + "\n    " + text)
+    sys.stdout.write("\n  ]\n}\n")
+
+
 def print_json_line(data: Any) -> None:
     """One JSON document in one line, which a reader of a pipe gets at once."""
     sys.stdout.write(json_text(data) + "\n")
