@@ -8,8 +8,9 @@ import torch
 from qwen_scope.sae import kernels
 from qwen_scope.sae.kernels import dispatch, screened
 from qwen_scope.train import selection
+from qwen_scope.train import sparse as train_sparse
 from qwen_scope.train.selection import largest, top_entries
-from qwen_scope.train.sparse import Active, Decode, Encode, sampled, weighted_features
+from qwen_scope.train.sparse import Active, Decode, Encode, sampled, sampled_in_parts, weighted_features
 
 
 def setting(n: int = 13, d_model: int = 6, d_sae: int = 20, seed: int = 0) -> dict[str, torch.Tensor]:
@@ -61,11 +62,15 @@ def test_no_entry_at_all() -> None:
     assert not s["W_dec"].grad.any()
 
 
-def test_sampled_is_the_product_at_the_entries() -> None:
+def test_sampled_is_the_product_at_the_entries(monkeypatch: pytest.MonkeyPatch) -> None:
     s = setting()
     active = Active.of_slots(torch.tensor([[0, 3], [19, 2], *[[5, 6]] * 11]), 20)
     expected = (s["target"] @ s["W_dec"].T)[active.row_of.long(), active.features.long()]
     torch.testing.assert_close(sampled(s["target"], active, s["W_dec"]), expected)
+    torch.testing.assert_close(sampled_in_parts(s["target"], active, s["W_dec"]), expected)
+    assert len(active.features) % 4
+    monkeypatch.setattr(train_sparse, "PART_NUMBERS", 4 * 6)  # several parts, the last one shorter
+    torch.testing.assert_close(sampled_in_parts(s["target"], active, s["W_dec"]), expected)
 
 
 def test_transposed_product() -> None:

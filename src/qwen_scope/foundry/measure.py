@@ -9,6 +9,7 @@ import torch
 from qwen_scope.lab import documents
 from qwen_scope.model import HookPoint, capture
 from qwen_scope.report import Progress
+from qwen_scope.sae import in_float64
 from qwen_scope.scope import Scope, load_scope
 
 from .detect import HELD_OUT, detectors
@@ -58,14 +59,14 @@ def reconstruction(scope: Scope, seed: int, n: int = 300) -> dict[str, dict[str,
     for layer in scope.layers:
         x, sae = torch.cat(parts[layer]), scope.saes[layer]
         acts = sae.encode(x)
-        error = (x - sae.decode(acts)).double().square().sum()
-        total = (x - x.mean(0)).double().square().sum()
+        error = in_float64(x - sae.decode(acts)).square().sum()
+        total = in_float64(x - x.mean(0)).square().sum()
         fired = torch.zeros(sae.d_sae, dtype=torch.bool)
         fired[acts.indices[acts.values > 0].long()] = True
         found[str(layer)] = {
             "explained_variance": float(1 - error / total),
-            "L0": float(acts.active().double().mean()),
-            "never_fired": float((~fired).double().mean()),
+            "L0": float(in_float64(acts.active()).mean()),
+            "never_fired": float(in_float64(~fired).mean()),
             "tokens": len(tokens),
             "median_norm": float(x.norm(dim=-1).median()),
         }

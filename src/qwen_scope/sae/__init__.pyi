@@ -6,6 +6,7 @@ from .base import SAE as SAE
 from .base import Identity as Identity
 from .base import fingerprint as fingerprint
 from .catalog import Group as Group
+from .exact import in_float64 as in_float64
 from .feature_name import feature_name as feature_name
 from .feature_name import features_at as features_at
 from .feature_name import numbers_in as numbers_in

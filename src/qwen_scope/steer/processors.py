@@ -19,6 +19,8 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from qwen_scope.sae import in_float64
+
 from .decoding import Decoding
 from .finite import CheckFinite
 
@@ -85,9 +87,10 @@ class Choose(LogitsProcessor):
 
 def draw(scores: Tensor, uniform: np.ndarray) -> Tensor:
     """One token per row from `softmax(scores)` by inverting its distribution function at `uniform`, `(rows,)`."""
-    cumulative = scores.double().softmax(-1).cumsum(-1)
-    at = torch.as_tensor(uniform, dtype=torch.float64, device=scores.device)[:, None] * cumulative[:, -1:]
-    return torch.searchsorted(cumulative, at, right=True)[:, 0].clamp(max=scores.shape[-1] - 1)
+    cumulative = in_float64(scores).softmax(-1).cumsum(-1)
+    at = torch.as_tensor(uniform, dtype=torch.float64, device=cumulative.device)[:, None] * cumulative[:, -1:]
+    chosen = torch.searchsorted(cumulative, at, right=True)[:, 0].clamp(max=scores.shape[-1] - 1)
+    return chosen.to(scores.device)
 
 
 def processors(

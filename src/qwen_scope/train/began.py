@@ -53,7 +53,7 @@ class Moved:
     @classmethod
     def of(cls, cosines: torch.Tensor) -> Moved:
         """What `cosines (d_sae,)` say."""
-        values, features = cosines.sort()
+        values, features = cosines.cpu().sort()
         median, low = (float(values.quantile(q)) for q in (0.5, 0.05))
         below_90, below_50 = (float((values < limit).double().mean()) for limit in (0.9, 0.5))
         most = tuple(zip(features[:MOST].tolist(), values[:MOST].tolist(), strict=True))

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from qwen_scope.errors import InputError, MismatchError
 from qwen_scope.model import HookPoint, capture, d_model
 from qwen_scope.report import Progress
-from qwen_scope.sae import SAE
+from qwen_scope.sae import SAE, in_float64
 from qwen_scope.text import REASONS, Counted
 from qwen_scope.text import tally as tally_of
 
@@ -83,7 +83,7 @@ class Moments:
         self.n, self.sum = 0, torch.zeros(width, dtype=torch.float64)
 
     def add(self, x: Tensor) -> None:
-        self.n, self.sum = self.n + len(x), self.sum + x.double().sum(0).cpu()
+        self.n, self.sum = self.n + len(x), self.sum + in_float64(x).sum(0).cpu()
 
     @property
     def mean(self) -> Tensor:
@@ -123,7 +123,7 @@ class Tally:
     def add(self, x: Tensor, first: Tensor) -> None:
         """Encode and decode a batch, and add what it shows."""
         acts = self.sae.encode(x)
-        exact, x_hat = x.double().cpu(), self.sae.decode(acts).double().cpu()
+        exact, x_hat = x.cpu().double(), self.sae.decode(acts).cpu().double()
         first = first.cpu()
         error = (exact - x_hat).square().sum(1)
         total = (exact - self.mean).square().sum(1)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from qwen_scope.errors import InputError, MismatchError
-from qwen_scope.sae import SAE
+from qwen_scope.sae import SAE, in_float64
 
 from .config import TrainConfig
 from .parallel import Ranks
@@ -24,7 +24,7 @@ def scale_of(config: TrainConfig, x: Tensor) -> float:
     """What brings the mean squared norm of the rows of `x (n, d_model)` to d_model."""
     if not config.scale_input:
         return 1.0
-    mean_square = float(x.double().square().sum(1).mean())
+    mean_square = float(in_float64(x).square().sum(1).mean())
     if not mean_square > 0:
         raise InputError("the first batch of residuals is all zeros or holds NaN; nothing can be learnt from it")
     return (x.shape[1] / mean_square) ** 0.5

@@ -186,7 +186,8 @@ def counted_at_start(run: TrainRun, loaded: LoadedModel, ranks: Ranks) -> Counte
         return Counted.of(loaded.tokenizer)  # nothing to train on, which is said where batches are asked for
     found = measure_counted(loaded.model, loaded.tokenizer, chain([first], rows), sample=corpus.name)
     limits = [math.nan if norm is None else norm for norm in found.norms.values()]
-    limits = ranks.of_first(torch.tensor(limits, dtype=torch.float64, device=loaded.model.device)).tolist()
+    place = loaded.model.device if ranks.world > 1 else None  # alone they stay off a device without float64
+    limits = ranks.of_first(torch.tensor(limits, dtype=torch.float64, device=place)).tolist()
     return replace(
         found,
         norms={at: None if math.isnan(norm) else norm for at, norm in zip(found.norms, limits, strict=True)},

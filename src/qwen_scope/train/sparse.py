@@ -16,6 +16,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
+SAMPLES = ("cpu", "cuda")
+"""Devices on which PyTorch has a sampled product."""
+
+PART_NUMBERS = 2**22
+"""Numbers of a matrix's rows that are gathered at a time where it has none."""
+
 
 @dataclass(frozen=True, eq=False)
 class Active:
@@ -84,6 +90,8 @@ def sampled(left: Tensor, active: Active, right: Tensor) -> Tensor:
     """`left @ right.T` at the active entries only: `(n, d), (width, d) -> (entries,)`."""
     if not len(active.features):
         return left.new_zeros(0)
+    if left.device.type not in SAMPLES:
+        return sampled_in_parts(left, active, right)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta", UserWarning)
         where = torch.sparse_csr_tensor(
@@ -91,6 +99,13 @@ def sampled(left: Tensor, active: Active, right: Tensor) -> Tensor:
             check_invariants=False,
         )  # fmt: skip
     return torch.sparse.sampled_addmm(where, left, right.T, beta=0.0).values()
+
+
+def sampled_in_parts(left: Tensor, active: Active, right: Tensor) -> Tensor:
+    """`sampled` where PyTorch has no sampled product, such as on MPS: some entries' rows at a time."""
+    step = max(1, PART_NUMBERS // left.shape[1])
+    parts = zip(active.row_of.long().split(step), active.features.long().split(step), strict=True)
+    return torch.cat([(left[rows] * right[features]).sum(-1) for rows, features in parts])
 
 
 def bags(matrix: Tensor, index: Tensor, starts: Tensor, weights: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from torch.nn.functional import kl_div
 
 from qwen_scope.model import HookPoint, changing, input_device, text_config
 from qwen_scope.report import Progress
-from qwen_scope.sae import SAE
+from qwen_scope.sae import SAE, in_float64
 
 # Bytes of logits that are held at a time, twice.
 LOGIT_BYTES = 2**28
@@ -91,7 +91,7 @@ def small_batches(model: nn.Module, rows: Sequence[Tensor]) -> Iterator[Tensor]:
 def log_probs(model: nn.Module, ids: Tensor) -> Tensor:
     """Log-probabilities of every next token, `(rows, row, vocabulary)` in float64 so that sums of many stay exact."""
     logits = model(input_ids=ids.to(input_device(model)), use_cache=False).logits
-    return torch.log_softmax(logits.double(), dim=-1)
+    return torch.log_softmax(in_float64(logits), dim=-1)
 
 
 def summed_loss(log_p: Tensor, ids: Tensor) -> float:
