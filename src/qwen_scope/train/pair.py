@@ -181,7 +181,7 @@ class Pair:
                     h = by_point[point]
                     x = h[keep.to(h.device)]
                     acts[which] = sae.encode(x.to(sae.device)).to("cpu")
-                    x_hat, x = sae.decode(acts[which].to(sae.device)).double().cpu(), x.double().cpu()
+                    x_hat, x = sae.decode(acts[which].to(sae.device)).cpu().double(), x.cpu().double()
                     exact[which] = x
                     sums[f"error_{which}"] = (x - x_hat).square().sum(-1)
                     sums[f"total_{which}"] = (x - self.means[point, which].mean).square().sum(-1)
@@ -230,7 +230,7 @@ class Pair:
 
     def add(self, point: HookPoint, name: str, unit: Tensor, values: Tensor) -> None:
         """Values of tokens to their units."""
-        found = np.bincount(unit.numpy(), values.double().cpu().numpy(), minlength=len(self.units))
+        found = np.bincount(unit.numpy(), values.cpu().double().numpy(), minlength=len(self.units))
         self.columns[point][name] = self.columns[point].get(name, 0) + found
 
 
@@ -260,7 +260,7 @@ def token_losses(
             logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1]
         wanted = ids[:, 1:].to(logits.device)
         lost = nn.functional.cross_entropy(logits.flatten(0, 1).float(), wanted.flatten(), reduction="none")
-        parts.append(lost.reshape(wanted.shape).double().cpu())
+        parts.append(lost.reshape(wanted.shape).cpu().double())
     return torch.cat(parts)
 
 
