@@ -25,8 +25,8 @@ from qwen_scope.features import (
     repeats_in_store,
     repeats_in_texts,
 )
-from qwen_scope.features.find import best_f1
 from qwen_scope.features.repeats import Changes
+from qwen_scope.features.scores import best_f1
 from qwen_scope.lab import documents
 from qwen_scope.scope import Scope
 from qwen_scope.text import REASONS, Counted

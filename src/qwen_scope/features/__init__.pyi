@@ -29,8 +29,6 @@ from .export_options import DelphiOptions as DelphiOptions
 from .export_options import NeuronpediaOptions as NeuronpediaOptions
 from .find import Finding as Finding
 from .find import Findings as Findings
-from .find import best_f1 as best_f1
-from .find import f1_of_calls as f1_of_calls
 from .find import find as find
 from .find import find_in_store as find_in_store
 from .find import find_pooled as find_pooled
@@ -81,6 +79,8 @@ from .repeats import repeats_in_store as repeats_in_store
 from .repeats import repeats_in_texts as repeats_in_texts
 from .runtimes import export_ablated as export_ablated
 from .runtimes import export_control_vector as export_control_vector
+from .scores import best_f1 as best_f1
+from .scores import f1_of_calls as f1_of_calls
 from .selectivity import Removal as Removal
 from .selectivity import Selectivity as Selectivity
 from .selectivity import selectivity as selectivity

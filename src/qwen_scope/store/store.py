@@ -19,8 +19,8 @@ from qwen_scope.sae import SAE, Identity
 from . import contexts, sql
 from .contexts import Context, FeatureSummary, Histogram
 from .documents import Condition, meeting
-from .layout import MANIFEST, TABLES, LayerInfo, Manifest
-from .parts import TableRows, check_parts, check_rows
+from .layout import LayerInfo
+from .opening import Places, open_tables, read_manifest
 from .queries import connect, read_bounded, refusals, select
 from .request import source_of
 from .spans import Spans, check_phases
@@ -58,16 +58,9 @@ class FeatureStore:
             MismatchError: it was made with another SAE.
         """
         self.folder = Path(folder)
-        try:
-            text = (self.folder / MANIFEST).read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise FormatError(f"{self.folder / MANIFEST} is not UTF-8") from error
-        except OSError as error:
-            raise NotFoundError(_absent(self.folder)) from error
-        self.manifest = Manifest.from_json(text)
-        files = check_parts(self.folder, self.manifest)
-        self.tables = {name: TableRows(name, files[name]) for name in TABLES}
-        check_rows(self.tables, self.manifest, self.folder)
+        self.manifest = read_manifest(self.folder)
+        self.tables = open_tables(self.folder, self.manifest)
+        self._places = Places(self.folder, self.manifest, self.tables)
         for layer, sae in (saes or {}).items():
             self.require(layer, sae)
         self._memory, self._connection = memory, None
@@ -241,7 +234,7 @@ class FeatureStore:
         `frequency` is the share of counted tokens on which it fires, `mean` its mean activation over counted tokens.
         """
         counted = max(1, self.layer(layer).tokens)
-        table = self.tables["stats"].read(self._stats_start(layer), self.layer(layer).d_sae).drop_columns(["layer"])
+        table = self.tables["stats"].read(self._places.start(layer), self.layer(layer).d_sae).drop_columns(["layer"])
         frequency = table["tokens"].to_numpy() / counted
         mean = table["sum"].to_numpy() / counted
         return table.append_column("frequency", pa.array(frequency)).append_column("mean", pa.array(mean))
@@ -303,7 +296,9 @@ class FeatureStore:
 
     def feature(self, layer: int, feature: int) -> FeatureSummary:
         """How often and how strongly one feature fires."""
-        return contexts.summary(self._stats_row(layer, feature), self.layer(layer).tokens, self.manifest.documents)
+        self.check_feature(layer, feature)
+        row = self._places.row(layer, feature)
+        return contexts.summary(row, self.layer(layer).tokens, self.manifest.documents)
 
     def values(self, layer: int, feature: int) -> Float32[np.ndarray, " rows"]:
         """Every activation of a feature, largest first."""
@@ -375,25 +370,7 @@ class FeatureStore:
             self._spans = Spans(self.tables["spans"])
         return self._spans
 
-    # --- inside ------------------------------------------------------------------------------------------------------
-
-    def _stats_start(self, layer: int) -> int:
-        return sum(self.manifest.layers[other].d_sae for other in self.layers if other < layer)
-
-    def _stats_row(self, layer: int, feature: int) -> dict[str, Any]:
-        self.check_feature(layer, feature)
-        return self.tables["stats"].read(self._stats_start(layer) + feature, 1).to_pylist()[0]
-
     def _rows(self, layer: int, feature: int) -> tuple[int, int]:
         """The first row of a feature in the `features` table, and how many rows it has."""
-        row = self._stats_row(layer, feature)
-        if (row["layer"], row["feature"]) != (layer, feature):
-            raise FormatError(f"the stats of {self.folder} are not in order at layer {layer}, feature {feature}")
-        self.tables["features"].check(row["first_row"], row["tokens"])
-        return row["first_row"], row["tokens"]
-
-
-def _absent(folder: Path) -> str:
-    if folder.is_dir():
-        return f"{folder} has no {MANIFEST}: it is no store, or one that is not finished; run the same extract again"
-    return f"there is no store {str(folder)!r}"
+        self.check_feature(layer, feature)
+        return self._places.rows(layer, feature)

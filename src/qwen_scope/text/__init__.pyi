@@ -4,11 +4,7 @@ from .chat import render as render
 from .chunks import Chunk as Chunk
 from .chunks import chunks as chunks
 from .corpus import Corpus as Corpus
-from .counted import REASONS as REASONS
 from .counted import Counted as Counted
-from .counted import summaries as summaries
-from .counted import summary as summary
-from .counted import tally as tally
 from .document import Document as Document
 from .document import Unreadable as Unreadable
 from .document import meta_json as meta_json
@@ -29,6 +25,10 @@ from .read import is_readable as is_readable
 from .sinks import LEAST as LEAST
 from .sinks import thresholds as thresholds
 from .source import Together as Together
+from .tally import REASONS as REASONS
+from .tally import summaries as summaries
+from .tally import summary as summary
+from .tally import tally as tally
 from .tokenize import Tokens as Tokens
 from .tokenize import by_length as by_length
 from .tokenize import padded as padded
