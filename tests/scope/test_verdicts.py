@@ -148,7 +148,8 @@ def test_where_the_state_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setenv("XDG_STATE_HOME", "relative")
     assert state_folder() == tmp_path / "home" / ".local" / "state" / "qwen-scope"
     monkeypatch.setenv("HOME", "")
-    assert state_folder() is None or state_folder().is_absolute()
+    found = state_folder()
+    assert found is None or found.is_absolute()
 
 
 def test_two_processes_at_once_leave_a_whole_file(state: Path) -> None:

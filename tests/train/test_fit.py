@@ -110,7 +110,7 @@ def plain_sums(models: dict[str, Any], sae: SAE, one: DocumentRows, keep: torch.
 
                 def put(h: torch.Tensor, _: HookPoint, here=here, by=by) -> torch.Tensor:
                     new = h.clone()
-                    new[0, here] = sae.decode(sae.encode(h[0, here])) if isinstance(by, str) else by
+                    new[0, here] = sae.decode(sae.encode(h[0, here])) if isinstance(by, str) else torch.as_tensor(by)
                     return new
 
                 change = {} if by is None else {POINT: put}
@@ -199,7 +199,7 @@ def test_a_word_is_given_where_the_whole_interval_proves_it(lines: list[Criterio
     assert judge(lines[::-1])[0] == word
 
 
-def columns(documents: int = 60, **per_token: float) -> dict[str, np.ndarray]:
+def columns(count: int = 60, /, **per_token: float) -> dict[str, np.ndarray]:
     """Sums of documents that are all alike but for a little noise: 100 tokens each, figures as asked."""
     asked = {
         "ev_base": 0.9,
@@ -212,7 +212,7 @@ def columns(documents: int = 60, **per_token: float) -> dict[str, np.ndarray]:
     }
     asked |= per_token
     g = np.random.default_rng(0)
-    n = 100.0 * (1 + 0.1 * g.normal(size=documents))
+    n = 100.0 * (1 + 0.1 * g.normal(size=count))
     out = {
         "tokens": n,
         "predicted": n,

@@ -15,7 +15,7 @@ from qwen_scope.model import HookPoint, LoadedModel, counted_of, load_model, mea
 from qwen_scope.report import Progress
 from qwen_scope.sae import SAE, layers_of, load_sae
 from qwen_scope.scope import WORDS, Joined, Verdict, model_source, remember, resolve
-from qwen_scope.text import Corpus, Counted, TokenRows
+from qwen_scope.text import Chat, Corpus, Counted, TokenRows
 
 from .evaluate import Quality, evaluate_saes
 from .fit import Fit, fit
@@ -66,7 +66,7 @@ class Texts:
     context_length: int
     batch_size: int
     tokens: int
-    chat: str | None
+    chat: Chat | None
 
     def packed(self, loaded: LoadedModel) -> list[torch.Tensor]:
         """Batches of full rows of token ids."""

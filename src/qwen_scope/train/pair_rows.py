@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from qwen_scope.errors import InputError
-from qwen_scope.text import PHASES, Corpus, Document, chunks, padded, start_ids, tell_unused
+from qwen_scope.text import PHASES, Chat, Corpus, Document, chunks, padded, start_ids, tell_unused
 
 BATCH_TOKENS = 4096
 HOPELESS = 10_000  # rows without a document of use after which a corpus is given up
@@ -55,7 +55,7 @@ def from_rows(rows: Iterable[Tensor]) -> list[DocumentRows]:
 
 
 def document_rows(
-    corpus: Corpus, tokenizer: PreTrainedTokenizerBase, *, context_length: int, tokens: int, chat: str | None = None
+    corpus: Corpus, tokenizer: PreTrainedTokenizerBase, *, context_length: int, tokens: int, chat: Chat | None = None
 ) -> list[DocumentRows]:
     """About `tokens` tokens of the corpus, in its order, as rows of at most `context_length`.
 
@@ -94,7 +94,7 @@ def document_rows(
 
 
 def tokenised(
-    tokenizer: PreTrainedTokenizerBase, document: Document, chat: str | None, most: int
+    tokenizer: PreTrainedTokenizerBase, document: Document, chat: Chat | None, most: int
 ) -> tuple[list[int], list[int]]:
     """The first `most` tokens of a document with their phases.
 
@@ -108,7 +108,7 @@ def tokenised(
 
 
 def first_tokens(
-    tokenizer: PreTrainedTokenizerBase, document: Document, chat: str | None, most: int, phases: bool
+    tokenizer: PreTrainedTokenizerBase, document: Document, chat: Chat | None, most: int, phases: bool
 ) -> tuple[list[int], list[int]]:
     """Ids and phases of the first tokens."""
     ids: list[int] = []
