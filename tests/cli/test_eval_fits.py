@@ -12,6 +12,7 @@ import tiny
 import torch
 
 from qwen_scope.cli import main
+from qwen_scope.cli.whose import saes_of_lab
 from qwen_scope.model import load_model
 from qwen_scope.sae import save_sae
 from qwen_scope.text import Counted
@@ -163,3 +164,12 @@ def test_a_model_of_another_width_is_refused(corpus: str, tmp_path: Path, capsys
     code, _, err = run(["eval", corpus, *words], capsys)
     assert code == 2
     assert "reads residuals of 32 dimensions, the model's have 64: they do not belong together" in err
+
+
+def test_which_saes_are_the_labs(tmp_path: Path) -> None:
+    history = {"layers.0.resid_post": {"model": "lab", "tokens": 1, "began_as": []}}
+    save_sae(replace(tiny.random_sae(0), meta={"history": history}), tmp_path / "sae")
+    assert saes_of_lab("lab")
+    assert saes_of_lab(str(tmp_path / "sae"))
+    assert not saes_of_lab(SAES)
+    assert not saes_of_lab("Qwen/SAE-Res-Qwen3-8B-Base-W64K-L0_50")

@@ -23,7 +23,6 @@ CE_FALL, CE_FAR = 0.02, 0.2
 SHARED, STRANGERS = 0.5, 0.2
 LEAST_RISE = 0.05  # nats
 ALONE_EV, ALONE_CE = (0.7, 0.2), (0.95, 0.8)
-WEAK_EV = 0.5
 
 Sums = Mapping[str, np.ndarray]
 Figure = Callable[[Sums], np.ndarray]
