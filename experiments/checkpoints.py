@@ -20,10 +20,11 @@ NORMS = ("input_layernorm", "post_attention_layernorm", "model.norm")
 def shuffled(model: Any) -> Any:
     """The blocks moved by one place, the last one first."""
     other = copy.deepcopy(model)
-    layers = other.model.layers
-    other.model.layers = nn.ModuleList([layers[-1], *layers[:-1]])
-    for i, layer in enumerate(other.model.layers):
+    layers = list(other.model.layers)
+    moved = [layers[-1], *layers[:-1]]
+    for i, layer in enumerate(moved):
         layer.self_attn.layer_idx = i
+    other.model.layers = nn.ModuleList(moved)
     return other
 
 
