@@ -20,12 +20,11 @@ WIDTH, INNER, HEAD = 160, 224, 32
 Parts = dict[str, Tensor]
 
 
-def model(**sizes: Any) -> Any:
+def model(width: int = WIDTH, inner: int = INNER) -> Any:
     """A small random Qwen3 in fp32."""
     config = transformers.AutoConfig.for_model(
-        "qwen3", hidden_size=WIDTH, intermediate_size=INNER, num_attention_heads=2, num_key_value_heads=1,
-        head_dim=HEAD, num_hidden_layers=2, vocab_size=288, max_position_embeddings=128,
-        tie_word_embeddings=False, **sizes,
+        "qwen3", hidden_size=width, intermediate_size=inner, num_attention_heads=2, num_key_value_heads=1,
+        head_dim=HEAD, num_hidden_layers=2, vocab_size=288, max_position_embeddings=128, tie_word_embeddings=False,
     )  # fmt: skip
     torch.manual_seed(0)
     made = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
@@ -148,9 +147,9 @@ def fp8(rows: int, columns: int, name: str, exponents: bool = False) -> Callable
     return write
 
 
-def mlx(bits: int) -> Callable[[Tensor], tuple[Parts, Tensor]]:
+def mlx(bits: int, size: int = 32) -> Callable[[Tensor], tuple[Parts, Tensor]]:
     def write(weight: Tensor) -> tuple[Parts, Tensor]:
-        groups = weight.double().numpy().reshape(len(weight), -1, 32)
+        groups = weight.double().numpy().reshape(len(weight), -1, size)
         scale = ((groups.max(-1) - groups.min(-1)) / (2**bits - 1)).astype(np.float16).astype(np.float64)
         bias = groups.min(-1).astype(np.float16).astype(np.float64)
         codes = np.clip(np.round((groups - bias[..., None]) / scale[..., None]), 0, 2**bits - 1).astype(int)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import quantised_files as files
 import torch
+from families import build
 from safetensors.torch import load_file, save_file
 
 from qwen_scope.cli import main
@@ -188,3 +191,90 @@ def test_weights_that_are_not_quantised_after_all(tmp_path: Path) -> None:
 def test_quantising_twice_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"quantised already \(FP8\); drop quantization"):
         load_model(saved(tmp_path), device="cpu", quantization="8bit")
+
+
+SUMS = ("input_layernorm.weight", "attention_layernorm.weight", "q_norm.weight", "k_norm.weight", "model.norm.weight")
+
+
+def as_mlx(folder: Path, said: dict[str, Any]) -> None:
+    """A saved model in the form that mlx-lm (0.32) gives one of Qwen3.5: with its own names, experts stacked, the
+    convolution's channels last, and norms of `1 + weight` as that sum."""
+    path = folder / "model.safetensors"
+    kept, experts = {}, {}
+    for name, one in load_file(path).items():
+        name = name.replace("model.language_model.", "language_model.model.").replace(
+            "lm_head", "language_model.lm_head"
+        )
+        if found := re.fullmatch(r"(.*)\.experts\.(\d+)\.(\w+)_proj\.weight", name):
+            experts.setdefault(f"{found[1]}.switch_mlp.{found[3]}_proj.weight", {})[int(found[2])] = one
+        elif name.endswith(SUMS):
+            kept[name] = one + 1
+        else:
+            kept[name] = one.transpose(1, 2).contiguous() if "conv1d" in name else one
+    kept |= {name: torch.stack([each[i] for i in range(len(each))]) for name, each in experts.items()}
+    out = {}
+    for name, one in kept.items():
+        if not name.endswith("_proj.weight"):
+            out[name] = one
+            continue
+        rows, _ = files.mlx(8, 16)(one.flatten(0, -2))
+        for end, part in rows.items():
+            out[name.removesuffix("weight") + end] = part.reshape(*one.shape[:-1], -1).contiguous()
+    save_file(out, path, {"format": "mlx"})
+    files.say(folder, quantization=said, quantization_config=said)
+
+
+@pytest.mark.parametrize("name", ["qwen3_5", "qwen3_5_moe"])
+def test_what_mlx_changes_is_changed_back(name: str, tmp_path: Path) -> None:
+    model = build(name)
+    for key, one in model.named_parameters():
+        if "norm" in key:
+            torch.nn.init.normal_(one, 0.0, 0.1)
+    model.save_pretrained(tmp_path)
+    files.byte_tokenizer().save_pretrained(tmp_path)
+    plain = load_model(tmp_path, device="cpu").model
+    as_mlx(tmp_path, {"group_size": 16, "bits": 8})
+    loaded = load_model(tmp_path, device="cpu", dtype="float32").model
+    assert type(loaded) is type(plain)
+    for (key, want), (_, got) in zip(plain.named_parameters(), loaded.named_parameters(), strict=True):
+        exact = not key.endswith(("_proj.weight", "_proj"))
+        torch.testing.assert_close(
+            got, want, rtol=0, atol=1e-6 if exact else 0.01, msg=lambda t, key=key: f"{key}: {t}"
+        )
+
+
+def test_a_model_of_mlx_of_another_architecture_is_refused(tmp_path: Path) -> None:
+    build("qwen3").save_pretrained(tmp_path)
+    said = KINDS["mlx 4 bits"][1]
+    files.written(tmp_path, files.model(), KINDS["mlx 4 bits"][0], {"quantization_config": said, "model_type": "olmo2"})
+    with pytest.raises(InputError, match=r"read for llama, .* not for 'olmo2'"):
+        load_model(tmp_path, device="cpu")
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT asks by it
+def test_experts_of_fp8_and_an_adapter_on_them(tmp_path: Path) -> None:
+    """Qwen stores each expert apart; transformers stacks them."""
+    model = build("qwen3_moe")
+    model.save_pretrained(tmp_path)
+    files.byte_tokenizer().save_pretrained(tmp_path)
+    path, out, dense = tmp_path / "model.safetensors", {}, {}
+    for name, one in load_file(path).items():
+        if not name.endswith("_proj.weight"):
+            out[name] = dense[name] = one
+            continue
+        parts, meant = files.fp8(8, 8, "weight_scale_inv")(one)
+        out |= {name.removesuffix("weight") + end: part for end, part in parts.items()}
+        dense[name] = meant.float()
+    save_file(dense, path, {"format": "pt"})
+    want = states(load_model(tmp_path, device="cpu").model)
+    save_file(out, path, {"format": "pt"})
+    files.say(tmp_path, quantization_config=BLOCKS | {"weight_block_size": [8, 8]})
+    loaded = load_model(tmp_path, device="cpu").model
+    for one, other in zip(states(loaded), want, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+    live = peft.get_peft_model(loaded, peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    live.save_pretrained(str(tmp_path / "adapter"))
+    adapted = load_model(tmp_path, adapter=tmp_path / "adapter", device="cpu").model
+    with torch.no_grad():
+        logits = live.eval()(torch.arange(24).reshape(2, 12) * 7).logits
+    torch.testing.assert_close(states(adapted)[-1], logits, rtol=1e-4, atol=1e-4)

@@ -12,12 +12,13 @@ from qwen_scope.errors import FormatError
 from . import mlx
 from .checkpoint import Lazy
 from .layouts import EIGHT_BITS, Layout, Settings
-from .quantized import INSTEAD, Quantised
+from .quantized import INSTEAD, KINDS, Quantised
 
 # What lies beside quantised weights; a loader that does not use it would take the weights for what they are not.
 SCALES = ("weight_scale_inv", "weight_scale", "input_scale", ".scales", ".qzeros", ".absmax", ".SCB")
 # What only the quantisation of activations and of the cache uses, which is left out here.
 BESIDE = ("input_scale", "activation_scale", "input_global_scale", "input_zero_point", ".k_scale", ".v_scale")
+WORDS = frozenset({"U8", "I32", "U32"})
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -41,15 +42,23 @@ def dense(name: str, found: Quantised, tensors: Mapping[str, Lazy], architecture
                 used |= set(parts.values())
                 out[stem + layout.weight] = _weight(name, stem, layout, parts, tensors, found.settings)
                 break
-    if not out:
-        raise FormatError(
-            f"the config.json of {name!r} says that its weights are quantised ({found}), and they are not: take"
-            f" quantization_config out of it, or {INSTEAD}"
-        )
     out |= {key: one for key, one in tensors.items() if key not in used and not key.endswith(BESIDE)}
     refuse_scales(name, out)
     refuse_packed(name, out)
     return mlx.named(name, architecture, out) if found.method == "mlx" else out
+
+
+def refuse_plain(name: str, found: Quantised, tensors: Mapping[str, Lazy]) -> None:
+    """Refuse weights that are not quantised where the config says so.
+
+    Raises:
+        FormatError: they are not.
+    """
+    if found.method in KINDS and not any(one.kind in EIGHT_BITS or one.kind in WORDS for one in tensors.values()):
+        raise FormatError(
+            f"the config.json of {name!r} says that its weights are quantised ({found}), and they are not: take"
+            f" quantization_config out of it, or {INSTEAD}"
+        )
 
 
 def refuse_scales(name: str, keys: Iterable[str]) -> None:
@@ -85,7 +94,7 @@ def plain_type(tensors: Mapping[str, Lazy]) -> torch.dtype:
 
 
 def _is_packed(key: str, one: Lazy) -> bool:
-    return key.endswith(("weight", "_packed")) and one.kind in {"U8", "I32", "U32"}
+    return key.endswith(("weight", "_packed")) and one.kind in WORDS
 
 
 def _parts(name: str, key: str, stem: str, layout: Layout, tensors: Mapping[str, Lazy]) -> dict[str, str]:

@@ -90,7 +90,7 @@ def load_model(
     auto = auto_class(config.model_type, name)
     place = folder_of(name) or name
     tokenizer = _tokenizer(name, place, revision)
-    model = load_weights(name, place, auto, config, stored, {"revision": revision, "dtype": dtype, **own})
+    model: Any = load_weights(name, place, auto, config, stored, {"revision": revision, "dtype": dtype, **own})
     if "device_map" not in own:
         chosen = _device(device)
         with foreign(f"{name!r} does not fit onto {str(chosen)!r}", InputError):

@@ -12,7 +12,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from qwen_scope.errors import FormatError, NotFoundError, foreign
 
 from .checkpoint import Lazy, read_checkpoint
-from .dense import dense, plain_type, refuse_packed, refuse_scales
+from .dense import dense, plain_type, refuse_packed, refuse_plain, refuse_scales
 from .place import sentence
 from .quantized import Quantised
 
@@ -33,12 +33,15 @@ def load_weights(
     """
     tensors = read_checkpoint(name, place, options["revision"])
     options = {"config": config, "use_safetensors": True, **options}
-    source, of = place, auto
-    if stored is not None and stored.unpacked and tensors:
-        of, given = _unpacked(name, auto, config, stored, tensors, options["dtype"])
-        source, options = None, options | given
-    elif stored is None:
+    source: str | None = place
+    of: Any = auto
+    if stored is None:
         refuse_packed(name, tensors)
+    elif tensors:
+        refuse_plain(name, stored, tensors)
+        if stored.unpacked:
+            of, given = _unpacked(name, auto, config, stored, tensors, options["dtype"])
+            source, options = None, options | given
     hint = "" if stored is None else f"its weights are quantised ({stored}); name the model in its original precision"
     with foreign(f"the weights of {name!r} can't be loaded", hint=hint):
         try:  # what does not fit is reported below in one sentence, not raised with a table
@@ -80,6 +83,6 @@ def _remember(model: PreTrainedModel, place: str, revision: str | None) -> None:
     """What transformers reads of a model beside its weights, and can't where they are given to it."""
     model.config._name_or_path = model.name_or_path = place
     try:
-        model.generation_config = transformers.GenerationConfig.from_pretrained(place, revision=revision)
+        model.generation_config = transformers.GenerationConfig.from_pretrained(place, revision=revision or "main")
     except OSError:  # there is none, so the config's stands
         return
