@@ -14,7 +14,15 @@ from gguf import GGMLQuantizationType, GGUFWriter, quants
 from qwen_scope import load_scope
 from qwen_scope.cli import main
 from qwen_scope.errors import FormatError, InputError, NotFoundError
-from qwen_scope.model import HookPoint, capture, load_config, load_model, load_tokenizer, weights_fingerprint
+from qwen_scope.model import (
+    HookPoint,
+    capture,
+    gguf_file,
+    load_config,
+    load_model,
+    load_tokenizer,
+    weights_fingerprint,
+)
 from qwen_scope.model.gguf import Gguf
 from qwen_scope.model.packed import unpacked
 
@@ -165,6 +173,25 @@ def test_a_file_is_named_in_several_ways(small: Path) -> None:
     assert torch.equal(states(by_file.model)[-1], states(stated)[-1])
 
 
+def test_a_vision_tower_beside_a_model_is_passed_over(small: Path, tmp_path: Path) -> None:
+    (tmp_path / "model.gguf").write_bytes(small.read_bytes())
+    (tmp_path / "mmproj-model-f16.gguf").write_bytes(b"")
+    assert gguf_file(str(tmp_path)) == str(tmp_path / "model.gguf")
+    writer = GGUFWriter(tmp_path / "mmproj-b.gguf", "clip")
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    with pytest.raises(FormatError, match=r"config in .* can't be read"):
+        load_model(tmp_path / "mmproj-b.gguf")
+
+
+def test_safetensors_go_before_a_file_beside_them(small: Path, tmp_path: Path) -> None:
+    model_of("qwen3", True).save_pretrained(tmp_path)
+    (tmp_path / "model.gguf").write_bytes(small.read_bytes())
+    assert gguf_file(str(tmp_path)) is None
+    assert load_config(tmp_path).model_type == "qwen3"
+
+
 def test_residuals_of_a_packed_model_are_those_of_a_plain_hook(small: Path) -> None:
     model = load_model(small, device="cpu").model
     ids, seen = torch.arange(10)[None], []
@@ -195,6 +222,14 @@ def test_what_is_no_model_is_refused(small: Path, tmp_path: Path, capsys) -> Non
     (tmp_path / "m-00001-of-00003.gguf").write_bytes(small.read_bytes())
     with pytest.raises(FormatError, match="one of 3 parts"):
         load_model(tmp_path / "m-00001-of-00003.gguf")
+    parts = tmp_path / "parts"
+    parts.mkdir()
+    for i in (1, 2):
+        (parts / f"m-0000{i}-of-00003.gguf").write_bytes(small.read_bytes())
+    with pytest.raises(FormatError, match=r"one of 3 parts, of which 1 are missing \(m-00003-of-00003\.gguf\)"):
+        load_model(parts)
+    with pytest.raises(NotFoundError, match=r"'c\.gguf' of 'a/b' can't be fetched"):
+        load_model("a/b:c.gguf")
     with pytest.raises(InputError, match="quantised already"):
         load_model(small, quantization="8bit")
     written(tmp_path / "odd.gguf", model_of("qwen2", True), "qwen2", "Q8_0")

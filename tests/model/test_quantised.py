@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +16,7 @@ from families import build
 from safetensors.torch import load_file, save_file
 
 from qwen_scope.cli import main
-from qwen_scope.errors import FormatError, InputError, QwenScopeError
+from qwen_scope.errors import FormatError, InputError, NotFoundError, QwenScopeError
 from qwen_scope.model import load_model
 
 
@@ -278,3 +279,34 @@ def test_experts_of_fp8_and_an_adapter_on_them(tmp_path: Path) -> None:
     with torch.no_grad():
         logits = live.eval()(torch.arange(24).reshape(2, 12) * 7).logits
     torch.testing.assert_close(states(adapted)[-1], logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [("gptq", "unpacked from GPTQ"), ("mlx 4 bits", "unpacked from MLX"), ("bitsandbytes", "language model, packed")],
+)
+def test_plan_says_what_each_takes(kind: str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    if kind == "bitsandbytes":
+        files.say(saved(tmp_path), quantization_config={"quant_method": kind, "load_in_8bit": True})
+    else:
+        saved(tmp_path, kind)
+    assert main(["plan", str(tmp_path)]) == 0
+    assert said in capsys.readouterr().out
+    assert main(["plan", str(tmp_path), "--dtype", "float32", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    disk = (tmp_path / "model.safetensors").stat().st_size
+    assert found["disk"] == disk
+    assert found.get("packed") == (disk if kind == "bitsandbytes" else None)
+    assert found["model"] == 4 * sum(one.numel() for one in files.model().parameters())
+
+
+@pytest.mark.parametrize("method", ["bitsandbytes", "torchao"])
+def test_a_missing_package_is_named_before_anything_is_read(method: str, tmp_path: Path, monkeypatch: Any) -> None:
+    """Not even the weights have to be there."""
+    monkeypatch.setattr("qwen_scope.errors.find_spec", lambda name: None)
+    files.say(saved(tmp_path), quantization_config={"quant_method": method})
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(
+        NotFoundError, match=rf"quantised \({method}\) it needs the packages {method}, accelerate; install"
+    ):
+        load_model(tmp_path, device="cpu")

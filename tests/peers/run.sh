@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Files of ours in a peer's own hands, and its files in ours: `run.sh sae_lens | sparsify | dictionary_learning | delphi`.
+# Files of ours in a peer's own hands, and its files in ours: `run.sh sae_lens | sparsify | dictionary_learning | delphi | quantised`.
 # The peer lives in an environment of its own, made on the first run; one line per check, exit code 1 if one fails.
 set -euo pipefail
-peer="${1:?name a peer: sae_lens, sparsify, dictionary_learning or delphi}"
+peer="${1:?name a peer: sae_lens, sparsify, dictionary_learning, delphi or quantised}"
 cd "$(dirname "$0")/../.."
 venv=".venv-$peer"
 bin="$venv/bin"
@@ -29,6 +29,11 @@ if [ ! -f "$venv/.ready" ]; then
       pip "$torch" transformers datasets orjson safetensors simple_parsing jaxtyping anyio asyncer beartype aiofiles \
         blobfile flask fire faiss-cpu sentence-transformers
       ;;
+    quantised) # the packages that quantise models, beside ours, which runs what they write
+      pip -c constraints.txt "$torch" -e .
+      pip -c constraints.txt auto-round==0.16.1 compressed-tensors==0.20.1 torchao==0.18.0 bitsandbytes==0.50.2 \
+        "mlx[cpu]==0.32.4" mlx-lm==0.32.2 accelerate gguf
+      ;;
     *) rm -rf "$venv"; echo "unknown peer $peer" >&2; exit 2 ;;
   esac
   # Builds of these for another torch would break transformers' imports.
@@ -39,6 +44,10 @@ fi
 work="$(mktemp -d)"
 trap 'rm -rf "$work"' EXIT
 export HF_HUB_OFFLINE=1 SPARSIFY_DISABLE_TRITON=1 TOKENIZERS_PARALLELISM=false
+if [ "$peer" = quantised ]; then
+  PYTHONPATH=src:. "$bin/python" -W ignore tests/peers/check_quantised.py "$work" 2>/dev/null
+  exit
+fi
 if [ "$peer" = delphi ]; then
   PYTHONPATH=src .venv/bin/python -W ignore tests/peers/ours_delphi.py "$work"
   "$bin/python" -W ignore tests/peers/check_delphi.py "$work"

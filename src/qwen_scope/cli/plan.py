@@ -88,10 +88,11 @@ def show_model(folder: Path, dtype: str, limit: int | None, as_json: bool) -> No
     if as_json:
         output.print_json({"folder": str(folder), **needs, "fits": None if limit is None else total <= limit})
         return
+    unpacked = f", unpacked from {needs['quantised']}" if "quantised" in needs and "packed" not in needs else ""
     rows = [
         ("files of weights", size(needs["disk"])),
         *([("language model, packed", size(needs["packed"]))] if "packed" in needs else []),
-        (f"language model in {dtype}", size(needs["model"])),
+        (f"language model in {dtype}" + unpacked, size(needs["model"])),
         ("working memory of one batch (estimate)", size(needs["working"])),
         ("device, without SAEs" + (", packed" if "packed" in needs else ""), size(total)),
     ]

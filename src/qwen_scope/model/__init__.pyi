@@ -31,6 +31,8 @@ from .load import load_tokenizer as load_tokenizer
 from .model_sizes import ModelSizes as ModelSizes
 from .model_sizes import model_sizes as model_sizes
 from .pieces import capture_pieces as capture_pieces
+from .quantized import Quantised as Quantised
+from .quantized import quantised as quantised
 from .rules import Routing as Routing
 from .rules import has_routers as has_routers
 from .rules import plain_kernels as plain_kernels

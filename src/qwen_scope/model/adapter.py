@@ -16,9 +16,9 @@ CONFIG = "adapter_config.json"
 
 
 def is_adapter(source: str | os.PathLike[str]) -> bool:
-    """Whether a source is a folder with an adapter and no model of its own."""
+    """Whether a source is a folder with an adapter and no model of its own, though perhaps with its base's config."""
     folder = Path(source).expanduser()
-    return (folder / CONFIG).is_file() and not (folder / "config.json").is_file()
+    return (folder / CONFIG).is_file() and not any(folder.glob("model*.safetensors"))
 
 
 def has_tokenizer(folder: Path) -> bool:

@@ -31,6 +31,7 @@ from .packed import Packed, packed_kind, tie, unpacked
 
 SUFFIX = ".gguf"
 ON_HUB = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+):(?P<file>[^:]+\.gguf)", re.IGNORECASE)
+VISION = "mmproj"  # what llama.cpp calls the vision tower of a model, in a file beside it
 SPLIT = re.compile(r"-\d{5}-of-(\d{5})\.gguf$", re.IGNORECASE)
 
 # Architectures whose tensors are each one parameter, with rows at most in another order; the weights of others are
@@ -50,18 +51,18 @@ _READING = threading.Lock()
 
 
 def gguf_file(source: str) -> str | None:
-    """The GGUF file that a source names, or None: a file, a folder that holds one and no other model, or a file of a
-    repository as `owner/name:FILE.gguf`.
+    """The GGUF file that a source names, or None: a file, a folder that holds one (a vision tower's aside) and no other
+    model, or a file of a repository as `owner/name:FILE.gguf`.
 
     Raises:
         NotFoundError: no such file.   InputError: a folder with several.
     """
     path = Path(source).expanduser()
     if path.is_dir():
-        found = sorted(path.glob(f"*{SUFFIX}"))
+        found = [one for one in sorted(path.glob(f"*{SUFFIX}")) if not one.name.lower().startswith(VISION)]
         if not found or (path / "config.json").is_file():
             return None
-        if len(found) > 1:
+        if len(found) > 1 and not all(SPLIT.search(one.name) for one in found):
             raise InputError(f"{source!r} holds {len(found)} GGUF files; name one, such as {str(found[0])!r}")
         return str(found[0])
     if path.is_file():
@@ -118,8 +119,12 @@ class Gguf:
                 path = hf_hub_download(match["repo"], match["file"])
         path = Path(path)
         if parts := SPLIT.search(path.name):
+            names = [f"{path.name[: parts.start()]}-{i:05d}-of-{parts[1]}{SUFFIX}" for i in range(1, int(parts[1]) + 1)]
+            lost = [name for name in names if not path.with_name(name).exists()]
+            absent = f", of which {len(lost)} are missing ({lost[0]})" if lost else ""
             raise FormatError(
-                f"{path} is one of {int(parts[1])} parts; join them with llama-gguf-split --merge, and name the result"
+                f"{path} is one of {int(parts[1])} parts{absent}; join all with llama-gguf-split --merge, and name the"
+                " result"
             )
         if not path.stat().st_size:
             raise FormatError(f"{path} is cut short: it is empty")

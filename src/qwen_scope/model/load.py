@@ -86,6 +86,8 @@ def load_model(
     stored = None if as_is else quantised(name, config)
     if stored is not None and quantization is not None:
         raise InputError(f"the weights of {name!r} are quantised already ({stored}); drop quantization")
+    if stored is not None:
+        stored.check_packages(name)
     own = _placement(device, device_map, quantization, stored is not None and not stored.unpacked)
     auto = auto_class(config.model_type, name)
     place = folder_of(name) or name

@@ -55,6 +55,14 @@ class Quantised:
         """Whether the weights are unpacked at load, so that the model is a dense one."""
         return bool(self.kind.layouts)
 
+    def check_packages(self, name: str) -> None:
+        """Refuse a kind whose packages are missing.
+
+        Raises:
+            NotFoundError: they are; `name` is what the sentence calls the model.
+        """
+        need(f"{name!r} in its original precision loads as it is; quantised ({self}) it", *self.kind.packages)
+
     def __str__(self) -> str:
         return self.kind.name
 
@@ -64,7 +72,6 @@ def quantised(name: str, config: PreTrainedConfig) -> Quantised | None:
 
     Raises:
         InputError: a kind that is not read here.   FormatError: a config that does not fit its kind.
-        NotFoundError: a package that the kind needs is missing.
     """
     said = next((one for one in _sayings(config) if one), None)
     if said is None:
@@ -89,7 +96,6 @@ def quantised(name: str, config: PreTrainedConfig) -> Quantised | None:
         raise InputError(
             f"the weights of {name!r} are quantised ({kind.name}) {settings}, which is not read; {INSTEAD}"
         )
-    need(f"{name!r} in its original precision loads as it is; quantised ({kind.name}) it", *kind.packages)
     return Quantised(method, kind, settings)
 
 

@@ -9,10 +9,10 @@ import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from qwen_scope.errors import InputError, MismatchError, NotFoundError, foreign
-from qwen_scope.model import Gguf, ModelSizes, gguf_file, model_sizes
+from qwen_scope.model import Gguf, ModelSizes, gguf_file, model_sizes, quantised
 from qwen_scope.sae import catalog, layers_of, load_sae
 
 if TYPE_CHECKING:
@@ -145,23 +145,30 @@ def plan_folder(
     return held, plan(sizes, sae.d_sae, len(set(layers or there)), dtype=dtype, sae_dtype=sae_dtype)
 
 
-def plan_model(folder: Path, *, dtype: str = "bfloat16") -> dict[str, int]:
+def plan_model(folder: Path, *, dtype: str = "bfloat16") -> dict[str, Any]:
     """What a language model in a folder or a GGUF file takes without SAEs, from its config and the sizes of its files.
 
     Returns:
         `disk`, `model` (weights in `dtype`) and `working` (one batch, an estimate) in bytes, `parameters`, `d_model`
-        and `layers`; of a GGUF whose weights can stay packed also `packed`, the bytes of its weights as they are.
+        and `layers`; where weights stay packed (a GGUF, or a kind that its package runs) also `packed`, their bytes;
+        of quantised checkpoints the kind as `quantised`.
 
     Raises:
         FormatError: a config that transformers can't read.
     """
     file = gguf_file(str(folder))
     gguf = None if file is None else Gguf.open(file)
-    sizes = model_sizes(config_of(str(folder)) if gguf is None else gguf.config())
+    config = config_of(str(folder)) if gguf is None else gguf.config()
+    sizes, stored = model_sizes(config), None if gguf is not None else quantised(str(folder), config)
     files = [path for ending in ("*.safetensors", "*.bin") for path in folder.glob(ending)] if gguf is None else []
+    disk = sum(path.stat().st_size for path in files) if gguf is None else gguf.path.stat().st_size
+    packed = disk if stored is not None and not stored.unpacked else None
+    if gguf is not None and gguf.stays_packed:
+        packed = gguf.packed_bytes
     return {
-        "disk": sum(path.stat().st_size for path in files) if gguf is None else gguf.path.stat().st_size,
-        **({"packed": gguf.packed_bytes} if gguf is not None and gguf.stays_packed else {}),
+        "disk": disk,
+        **({"packed": packed} if packed is not None else {}),
+        **({"quantised": str(stored)} if stored is not None else {}),
         "model": sizes.weight_bytes(dtype),
         "working": sizes.capture_bytes(1, TOKENS, 1, dtype),
         "parameters": sizes.parameters,
