@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from full_disk import full_after
 from torch import Tensor
 
 from qwen_scope.analysis import counted_by, fit, mean_difference, predict
@@ -120,3 +121,15 @@ def test_fit_and_predict_count_the_same_tokens(scope: Scope) -> None:
     everything = scope.firings(TEXTS, [0, 2], ExtractOptions(counted=Counted.everything()))
     with pytest.raises(InputError, match=r"the rule 'with' and .* count other tokens: .*counted_by\(rule\)"):
         predict(rule, everything)
+
+
+def test_a_full_disk_says_that_nothing_is_kept(scope: Scope) -> None:
+    """The store of firings is temporary, so the command begins anew."""
+    with (
+        full_after(2000),
+        pytest.raises(
+            InputError, match=r"no room for what is read, .*TMPDIR=FOLDER, and run the same command"
+        ) as caught,
+    ):
+        scope.firings([{"text": text} for text in TEXTS], [0])
+    assert "is kept, so" not in str(caught.value)

@@ -23,6 +23,8 @@ from .coverage import subset_of as subset_of
 from .dataset import Dataset as Dataset
 from .dataset import Scores as Scores
 from .dataset import read_scores as read_scores
+from .distil import as_truth as as_truth
+from .distil import distil as distil
 from .drift import distance as distance
 from .drift import distance_test as distance_test
 from .drift import drift_of as drift_of

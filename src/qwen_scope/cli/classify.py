@@ -6,7 +6,6 @@ import json
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -46,8 +45,6 @@ OPTIONS[FitOptions] = {
     "name": Annotated[str | None, typer.Option("--name", help="Of the property. Default: the positive file's.")],
     "seed": Annotated[int, typer.Option("--seed", help="Of the split, the sample and the intervals.", **options.SEED)],
 }
-
-WINDOW = 512  # documents read at once: sorted by length, they share passes through the model
 
 
 def name_of(source: str) -> str:
@@ -150,13 +147,15 @@ def predictions(
     loaded: Any, scope: Scope | None, corpus: Corpus, chat: Chat | None, report: Any
 ) -> Iterator[dict[str, Any]]:
     """One answer per document, in order; a rule has none for a conversation without `chat`."""
+    from qwen_scope.text import windows
+
     done = 0
     for documents in windows(corpus, any_kind=scope is None or chat is not None):
         where = [
             {"source": d.source, "row": d.row, **({"id": d.meta["id"]} if "id" in d.meta else {})} for d in documents
         ]
         if scope is None:
-            scores = loaded.scores([text_of(document) for document in documents])
+            scores = loaded.scores([document.plain for document in documents])
             yield from ({**w, "label": bool(s > 0), "score": float(s)} for w, s in zip(where, scores, strict=True))
         else:
             yield from label_window(loaded, scope, documents, where, chat)
@@ -208,29 +207,6 @@ def answers_of(rule: Rule, scope: Scope, documents: list[Document], chat: Chat |
     return [found.get(i) or Answer(i, False, 0.0, (), ()) for i in range(1, len(documents) + 1)]
 
 
-def windows(corpus: Corpus, *, any_kind: bool) -> Iterator[list[Document]]:
-    """The documents, some hundred at a time; conversations are passed over and counted unless they are taken too."""
-    from qwen_scope.text import NO_CHAT, tell_unused
-
-    stream, left_out, taken = iter(corpus), 0, 0
-    while some := list(islice(stream, WINDOW)):
-        kept = [one for one in some if any_kind or isinstance(one.text, str)]
-        left_out, taken = left_out + len(some) - len(kept), taken + len(kept)
-        if kept:
-            yield kept
-    if left_out and taken:
-        tell_unused({NO_CHAT: left_out}, left_out + taken, corpus.name)
-    elif left_out:
-        raise InputError(f"{corpus.name} holds nothing but conversations; with --chat default they are read")
-
-
-def text_of(document: Document) -> str:
-    """The text of a document; messages one after the other."""
-    if isinstance(document.text, str):
-        return document.text
-    return "\n".join(message["content"] for message in document.text)
-
-
 @app.command()
 @partial(grouped, without=["asked.counted"])
 def distil(
@@ -249,11 +225,10 @@ def distil(
 
     A fifth of the documents is held out: there the student is compared with the rule, and both with the truth.
     """
-    import numpy as np
-
-    from qwen_scope.analysis import Result, Rule, Student, rates_table
+    from qwen_scope.analysis import Rule, as_truth
+    from qwen_scope.analysis import distil as run
     from qwen_scope.files import check_output
-    from qwen_scope.stats import rates
+    from qwen_scope.text import windows
 
     check_output(student, rule, *options.files(source), *options.folders_of(asked))
     loaded = Rule.load(rule)
@@ -263,44 +238,9 @@ def distil(
     with output.progress() as bar:
         for documents in windows(corpus, any_kind=reading.chat is not None):
             labels += [answer.label for answer in answers_of(loaded, scope, documents, reading.chat)]
-            texts += [text_of(document) for document in documents]
-            true += [truth_of(document, truth) for document in documents] if truth else []
+            texts += [document.plain for document in documents]
+            true += [as_truth(document, truth) for document in documents] if truth else []
             bar("labelling", corpus.progress or 0.0, f"{len(texts):,} documents")
-    y = np.array(labels, dtype=bool)
-    order = np.random.default_rng(seed).permutation(len(texts))
-    held, kept = np.sort(order[: len(order) // 5]), np.sort(order[len(order) // 5 :])
-    made = Student.fit([texts[i] for i in kept], y[kept], {"rule": loaded.name, "documents": len(kept)})
-    scores = made.scores([texts[i] for i in held])
-    results = {"student, rule's labels": rates(scores > 0, y[held], scores)}
-    if truth:
-        real = np.array(true, dtype=bool)[held]
-        results["rule, truth"] = rates(y[held], real)
-        results["student, truth"] = rates(scores > 0, real, scores)
+    made, result = run(loaded.name, texts, labels, true if truth else None, seed=seed)
     made.save(student)
-    agreement = float((y[held] == (scores > 0)).mean())
-    data = {"documents": len(texts), "held_out": len(held), "agreement": agreement, "student": str(student)}
-    data["results"] = {said: asdict(one) for said, one in results.items()}
-    note = f"the student agrees with the rule on {agreement:.1%} of {len(held)} held-out documents"
-    if truth:
-        lost = results["rule, truth"].f1.estimate - results["student, truth"].f1.estimate
-        note += f"; against the truth its F1 is {'lower' if lost > 0 else 'higher'} by {abs(lost):.3f}"
-        data["lost_f1"] = lost
-    show_result("Student", Result(data, rates_table("On held-out documents", results), (), (note,)), None, as_json)
-
-
-def truth_of(document: Document, column: str) -> bool:
-    """The true label of a document."""
-    value = document.meta.get(column)
-    known = {
-        True: True,
-        False: False,
-        "true": True,
-        "false": False,
-        "1": True,
-        "0": False,
-        "True": True,
-        "False": False,
-    }
-    if value not in known:
-        raise InputError(f"row {document.row} of {document.source} has {value!r} in {column!r}, not true or false")
-    return known[value]
+    show_result("Student", replace(result, data={**result.data, "student": str(student)}), None, as_json)

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
-from qwen_scope.errors import InputError, NotFoundError, nearest
+from qwen_scope.errors import InputError
 from qwen_scope.scope import ScopeOptions
 from qwen_scope.text import CorpusOptions
 
 from . import options, output
 from .analyze import show_result
 from .groups import LINES, grouped
-
-if TYPE_CHECKING:
-    from qwen_scope.text import Corpus
 
 FEWEST = 4  # documents of a class, so that some teach and some are held out
 SCOPE = ScopeOptions()
@@ -52,7 +49,7 @@ def transfer(
     """
     from qwen_scope.analysis import across, by_language, datasets_of
     from qwen_scope.scope import ExtractOptions
-    from qwen_scope.text import tell_unused
+    from qwen_scope.text import lab_corpus, tell_unused
 
     what, sign, value = (part.strip() for part in wanted.partition("="))
     if not (what and sign and value):
@@ -73,27 +70,6 @@ def transfer(
     with output.status("comparing classifiers"):
         result = across(languages, top=top, shared=shared, seed=seed)
     show_result(f"{wanted} across {groups}", add_notes(result, left_out), out, as_json)
-
-
-def lab_corpus(what: str, value: str, groups: str, each: int, seed: int) -> Corpus:
-    """Talk of the lab in every language: a number of documents of one register, and as many of the others together."""
-    from qwen_scope.lab import LANGUAGES, REGISTERS, documents
-    from qwen_scope.text import Corpus
-
-    if (what, groups) != ("register", "language"):
-        raise InputError(
-            f"the lab has registers in languages: --positive register=rude, not {what}={value} in {groups}"
-        )
-    if value not in REGISTERS:
-        raise NotFoundError(f"the lab has no register {value!r}; {nearest(value, REGISTERS)}")
-    others = tuple(register for register in REGISTERS if register != value)
-    rows = [
-        {"text": d.text, "language": d.language, "register": d.register}
-        for language in LANGUAGES
-        for registers in ((value,), others)
-        for d in documents("train", seed, each, ["talk"], [language], registers)
-    ]
-    return Corpus(rows, name=f"lab:{value}:{each}:{seed}")
 
 
 def add_notes(result: Any, notes: list[str]) -> Any:

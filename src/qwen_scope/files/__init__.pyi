@@ -13,5 +13,6 @@ from .whole import check_output as check_output
 from .whole import digest_of as digest_of
 from .whole import not_onto_itself as not_onto_itself
 from .whole import room as room
+from .whole import temporary_folder as temporary_folder
 from .whole import write_text as write_text
 from .whole import write_whole as write_whole

@@ -295,12 +295,36 @@ def room(folder: str | os.PathLike[str], kept: str = "everything up to here") ->
             yield
     except InputError as error:
         cause = error.__cause__
-        if isinstance(cause, OSError) and (cause.errno in FULL or "No space left" in str(cause)):
+        if _is_full(cause):
             raise InputError(
                 f"no room to write to {folder}: the disk is full or a limit is reached; {kept} is kept, so make room"
                 " and run the same command again"
             ) from cause
         raise
+
+
+@contextmanager
+def temporary_folder() -> Iterator[Path]:
+    """A folder that is gone afterwards; where it fills the disk, the error says that nothing is kept.
+
+    Raises:
+        InputError: the disk is full.
+    """
+    with tempfile.TemporaryDirectory(prefix="qwen-scope-") as folder:
+        try:
+            yield Path(folder)
+        except InputError as error:
+            if _is_full(cause := error.__cause__):
+                raise InputError(
+                    f"no room for what is read, which lies in {Path(folder).parent} while the command runs: the disk is"
+                    " full or a limit is reached; make room there, or name another folder with TMPDIR=FOLDER, and run"
+                    " the same command again"
+                ) from cause
+            raise
+
+
+def _is_full(cause: BaseException | None) -> bool:
+    return isinstance(cause, OSError) and (cause.errno in FULL or "No space left" in str(cause))
 
 
 def make_folder(folder: Path) -> list[Path]:

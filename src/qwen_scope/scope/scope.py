@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, overload
@@ -14,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from qwen_scope.errors import InputError, MismatchError, NotFoundError
+from qwen_scope.files import temporary_folder
 from qwen_scope.model import (
     HookPoint,
     LoadedModel,
@@ -271,10 +271,11 @@ class Scope:
         """
         corpus = source if isinstance(source, Corpus) else Corpus.of(source, reading or CorpusOptions())
         options = replace(options or ExtractOptions(chat=reading.chat if reading else None), pool=("mean",))
-        with tempfile.TemporaryDirectory(prefix="qwen-scope-") as folder:
-            where = os.path.join(folder, "s")
-            with self.extract(corpus, where, options, layers=layers, engine=engine, progress=progress) as store:
-                return Firings.of(store, name or corpus.name, features)
+        with (
+            temporary_folder() as folder,
+            self.extract(corpus, folder / "s", options, layers=layers, engine=engine, progress=progress) as store,
+        ):
+            return Firings.of(store, name or corpus.name, features)
 
     def feature_target(self, layer: int, feature: int) -> Target:
         """A target for sweeps and verdicts: the mean activation of a feature over the tokens of each text that count.

@@ -11,6 +11,7 @@ from .document import meta_json as meta_json
 from .generated import GenerationPhases as GenerationPhases
 from .lab import conditions as conditions
 from .lab import is_lab as is_lab
+from .lab_corpus import lab_corpus as lab_corpus
 from .options import CHATS as CHATS
 from .options import UNITS as UNITS
 from .options import Chat as Chat
@@ -42,3 +43,4 @@ from .usable import PassOver as PassOver
 from .usable import as_read as as_read
 from .usable import only_text as only_text
 from .usable import usable as usable
+from .windows import windows as windows

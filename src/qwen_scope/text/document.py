@@ -29,6 +29,11 @@ class Document:
     source: str = ""
     row: int = 0
 
+    @property
+    def plain(self) -> str:
+        """Its text; of a conversation the contents of its messages, one after the other."""
+        return self.text if isinstance(self.text, str) else "\n".join(message["content"] for message in self.text)
+
 
 @dataclass(frozen=True)
 class Unreadable:
