@@ -20,6 +20,10 @@ if [ ! -f "$venv/.ready" ]; then
   printf 'Metadata-Version: 2.1\nName: vllm\nVersion: 0.32.0+cpu\n' >"$site/vllm-0.32.0+cpu.dist-info/METADATA"
   touch "$venv/.ready"
 fi
+if [ pyproject.toml -nt "$venv/.ready" ]; then # the entry points are read from what is installed
+  "$bin/python" -m pip --disable-pip-version-check install -q --no-deps -e .
+  touch "$venv/.ready"
+fi
 
 work="$(mktemp -d)"
 trap 'rm -rf "$work"' EXIT

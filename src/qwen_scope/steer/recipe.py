@@ -120,13 +120,8 @@ class Recipe:
             if one.feature is not None:
                 one.check(None if saes is None else saes[one.layer])
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write it as `.json` or `.yaml`.
-
-        Raises:
-            InputError: another ending.
-        """
-        target = _kind(path)
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, as they stand in a file."""
         data = {
             "version": VERSION,
             "name": self.name,
@@ -138,6 +133,15 @@ class Recipe:
         }
         if self.counted:
             data["counted"] = {at: one.to_json() for at, one in self.counted.items()}
+        return data
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write it as `.json` or `.yaml`.
+
+        Raises:
+            InputError: another ending.
+        """
+        target, data = _kind(path), self.to_json()
         if target.suffix == ".json":
             text = json.dumps(data, ensure_ascii=False, indent=2, allow_nan=False)
         else:

@@ -4,8 +4,8 @@
 
 Ten prompts, 32 greedy tokens. The recipe adds one feature of each layer and a random direction between them. It holds
 if the greedy tokens are the same for at least nine prompts, or if the mean absolute difference of the log-probabilities
-of the toolkit's own tokens is within the 95% interval, over prompts, of that difference without steering. Beside it, the
-same vectors one layer early and one layer late.
+of the toolkit's own tokens is within the 95% interval, over prompts, of that difference without steering. Beside it,
+the same vectors one layer early and one layer late.
 """
 
 import argparse
@@ -94,16 +94,16 @@ def llama(given, vector: str, ids: list[list[int]], ours: list[dict], folder: st
 
 def compared(ours: list[dict], theirs: list[dict]) -> dict:
     """How many prompts have the same greedy tokens, and the difference of log-probabilities in nats."""
-    pairs = list(zip(ours, theirs, strict=True))
-    of_prompt = np.array(
-        [np.abs(np.subtract(a["log_probabilities"], b["log_probabilities"])).mean() for a, b in pairs]
-    )
+    each = [
+        np.abs(np.subtract(a["log_probabilities"], b["log_probabilities"])) for a, b in zip(ours, theirs, strict=True)
+    ]
+    of_prompt = np.array([one.mean() for one in each])
     drawn = np.random.default_rng(0).choice(of_prompt, (10_000, len(of_prompt))).mean(-1)
     return {
-        "same": sum(a["text"] == b["greedy"] for a, b in pairs),
+        "same": sum(a["text"] == b["greedy"] for a, b in zip(ours, theirs, strict=True)),
         "mean": float(of_prompt.mean()),
         "interval": np.quantile(drawn, [0.025, 0.975]).tolist(),
-        "largest": float(max(np.abs(np.subtract(a["log_probabilities"], b["log_probabilities"])).max() for a, b in pairs)),
+        "largest": float(max(one.max() for one in each)),
     }
 
 

@@ -1,0 +1,235 @@
+"""A real server over HTTP: the toolkit's tokens and features, streams, recipes, refusals, clients that leave."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import cases
+import fuzz_http
+import httpx
+import openai
+import pytest
+
+import qwen_scope
+from qwen_scope.serve import FIELD, ServeSettings
+
+ROOT = Path(__file__).parents[3]
+LAB = Path(qwen_scope.__file__).parent / "assets" / "lab"
+KEY = {"x-qwen-scope-key": "writes"}
+ENDS = (4091, 4092)  # the lab's end of a text, which the toolkit leaves out
+RECIPE = {
+    "version": 1, "name": "given", "model": "qwen3, 6 layers of 128", "group": None, "provenance": "by hand",
+    "effect": {},
+    "interventions": [{"hook_point": "layers.4.resid_post", "op": "add", "feature": 17, "amount": 6.0}],
+}  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of a server of the lab with every layer, and a folder for recipes."""
+    folder = tmp_path_factory.mktemp("server")
+    settings = ServeSettings(
+        sae=str(LAB / "sae"), layers=tuple(range(6)), feature_layers=(4,), read_layers=(4, 5),
+        recipes=str(folder / "recipes"),
+    )  # fmt: skip
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    argv = [
+        str(Path(sys.executable).with_name("vllm")), "serve", str(LAB / "model"), "--served-model-name", "lab",
+        "--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--max-model-len", "256",
+        "--block-size", "32", "--max-num-seqs", "16", "--kv-cache-memory-bytes", str(64 * 2**20), "--enforce-eager",
+        "--api-key", "reads",
+        "--additional-config", json.dumps({FIELD: settings.to_json()}),
+        "--worker-extension-cls", "qwen_scope.serve.seam_worker.WorkerExtension",
+        "--middleware", "qwen_scope.serve.http.Middleware",
+    ]  # fmt: skip
+    env = os.environ | {
+        "VLLM_PLUGINS": "qwen_scope", "QWEN_SCOPE_RECIPE_KEY": "writes", "VLLM_NO_USAGE_STATS": "1",
+        "HF_HUB_OFFLINE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1",
+    }  # fmt: skip
+    url, log = f"http://127.0.0.1:{port}", folder / "log"
+    with log.open("w") as out:
+        process = subprocess.Popen(argv, env=env, stdout=out, stderr=subprocess.STDOUT)
+        try:
+            until = time.monotonic() + 240
+            while not up(url):
+                assert process.poll() is None, log.read_text()[-3000:]
+                assert time.monotonic() < until, log.read_text()[-3000:]
+                time.sleep(0.5)
+            yield url
+        finally:
+            process.terminate()
+            process.wait(60)
+
+
+def up(url: str) -> bool:
+    try:
+        return httpx.get(f"{url}/health").status_code == 200
+    except httpx.TransportError:
+        return False
+
+
+@pytest.fixture(scope="session")
+def http(server: str) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=server, timeout=120, headers={"authorization": "Bearer reads"}) as client:
+        yield client
+
+
+@pytest.fixture(scope="session")
+def client(server: str) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{server}/v1", api_key="reads", max_retries=0)
+
+
+def body_of(ask: Any) -> dict[str, Any]:
+    """What a client writes for an ask."""
+    return {FIELD: {"interventions": [one.to_json() for one in ask.interventions]}} if ask else {}
+
+
+def tokens(choice: Any) -> list[int]:
+    return [one for one in choice.model_extra["token_ids"] if one not in ENDS]
+
+
+def test_every_case_at_once_gives_the_toolkit_s_tokens(client: openai.OpenAI, known: dict[str, Any]) -> None:
+    plain = [one for one in known["cases"] if one.ask is None or one.ask.phases is None]
+    assert len(plain) > 150
+
+    def ask(case: Any) -> bool:
+        out = client.completions.create(
+            model="lab", prompt=case.ids, temperature=0, max_tokens=cases.NEW,
+            extra_body={"return_token_ids": True, **body_of(case.ask)},
+        )  # fmt: skip
+        return tokens(out.choices[0]) == case.tokens
+
+    with ThreadPoolExecutor(24) as pool:
+        right = list(pool.map(ask, plain))
+    assert right.count(False) == 0
+
+
+def test_chats_know_their_phases(client: openai.OpenAI, known: dict[str, Any]) -> None:
+    chats = [one for one in known["cases"] if one.ask is not None and one.ask.phases is not None]
+    assert len(chats) == 2 * len(cases.PHASES) * len(cases.CHATS)
+    for i, case in enumerate(chats):
+        out = client.chat.completions.create(
+            model="lab", messages=[{"role": "user", "content": cases.CHATS[i % len(cases.CHATS)]}], temperature=0,
+            max_tokens=cases.NEW, extra_body={"return_token_ids": True, **body_of(case.ask)},
+        )  # fmt: skip
+        assert out.model_extra["prompt_token_ids"] == case.ids
+        assert tokens(out.choices[0]) == case.tokens, case.name
+
+
+def test_features_come_with_every_choice(client: openai.OpenAI, known: dict[str, Any]) -> None:
+    read = {"layers": [4], "top": 5, "where": "all"}
+    out = client.completions.create(
+        model="lab", prompt=known["ids"][:3], n=2, temperature=1, max_tokens=5, seed=0,
+        extra_body={"return_token_ids": True, FIELD: {"read": read}},
+    )  # fmt: skip
+    found = out.model_extra[FIELD]["activations"]
+    assert [one["choice"] for one in found] == list(range(6)) == [one.index for one in out.choices]
+    for one in found:
+        layer, features = one["layers"]["4"], known["features"]["4"][one["choice"] // 2]
+        length = len(features[0])
+        made = len(out.choices[one["choice"]].model_extra["token_ids"])
+        assert layer["positions"] == list(range(length + made - 1)), "the last token is not computed"
+        for position in range(length):
+            assert layer["features"][position] == features[0][position][:5]
+            assert layer["values"][position] == pytest.approx(features[1][position][:5], abs=1e-4)
+
+
+def test_a_stream_ends_with_the_same_activations(client: openai.OpenAI) -> None:
+    asked: dict[str, Any] = {
+        "model": "lab", "messages": [{"role": "user", "content": cases.CHATS[0]}], "temperature": 0, "max_tokens": 8,
+        "extra_body": {FIELD: {"interventions": RECIPE["interventions"],
+                               "read": {"layers": [5], "where": "generated"}}},
+    }  # fmt: skip
+    whole = client.chat.completions.create(**asked)
+    text, events = "", []
+    for chunk in client.chat.completions.create(**asked, stream=True):
+        text += "".join(one.delta.content or "" for one in chunk.choices)
+        events += [chunk.model_extra[FIELD]] if FIELD in (chunk.model_extra or {}) else []
+    assert text == whole.choices[0].message.content
+    assert events == [whole.model_extra[FIELD]]
+    assert len(events[0]["activations"][0]["layers"]["5"]["positions"]) == 7
+
+
+def test_recipes_are_written_with_their_key_named_and_deleted(http: httpx.Client, client: openai.OpenAI) -> None:
+    where = "/v1/qwen_scope/recipes/loud"
+    for headers in ({}, {"x-qwen-scope-key": "reads"}, {"x-qwen-scope-key": ""}):
+        assert http.put(where, json=RECIPE, headers=headers).status_code == 403
+    assert http.get("/v1/qwen_scope/recipes", headers={"authorization": ""}).status_code == 401
+    made = http.put(where, json=RECIPE, headers=KEY)
+    assert made.status_code == 200, made.text
+    assert http.get(where).json() == {**RECIPE, "name": "loud", "interventions": [
+        {**RECIPE["interventions"][0], "unit": "raw", "where": "all"}]}  # fmt: skip
+    assert [one["name"] for one in http.get("/v1/qwen_scope/recipes").json()["data"]] == ["loud"]
+
+    def text(**field: Any) -> str:
+        out = client.completions.create(
+            model="lab", prompt=cases.PROMPTS[0], temperature=0, max_tokens=16, extra_body={FIELD: field}
+        )
+        return out.choices[0].text
+
+    assert text(recipe="loud") == text(interventions=RECIPE["interventions"]) != text()
+    yaml = json.dumps({**RECIPE, "interventions": [{**RECIPE["interventions"][0], "amount": 0.0}]}).encode()
+    assert http.put(where, content=yaml, headers={**KEY, "content-type": "application/yaml"}).status_code == 200
+    assert text(recipe="loud") == text(), "a new recipe under the name acts at once"
+    bad = {**RECIPE, "interventions": [{**RECIPE["interventions"][0], "op": "clamp", "hook_point": "layer3"}]}
+    for data in (bad, {**RECIPE, "model": "other"}, {**RECIPE, "version": 9}, [], {"a": 1}):
+        answer = http.put(where, json=data, headers=KEY)
+        assert (answer.status_code, "\n" in answer.json()["error"]["message"]) == (400, False), answer.text
+    for name in ("..%2f..%2fx", ".hidden", "a%2fb", "x" * 300):
+        assert http.put(f"/v1/qwen_scope/recipes/{name}", json=RECIPE, headers=KEY).status_code == 400
+    assert http.delete(where).status_code == 403
+    assert http.delete(where, headers=KEY).json() == {"name": "loud", "deleted": True}
+    assert http.delete(where, headers=KEY).status_code == http.get(where).status_code == 404
+    with pytest.raises(openai.BadRequestError, match="there is no recipe 'loud'"):
+        text(recipe="loud")
+
+
+def test_elsewhere_the_field_is_refused(http: httpx.Client) -> None:
+    for path in ("/v1/responses", "/tokenize", "/v1/embeddings"):
+        answer = http.post(path, json={"model": "lab", "input": "x", FIELD: {"recipe": "loud"}})
+        assert answer.status_code == 400
+        assert "it is served at /v1/completions and /v1/chat/completions" in answer.json()["error"]["message"]
+
+
+def test_clients_that_leave_take_their_activations_with_them(http: httpx.Client) -> None:
+    asked = {"model": "lab", "prompt": cases.PROMPTS[0], "max_tokens": 200, "ignore_eos": True, "stream": True,
+             FIELD: {"read": {"layers": [4]}}}  # fmt: skip
+    for _ in range(4):
+        with http.stream("POST", "/v1/completions", json=asked) as answer:
+            assert next(answer.iter_lines()).startswith("data: ")
+    until = time.monotonic() + 30
+    while (worker := http.get("/v1/qwen_scope/status").json()["workers"][0])["held"]:
+        assert time.monotonic() < until, worker
+        time.sleep(0.5)
+
+
+def test_the_examples_of_the_documentation_run(server: str, capsys: pytest.CaptureFixture[str]) -> None:
+    page = (ROOT / "docs" / "serve-http.md").read_text().replace("http://127.0.0.1:8000", server).replace("EMPTY", "reads")
+    found = re.findall(r"^```(bash|py)\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    assert [kind for kind, _ in found] == ["bash", "py", "py", "bash"]
+    names: dict[str, Any] = {}
+    for kind, code in found:
+        if kind == "py":
+            exec(compile(code, "serve-http.md", "exec"), names)
+            assert "678" in capsys.readouterr().out if "stream = " in code else capsys.readouterr().out
+            continue
+        env = os.environ | {"VLLM_API_KEY": "reads", "QWEN_SCOPE_RECIPE_KEY": "writes"}
+        out = subprocess.run(["bash", "-e", "-c", code], env=env, capture_output=True, text=True, check=True).stdout
+        assert "error" not in out, out
+        assert "activations" in out or '"deleted": true' in out, out
+
+
+def test_hostile_requests(server: str) -> None:
+    fuzz_http.fuzz(server, 100, headers={"authorization": "Bearer reads"})
