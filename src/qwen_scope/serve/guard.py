@@ -80,7 +80,8 @@ BLOCK_KEYS = Seam(
     "generate_block_hash_extra_keys",
     ("request", "start_token_idx", "end_token_idx", "start_mm_idx"),
 )
-CORE_INIT = Seam("vllm.v1.engine.core", "EngineCore.__init__", ("self", "vllm_config", "*rest"))
+# An engine in a process of its own loads plugins while it is made: too late for the engine's own __init__.
+CORE_INIT = Seam("vllm.v1.core.sched.scheduler", "Scheduler.__init__", ("self", "vllm_config", "*rest"))
 PREPARE_V1 = Seam(
     "vllm.v1.worker.gpu_model_runner",
     "GPUModelRunner._prepare_inputs",

@@ -46,6 +46,9 @@ class Middleware:
         body = await _whole(receive)
         if body is None:
             return
+        if not _may_hold(body):
+            await self.app(scope, _again(body, receive), send)
+            return
         state = scope["app"].state
         try:
             found = await asyncio.to_thread(_asked, scope["path"], body, state.engine_client.vllm_config)
@@ -125,15 +128,17 @@ async def _drop(engine: Any, ticket: str) -> None:
     await engine.collective_rpc("qwen_scope_take", args=(ticket,))
 
 
+def _may_hold(body: bytes) -> bool:
+    """Whether a body may have the field: escaped, or in UTF-16 or UTF-32, its name looks different."""
+    return FIELD.encode() in body or b"\\u" in body or b"\0" in body
+
+
 def _with_field(body: bytes) -> dict[str, Any] | None:
     """A body that has the field, itself or in its `vllm_xargs`; None for one that has not.
 
     Raises:
-        FormatError: it may have it, and is too large or can't be read.
+        FormatError: it is too large or can't be read.
     """
-    # escaped, or in UTF-16 or UTF-32, the name looks different
-    if FIELD.encode() not in body and b"\\u" not in body and b"\0" not in body:
-        return None
     if len(body) > MOST_BYTES:
         raise FormatError(f"the body has {len(body):,} bytes, of which {MOST_BYTES:,} are read with this field")
     try:

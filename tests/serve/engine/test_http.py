@@ -39,7 +39,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The address of a server of the lab with every layer, and a folder for recipes."""
     folder = tmp_path_factory.mktemp("server")
     settings = ServeSettings(
-        sae=str(LAB / "sae"), layers=tuple(range(6)), feature_layers=(4,), read_layers=(4, 5),
+        sae=str(LAB / "sae"), layers=tuple(range(6)), feature_layers=(2, 4), read_layers=(4, 5),
         recipes=str(folder / "recipes"),
     )  # fmt: skip
     with socket.socket() as free:
