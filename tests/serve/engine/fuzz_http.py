@@ -1,11 +1,12 @@
 """Hostile requests over HTTP: each is answered with 400 and one sentence, and the server answers as before afterwards.
 
-`python tests/serve/engine/fuzz_http.py URL [COUNT]` asks a running server of the lab.
+`python tests/serve/engine/fuzz_http.py URL [COUNT]` asks a running server of the lab; its key stands in `VLLM_API_KEY`.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import random
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -123,4 +124,5 @@ def fuzz(url: str, count: int, seed: int = 0, headers: Mapping[str, str] | None 
 
 
 if __name__ == "__main__":
-    print(fuzz(sys.argv[1], int(sys.argv[2]) if len(sys.argv) > 2 else 1000))
+    key = {"authorization": f"Bearer {os.environ.get('VLLM_API_KEY', '')}"}
+    print(fuzz(sys.argv[1], int(sys.argv[2]) if len(sys.argv) > 2 else 1000, headers=key))
