@@ -132,7 +132,8 @@ def test_activations_come_by_choice_and_once(admission) -> None:
 
 
 def test_a_stream_has_them_before_its_end(admission) -> None:
-    pieces = (b'data: {"id":"a","model":"m","choices":[{"index":0}]}\n\n', b"data: [DONE]\n\n")
+    said = b'data: {"id":"a","model":"m","choices":[{"text":"data: [DONE]"}]}\n\n'  # a text is not the end
+    pieces = (said, b"data: [DONE]\n\n")
     server = Server(admission, pieces=pieces, kind="text/event-stream; charset=utf-8")
     server.read = [{"chatcmpl-ab-0a1b2c3d": {"4": {}}}]
     _, answer = server.post({"stream": True, FIELD: {"read": {"layers": [4]}}}, "/v1/chat/completions")

@@ -11,7 +11,8 @@ from qwen_scope.errors import FormatError
 
 from .protocol import FIELD, canonical
 
-DONE = b"data: [DONE]"
+DONE = re.compile(rb"^data: \[DONE\]", re.MULTILINE)
+"""The end of a stream: at the beginning of a line, as a text that holds these characters has them within one."""
 
 # vLLM's own names of the requests behind one answer: sample k of prompt i of a completion, sample k of a chat.
 _COMPLETION = re.compile(r"(?:(\d+)_)?cmpl-.*-(\d+)-[0-9a-f]+")

@@ -101,10 +101,10 @@ class _Answer:
 
     async def _with_event(self, piece: bytes) -> bytes:
         self._chunk = self._chunk or answers.chunk_of(piece)
-        before, done, after = piece.partition(answers.DONE)
-        if not done or self.taken:
+        end = answers.DONE.search(piece)
+        if end is None or self.taken:
             return piece
-        return before + answers.event(await self._found(), self._chunk) + done + after
+        return piece[: end.start()] + answers.event(await self._found(), self._chunk) + piece[end.start() :]
 
     async def _collect(self, message: Message) -> None:
         self._parts.append(message.get("body", b""))

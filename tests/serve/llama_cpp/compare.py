@@ -2,7 +2,7 @@
 
     compare.py ENV MODEL.gguf SAE [--layers 6,18] [--amount 0.4]
 
-Ten prompts, 32 greedy tokens. The recipe adds one feature of each layer and a random direction between them. It holds
+Ten prompts, 16 greedy tokens. The recipe adds one feature of each layer and a random direction between them. It holds
 if the greedy tokens are the same for at least nine prompts, or if the mean absolute difference of the log-probabilities
 of the toolkit's own tokens is within the 95% interval, over prompts, of that difference without steering. Beside it,
 the same vectors one layer early and one layer late.
@@ -25,7 +25,7 @@ PROMPTS = [
     "def mean(values):\n", "The committee met on Tuesday to", "My favourite book is", "In 1969 the first",
     "The difference between a cat and a dog is", "Dear Sir or Madam,\n",
 ]  # fmt: skip
-STEPS = 32
+STEPS = 16
 
 
 def main() -> None:

@@ -16,7 +16,8 @@ class Llama:
     def __init__(self, shim: str, model: str, vector: str, context: int) -> None:
         ctypes.CDLL(xllamacpp.xllamacpp.__file__, ctypes.RTLD_GLOBAL)  # all of llama.cpp's symbols
         self.shim = ctypes.CDLL(shim)
-        self.vocabulary = self.shim.qs_open(model.encode(), vector.encode(), context, 2)
+        threads = 1  # of several, those that wait for the others spin
+        self.vocabulary = self.shim.qs_open(model.encode(), vector.encode(), context, threads)
         if not self.vocabulary:
             sys.exit(f"llama.cpp does not open {model} with {vector or 'no control vector'}")
 
