@@ -34,13 +34,13 @@ def distil(
     Raises:
         InputError: as many texts as labels are needed, of both classes among those that teach.
     """
-    if not len(texts) == len(labels) == len(texts if truth is None else truth):
+    if len({len(texts), len(labels), len(labels) if truth is None else len(truth)}) > 1:
         raise InputError(f"there are {len(texts)} texts and {len(labels)} labels; give one label per text")
     y = np.array(labels, dtype=bool)
     order = np.random.default_rng(seed).permutation(len(texts))
     held, kept = np.sort(order[: len(order) // HELD_OUT]), np.sort(order[len(order) // HELD_OUT :])
-    made = Student.fit([texts[i] for i in kept], y[kept], {"rule": name, "documents": len(kept)})
-    scores = made.scores([texts[i] for i in held])
+    made = Student.fit([texts[i] for i in kept.tolist()], y[kept], {"rule": name, "documents": len(kept)})
+    scores = made.scores([texts[i] for i in held.tolist()])
     results = {"student, rule's labels": rates(scores > 0, y[held], scores)}
     if truth is not None:
         real = np.array(truth, dtype=bool)[held]
