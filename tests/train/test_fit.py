@@ -153,6 +153,7 @@ def test_the_features_that_move_are_found(lab: LoadedModel, sae: SAE, rows: list
         other = dense * (torch.rand(200, 50, generator=g) > 0.02)
         other[:, 7] = 0
         other[:, 11] *= 3
+        other[:, 13] = 2 * dense[:, 13]  # on the same tokens
         places = torch.arange(200) // 10 + 20 * batch
         sums.add(FeatureActs.from_dense(dense), FeatureActs.from_dense(other), places)
         fired += np.stack([(side > 0).sum(0).numpy() for side in (dense, other)])
@@ -166,7 +167,9 @@ def test_the_features_that_move_are_found(lab: LoadedModel, sae: SAE, rows: list
     assert 11 in [one.feature for one in sums.result(50).features]
     eleven = next(one for one in sums.result(50).features if one.feature == 11)
     assert eleven.q_mean < 1e-6
+    assert len(sums.result(50).features) == found.moved
     for one in sums.result(50).features:
+        assert min(one.q_rate, one.q_mean) <= 0.05  # those that move in their amount alone come before those that don't
         got = (one.rate_base, one.rate_post, one.mean_base, one.mean_post)
         want = (fired[0, one.feature], fired[1, one.feature], amounts[0, one.feature], amounts[1, one.feature])
         assert got == pytest.approx([value / n for value in want])

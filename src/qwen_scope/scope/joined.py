@@ -42,6 +42,7 @@ class Joined:
         source: where the SAEs are read from.
         variants: whether a variant of the SAEs' model (base or post-trained) is odd, too; it is not where two variants
             are what is compared.
+        measured: whether the pair is being measured now: then neither names nor an earlier verdict are said.
 
     Attributes:
         notes: what is odd about the pair, each also given once as a `QwenScopeWarning`.
@@ -49,8 +50,9 @@ class Joined:
             all layers that were measured together, and is a note and a warning if it is `do not use`.
     """
 
-    def __init__(self, loaded: LoadedModel, source: str, *, variants: bool = True) -> None:
+    def __init__(self, loaded: LoadedModel, source: str, *, variants: bool = True, measured: bool = False) -> None:
         self.model, self.name, self.source, self.variants = loaded.model, loaded.name, source, variants
+        self.measured = measured
         self.notes: tuple[str, ...] = ()
         self.verdicts: dict[int, Verdict] = {}
         self._said: set[str] = set()
@@ -73,6 +75,8 @@ class Joined:
         if point.layer >= depth:
             raise MismatchError(f"{sae.identity} reads {point}, but {self.name} has {depth} layers, counted from 0")
         check_stream(sae, self.model, point)
+        if self.measured:
+            return sae
         with self._lock:
             verdict = recall(sae.identity.fingerprint, self.fingerprint) if self.variants else None
             if verdict is None:

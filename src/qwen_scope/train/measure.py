@@ -117,7 +117,7 @@ def _alone(run: EvalRun, progress: Progress | None) -> EvalResult:
     assert run.post is not None, "checked by EvalRun"
     source = resolve(run.post, run.sae)[1]
     post = load_model(model_source(run.post), device=run.device, dtype=run.dtype)
-    saes = saes_of(run, source, post, variants=False)
+    saes = saes_of(run, source, post, measured=True)
     texts, held_out = texts_of(run, saes)
     rows = texts.packed(post)
     return with_post(run, EvalResult(source, {}, {}, Counted(), held_out), None, post, saes, texts, rows, progress)
@@ -183,10 +183,10 @@ def keep(
     return [path for path in map(remember, made) if path is not None]
 
 
-def saes_of(run: EvalRun, source: str, loaded: LoadedModel, *, variants: bool = True) -> dict[HookPoint, SAE]:
+def saes_of(run: EvalRun, source: str, loaded: LoadedModel, *, measured: bool = False) -> dict[HookPoint, SAE]:
     """The SAEs of the chosen layers, on the model's device."""
     layers = layers_of(source) if run.layers is None else list(run.layers)
-    joined = Joined(loaded, source, variants=variants)
+    joined = Joined(loaded, source, measured=measured)
     saes = [(layer, joined.meet(layer, load_sae(source, layer, device=loaded.model.device))) for layer in layers]
     return {HookPoint.read_by(sae.hook_point, layer): sae for layer, sae in saes}
 
@@ -202,7 +202,7 @@ def post_of(run: EvalRun, source: str, loaded: LoadedModel, saes: Mapping[HookPo
     post = load_model(model_source(run.post), device=run.device, dtype=run.dtype)
     if post.tokenizer.get_vocab() != loaded.tokenizer.get_vocab():
         raise InputError(f"{run.model} and {run.post} split text differently, so their tokens can't be compared")
-    joined = Joined(post, source, variants=False)
+    joined = Joined(post, source, measured=True)
     for point, sae in saes.items():
         joined.meet(point.layer, sae)
     return post

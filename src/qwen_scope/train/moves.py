@@ -103,7 +103,7 @@ class MoveSums:
         ])  # fmt: skip
         q = benjamini_hochberg(p[:, tested])
         moved = (q <= LEVEL).any(0)
-        order = np.argsort(-np.abs(change[0][tested]) * moved, kind="stable")[: min(shown, int(moved.sum()))]
+        order = np.lexsort((-np.abs(change[0][tested]), ~moved))[: min(shown, int(moved.sum()))]
         return Moves(len(tested), int(moved.sum()), tuple(self.move(int(tested[i]), q[:, i]) for i in order))
 
     def move(self, feature: int, q: np.ndarray) -> Move:
