@@ -26,3 +26,8 @@ from .reading import Active as Active
 from .reading import Reading as Reading
 from .reading import read as read
 from .recipes import graph_recipe as graph_recipe
+from .scores import Faithfulness as Faithfulness
+from .scores import TracerScores as TracerScores
+from .scores import faithfulness as faithfulness
+from .scores import overlap as overlap
+from .scores import tracer_scores as tracer_scores

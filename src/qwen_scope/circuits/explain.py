@@ -18,6 +18,7 @@ from .effects import Effects, Place, ablated, effects
 from .graph import Edge, Graph, LayerShares, Node, Received, find_ladders
 from .options import Method, WhyOptions, check_method
 from .reading import Reading
+from .scores import tracer_scores
 
 PROMOTED = 3
 
@@ -117,6 +118,7 @@ class _Assembly:
 
     def graph(self, method: Method, agreement: tuple[float, float] | None) -> Graph:
         reading, scope = self.reading, self.reading.scope
+        scores = tracer_scores(reading, [one.place for one in self.chosen], self.edges)
         candidates, received = self.candidates()
         candidates.sort(key=lambda one: -one.matters)
         kept = candidates[: self.options.edges]
@@ -148,6 +150,8 @@ class _Assembly:
             received={receivers[n]: one for n, one in enumerate(received)},
             shares={layer: self.layer_shares(layer) for layer in reading.layers},
             edges_left_out=self.possible - len(kept),
+            replacement=scores.replacement,
+            completeness=scores.completeness,
             agreement=agreement,
         )
 

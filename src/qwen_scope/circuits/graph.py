@@ -136,6 +136,7 @@ class Graph:
         received: by node, for features and the target.
         shares: by layer.
         edges_left_out: edges between nodes that were dropped.
+        replacement, completeness: scores of the graph as circuit-tracer defines them (see `tracer_scores`).
         agreement: Pearson and Spearman correlation of estimated and exact effects, where ablation was asked for.
     """
 
@@ -157,6 +158,8 @@ class Graph:
     received: Mapping[int, Received]
     shares: Mapping[int, LayerShares]
     edges_left_out: int
+    replacement: float
+    completeness: float
     agreement: tuple[float, float] | None = None
 
     @property

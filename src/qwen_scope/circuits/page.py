@@ -64,6 +64,9 @@ def _shares(graph: Graph) -> Markup:
     ]
     columns = ("layer", "features", "left out", "effects kept", "of features left out", "through errors")
     said = f"{graph.edges_left_out:,} edges between these nodes are below the thresholds."
+    said += (
+        f" Replacement {graph.replacement:.2f}, completeness {graph.completeness:.2f}, as circuit-tracer defines them."
+    )
     if graph.agreement is not None:
         n = sum(node.exact is not None for node in graph.nodes)
         pearson, spearman = graph.agreement

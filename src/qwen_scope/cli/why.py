@@ -194,6 +194,9 @@ def print_graph(graph: Graph, n: int) -> None:
     ]
     columns = ("layer", "features", "left out", "effects kept", "left out", "through errors")
     output.show("What is in the graph, by the size of effects", columns, shares)
+    out.print(
+        f"Replacement {graph.replacement:.2f}, completeness {graph.completeness:.2f} (as circuit-tracer defines them)."
+    )
     if graph.agreement is not None:
         pearson, spearman = graph.agreement
         checked = sum(node.exact is not None for node in graph.nodes)
