@@ -99,7 +99,7 @@ def of_digit(seed: int) -> Iterator[tuple[list[int], Quantity]]:
     """Sums that the model gets right, up to their result."""
     tokenizer = lab().tokenizer
     for one in documents(seed=seed, n=4000, kinds=["arithmetic"]):
-        if one.factors["format"] not in ("tight", "spaced"):
+        if one.factors["format"] != "tight":  # in the others a space comes first
             continue
         text = "\n".join(one.text.split("\n")[-3:])
         before = text[: len(text) - len(text.rpartition("=")[2].lstrip())].rstrip(" ")
@@ -231,8 +231,8 @@ def tell(at: At[Sizes], rows: list[Row]) -> str:
     how = f"""`python -m experiments.lab.why --set {at.options["set"]} --write`: prompts of the lab whose answer hangs
         on a known factor; the quantity is the logit of the answer's token less that of the token in its place where the
         factor is another. Medians over prompts: Pearson and Spearman correlation of estimated and exact effects of the
-        {TOP} features with the largest estimates (integrated gradients on {at.sizes.integrated} prompts of each factor);
-        the share of prompts in which ablating the {STRONGEST} strongest
+        {TOP} features with the largest estimates (integrated gradients on {at.sizes.integrated} prompts of each); the
+        share of prompts in which ablating the {STRONGEST} strongest
         (method {CHOSEN}, chosen on other prompts) lowers the quantity more than each of {MATCHED} matched sets; the
         number of features with which half the faithfulness is reached (zero ablation, errors kept) by size of effect,
         by activation and at random; and the median ratio of the first two."""
