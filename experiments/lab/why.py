@@ -233,10 +233,11 @@ def tell(at: At[Sizes], rows: list[Row]) -> str:
     how = f"""`python -m experiments.lab.why --set {at.options["set"]} --write`: prompts of the lab whose answer hangs
         on a known factor; the quantity is the logit of the answer's token less that of the token in its place where the
         factor is another. Medians over prompts: Pearson and Spearman correlation of estimated and exact effects of the
-        {TOP} features with the largest estimates (integrated gradients on {at.sizes.integrated} of every {at.sizes.prompts}
-        prompts); the share of prompts in which ablating the {STRONGEST} strongest (method {CHOSEN}, chosen on other prompts) lowers the quantity more than each of {MATCHED} matched sets; the
-        number of features with which half the faithfulness is reached (zero ablation, errors kept) by size of effect,
-        by activation and at random; and the median ratio of the first two."""
+        {TOP} features with the largest estimates (integrated gradients on {at.sizes.integrated} of every
+        {at.sizes.prompts} prompts); the share of prompts in which ablating the {STRONGEST} strongest (method {CHOSEN},
+        chosen on other prompts) lowers the quantity more than each of {MATCHED} matched sets; the number of features
+        with which half the faithfulness is reached (zero ablation, errors kept) by size of effect, by activation and
+        at random; and the median ratio of the first two."""
     names = ("Pearson of 0.95", "95% of prompts", "a third of the features")
     said = "; ".join(f"{name}: {'met' if one else 'not met'}" for name, one in zip(names, met, strict=True))
     columns = ("factor", "prompts", *(f"Pearson, {m}" for m in METHODS), *(f"Spearman, {m}" for m in METHODS),

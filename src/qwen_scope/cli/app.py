@@ -21,6 +21,7 @@ from . import (
     find,
     lab,
     label,
+    lens,
     output,
     plan,
     posttrain,
@@ -71,6 +72,7 @@ app.command("plan", rich_help_panel=START)(plan.plan)
 app.command("features", rich_help_panel=LOOK)(features.features)
 app.command("compare", rich_help_panel=LOOK)(compare.compare)
 app.command("find", rich_help_panel=LOOK)(find.find)
+app.add_typer(lens.app, name="lens", rich_help_panel=LOOK)
 app.command("why", rich_help_panel=LOOK)(why.why)
 app.command("show", rich_help_panel=LOOK)(show.show)
 app.command("explore", rich_help_panel=LOOK)(explore.explore)

@@ -30,6 +30,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         'qwen-scope why "Guten Morgen, wo ist" --token " der" --against " the" --layers 1-5 --recipe out/why.json',
         'qwen-scope why "Guten Morgen, wo ist" --nodes 60 --html out/why.html --graph out/graph.json',
     ),
+    "lens fit": ("qwen-scope lens fit lab -o out/lens.pt --prompts 2 --length 48 --layers 2-4",),
     "extract": (
         "qwen-scope extract lab -o out/store --layers 5 --sample 200",
         "qwen-scope extract out/examples/corpus.jsonl -o out/corpus --layers 5",

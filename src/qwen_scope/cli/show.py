@@ -29,6 +29,10 @@ def show(
     name: Annotated[str | None, typer.Option("--feature", "-f", help="Which: LAYER/FEATURE.")] = None,
     n: Annotated[int, typer.Option("-n", help="How many tokens, neighbours and contexts of each kind.", min=1)] = 10,
     html: Annotated[Path | None, typer.Option("--html", help="Write one HTML file that opens by itself.")] = None,
+    lens: Annotated[
+        Path | None,
+        typer.Option("--lens", help="A Jacobian lens (qwen-scope lens fit), read beside the direct logits."),
+    ] = None,
     no_model: Annotated[bool, typer.Option("--no-model", help="Only what the store knows.")] = False,
     model: options.StoreModel = None,
     sae: options.Sae = None,
@@ -41,7 +45,7 @@ def show(
 
     Without a STORE only what follows from the weights is known. Labels come from: qwen-scope label STORE
     """
-    from qwen_scope.features import feature_html, feature_page
+    from qwen_scope.features import feature_html, feature_page, load_lens
     from qwen_scope.files import check_output, write_text
     from qwen_scope.store import FeatureStore
 
@@ -52,7 +56,9 @@ def show(
         raise InputError("name a feature with --feature; qwen-scope find tells which tell two sets of texts apart")
     if folder is None and no_model:
         raise InputError("without a model a feature is shown from a store; name its folder")
-    if no_model and (given := [name for name, value in (("--model", model), ("--sae", sae), ("--k", k)) if value]):
+    if no_model and (
+        given := [name for name, value in (("--model", model), ("--sae", sae), ("--k", k), ("--lens", lens)) if value]
+    ):
         raise InputError(
             f"--no-model opens no model and no SAE, so {given[0]} would change nothing; leave one of them out"
         )
@@ -64,7 +70,8 @@ def show(
     elif layer is None:
         raise InputError("name a layer with --layer")
     with output.status("reading"):
-        page = feature_page(layer, feature, store=store, scope=scope, n=n, contexts=n)
+        found = None if lens is None else load_lens(lens)
+        page = feature_page(layer, feature, store=store, scope=scope, n=n, contexts=n, lens=found)
     if html is not None:
         write_text(html, feature_html(page))
     if as_json:
@@ -160,6 +167,9 @@ def print_page(page: FeaturePage) -> None:
     for name, effects in (("Promotes", page.promoted), ("Demotes", page.demoted)):
         if effects:
             output.show(name, ("token", "logit"), [(visible(one.text), one.effect) for one in effects])
+    if page.lens is not None:
+        title = f"Disposes to say (Jacobian lens; peak {page.lens.peak:.1f} sd, above {page.lens.beaten:.0%} of random)"
+        output.show(title, ("token", "logit"), [(visible(one.text), one.effect) for one in page.lens.promoted])
     near = (("Of like direction", page.similar), ("On the same tokens", page.cofiring))
     for name, some in (*near, ("In other layers", page.elsewhere)):
         if some:

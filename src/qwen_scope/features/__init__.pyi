@@ -52,6 +52,13 @@ from .label_options import LabelOptions as LabelOptions
 from .languages import LanguageFeature as LanguageFeature
 from .languages import group_scores as group_scores
 from .languages import language_features as language_features
+from .lens import Lens as Lens
+from .lens import LensReading as LensReading
+from .lens import fit_lens as fit_lens
+from .lens import lens_effects as lens_effects
+from .lens import load_lens as load_lens
+from .lens import save_lens as save_lens
+from .lens_options import LensOptions as LensOptions
 from .neighbours import Neighbour as Neighbour
 from .neighbours import cofiring as cofiring
 from .neighbours import elsewhere as elsewhere

@@ -13,6 +13,7 @@ from qwen_scope.scope import Scope
 from qwen_scope.store import Context, FeatureStore, FeatureSummary, Histogram
 
 from .effects import TokenEffect, token_effects
+from .lens import Lens, LensReading, lens_effects
 from .neighbours import Neighbour, cofiring, elsewhere, similar
 from .notes import Label, Note, Notes
 
@@ -31,6 +32,7 @@ class FeaturePage:
         strongest: the contexts of its largest activations, one per document.
         spread: contexts from every stratum of its activations, strongest first.
         promoted, demoted: tokens it makes more and less likely, by the direct path.
+        lens: what a Jacobian lens reads of it, where one was given.
         similar: features of like direction.   cofiring: features on the same tokens.
         elsewhere: the same feature in other layers.
         label: the label to show, with its scores.   notes: everything written about it, oldest first.
@@ -49,6 +51,7 @@ class FeaturePage:
     spread: tuple[Context, ...] = ()
     promoted: tuple[TokenEffect, ...] = ()
     demoted: tuple[TokenEffect, ...] = ()
+    lens: LensReading | None = None
     similar: tuple[Neighbour, ...] = ()
     cofiring: tuple[Neighbour, ...] = ()
     elsewhere: tuple[Neighbour, ...] = ()
@@ -86,6 +89,7 @@ def feature_page(
     layers: Sequence[int] | None = None,
     seed: int = 0,
     with_cofiring: bool = True,
+    lens: Lens | None = None,
 ) -> FeaturePage:
     """Gather all about one feature.
 
@@ -100,6 +104,7 @@ def feature_page(
         layers: where to look for the same feature; by default every layer of the store but its own, or none without.
         with_cofiring: look for what fires with it. `cofiring`, and with a store `elsewhere`, read every activation of a
             layer, which takes most of the time; without it they stay empty.
+        lens: a Jacobian lens of the model, read beside the direct effects; it needs a scope.
 
     Raises:
         InputError: neither a store nor a scope.   NotFoundError: no such layer or feature.
@@ -123,6 +128,8 @@ def feature_page(
     others = layers if layers is not None else (store.layers if store is not None else [])
     if scope is not None:
         found["promoted"], found["demoted"] = token_effects(scope, layer, feature, n)
+        if lens is not None:
+            found["lens"] = lens_effects(scope, lens, layer, feature, n)
         found["similar"] = similar(scope, layer, feature, n)
         others = [other for other in others if other in scope.layers]
     if with_cofiring or store is None:
