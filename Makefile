@@ -13,9 +13,10 @@ demo: $(VENV)/.core
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
 
-# Three and a half minutes on two cores. Besides tests marked slow, folders are left out where most tests train or serve something:
-# posttrain and foundry train language models, explorer starts servers, attacks feeds thousands of hostile files.
-NOT_FAST := posttrain foundry explorer attacks
+# Under two minutes on two cores that do nothing else. Besides tests marked slow, folders are left out where most tests
+# train, serve or run whole commands: posttrain, foundry and train train models, explorer starts servers, attacks feeds
+# thousands of hostile files, cli and analysis run every command on every kind of file.
+NOT_FAST := posttrain foundry train explorer attacks cli analysis
 
 test-fast: $(VENV)/.dev
 	$(BIN)/python -m pytest -m "not slow" -n auto --maxprocesses 8 --dist worksteal $(NOT_FAST:%=--ignore=tests/%)
