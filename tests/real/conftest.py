@@ -57,7 +57,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "sessions": sessions[:40],
         "prose": prose[:40],
         "others": prose[40:46],
-        "prompts": ["The function", "In this example", "The following"],
+        "prompts": [" ".join(one.split()[:4]) for one in prose[46:66]],
     }.items():
         (folder / f"{name}.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
     return folder

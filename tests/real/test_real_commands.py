@@ -20,6 +20,7 @@ from qwen_scope.sae import load_sae
 POINT = f"layers.{LAYER}.resid_post"
 FVU = (0.15, 0.32)
 RECOVERED = (0.93, 1.0)
+OUTCOMES = ("causal", "causal, but breaks fluency", "correlated only", "entangled", "no effect")
 TEXT = "The capital of France is Paris, and the capital of Italy is Rome."
 
 
@@ -30,7 +31,7 @@ def loaded(work: Path) -> LoadedModel:
 
 @pytest.fixture(scope="module")
 def measured(ask: Ask, trained: dict[str, Any]) -> dict[str, Any]:
-    return ask("eval", "held.jsonl", "--tokens", 1024, "--json")
+    return ask("eval", "held.jsonl", "--tokens", 1024, "--batch-size", 4, "--json")
 
 
 @pytest.fixture(scope="module")
@@ -39,8 +40,8 @@ def feature(ask: Ask, trained: dict[str, Any]) -> str:
     found = ask("find", "--positive", "sessions.jsonl", "--negative", "prose.jsonl", "-n", 3, "--json")
     best = found["found"][0]
     assert best["significant"]
-    assert best["auroc"]["estimate"] > 0.85
-    assert found["left_out"][str(LAYER)]["first"] == found["left_out"][str(LAYER)]["first"] > 0
+    assert best["auroc"]["estimate"] > 0.85  # 1.0
+    assert found["left_out"][str(LAYER)]["first"] == 80  # of each document
     return f"{best['layer']}/{best['feature']}"
 
 
@@ -63,7 +64,7 @@ def test_eval_measures_on_other_text_and_leaves_sinks_out(measured: dict[str, An
     quality = measured["quality"][POINT]
     assert FVU[0] < quality["fvu"] < FVU[1]
     assert RECOVERED[0] < quality["ce_recovered"] < RECOVERED[1]
-    assert quality["reasons"]["first"] == quality["tokens"] // 255  # the sink at the first token of each row
+    assert quality["reasons"]["first"] == 4  # the sink at the first token of each row of 256
     assert measured["counted"]["norms"][POINT] is not None
 
 
@@ -116,10 +117,11 @@ def test_features_are_the_encoder_s_and_packed_weights_move_them_little(
 
 def test_compare_ranks_the_features_of_code_and_prose(ask: Ask, trained: dict[str, Any]) -> None:
     found = ask("compare", ">>> print(1 + 2) 3 >>> x = [1, 2]", "The weather was cold and the sky was grey.", "--json")
-    best = found[str(LAYER)] if str(LAYER) in found else found["layers"][str(LAYER)]
-    assert abs(best[0]["difference"]) >= abs(best[-1]["difference"])
-    assert best[0]["difference"] == pytest.approx(best[0]["rate_a"] - best[0]["rate_b"])
-    assert abs(best[0]["difference"]) > 0.3
+    best = found["layers"][str(LAYER)]
+    assert found["left_out"][str(LAYER)]["first"] == 2
+    assert all(one["difference"] == pytest.approx(one["rate_a"] - one["rate_b"]) for one in best)
+    assert abs(best[0]["difference"]) > 0.35  # 0.56
+    assert [abs(one["difference"]) for one in best] == sorted((abs(one["difference"]) for one in best), reverse=True)
 
 
 def test_extract_store_and_show_speak_of_the_same_tokens(ask: Ask, feature: str, work: Path) -> None:
@@ -132,16 +134,20 @@ def test_extract_store_and_show_speak_of_the_same_tokens(ask: Ask, feature: str,
     stated = ask("store", "store", "--json", model=False)
     assert stated["tokens"] == made["tokens"]
     card = ask("show", "store", "--feature", feature, "-n", 5, "--json")
-    assert card
+    summary = card["summary"]
+    assert f"{summary['layer']}/{summary['feature']}" == feature
+    assert 0 < summary["tokens"] < layer["tokens"]  # 251 of 2,957
+    assert summary["frequency"] == pytest.approx(summary["tokens"] / layer["tokens"])
 
 
 def test_classify_separates_sessions_from_prose(ask: Ask, trained: dict[str, Any], work: Path) -> None:
     fitted = ask("classify", "fit", "sessions.jsonl", "prose.jsonl", "--rule", "rule.json", "--json")
-    assert fitted
+    assert fitted["layers"][str(LAYER)] > 0.7  # 0.89
+    assert fitted["noise"]["p"] < 0.05
     labels = ask("classify", "predict", "rule.json", "sessions.jsonl", lines=True)
     others = ask("classify", "predict", "rule.json", "prose.jsonl", lines=True)
-    assert sum(one["positive"] for one in labels) / len(labels) > 0.8
-    assert sum(one["positive"] for one in others) / len(others) < 0.2
+    assert sum(one["label"] for one in labels) / len(labels) > 0.8
+    assert sum(one["label"] for one in others) / len(others) < 0.2
 
 
 def test_steering_changes_the_text_and_nothing_when_it_adds_nothing(
@@ -158,15 +164,31 @@ def test_steering_changes_the_text_and_nothing_when_it_adds_nothing(
     assert moved["steered"]["text"] != plain
 
 
-def test_sweep_and_validate_measure_the_feature_s_effect(ask: Ask, feature: str) -> None:
-    target = ["--target-feature", feature, "--max-new-tokens", 8]
-    swept = ask("sweep", "prompts.jsonl", "--feature", feature, "--amounts", "0.25,1", *target, "--json")
-    assert swept
-    found = ask(
-        "validate", "prompts.jsonl", "--feature", feature, "--amount", 0.5, "--random", 3, "--shuffled", 2, *target,
-        "--positive", "sessions.jsonl", "--negative", "prose.jsonl", "--unrelated", "others.jsonl", "--json",
+def test_sweep_finds_an_amount_that_raises_the_target_within_its_budget(ask: Ask, feature: str) -> None:
+    """How probable a line of an interactive session becomes when the feature of such sessions is added."""
+    swept = ask(
+        "sweep", "prompts.jsonl", "--feature", feature, "--amounts", "0.2,1.5", "--continuation", " >>> x = 1",
+        "--max-new-tokens", 8, "--json",
     )  # fmt: skip
-    assert found
+    by_amount = {dose["amount"]: dose for dose in swept["doses"]}
+    assert by_amount[0.2]["effect"]["estimate"] > by_amount[0.0]["effect"]["estimate"]
+    assert by_amount[1.5]["perplexity"] > 2 * swept["reference"]
+    assert not by_amount[1.5]["fits"]
+    assert 0 < swept["proposed"] < 1.5
+
+
+def test_validate_gives_a_verdict_with_its_controls(ask: Ask, feature: str) -> None:
+    found = ask(
+        "validate", "prompts.jsonl", "--feature", feature, "--amount", 0.4, "--random", 3, "--shuffled", 2,
+        "--regex", "[_()=]", "--max-new-tokens", 8, "--positive", "sessions.jsonl", "--negative", "prose.jsonl",
+        "--unrelated", "others.jsonl", "--json",
+    )  # fmt: skip
+    assert found["outcome"] in OUTCOMES
+    effects = [condition["effect"] for condition in found["conditions"]]
+    assert len(effects) >= 4
+    assert all(0 <= effect["low"] <= effect["estimate"] <= effect["high"] <= 1 for effect in effects)
+    assert len(found["shuffled"]) == 2
+    assert found["side"]["kl"]["estimate"] > 0
 
 
 def test_the_bands_are_of_this_sae(trained: dict[str, Any], loaded: LoadedModel, work: Path) -> None:

@@ -45,7 +45,7 @@ def now(what: str) -> int:
 
 def main(way: str, tokens: int, work: Path, model: str | None = None) -> None:
     """Read a text of so many tokens and print what that took."""
-    loaded = random_model() if model is None else load_model(model, device="cpu", dtype="float32")
+    loaded = random_model() if model is None else load_model(model, device="cpu", dtype="auto")
     width, layer = d_model(loaded.model), n_layers(loaded.model) - 1
     matrices = torch.randn(D_SAE, width), torch.randn(width, D_SAE)
     biases = torch.zeros(D_SAE), torch.zeros(width)
@@ -56,6 +56,7 @@ def main(way: str, tokens: int, work: Path, model: str | None = None) -> None:
     ids = loaded.tokenizer(words, return_offsets_mapping=True, verbose=False)
     text = words[: ids["offset_mapping"][tokens - 1][1]]
     scope.features([text[:1000]])  # what libraries take once
+    Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far, which loading may have made
     before = now("VmRSS")
     if way == "features":
         seen = scope.features([text])

@@ -3,48 +3,70 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from qwen_scope.errors import NotFoundError
+
 from . import options, output
+
+if TYPE_CHECKING:
+    from qwen_scope.scope import ModelPlan
+    from qwen_scope.train import RunPlan, TrainConfig
 
 
 def plan(
     group: Annotated[
-        str, typer.Argument(help="A group of the catalog, a folder of SAEs or of a model, or a GGUF file.")
+        str,
+        typer.Argument(help="A group of the catalog, a folder of SAEs, or a model: a folder, an adapter or a GGUF."),
     ] = "lab",
     model: Annotated[
         str | None, typer.Option("--model", help="Of a folder of SAEs. Default: what its files or its name say.")
     ] = None,
     layers: options.Layers = None,
-    dtype: Annotated[str, typer.Option("--dtype", help="Type of the model's weights.")] = "bfloat16",
+    dtype: Annotated[
+        str | None, typer.Option("--dtype", help="Type of the model's weights. Default: bfloat16; of a GGUF packed.")
+    ] = None,
     sae_dtype: Annotated[str, typer.Option("--sae-dtype", help="Type of the SAEs' weights in memory.")] = "float32",
     device: Annotated[str | None, typer.Option("--device-memory", help="The device's size, such as 24GB.")] = None,
     training: Annotated[bool, typer.Option("--train", help="Also what training SAEs of this shape takes.")] = False,
+    d_sae: Annotated[
+        int | None, typer.Option("--d-sae", help="Features to train on a model. Default: 16 per dimension.", min=1)
+    ] = None,
+    k: Annotated[int, typer.Option("--k", help="Features active per token, of a model's SAEs to train.", min=1)] = 50,
+    tokens: Annotated[
+        int | None, typer.Option("--tokens", help="Training tokens: a short run holds fewer residuals.", min=1)
+    ] = None,
     batch: Annotated[int, typer.Option("--batch", help="Tokens per training step.", min=1)] = 4096,
     buffer: Annotated[str, typer.Option("--buffer", help="Memory for shuffled residuals in training.")] = "1GB",
     as_json: options.Json = False,
 ) -> None:
-    """Say what a group needs on disk and in memory.
+    """Say what a group or a language model needs on disk and in memory, and whether this machine has it.
 
-    With --device-memory also what fits on a device of that size, with --train also what training such SAEs takes.
+    Nothing is loaded. --device-memory names another machine's size; with --train also what training SAEs takes, per
+    layer and in all.
     """
     from qwen_scope.report import size
     from qwen_scope.sae import catalog
-    from qwen_scope.scope import is_model, plan_folder, plan_group
+    from qwen_scope.scope import is_model, plan_folder, plan_group, plan_model
     from qwen_scope.train import TrainConfig, memory_plan
 
     limit = None if device is None else options.parse_size(device)
     wanted = options.parse_layers(layers)
     if catalog.lookup(group) is None and is_model(Path(group)):
-        show_model(Path(group), dtype, limit, as_json)
+        shape = None
+        if training:
+            width = d_sae or 16 * plan_model(Path(group), dtype=dtype).sizes.d_model
+            held = options.parse_size(buffer)
+            shape = TrainConfig(d_sae=width, k=k, tokens=tokens or max(batch, held), batch=batch), held
+        show_model(Path(group), dtype, wanted, shape, limit, as_json)
         return
     if catalog.lookup(group) is None and Path(group).is_dir():
-        found, needs = plan_folder(Path(group), wanted, model=model, dtype=dtype, sae_dtype=sae_dtype)
+        found, needs = plan_folder(Path(group), wanted, model=model, dtype=dtype or "bfloat16", sae_dtype=sae_dtype)
     else:
         found = catalog.find(group)
-        needs = plan_group(found, wanted, dtype=dtype, sae_dtype=sae_dtype)
+        needs = plan_group(found, wanted, dtype=dtype or "bfloat16", sae_dtype=sae_dtype)
     run = None
     if training:
         # The number of tokens trained on does not change what a step takes.
@@ -58,7 +80,7 @@ def plan(
     released = types.get(found.stored, found.stored)
     rows = [
         (f"download, SAEs as released ({released})", size(needs.disk)),
-        (f"language model in {dtype}", size(needs.model)),
+        (f"language model in {dtype or 'bfloat16'}", size(needs.model)),
         (f"one SAE in {sae_dtype}", size(needs.sae)),
         ("working memory of one batch (estimate)", size(needs.working)),
         ("device, one SAE at a time", size(needs.one_at_a_time)),
@@ -78,25 +100,86 @@ def plan(
         output.console().print(f"On a device of {size(limit)}: {needs.fits(limit)}.")
 
 
-def show_model(folder: Path, dtype: str, limit: int | None, as_json: bool) -> None:
-    """What a model alone needs; its SAEs are planned by their own name or folder."""
+def show_model(
+    folder: Path,
+    dtype: str | None,
+    layers: list[int] | None,
+    training: tuple[TrainConfig, int] | None,
+    limit: int | None,
+    as_json: bool,
+) -> None:
+    """What a model needs without SAEs, and what training some of its layers takes."""
     from qwen_scope.report import size
-    from qwen_scope.scope import plan_model
+    from qwen_scope.scope import machine, plan_model
+    from qwen_scope.train import run_plan
 
     needs = plan_model(folder, dtype=dtype)
-    total = needs.get("packed", needs["model"]) + needs["working"]
+    n = len(needs.sizes.blocks)
+    if missing := [layer for layer in layers or () if layer >= n]:
+        raise NotFoundError(f"layer {missing[0]} does not exist: {folder} has {n} layers, 0 to {n - 1}")
+    where, has = ("a device of that size", limit) if limit is not None else machine()
+    run = None
+    if training is not None:
+        run = run_plan(
+            training[0],
+            needs.sizes,
+            n if layers is None else len(layers),
+            dtype=dtype or "bfloat16",
+            model=needs.weights,
+            vocabulary=needs.vocabulary,
+            buffer=training[1],
+            on_cpu=where != "the GPU",
+        )
+    total = needs.total if run is None else run.total
     if as_json:
-        output.print_json({"folder": str(folder), **needs, "fits": None if limit is None else total <= limit})
+        print_model_json(folder, needs, run, limit, has)
         return
-    unpacked = f", unpacked from {needs['quantised']}" if "quantised" in needs and "packed" not in needs else ""
+    unpacked = f", unpacked from {needs.quantised}" if needs.quantised and needs.packed is None else ""
     rows = [
-        ("files of weights", size(needs["disk"])),
-        *([("language model, packed", size(needs["packed"]))] if "packed" in needs else []),
-        (f"language model in {dtype}" + unpacked, size(needs["model"])),
-        ("working memory of one batch (estimate)", size(needs["working"])),
-        ("device, without SAEs" + (", packed" if "packed" in needs else ""), size(total)),
+        ("files of weights", size(needs.disk)),
+        *([("language model, packed", size(needs.packed))] if needs.packed is not None else []),
+        (f"language model in {dtype or 'bfloat16'}{unpacked}", size(needs.model)),
+        ("working memory of one batch (estimate)", size(needs.working)),
+        (f"KV cache of a text of {needs.context or 4096:,} tokens", size(needs.cache)),
+        ("device, without SAEs" + (", packed" if needs.weights == needs.packed else ""), size(needs.total)),
     ]
-    title = f"{folder}: {needs['layers']} layers, {needs['parameters']:,} parameters"
-    output.show(title, ("what", "bytes"), rows)
-    if limit is not None:
-        output.console().print(f"On a device of {size(limit)}: {'fits' if total <= limit else 'does not fit'}.")
+    if run is not None:
+        one, steps = run.layer, run.steps
+        rows += [
+            (f"training: one layer of {training[0].d_sae:,} features" if training else "", size(one)),
+            (f"training: weights of {n if layers is None else len(layers)} SAEs", size(steps.weights)),
+            ("training: Adam's moments", size(steps.optimiser)),
+            ("training: gradients and one batch", size(steps.gradients + steps.batch)),
+            ("training: buffer of residuals", size(steps.buffer)),
+            ("training: the language model at work", size(run.capture)),
+            ("measuring at the end", size(run.measuring)),
+            ("training, in all, at the peak", size(run.total)),
+        ]
+    title = f"{folder}: {n} layers, {needs.sizes.parameters:,} parameters"
+    output.show(title + (f", an adapter of {needs.base}" if needs.base else ""), ("what", "bytes"), rows)
+    verdict = "fits" if total <= has else f"does not fit: {(total - has) / 1e9:.1f} GB short"
+    said = "On a device of" if limit is not None else f"On {where}, which has"
+    output.console().print(f"{said} {size(has)}: {verdict}.")
+
+
+def print_model_json(folder: Path, needs: ModelPlan, run: RunPlan | None, limit: int | None, has: int) -> None:
+    total = needs.total if run is None else run.total
+    data = {
+        "folder": str(folder),
+        "disk": needs.disk,
+        **({} if needs.packed is None else {"packed": needs.packed}),
+        **({"quantised": needs.quantised} if needs.quantised else {}),
+        "model": needs.model,
+        "working": needs.working,
+        "context": needs.context,
+        "cache": needs.cache,
+        "parameters": needs.sizes.parameters,
+        "d_model": needs.sizes.d_model,
+        "layers": len(needs.sizes.blocks),
+        "base": needs.base,
+        "total": total,
+        "fits": None if limit is None else total <= limit,
+        "machine": {"bytes": has, "fits": total <= has} if limit is None else None,
+        "training": None if run is None else {**vars(run), "steps": vars(run.steps), "total": run.total},
+    }
+    output.print_json(data)

@@ -1,3 +1,5 @@
+from .adapter import base_of as base_of
+from .adapter import is_adapter as is_adapter
 from .counted import counted_of as counted_of
 from .counted import measure_counted as measure_counted
 from .families import block_path as block_path

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import functools
 import importlib.resources
-import json
 import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from qwen_scope.errors import InputError, MismatchError, NotFoundError, foreign
-from qwen_scope.model import Gguf, ModelSizes, gguf_file, model_sizes, quantised
+from qwen_scope.model import Gguf, ModelSizes, base_of, gguf_file, is_adapter, model_sizes
 from qwen_scope.sae import catalog, layers_of, load_sae
 
 if TYPE_CHECKING:
@@ -145,49 +144,6 @@ def plan_folder(
     return held, plan(sizes, sae.d_sae, len(set(layers or there)), dtype=dtype, sae_dtype=sae_dtype)
 
 
-def plan_model(folder: Path, *, dtype: str = "bfloat16") -> dict[str, Any]:
-    """What a language model in a folder or a GGUF file takes without SAEs, from its config and the sizes of its files.
-
-    Returns:
-        `disk`, `model` (weights in `dtype`) and `working` (one batch, an estimate) in bytes, `parameters`, `d_model`
-        and `layers`; where weights stay packed (a GGUF, or a kind that its package runs) also `packed`, their bytes;
-        of quantised checkpoints the kind as `quantised`.
-
-    Raises:
-        FormatError: a config that transformers can't read.
-    """
-    file = gguf_file(str(folder))
-    gguf = None if file is None else Gguf.open(file)
-    config = config_of(str(folder)) if gguf is None else gguf.config()
-    sizes, stored = model_sizes(config), None if gguf is not None else quantised(str(folder), config)
-    files = [path for ending in ("*.safetensors", "*.bin") for path in folder.glob(ending)] if gguf is None else []
-    disk = sum(path.stat().st_size for path in files) if gguf is None else gguf.path.stat().st_size
-    packed = disk if stored is not None and not stored.unpacked else None
-    if gguf is not None and gguf.stays_packed:
-        packed = gguf.packed_bytes
-    return {
-        "disk": disk,
-        **({"packed": packed} if packed is not None else {}),
-        **({"quantised": str(stored)} if stored is not None else {}),
-        "model": sizes.weight_bytes(dtype),
-        "working": sizes.capture_bytes(1, TOKENS, 1, dtype),
-        "parameters": sizes.parameters,
-        "d_model": sizes.d_model,
-        "layers": len(sizes.blocks),
-    }
-
-
-def is_model(folder: Path) -> bool:
-    """Whether a folder or file holds a language model: its config names a `model_type`, or it is a GGUF."""
-    if gguf_file(str(folder)) is not None:
-        return True
-    path = folder / "config.json"
-    if not path.is_file():
-        return False
-    with foreign(f"{path} is not JSON"):
-        return "model_type" in json.loads(path.read_text(encoding="utf-8"))
-
-
 def config_of(model: str) -> PreTrainedConfig:
     """The config of a language model of the catalog or in a folder, without a download; `lab` is the bundled one.
 
@@ -199,6 +155,8 @@ def config_of(model: str) -> PreTrainedConfig:
     model = catalog.find("lab").model if model == "lab" else model
     if (file := gguf_file(model)) is not None:
         return Gguf.open(file).config()
+    if is_adapter(model):
+        return config_of(base_of(Path(model)))
     if (Path(model) / "config.json").is_file():
         with foreign(f"the config of the model in {model} can't be read"):
             return AutoConfig.from_pretrained(model)

@@ -23,7 +23,9 @@ from .loop import train as train
 from .measure import EvalResult as EvalResult
 from .measure import run_eval as run_eval
 from .memory import MemoryPlan as MemoryPlan
+from .memory import RunPlan as RunPlan
 from .memory import memory_plan as memory_plan
+from .memory import run_plan as run_plan
 from .metrics import JsonlMetrics as JsonlMetrics
 from .metrics import TensorBoardMetrics as TensorBoardMetrics
 from .metrics import WandbMetrics as WandbMetrics
