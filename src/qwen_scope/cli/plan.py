@@ -12,8 +12,9 @@ from qwen_scope.errors import NotFoundError
 from . import options, output
 
 if TYPE_CHECKING:
-    from qwen_scope.scope import ModelPlan
-    from qwen_scope.train import RunPlan, TrainConfig
+    from qwen_scope.sae import Group
+    from qwen_scope.scope import ModelPlan, Plan
+    from qwen_scope.train import MemoryPlan, RunPlan, TrainConfig
 
 
 def plan(
@@ -47,7 +48,6 @@ def plan(
     Nothing is loaded. --device-memory names another machine's size; with --train also what training SAEs takes, per
     layer and in all.
     """
-    from qwen_scope.report import size
     from qwen_scope.sae import catalog
     from qwen_scope.scope import is_model, plan_folder, plan_group, plan_model
     from qwen_scope.train import TrainConfig, memory_plan
@@ -76,11 +76,20 @@ def plan(
         data = {"group": found.name, **vars(needs), "fits": None if limit is None else needs.fits(limit)}
         output.print_json({**data, "training": None if run is None else {**vars(run), "total": run.total}})
         return
+    show_group(found, needs, run, dtype or "bfloat16", sae_dtype, limit)
+
+
+def show_group(
+    found: Group, needs: Plan, run: MemoryPlan | None, dtype: str, sae_dtype: str, limit: int | None
+) -> None:
+    """What a group's SAEs and their language model need."""
+    from qwen_scope.report import size
+
     types = {None: "type not known; fp32 at most", "float32": "fp32", "bfloat16": "bf16"}
     released = types.get(found.stored, found.stored)
     rows = [
         (f"download, SAEs as released ({released})", size(needs.disk)),
-        (f"language model in {dtype or 'bfloat16'}", size(needs.model)),
+        (f"language model in {dtype}", size(needs.model)),
         (f"one SAE in {sae_dtype}", size(needs.sae)),
         ("working memory of one batch (estimate)", size(needs.working)),
         ("device, one SAE at a time", size(needs.one_at_a_time)),
