@@ -170,3 +170,14 @@ def test_a_direction_of_another_width() -> None:
     with pytest.raises(MismatchError, match="3 numbers does not fit a residual of 32"):
         ablated(FAMILIES["qwen3"](), everywhere([1.0, 0.0, 2.0]))
     check_ablated(everywhere(direction()))
+
+
+@pytest.mark.parametrize("place", ["model.layers.1.mlp.down_proj", "model.embed_tokens"])
+def test_packed_weights_are_refused(place) -> None:
+    model = FAMILIES["qwen3"]()
+    module = model.get_submodule(place)
+    packed = module.weight.data
+    del module.weight
+    module.register_buffer("weight", packed)  # as the blocks of a GGUF are held
+    with pytest.raises(InputError, match=r"weight is packed.*a GGUF with dtype float32"):
+        ablated(model, everywhere(direction()))

@@ -47,10 +47,7 @@ def part_writers(model: nn.Module, point: HookPoint) -> list[Writer]:
     for name, module in part.named_modules(prefix=path):
         last = name.rpartition(".")[2]
         if last in OUTPUTS:
-            turned = isinstance(module, Conv1D)
-            if getattr(module, "weight", None) is None:
-                raise InputError(_quantised(point, f"{type(module).__name__} holds no weight"))
-            found.append((f"{name}.weight", 1 if turned else 0))
+            found.append((f"{name}.weight", 1 if isinstance(module, Conv1D) else 0))
             found += [(f"{name}.bias", 0)] * (getattr(module, "bias", None) is not None)
         for own, _ in module.named_parameters(recurse=False):
             if own in OUTPUTS:  # of all experts at once
@@ -77,19 +74,22 @@ def embedding_writer(model: nn.Module) -> Writer:
 
 
 def _checked(model: nn.Module, where: object, one: Writer) -> Writer:
-    weight = model.get_parameter(one.name)
-    if weight.dtype not in PLAIN or weight.is_meta or type(weight) not in (nn.Parameter, torch.Tensor):
-        what = "is offloaded" if weight.is_meta else f"is of type {str(weight.dtype).removeprefix('torch.')}"
-        raise InputError(_quantised(where, f"{one.name} {what}"))
+    place, _, name = one.name.rpartition(".")
+    weight: Any = getattr(model.get_submodule(place), name)
+    what = None
+    if not isinstance(weight, nn.Parameter):
+        what = f"{one.name} is packed"
+    elif weight.is_meta:
+        what = f"{one.name} is offloaded"
+    elif weight.dtype not in PLAIN or type(weight) is not nn.Parameter:
+        what = f"{one.name} is of type {str(weight.dtype).removeprefix('torch.')}"
+    if what is not None:
+        raise InputError(
+            f"the weights at {where} can't be changed ({what}): open the model in its original precision and on one"
+            " device, a GGUF with dtype float32"
+        )
     if weight.shape[one.dim] != d_model(model):
         raise InputError(
             f"{one.name} has the shape {tuple(weight.shape)}, which does not write to a stream of {d_model(model)}"
         )
     return one
-
-
-def _quantised(where: object, what: str) -> str:
-    return (
-        f"the weights at {where} can't be changed ({what}): open the model in its original precision and on one device,"
-        " a GGUF with dtype float32"
-    )

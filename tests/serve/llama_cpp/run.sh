@@ -13,11 +13,11 @@ release=2026.10.11549
 if [ ! -f "$env/shim.so" ]; then
     python3 -m venv "$env"
     "$env/bin/pip" install -q "xllamacpp==$release" numpy
-    "$env/bin/pip" download -q --no-deps --no-binary :all: --no-build-isolation -d "$env" "xllamacpp==$release" \
-        || "$env/bin/pip" download -q --no-deps --no-binary :all: -d "$env" "xllamacpp==$release"
+    "$env/bin/pip" download -q --no-deps --no-binary :all: -d "$env" "xllamacpp==$release"
     tar -xzf "$env/xllamacpp-$release.tar.gz" -C "$env"
     source=$env/xllamacpp-$release/thirdparty/llama.cpp
-    g++ -std=c++17 -O1 -shared -fPIC -I"$source/include" -I"$source/common" -I"$source/ggml/include" \
+    # the wheel is built with the strings of libstdc++ before GCC 5, as manylinux2014 has them
+    g++ -std=c++17 -O1 -shared -fPIC -D_GLIBCXX_USE_CXX11_ABI=0 -I"$source/include" -I"$source/common" -I"$source/ggml/include" \
         -I"$source/vendor" "$here/shim.cpp" -o "$env/shim.so"
 fi
 cd "$root"
