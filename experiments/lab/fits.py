@@ -3,8 +3,8 @@
     python -m experiments.lab.fits [--write]
 
 The bundled SAEs on: the lab itself; the lab fine-tuned on one language, a little and a lot; the lab with its blocks
-moved by one place; new weights; a model of the same shape trained from other weights; and the lab with the dimensions
-of its residual stream in another order, which predicts exactly what the lab does. Each beside the lab, and alone.
+moved by one place; new weights; and, for an unrelated model, the lab with the dimensions of its residual stream in
+another order, which predicts exactly what the lab does. Each beside the lab, and alone.
 
 The rule is that of docs/fits.md. Right is `fits` for the lab itself, anything but `do not use` for a fine-tuned one,
 and `do not use` for the others.
@@ -21,8 +21,6 @@ from experiments.harness import At, Experiment, Row, main
 from experiments.lab.bundled import lab
 from experiments.lab.tuned import fine_tune
 from experiments.sections import paragraph, table
-from qwen_scope.foundry import PretrainConfig, pack, pretrain
-from qwen_scope.lab import documents
 from qwen_scope.scope import DO_NOT_USE, FITS
 from qwen_scope.text import CorpusOptions
 from qwen_scope.train import EvalRun, Fit, run_eval
@@ -30,15 +28,14 @@ from qwen_scope.train import EvalRun, Fit, run_eval
 TITLE = "Whether SAEs fit a checkpoint"
 LAYERS = (2, 5)
 TUNED = {"fine-tuned a little": (640, 1e-4), "fine-tuned": (2400, 1e-3)}
-PAIRS = ("the same", *TUNED, "blocks moved", "new weights", "another model", "other dimensions")
+PAIRS = ("the same", *TUNED, "blocks moved", "new weights", "other dimensions")
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Tokens that are measured on, and that the other model is trained on."""
+    """Tokens that are measured on."""
 
     tokens: int = 8192
-    trained: int = 600_000
 
 
 def checkpoint(at: At[Sizes], pair: str) -> Path:
@@ -55,21 +52,11 @@ def checkpoint(at: At[Sizes], pair: str) -> Path:
         "the same": lambda: model,
         "blocks moved": lambda: shuffled(model),
         "new weights": lambda: reset(model),
-        "another model": lambda: trained(at.sizes.trained),
         "other dimensions": lambda: reordered(model),
     }[pair]()
     made.save_pretrained(folder / "model")
     lab().tokenizer.save_pretrained(folder / "model")
     return folder / "model"
-
-
-def trained(tokens: int) -> Any:
-    """A model of the lab's shape from other weights, on the lab's texts."""
-    model = reset(lab().model, seed=5).float().requires_grad_(True)
-    config = PretrainConfig(tokens=tokens, seed=5)
-    texts = (one.text for one in documents(seed=5, n=tokens // 40))
-    pretrain(model, pack(lab().tokenizer, texts, config.row), config)
-    return model
 
 
 def run(at: At[Sizes], pair: str) -> dict[str, Any]:
@@ -117,8 +104,8 @@ def tell(at: At[Sizes], rows: list[Row]) -> str:
         the rule of [fits.md](fits.md), which was written before. Fine-tuned: every weight, on Japanese talk and chats,
         {TUNED["fine-tuned a little"][0]} samples at a learning rate of {TUNED["fine-tuned a little"][1]:g}, and
         {TUNED["fine-tuned"][0]:,} at {TUNED["fine-tuned"][1]:g}. Blocks moved: each one place on, the last one first.
-        Another model: the lab's shape trained from other weights on {at.sizes.trained:,} tokens. Other dimensions: the
-        lab with the dimensions of its residual stream in another order, which predicts what the lab predicts. Over
+        Other dimensions: the lab with the dimensions of its residual stream in another order, which predicts what the
+        lab predicts. Over
         {min(one["tokens"] for one in sizes):,} to {max(one["tokens"] for one in sizes):,} tokens that count on both
         checkpoints, in {min(one["n"] for one in sizes)} held-out documents or more, with 95% intervals over documents.
         EV is the explained variance, CE the CE loss recovered on the checkpoint, Jaccard the overlap of the active
@@ -141,7 +128,7 @@ experiment = Experiment(
     tell=tell,
     sizes=Sizes(),
     quick={"pair": ("the same", "blocks moved")},
-    quick_sizes=Sizes(tokens=2600, trained=50_000),
+    quick_sizes=Sizes(tokens=2600),
 )
 
 if __name__ == "__main__":
