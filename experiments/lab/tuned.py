@@ -16,7 +16,7 @@ from typing import Any
 from qwen_scope.lab import LANGUAGES, documents
 from qwen_scope.posttrain import SFTRun, lab_samples, run_sft
 
-SAMPLES, BATCH, LR, MAX_LENGTH = 4000, 16, 1e-3, 256
+SAMPLES, BATCH, LR, MAX_LENGTH = 1000, 16, 5e-4, 256
 FIRST_SEED = 7000
 
 
