@@ -105,7 +105,9 @@ def run(at: At[Sizes], seed: int, arm: str) -> Mapping[str, Any]:
 def tell(at: At[Sizes], rows: list[Row]) -> str:
     """The section of docs/results.md."""
     found = {(row["seed"], row["arm"]): row for row in rows}
-    seeds = sorted({row["seed"] for row in rows})
+    seeds = [seed for seed in sorted({row["seed"] for row in rows}) if all((seed, arm) in found for arm in ARMS)]
+    if not seeds:
+        return "No seed has all arms yet."
     lines, gaps = [], []
     for seed in seeds:
         one = {arm: found[seed, arm] for arm in ARMS}
