@@ -8,7 +8,7 @@ lab. Three arms on the residuals of one layer of that checkpoint: an SAE from sc
 `TrainConfig.continuing`; and an SAE from scratch on that fifth. Measured on held-out documents, also the bundled SAE as
 it is. The rule: of every seed, the FVU of the continued SAE is at most that of the one from scratch on all tokens.
 
-Learning rate and AuxK of continuing were chosen on a fine-tuning on German, which is not among the seeds.
+The learning rate of continuing was chosen on a fine-tuning on German, which is not among the seeds (docs/log.md).
 """
 
 from __future__ import annotations

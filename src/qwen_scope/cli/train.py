@@ -113,11 +113,13 @@ def show_began(quality: dict[str, Any], began: dict[str, Any]) -> None:
     """SAEs that were continued, before and after, and beside those from scratch."""
     if not began:
         return
+    beside = any("scratch" in one for one in began.values())
     rows = []
     for point, one in began.items():
-        moved, now = one["moved"], quality.get(point, {})
-        fvus = (found.get("fvu") for found in (one.get("before", {}), now, one.get("scratch", {})))
+        moved, measured = one["moved"], [one.get("before", {}), quality.get(point, {}), one.get("scratch", {})]
+        fvus = [found.get("fvu") for found in measured[: 3 if beside else 2]]
         rows.append((point, *fvus, moved["median"], moved["low"], moved["below_50"]))
-    columns = ("hook point", "FVU before", "FVU now", "from scratch", "cosine", "5% quantile", "below 0.5")
+    fvu = ["FVU before", "FVU now", "from scratch"][: 3 if beside else 2]
     group = next(iter(began.values()))["history"][-1]["group"]
+    columns = ("hook point", *fvu, "cosine of features", "5% quantile", "below 0.5")
     output.show(f"Continued from {group}", columns, rows)
