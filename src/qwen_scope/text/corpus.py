@@ -17,7 +17,7 @@ from .document import Document, Unreadable, document_of
 from .lab import is_lab
 from .options import CorpusOptions
 from .read import Raw
-from .shuffle import BLOCK, BLOCK_CHARACTERS, Blocks, Strands, countable, size_of
+from .shuffle import BLOCK, BLOCK_CHARACTERS, Blocks, Counts, Strands, count, countable, size_of
 from .source import find_sources
 from .unused import by_reason, tell_unused, the_first
 
@@ -103,6 +103,7 @@ class Corpus:
         self.epoch, self._at, self._rows, self._offset, self._seen, self._before = 0, 0, 0, 0, 0, 0
         self._numbered_apart = len(self.sources) > 1 and not countable(self.sources)
         self._blocks = Blocks()
+        self._counted: Counts | None = None  # of the sources, once they are read shuffled
         self.used, self.unused, self._told = 0, Counter[str](), quiet
         self._first: Unreadable | None = None  # the first row that can't be used
         self._lacking: Mapping[str, Any] | None = None  # the first row without the column
@@ -232,7 +233,9 @@ class Corpus:
     def _in_blocks(self, seed: int) -> Iterator[Document | Unreadable]:
         # As many rows are read for a block of held-out documents as for one of the others.
         most = max(1, BLOCK // self.hold_out) if self.held_out else BLOCK
-        strands = Strands(self.sources, self._blocks.strands)
+        if self._counted is None:
+            self._counted = count(self.sources)
+        strands = Strands(self.sources, self._counted, self._blocks.strands)
         rows = iter(strands)
         while True:
             self._blocks.strands = strands.places

@@ -57,6 +57,9 @@ class Mark:
     given: int = 0
 
 
+Counts = Sequence[tuple[list[Mark], int]]
+
+
 @dataclass(frozen=True)
 class Strand:
     """A stretch of rows.
@@ -77,15 +80,17 @@ class Strands:
     """All rows of some sources, strand by strand in turn.
 
     Args:
+        counted: what `count` says of the sources.
         begun: where each strand goes on, as `places` told it; None begins all.
 
     Attributes:
         before: per source the number of its first row in all sources.
     """
 
-    def __init__(self, sources: Sequence[Source], begun: Sequence[Sequence[int]] | None = None) -> None:
+    def __init__(
+        self, sources: Sequence[Source], counted: Counts | None, begun: Sequence[Sequence[int]] | None = None
+    ) -> None:
         self.sources = sources
-        counted = [marks_of(source) for source in sources] if countable(sources) else None
         self.strands = in_turns(sources) if counted is None else cut(counted)
         self.before = numbers_before(sources, None if counted is None else [rows for _, rows in counted])
         if begun is None:
@@ -124,6 +129,11 @@ class Strands:
             at, rows, offset, given = at + 1, 0, 0, 0
 
 
+def count(sources: Sequence[Source]) -> Counts | None:
+    """Of each source places where a strand may begin and the number of rows; None where they can't be counted."""
+    return [marks_of(source) for source in sources] if countable(sources) else None
+
+
 def countable(sources: Sequence[Source]) -> bool:
     """Whether the rows of all sources can be counted."""
     return all(source.begin != "stream" for source in sources)
@@ -154,7 +164,7 @@ def marks_of(source: Source) -> tuple[list[Mark], int]:
     return (marks if given else []), given
 
 
-def cut(counted: Sequence[tuple[list[Mark], int]]) -> list[Strand]:
+def cut(counted: Counts) -> list[Strand]:
     """The strands of sources whose rows are counted."""
     total = sum(rows for _, rows in counted)
     full = [(i, marks, rows) for i, (marks, rows) in enumerate(counted) if rows]
