@@ -74,6 +74,14 @@ def test_a_feature_that_passes_through_layers_is_one_ladder(graph: Graph) -> Non
     assert sorted(i for one in graph.ladders for i in one.nodes) == sorted(graph.features)
 
 
+def test_layers_that_were_skipped_are_told() -> None:
+    reading = read(planted.planted(), [IDS[one] for one in PROMPT], Quantity.logit(IDS["t"]), [0, 2])
+    graph = explain(reading)
+    (last,) = [one for one in graph.ladders if graph.nodes[one.nodes[0]].layer == 2]
+    assert graph.written_by(last) == "blocks 1 to 2"
+    assert {graph.written_by(one) for one in graph.ladders} == {"blocks 1 to 2", "block 0", "the token"}
+
+
 def test_a_path_goes_back_along_the_largest_shares(graph: Graph) -> None:
     (path,) = graph.paths()
     names = [named(graph, i)[0] for i in path.nodes]

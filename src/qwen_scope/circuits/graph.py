@@ -95,7 +95,7 @@ class Ladder:
 
     Attributes:
         nodes: indices.
-        written: the layer whose block wrote it, or None where the embedding did.
+        written: the layer whose block (or those since the layer taken apart before) wrote it; None: the embedding did.
     """
 
     nodes: tuple[int, ...]
@@ -177,6 +177,13 @@ class Graph:
     def ladder_of(self) -> dict[int, Ladder]:
         """By feature."""
         return {i: ladder for ladder in self.ladders for i in ladder.nodes}
+
+    def written_by(self, ladder: Ladder) -> str:
+        """What wrote a ladder, in words: `block 3`, `blocks 4 to 6` where layers between were not taken apart."""
+        if ladder.written is None:
+            return "the token"
+        first = max((layer for layer in self.layers if layer < ladder.written), default=-1) + 1
+        return f"block {first}" if first == ladder.written else f"blocks {first} to {ladder.written}"
 
     def paths(self, n: int = 10) -> list[Path]:
         """How the `n` features (or embeddings) that write most into the quantity come about, each as one way to it.

@@ -143,6 +143,13 @@ function title(i) {
   return `${node.layer}/${node.feature}${last} at ${node.position} "${token(node.position)}"`;
 }
 
+// Where layers between were not taken apart, any of their blocks may have written it.
+function writtenBy(ladder) {
+  if (ladder.written === null) return "the token";
+  const first = Math.max(-1, ...graph.layers.filter(layer => layer < ladder.written)) + 1;
+  return first === ladder.written ? `block ${first}` : `blocks ${first} to ${ladder.written}`;
+}
+
 function tableOf(columns, lines) {
   const made = html("table", "", html("tr", "", ...columns.map(name => html("th", "", name))));
   for (const line of lines) {
@@ -170,7 +177,7 @@ function details(i) {
   const facts = [["effect", shown(node.effect)]];
   if (node.exact !== null) facts.push(["by ablation", shown(node.exact)]);
   if (node.activation !== null) facts.push(["activation", shown(node.activation)]);
-  if (ladder) facts.push(["written by", ladder.written === null ? "the token" : `block ${ladder.written}`]);
+  if (ladder) facts.push(["written by", writtenBy(ladder)]);
   if (node.promotes.length) facts.push(["promotes", node.promotes.map(word => JSON.stringify(word)).join(" ")]);
   parts.push(tableOf(["", ""], facts));
   if (node.fires.length) {

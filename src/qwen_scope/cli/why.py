@@ -179,7 +179,7 @@ def print_graph(graph: Graph, n: int) -> None:
             continue
         seen.update(ladder.nodes)
         exact = "" if node.exact is None else f"{node.exact:+.3g}"
-        written = "the token" if ladder.written is None else f"block {ladder.written}"
+        written = graph.written_by(ladder)
         rows.append((name_of(graph, i), place_of(graph, i), f"{node.effect:+.3g}", exact, written, says(graph, i)))
         if len(rows) == 2 * n:
             break
