@@ -79,4 +79,8 @@ BY_TRANSFORMERS: dict[str, Callable[..., Path]] = {
     "torchao int8": partial(by_transformers, config=partial(torchao, "Int8WeightOnlyConfig")),
     "torchao FP8": partial(by_transformers, config=partial(torchao, "Float8WeightOnlyConfig")),
 }
-WRITERS: dict[str, Callable[..., Path]] = {**AUTO_ROUND, **BY_MLX, **BY_TRANSFORMERS}
+
+
+def writers() -> dict[str, Callable[..., Path]]:
+    """All, by the names of what they write."""
+    return {**AUTO_ROUND, **BY_MLX, **BY_TRANSFORMERS}

@@ -26,13 +26,15 @@ from typing import Any
 import torch
 
 from experiments.harness import At, Experiment, Row, main
-from experiments.real.quantise import WRITERS
+from experiments.real.quantise import writers
 from experiments.sections import paragraph, table
 from qwen_scope import HookPoint, load_scope
 from qwen_scope.lab import documents
 from qwen_scope.model import capture
 from qwen_scope.sae import catalog
 
+written_by = writers()
+KINDS = tuple(written_by)
 DENSE = ("bfloat16", "GGUF packed", "GGUF unpacked")
 
 
@@ -81,7 +83,7 @@ def run(at: At[Sizes], model: str, kind: str) -> dict[str, Any]:
         file, packed = where.with_name(f"{where.name}.gguf"), kind.endswith(" packed")
         found, others = seen(at, model, file, "auto" if packed else "float32")
     else:
-        found, others = seen(at, model, WRITERS[kind](where, out))
+        found, others = seen(at, model, written_by[kind](where, out))
     layers = {}
     for layer in base.layers:
         counts = base.mask & (base.reasons[layer] == 0)
@@ -124,7 +126,7 @@ def tell(at: At[Sizes], rows: Sequence[Row]) -> str:
 MEANS = ("shared", "values", "fvu")
 experiment = Experiment(
     title="Features of quantised checkpoints",
-    varies={"model": (), "kind": (*DENSE, *WRITERS)},
+    varies={"model": (), "kind": (*DENSE, *KINDS)},
     run=run,
     tell=tell,
     sizes=Sizes(),

@@ -228,6 +228,31 @@ def test_a_listed_group_is_read_from_the_cache_without_the_hub(
         load_sae(replace(group, d_model=D_MODEL + 1), 31, cache_dir=cache)
 
 
+def test_k_of_the_catalog_stands_in_where_a_config_does_not_say_it(tmp_path: Path) -> None:
+    group = small("caiovicentino1/qwen36-27b-sae-papergrade")
+
+    def of(name: str, config: dict[str, object]) -> Path:
+        def files(root: Path) -> Path:
+            written(root / "sae_L31_latest.safetensors", weights())
+            return written(root / "sae_L31_cfg.json", {"d_in": D_MODEL, "d_sae": D_SAE, **config})
+
+        return cached(tmp_path / name, str(group.repo), files)
+
+    sae = load_sae(group, 31, cache_dir=of("without", {}))
+    assert sae.k == K
+    torch.testing.assert_close(
+        sae.encode(residuals()).to_dense().double(),
+        of_open_interpretability(residuals().double())[0],
+        rtol=1e-5,
+        atol=1e-5,
+    )
+    assert load_sae(group, 31, cache_dir=of("stated", {"k": K})).k == K
+    with pytest.raises(MismatchError, match=f"k={K} according to the catalog, but .* says k={K + 1}"):
+        load_sae(group, 31, cache_dir=of("other", {"k": K + 1}))
+    with pytest.raises(MismatchError, match=f"k={K} according to the catalog"):
+        load_sae(group, 31, k=K + 2, cache_dir=of("typed", {}))
+
+
 def test_the_layers_of_a_release_are_known_without_the_hub(tmp_path: Path) -> None:
     assert layers_of("caiovicentino1/qwen36-27b-sae-fullstack", cache_dir=tmp_path) == list(FULLSTACK)
     assert layers_of("qwen-3.5-0.8b-saes", cache_dir=tmp_path) == [5, 11, 17]

@@ -20,7 +20,12 @@ from qwen_scope.model import load_config, load_model, load_tokenizer
 from qwen_scope.steer import Decoding
 
 # PEFT asks transformers by an old name.
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True` and a tied layer:UserWarning"),
+    pytest.mark.filterwarnings("ignore:Input and output embeddings are no longer tied:UserWarning"),
+    pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`:UserWarning"),
+]
 
 TEXTS = tiny.TEXTS[:3]
 TARGETS = ["q_proj", "v_proj", "down_proj"]
@@ -166,3 +171,50 @@ def test_an_adapter_that_changes_no_weights(tmp_path: Path) -> None:
     live.save_pretrained(str(tmp_path / "prompt"))
     with pytest.raises(InputError, match="no change of weights"):
         load_model(tmp_path / "prompt", device="cpu")
+
+
+IDS = torch.arange(24).reshape(2, 12)
+
+
+def other_kinds() -> dict[str, Any]:
+    targets = ["k_proj", "v_proj", "down_proj"]
+    return {
+        "scales (IA3)": peft.IA3Config(
+            target_modules=targets, feedforward_modules=["down_proj"], init_ia3_weights=False
+        ),
+        "whole modules": peft.LoraConfig(r=4, target_modules=TARGETS, modules_to_save=["norm"]),
+        "new embedding": peft.LoraConfig(r=4, target_modules=TARGETS, modules_to_save=["embed_tokens"]),
+        "LoHa": peft.LoHaConfig(r=4, target_modules=TARGETS, init_weights=False),
+    }
+
+
+@pytest.mark.parametrize("kind", list(other_kinds()))
+def test_other_kinds_of_adapters_give_what_the_live_model_gives(kind: str, tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    live = peft.get_peft_model(base(), other_kinds()[kind])
+    for name, one in live.named_parameters():
+        if "modules_to_save" in name:
+            torch.nn.init.normal_(one, 1.0, 0.1)
+    live.eval().save_pretrained(str(tmp_path / "adapter"))
+    merged = load_model(tmp_path / "adapter", device="cpu").model
+    with torch.no_grad():
+        want, got, plain = (model(IDS).logits for model in (live, merged, base()))
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(got, plain, atol=0.01)
+
+
+def test_an_adapter_with_another_vocabulary_is_refused(tmp_path: Path) -> None:
+    model = base()
+    model.resize_token_embeddings(model.config.vocab_size + 8, mean_resizing=False)
+    live = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=TARGETS, modules_to_save=["embed_tokens"]))
+    live.save_pretrained(str(tmp_path / "adapter"))
+    with pytest.raises(FormatError, match="does not fit") as caught:
+        load_model(tmp_path / "adapter", device="cpu")
+    assert "\n" not in str(caught.value)
+
+
+def test_an_adapter_beside_the_config_of_its_base_is_an_adapter(made: tuple[Path, Any], tmp_path: Path) -> None:
+    both = Path(shutil.copytree(made[0] / "adapter", tmp_path / "adapter"))
+    shutil.copy(tiny.folder() / "model" / "config.json", both)
+    found, want = (load_model(folder, device="cpu").model(IDS).logits for folder in (both, made[0] / "merged"))
+    assert torch.equal(found, want)
