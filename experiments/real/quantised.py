@@ -33,6 +33,7 @@ from qwen_scope.lab import documents
 from qwen_scope.model import capture
 from qwen_scope.sae import catalog
 
+TITLE = "Features of quantised checkpoints"
 written_by = writers()
 KINDS = tuple(written_by)
 DENSE = ("bfloat16", "GGUF packed", "GGUF unpacked")
@@ -125,7 +126,7 @@ def tell(at: At[Sizes], rows: Sequence[Row]) -> str:
 
 MEANS = ("shared", "values", "fvu")
 experiment = Experiment(
-    title="Features of quantised checkpoints",
+    title=TITLE,
     varies={"model": (), "kind": (*DENSE, *KINDS)},
     run=run,
     tell=tell,
