@@ -101,7 +101,10 @@ def run(at: At[Sizes], model: str, kind: str) -> dict[str, Any]:
 
 
 def tell(at: At[Sizes], rows: Sequence[Row]) -> str:
-    parts = [paragraph(__doc__.split("\n\n")[-1])]
+    parts = [
+        "Made by `python -m experiments.real.quantised --models lab,FOLDER --saes FOLDER --data FOLDER --write`.",
+        paragraph(__doc__.split("\n\n")[-1]),
+    ]
     for model in dict.fromkeys(row["model"] for row in rows):
         some = [row for row in rows if row["model"] == model]
         layers = list(some[0]["layers"])
