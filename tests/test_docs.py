@@ -21,8 +21,8 @@ ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
-# Examples of help that run for minutes, or until they are stopped.
-LONG = ("explore", "lab build", "lab panel", "posttrain repetition", "posttrain rl")
+# Examples of help that run for minutes or until they are stopped; vLLM is not here.
+LONG = ("explore", "serve", "lab build", "lab panel", "posttrain repetition", "posttrain rl")
 
 
 def blocks(page: Path, language: str) -> list[str]:

@@ -118,6 +118,7 @@ def test_a_command_without_its_extra_ends_with_the_line_to_type(tmp_path: Path) 
     small = ["--d-sae", "64", "--k", "4", "--tokens", "4096", "-o", "run"]
     asked = {
         "gradio": ["explore"],
+        "vllm": ["serve", "lab", "--layers", "4"],
         "trl": ["posttrain", "prepare", "lab", "--target", "zh", "-o", "t.json"],
         "peft": ["posttrain", "sft", "lab", "-o", "out"],
         "datasets": ["extract", "owner/name", "-o", "store"],

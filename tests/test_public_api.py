@@ -47,6 +47,7 @@ COMMANDS = {
     "train",
     "eval",
     "explore",
+    "serve",
     "posttrain",
     "synthesize",
 }

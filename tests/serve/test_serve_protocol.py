@@ -176,6 +176,18 @@ def test_phases_are_counted_against_the_prompt(admission: Admission) -> None:
     assert admission.admit(replace(ask, interventions=(CLAMP,), phases=kinds), 9, 20).phases is None
 
 
+def test_phases_of_generated_tokens_need_workers_that_see_them(facts: ModelFacts) -> None:
+    blind = Admission(ServeSettings(sae="lab", feature_layers=(4,)), replace(facts, follows=False))
+    kinds = PromptKinds.of([PHASES.index("user")] * 9, "default", "answer")
+    for where, fits in (("prompt:user", True), ("answer", False)):
+        ask = Ask(interventions=(replace(CLAMP, where=Where.parse(where)),), phases=kinds)
+        if fits:
+            assert blind.admit(ask, 9, 20).interventions == ask.interventions
+            continue
+        with pytest.raises(QwenScopeError, match="start the server with --no-async-scheduling"):
+            blind.admit(ask, 9, 20)
+
+
 def test_a_vector_too_large_for_the_served_type_is_refused(facts: ModelFacts) -> None:
     half = Admission(ServeSettings(layers=(2,)), replace(facts, dtype=torch.float16))
     with pytest.raises(QwenScopeError, match=r"too large for torch\.float16"):

@@ -25,6 +25,7 @@ from . import (
     output,
     plan,
     posttrain,
+    serve,
     show,
     steer,
     store,
@@ -86,6 +87,7 @@ app.command("synthesize", rich_help_panel=CORPORA)(synthesize.synthesize)
 app.command("steer", rich_help_panel=STEERING)(steer.steer)
 app.command("sweep", rich_help_panel=STEERING)(sweep.sweep)
 app.command("validate", rich_help_panel=STEERING)(validate.validate)
+app.command("serve", rich_help_panel=STEERING)(serve.serve)
 app.command("train", rich_help_panel=TRAIN)(train.train)
 app.command("eval", rich_help_panel=TRAIN)(evaluate.evaluate)
 app.command("convert", rich_help_panel=TRAIN)(convert.convert)

@@ -49,6 +49,11 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     "export": ("qwen-scope export out/store --to statistics -o out/statistics.csv",),
     "explore": ("qwen-scope explore", "qwen-scope explore --store out/store --port 7861"),
     "steer": ('qwen-scope steer "[12:30] Anna: " --feature 5/678 --amount 0.3 --sample',),
+    "serve": (
+        "qwen-scope serve lab --layers 0-5 --feature-layers 4 --read-layers 4 --dry-run -- --port 8000",
+        "qwen-scope serve Qwen/Qwen3-1.7B-Base --sae Qwen/SAE-Res-Qwen3-1.7B-Base-W32K-L0_50 --feature-layers 14"
+        " --recipes recipes -- --max-model-len 8192",
+    ),
     "classify fit": (
         "qwen-scope classify fit out/examples/rude.txt out/examples/polite.txt --layers 4,5 --rule out/rude.json",
         "qwen-scope classify fit out/examples/german.txt out/examples/others.txt --layers 5 --top 1 --fpr 0.01"

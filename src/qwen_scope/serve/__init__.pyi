@@ -1,6 +1,13 @@
+from . import guard as guard
+from . import selftest as selftest
 from .admit import Admission as Admission
 from .admit import ModelFacts as ModelFacts
 from .admit import write_stats as write_stats
+from .command import Launch as Launch
+from .command import engine_arguments as engine_arguments
+from .command import launch as launch
+from .command import run as run
+from .command import with_stats as with_stats
 from .plugin import register as register
 from .protocol import FIELD as FIELD
 from .protocol import Ask as Ask
@@ -8,6 +15,7 @@ from .protocol import PromptKinds as PromptKinds
 from .protocol import Read as Read
 from .rows import Pattern as Pattern
 from .rows import Step as Step
+from .selftest import self_test as self_test
 from .settings import ServeSettings as ServeSettings
 from .tables import Tables as Tables
 from .worker import Shape as Shape

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -36,6 +37,7 @@ class ModelFacts:
         dtype: the type of the residual.
         context: the most tokens of a request.
         signature: as `steer.signature`, which recipes name.
+        follows: whether workers see each generated token before the next, so that its phase can be told.
     """
 
     layers: int
@@ -43,6 +45,7 @@ class ModelFacts:
     dtype: torch.dtype
     context: int
     signature: str
+    follows: bool = True
 
 
 class ServedSAEs:
@@ -105,6 +108,7 @@ class Admission:
             _ = self.saes[layer]
         self.stats = {} if settings.stats is None else read_stats(settings.stats)
         self._fits: OrderedDict[str, None] = OrderedDict()
+        self._lock = threading.Lock()
 
     def admit(self, ask: Ask, prompt: int, new: int) -> Ask:
         """The ask as workers take it: interventions listed, in raw units, in canonical order; the recipe's name gone.
@@ -116,19 +120,31 @@ class Admission:
         Raises:
             InputError, NotFoundError, MismatchError, FormatError: what cannot be served, in one sentence.
         """
+        admitted = self.fit(ask)
+        self._check_tokens(admitted, prompt, new)
+        return replace(admitted, phases=ask.phases if admitted.by_phase else None)
+
+    def fit(self, ask: Ask) -> Ask:
+        """The same but for what depends on the prompt, for recipes before any request names them.
+
+        Raises:
+            InputError, NotFoundError, MismatchError, FormatError: what cannot be served, in one sentence.
+        """
         interventions = ask.interventions if ask.recipe is None else self._recipe(ask.recipe)
         made = tuple(sorted((self._resolved(one) for one in interventions), key=lambda one: canonical(one.to_json())))
-        admitted = replace(ask, recipe=None, interventions=made)
         check_together(made)
-        self._check_tokens(admitted, prompt, new)
         if ask.read is not None:
             self._check_read(ask.read)
-        if made and admitted.fingerprint not in self._fits:
+        admitted = replace(ask, recipe=None, interventions=made)
+        with self._lock:
+            known = admitted.fingerprint in self._fits
+        if made and not known:
             self._check_fit(made)
-            self._fits[admitted.fingerprint] = None
-            while len(self._fits) > REMEMBERED:
-                self._fits.popitem(last=False)
-        return replace(admitted, phases=ask.phases if admitted.by_phase else None)
+            with self._lock:  # requests are admitted in threads
+                self._fits[admitted.fingerprint] = None
+                while len(self._fits) > REMEMBERED:
+                    self._fits.popitem(last=False)
+        return admitted
 
     def _recipe(self, name: str) -> tuple[Intervention, ...]:
         if self.settings.recipes is None:
@@ -178,6 +194,11 @@ class Admission:
             return
         if ask.phases is None:
             raise InputError("phases of tokens are known in chats alone; name prompt, generated or positions instead")
+        if not self.facts.follows and any(where.generated_phases for where in wheres):
+            raise InputError(
+                "phases of generated tokens are not known in time under asynchronous scheduling; start the server with"
+                " --no-async-scheduling"
+            )
         told = len(ask.phases.tokens)
         if told != prompt:
             raise InputError(f"the phases of {told} tokens are given for a prompt of {prompt}")

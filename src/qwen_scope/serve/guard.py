@@ -82,6 +82,11 @@ BLOCK_KEYS = Seam(
 )
 # An engine in a process of its own loads plugins while it is made: too late for the engine's own __init__.
 CORE_INIT = Seam("vllm.v1.core.sched.scheduler", "Scheduler.__init__", ("self", "vllm_config", "*rest"))
+SPLIT = Seam(
+    "vllm.config.compilation",
+    "CompilationConfig.set_splitting_ops_for_v1",
+    ("self", "all2all_backend", "data_parallel_size"),
+)
 PREPARE_V1 = Seam(
     "vllm.v1.worker.gpu_model_runner",
     "GPUModelRunner._prepare_inputs",
@@ -101,7 +106,7 @@ REFUSAL = Seam("vllm.exceptions", "VLLMValidationError", ("message", "parameter"
 KEY_USERS = ("vllm.v1.core.kv_cache_utils", "vllm.v1.core.block_pool", "vllm.v1.simple_kv_offload.manager")
 
 FRONT = (PROCESS_INPUTS, REFUSAL)
-CORE = (BLOCK_KEYS, CORE_INIT)
+CORE = (BLOCK_KEYS, CORE_INIT, SPLIT)
 WORKER = (PREPARE_V1, ADD_V2, REMOVE_V2, PREPARE_V2, END_V2, CHOOSE_V2, REGISTER, MODELS)
 SEAMS = (*FRONT, *CORE, *WORKER)
 

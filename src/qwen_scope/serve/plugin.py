@@ -33,5 +33,6 @@ def register() -> None:
     families.register()
     seam_front.wrap_front()
     seam_front.wrap_keys()
+    seam_worker.wrap_split()
     seam_worker.wrap_v1()
     seam_worker.wrap_v2()

@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from .guard import CHOOSE_V2, PREPARE_V1
+from .blocks import SET_FEATURES
+from .guard import CHOOSE_V2, PREPARE_V1, SPLIT
 from .protocol import FIELD
 from .rows import Step
 from .vllm_config import check_runnable, settings_of, tokenizer_of
@@ -35,6 +36,22 @@ def make_state(model: Any, config: Any) -> WorkerState | None:
     )
     state.install(model)
     return state
+
+
+def wrap_split() -> None:
+    """Let graphs that are compiled in pieces be split where features are set: that code has to run at every step."""
+    split: Any = SPLIT.find()
+    if hasattr(split, "qwen_scope"):
+        return
+
+    @functools.wraps(split)
+    def set_splitting_ops_for_v1(self: Any, *args: Any, **kwargs: Any) -> None:
+        split(self, *args, **kwargs)
+        if self.splitting_ops and SET_FEATURES not in self.splitting_ops:
+            self.splitting_ops.append(SET_FEATURES)
+
+    set_splitting_ops_for_v1.qwen_scope = True  # pyright: ignore[reportAttributeAccessIssue]
+    SPLIT.put(set_splitting_ops_for_v1)
 
 
 def text_of(params: Any) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 from qwen_scope.errors import InputError
@@ -42,7 +43,33 @@ def facts_of(config: Any) -> ModelFacts:
         dtype=model.dtype,
         context=model.max_model_len,
         signature=signature_of(text),
+        follows=not config.scheduler_config.async_scheduling or config.use_v2_model_runner,
     )
+
+
+# Ways of running vLLM that the plugin was not tested with, each with what would go wrong.
+_REFUSED: tuple[tuple[str, Callable[[Any], object], str], ...] = (
+    ("speculative decoding", lambda c: c.speculative_config, "the places of drafted tokens are not known in time"),
+    ("a KV connector", lambda c: c.kv_transfer_config, "it may hand a steered block to a request without the recipe"),
+    ("LoRA", lambda c: c.lora_config, "it has not been tested together"),
+    ("pipeline parallelism", lambda c: c.parallel_config.pipeline_parallel_size > 1, "it has not been tested"),
+    (
+        "data parallelism",
+        lambda c: c.parallel_config.data_parallel_size > 1,
+        "idle workers overwrite what is read",
+    ),
+    (
+        "expert parallelism over several workers",
+        lambda c: c.parallel_config.enable_expert_parallel and c.parallel_config.tensor_parallel_size > 1,
+        "blocks return shards of the residual",
+    ),
+    (
+        "sequence parallelism",
+        lambda c: c.compilation_config.pass_config.enable_sp,
+        "blocks return shards of the residual",
+    ),
+    ("splitting a batch in two", lambda c: c.parallel_config.enable_dbo, "rows are laid out for the whole batch"),
+)
 
 
 def check_runnable(config: Any) -> None:
@@ -51,18 +78,13 @@ def check_runnable(config: Any) -> None:
     Raises:
         InputError: which, in one sentence.
     """
-    settings, parallel = settings_of(config), config.parallel_config
     name = config.model_config.architecture
     if name not in ARCHITECTURES:
         raise InputError(f"the architecture {name} is not served; it is one of {', '.join(ARCHITECTURES)}")
-    if config.speculative_config is not None:
-        raise InputError("speculative decoding is not served: the positions of drafted tokens are not known in time")
-    if config.kv_transfer_config is not None:
-        raise InputError("KV connectors are not served: they may give a steered block to a request without the recipe")
-    if parallel.enable_expert_parallel and parallel.tensor_parallel_size > 1:
-        raise InputError("expert parallelism is not served: blocks return shards of the residual there")
-    if getattr(config.compilation_config.pass_config, "enable_sp", False):
-        raise InputError("sequence parallelism is not served: blocks return shards of the residual there")
+    for what, on, why in _REFUSED:
+        if on(config):
+            raise InputError(f"qwen-scope does not serve with {what}: {why}; start vLLM without it")
+    settings = settings_of(config)
     if settings is None or not settings.feature_layers:
         return
     compilation = config.compilation_config
@@ -70,8 +92,8 @@ def check_runnable(config: Any) -> None:
     split = SET_FEATURES in (compilation.splitting_ops or ())
     if graphs.startswith("FULL") or (graphs == "PIECEWISE" and not split):
         raise InputError(
-            f"with CUDA graphs of the mode {graphs} a feature that is set would stay as it is; start with `qwen-scope"
-            f" serve`, which asks for PIECEWISE graphs that are split at {SET_FEATURES}"
+            f"with CUDA graphs of the mode {graphs} a feature that is set would stay as it is; give vLLM"
+            ' --compilation-config \'{"cudagraph_mode": "PIECEWISE"}\', as `qwen-scope serve` does'
         )
 
 

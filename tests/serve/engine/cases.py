@@ -1,6 +1,7 @@
 """The cases of the tests of serving and the toolkit's own answers to them, written once as a file.
 
-`python tests/serve/engine/cases.py FILE`: every operation at every kind of place, over prompts of the lab.
+`python tests/serve/engine/cases.py FILE [FAMILY FOLDER]`: every operation at every kind of place, over prompts of the
+lab; of the bundled model, or of a sibling of random weights that is built in a folder.
 """
 
 from __future__ import annotations
@@ -135,6 +136,40 @@ def read(path: str | Path) -> dict[str, Any]:
     return data
 
 
+def sibling(family: str, folder: Path) -> Scope:
+    """A model of another family with random weights, the lab's tokenizer, and random SAEs at all layers it needs.
+
+    The folder then holds `model` and `sae`.
+    """
+    from qwen_scope.foundry import make_model
+    from qwen_scope.sae import Identity, TopK, save_sae
+
+    tokenizer = load_scope("lab").tokenizer
+    layers = 8 if family == "hybrid" else 6
+    model = make_model(family, 4096, 64, layers, 512, tokenizer.eos_token_id, tokenizer.pad_token_id)
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.ndim > 1:  # as they are made, so small a model is almost the identity
+                weight *= 4
+    model.save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    for layer in range(6):
+        draw = torch.Generator().manual_seed(layer)
+        encoder = torch.randn(256, 64, generator=draw) / 8
+        sae = TopK(
+            encoder,
+            encoder.T.contiguous(),
+            torch.zeros(256),
+            torch.zeros(64),
+            16,
+            f"layers.{layer}.resid_post",
+            Identity("SAE-Res-Sibling-W256-L0_16", layer, "random"),
+        )
+        save_sae(sae, folder / "sae", layout="official")
+    return load_scope(str(folder / "model"), sae=str(folder / "sae"))
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    Path(sys.argv[1]).write_text(json.dumps(make(load_scope("lab"))))
+    made = sibling(sys.argv[2], Path(sys.argv[3])) if len(sys.argv) > 2 else load_scope("lab")
+    Path(sys.argv[1]).write_text(json.dumps(make(made)))

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import v2shim  # noqa: F401  # before vLLM is imported
+
+# isort: split
 import pytest
 import served
-import v2shim  # noqa: F401  # before vLLM is imported
 from cases import READ
 
 from qwen_scope.serve import Ask, Read, ServeSettings
