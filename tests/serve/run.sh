@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Serving in stock vLLM on the CPU: `run.sh` for all files of tests/serve/engine, `run.sh FILE...` for some of them.
-# vLLM lives in an environment of its own, made on the first run; each file runs in a process of its own.
+# Serving in stock vLLM on the CPU. `run.sh`: every line in small; `run.sh FILE...`: some files of tests/serve/engine;
+# `run.sh matrix --family hybrid --runner v2`: one cell of the full matrix.
+# vLLM lives in an environment of its own, made on the first run; each file and cell runs in a process of its own.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 venv=".venv-serve"
@@ -32,11 +33,19 @@ export QWEN_SCOPE_CASES="$work/cases.json"
 "$bin/python" -W ignore tests/serve/engine/cases.py "$QWEN_SCOPE_CASES"
 
 cd tests/serve/engine
+if [ "${1:-}" = matrix ]; then
+  shift
+  "$bin/python" -W ignore matrix.py "$@"
+  exit
+fi
 failed=0
-for file in "${@:-test_*.py}"; do
-  for one in $file; do
-    # Warnings are errors in our own tests; vLLM's are not ours to mend.
-    "$bin/python" -m pytest -c /dev/null --rootdir . -p no:cacheprovider -q "$(basename "$one")" || failed=1
-  done
+for one in ${@:-test_*.py}; do
+  # vLLM's warnings are not ours to mend.
+  "$bin/python" -m pytest -c /dev/null --rootdir . -p no:cacheprovider -q "$(basename "$one")" || failed=1
 done
+if [ $# = 0 ]; then
+  for cell in "--family hybrid --every 6" "--family moe --every 6" "--mode piecewise --every 6" "--tp 2 --every 6"; do
+    "$bin/python" -W ignore matrix.py $cell || failed=1
+  done
+fi
 exit "$failed"

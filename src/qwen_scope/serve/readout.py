@@ -59,8 +59,8 @@ class Readouts:
             named = [one for one in pending if layer in one.read.layers and one.read.top is None]
             if tops:
                 self._keep_tops(layer, tops, buffer, saes[layer])
-            for one in named:
-                self._keep_named(layer, one, buffer, saes[layer])
+            if named:
+                self._keep_named(layer, named, buffer, saes[layer])
         while len(self._kept) > MOST_TICKETS or sum(self._sizes.values()) > MOST_NUMBERS:
             oldest, _ = self._kept.popitem(last=False)
             del self._sizes[oldest]
@@ -82,10 +82,8 @@ class Readouts:
         }
 
     def _keep_tops(self, layer: int, pending: Sequence[Pending], buffer: Tensor, sae: SAE) -> None:
-        rows = torch.from_numpy(np.concatenate([one.rows for one in pending])).to(buffer.device)
-        h = buffer[rows].float()
-        finite = h.isfinite().all(-1)
-        acts = sae.encode(torch.where(finite[:, None], h, 0))
+        h, finite = _gathered(pending, buffer)
+        acts = sae.encode(h)
         most = max(one.read.top or 0 for one in pending)
         values = (acts.values[:, :most].float() * finite[:, None].to(acts.values.device)).cpu().numpy()
         features = acts.indices[:, :most].cpu().numpy()
@@ -98,17 +96,29 @@ class Readouts:
                 self._sizes[one.ticket] += len(on) + 1
             start += len(one.positions)
 
-    def _keep_named(self, layer: int, one: Pending, buffer: Tensor, sae: SAE) -> None:
-        wanted = one.read.named_at(layer)
-        h = buffer[torch.from_numpy(one.rows).to(buffer.device)].float()
-        finite = h.isfinite().all(-1)
-        values = activations(sae, torch.where(finite[:, None], h, 0), wanted)
-        shown = (values * finite[:, None].to(values.device)).cpu().tolist()
-        into = self._rows(one, layer)
-        for position, mine in zip(one.positions.tolist(), shown, strict=True):
-            into[position] = wanted, mine
-            self._sizes[one.ticket] += len(mine) + 1
+    def _keep_named(self, layer: int, pending: Sequence[Pending], buffer: Tensor, sae: SAE) -> None:
+        h, finite = _gathered(pending, buffer)
+        wanted = sorted({feature for one in pending for feature in one.read.named_at(layer)})
+        found = activations(sae, h, wanted)
+        values = (found * finite[:, None].to(found.device)).cpu().numpy()
+        start = 0
+        for one in pending:
+            mine = one.read.named_at(layer)
+            columns = np.searchsorted(wanted, mine)
+            into = self._rows(one, layer)
+            for j, position in enumerate(one.positions.tolist(), start):
+                into[position] = mine, values[j, columns].tolist()
+                self._sizes[one.ticket] += len(mine) + 1
+            start += len(one.positions)
 
     def _rows(self, one: Pending, layer: int) -> dict[int, tuple[list[int], list[float]]]:
         self._sizes.setdefault(one.ticket, 0)
         return self._kept.setdefault(one.ticket, {}).setdefault(one.name, {}).setdefault(layer, {})
+
+
+def _gathered(pending: Sequence[Pending], buffer: Tensor) -> tuple[Tensor, Tensor]:
+    """The rows that were asked for in fp32, and which are finite; one that is not is read as if nothing were active."""
+    rows = torch.from_numpy(np.concatenate([one.rows for one in pending])).to(buffer.device)
+    h = buffer[rows].float()
+    finite = h.isfinite().all(-1)
+    return torch.where(finite[:, None], h, 0), finite
