@@ -16,7 +16,7 @@ from .protocol import FIELD, Ask
 from .vllm_config import facts_of, settings_of, tokenizer_of
 
 _LOCK = threading.Lock()
-_CORE: dict[str, Any] = {}  # the config of this process's engine, for the tokenizer that follows phases
+_CORE: dict[str, Any] = {}  # the config of this process's scheduler, for the tokenizer that follows phases
 
 
 def admission_of(config: Any) -> Admission:
