@@ -61,11 +61,13 @@ _REFUSED: tuple[tuple[str, Callable[[Any], object], str], ...] = (
     (
         "expert parallelism over several workers",
         lambda c: c.parallel_config.enable_expert_parallel and c.parallel_config.tensor_parallel_size > 1,
-        "blocks return shards of the residual",
+        "blocks may return shards of the residual",
     ),
     (
-        "sequence parallelism",
-        lambda c: c.compilation_config.pass_config.enable_sp,
+        "context parallelism",
+        lambda c: (
+            c.parallel_config.prefill_context_parallel_size > 1 or c.parallel_config.decode_context_parallel_size > 1
+        ),
         "blocks return shards of the residual",
     ),
     ("splitting a batch in two", lambda c: c.parallel_config.enable_dbo, "rows are laid out for the whole batch"),

@@ -82,7 +82,7 @@ def test_what_was_not_tested_is_refused_at_the_start() -> None:
         (config, "lora_config", object()),
         (config.parallel_config, "pipeline_parallel_size", 2),
         (config.parallel_config, "data_parallel_size", 2),
-        (config.compilation_config.pass_config, "enable_sp", True),
+        (config.parallel_config, "prefill_context_parallel_size", 2),
         (config.parallel_config, "enable_dbo", True),
     ):
         before = getattr(part, name)
