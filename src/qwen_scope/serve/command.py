@@ -28,6 +28,7 @@ REQUESTS = 256
 """Requests that run together, where vLLM is not told otherwise; each has its rows in the tables."""
 
 EXTENSION = "qwen_scope.serve.seam_worker.WorkerExtension"
+MIDDLEWARE = "qwen_scope.serve.http.Middleware"
 PIECES = {"cudagraph_mode": "PIECEWISE"}
 """A graph of the whole model would replay without the code that sets features."""
 
@@ -81,7 +82,14 @@ def launch(model: str, settings: ServeSettings, flags: Sequence[str] = ()) -> La
         argv += ["--max-num-seqs", str(REQUESTS)]
     if settings.feature_layers and not any(flag.startswith(_COMPILATION) for flag in flags):
         argv += ["--compilation-config", json.dumps(PIECES)]
-    argv += ["--worker-extension-cls", EXTENSION, "--additional-config", json.dumps({FIELD: settings.to_json()})]
+    argv += [
+        "--middleware",
+        MIDDLEWARE,
+        "--worker-extension-cls",
+        EXTENSION,
+        "--additional-config",
+        json.dumps({FIELD: settings.to_json()}),
+    ]
     number = torch.empty(0, dtype=facts.dtype).element_size() * facts.width
     return Launch(
         tuple(argv),

@@ -38,6 +38,7 @@ def test_a_dry_run_prints_what_would_be_executed(capsys: pytest.CaptureFixture[s
     assert words[words.index("--compilation-config") + 1] == '{"cudagraph_mode": "PIECEWISE"}'
     assert words[words.index("serve") + 2 :][:4] == ["--port", "8123", "--dtype", "float32"]
     assert words.count("--max-num-seqs") == 1
+    assert words[words.index("--middleware") + 1] == "qwen_scope.serve.http.Middleware"
 
 
 @pytest.mark.parametrize(
