@@ -16,24 +16,24 @@ from .protocol import FIELD, Ask
 from .vllm_config import facts_of, settings_of, tokenizer_of
 
 _LOCK = threading.Lock()
-_ADMISSIONS: dict[int, tuple[Any, Admission]] = {}  # with the config, so that no other gets its number
 _CORE: dict[str, Any] = {}  # the config of this process's scheduler, for the tokenizer that follows phases
 
 
 def admission_of(config: Any) -> Admission:
-    """The admission of a server, made once from its `VllmConfig`.
+    """The admission of a server, made once from its `VllmConfig` and kept with it.
 
     Raises:
         NotFoundError: this server was started without the plugin's settings.
         QwenScopeError: as `Admission`.
     """
     with _LOCK:
-        if id(config) not in _ADMISSIONS:
+        made = config.__dict__.get("_qwen_scope_admission")
+        if made is None:
             settings = settings_of(config)
             if settings is None:
                 raise NotFoundError("this server was started without qwen-scope; start it with: qwen-scope serve")
-            _ADMISSIONS[id(config)] = config, Admission(settings, facts_of(config))
-        return _ADMISSIONS[id(config)][1]
+            made = config.__dict__["_qwen_scope_admission"] = Admission(settings, facts_of(config))
+        return made
 
 
 def wrap_front() -> None:
