@@ -47,7 +47,9 @@ COMMANDS = {
     "train",
     "eval",
     "explore",
+    "lens",
     "serve",
+    "why",
     "posttrain",
     "synthesize",
 }
