@@ -39,8 +39,8 @@ def distil(
     y = np.array(labels, dtype=bool)
     order = np.random.default_rng(seed).permutation(len(texts))
     held, kept = np.sort(order[: len(order) // HELD_OUT]), np.sort(order[len(order) // HELD_OUT :])
-    made = Student.fit([texts[i] for i in kept.tolist()], y[kept], {"rule": name, "documents": len(kept)})
-    scores = made.scores([texts[i] for i in held.tolist()])
+    made = Student.fit([texts[int(i)] for i in kept], y[kept], {"rule": name, "documents": len(kept)})
+    scores = made.scores([texts[int(i)] for i in held])
     results = {"student, rule's labels": rates(scores > 0, y[held], scores)}
     if truth is not None:
         real = np.array(truth, dtype=bool)[held]
