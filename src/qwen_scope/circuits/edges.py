@@ -81,6 +81,7 @@ class _Segments:
         self.reading = reading
         self.begins: dict[int | None, Tensor] = {}
         self.ends: dict[int, Tensor] = {}
+        self.directions = {layer: reading.decoder(layer) for layer in reading.layers}
         last = reading.scope.n_layers - 1 if reading.quantity.layer is None else reading.quantity.layer
 
         def cut(layer: int) -> Callable[[Tensor], Tensor]:
@@ -131,7 +132,7 @@ class _Segments:
             sent = reading.embeddings.float()
             none = torch.zeros(0, device=row.device)
             return Incoming(receiver, None, value, none, none, (sent * slope).sum(-1), (sent @ row) * here, 0.0)
-        active, directions = reading.active[before], reading.decoder(before)
+        active, directions = reading.active[before], self.directions[before]
         features = (directions * slope[active.positions]).sum(-1)
         passed = (directions @ row) * here[active.positions]
         error = reading.errors[before]

@@ -146,16 +146,13 @@ def tracer_scores(reading: Reading, places: Sequence[Place], edges: Sequence[Inc
     Args:
         places: the features of the graph.   edges: what `incoming` says of them, the quantity last.
     """
-    index = {one: n for n, one in enumerate(places)}
+    known_as = {layer: _entries(reading, layer, places) for layer in reading.layers}
     rows, errors, tokens = [], [], []
     for one in edges:
         row = torch.zeros(len(places), dtype=torch.float64)
         if one.layer is not None:
-            active = reading.active[one.layer]
-            triples = zip(active.positions.tolist(), active.features.tolist(), one.features.tolist(), strict=True)
-            for position, feature, weight in triples:
-                if (n := index.get(Place(one.layer, position, feature))) is not None:
-                    row[n] = abs(weight)
+            nodes, entries = known_as[one.layer]
+            row[nodes] = one.features.cpu()[entries].abs().double()
         outside = float(one.errors.abs().sum())
         total = float(row.sum()) + outside or 1.0
         rows.append(row / total)
@@ -174,6 +171,17 @@ def tracer_scores(reading: Reading, places: Sequence[Place], edges: Sequence[Inc
     # errors and tokens take in nothing, which counts as complete there
     complete = (known + reached) / (float(weights.sum()) + reached)
     return TracerScores(by_tokens / reached if reached else 0.0, complete)
+
+
+def _entries(reading: Reading, layer: int, places: Sequence[Place]) -> tuple[Tensor, Tensor]:
+    """Which of the places are of a layer, and where they stand among its active features."""
+    active = reading.active[layer]
+    pairs = zip(active.positions.tolist(), active.features.tolist(), strict=True)
+    entry = {pair: n for n, pair in enumerate(pairs)}
+    mine = [n for n, one in enumerate(places) if one.layer == layer]
+    return torch.tensor(mine, dtype=torch.long), torch.tensor(
+        [entry[places[n].position, places[n].feature] for n in mine], dtype=torch.long
+    )
 
 
 def overlap(one: Graph, other: Graph, n: int = 20) -> float:
