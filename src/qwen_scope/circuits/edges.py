@@ -134,7 +134,9 @@ class _Segments:
             return Incoming(receiver, None, value, none, none, (sent * slope).sum(-1), (sent @ row) * here, 0.0)
         active, directions = reading.active[before], self.directions[before]
         features = (directions * slope[active.positions]).sum(-1)
-        passed = (directions @ row) * here[active.positions]
+        mine = active.positions == position
+        passed = torch.zeros_like(active.values)
+        passed[mine] = directions[mine] @ row
         error = reading.errors[before]
         base = float(slope.sum(0) @ reading.scope.saes[before].b_dec.float())
         return Incoming(receiver, before, value, features, passed, (error * slope).sum(-1), (error @ row) * here, base)
