@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import served
 from cases import READ
+from vllm.exceptions import VLLMValidationError
 
 from qwen_scope.serve import Ask, Read, ServeSettings
 from qwen_scope.steer import Intervention, Where
@@ -110,7 +111,7 @@ def test_named_features_and_generated_tokens_are_read(llm: Any, known: dict[str,
 def test_raw_arguments_are_admitted_like_any_others(llm: Any, known: dict[str, Any], text: str, sentence: str) -> None:
     chosen = served.params()
     chosen.extra_args = {"qwen_scope": text}
-    with pytest.raises(ValueError, match=sentence):
+    with pytest.raises(VLLMValidationError, match=sentence):
         served.answers(llm, [known["ids"][0]], [chosen])
     served.check(llm, [case for case in known["cases"] if case.ask is None][:1])
 
