@@ -59,7 +59,7 @@ def test_features_of_the_prompt_are_those_of_the_scope(llm: Any, known: dict[str
     chosen, prompts = [served.params(read, n=3) for _ in known["ids"]], list(known["ids"])
     if beside:
         steered = [case for case in known["cases"] if case.ask is not None][::20]
-        chosen += [served.params(case.ask, n=3) for case in steered]
+        chosen += [served.params(case.ask) for case in steered]
         prompts += [case.ids for case in steered]
     out = served.answers(llm, prompts, chosen)
     (found,) = llm.collective_rpc("qwen_scope_take", args=("one",))
