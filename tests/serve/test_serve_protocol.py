@@ -194,6 +194,19 @@ def test_a_vector_too_large_for_the_served_type_is_refused(facts: ModelFacts) ->
         half.admit(Ask(interventions=(ADD.with_amount(1e6),)), 10, 20)
 
 
+def test_amounts_after_which_a_residual_overflows_are_refused(facts: ModelFacts, admission: Admission) -> None:
+    """Large but finite numbers make pre-activations overflow, which an SAE refuses: that would end the worker."""
+    direction = [3e38 if i % 2 else 1.0 for i in range(facts.width)]
+    for layer in (2, 4):
+        far = Intervention.add(layer=layer, direction=direction, amount=1.0)
+        beside = Intervention.clamp(layer=4, feature=1, amount=1.0)
+        with pytest.raises(QwenScopeError, match=rf"added .* at layer {layer}; .* adds at most 1e\+15$"):
+            admission.admit(Ask(interventions=(far, beside)), 10, 20)
+    half = Admission(ServeSettings(layers=(2,)), replace(facts, dtype=torch.float16))
+    with pytest.raises(QwenScopeError, match=r"is in float16, adds at most 4.09e\+03$"):
+        half.admit(Ask(interventions=(Intervention.add(layer=2, direction=[1.0] * facts.width, amount=5e4),)), 10, 20)
+
+
 def test_a_server_is_refused_what_its_model_or_saes_lack(facts: ModelFacts) -> None:
     with pytest.raises(QwenScopeError, match="there is no layer 6"):
         Admission(ServeSettings(layers=(6,)), facts)

@@ -147,6 +147,31 @@ def test_the_residual_is_the_reference_whatever_chunks_its_tokens_come_in(state:
     assert state.status()["recipes"] == 0
 
 
+@pytest.mark.parametrize("size", [1e20, 3e38, float("inf"), float("nan")])
+def test_a_residual_too_large_to_be_read_stays_as_it_is(state: WorkerState, size: float) -> None:
+    """The rows beside it are set all the same, and nothing is raised where vLLM would end with it."""
+    wanted = state.wanted(Ask(interventions=(Intervention.clamp(layer=4, feature=1, amount=3.0),)).to_text())
+    state.begin(Step(*(np.array([n]) for n in (5, 0, 5))), [wanted], ["a"], no_tokens)
+    hidden, residual = torch.randn(2, 5, WIDTH, generator=torch.Generator().manual_seed(0)) * 3
+    residual[2] = size
+    new = state.set_features(hidden, residual, 4)
+    torch.testing.assert_close(new[2], residual[2], rtol=0, atol=0, equal_nan=True)
+    rest = [0, 1, 3, 4]
+    assert bool((new[rest] != residual[rest]).any(-1).all())
+    assert bool(new[rest].isfinite().all())
+    assert state.status()["skipped"] == 1
+
+
+def test_a_change_after_which_a_residual_could_not_be_read_is_left_out(state: WorkerState) -> None:
+    """Factors of two layers multiply, which no admission sees."""
+    wanted = state.wanted(Ask(interventions=(Intervention.scale(layer=4, feature=1, amount=1e6),)).to_text())
+    sae = state.saes[4]
+    hidden, residual = torch.zeros(1, WIDTH), 1e11 * sae.W_enc[1][None].float()
+    state.begin(Step(*(np.array([1]) for _ in range(3))), [wanted], ["a"], no_tokens)
+    torch.testing.assert_close(state.set_features(hidden, residual, 4), residual, rtol=0, atol=0)
+    assert state.status()["skipped"] == 1
+
+
 def reference(
     which: Sequence[Intervention], layer: int, h: torch.Tensor, position: int, prompt: int, state: WorkerState
 ) -> torch.Tensor:

@@ -16,6 +16,7 @@ from qwen_scope.model import HookPoint, LayerStats
 from qwen_scope.sae import SAE, layers_of, load_sae
 from qwen_scope.steer import Intervention, check_together, load_recipe
 
+from .bounds import most_added
 from .compiled import Compiled
 from .protocol import Ask, Read, canonical
 from .settings import ServeSettings
@@ -215,13 +216,20 @@ class Admission:
                     )
 
     def _check_fit(self, interventions: tuple[Intervention, ...]) -> None:
-        """Prepare them as a worker will, and count the rows they can need."""
+        """Prepare them as a worker will, count the rows they can need, and bound what they can do to the residual."""
         compiled = Compiled.of(interventions, self.saes, "cpu", self.facts.dtype)
         if compiled.rows > self.settings.rows:
             raise InputError(
                 f"the places of the interventions overlap in {compiled.rows} ways, of which this server keeps"
                 f" {self.settings.rows} for a request; name fewer places, or start it with more rows"
             )
+        bound = most_added(self.facts.dtype)
+        for layer, vectors in compiled.added().items():
+            if (largest := sum(float(vector.abs().max()) for vector in vectors)) > bound:
+                raise InputError(
+                    f"up to {largest:.3g} is added to a number of the residual at layer {layer}; this server, whose"
+                    f" model is in {str(self.facts.dtype).removeprefix('torch.')}, adds at most {bound:.3g}"
+                )
 
 
 def write_stats(stats: Mapping[int, LayerStats]) -> str:

@@ -74,6 +74,15 @@ class Compiled:
         here = [vector for bit, vector in self.vectors.get(layer, ()) if code >> bit & 1]
         return torch.stack(here).sum(0) if here else None
 
+    def added(self) -> dict[int, list[Tensor]]:
+        """Every vector that is added to some token, by layer."""
+        alone = {layer: [vector for _, vector in here] for layer, here in self.vectors.items()}
+        beside = {
+            layer: [change.vector for change in changes if change.vector is not None]
+            for layer, (changes, _) in self.sets.items()
+        }
+        return alone | beside
+
     @property
     def rows(self) -> int:
         """The most rows of the tables that one request with these interventions can need."""

@@ -14,6 +14,7 @@ from torch import Tensor
 from qwen_scope.sae import SAE
 from qwen_scope.steer import SAEsByLayer, activations
 
+from .bounds import readable
 from .protocol import Read
 
 MOST_TICKETS = 4096
@@ -82,10 +83,10 @@ class Readouts:
         }
 
     def _keep_tops(self, layer: int, pending: Sequence[Pending], buffer: Tensor, sae: SAE) -> None:
-        h, finite = _gathered(pending, buffer)
+        h, fine = _gathered(pending, buffer)
         acts = sae.encode(h)
         most = max(one.read.top or 0 for one in pending)
-        values = (acts.values[:, :most].float() * finite[:, None].to(acts.values.device)).cpu().numpy()
+        values = (acts.values[:, :most].float() * fine[:, None].to(acts.values.device)).cpu().numpy()
         features = acts.indices[:, :most].cpu().numpy()
         start = 0
         for one in pending:
@@ -97,10 +98,10 @@ class Readouts:
             start += len(one.positions)
 
     def _keep_named(self, layer: int, pending: Sequence[Pending], buffer: Tensor, sae: SAE) -> None:
-        h, finite = _gathered(pending, buffer)
+        h, fine = _gathered(pending, buffer)
         wanted = sorted({feature for one in pending for feature in one.read.named_at(layer)})
         found = activations(sae, h, wanted)
-        values = (found * finite[:, None].to(found.device)).cpu().numpy()
+        values = (found * fine[:, None].to(found.device)).cpu().numpy()
         start = 0
         for one in pending:
             mine = one.read.named_at(layer)
@@ -117,8 +118,8 @@ class Readouts:
 
 
 def _gathered(pending: Sequence[Pending], buffer: Tensor) -> tuple[Tensor, Tensor]:
-    """The rows that were asked for in fp32, and which are finite; one that is not is read as if nothing were active."""
+    """The rows that were asked for in fp32, and which can be read; of one that can't, nothing is active."""
     rows = torch.from_numpy(np.concatenate([one.rows for one in pending])).to(buffer.device)
     h = buffer[rows].float()
-    finite = h.isfinite().all(-1)
-    return torch.where(finite[:, None], h, 0), finite
+    fine = readable(h)
+    return torch.where(fine[:, None], h, 0), fine

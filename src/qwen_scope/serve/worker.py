@@ -15,6 +15,7 @@ from qwen_scope.steer import Change, changed
 
 from .admit import ServedSAEs
 from .blocks import change_block, find_blocks, register_setter
+from .bounds import readable
 from .compiled import Compiled
 from .kinds import Kinds, TokensOf
 from .protocol import Ask
@@ -78,7 +79,7 @@ class Counts:
     Attributes:
         steps: that were prepared.
         steered: of them with an intervention.
-        skipped: rows that were not finite where features were to be set.
+        skipped: rows that were too large to be read, or would have become so, where features were to be set.
     """
 
     steps: int = 0
@@ -218,14 +219,15 @@ class WorkerState:
             now, rest = hidden[setting.rows], residual[setting.rows]
             h = now + rest
             chosen = setting.chosen
-            finite = h.isfinite().all(-1)
-            if not bool(finite.all()):  # the model has overflowed there, and an SAE refuses what is not finite
-                self.counts.skipped += int((~finite).sum())
-                chosen = [mask & finite for mask in chosen]
+            fine = readable(h)
+            if not bool(fine.all()):  # an SAE refuses them, which would end the worker
+                chosen = [mask & fine for mask in chosen]
             after = changed(h, setting.changes, chosen)
             if after is not h:
-                moved = (after != h).any(-1, keepdim=True)
+                fine &= readable(after)
+                moved = ((after != h).any(-1) & fine)[:, None]
                 new[setting.rows] = torch.where(moved, after - now, rest)
+            self.counts.skipped += int((~fine).sum())
         return new
 
     def status(self) -> dict[str, Any]:

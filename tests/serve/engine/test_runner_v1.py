@@ -118,8 +118,8 @@ def test_raw_arguments_are_admitted_like_any_others(llm: Any, known: dict[str, A
 
 def test_a_residual_that_overflows_does_not_end_the_worker(llm: Any, known: dict[str, Any]) -> None:
     far = [
-        Intervention.add(layer=3, direction=[3e38 if i % 2 else 1.0 for i in range(128)], amount=1.0),
-        Intervention.clamp(layer=4, feature=1, amount=1.0),
+        Intervention.add(layer=3, direction=[9e14 if i % 2 else 1.0 for i in range(128)], amount=1.0),
+        Intervention.scale(layer=4, feature=1, amount=1e6),
     ]
     asked = Ask(interventions=tuple(far), read=Read((5,), 3, (), Where.parse("all")), ticket="far")
     served.answers(llm, [known["ids"][0]], [served.params(asked, n=3)])
