@@ -165,17 +165,27 @@ def test_steering_changes_the_text_and_nothing_when_it_adds_nothing(
     assert moved["steered"]["text"] != plain
 
 
-def test_sweep_finds_an_amount_that_raises_the_target_within_its_budget(ask: Ask, feature: str) -> None:
-    """How probable a line of an interactive session becomes when the feature of such sessions is added."""
+def test_sweep_measures_what_a_forward_pass_does_and_keeps_its_budget(
+    ask: Ask, feature: str, loaded: LoadedModel, work: Path
+) -> None:
+    """How probable a line of an interactive session is, unsteered by hand; a large amount breaks the text."""
+    line = " >>> x = 1"
     swept = ask(
-        "sweep", "prompts.jsonl", "--feature", feature, "--amounts", "0.2,1.5", "--continuation", " >>> x = 1",
+        "sweep", "prompts.jsonl", "--feature", feature, "--amounts", "0.2,1.5", "--continuation", line,
         "--max-new-tokens", 8, "--json",
     )  # fmt: skip
     by_amount = {dose["amount"]: dose for dose in swept["doses"]}
-    assert by_amount[0.2]["effect"]["estimate"] > by_amount[0.0]["effect"]["estimate"]
+    found = []
+    for prompt in (json.loads(one)["text"] for one in (work / "prompts.jsonl").read_text().splitlines()):
+        before, after = (loaded.tokenizer(text)["input_ids"] for text in (prompt, line))
+        with torch.no_grad():
+            logits = loaded.model(torch.tensor([before + after])).logits[0, len(before) - 1 : -1]
+        found.append(float(logits.double().log_softmax(-1)[range(len(after)), after].mean()))
+    assert by_amount[0.0]["effect"]["estimate"] == pytest.approx(sum(found) / len(found), abs=1e-3)
+    assert by_amount[0.2]["effect"]["estimate"] != by_amount[0.0]["effect"]["estimate"]
     assert by_amount[1.5]["perplexity"] > 2 * swept["reference"]
     assert not by_amount[1.5]["fits"]
-    assert 0 < swept["proposed"] < 1.5
+    assert swept["proposed"] != 1.5
 
 
 def test_validate_gives_a_verdict_with_its_controls(ask: Ask, feature: str) -> None:

@@ -7,8 +7,8 @@ from jaxtyping import Bool
 from torch import Tensor
 
 MOST = 1e15
-"""Of one number of a residual. The sum of its squares over any width is far from overflowing fp32, and so is its product
-with an SAE's weights. Real models reach 1e5."""
+"""Of one number of a residual. The sum of its squares over any width is far from overflowing fp32, and so is its
+product with an SAE's weights. Real models reach 1e5."""
 
 
 def most_added(dtype: torch.dtype) -> float:
