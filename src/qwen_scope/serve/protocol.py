@@ -143,14 +143,13 @@ class PromptKinds:
             FormatError, InputError: anything else.
         """
         found = Fields(data, "`phases`", ("runs", "chat", "first"))
-        none: tuple[int, ...] = ()
-        pairs = [
-            Fields({"run": pair}, "a run of `phases`").counts("run") if isinstance(pair, list) else none
-            for pair in found.items("runs")
-        ]
-        if any(len(pair) != 2 for pair in pairs):
-            raise FormatError("`runs` of `phases` holds pairs of a phase and a number of tokens")
-        return cls(tuple((pair[0], pair[1]) for pair in pairs), found.maybe(found.text, "chat"), found.text("first"))
+        runs: list[tuple[int, int]] = []
+        for pair in found.items("runs"):
+            if not isinstance(pair, list) or len(pair) != 2:
+                raise FormatError("`runs` of `phases` holds pairs of a phase and a number of tokens")
+            phase, count = Fields({"run": pair}, "a run of `phases`").counts("run")
+            runs.append((phase, count))
+        return cls(tuple(runs), found.maybe(found.text, "chat"), found.text("first"))
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
