@@ -166,13 +166,14 @@ def test_train_takes_the_documents_of_its_options(kind: str, tmp_path: Path) -> 
     config = TrainConfig(d_sae=64, k=4, tokens=64, batch=32, seed=3)
     options = CorpusOptions(sample=4, seed=3)
     run = TrainRun(data=path, out=tmp_path / "out", train=config, corpus=options, hold_out=0, eval_tokens=0)
-    assert [one.text for one in corpus_of(run)] == [one.text for one in Corpus(path, sample=4, seed=3)]
+    assert [one.text for one in corpus_of(run)] == [one.text for one in Corpus(path, sample=4, seed=3, shuffle=3)]
+    assert {one.text for one in corpus_of(run)} == {one.text for one in Corpus(path, sample=4, seed=3)}
 
 
 READERS = [
     "extract", "train", "eval", "find", "classify fit", "classify predict", "classify distil", "classify transfer",
     "synthesize", "posttrain prepare", "posttrain sft", "posttrain eval", "posttrain rl", "posttrain repetition",
-    "sweep", "validate",
+    "sweep", "validate", "lens fit",
 ]  # fmt: skip
 # `prepare` learns from texts as they stand; `--unit` and `--sample` of steering are about something else.
 LACKS = {"posttrain prepare": {"chat"}, "sweep": {"unit", "sample"}, "validate": {"unit", "sample"}}

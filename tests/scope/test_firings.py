@@ -128,7 +128,7 @@ def test_a_full_disk_says_that_nothing_is_kept(scope: Scope) -> None:
     with (
         full_after(2000),
         pytest.raises(
-            InputError, match=r"no room for what is read, .*TMPDIR=FOLDER, and run the same command"
+            InputError, match=r"no room to write what was read, .*TMPDIR=FOLDER, and run the same command"
         ) as caught,
     ):
         scope.firings([{"text": text} for text in TEXTS], [0])

@@ -316,9 +316,9 @@ def temporary_folder() -> Iterator[Path]:
         except InputError as error:
             if _is_full(cause := error.__cause__):
                 raise InputError(
-                    f"no room for what is read, which lies in {Path(folder).parent} while the command runs: the disk is"
-                    " full or a limit is reached; make room there, or name another folder with TMPDIR=FOLDER, and run"
-                    " the same command again"
+                    f"no room to write what was read, which lies in {Path(folder).parent} while the command runs: the"
+                    " disk is full or a limit is reached; make room there, or name another folder with TMPDIR=FOLDER,"
+                    " and run the same command again"
                 ) from cause
             raise
 
