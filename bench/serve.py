@@ -1,6 +1,6 @@
 """What serving with the plugin costs: tokens per second of vLLM under `add`, `clamp` and `read`, in one run.
 
-    .venv-serve/bin/python bench/serve.py MODEL [--batch 8] [--rounds 12] [--new 48] [--layer N] [--write]
+    .venv-serve/bin/python bench/serve.py MODEL [--batch 8] [--rounds 12] [--new 48] [--layer N]
 
 One engine, an SAE of 4,096 random features at one layer, prompts of random tokens. Every round runs all conditions in
 an order that rotates, unsteered twice: what the second differs from the first is the noise of the others.
@@ -25,7 +25,7 @@ os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 
 import numpy as np
 import torch
-from side_by_side import markdown, write
+from side_by_side import markdown
 from steer_cost import median_interval
 from vllm import LLM, SamplingParams  # pyright: ignore[reportMissingImports]
 
@@ -81,7 +81,6 @@ def main() -> None:
     parser.add_argument("--layer", type=int)
     parser.add_argument("--eager", action="store_true", help="without compilation")
     parser.add_argument("--without", action="store_true", help="without the plugin: unsteered alone")
-    parser.add_argument("--write", action="store_true", help="write the section of docs/performance.md")
     args = parser.parse_args()
     text = load_config(args.model).get_text_config(decoder=True)
     layer = text.num_hidden_layers // 2 if args.layer is None else args.layer
@@ -143,8 +142,6 @@ def measure(llm: Any, args: argparse.Namespace, asked: dict[str, Ask | None]) ->
     )
     made = markdown(("condition", "tokens per second", "share of unsteered", "aim, the whole interval above"), rows)
     print(f"{words}\n\n{made}")
-    if args.write:
-        write("serve.py", [words, "", made])
 
 
 if __name__ == "__main__":
