@@ -33,8 +33,8 @@ def test_label_is_interrupted_and_goes_on(after: int, tmp_path: Path, capsys, mo
         monkeypatch.setenv(name, value)
     folder, clean = (lab_store.copied(tmp_path / name) for name in ("stopped", "clean"))
     with FeatureStore(clean) as store:
-        features = ",".join(map(str, busy(store, 3)))
-    words = ["-f", features, "--layer", str(LAYER), "--examples", "6", "--tests", "6", "--concurrency", "2", "--json"]
+        features = ",".join(f"{LAYER}/{feature}" for feature in busy(store, 3))
+    words = ["-f", features, "--examples", "6", "--tests", "6", "--concurrency", "2", "--json"]
     over, struck = threading.Event(), []
     with serving() as (server, url):
         monkeypatch.setenv("OPENAI_BASE_URL", url)

@@ -380,8 +380,8 @@ def test_the_command_labels_notes_and_moves_them(store: FeatureStore, tmp_path: 
         assert part in shown
     for words, said in (
         ([], "which features"),
-        (["-f", "1,2", "--note", "x"], "one feature"),
-        (["-f", "99999"], "0 to"),
+        (["-f", "5/1,5/2", "--note", "x"], "one feature"),
+        (["-f", "5/99999"], "0 to"),
     ):
         assert main([*base, *words]) == 2
         assert said in capsys.readouterr().err
