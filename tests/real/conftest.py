@@ -56,8 +56,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "held": documents[:40],
         "sessions": sessions[:40],
         "prose": prose[:40],
-        "others": prose[40:60],
-        "prompts": [" ".join(one.split()[:4]) for one in prose[60:80]],
+        "prompts": [" ".join(one.split()[:4]) for one in prose[40:45]],
     }.items():
         (folder / f"{name}.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
     return folder

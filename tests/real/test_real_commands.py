@@ -6,6 +6,7 @@ Python's help; `test_the_bands_are_of_this_sae` shows that they tell this SAE fr
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,6 @@ from qwen_scope.sae import load_sae
 POINT = f"layers.{LAYER}.resid_post"
 FVU = (0.15, 0.32)  # 0.212 on 512 held-out tokens
 RECOVERED = (0.93, 1.0)  # 0.977
-OUTCOMES = ("causal", "causal, but breaks fluency", "correlated only", "entangled", "no effect")
 TEXT = "The capital of France is Paris, and the capital of Italy is Rome."
 
 
@@ -186,20 +186,6 @@ def test_sweep_measures_what_a_forward_pass_does_and_keeps_its_budget(
     assert by_amount[1.5]["perplexity"] > 2 * swept["reference"]
     assert not by_amount[1.5]["fits"]
     assert swept["proposed"] != 1.5
-
-
-def test_validate_gives_a_verdict_with_its_controls(ask: Ask, feature: str) -> None:
-    found = ask(
-        "validate", "prompts.jsonl", "--feature", feature, "--amount", 0.4, "--random", 3, "--shuffled", 2,
-        "--regex", "[_()=]", "--max-new-tokens", 8, "--positive", "sessions.jsonl", "--negative", "prose.jsonl",
-        "--unrelated", "others.jsonl", "--json",
-    )  # fmt: skip
-    assert found["outcome"] in OUTCOMES
-    effects = [condition["effect"] for condition in found["conditions"]]
-    assert len(effects) >= 4
-    assert all(0 <= effect["low"] <= effect["estimate"] <= effect["high"] <= 1 for effect in effects)
-    assert len(found["shuffled"]) == 2
-    assert found["side"]["kl"]["estimate"] > 0
 
 
 def test_the_bands_are_of_this_sae(trained: dict[str, Any], loaded: LoadedModel, work: Path) -> None:

@@ -18,7 +18,8 @@ CONFIG = "adapter_config.json"
 def is_adapter(source: str | os.PathLike[str]) -> bool:
     """Whether a source is a folder with an adapter and no model of its own, though perhaps with its base's config."""
     folder = Path(source).expanduser()
-    return (folder / CONFIG).is_file() and not any(folder.glob("model*.safetensors"))
+    whole = (folder / "config.json").is_file() and any(folder.glob("model*.safetensors"))
+    return (folder / CONFIG).is_file() and not whole
 
 
 def has_tokenizer(folder: Path) -> bool:
