@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser, Page
 
 from qwen_scope import load_scope
 from qwen_scope.circuits import Quantity, WhyOptions, explain, graph_html, read
@@ -24,14 +24,6 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-@pytest.fixture(scope="module")
-def chromium():
-    with sync_playwright() as player:
-        browser = player.chromium.launch(executable_path="/usr/bin/chromium", args=["--no-sandbox"])
-        yield browser
-        browser.close()
-
-
 def opened(browser: Browser, file: Path, scheme: str) -> tuple[Page, list[str]]:
     page = browser.new_page(color_scheme=scheme, viewport={"width": 1400, "height": 900})
     wrong: list[str] = []
@@ -43,8 +35,8 @@ def opened(browser: Browser, file: Path, scheme: str) -> tuple[Page, list[str]]:
 
 
 @pytest.mark.parametrize(("scheme", "paper"), [("light", "rgb(255, 255, 255)"), ("dark", "rgb(22, 22, 22)")])
-def test_the_page_works_offline_in_light_and_dark(chromium: Browser, file: Path, scheme: str, paper: str) -> None:
-    page, wrong = opened(chromium, file, scheme)
+def test_the_page_works_offline_in_light_and_dark(browser: Browser, file: Path, scheme: str, paper: str) -> None:
+    page, wrong = opened(browser, file, scheme)
     assert page.evaluate("getComputedStyle(document.body).backgroundColor") == paper
     page.check("#unfold")
     assert page.locator('[data-node][class~="up"], [data-node][class~="down"]').count() == 501
@@ -52,8 +44,8 @@ def test_the_page_works_offline_in_light_and_dark(chromium: Browser, file: Path,
     page.close()
 
 
-def test_a_node_tells_what_it_is_and_can_be_pinned_and_unfolded(chromium: Browser, file: Path) -> None:
-    page, wrong = opened(chromium, file, "light")
+def test_a_node_tells_what_it_is_and_can_be_pinned_and_unfolded(browser: Browser, file: Path) -> None:
+    page, wrong = opened(browser, file, "light")
     folded = page.locator("[data-node]").count()
     node = page.locator("[data-node][aria-label*='to layer']").last
     name = node.get_attribute("aria-label")
