@@ -91,7 +91,7 @@ def test_a_finished_run_resumes_to_the_same_folder(run: TrainRun) -> None:
 @pytest.mark.slow
 def test_a_run_continues_a_group_on_another_checkpoint(run: TrainRun, tmp_path: Path) -> None:
     first = run_train(replace(run, eval_tokens=0))
-    post = make_model(tmp_path / "post", seed=5)
+    post = make_model(tmp_path / f"{Path(run.model).name}-post", seed=5)
     more = replace(run, model=str(post), start_from=str(first.folder), out=tmp_path / "more", eval_tokens=0)
     tuned = run_train(replace(more, train=replace(run.train, tokens=128 * 2, lr=1e-6, warmup=0)))
     for name, sae in first.saes.items():

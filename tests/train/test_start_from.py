@@ -63,9 +63,10 @@ def post(folder: Path, model_folder: Path) -> Path:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.2 * parameter.std() * torch.randn(parameter.shape, generator=g))
-    model.save_pretrained(folder / "post")
-    AutoTokenizer.from_pretrained(model_folder).save_pretrained(folder / "post")
-    return folder / "post"
+    out = folder / f"{model_folder.name}-post"
+    model.save_pretrained(out)
+    AutoTokenizer.from_pretrained(model_folder).save_pretrained(out)
+    return out
 
 
 @pytest.fixture(scope="module")
