@@ -14,6 +14,8 @@ from .graph import Path as Path
 from .graph import Received as Received
 from .graph_file import feature_documents as feature_documents
 from .graph_file import graph_document as graph_document
+from .graph_file import save_graph as save_graph
+from .graph_file import text_by as text_by
 from .options import Method as Method
 from .options import WhyOptions as WhyOptions
 from .options import check_method as check_method

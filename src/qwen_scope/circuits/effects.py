@@ -15,7 +15,7 @@ from qwen_scope.errors import InputError, check_count
 from qwen_scope.model import Routing, has_routers, relevance
 
 from .options import Method, check_method
-from .reading import Reading, gradients
+from .reading import Reading, gradients, keeper
 
 # Integrated gradients halve pieces of their way until what they leave over is at most this share of what they explain,
 # or as many steps are made.
@@ -75,28 +75,20 @@ def effects(reading: Reading, method: Method = "relp", *, steps: int = 10) -> Ef
         InputError: no such method, a model whose kernels give no gradient, or one that RelP has no rule for.
     """
     method, steps = check_method(method), check_count("steps", steps)
-    first = _first_order(reading, "relp" if method == "relp" else "gradient")
+    first = _first_order(reading, method)
     return first if method != "ig" else _integrated(reading, first, steps)
 
 
 def ruled(reading: Reading, method: str) -> AbstractContextManager[object]:
-    """Around a forward pass whose backward pass follows the rules of a method."""
+    """Around a forward pass whose backward pass follows RelP's rules, or for any other method the derivative."""
     return relevance(reading.scope.model) if method == "relp" else ExitStack()
 
 
 def _first_order(reading: Reading, method: Method) -> Effects:
     kept: dict[int, Tensor] = {}
-
-    def keep(layer: int) -> Callable[[Tensor], Tensor]:
-        def take(h: Tensor) -> Tensor:
-            kept[layer] = h
-            return h
-
-        return take
-
     with torch.enable_grad(), ruled(reading, method):
         embeddings = reading.embeddings[None].clone().requires_grad_()
-        value = reading.run(embeddings, {layer: keep(layer) for layer in reading.layers})
+        value = reading.run(embeddings, {layer: keeper(kept, layer) for layer in reading.layers})
     first, *found = gradients(value, [embeddings, *(kept[layer] for layer in reading.layers)])
     slopes = {layer: slope[0] for layer, slope in zip(reading.layers, found, strict=True)}
     features = {layer: along(reading, layer, slopes[layer]) for layer in reading.layers}
@@ -268,8 +260,7 @@ def _moves(reading: Reading, group: Sequence[Place], means: Mapping[int, Tensor]
 
 def _moved(rows: Sequence[Sequence[tuple[int, Tensor]]]) -> Callable[[Tensor], Tensor]:
     def change(h: Tensor) -> Tensor:
-        new = h.float() if h.dtype != torch.float64 else h.clone()
-        new = new.clone()
+        new = h.to(torch.promote_types(h.dtype, torch.float32), copy=True)
         for row, steps in enumerate(rows):
             for position, step in steps:
                 new[row, position] += step

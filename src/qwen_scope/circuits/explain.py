@@ -16,7 +16,7 @@ from qwen_scope.stats import coefficient
 from .edges import Incoming, incoming
 from .effects import Effects, Place, ablated, effects
 from .graph import Edge, Graph, LayerShares, Node, Received, find_ladders
-from .options import Method, WhyOptions, check_method
+from .options import WhyOptions, check_method
 from .reading import Reading
 from .scores import tracer_scores
 
@@ -46,8 +46,8 @@ def explain(reading: Reading, options: WhyOptions | None = None) -> Graph:
         for n, value in zip(checked, measured, strict=True):
             exact[n] = value
         agreement = agree([chosen[n].effect for n in checked], measured)
-    edges = incoming(reading, places, "relp" if method == "relp" else "gradient")
-    return _Assembly(reading, found, chosen, exact, edges, options).graph(method, agreement)
+    edges = incoming(reading, places, method)
+    return _Assembly(reading, found, chosen, exact, edges, options).graph(agreement)
 
 
 def brief_name(source: str) -> str:
@@ -90,9 +90,13 @@ def choose(reading: Reading, found: Effects, options: WhyOptions) -> list[Chosen
     return sorted(pool[: options.nodes], key=lambda one: (one.place.layer, one.place.position, one.entry))
 
 
+Key = tuple[str, int | None, int, int]
+"""What a node is before it has a number: kind, layer, position, and its entry among the active features."""
+
+
 @dataclass(frozen=True)
 class _Candidate:
-    source: tuple[str, int | None, int, int]  # kind, layer, position, entry
+    source: Key
     edge: Edge
     matters: float
 
@@ -116,7 +120,7 @@ class _Assembly:
             here = [one.entry for one in chosen if one.place.layer == layer]
             self.entries[layer] = torch.tensor(here, dtype=torch.long)
 
-    def graph(self, method: Method, agreement: tuple[float, float] | None) -> Graph:
+    def graph(self, agreement: tuple[float, float] | None) -> Graph:
         reading, scope = self.reading, self.reading.scope
         scores = tracer_scores(reading, [one.place for one in self.chosen], self.edges)
         candidates, received = self.candidates()
@@ -141,7 +145,7 @@ class _Assembly:
             value=reading.value,
             answer=reading.quantity.tokens,
             probability=probability,
-            method=method,
+            method=self.found.method,
             layers=reading.layers,
             n_layers=scope.n_layers,
             nodes=tuple(nodes),
@@ -163,7 +167,7 @@ class _Assembly:
         effect_of = [*(one.effect for one in self.chosen), self.reading.value]
         for n, one in enumerate(self.edges):
             total = float(one.features.abs().sum() + one.errors.abs().sum())
-            rows: list[tuple[tuple[str, int | None, int, int], float, float]] = []
+            rows: list[tuple[Key, float, float]] = []
             if one.layer is not None:
                 entries, active = self.entries[one.layer], self.reading.active[one.layer]
                 rows += [
@@ -187,12 +191,10 @@ class _Assembly:
             received.append(Received(taken, by_features - taken, errors, embeddings))
         return found, received
 
-    def nodes(
-        self, sources: set[tuple[str, int | None, int, int]]
-    ) -> tuple[list[Node], dict[tuple[str, int | None, int, int], int]]:
+    def nodes(self, sources: set[Key]) -> tuple[list[Node], dict[Key, int]]:
         """All nodes in the order of layers, and where each is."""
         reading, found = self.reading, self.found
-        made: list[tuple[tuple[str, int | None, int, int], Node]] = []
+        made: list[tuple[Key, Node]] = []
         for kind, layer, position, entry in sources:
             if kind == "embedding":
                 node = Node("embedding", position, effect=_plain(found.embeddings[position]))

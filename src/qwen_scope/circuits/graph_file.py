@@ -2,15 +2,55 @@
 
 from __future__ import annotations
 
+import json
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
+
+from qwen_scope.features import token_effects
+from qwen_scope.files import write_text
+from qwen_scope.scope import Scope
 
 from .graph import Graph, Node
 
 GENERATOR = {"name": "qwen-scope"}
 # The only kind of feature that the viewers score and pin.
 FEATURE_TYPE = "cross layer transcoder"
+
+
+SHOWN = 10
+"""Tokens that a feature's file says it promotes, and as many that it demotes."""
+
+
+def save_graph(graph: Graph, scope: Scope, path: str | os.PathLike[str]) -> None:
+    """Write a graph as one file, and its features' files into the folder `NAME-features` beside it.
+
+    The graph is written last, when all that it names is there.
+
+    Raises:
+        InputError: a file that can't be written.
+    """
+    shown = {}
+    for i in graph.features:
+        node = graph.nodes[i]
+        assert node.layer is not None, "of a feature"
+        assert node.feature is not None, "of a feature"
+        promoted, demoted = token_effects(scope, node.layer, node.feature, SHOWN)
+        shown[i] = ([one.text for one in promoted], [one.text for one in demoted])
+    file = Path(path)
+    folder = file.with_name(f"{file.stem}-features")
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, data in feature_documents(graph, shown).items():
+        write_text(folder / name, json.dumps(data, ensure_ascii=False))
+    made = graph_document(graph, text_by(scope), base_url=folder.name)
+    write_text(file, json.dumps(made, ensure_ascii=False, allow_nan=False))
+
+
+def text_by(scope: Scope) -> Callable[[int], str]:
+    """What shows a token's id as text."""
+    return lambda token: str(scope.tokenizer.decode([token]))
 
 
 def graph_document(

@@ -62,7 +62,7 @@ def _shares(graph: Graph) -> Markup:
         (layer, one.n_kept, one.n_left_out, f"{one.kept:.1%}", f"{one.left_out:.1%}", f"{one.errors:.1%}")
         for layer, one in graph.shares.items()
     ]
-    columns = ("layer", "features", "left out", "effects kept", "of features left out", "through errors")
+    columns = ("layer", "features", "left out", "effects kept", "of those left out", "through errors")
     said = f"{graph.edges_left_out:,} edges between these nodes are below the thresholds."
     said += (
         f" Replacement {graph.replacement:.2f}, completeness {graph.completeness:.2f}, as circuit-tracer defines them."

@@ -130,7 +130,7 @@ def read(
     embeddings = _embeddings(scope, ids)
     with torch.no_grad():
         kept: dict[int, Tensor] = {}
-        value, logits = forward(scope, quantity, embeddings[None], {layer: _keeper(kept, layer) for layer in chosen})
+        value, logits = forward(scope, quantity, embeddings[None], {layer: keeper(kept, layer) for layer in chosen})
     if quantity.kind == "feature" and not float(value[0]) > 0:
         raise InputError(
             f"feature {quantity.feature} of layer {quantity.layer} is not active at position {quantity.position};"
@@ -192,7 +192,9 @@ def gradients(value: Tensor, of: Sequence[Tensor], *, again: bool = False) -> li
     ]
 
 
-def _keeper(kept: dict[int, Tensor], layer: int) -> Callable[[Tensor], Tensor]:
+def keeper(kept: dict[int, Tensor], layer: int) -> Callable[[Tensor], Tensor]:
+    """A change that keeps a layer's stream and leaves it as it is."""
+
     def keep(h: Tensor) -> Tensor:
         kept[layer] = h
         return h

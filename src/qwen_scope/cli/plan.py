@@ -55,12 +55,12 @@ def plan(
     limit = None if device is None else options.parse_size(device)
     wanted = options.parse_layers(layers)
     if catalog.lookup(group) is None and is_model(Path(group)):
-        shape = None
+        shape, whole = None, plan_model(Path(group), dtype=dtype)
         if training:
-            width = d_sae or 16 * plan_model(Path(group), dtype=dtype).sizes.d_model
+            width = d_sae or 16 * whole.sizes.d_model
             held = options.parse_size(buffer)
             shape = TrainConfig(d_sae=width, k=k, tokens=tokens or max(batch, held), batch=batch), held
-        show_model(Path(group), dtype, wanted, shape, limit, as_json)
+        show_model(Path(group), whole, dtype, wanted, shape, limit, as_json)
         return
     if catalog.lookup(group) is None and Path(group).is_dir():
         found, needs = plan_folder(Path(group), wanted, model=model, dtype=dtype or "bfloat16", sae_dtype=sae_dtype)
@@ -111,6 +111,7 @@ def show_group(
 
 def show_model(
     folder: Path,
+    needs: ModelPlan,
     dtype: str | None,
     layers: list[int] | None,
     training: tuple[TrainConfig, int] | None,
@@ -119,10 +120,9 @@ def show_model(
 ) -> None:
     """What a model needs without SAEs, and what training some of its layers takes."""
     from qwen_scope.report import size
-    from qwen_scope.scope import machine, plan_model
+    from qwen_scope.scope import machine
     from qwen_scope.train import run_plan
 
-    needs = plan_model(folder, dtype=dtype)
     n = len(needs.sizes.blocks)
     if missing := [layer for layer in layers or () if layer >= n]:
         raise NotFoundError(f"layer {missing[0]} does not exist: {folder} has {n} layers, 0 to {n - 1}")

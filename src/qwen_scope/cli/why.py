@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -43,7 +42,7 @@ def why(
     prompt: Annotated[str, typer.Argument(help="The text; '-' reads standard input.")],
     asked: ScopeOptions = SCOPE,
     token: Annotated[
-        str | None, typer.Option("--token", help='The token to explain, such as " Paris". Default: the likeliest.')
+        str | None, typer.Option("--token", help='The token to explain, such as " Paris". Default: the most likely.')
     ] = None,
     against: Annotated[
         str | None, typer.Option("--against", help="Explain the difference of logits to this token.")
@@ -72,7 +71,7 @@ def why(
     Effects are estimates; those of the strongest nodes are compared with ablation. --json prints the graph in the
     format of circuit-tracer, which Neuronpedia renders. A recipe goes to: qwen-scope steer --recipe
     """
-    from qwen_scope.circuits import explain, graph_recipe, read
+    from qwen_scope.circuits import explain, graph_document, graph_recipe, read, save_graph, text_by
     from qwen_scope.files import check_output, write_text
 
     wanted, mode = options.parse_layers(layers), options.check_chat(chat)
@@ -91,11 +90,11 @@ def why(
 
         write_text(html, graph_html(graph))
     if graph_file is not None:
-        write_graph(graph_file, graph, scope)
+        save_graph(graph, scope, graph_file)
     if recipe is not None:
         graph_recipe(graph, scope).save(recipe)
     if as_json:
-        output.print_json(document(graph, scope))
+        output.print_json(graph_document(graph, text_by(scope)))
     else:
         print_graph(graph, paths)
     for file in (html, graph_file, recipe):
@@ -138,33 +137,6 @@ def asked_about(
     return ids, tokens, (Quantity.log_prob if log_prob else Quantity.logit)(one, position=position)
 
 
-def document(graph: Graph, scope: Scope, base_url: str = "") -> dict[str, Any]:
-    """The graph in circuit-tracer's format."""
-    from qwen_scope.circuits import graph_document
-
-    return graph_document(graph, lambda token: str(scope.tokenizer.decode([token])), base_url=base_url)
-
-
-def write_graph(file: Path, graph: Graph, scope: Scope) -> None:
-    """The graph as a file, and a folder of its features' files beside it."""
-    from qwen_scope.circuits import feature_documents
-    from qwen_scope.features import token_effects
-    from qwen_scope.files import write_text
-
-    shown = {}
-    for i in graph.features:
-        node = graph.nodes[i]
-        assert node.layer is not None, "of a feature"
-        assert node.feature is not None, "of a feature"
-        promoted, demoted = token_effects(scope, node.layer, node.feature, 10)
-        shown[i] = ([one.text for one in promoted], [one.text for one in demoted])
-    folder = file.with_name(f"{file.stem}-features")
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, data in feature_documents(graph, shown).items():
-        write_text(folder / name, json.dumps(data, ensure_ascii=False))
-    write_text(file, json.dumps(document(graph, scope, base_url=folder.name), ensure_ascii=False, allow_nan=False))
-
-
 def print_graph(graph: Graph, n: int) -> None:
     """What is explained, the paths that carry most, the strongest features, and what the graph leaves out."""
     out = output.console()
@@ -192,7 +164,7 @@ def print_graph(graph: Graph, n: int) -> None:
         (layer, one.n_kept, one.n_left_out, f"{one.kept:.0%}", f"{one.left_out:.0%}", f"{one.errors:.0%}")
         for layer, one in graph.shares.items()
     ]
-    columns = ("layer", "features", "left out", "effects kept", "left out", "through errors")
+    columns = ("layer", "features", "left out", "effects kept", "of those left out", "through errors")
     output.show("What is in the graph, by the size of effects", columns, shares)
     out.print(
         f"Replacement {graph.replacement:.2f}, completeness {graph.completeness:.2f} (as circuit-tracer defines them)."
@@ -206,7 +178,7 @@ def print_graph(graph: Graph, n: int) -> None:
 
 
 def name_of(graph: Graph, i: int) -> str:
-    """A feature with the layers its ladder spans, such as `3/17 (to 5/21)`."""
+    """A feature with the layers its ladder spans, such as `3/17 (layers 3-5)`."""
     ladder = graph.ladder_of[i].nodes
     first, last = graph.nodes[ladder[0]], graph.nodes[ladder[-1]]
     name = graph.nodes[i].name

@@ -15,6 +15,7 @@ from torch import Tensor
 from qwen_scope.errors import FormatError, InputError
 
 from .checkpoint import Lazy
+from .quantized import INSTEAD
 
 # Architectures whose conversion was read: those whose weights keep names and values, experts aside, and those whose
 # norms and convolutions change, too.
@@ -44,7 +45,7 @@ def named(name: str, architecture: str, tensors: Mapping[str, Lazy]) -> dict[str
     if architecture not in (*KEPT, *CHANGED):
         raise InputError(
             f"{name!r} was converted for MLX, which is read for {', '.join((*KEPT, *CHANGED))}, not for"
-            f" {architecture!r}; name the model in its original precision"
+            f" {architecture!r}; {INSTEAD}"
         )
     out: dict[str, Lazy] = {}
     for key, one in tensors.items():

@@ -26,7 +26,8 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from qwen_scope.errors import InputError
-from qwen_scope.model.families import PARTS, blocks
+
+from .families import PARTS, blocks
 
 _ON: ContextVar[bool] = ContextVar("qwen_scope_relp", default=False)
 _IN_ROUTER: ContextVar[bool] = ContextVar("qwen_scope_in_router", default=False)

@@ -14,7 +14,7 @@ from qwen_scope.errors import FormatError, NotFoundError, foreign
 from .checkpoint import Lazy, read_checkpoint
 from .dense import dense, plain_type, refuse_packed, refuse_plain, refuse_scales
 from .place import sentence
-from .quantized import Quantised
+from .quantized import INSTEAD, Quantised
 
 
 def load_weights(
@@ -42,7 +42,7 @@ def load_weights(
         if stored.unpacked:
             of, given = _unpacked(name, auto, config, stored, tensors, options["dtype"])
             source, options = None, options | given
-    hint = "" if stored is None else f"its weights are quantised ({stored}); name the model in its original precision"
+    hint = "" if stored is None else f"its weights are quantised ({stored}); {INSTEAD}"
     with foreign(f"the weights of {name!r} can't be loaded", hint=hint):
         try:  # what does not fit is reported below in one sentence, not raised with a table
             model, info = of.from_pretrained(source, ignore_mismatched_sizes=True, output_loading_info=True, **options)

@@ -130,9 +130,9 @@ def train(
         lr = config.lr_at(state.step)
         reports = {}
         for name, layer in state.layers.items():
+            own = plan.of(name)
             try:
-                lr_here = plan.of(name).lr_at(state.step)
-                reports[name] = step(plan.of(name), layer, batch[hook_of(name)], lr_here, ranks, counted)
+                reports[name] = step(own, layer, batch[hook_of(name)], own.lr_at(state.step), ranks, counted)
             except DivergedError as error:
                 raise DivergedError(where_diverged(str(error), state, residuals, checkpoints)) from error
         state.step += 1

@@ -20,6 +20,7 @@ from qwen_scope.text import Counted
 from .evaluate import Moments, check_pairing
 from .moves import MoveSums
 from .pair_rows import DocumentRows, units
+from .splice import LOGIT_BYTES
 
 SUMS = (
     "tokens",
@@ -37,7 +38,6 @@ SUMS = (
 Besides, `within_base` and `within_post`: squared distances from the mean of the token's own phase; and over predicted
 tokens `predicted` and the losses `clean`, `spliced` and `zero` of both, and `mean_post`, in nats."""
 
-LOGIT_BYTES = 2**28  # of logits that are held at a time
 BASE, POST = "base", "post"
 
 
