@@ -41,7 +41,7 @@ fi
 failed=0
 for one in ${@:-test_*.py}; do
   # vLLM's warnings are not ours to mend.
-  "$bin/python" -m pytest -c /dev/null --rootdir . -p no:cacheprovider -q "$(basename "$one")" || failed=1
+  "$bin/python" -m pytest -c /dev/null --rootdir . --confcutdir . -p no:cacheprovider -q "$(basename "$one")" || failed=1
 done
 if [ $# = 0 ]; then
   for cell in "--family hybrid --every 6" "--family moe --every 6" "--mode piecewise --every 6" "--tp 2 --every 6"; do
