@@ -142,8 +142,8 @@ def test_a_signal_ends_the_run_in_words(tmp_path: Path, where: str, number: str,
 import sys, time
 from pathlib import Path
 def work(*a, **b):
-    Path({str(begun)!r}).touch()
     try:
+        Path({str(begun)!r}).touch()
         time.sleep(60)
     finally:
         Path({str(cleaned)!r}).touch()

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from typing import Any
 
+os.environ.setdefault("TRITON_INTERPRET", "1")  # model runner V2 runs in it, and Triton asks when it is first imported
+
 import cases
 import pytest
 
