@@ -48,6 +48,7 @@ COMMANDS = {
     "eval",
     "explore",
     "lens",
+    "match",
     "serve",
     "why",
     "posttrain",

@@ -22,6 +22,7 @@ from . import (
     lab,
     label,
     lens,
+    match,
     output,
     plan,
     posttrain,
@@ -76,6 +77,7 @@ app.command("find", rich_help_panel=LOOK)(find.find)
 app.add_typer(lens.app, name="lens", rich_help_panel=LOOK)
 app.command("why", rich_help_panel=LOOK)(why.why)
 app.command("show", rich_help_panel=LOOK)(show.show)
+app.command("match", rich_help_panel=LOOK)(match.match)
 app.command("explore", rich_help_panel=LOOK)(explore.explore)
 app.command("extract", rich_help_panel=CORPORA)(extract.extract)
 app.command("store", rich_help_panel=CORPORA)(store.store)

@@ -45,6 +45,10 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "qwen-scope show out/store --feature 5/678 -n 5",
         "qwen-scope show out/store --feature 5/678 -n 5 --html out/german.html",
     ),
+    "match": (
+        "qwen-scope match lab lab --layer 4 --other-layer 5 -n 5",
+        "qwen-scope match out/store lab --layer 5 --other-layer 4",
+    ),
     "label": ("qwen-scope label out/store --features 5/678",),
     "export": ("qwen-scope export out/store --to statistics -o out/statistics.csv",),
     "explore": ("qwen-scope explore", "qwen-scope explore --store out/store --port 7861"),

@@ -10,6 +10,7 @@ from .changes import scored_rows as scored_rows
 from .changes import sinks_changed as sinks_changed
 from .changes import target_of as target_of
 from .changes import text_target as text_target
+from .common_firings import common_firings as common_firings
 from .completion import BadAnswer as BadAnswer
 from .conditions import matched_random as matched_random
 from .conditions import mean_direction as mean_direction
@@ -59,6 +60,11 @@ from .lens import lens_effects as lens_effects
 from .lens import load_lens as load_lens
 from .lens import save_lens as save_lens
 from .lens_options import LensOptions as LensOptions
+from .match import Chance as Chance
+from .match import Matching as Matching
+from .match import Partners as Partners
+from .match import match as match
+from .match_options import MatchOptions as MatchOptions
 from .neighbours import Neighbour as Neighbour
 from .neighbours import cofiring as cofiring
 from .neighbours import elsewhere as elsewhere

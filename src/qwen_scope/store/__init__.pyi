@@ -5,6 +5,7 @@ from .firings import Firings as Firings
 from .layout import TABLES as TABLES
 from .layout import LayerInfo as LayerInfo
 from .layout import Manifest as Manifest
+from .opening import is_store as is_store
 from .request import kept_counted as kept_counted
 from .request import place_of as place_of
 from .store import FeatureStore as FeatureStore

@@ -13,6 +13,11 @@ from .layout import MANIFEST, TABLES, Manifest
 from .parts import TableRows, check_parts, check_rows
 
 
+def is_store(folder: str | Path) -> bool:
+    """Whether a folder is a finished store."""
+    return (Path(folder) / MANIFEST).is_file()
+
+
 def read_manifest(folder: Path) -> Manifest:
     """The manifest of a store.
 
