@@ -29,9 +29,11 @@ from experiments.harness import At, Experiment, Row, main
 from experiments.real.quantise import writers
 from experiments.sections import paragraph, table
 from qwen_scope import HookPoint, load_scope
+from qwen_scope.errors import MismatchError
 from qwen_scope.lab import documents
 from qwen_scope.model import capture
 from qwen_scope.sae import catalog
+from qwen_scope.scope import Scope, TokenFeatures
 
 TITLE = "Features of quantised checkpoints"
 written_by = writers()
@@ -58,39 +60,45 @@ def place(model: str) -> Path:
     return Path(str(catalog.find("lab").model)) if model == "lab" else Path(model)
 
 
-def seen(at: At[Sizes], model: str, source: Path, dtype: str = "float32") -> tuple[Any, dict[int, torch.Tensor]]:
-    """Features, and residuals `(texts, seq, d_model)` by layer."""
-    saes = "lab" if model == "lab" else at.options["saes"]
-    scope = load_scope(source, saes, device="cpu", dtype=dtype)
-    found = scope.features(texts_of(model, at), layers=sorted(scope.saes))
-    points = [HookPoint(layer) for layer in found.layers]
+def opened(at: At[Sizes], model: str, source: Path, dtype: str = "float32") -> Scope:
+    return load_scope(source, "lab" if model == "lab" else at.options["saes"], device="cpu", dtype=dtype)
+
+
+def streams(scope: Scope, seen: TokenFeatures) -> dict[int, torch.Tensor]:
+    """Residuals `(texts, seq, d_model)` by layer, of the tokens that were seen."""
+    points = [HookPoint(layer) for layer in seen.layers]
     with torch.no_grad():
-        residuals = capture(scope.model, found.input_ids, points, attention_mask=found.mask)
-    return found, {point.layer: one.float() for point, one in residuals.items()}
+        residuals = capture(scope.model, seen.input_ids, points, attention_mask=seen.mask)
+    return {point.layer: one.float() for point, one in residuals.items()}
 
 
 DENSE_OF: dict[str, Any] = {}  # read once for all kinds
 
 
 def run(at: At[Sizes], model: str, kind: str) -> dict[str, Any]:
-    if model not in DENSE_OF:
-        DENSE_OF[model] = seen(at, model, place(model))
-    base, streams = DENSE_OF[model]
     out, where = at.folder / "written", place(model)
+    if model not in DENSE_OF:
+        dense = opened(at, model, where)
+        found = dense.features(texts_of(model, at), layers=sorted(dense.saes))
+        DENSE_OF[model] = found, dense.saes, streams(dense, found)
+    seen, saes, plain = DENSE_OF[model]
     shutil.rmtree(out, ignore_errors=True)
     if kind == "bfloat16":
-        found, others = seen(at, model, where, "bfloat16")
+        scope = opened(at, model, where, "bfloat16")
     elif kind.startswith("GGUF"):
-        file, packed = where.with_name(f"{where.name}.gguf"), kind.endswith(" packed")
-        found, others = seen(at, model, file, "auto" if packed else "float32")
+        scope = opened(
+            at, model, where.with_name(f"{where.name}.gguf"), "auto" if kind.endswith(" packed") else "float32"
+        )
     else:
-        found, others = seen(at, model, written_by[kind](where, out))
-    layers = {}
-    for layer in base.layers:
-        counts = base.mask & (base.reasons[layer] == 0)
-        one, other = (acts.acts[layer][counts].to_dense() for acts in (base, found))
+        scope = opened(at, model, written_by[kind](where, out))
+    if scope.tokenize(texts_of(model, at)).input_ids.tolist() != seen.input_ids.tolist():
+        raise MismatchError(f"{kind} of {model} splits text differently")
+    others, layers = streams(scope, seen), {}
+    for layer in seen.layers:
+        counts = seen.mask & (seen.reasons[layer] == 0)
+        x, y = plain[layer][counts], others[layer][counts]
+        one, other = (saes[layer].encode(residuals).to_dense() for residuals in (x, y))
         both = (one > 0) & (other > 0)
-        x, y = streams[layer][counts], others[layer][counts]
         layers[layer] = {
             "shared": float(both.sum() / (one > 0).sum()),
             "values": float(((other - one).abs() / one)[both].median()),

@@ -45,7 +45,8 @@ work="$(mktemp -d)"
 trap 'rm -rf "$work"' EXIT
 export HF_HUB_OFFLINE=1 SPARSIFY_DISABLE_TRITON=1 TOKENIZERS_PARALLELISM=false
 if [ "$peer" = quantised ]; then
-  PYTHONPATH=src:. "$bin/python" -W ignore tests/peers/check_quantised.py "$work" 2>/dev/null
+  said="$work/said" # what the packages write on the way: shown where a check breaks off
+  PYTHONPATH=src:. "$bin/python" -W ignore tests/peers/check_quantised.py "$work" 2>"$said" || { tail -n 5 "$said" >&2; exit 1; }
   exit
 fi
 if [ "$peer" = delphi ]; then

@@ -14,15 +14,13 @@ import pytest
 import tiny
 
 from qwen_scope import load_scope
-from qwen_scope.cli import main
 from qwen_scope.errors import QwenScopeWarning
 from qwen_scope.model import load_model, weights_fingerprint
 from qwen_scope.sae import load_sae, save_sae
-from qwen_scope.scope import DO_NOT_USE, FITS, LOSSES, Verdict, recall, remember
+from qwen_scope.scope import DO_NOT_USE, FITS, LOSSES, Verdict, recall, remember, tell_of
 from qwen_scope.scope.verdicts import place_of, state_folder
 
 MODEL, SAES = str(tiny.folder() / "model"), str(tiny.folder() / "sae")
-WHERE = ["--model", MODEL, "--sae", SAES, "--device", "cpu"]
 
 
 @pytest.fixture
@@ -206,6 +204,25 @@ def test_a_measured_pair_is_not_doubted_by_its_names(state: Path, weights: str, 
     assert scope.notes == ()
 
 
+def test_what_is_said_of_a_model_that_another_process_runs(
+    state: Path, weights: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saes = {layer: load_sae(SAES, layer) for layer in (0, 2)}
+    with monkeypatch.context() as patch:
+        patch.setattr("qwen_scope.scope.joined.load_model", lambda *a, **k: pytest.fail("the model was opened"))
+        tell_of(MODEL, SAES, saes)
+        named = {0: replace(saes[0], meta={"model": "google/gemma-2-2b"})}
+        with pytest.warns(QwenScopeWarning, match="another model: their files name google/gemma-2-2b"):
+            tell_of(MODEL, SAES, named)
+    remember(verdict(model=weights))
+    with caplog.at_level(logging.INFO, "qwen_scope"):
+        tell_of(MODEL, SAES, named)
+    assert [record.getMessage() for record in caplog.records] == [verdict().sentence]
+    remember(verdict(DO_NOT_USE, model=weights))
+    with pytest.warns(QwenScopeWarning, match="do not use at layer 0"):
+        tell_of(MODEL, SAES, saes)
+
+
 def test_recorded_weights_tell_what_names_do_not(state: Path, weights: str, tmp_path: Path) -> None:
     def saes(name: str, model: str, fingerprint: str | None = None) -> Path:
         meta = {"history": {"layers.0.resid_post": {"model": model, "tokens": 1, "began_as": []}}}
@@ -224,35 +241,3 @@ def test_recorded_weights_tell_what_names_do_not(state: Path, weights: str, tmp_
         scope = load_scope(MODEL, saes(name, model, "0" * 64), device="cpu")
         with pytest.warns(QwenScopeWarning, match=f"trained on .*{said}"):
             assert scope.verdicts[0] is None
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> str:
-    path = tmp_path_factory.mktemp("corpus") / "c.jsonl"
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in tiny.TEXTS * 4))
-    return str(path)
-
-
-COMMANDS = {
-    "features": ["features", "hello", "--json"],
-    "compare": ["compare", "hello there", "where is it", "--layers", "0", "--json"],
-    "extract": ["extract", "CORPUS", "--layers", "0", "-o", "OUT", "--json"],
-    "show": ["show", "--feature", "0/3", "--json"],
-    "steer": ["steer", "hello", "--feature", "0/3", "--amount", "0", "--max-new-tokens", "2", "--json"],
-    "find": ["find", "--positive", "CORPUS", "--negative", "OTHER", "--layers", "0", "--json"],
-}
-
-
-@pytest.mark.parametrize("name", COMMANDS)
-def test_commands_show_it_in_one_line_beside_their_json(
-    name: str, state: Path, weights: str, corpus: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    for layer in (0, 2):
-        remember(verdict(model=weights, layer=layer))
-    other = tmp_path / "other.txt"
-    other.write_text("".join(f"another line of text, number {i}\n" for i in range(20)))
-    put = {"CORPUS": corpus, "OUT": str(tmp_path / "out"), "OTHER": str(other)}
-    assert main([*(put.get(word, word) for word in COMMANDS[name]), *WHERE]) == 0
-    out, err = capsys.readouterr()
-    json.loads(out)
-    assert err.count("these SAEs on this model: fits with losses at layer 2; fits at layer 0") == 1

@@ -52,7 +52,7 @@ class Api:
             api(sentences(endpoint, self.state, sessions), api_name=name, concurrency_id=queue, concurrency_limit=limit)
 
     def info(self) -> dict[str, Any]:
-        """What this page looks at: model, SAEs, layers, features, stores, and what one request may ask for."""
+        """What this page looks at: model, SAEs, whether they fit, layers, features, stores, and the limits."""
         state = self.state
         sae = state.scope.saes[state.layers[0]]
         return {
@@ -61,6 +61,7 @@ class Api:
             "layers": state.layers,
             "d_sae": sae.d_sae,
             "k": sae.k,
+            "pair": state.pair(),
             "stores": list(state.stores),
             "limits": asdict(state.limits),
         }

@@ -14,7 +14,7 @@ from typing import Any, Generic, TypeVar
 from qwen_scope.errors import InputError, brief
 from qwen_scope.features import FeaturePage, Label, Neighbour, Notes, cofiring, elsewhere, feature_page, similar
 from qwen_scope.sae import SAE, catalog, layers_of, load_sae
-from qwen_scope.scope import Comparison, Scope, TokenFeatures, compare_seen, model_source
+from qwen_scope.scope import DO_NOT_USE, Comparison, Scope, TokenFeatures, compare_seen, model_source
 from qwen_scope.steer import Generation
 from qwen_scope.store import FeatureStore
 from qwen_scope.text import Chat, Corpus, Unreadable
@@ -77,6 +77,15 @@ class AppState:
     @property
     def layers(self) -> list[int]:
         return self.scope.layers
+
+    def pair(self) -> list[str]:
+        """What is known of the pair of model and SAEs, as far as layers have been opened: doubts and verdicts."""
+        return [self.discreet(one) for one in self.scope.joined.sentences]
+
+    def doubt(self, layer: int) -> str | None:
+        """The sentence of a remembered verdict against the SAE of a layer; None where there is none such."""
+        verdict = self.scope.verdicts[layer]
+        return self.discreet(verdict.sentence) if verdict is not None and verdict.verdict == DO_NOT_USE else None
 
     def check_text(self, text: object, what: str = "text") -> str:
         """The text, if it is one that may be read; raises InputError for an empty or too long one."""

@@ -151,8 +151,9 @@ class ExploreTab:
         state = self.state
         seen = state.seen(reading.text, reading.layer, reading.chat)
         reading = reading.with_default_choice(seen)
-        label = state.label
+        label, doubt = state.label, state.doubt(reading.layer)
         return {
+            self.notice: "" if doubt is None else notice(doubt),
             self.reading: reading,
             self.tokens: view.tokens_panel(seen, reading, label),
             self.of_token: view.token_features_panel(seen, reading, label),

@@ -13,7 +13,7 @@ import gradio as gr
 from gradio.block_function import BlockFunction
 from starlette.middleware import Middleware
 
-from qwen_scope.errors import InputError
+from qwen_scope.errors import InputError, printable
 from qwen_scope.report import Markup, element, join
 
 from . import theme
@@ -64,6 +64,10 @@ def build(state: AppState) -> gr.Blocks:
     with Page(title=TITLE, analytics_enabled=False, fill_width=True, delete_cache=(600, 3600)) as page:
         Api(state).join(page)  # first, so that the endpoints get their plain names
         panel(header(state), elem_id="qs-header")
+        pair = panel(pair_lines(state), elem_id="qs-pair")
+        page.load(
+            lambda: pair_lines(state), None, [pair], api_visibility="private", queue=False, show_progress="hidden"
+        )  # of layers that were opened since the page was built, too
         with gr.Tabs(elem_id="qs-tabs") as tabs:
             with gr.Tab("Explore", id="explore"):
                 explore = ExploreTab(state)
@@ -177,6 +181,11 @@ def served(state: AppState) -> dict[str, Any]:
         "max_file_size": state.limits.upload_bytes,
         "allowed_paths": [],
     }
+
+
+def pair_lines(state: AppState) -> Markup:
+    """What is known of whether the SAEs fit the model; empty where nothing is."""
+    return join(*(element("p", printable(one[:1].upper() + one[1:]), class_="qs-remarkable") for one in state.pair()))
 
 
 def header(state: AppState) -> Markup:

@@ -10,6 +10,7 @@ from .joined import Joined as Joined
 from .joined import model_named_by as model_named_by
 from .joined import saes_on as saes_on
 from .joined import store_of_another as store_of_another
+from .joined import tell_of as tell_of
 from .measured import ScopeCounted as ScopeCounted
 from .measured import ScopeStats as ScopeStats
 from .model_plan import ModelPlan as ModelPlan

@@ -8,6 +8,7 @@ import re
 import shlex
 import threading
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -15,11 +16,11 @@ import torch
 from torch import nn
 
 from qwen_scope.errors import MismatchError, QwenScopeWarning
-from qwen_scope.model import HookPoint, LoadedModel, d_model, n_layers, norms_parts, weights_fingerprint
+from qwen_scope.model import HookPoint, LoadedModel, d_model, load_model, n_layers, norms_parts, weights_fingerprint
 from qwen_scope.sae import SAE, catalog
 
 from .saes import SAEs
-from .verdicts import DO_NOT_USE, Verdict, recall
+from .verdicts import DO_NOT_USE, Verdict, recall, remembered
 
 LOG = logging.getLogger(__name__)
 
@@ -55,9 +56,14 @@ class Joined:
         self.measured = measured
         self.notes: tuple[str, ...] = ()
         self.verdicts: dict[int, Verdict] = {}
-        self._said: set[str] = set()
+        self._said: tuple[str, ...] = ()
         self._fingerprint: str | None = None
         self._lock = threading.RLock()
+
+    @property
+    def sentences(self) -> tuple[str, ...]:
+        """All that is known of the pair and the layers met so far, warnings first."""
+        return (*self.notes, *self._said)
 
     def meet(self, layer: int, sae: SAE) -> SAE:
         """The SAE, if the model can be read by it at this layer; what is odd about the pair is said.
@@ -78,7 +84,7 @@ class Joined:
         if self.measured:
             return sae
         with self._lock:
-            verdict = recall(sae.identity.fingerprint, self.fingerprint) if self.variants else None
+            verdict = recall(sae.identity.fingerprint, self.fingerprint)
             if verdict is None:
                 said = self.unverified(sae)
             else:
@@ -100,8 +106,8 @@ class Joined:
         """The sentence of a verdict that is a warning; any other is logged here, once."""
         if verdict.verdict == DO_NOT_USE:
             return verdict.sentence
-        if verdict.sentence not in {*self._said, *self.notes}:
-            self._said.add(verdict.sentence)
+        if verdict.sentence not in self.sentences:
+            self._said = (*self._said, verdict.sentence)
             LOG.info("%s", verdict.sentence)
         return None
 
@@ -134,6 +140,24 @@ class ScopeVerdicts:
         """Raises NotFoundError where there is no SAE for this layer."""
         self._saes.hook_point(layer)
         return self._joined.verdicts.get(layer)
+
+
+def tell_of(model: str, source: str, saes: Mapping[int, SAE]) -> None:
+    """Say what is known of SAEs on a model that another process will run, as `Joined` says it.
+
+    The model is opened, on the CPU, only where a verdict on one of the SAEs is remembered; else its name tells.
+
+    Raises:
+        QwenScopeError: as `load_model`.
+    """
+    if any(remembered(sae.identity.fingerprint) for sae in saes.values()):
+        joined = Joined(load_model(model, device="cpu"), source)
+        for layer, sae in saes.items():
+            joined.meet(layer, sae)
+        return
+    named = {model_named_by(sae, source) for sae in saes.values()} - {None}
+    for said in {difference(str(name), model) for name in named} - {None}:
+        warnings.warn(str(said), QwenScopeWarning, stacklevel=2)
 
 
 def recorded_weights(sae: SAE) -> str | None:

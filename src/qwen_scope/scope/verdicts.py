@@ -168,6 +168,18 @@ def remember(verdict: Verdict) -> Path | None:
     return None
 
 
+def remembered(sae: str) -> list[Path]:
+    """The files of verdicts on an SAE, whatever the model."""
+    folder = state_folder()
+    if folder is None or not sae:
+        return []
+    mine = digest(sae)
+    try:
+        return [path for path in (folder / "verdicts").iterdir() if path.name.startswith(f"{mine}-")]
+    except OSError:
+        return []
+
+
 def recall(sae: str, model: Callable[[], str | None]) -> Verdict | None:
     """The verdict on a pair, if one was made by the present rule.
 
@@ -176,17 +188,10 @@ def recall(sae: str, model: Callable[[], str | None]) -> Verdict | None:
     Args:
         sae: the SAE's fingerprint.   model: gives that of the model, asked only where something is known of the SAE.
     """
-    folder = state_folder()
-    if folder is None or not sae:
-        return None
-    mine = digest(sae)
-    try:
-        known = [path for path in (folder / "verdicts").iterdir() if path.name.startswith(f"{mine}-")]
-    except OSError:
-        return None
+    known = remembered(sae)
     if not known or (of_model := model()) is None:
         return None
-    path = folder / "verdicts" / place_of(sae, of_model)
+    path = known[0].with_name(place_of(sae, of_model))
     if path not in known:
         return None
     try:

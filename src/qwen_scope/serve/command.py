@@ -15,7 +15,8 @@ import torch
 from qwen_scope.errors import InputError, check_count, need
 from qwen_scope.files import write_text
 from qwen_scope.model import load_config
-from qwen_scope.scope import load_scope
+from qwen_scope.sae import layers_of
+from qwen_scope.scope import load_scope, tell_of
 from qwen_scope.steer import load_recipe, signature_of
 
 from .admit import Admission, ModelFacts, write_stats
@@ -76,6 +77,9 @@ def launch(model: str, settings: ServeSettings, flags: Sequence[str] = ()) -> La
     facts = facts_before(text, flags)
     admission = Admission(settings, facts)
     check_recipes(admission)
+    if settings.sae is not None:
+        here = [layer for layer in settings.touched if layer in layers_of(settings.sae)]
+        tell_of(model, settings.sae, {layer: admission.saes[layer] for layer in here})
     requests = flag_of(flags, "--max-num-seqs")
     argv = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", model, *flags]
     if requests is None:

@@ -1,0 +1,178 @@
+"""SAEs of a real model, continued on a fine-tune of it: do they reach in a fifth of the tokens what new ones do?
+
+    python -m experiments.real.start_from --model FOLDER --saes FOLDER --data FOLDER [--seeds 1,2,3] [--write]
+
+The model is SmolLM2-135M-Instruct in the report; `--saes` holds SAEs of it, `--data` holds `xquad.jsonl.gz` and
+`gsm8k_test.jsonl.gz`. The checkpoint: every weight fine-tuned on the first 100 German paragraphs of XQuAD, once. The
+residuals of one layer on other text (the other German paragraphs, English, Spanish, school problems, the manual of
+Python), shuffled by document. The arms are those of `experiments.lab.start_from`: an SAE from scratch on all tokens by
+the defaults of `TrainConfig`; the base's SAE continued on the first fifth of the same tokens by the defaults of
+`TrainConfig.continuing`; one from scratch on that fifth; and the base's SAE as it is. A seed is of the SAE's beginning
+and of the order of residuals.
+
+The rule, fixed before the run: for every seed, the FVU of the continued SAE on held-out tokens is at most that of the
+one from scratch on all tokens.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import pydoc_data.topics
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from experiments.harness import At, Experiment, Row, main
+from experiments.lab.start_from import ARMS, fvu_of
+from experiments.sections import paragraph, table
+from qwen_scope.model import HookPoint, load_model, measure_counted
+from qwen_scope.posttrain import SFTRun, run_sft
+from qwen_scope.sae import load_sae
+from qwen_scope.stats import bootstrap
+from qwen_scope.text import Corpus, TokenRows
+from qwen_scope.train import ResidualBuffer, ResidualTable, TrainConfig, train
+
+LAYER, FIFTH, HOLD_OUT, BATCH, ROW, ROWS = 6, 5, 20, 2048, 256, 16
+LANGUAGES = ("de", "en", "es")
+TUNING: dict[str, Any] = {
+    "method": "plain", "lr": 1e-4, "batch": 4, "accumulate": 1, "warmup": 3, "max_length": 192, "seed": 1,
+    "save_every": 0, "device": "cpu", "dtype": "float32",
+}  # fmt: skip
+TITLE = "SAEs continued on a fine-tune of a real model"
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Training tokens, held-out tokens, and paragraphs of the fine-tuning."""
+
+    tokens: int = 256_000
+    held_out: int = 16_384
+    texts: int = 100
+
+
+def lines(at: At[Sizes], name: str) -> Iterator[dict[str, Any]]:
+    with gzip.open(at.options["data"] / f"{name}.jsonl.gz", "rt", encoding="utf-8") as file:
+        yield from map(json.loads, file)
+
+
+def documents(at: At[Sizes]) -> tuple[list[str], list[str]]:
+    """What the checkpoint is tuned on, and what SAEs are trained and measured on."""
+    found = {language: [] for language in LANGUAGES}
+    for row in lines(at, "xquad"):
+        if row["language"] in found:
+            found[row["language"]].append(row["text"])
+    tuned = found["de"][: at.sizes.texts]
+    rest = [*found["de"][at.sizes.texts :], *found["en"], *found["es"], *pydoc_data.topics.topics.values()]
+    problems = [f"{row['question']}\n{row['answer']}" for row in lines(at, "gsm8k_test")]
+    return tuned, [*rest, *problems]
+
+
+def tuned(at: At[Sizes]) -> Path:
+    """The fine-tuned checkpoint, made once."""
+    folder = at.folder / "tuned"
+    if not (folder / "model" / "config.json").is_file():
+        texts = [{"text": text, "group": "de"} for text in documents(at)[0]]
+        run_sft(SFTRun(model=str(at.options["model"]), out=folder, **TUNING), texts)
+    return folder / "model"
+
+
+def residuals(at: At[Sizes], model: Path, name: str, sizes: Mapping[str, int]) -> dict[str, Tensor]:
+    """Residuals of a checkpoint on the training documents and on held-out ones, without sinks; made once."""
+    kept = at.folder / f"{name}.pt"
+    if kept.is_file():
+        return torch.load(kept)
+    loaded, point, texts = load_model(model, device="cpu", dtype="bfloat16"), HookPoint(LAYER), documents(at)[1]
+
+    def rows(held_out: bool) -> TokenRows:
+        corpus = Corpus(texts, hold_out=HOLD_OUT, held_out=held_out, shuffle=1, name="documents")
+        return TokenRows(corpus, loaded.tokenizer, context_length=ROW, batch_size=ROWS)
+
+    first = iter(rows(False))
+    counted = measure_counted(loaded.model, loaded.tokenizer, chain([next(first)], first), sample="the documents")
+    found = {}
+    for part, tokens in sizes.items():
+        buffer = ResidualBuffer(
+            loaded.model, rows(part == "held out"), [point], batch=BATCH, most=tokens + 2 * BATCH, seed=1,
+            counted=counted,
+        )  # fmt: skip
+        x = torch.cat([batch[str(point)] for batch in islice(iter(buffer), tokens // BATCH + 1)])
+        found[part] = x[~counted.sinks(x, point)][: tokens // BATCH * BATCH]
+    torch.save(found, kept)
+    return found
+
+
+def run(at: At[Sizes], seed: int, arm: str) -> Mapping[str, Any]:
+    """One SAE: trained, and measured."""
+    torch.set_num_threads(1)
+    sizes = {"training": at.sizes.tokens, "held out": at.sizes.held_out}
+    parts = residuals(at, tuned(at), "residuals", sizes)
+    x, held = parts["training"], parts["held out"]
+    base, name = load_sae(str(at.options["saes"]), LAYER), str(HookPoint(LAYER))
+    assert base.k is not None
+    sae, tokens, own = base, 0, None
+    if arm == "as it is":
+        before = residuals(at, at.options["model"], "residuals-base", {"held out": at.sizes.held_out})
+        own = fvu_of(base, before["held out"])
+    else:
+        tokens = len(x) if arm == "scratch" else len(x) // FIFTH // BATCH * BATCH
+        config = TrainConfig(d_sae=base.d_sae, k=base.k, tokens=tokens, batch=BATCH, seed=seed)
+        config = config.continuing() if arm == "continued" else config
+        begun = {name: base} if arm == "continued" else None
+        sae = train(config, ResidualTable({name: x[:tokens]}, batch=BATCH, seed=seed), init=begun)[name]
+    cosines = torch.cosine_similarity(sae.W_dec.float(), base.W_dec.float(), dim=0)
+    return {"fvu": fvu_of(sae, held), "tokens": tokens, "cosine": float(cosines.median()), "on_base": own}
+
+
+def tell(at: At[Sizes], rows: list[Row]) -> str:
+    """The section of docs/results.md."""
+    found = {(row["seed"], row["arm"]): row for row in rows}
+    seeds = [seed for seed in sorted({row["seed"] for row in rows}) if all((seed, arm) in found for arm in ARMS)]
+    if not seeds:
+        return "No seed has all arms yet."
+    cells, gaps = [], []
+    for seed in seeds:
+        one = {arm: found[seed, arm] for arm in ARMS}
+        gaps.append(one["continued"]["fvu"] - one["scratch"]["fvu"])
+        figures = [f"{one[arm]['fvu']:.4f}" for arm in ("as it is", "scratch on a fifth", "continued", "scratch")]
+        cells.append([seed, *figures, f"{gaps[-1]:+.4f}", f"{one['continued']['cosine']:.3f}"])
+    tokens = {arm: found[seeds[0], arm]["tokens"] for arm in ("continued", "scratch")}
+    how = f"""`python -m experiments.real.start_from --model FOLDER --saes FOLDER --data FOLDER --write`:
+        {Path(at.options["model"]).name}, every weight fine-tuned on {at.sizes.texts} German paragraphs (peak learning
+        rate {TUNING["lr"]:g}). SAEs of layer {LAYER} on other text (German, English and Spanish paragraphs, school
+        problems, the manual of Python): from scratch on {tokens["scratch"]:,} tokens; the base's SAE, continued on the
+        first {tokens["continued"]:,} of the same residuals; from scratch on those. Each by its own defaults and with
+        its own schedule; sinks left out; FVU on {at.sizes.held_out:,} held-out tokens. The cosine is the median over
+        features of decoder directions before and after. The rule, fixed before the run: for every seed, the continued
+        SAE's FVU is at most that of the one from scratch on all tokens."""
+    columns = ("seed", "base SAE as it is", "scratch, a fifth", "continued, a fifth", "scratch", "difference", "cosine")
+    met = sum(gap <= 0 for gap in gaps)
+    verdict = f"""The base SAE leaves {found[seeds[0], "as it is"]["on_base"]:.4f} of the base's own residuals
+        unexplained on the same documents. Continued less from scratch: {bootstrap(np.array(gaps))} over {len(gaps)}
+        seeds. The rule holds for {met} of {len(gaps)} seeds, so it {"is met" if met == len(gaps) else "is not met"}."""
+    return "\n\n".join([paragraph(how), table(columns, cells), paragraph(verdict)])
+
+
+experiment = Experiment(
+    title=TITLE,
+    varies={"seed": (1, 2, 3), "arm": ARMS},
+    run=run,
+    tell=tell,
+    sizes=Sizes(),
+    quick={"seed": (1,)},
+    quick_sizes=Sizes(tokens=20_480, held_out=4096, texts=4),
+    options={
+        "model": {"type": Path, "required": True, "help": "the folder of the model"},
+        "saes": {"type": Path, "required": True, "help": "the folder of its SAEs"},
+        "data": {"type": Path, "required": True, "help": "the folder with xquad.jsonl.gz and gsm8k_test.jsonl.gz"},
+    },
+)
+
+if __name__ == "__main__":
+    main(experiment)
