@@ -231,6 +231,7 @@ CONTROLS = {
     "explore": ("#explore-text textarea", "#explore-read", "#explore-chat input", "#explore-layer input[type=range]"),
     "compare": ("#compare-text-a textarea", "#compare-text-b textarea", "#compare-go"),
     "steer": ("#steer-prompt textarea", "#steer-feature input", "#steer-amount input", "#steer-run", "#steer-stop"),
+    "why": ("#why-prompt textarea", "#why-position input", "#why-nodes input", "#why-go", "#why-stop", "#why-steer"),
     "feature": ("#feature-number input", "#feature-open"),
     "datasets": ("#datasets-analysis input", "#datasets-go", "#datasets-stop"),
 }
@@ -247,6 +248,10 @@ def fill(page: Page, name: str, state: AppState) -> None:
             page.locator(f"#compare-text-{side} textarea").fill(text)
         page.locator("#compare-go").click()
         expect(page.locator("#compare-ranking tr[data-shade]").first).to_be_visible()
+    elif name == "why":
+        page.locator("#why-prompt textarea").fill("Guten Morgen, wo ist")
+        page.locator("#why-go").click()
+        expect(page.frame_locator("#why-graph iframe").locator("[data-node]").first).to_be_visible()
     elif name == "feature":
         best = state.scope.features([GERMAN[0]], [LAYER]).strongest(0, LAYER, 1)[0]
         page.locator("#feature-number input").fill(str(best.feature))

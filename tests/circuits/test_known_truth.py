@@ -7,7 +7,19 @@ import pytest
 import torch
 from planted import AMOUNT, AND, CARRY, CONST, DOWN, FEATURE, GATE, IDS, SAID, SHARP, UP, A, B, C, D, E, X, silu
 
-from qwen_scope.circuits import Incoming, Method, Place, Quantity, Reading, ablated, effects, incoming, read
+from qwen_scope.circuits import (
+    Incoming,
+    Method,
+    Place,
+    Quantity,
+    Reading,
+    WhyOptions,
+    ablated,
+    effects,
+    explain,
+    incoming,
+    read,
+)
 
 PROMPT = "xaxd"
 LAST = len(PROMPT) - 1
@@ -145,3 +157,28 @@ def test_mean_ablation_leaves_the_mean(reading: Reading) -> None:
     means = {layer: torch.full((8,), 0.1) for layer in reading.layers}
     exact = ablated(reading, [[place(2, LAST, E)]], means)
     assert exact.tolist() == pytest.approx([SAID * (OF_E - 2 * 0.1)], abs=1e-4)
+
+
+def test_ablation_is_a_method_like_the_others(reading: Reading) -> None:
+    """Without either side of the AND nothing is left, whatever the slopes say; what is not ablated keeps its slope."""
+    found, first = effects(reading, "exact"), effects(reading, "gradient")
+    active = reading.active[1]
+    at = {(int(p), int(f)): n for n, (p, f) in enumerate(zip(active.positions, active.features, strict=True))}
+    for dimension, slope in ((C, AND_SLOPE), (D, OF_E)):
+        n = at[LAST, FEATURE[dimension]]
+        assert float(found.features[1][n]) == pytest.approx(SAID * OF_E, rel=1e-5)
+        assert float(first.features[1][n]) == pytest.approx(SAID * slope, rel=1e-4)
+        assert found.exact[place(1, LAST, dimension)] == pytest.approx(SAID * OF_E, rel=1e-5)
+    one = effects(reading, "exact", most=1)
+    (ablated_one,) = one.exact
+    assert ablated_one.layer in (0, 1)
+    untouched = [layer for layer in reading.layers if layer != ablated_one.layer]
+    assert all(torch.equal(one.features[layer], first.features[layer]) for layer in untouched)
+
+
+def test_a_graph_by_ablation_has_exact_effects(reading: Reading) -> None:
+    graph = explain(reading, WhyOptions(method="exact"))
+    named = [graph.nodes[i] for i in graph.features]
+    assert named
+    assert all(node.exact == node.effect for node in named)
+    assert graph.agreement is None, "there is no estimate to compare"

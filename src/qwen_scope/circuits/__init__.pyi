@@ -1,3 +1,5 @@
+from .asking import Asked as Asked
+from .asking import ask as ask
 from .edges import Incoming as Incoming
 from .edges import incoming as incoming
 from .effects import Effects as Effects
@@ -16,7 +18,9 @@ from .graph_file import feature_documents as feature_documents
 from .graph_file import graph_document as graph_document
 from .graph_file import save_graph as save_graph
 from .graph_file import text_by as text_by
+from .options import DEFAULT as DEFAULT
 from .options import Method as Method
+from .options import Question as Question
 from .options import WhyOptions as WhyOptions
 from .options import check_method as check_method
 from .page import graph_html as graph_html

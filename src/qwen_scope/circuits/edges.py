@@ -10,9 +10,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from qwen_scope.errors import InputError
+from qwen_scope.report import Progress
 
 from .effects import Place, ruled
-from .options import Method
+from .options import DEFAULT, Method
 from .reading import Reading, gradients
 
 
@@ -46,7 +47,9 @@ class Incoming:
         return self.value - float(self.features.sum() + self.errors.sum()) - self.base
 
 
-def incoming(reading: Reading, receivers: Sequence[Place], method: Method = "relp") -> list[Incoming]:
+def incoming(
+    reading: Reading, receivers: Sequence[Place], method: Method = DEFAULT, *, progress: Progress | None = None
+) -> list[Incoming]:
     """The edges into features, in their order, and last those into the quantity.
 
     A receiver's pre-activation is a function of the stream of the layer taken apart before it, through the blocks
@@ -69,6 +72,8 @@ def incoming(reading: Reading, receivers: Sequence[Place], method: Method = "rel
     found: dict[Place, Incoming] = {}
     for layer, ones in by_layer.items():
         for start in range(0, len(ones), rows):
+            if progress is not None:
+                progress("edges", len(found) / len(receivers), f"layer {layer}")
             some = ones[start : start + rows]
             found.update(zip(some, run.into(layer, some), strict=True))
     return [*(found[one] for one in receivers), run.into_value()]

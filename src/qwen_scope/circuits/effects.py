@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -13,8 +13,9 @@ from torch import Tensor
 
 from qwen_scope.errors import InputError, check_count
 from qwen_scope.model import Routing, has_routers, relevance
+from qwen_scope.report import Progress
 
-from .options import Method, check_method
+from .options import DEFAULT, Method, check_method
 from .reading import Reading, gradients, keeper
 
 # Integrated gradients halve pieces of their way until what they leave over is at most this share of what they explain,
@@ -36,6 +37,7 @@ class Effects:
         bases: by layer, of `b_dec` at all tokens together; for integrated gradients the value with the stream there.
         slopes: by layer, the gradient at the stream, `(seq, d_model)`; of plain gradients or RelP.
         gaps: by layer, for integrated gradients: what features and errors leave over of the value less its baseline.
+        exact: for `exact`, the nodes that were ablated and their effects; the others have that by gradient.
     """
 
     method: Method
@@ -45,6 +47,7 @@ class Effects:
     bases: Mapping[int, float]
     slopes: Mapping[int, Float[Tensor, "seq d_model"]]
     gaps: Mapping[int, float]
+    exact: Mapping[Place, float] = field(default_factory=dict)
 
     def error_share(self, layer: int) -> float:
         """Of the size of all effects at a layer, the share that runs through its errors."""
@@ -53,7 +56,14 @@ class Effects:
         return errors / total if total else 0.0
 
 
-def effects(reading: Reading, method: Method = "relp", *, steps: int = 10) -> Effects:
+def effects(
+    reading: Reading,
+    method: Method = DEFAULT,
+    *,
+    steps: int = 10,
+    most: int = 400,
+    progress: Progress | None = None,
+) -> Effects:
     """The effect of every node of a prompt on its quantity.
 
     | method | effect of feature i of layer l at token p |
@@ -61,6 +71,7 @@ def effects(reading: Reading, method: Method = "relp", *, steps: int = 10) -> Ef
     | `gradient` | `a_i (d_i . dm/dh)` (attribution patching; Marks et al. 2024, eq. 1) |
     | `relp` | the same with the rules of `model.relevance` for the backward pass (arXiv 2508.21258) |
     | `ig` | `a_i d_i` times the mean gradient while the layer's features grow from 0 to their value, the error kept |
+    | `exact` | `m` less `m` of a run with `a_i` at 0, of the features and errors that the gradient ranks first |
 
     An error's effect is likewise `e . dm/dh`. For `ig` it is the mean gradient while the errors grow from 0 with the
     features still at 0, so that both parts of the way add up: features and errors of a layer sum to the value less its
@@ -70,13 +81,16 @@ def effects(reading: Reading, method: Method = "relp", *, steps: int = 10) -> Ef
     Args:
         steps: of `ig` on one piece of the way; pieces are halved where the gradient is off, until a layer's sum is
             right within 1% or `MOST_STEPS` are made.
+        most: as many nodes are ablated for `exact`, each in a run of its own.
 
     Raises:
         InputError: no such method, a model whose kernels give no gradient, or one that RelP has no rule for.
     """
-    method, steps = check_method(method), check_count("steps", steps)
+    method, steps, most = check_method(method), check_count("steps", steps), check_count("most", most)
     first = _first_order(reading, method)
-    return first if method != "ig" else _integrated(reading, first, steps)
+    if method == "exact":
+        return _exact(reading, first, most, progress)
+    return first if method != "ig" else _integrated(reading, first, steps, progress)
 
 
 def ruled(reading: Reading, method: str) -> AbstractContextManager[object]:
@@ -103,13 +117,15 @@ def along(reading: Reading, layer: int, slope: Float[Tensor, "seq d_model"]) -> 
     return (reading.decoder(layer) * slope[one.positions]).sum(-1)
 
 
-def _integrated(reading: Reading, first: Effects, steps: int) -> Effects:
+def _integrated(reading: Reading, first: Effects, steps: int, progress: Progress | None) -> Effects:
     features, errors, bases, gaps = {}, {}, {}, {}
     routing = Routing()
     if has_routers(reading.scope.model):
         with torch.no_grad(), routing.recording(reading.scope.model):
             reading.run(reading.copies(1))
-    for layer in reading.layers:
+    for n, layer in enumerate(reading.layers):
+        if progress is not None:
+            progress("effects", n / len(reading.layers), f"layer {layer}")
         base = reading.scope.saes[layer].b_dec.float().expand(len(reading.ids), -1)
         error = reading.errors[layer]
         whole = torch.stack([base, base + error, reading.streams[layer]])
@@ -194,6 +210,25 @@ def _put(stream: Tensor) -> Callable[[Tensor], Tensor]:
     return lambda h: stream
 
 
+def _exact(reading: Reading, first: Effects, most: int, progress: Progress | None) -> Effects:
+    """The gradient's effects, the largest of them replaced by what ablation says."""
+    found: list[tuple[float, Place, Tensor, int]] = []
+    features, errors = ({layer: x.clone() for layer, x in some.items()} for some in (first.features, first.errors))
+    for layer in reading.layers:
+        one = reading.active[layer]
+        for n in features[layer].abs().topk(min(most, len(one))).indices.tolist():
+            place = Place(layer, int(one.positions[n]), int(one.features[n]))
+            found.append((abs(float(features[layer][n])), place, features[layer], n))
+        for n, size in enumerate(errors[layer].abs().tolist()):
+            found.append((size, Place(layer, n, None), errors[layer], n))
+    chosen = sorted(found, key=lambda one: -one[0])[:most]
+    measured = ablated(reading, [[place] for _, place, _, _ in chosen], progress=progress).tolist()
+    for (_, _, into, n), value in zip(chosen, measured, strict=True):
+        into[n] = value
+    exact = {place: value for (_, place, _, _), value in zip(chosen, measured, strict=True)}
+    return replace(first, method="exact", features=features, errors=errors, exact=exact)
+
+
 @dataclass(frozen=True, order=True)
 class Place:
     """One node of a layer's stream: a feature at a token, or the error there.
@@ -209,7 +244,11 @@ class Place:
 
 
 def ablated(
-    reading: Reading, groups: Sequence[Sequence[Place]], means: Mapping[int, Float[Tensor, " d_sae"]] | None = None
+    reading: Reading,
+    groups: Sequence[Sequence[Place]],
+    means: Mapping[int, Float[Tensor, " d_sae"]] | None = None,
+    *,
+    progress: Progress | None = None,
 ) -> Float[Tensor, " groups"]:
     """The exact effect of groups of nodes: the value less that of a run without them.
 
@@ -225,6 +264,8 @@ def ablated(
     moves = [_moves(reading, group, means) for group in groups]
     out = []
     for start in range(0, len(groups), reading.rows):
+        if progress is not None:
+            progress("ablation", start / len(groups), f"{len(groups)} nodes")
         some = moves[start : start + reading.rows]
         layers = {layer for move in some for layer in move}
         changes = {layer: _moved([move.get(layer, []) for move in some]) for layer in layers}

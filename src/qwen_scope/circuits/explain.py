@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from qwen_scope.features import promoted_tokens
+from qwen_scope.report import Progress
 from qwen_scope.stats import coefficient
 
 from .edges import Incoming, incoming
@@ -23,31 +24,42 @@ from .scores import tracer_scores
 PROMOTED = 3
 
 
-def explain(reading: Reading, options: WhyOptions | None = None) -> Graph:
+def explain(
+    reading: Reading,
+    options: WhyOptions | None = None,
+    *,
+    labels: Callable[[int, int], str] | None = None,
+    progress: Progress | None = None,
+) -> Graph:
     """The graph of a prompt that was read.
 
     Features are chosen by the size of their effect, with a share per layer and a budget over all. Edges into each are
     computed from every active feature and every error of the layer below, and kept by their share of what the receiver
     takes in. Errors and embeddings are nodes where they send an edge that is kept.
 
+    Args:
+        labels: what a feature is called, by layer and index; "" where it has no name.
+
     Raises:
         InputError: a method that does not fit the model.
     """
     options = options or WhyOptions()
-    method = check_method(options.method)
-    found = effects(reading, method, steps=options.steps)
+    method, tell = check_method(options.method), progress or (lambda *_: None)
+    tell("effects", 0.0, method)
+    found = effects(reading, method, steps=options.steps, most=2 * options.nodes, progress=progress)
     chosen = choose(reading, found, options)
     places = [one.place for one in chosen]
-    exact: list[float | None] = [None] * len(chosen)
+    exact = [found.exact.get(place) for place in places]
     agreement = None
     checked = sorted(range(len(chosen)), key=lambda n: -abs(chosen[n].effect))[: options.exact]
-    if checked:
-        measured = ablated(reading, [[places[n]] for n in checked]).tolist()
+    if checked and not found.exact:
+        measured = ablated(reading, [[places[n]] for n in checked], progress=progress).tolist()
         for n, value in zip(checked, measured, strict=True):
             exact[n] = value
         agreement = agree([chosen[n].effect for n in checked], measured)
-    edges = incoming(reading, places, method)
-    return _Assembly(reading, found, chosen, exact, edges, options).graph(agreement)
+    edges = incoming(reading, places, method, progress=progress)
+    tell("graph", 0.0, "")
+    return _Assembly(reading, found, chosen, exact, edges, options, labels or (lambda *_: "")).graph(agreement)
 
 
 def brief_name(source: str) -> str:
@@ -112,9 +124,10 @@ class _Assembly:
         exact: Sequence[float | None],
         edges: Sequence[Incoming],
         options: WhyOptions,
+        labels: Callable[[int, int], str],
     ) -> None:
         self.reading, self.found, self.chosen, self.exact = reading, found, chosen, exact
-        self.edges, self.options = edges, options
+        self.edges, self.options, self.labels = edges, options, labels
         self.entries: dict[int, Tensor] = {}
         for layer in reading.layers:
             here = [one.entry for one in chosen if one.place.layer == layer]
@@ -210,6 +223,7 @@ class _Assembly:
             node = Node(
                 "feature", place.position, place.layer, place.feature, one.activation, one.effect, exact,
                 self.fires(place.layer, place.feature), promotes[place.layer, place.feature],
+                self.labels(place.layer, place.feature),
             )  # fmt: skip
             made.append((("feature", place.layer, place.position, one.entry), node))
         made.sort(key=lambda pair: (-1 if pair[1].layer is None else pair[1].layer, pair[1].kind != "error", pair[0]))

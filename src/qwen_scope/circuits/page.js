@@ -229,7 +229,23 @@ function pin(i) {
   if (!pinned.delete(i)) pinned.add(i);
   details(i);
   draw();
+  tell();
 }
+
+// Within another page: it hears which nodes are pinned, of a folded ladder the strongest, and says light or dark.
+function tell() {
+  if (window.parent === window) return;
+  const size = i => Math.abs(graph.nodes[i].effect);
+  const strongestOf = i => {
+    const n = ladderOf.get(i);
+    return n === undefined || unfolded.has(n) ? i : graph.ladders[n].nodes.reduce((a, b) => size(b) > size(a) ? b : a);
+  };
+  window.parent.postMessage({pinned: [...pinned].map(strongestOf)}, "*");
+}
+window.addEventListener("message", event => {
+  const scheme = event.source === window.parent && event.data ? event.data.scheme : null;
+  if (scheme === "light" || scheme === "dark") document.documentElement.style.colorScheme = scheme;
+});
 picture.addEventListener("click", event => { const i = nodeAt(event); if (i !== null) pin(i); });
 picture.addEventListener("dblclick", event => {
   const n = ladderOf.get(nodeAt(event));
@@ -245,6 +261,8 @@ document.getElementById("unfold").addEventListener("change", event => {
   graph.ladders.forEach((ladder, n) => event.target.checked ? unfolded.add(n) : unfolded.delete(n));
   draw();
 });
-document.getElementById("unpin").addEventListener("click", () => { pinned.clear(); draw(); });
+document.getElementById("unpin").addEventListener("click", () => { pinned.clear(); draw(); tell(); });
 draw();
 details(graph.nodes.length - 1);
+picture.scrollLeft = picture.scrollWidth;  // the answer stands at the right end
+tell();

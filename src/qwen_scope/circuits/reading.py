@@ -13,14 +13,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from qwen_scope.errors import InputError, foreign
-from qwen_scope.model import HookPoint, changing, input_device
+from qwen_scope.model import GRAPH_TOKENS, HookPoint, changing, input_device
 from qwen_scope.scope import Scope
 from qwen_scope.text import REASONS
 
 from .quantity import Quantity
-
-# Tokens of one forward pass whose graph is kept.
-BATCH_TOKENS = 2048
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,7 +72,7 @@ class Reading:
     @property
     def rows(self) -> int:
         """How many copies of the prompt one forward pass takes."""
-        return max(1, BATCH_TOKENS // len(self.ids))
+        return max(1, GRAPH_TOKENS // len(self.ids))
 
     def decoder(self, layer: int) -> Float[Tensor, "n d_model"]:
         """The direction of every active feature of a layer, times its activation."""

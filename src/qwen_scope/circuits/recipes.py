@@ -20,11 +20,12 @@ def graph_recipe(graph: Graph, scope: Scope, *, nodes: Sequence[int] | None = No
     its largest activation.
 
     Args:
-        nodes: which; by default the ladders with the largest effects in favour of the quantity, at most five.
+        nodes: which; by default the five ladders with the largest effects in favour of the quantity.
 
     Raises:
         InputError: a node that is no feature, or no feature that raises the quantity.
     """
+    most = FEATURES if nodes is None else len(nodes)
     if nodes is None:
         seen: set[int] = set()
         chosen: list[int] = []
@@ -41,7 +42,7 @@ def graph_recipe(graph: Graph, scope: Scope, *, nodes: Sequence[int] | None = No
             raise InputError(f"node {i} is no feature of this graph; its features are {graph.features[:5]} and so on")
         key = (node.layer, node.feature)
         largest[key] = max(largest.get(key, 0.0), node.activation)
-        if len(largest) == FEATURES:
+        if len(largest) == most:
             break
     if not largest:
         raise InputError(f"no feature of the graph raises the {graph.quantity}, so there is nothing to add")

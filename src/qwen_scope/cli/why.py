@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from qwen_scope.circuits import WhyOptions
+from qwen_scope.circuits import Question, WhyOptions
 from qwen_scope.errors import InputError
 from qwen_scope.scope import ScopeOptions
 
@@ -15,15 +15,22 @@ from . import options, output
 from .groups import OPTIONS, grouped
 
 if TYPE_CHECKING:
-    from qwen_scope.circuits import Graph, Quantity
+    from qwen_scope.circuits import Graph
     from qwen_scope.circuits import Path as Way
-    from qwen_scope.scope import Scope
-    from qwen_scope.text import Chat
 
-SCOPE, WHY = ScopeOptions(), WhyOptions()
+SCOPE, QUESTION, WHY = ScopeOptions(), Question(), WhyOptions()
 
+OPTIONS[Question] = {
+    "token": Annotated[
+        str | None, typer.Option("--token", help='The token to explain, such as " Paris". Default: the most likely.')
+    ],
+    "against": Annotated[str | None, typer.Option("--against", help="Explain the difference of logits to this token.")],
+    "of": Annotated[str | None, typer.Option("--of", help="Explain a feature's activation instead: LAYER/FEATURE.")],
+    "log_prob": Annotated[bool, typer.Option("--log-prob", help="Of the token, its log-probability.")],
+    "position": Annotated[int, typer.Option("--position", help="Of the token before the answer; -1 is the last.")],
+}
 OPTIONS[WhyOptions] = {
-    "method": Annotated[str, typer.Option("--method", help="Of the effects: gradient, relp or ig.")],
+    "method": Annotated[str, typer.Option("--method", help="Of the effects: gradient, relp, ig or exact.")],
     "steps": Annotated[int, typer.Option("--steps", help="Of ig, on one piece of its way.", min=1)],
     "nodes": Annotated[int, typer.Option("--nodes", help="At most as many features in the graph.", min=1)],
     "node_share": Annotated[
@@ -41,17 +48,7 @@ OPTIONS[WhyOptions] = {
 def why(
     prompt: Annotated[str, typer.Argument(help="The text; '-' reads standard input.")],
     asked: ScopeOptions = SCOPE,
-    token: Annotated[
-        str | None, typer.Option("--token", help='The token to explain, such as " Paris". Default: the most likely.')
-    ] = None,
-    against: Annotated[
-        str | None, typer.Option("--against", help="Explain the difference of logits to this token.")
-    ] = None,
-    of: Annotated[
-        str | None, typer.Option("--of", help="Explain a feature's activation instead: LAYER/FEATURE.")
-    ] = None,
-    log_prob: Annotated[bool, typer.Option("--log-prob", help="Of the token, its log-probability.")] = False,
-    position: Annotated[int, typer.Option("--position", help="Of the token before the answer; -1 is the last.")] = -1,
+    question: Question = QUESTION,
     layers: options.Layers = None,
     how: WhyOptions = WHY,
     paths: Annotated[int, typer.Option("--paths", help="Paths to print.", min=1)] = 5,
@@ -71,7 +68,7 @@ def why(
     Effects are estimates; those of the strongest nodes are compared with ablation. --json prints the graph in the
     format of circuit-tracer, which Neuronpedia renders. A recipe goes to: qwen-scope steer --recipe
     """
-    from qwen_scope.circuits import explain, graph_document, graph_recipe, read, save_graph, text_by
+    from qwen_scope.circuits import ask, explain, graph_document, graph_recipe, read, save_graph, text_by
     from qwen_scope.files import check_output, write_text
 
     wanted, mode = options.parse_layers(layers), options.check_chat(chat)
@@ -83,8 +80,8 @@ def why(
         raise InputError(f"--recipe ends in .json or .yaml, not {recipe.name!r}")
     scope = options.open_asked(asked)
     with output.status("tracing"):
-        ids, tokens, quantity = asked_about(scope, text, mode, token, against, of, log_prob, position)
-        graph = explain(read(scope, ids, quantity, wanted, tokens=tokens), how)
+        found = ask(scope, text, question, chat=mode)
+        graph = explain(read(scope, found.ids, found.quantity, wanted, tokens=found.tokens), how)
     if html is not None:
         from qwen_scope.circuits import graph_html
 
@@ -100,41 +97,6 @@ def why(
     for file in (html, graph_file, recipe):
         if file is not None:
             output.say(f"{file} written")
-
-
-def asked_about(
-    scope: Scope,
-    text: str,
-    chat: Chat | None,
-    token: str | None,
-    against: str | None,
-    of: str | None,
-    log_prob: bool,
-    position: int,
-) -> tuple[list[int], list[str], Quantity]:
-    """The prompt's tokens, as ids and as texts, and what is asked about it."""
-    from qwen_scope.circuits import Quantity, most_likely, next_logits, one_token
-    from qwen_scope.sae import parse_feature
-
-    if of is not None and (token is not None or against is not None or log_prob):
-        raise InputError("--of explains a feature; leave out --token, --against and --log-prob")
-    if log_prob and against is not None:
-        raise InputError("--against explains a difference of logits; leave out --log-prob")
-    chosen = [None if one is None else one_token(scope, one) for one in (token, against)]
-    found = scope.tokenize([text], chat=chat)
-    ids = found.input_ids[0].tolist()
-    tokens = list(found.strings[0])
-    if of is not None:
-        layer, feature = parse_feature(of)
-        return ids, tokens, Quantity.activation(layer, feature, position)
-    one, other = chosen
-    if one is None:
-        at = Quantity.logit(0, position=position).at(len(ids)).position
-        best = most_likely(next_logits(scope, ids[: at + 1]), 2)
-        one = next(word for word, _ in best if word != other)
-    if other is not None:
-        return ids, tokens, Quantity.difference(one, other, position)
-    return ids, tokens, (Quantity.log_prob if log_prob else Quantity.logit)(one, position=position)
 
 
 def print_graph(graph: Graph, n: int) -> None:

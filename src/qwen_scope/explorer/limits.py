@@ -27,6 +27,8 @@ class Limits:
         new_tokens: of a generation.
         sweep_prompts: prompts of a sweep.
         sweep_tokens: new tokens of a sweep at one amount, all prompts together.
+        graph_tokens: of a prompt that a graph is made of.
+        graph_nodes: features in a graph.
         pattern_seconds: what all searches of a sweep for a regular expression may take.
         recipe_bytes: of a recipe's file.
         upload_bytes: of any file.
@@ -45,6 +47,8 @@ class Limits:
     new_tokens: int = 300
     sweep_prompts: int = 32
     sweep_tokens: int = 2_000
+    graph_tokens: int = 256
+    graph_nodes: int = 300
     pattern_seconds: int = 1
     recipe_bytes: int = 30_000
     upload_bytes: int = 2_000_000

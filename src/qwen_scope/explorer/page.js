@@ -68,9 +68,9 @@ window.qwenScope = (() => {
     else window.prompt("Copy this link", text);
   }
 
-  function save(name, text) {
+  function save(name, text, type = "application/json") {
     const link = document.createElement("a");
-    link.href = URL.createObjectURL(new Blob([text], { type: "application/json" }));
+    link.href = URL.createObjectURL(new Blob([text], { type }));
     link.download = name;
     link.click();
     URL.revokeObjectURL(link.href);
@@ -81,6 +81,7 @@ window.qwenScope = (() => {
   document.addEventListener("click", (event) => {
     if (!event.target.closest?.("#qs-theme")) return;
     const dark = document.body.classList.toggle("dark");
+    dress();
     try { localStorage.setItem(THEME, dark ? "dark" : "light"); } catch { /* private windows remember nothing */ }
   });
   let remembered = null;
@@ -92,5 +93,19 @@ window.qwenScope = (() => {
     window.addEventListener("load", apply);
   }
 
-  return { attach, save };
+  // A graph is a page of its own inside this one, which reaches nothing here: it tells which nodes are pinned in it, and
+  // is told whether this page is light or dark.
+  let pins = [];
+  const frame = () => document.querySelector("#why-graph iframe");
+  const dress = () =>
+    frame()?.contentWindow.postMessage({ scheme: document.body.classList.contains("dark") ? "dark" : "light" }, "*");
+  window.addEventListener("message", (event) => {
+    if (event.source !== frame()?.contentWindow || !Array.isArray(event.data?.pinned)) return;
+    pins = event.data.pinned.filter(Number.isInteger);
+    dress();
+  });
+  const pinned = () => JSON.stringify(pins);
+  const savePage = () => frame() && save("why.html", frame().srcdoc, "text/html");
+
+  return { attach, save, pinned, savePage };
 })();

@@ -27,9 +27,10 @@ from .feature import NO_STORE, FeatureTab
 from .fits import check_gradio
 from .gate import Gate, check_host
 from .steer import SteerTab
+from .why import WhyTab
 from .wiring import LOOK, panel, told
 
-TABS = ("explore", "compare", "steer", "feature", "datasets")
+TABS = ("explore", "compare", "steer", "why", "feature", "datasets")
 TITLE = "qwen-scope explorer"
 EVERYWHERE = ("0.0.0.0", "::", "")
 SLICE = 0.0005
@@ -74,11 +75,14 @@ def build(state: AppState) -> gr.Blocks:
             with gr.Tab("Compare", id="compare"):
                 CompareTab(state)
             with gr.Tab("Steer", id="steer"):
-                SteerTab(state)
+                steer = SteerTab(state)
+            with gr.Tab("Why", id="why"):
+                why = WhyTab(state)
             with gr.Tab("Feature", id="feature"):
                 feature = FeatureTab(state)
             with gr.Tab("Datasets", id="datasets"):
                 DatasetsTab(state)
+        why.join(tabs, steer)
         arrive(page, tabs, explore, feature)
     return page
 

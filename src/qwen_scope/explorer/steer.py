@@ -182,8 +182,8 @@ class SteerTab:
         )  # fmt: skip
         on(self.save.click, self.save_recipe, [*edited, self.recipe_name], [self.saved], self.notice, self.state)
         self.saved.change(None, [self.saved, self.recipe_name], None, api_visibility="private", js=SAVE)
-        on(self.load.upload, self.load_recipe, [self.load, self.prompt, self.chat],
-           [*listed, self.selected, self.recipe_name, *self.editor],
+        self.loads = [*listed, self.selected, self.recipe_name, *self.editor]
+        on(self.load.upload, self.load_recipe, [self.load, self.prompt, self.chat], self.loads,
            self.notice, self.state, concurrency_id="edit")  # fmt: skip
 
     # --- the list and its fields -------------------------------------------------------------------------------------
@@ -330,10 +330,13 @@ class SteerTab:
     def load_recipe(self, path: str, prompt: str, chat: str) -> dict[Any, Any]:
         """The interventions of an uploaded recipe."""
         name, rows, said = steering.rows_of_recipe(self.state, path)
-        return {
-            self.selected: 0, self.recipe_name: name, **self.filled(rows[0]), **self.drawn(rows, 0, prompt, chat),
-            self.notice: notice(self.state.discreet("; ".join(said))) if said else "",
-        }  # fmt: skip
+        said_here = notice(self.state.discreet("; ".join(said))) if said else ""
+        return {**self.loaded(name, rows, prompt, chat), self.notice: said_here}
+
+    def loaded(self, name: str, rows: list[dict], prompt: str, chat: str) -> dict[Any, Any]:
+        """Interventions that come from elsewhere, in the place of those that were there; for `loads`."""
+        drawn = {**self.filled(rows[0]), **self.drawn(rows, 0, prompt, chat)}
+        return {self.selected: 0, self.recipe_name: name, **drawn}
 
 
 SAVE = """(text, name) => {

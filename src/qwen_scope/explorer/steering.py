@@ -274,12 +274,12 @@ def rows_of_recipe(state: AppState, path: str) -> tuple[str, list[dict[str, Any]
     found.check(state.scope.model, state.scope.saes)
     if any(one.feature is None for one in found.interventions):
         raise InputError(f"the recipe {brief(found.name)} changes plain directions, which this page does not show")
+    return found.name, rows_of(found.interventions), found.differences(state.scope.counted)
+
+
+def rows_of(changes: Sequence[Intervention]) -> list[dict[str, Any]]:
+    """Interventions as the fields that describe them."""
     keys = ("op", "feature", "amount", "unit")
-    return (
-        found.name,
-        [
-            {"layer": one.layer, "where": str(one.where), **{key: getattr(one, key) for key in keys}}
-            for one in found.interventions
-        ],
-        found.differences(state.scope.counted),
-    )
+    return [
+        {"layer": one.layer, "where": str(one.where), **{key: getattr(one, key) for key in keys}} for one in changes
+    ]

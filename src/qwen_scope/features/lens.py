@@ -19,15 +19,12 @@ from torch import Tensor
 
 from qwen_scope.errors import FormatError, InputError, NotFoundError, check_count, foreign
 from qwen_scope.files import write_whole
-from qwen_scope.model import HookPoint, changing, final_norm, input_device, n_layers, reading
+from qwen_scope.model import GRAPH_TOKENS, HookPoint, changing, final_norm, input_device, n_layers, reading
 from qwen_scope.report import Progress
 from qwen_scope.scope import Scope
 
 from .effects import TokenEffect, token_text, vocabulary
 from .lens_options import LensOptions
-
-# Tokens of one forward pass whose graph is kept.
-BATCH_TOKENS = 2048
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,7 +100,7 @@ def fit_lens(
 ) -> Lens:
     """Average the Jacobians of prompts.
 
-    Every prompt takes `d_model` backward passes, as many at once as `BATCH_TOKENS` allow. Source and target tokens are
+    Every prompt takes `d_model` backward passes, as many at once as `GRAPH_TOKENS` allow. Source and target tokens are
     those behind the first `skip`, without those that do not count by their id.
 
     Args:
@@ -159,7 +156,7 @@ class _Fit:
     def add(self, ids: list[int], seen: str) -> None:
         valid = self._valid(ids)
         if bool(valid.any()):
-            rows = max(1, BATCH_TOKENS // len(ids))
+            rows = max(1, GRAPH_TOKENS // len(ids))
             for start in range(0, self.scope.d_model, rows):
                 self._rows(ids, valid, range(start, min(self.scope.d_model, start + rows)))
         self.done, self.seen = self.done + 1, seen

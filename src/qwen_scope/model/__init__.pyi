@@ -30,6 +30,7 @@ from .load import live_model as live_model
 from .load import load_config as load_config
 from .load import load_model as load_model
 from .load import load_tokenizer as load_tokenizer
+from .model_sizes import GRAPH_TOKENS as GRAPH_TOKENS
 from .model_sizes import ModelSizes as ModelSizes
 from .model_sizes import model_sizes as model_sizes
 from .pieces import capture_pieces as capture_pieces

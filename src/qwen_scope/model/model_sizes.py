@@ -13,6 +13,9 @@ from qwen_scope.model.load import auto_class
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
+GRAPH_TOKENS = 2048
+"""Tokens, of one prompt or of copies of it, whose activations one pass keeps for its gradient."""
+
 
 @dataclass(frozen=True)
 class ModelSizes:
