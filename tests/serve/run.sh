@@ -17,6 +17,16 @@ if [ ! -f "$venv/.ready" ]; then
   pip -e . "$("$bin/python" -m pip freeze | grep '^torch==')"
   # `vllm serve` asks for a package of that name; the CPU's build has another.
   site="$("$bin/python" -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])')"
+  # vLLM's module of Qwen3.5 imports torchvision and calls none of its operators for texts. Where its library was built
+  # for CUDA alone and does not load, two of them have to be known by name for the import to succeed.
+  pip --no-deps torchvision==0.28.0
+  cat >>"$site/torchvision/extension.py" <<'END'
+
+
+if not _has_ops():
+    for _name in ("nms", "qnms"):
+        torch.library.define(f"torchvision::{_name}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+END
   mkdir -p "$site/vllm-0.32.0+cpu.dist-info"
   printf 'Metadata-Version: 2.1\nName: vllm\nVersion: 0.32.0+cpu\n' >"$site/vllm-0.32.0+cpu.dist-info/METADATA"
   touch "$venv/.ready"

@@ -19,6 +19,8 @@ from .admit import RECIPE_BYTES
 from .library import SUFFIX, Library, summary
 from .plugin import NAME
 from .seam_front import admission_of
+from .selftest import self_test_server
+from .vllm_config import settings_of
 
 KEY = "QWEN_SCOPE_RECIPE_KEY"
 """The environment variable with the key of writes; without it nothing can be written."""
@@ -45,7 +47,17 @@ class Plugin:
             app.add_api_route(BASE + path, answer, methods=[method], name=f"{NAME} {method} {path}")
 
     async def init_state(self, engine_client: Any, state: Any, args: Any) -> None:
-        """The engine is the server's own, `state.engine_client`."""
+        """Test the engine before the first request.
+
+        Raises:
+            SystemExit: with one sentence, where a change is not felt or a worker is without the plugin.
+        """
+        if settings_of(engine_client.vllm_config) is None:
+            return
+        try:
+            await self_test_server(engine_client)
+        except QwenScopeError as error:
+            raise SystemExit(f"qwen-scope: {printable(str(error))}") from error
 
     async def listed(self, request: Request) -> Response:
         """All recipes."""

@@ -6,6 +6,7 @@ unsteered. So before the first request, the same short prompt is asked unsteered
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -77,16 +78,45 @@ def self_test(llm: Any) -> None:
     """
     from vllm import SamplingParams  # pyright: ignore[reportMissingImports]
 
-    from .seam_front import admission_of
-
-    admission = admission_of(llm.llm_engine.vllm_config)
+    settings, width = _served(llm.llm_engine.vllm_config)
     check_workers(llm.collective_rpc("qwen_scope_status"))
-    settings, width = admission.settings, admission.facts.width
     found = []
     for _, ask in asks(settings, width):
         (out,) = llm.generate([{"prompt_token_ids": list(PROMPT)}], SamplingParams(**params(ask)), use_tqdm=False)
-        found.append({token: one.logprob for token, one in out.outputs[0].logprobs[0].items()})
+        found.append(_first(out))
     judge(settings, width, found)
+
+
+async def self_test_server(engine: Any) -> None:
+    """The same of an engine that a server talks to (vLLM's `AsyncLLM`).
+
+    Raises:
+        MismatchError: as `judge`, or a worker without the plugin.
+    """
+    from vllm import SamplingParams  # pyright: ignore[reportMissingImports]
+
+    settings, width = _served(engine.vllm_config)
+    check_workers(await engine.collective_rpc("qwen_scope_status"))
+    found = []
+    for _, ask in asks(settings, width):
+        name = f"qwen-scope-self-test-{uuid.uuid4().hex}"
+        out = None
+        async for out in engine.generate({"prompt_token_ids": list(PROMPT)}, SamplingParams(**params(ask)), name):
+            pass
+        found.append(_first(out))
+    judge(settings, width, found)
+
+
+def _served(config: Any) -> tuple[ServeSettings, int]:
+    from .seam_front import admission_of
+
+    admission = admission_of(config)
+    return admission.settings, admission.facts.width
+
+
+def _first(out: Any) -> dict[int, float]:
+    """The log-probabilities of the first token that was generated."""
+    return {token: one.logprob for token, one in out.outputs[0].logprobs[0].items()}
 
 
 def check_workers(states: Sequence[Mapping[str, Any] | None]) -> None:

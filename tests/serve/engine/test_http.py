@@ -5,9 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-import socket
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -16,15 +14,14 @@ from typing import Any
 
 import cases
 import fuzz_http
+import http_server
 import httpx
 import openai
 import pytest
 
-import qwen_scope
-from qwen_scope.serve import FIELD, ServeSettings
+from qwen_scope.serve import FIELD
 
 ROOT = Path(__file__).parents[3]
-LAB = Path(qwen_scope.__file__).parent / "assets" / "lab"
 KEY = {"x-qwen-scope-key": "writes"}
 ENDS = (4091, 4092)  # the lab's end of a text, which the toolkit leaves out
 RECIPE = {
@@ -35,64 +32,20 @@ RECIPE = {
 
 
 @pytest.fixture(scope="session")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The address of a server of the lab with every layer, and a folder for recipes; `QWEN_SCOPE_URL` names one that
-    runs already."""
-    if url := os.environ.get("QWEN_SCOPE_URL"):
-        yield url
-        return
-    folder = tmp_path_factory.mktemp("server")
-    settings = ServeSettings(
-        sae=str(LAB / "sae"), layers=tuple(range(6)), feature_layers=(2, 4), read_layers=(4, 5),
-        recipes=str(folder / "recipes"),
-    )  # fmt: skip
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    argv = [
-        str(Path(sys.executable).with_name("vllm")), "serve", str(LAB / "model"), "--served-model-name", "lab",
-        "--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--max-model-len", "256",
-        "--block-size", "32", "--max-num-seqs", "16", "--kv-cache-memory-bytes", str(64 * 2**20), "--enforce-eager",
-        "--api-key", "reads",
-        "--additional-config", json.dumps({FIELD: settings.to_json()}),
-        "--worker-extension-cls", "qwen_scope.serve.seam_worker.WorkerExtension",
-        "--middleware", "qwen_scope.serve.http.Middleware",
-    ]  # fmt: skip
-    env = os.environ | {
-        "VLLM_PLUGINS": "qwen_scope", "QWEN_SCOPE_RECIPE_KEY": "writes", "VLLM_NO_USAGE_STATS": "1",
-        "HF_HUB_OFFLINE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1",
-    }  # fmt: skip
-    url, log = f"http://127.0.0.1:{port}", folder / "log"
-    with log.open("w") as out:
-        process = subprocess.Popen(argv, env=env, stdout=out, stderr=subprocess.STDOUT)
-        try:
-            until = time.monotonic() + 400
-            while not up(url):
-                assert process.poll() is None, log.read_text()[-3000:]
-                assert time.monotonic() < until, log.read_text()[-3000:]
-                time.sleep(0.5)
-            yield url
-        finally:
-            process.terminate()
-            process.wait(60)
-
-
-def up(url: str) -> bool:
-    try:
-        return httpx.get(f"{url}/health").status_code == 200
-    except httpx.TransportError:
-        return False
+def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    with http_server.address(tmp_path_factory.mktemp("server")) as found:
+        yield found
 
 
 @pytest.fixture(scope="session")
-def http(server: str) -> Iterator[httpx.Client]:
-    with httpx.Client(base_url=server, timeout=120, headers={"authorization": "Bearer reads"}) as client:
+def http(url: str) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=url, timeout=120, headers={"authorization": "Bearer reads"}) as client:
         yield client
 
 
 @pytest.fixture(scope="session")
-def client(server: str) -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"{server}/v1", api_key="reads", max_retries=0)
+def client(url: str) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{url}/v1", api_key="reads", max_retries=0)
 
 
 def body_of(ask: Any) -> dict[str, Any]:
@@ -219,9 +172,9 @@ def test_clients_that_leave_take_their_activations_with_them(http: httpx.Client)
         time.sleep(0.5)
 
 
-def test_the_examples_of_the_documentation_run(server: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_examples_of_the_documentation_run(url: str, capsys: pytest.CaptureFixture[str]) -> None:
     page = (ROOT / "docs" / "serve-http.md").read_text()
-    page = page.replace("http://127.0.0.1:8000", server).replace("EMPTY", "reads")
+    page = page.replace("http://127.0.0.1:8000", url).replace("EMPTY", "reads")
     found = re.findall(r"^```(bash|py)\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
     assert [kind for kind, _ in found] == ["bash", "py", "py", "bash"]
     names: dict[str, Any] = {}
@@ -236,5 +189,5 @@ def test_the_examples_of_the_documentation_run(server: str, capsys: pytest.Captu
         assert "activations" in out or '"deleted": true' in out, out
 
 
-def test_hostile_requests(server: str) -> None:
-    fuzz_http.fuzz(server, 100, headers={"authorization": "Bearer reads"})
+def test_hostile_requests(url: str) -> None:
+    fuzz_http.fuzz(url, 100, headers={"authorization": "Bearer reads"})

@@ -10,7 +10,8 @@ import served
 from cases import READ
 from vllm.exceptions import VLLMValidationError
 
-from qwen_scope.serve import Ask, Read, ServeSettings
+from qwen_scope.errors import MismatchError
+from qwen_scope.serve import Ask, Read, ServeSettings, Tables, WorkerState, self_test
 from qwen_scope.steer import Intervention, Where
 
 
@@ -127,6 +128,28 @@ def test_a_residual_that_overflows_does_not_end_the_worker(llm: Any, known: dict
     ((_, layers),) = found.items()
     assert all(math.isfinite(value) for row in layers["5"]["values"] for value in row)
     served.check(llm, [case for case in known["cases"] if case.ask is None])
+
+
+@pytest.mark.parametrize(
+    ("kind", "method", "sentence"),
+    [
+        (WorkerState, "begin", "add at layer 0 left the log-probabilities as they were"),
+        (Tables, "row", "add at layer 0 left"),
+        (WorkerState, "set_features", "clamp at layer 2 left"),
+    ],
+)
+def test_the_self_test_notices_what_does_nothing(
+    llm: Any, monkeypatch: pytest.MonkeyPatch, kind: type, method: str, sentence: str
+) -> None:
+    self_test(llm)
+    nothing = {
+        "begin": lambda self, *step: None,
+        "row": lambda self, *recipe: 0,
+        "set_features": lambda self, hidden, residual, layer: residual.clone(),
+    }
+    monkeypatch.setattr(kind, method, nothing[method])
+    with pytest.raises(MismatchError, match=sentence):
+        self_test(llm)
 
 
 def test_nothing_is_left_behind(llm: Any, known: dict[str, Any]) -> None:

@@ -1,0 +1,85 @@
+"""`vllm serve` of the lab in a process of its own, as the tests over HTTP start it."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+
+import qwen_scope
+from qwen_scope.serve import FIELD, ServeSettings
+
+LAB = Path(qwen_scope.__file__).parent / "assets" / "lab"
+PATIENCE = 400.0
+"""Seconds until a server answers, on a machine that is busy with other things."""
+
+
+def command(folder: Path, port: int) -> list[str]:
+    """A server of every layer, with a folder for recipes."""
+    settings = ServeSettings(
+        sae=str(LAB / "sae"), layers=tuple(range(6)), feature_layers=(2, 4), read_layers=(4, 5),
+        recipes=str(folder / "recipes"),
+    )  # fmt: skip
+    return [
+        str(Path(sys.executable).with_name("vllm")), "serve", str(LAB / "model"), "--served-model-name", "lab",
+        "--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--max-model-len", "256",
+        "--block-size", "32", "--max-num-seqs", "16", "--kv-cache-memory-bytes", str(64 * 2**20), "--enforce-eager",
+        "--api-key", "reads",
+        "--additional-config", json.dumps({FIELD: settings.to_json()}),
+        "--worker-extension-cls", "qwen_scope.serve.seam_worker.WorkerExtension",
+        "--middleware", "qwen_scope.serve.http.Middleware",
+    ]  # fmt: skip
+
+
+@contextmanager
+def process(folder: Path, env: Mapping[str, str] | None = None) -> Iterator[tuple[subprocess.Popen[bytes], str, Path]]:
+    """The server's process, its address and its log; it is ended at the end."""
+    chosen = os.environ | {
+        "VLLM_PLUGINS": "qwen_scope", "QWEN_SCOPE_RECIPE_KEY": "writes", "VLLM_NO_USAGE_STATS": "1",
+        "HF_HUB_OFFLINE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1",
+    }  # fmt: skip
+    chosen.pop("VLLM_ENABLE_V1_MULTIPROCESSING", None)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    log = folder / "log"
+    with log.open("w") as out:
+        started = subprocess.Popen(
+            command(folder, port), env=chosen | dict(env or {}), stdout=out, stderr=subprocess.STDOUT
+        )
+        try:
+            yield started, f"http://127.0.0.1:{port}", log
+        finally:
+            started.terminate()
+            started.wait(60)
+
+
+@contextmanager
+def address(folder: Path) -> Iterator[str]:
+    """The address of a server that answers; `QWEN_SCOPE_URL` names one that runs already."""
+    if url := os.environ.get("QWEN_SCOPE_URL"):
+        yield url
+        return
+    with process(folder) as (started, url, log):
+        until = time.monotonic() + PATIENCE
+        while not up(url):
+            assert started.poll() is None, log.read_text()[-3000:]
+            assert time.monotonic() < until, log.read_text()[-3000:]
+            time.sleep(0.5)
+        yield url
+
+
+def up(url: str) -> bool:
+    """Whether a server answers."""
+    try:
+        return httpx.get(f"{url}/health").status_code == 200
+    except httpx.TransportError:
+        return False
