@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Serving in stock vLLM on the CPU. `run.sh`: every line in small; `run.sh FILE...`: some files of tests/serve/engine;
-# `run.sh matrix --family hybrid --runner v2`: one cell of the full matrix.
+# `run.sh matrix --family hybrid --runner v2`: one cell of the full matrix; `run.sh many users 1000`: many requests over
+# HTTP; `QWEN_SCOPE_TALKS=200 run.sh test_prefix_cache.py`: as many conversations.
 # vLLM lives in an environment of its own, made on the first run; each file and cell runs in a process of its own.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
@@ -39,15 +40,18 @@ fi
 work="$(mktemp -d)"
 trap 'rm -rf "$work"' EXIT
 export PYTHONPATH="$PWD/src:$PWD/tests/serve/engine" TOKENIZERS_PARALLELISM=false VLLM_CACHE_ROOT="$work/cache"
-export QWEN_SCOPE_CASES="$work/cases.json"
-"$bin/python" -W ignore tests/serve/engine/cases.py "$QWEN_SCOPE_CASES"
+export QWEN_SCOPE_CASES="${QWEN_SCOPE_CASES:-$work/cases.json}"
+[ -f "$QWEN_SCOPE_CASES" ] || "$bin/python" -W ignore tests/serve/engine/cases.py "$QWEN_SCOPE_CASES"
 
 cd tests/serve/engine
-if [ "${1:-}" = matrix ]; then
+case "${1:-}" in
+matrix | many)
+  script="$([ "$1" = matrix ] && echo matrix.py || echo many_http.py)"
   shift
-  "$bin/python" -W ignore matrix.py "$@"
+  "$bin/python" -W ignore "$script" "$@"
   exit
-fi
+  ;;
+esac
 failed=0
 for one in ${@:-test_*.py}; do
   # vLLM's warnings are not ours to mend.

@@ -16,7 +16,6 @@ from qwen_scope import Intervention, load_scope
 from qwen_scope.errors import FormatError, InputError, MismatchError, NotFoundError, QwenScopeError
 from qwen_scope.serve import FIELD, Admission, Ask, ModelFacts, ServeSettings, answers
 from qwen_scope.serve.http import MOST_BYTES, Middleware
-from qwen_scope.serve.library import Library
 from qwen_scope.serve.phases import chat_kinds
 from qwen_scope.steer import Recipe, signature
 from qwen_scope.text import PHASES
@@ -107,7 +106,7 @@ def test_the_field_goes_into_vllm_xargs(admission) -> None:
 
 
 def test_a_recipe_is_taken_as_it_stands(admission, recipe) -> None:
-    Library(admission).write("mine", json.dumps(recipe.to_json()).encode())
+    admission.library.write("mine", json.dumps(recipe.to_json()).encode())
     server = Server(admission)
     server.post({"prompt": "x", FIELD: {"recipe": "mine"}})
     assert Ask.from_text(server.body["vllm_xargs"][FIELD]).interventions == recipe.interventions
@@ -178,7 +177,7 @@ def test_elsewhere_the_field_is_refused(admission, path) -> None:
 
 
 def test_recipes_are_kept_only_where_they_fit(admission, recipe) -> None:
-    library, data = Library(admission), recipe.to_json()
+    library, data = admission.library, recipe.to_json()
     assert library.names() == []
     assert library.write("mine", json.dumps(data).encode()).interventions == recipe.interventions
     assert library.names() == ["mine"]

@@ -6,25 +6,27 @@ import threading
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 
-from qwen_scope.errors import FormatError, InputError, MismatchError, NotFoundError, nearest
+from qwen_scope.errors import FormatError, InputError, MismatchError, NotFoundError
 from qwen_scope.files import read_object
 from qwen_scope.model import HookPoint, LayerStats
 from qwen_scope.sae import SAE, layers_of, load_sae
-from qwen_scope.steer import Intervention, check_together, load_recipe
+from qwen_scope.steer import Intervention, Recipe, check_together
 
 from .bounds import most_added
 from .compiled import Compiled
-from .protocol import Ask, Read, canonical
+from .library import Library
+from .protocol import Ask, PromptKinds, Read, canonical
 from .settings import ServeSettings
 
 REMEMBERED = 1024
 """Interventions that were found to fit, by fingerprint."""
 
-RECIPE_BYTES = 8 * 10**6
+ANY_LENGTH = 10**9
+"""Longer than any prompt."""
+
 STATS_VERSION = 1
 
 
@@ -104,6 +106,7 @@ class Admission:
         for layer in settings.touched:
             if layer >= facts.layers:
                 raise NotFoundError(f"there is no layer {layer}: the model has layers 0 to {facts.layers - 1}")
+        self.library = Library(settings.recipes, facts.signature, self._check_recipe)
         self.saes = ServedSAEs(settings, facts.width)
         for layer in {*settings.feature_layers, *settings.read_layers}:
             _ = self.saes[layer]
@@ -131,7 +134,7 @@ class Admission:
         Raises:
             InputError, NotFoundError, MismatchError, FormatError: what cannot be served, in one sentence.
         """
-        interventions = ask.interventions if ask.recipe is None else self._recipe(ask.recipe)
+        interventions = ask.interventions if ask.recipe is None else self.library.read(ask.recipe).interventions
         made = tuple(sorted((self._resolved(one) for one in interventions), key=lambda one: canonical(one.to_json())))
         check_together(made)
         if ask.read is not None:
@@ -147,18 +150,10 @@ class Admission:
                     self._fits.popitem(last=False)
         return admitted
 
-    def _recipe(self, name: str) -> tuple[Intervention, ...]:
-        if self.settings.recipes is None:
-            raise NotFoundError("this server has no recipes; list `interventions`")
-        folder = Path(self.settings.recipes)
-        path = folder / f"{name}.json"
-        if not path.is_file():
-            known = [one.stem for one in folder.glob("*.json")] if folder.is_dir() else []
-            raise NotFoundError(f"there is no recipe {name!r}" + (f"; {nearest(name, known)}" if known else ""))
-        recipe = load_recipe(path, RECIPE_BYTES)
-        if recipe.model != self.facts.signature:
-            raise MismatchError(f"the recipe {name!r} is for the model {recipe.model}, this is {self.facts.signature}")
-        return recipe.interventions
+    def _check_recipe(self, recipe: Recipe) -> None:
+        """Admit it for whatever prompt; positions are checked when a request names it."""
+        anywhere = PromptKinds(((0, 1),), "default", "answer")
+        self.admit(Ask(interventions=recipe.interventions, phases=anywhere), 1, ANY_LENGTH)
 
     def _resolved(self, one: Intervention) -> Intervention:
         """In raw units, at a layer that is served for it."""

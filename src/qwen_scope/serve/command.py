@@ -17,7 +17,7 @@ from qwen_scope.files import write_text
 from qwen_scope.model import load_config
 from qwen_scope.sae import layers_of
 from qwen_scope.scope import load_scope, tell_of
-from qwen_scope.steer import load_recipe, signature_of
+from qwen_scope.steer import signature_of
 
 from .admit import Admission, ModelFacts, write_stats
 from .guard import check
@@ -159,10 +159,8 @@ def check_recipes(admission: Admission) -> None:
     Raises:
         QwenScopeError: the first that does not fit, as admission says it.
     """
-    folder = admission.settings.recipes
-    for path in sorted(Path(folder).glob("*.json")) if folder is not None else ():
-        load_recipe(path)
-        admission.fit(Ask(recipe=path.stem))
+    for name in admission.library.names() if admission.settings.recipes is not None else ():
+        admission.fit(Ask(recipe=name))
 
 
 def flag_of(flags: Sequence[str], name: str) -> Any:

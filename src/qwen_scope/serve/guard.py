@@ -12,7 +12,7 @@ from typing import Any
 from qwen_scope.errors import MismatchError, NotFoundError, absent
 
 TESTED = ("0.32",)
-"""Versions of vLLM that the whole test of serving has passed on."""
+"""Versions of vLLM that `tests/serve/run.sh` passes on, on a CPU."""
 
 READ_AS = ("0.33",)
 """Versions whose code at every seam was read and is the same, and that have not been run."""
@@ -29,7 +29,7 @@ ARCHITECTURES = (
     "Qwen3_5MoeForConditionalGeneration",
     "Gemma3ForCausalLM",
 )
-"""Architectures of vLLM whose blocks return `(hidden, residual)`, each run by the tests of serving."""
+"""Architectures of vLLM whose blocks return `(hidden, residual)`; docs/serve.md says which of them have been run."""
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,6 @@ from typing import Any
 from qwen_scope.errors import FormatError, InputError, QwenScopeError, printable
 
 from . import answers
-from .library import Library
 from .phases import chat_kinds
 from .protocol import FIELD, Ask
 from .seam_front import admission_of
@@ -185,7 +184,7 @@ def _asked(path: str, body: bytes, config: Any) -> tuple[Ask, int, bytes] | None
     if ask.read is not None:
         ask = replace(ask, ticket=uuid.uuid4().hex)
     if ask.recipe is not None:  # as it stands now: a request is one recipe from its first token to its last
-        ask = replace(ask, recipe=None, interventions=Library(admission).read(ask.recipe).interventions)
+        ask = replace(ask, recipe=None, interventions=admission.library.read(ask.recipe).interventions)
     if ask.by_phase and path == "/v1/chat/completions":
         ask = replace(ask, phases=chat_kinds(ask, data, tokenizer_of(config)))
     if not ask.empty:

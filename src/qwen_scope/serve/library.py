@@ -4,35 +4,44 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 from qwen_scope.errors import FormatError, InputError, MismatchError, NotFoundError, check_name, nearest
 from qwen_scope.steer import Recipe, load_recipe
 
-from .admit import RECIPE_BYTES, Admission
-from .protocol import Ask, PromptKinds, fingerprint
+from .protocol import fingerprint
 
 SUFFIX = ".json"
 MOST_RECIPES = 1000
-
-# Longer than any prompt, so that positions are checked when a request names the recipe.
-ANY_LENGTH = 10**9
+RECIPE_BYTES = 8 * 10**6
 
 
 class Library:
-    """The folder of recipes that a server was started with; every process of the server reads the same files."""
+    """The folder of recipes that a server was started with; every process of the server reads the same files.
 
-    def __init__(self, admission: Admission) -> None:
-        """Raises NotFoundError where the server has no such folder."""
-        if admission.settings.recipes is None:
-            raise NotFoundError("this server has no recipes; start it with --recipes FOLDER")
-        self.folder, self._admission = Path(admission.settings.recipes), admission
+    Everything raises NotFoundError where the server has no such folder.
+    """
+
+    def __init__(self, folder: str | None, signature: str, check: Callable[[Recipe], object]) -> None:
+        """Nothing is read yet.
+
+        Args:
+            signature: of the served model, which a recipe names.
+            check: raises where a recipe that is to be kept could not be applied.
+        """
+        self._folder, self._signature, self._check = folder, signature, check
+
+    @property
+    def folder(self) -> Path:
+        """Where they are."""
+        if self._folder is None:
+            raise NotFoundError("this server has no recipes; list `interventions`, or start it with --recipes FOLDER")
+        return Path(self._folder)
 
     def names(self) -> list[str]:
         """All names, in order."""
-        if not self.folder.is_dir():
-            return []
         return sorted(path.stem for path in self.folder.glob(f"*{SUFFIX}") if not path.name.startswith("."))
 
     def read(self, name: str) -> Recipe:
@@ -64,8 +73,7 @@ class Library:
             given = Path(folder, f"{name}{suffix}")
             given.write_bytes(text)
             recipe = self._fitting(load_recipe(given, RECIPE_BYTES))
-        anywhere = PromptKinds(((0, 1),), "default", "answer")
-        self._admission.admit(Ask(interventions=recipe.interventions, phases=anywhere), 1, ANY_LENGTH)
+        self._check(recipe)
         replace(recipe, name=name).save(path)
         return recipe
 
@@ -84,8 +92,10 @@ class Library:
         return self.folder / f"{check_name('a recipe', name)}{SUFFIX}"
 
     def _fitting(self, recipe: Recipe) -> Recipe:
-        if recipe.model != (served := self._admission.facts.signature):
-            raise MismatchError(f"the recipe {recipe.name!r} is for the model {recipe.model}, this is {served}")
+        if recipe.model != self._signature:
+            raise MismatchError(
+                f"the recipe {recipe.name!r} is for the model {recipe.model}, this is {self._signature}"
+            )
         return recipe
 
 

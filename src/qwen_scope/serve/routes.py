@@ -15,8 +15,7 @@ import qwen_scope
 from qwen_scope.errors import InputError, NotFoundError, QwenScopeError, printable
 
 from . import answers
-from .admit import RECIPE_BYTES
-from .library import SUFFIX, Library, summary
+from .library import RECIPE_BYTES, SUFFIX, Library, summary
 from .plugin import NAME
 from .seam_front import admission_of
 from .selftest import self_test_server
@@ -115,7 +114,7 @@ async def _answered(request: Request, work: Callable[[Library], Any], missing: i
     """What `work` gives of the server's recipes; reading and writing files happens beside the loop."""
     config = request.app.state.engine_client.vllm_config
     try:
-        return _json(await asyncio.to_thread(lambda: work(Library(admission_of(config)))))
+        return _json(await asyncio.to_thread(lambda: work(admission_of(config).library)))
     except QwenScopeError as error:
         return _problem(error, missing if isinstance(error, NotFoundError) else 400)
 

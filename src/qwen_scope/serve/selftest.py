@@ -100,9 +100,8 @@ async def self_test_server(engine: Any) -> None:
     found = []
     for _, ask in asks(settings, width):
         name = f"qwen-scope-self-test-{uuid.uuid4().hex}"
-        out = None
-        async for out in engine.generate({"prompt_token_ids": list(PROMPT)}, SamplingParams(**params(ask)), name):
-            pass
+        prompt = {"prompt_token_ids": list(PROMPT)}
+        *_, out = [one async for one in engine.generate(prompt, SamplingParams(**params(ask)), name)]
         found.append(_first(out))
     judge(settings, width, found)
 

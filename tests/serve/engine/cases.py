@@ -1,7 +1,7 @@
 """The cases of the tests of serving and the toolkit's own answers to them, written once as a file.
 
-`python tests/serve/engine/cases.py FILE [FAMILY FOLDER]`: every operation at every kind of place, over prompts of the
-lab; of the bundled model, or of a sibling of random weights that is built in a folder.
+`python tests/serve/engine/cases.py FILE [FAMILY FOLDER EVERY]`: every operation at every kind of place, over prompts of
+the lab; of the bundled model, or one in so many of a sibling of random weights that is built in a folder.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig, PreTrainedModel, Qwen2Config
 
 from qwen_scope import load_scope
 from qwen_scope.model import HookPoint, capture
@@ -31,6 +32,8 @@ LONG = (
 CHATS = ["Where is the station?", "What is 12 + 7?"]
 PLACES = ["all", "prompt", "generated", "0,2-4,12-14"]
 PHASES = ["answer", "generated:thinking,prompt:user"]
+USERS = ("first", "second", "nobody")
+OTHERS: dict[str, Any] = {"llama": LlamaConfig, "qwen2": Qwen2Config, "gemma3": Gemma3TextConfig}
 READ = (4, 5)
 NEW = 24
 
@@ -74,15 +77,15 @@ def operations(where: str, feature: int, other: int, d: torch.Tensor) -> dict[st
     }
 
 
-def make(scope: Scope) -> dict[str, Any]:
-    """All cases with their answers, and the features of the prompts, as plain values."""
+def make(scope: Scope, every: int = 1) -> dict[str, Any]:
+    """All cases with their answers, or one operation in so many, and the features of the prompts, as plain values."""
     d = torch.randn(scope.model.config.hidden_size, generator=torch.Generator().manual_seed(0))
     seen = scope.features(PROMPTS, layers=[4])
     feature, other = (one.feature for one in seen.strongest(text=0, layer=4, n=2))
     cases = []
-    for where in PLACES:
-        for name, made in operations(where, feature, other, d).items():
-            cases += answered(scope, f"{name} at {where}", made, PROMPTS)
+    asked = [(where, *one) for where in PLACES for one in operations(where, feature, other, d).items()]
+    for where, name, made in asked[::every]:
+        cases += answered(scope, f"{name} at {where}", made, PROMPTS)
     cases += answered(scope, "none", [], PROMPTS)
     for where in PHASES:
         for name in ("add feature", "clamp"):
@@ -91,8 +94,11 @@ def make(scope: Scope) -> dict[str, Any]:
     for name, made in operations("generated,1-3,40-70", feature, other, d).items():
         long += answered(scope, f"long {name}", made, LONG)
     long += answered(scope, "long none", [], LONG)
+    at_all, generated = (operations(where, feature, other, d) for where in ("all", "generated"))
+    theirs = {"first": at_all["mixed"], "second": [*generated["clamp"], *at_all["add direction"]], "nobody": []}
+    users = [case for name in USERS for case in answered(scope, name, theirs[name], [*PROMPTS, *LONG])]
     ids = scope.tokenizer(PROMPTS)["input_ids"]
-    return {"cases": cases, "long": long, "features": features(scope, ids), "ids": ids}
+    return {"cases": cases, "long": long, "users": users, "features": features(scope, ids), "ids": ids}
 
 
 def answered(
@@ -128,12 +134,22 @@ def features(scope: Scope, prompts: list[list[int]]) -> dict[str, list]:
 def read(path: str | Path) -> dict[str, Any]:
     """The file that this script writes, with its cases as objects."""
     data = json.loads(Path(path).read_text())
-    for part in ("cases", "long"):
+    for part in ("cases", "long", "users"):
         data[part] = [
             Case(one["name"], one["ids"], None if one["ask"] is None else Ask.from_text(one["ask"]), one["tokens"])
             for one in data[part]
         ]
     return data
+
+
+def other(family: str, eos: int, pad: int) -> PreTrainedModel:
+    """A model of a family that the lab has none of."""
+    torch.manual_seed(0)
+    shape = {"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 6, "num_attention_heads": 2,
+             "num_key_value_heads": 1, "vocab_size": 4096, "max_position_embeddings": 512}  # fmt: skip
+    ends = {"bos_token_id": None, "eos_token_id": eos, "pad_token_id": pad, "tie_word_embeddings": True}
+    heads = {"head_dim": 32, "query_pre_attn_scalar": 32} if family == "gemma3" else {}
+    return AutoModelForCausalLM.from_config(OTHERS[family](**shape, **ends, **heads))
 
 
 def sibling(family: str, folder: Path) -> Scope:
@@ -146,7 +162,8 @@ def sibling(family: str, folder: Path) -> Scope:
 
     tokenizer = load_scope("lab").tokenizer
     layers = 8 if family == "hybrid" else 6
-    model = make_model(family, 4096, 64, layers, 512, tokenizer.eos_token_id, tokenizer.pad_token_id)
+    ends = tokenizer.eos_token_id, tokenizer.pad_token_id
+    model = other(family, *ends) if family in OTHERS else make_model(family, 4096, 64, layers, 512, *ends)
     with torch.no_grad():
         for weight in model.parameters():
             if weight.ndim > 1:  # as they are made, so small a model is almost the identity
@@ -171,5 +188,6 @@ def sibling(family: str, folder: Path) -> Scope:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    made = sibling(sys.argv[2], Path(sys.argv[3])) if len(sys.argv) > 2 else load_scope("lab")
-    Path(sys.argv[1]).write_text(json.dumps(make(made)))
+    file, *more = sys.argv[1:]
+    made = make(sibling(more[0], Path(more[1])), int(more[2])) if more else make(load_scope("lab"))
+    Path(file).write_text(json.dumps(made))

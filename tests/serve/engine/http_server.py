@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
@@ -62,19 +63,24 @@ def process(folder: Path, env: Mapping[str, str] | None = None) -> Iterator[tupl
             started.wait(60)
 
 
+@dataclass(frozen=True)
+class Served:
+    """A server that answers."""
+
+    url: str
+    pid: int
+
+
 @contextmanager
-def address(folder: Path) -> Iterator[str]:
-    """The address of a server that answers; `QWEN_SCOPE_URL` names one that runs already."""
-    if url := os.environ.get("QWEN_SCOPE_URL"):
-        yield url
-        return
+def answering(folder: Path) -> Iterator[Served]:
+    """A server, once it answers."""
     with process(folder) as (started, url, log):
         until = time.monotonic() + PATIENCE
         while not up(url):
             assert started.poll() is None, log.read_text()[-3000:]
             assert time.monotonic() < until, log.read_text()[-3000:]
             time.sleep(0.5)
-        yield url
+        yield Served(url, started.pid)
 
 
 def up(url: str) -> bool:

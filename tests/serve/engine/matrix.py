@@ -1,6 +1,6 @@
 """One cell of the matrix of serving: a family of models, a model runner, a way of compiling, a number of workers.
 
-    tests/serve/run.sh matrix [--family lab|moe|hybrid] [--runner v1|v2] [--mode eager|inductor|piecewise] [--tp 1|2]
+    tests/serve/run.sh matrix [--family moe] [--runner v1|v2] [--mode eager|inductor|piecewise] [--tp 1|2] [--every 6]
 
 Every case of cases.py is asked at once and in chunks with preemption; then the features of the prompts are read. Prints
 one line of JSON; the exit code is 1 if an answer is not the toolkit's.
@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
+FAMILIES = ("lab", "moe", "hybrid", "llama", "qwen2", "gemma3")
 
 
 def force_piecewise() -> dict[str, Any]:
@@ -58,7 +59,7 @@ def count_preemptions() -> list[str]:
 
 def main() -> int:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--family", default="lab", choices=("lab", "moe", "hybrid"))
+    parser.add_argument("--family", default="lab", choices=FAMILIES)
     parser.add_argument("--runner", default="v1", choices=("v1", "v2"))
     parser.add_argument("--mode", default="eager", choices=("eager", "inductor", "piecewise"))
     parser.add_argument("--tp", type=int, default=1)
@@ -72,6 +73,9 @@ def main() -> int:
     import cases
     import served
 
+    if args.family == "hybrid":
+        __import__("gdnshim")
+
     from qwen_scope.serve import Ask, Read, ServeSettings
     from qwen_scope.steer import Where
 
@@ -80,9 +84,10 @@ def main() -> int:
     if args.family == "lab":
         file, model, sae = os.environ["QWEN_SCOPE_CASES"], served.LAB / "model", served.LAB / "sae"
     else:
-        file, model, sae = str(work / "cases.json"), work / "model", work / "sae"
+        file, model, sae = str(work / f"cases-{args.every}.json"), work / "model", work / "sae"
         if not Path(file).exists():
-            subprocess.run([sys.executable, "-W", "ignore", HERE / "cases.py", file, args.family, work], check=True)
+            line = [sys.executable, "-W", "ignore", HERE / "cases.py", file, args.family, work, str(args.every)]
+            subprocess.run(line, check=True)
     known = cases.read(file)
     options: dict[str, Any] = {"enforce_eager": args.mode == "eager", "tensor_parallel_size": args.tp}
     if args.mode == "piecewise":
@@ -99,7 +104,7 @@ def main() -> int:
         kv_cache_memory_bytes=(4 if args.family == "hybrid" else 2) * 2**20,
         **options,
     )
-    asked = [*known["cases"][:: args.every], *known["long"]]
+    asked = [*known["cases"][:: args.every if args.family == "lab" else 1], *known["long"]]
     bad = served.wrong(llm, asked)
     again = served.wrong(llm, known["long"])
     read = Ask(read=Read(cases.READ, 5, (), Where.parse("prompt")), ticket="one")

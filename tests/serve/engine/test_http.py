@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -16,6 +17,7 @@ import cases
 import fuzz_http
 import http_server
 import httpx
+import many_http
 import openai
 import pytest
 
@@ -32,9 +34,14 @@ RECIPE = {
 
 
 @pytest.fixture(scope="session")
-def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    with http_server.address(tmp_path_factory.mktemp("server")) as found:
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[http_server.Served]:
+    with http_server.answering(tmp_path_factory.mktemp("server")) as found:
         yield found
+
+
+@pytest.fixture(scope="session")
+def url(served: http_server.Served) -> str:
+    return served.url
 
 
 @pytest.fixture(scope="session")
@@ -191,3 +198,23 @@ def test_the_examples_of_the_documentation_run(url: str, capsys: pytest.CaptureF
 
 def test_hostile_requests(url: str) -> None:
     fuzz_http.fuzz(url, 100, headers={"authorization": "Bearer reads"})
+
+
+def test_users_do_not_feel_each_other(url: str, known: dict[str, Any]) -> None:
+    answers = {name: [one.tokens for one in known["users"] if one.name == name] for name in cases.USERS}
+    for one, other in itertools.combinations(answers.values(), 2):
+        assert sum(a != b for a, b in zip(one, other, strict=True)) >= 5, "recipes that change hardly anything"
+    with httpx.Client(base_url=url, timeout=120, headers=many_http.HEADERS) as client:
+        found = many_http.users(client, known, 100)
+    assert found["wrong"] == 0
+    assert found["log_probability_apart"] < many_http.NEAR
+
+
+def test_requests_leave_no_memory_behind(served: http_server.Served, http: httpx.Client) -> None:
+    free = http.get("/v1/qwen_scope/status").json()["workers"][0]["recipes"]
+    found = many_http.memory(http, served.pid, 200)
+    assert found["growth"] <= many_http.GROWTH, found
+    until = time.monotonic() + 30
+    while (worker := http.get("/v1/qwen_scope/status").json()["workers"][0])["held"] or worker["recipes"] > free:
+        assert time.monotonic() < until, worker
+        time.sleep(0.5)

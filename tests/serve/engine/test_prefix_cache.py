@@ -2,26 +2,68 @@
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
 import served
+from cases import LONG
 
-from qwen_scope.serve import Ask, ServeSettings
+from qwen_scope.model import load_tokenizer
+from qwen_scope.serve import Ask, PromptKinds, ServeSettings
+from qwen_scope.text import tokenize
 
-TALKS, TURNS = 40, 3
+TALKS, TURNS = int(os.environ.get("QWEN_SCOPE_TALKS", "40")), 3
+"""Of conversations, and of turns in each."""
+
+
+@dataclass
+class Turn:
+    """One request and its answer."""
+
+    ids: list[int]
+    ask: Ask | None
+    said: list[int]
 
 
 @dataclass
 class Talk:
-    """A conversation: every turn's prompt is all that was said before and a few words more."""
+    """A conversation: every turn's prompt is all that was said before and some words more.
+
+    Attributes:
+        recipes: of each turn.
+        ids: all tokens so far, where it is a plain text.
+        messages: where it is a chat, whose phases the recipes may name.
+    """
 
     recipes: list[Ask | None]
     ids: list[int]
-    turns: list[tuple[list[int], Ask | None, list[int]]] = field(default_factory=list)
+    messages: list[dict[str, str]] | None = None
+    turns: list[Turn] = field(default_factory=list)
+
+    def request(self, turn: int, tokenizer: Any) -> tuple[list[int], Ask | None]:
+        """The prompt of a turn and what is asked."""
+        ask = self.recipes[turn]
+        if self.messages is None:
+            return list(self.ids), ask
+        tokens = tokenize(tokenizer, [self.messages], max_length=None, chat="default")
+        kinds = PromptKinds.of(tokens.phases(0)[1].tolist(), "default", tokens.rendered[0].next_phase)
+        return tokens.input_ids[0, : tokens.lengths[0]].tolist(), None if ask is None else replace(ask, phases=kinds)
+
+    def answered(self, turn: Turn, more: list[int], tokenizer: Any) -> None:
+        """Keep an answer, and say what comes next."""
+        self.turns.append(turn)
+        if self.messages is None:
+            self.ids += turn.said + more
+        else:
+            said = tokenizer.decode(turn.said, skip_special_tokens=True)
+            self.messages += [
+                {"role": "assistant", "content": said},
+                {"role": "user", "content": tokenizer.decode(more)},
+            ]
 
 
 @pytest.fixture(scope="module")
@@ -34,32 +76,65 @@ def llm() -> Any:
     )
 
 
-def test_no_continuation_is_wrong_in_random_conversations(llm: Any, known: dict[str, Any]) -> None:
-    rng = random.Random(0)
-    long = {tuple(case.ids) for case in known["long"]}
-    starts = [list(ids) for ids in sorted(long)]
-    asks: list[Ask | None] = [None, None, *(case.ask for case in known["long"] if case.ask is not None)]
-    asks += [case.ask for case in known["cases"] if case.ask is not None and case.ask.phases is None][::11]
-    talks = [Talk([rng.choice(asks)] * 2 + [rng.choice(asks)], list(rng.choice(starts))) for _ in range(TALKS)]
+@pytest.fixture
+def evicted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Grows by one for every block that gives way to another."""
+    from vllm.v1.core.block_pool import BlockPool  # pyright: ignore[reportMissingImports]
+
+    found, evict = [], BlockPool._maybe_evict_cached_block
+
+    def counted(self: Any, block: Any) -> bool:
+        if gone := evict(self, block):
+            found.append(block.block_id)
+        return gone
+
+    monkeypatch.setattr(BlockPool, "_maybe_evict_cached_block", counted)
+    return found
+
+
+def random_talks(known: dict[str, Any], rng: random.Random, starts: list[list[int]]) -> list[Talk]:
+    """Two thirds plain texts, one third chats; a recipe may change between the second turn and the third."""
+    plain: list[Ask | None] = [None, None, *(case.ask for case in known["long"] if case.ask is not None)]
+    plain += [case.ask for case in known["cases"] if case.ask is not None and case.ask.phases is None][::11]
+    by_phase = [case.ask for case in known["cases"] if case.ask is not None and case.ask.phases is not None]
+    talks = []
+    for i in range(TALKS):
+        asks = [None, *by_phase, *by_phase, *plain[2:5]] if i % 3 == 2 else plain
+        recipes = [rng.choice(asks)] * 2 + [rng.choice(asks)]
+        messages = [{"role": "user", "content": rng.choice(LONG)}] if i % 3 == 2 else None
+        talks.append(Talk(recipes, list(rng.choice(starts)), messages))
+    return talks
+
+
+def test_no_continuation_is_wrong_in_random_conversations(
+    llm: Any, known: dict[str, Any], evicted: list[int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    rng, tokenizer = random.Random(0), load_tokenizer(str(served.LAB / "model"))
+    starts = [list(ids) for ids in sorted({tuple(case.ids) for case in known["long"]})]
+    talks = random_talks(known, rng, starts)
     found = 0
     for turn in range(TURNS):
         order = rng.sample(talks, len(talks))
         for part in (order[i : i + 8] for i in range(0, len(order), 8)):
-            out = ask_all(llm, [talk.ids for talk in part], [talk.recipes[turn] for talk in part])
+            asked = [talk.request(turn, tokenizer) for talk in part]
+            out = ask_all(llm, [ids for ids, _ in asked], [ask for _, ask in asked])
             found += sum(count for _, count in out)
-            for talk, (said, _) in zip(part, out, strict=True):
-                talk.turns.append((list(talk.ids), talk.recipes[turn], said))
-                talk.ids += said + rng.choice(starts)[: rng.randint(3, 12)]
-    assert found > 1000, "the conversations found hardly anything in the cache"
+            for talk, (ids, ask), (said, _) in zip(part, asked, out, strict=True):
+                talk.answered(Turn(ids, ask, said), rng.choice(starts)[: rng.randint(3, 12)], tokenizer)
+    assert found > 25 * TALKS, "the conversations found hardly anything in the cache"
+    assert len(evicted) > TALKS, "hardly a block gave way to another"
     every = [one for talk in talks for one in talk.turns]
     wrong = 0
     for part in (every[i : i + 8] for i in range(0, len(every), 8)):
-        chosen = [
-            params(ask, skip_reading_prefix_cache=True) for _, ask, _ in part
-        ]  # from the start, whatever is cached
-        out = served.answers(llm, [ids for ids, _, _ in part], chosen)
+        # from the start, whatever is cached
+        chosen = [params(one.ask, skip_reading_prefix_cache=True) for one in part]
+        out = served.answers(llm, [one.ids for one in part], chosen)
         assert not any(one.num_cached_tokens for one in out)
-        wrong += sum(list(one.outputs[0].token_ids) != said for one, (_, _, said) in zip(out, part, strict=True))
+        wrong += sum(list(new.outputs[0].token_ids) != one.said for new, one in zip(out, part, strict=True))
+    with capsys.disabled():
+        print(
+            f"{TALKS} conversations, {len(every)} turns, {wrong} wrong, {found} tokens cached, {len(evicted)} evicted"
+        )
     assert wrong == 0, f"{wrong} of {len(every)}"
 
 
