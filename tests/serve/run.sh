@@ -40,6 +40,7 @@ fi
 work="$(mktemp -d)"
 trap 'rm -rf "$work"' EXIT
 export PYTHONPATH="$PWD/src:$PWD/tests/serve/engine" TOKENIZERS_PARALLELISM=false VLLM_CACHE_ROOT="$work/cache"
+export OMP_NUM_THREADS=1 # threads that wait for each other cost so small a model most
 export QWEN_SCOPE_CASES="${QWEN_SCOPE_CASES:-$work/cases.json}"
 [ -f "$QWEN_SCOPE_CASES" ] || "$bin/python" -W ignore tests/serve/engine/cases.py "$QWEN_SCOPE_CASES"
 

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from qwen_scope.serve import ServeSettings
+
 from . import options, output
 
 if TYPE_CHECKING:
@@ -34,7 +36,9 @@ def serve(
         Path | None,
         typer.Option("--stats", help="Statistics that relative amounts need; measured and written if not there."),
     ] = None,
-    rows: Annotated[int, typer.Option("--rows", help="Rows of the tables for each running request.", min=1)] = 8,
+    rows: Annotated[
+        int, typer.Option("--rows", help="Rows of the tables for each running request.", min=1)
+    ] = ServeSettings.rows,
     k: options.K = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be executed, and end.")] = False,
 ) -> None:
@@ -43,7 +47,7 @@ def serve(
     What follows -- goes to vLLM: qwen-scope serve MODEL --layers 4 -- --port 8001 --tensor-parallel-size 2
     """
     from qwen_scope.scope import resolve
-    from qwen_scope.serve import ServeSettings, launch, run, with_stats
+    from qwen_scope.serve import launch, run, with_stats
 
     place, group = resolve(model, sae) if sae is not None or model == "lab" else (model, None)
     settings = ServeSettings(

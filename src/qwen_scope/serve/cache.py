@@ -16,7 +16,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from .kinds import Kinds
-from .protocol import FIELD, Ask
+from .protocol import FIELD, Ask, text_of
 from .rows import Pattern
 
 _KNOWN = "_qwen_scope_places"
@@ -55,7 +55,7 @@ def block_key(
     """`BlockPlaces.key` of vLLM's request, which keeps what was found out about it."""
     known = request.__dict__.get(_KNOWN, False)
     if known is False:
-        text = (getattr(request.sampling_params, "extra_args", None) or {}).get(FIELD)
+        text = text_of(request.sampling_params)
         ask = None if text is None else Ask.from_text(text)
         known = BlockPlaces(ask, tokenizer) if ask is not None and ask.interventions else None
         request.__dict__[_KNOWN] = known

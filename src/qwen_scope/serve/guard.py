@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import inspect
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import reduce
 from importlib import metadata
 from typing import Any
 
@@ -40,20 +42,31 @@ class Seam:
         module: where it is.
         name: its name there, with the class before a dot.
         takes: its parameters, in order; of `*rest` any may follow.
+        users: other modules that bind it by name when they are imported.
     """
 
     module: str
     name: str
     takes: tuple[str, ...]
+    users: tuple[str, ...] = ()
 
     def find(self) -> Any:
         """The function."""
-        return reduce(getattr, self.name.split("."), importlib.import_module(self.module))
+        return functools.reduce(getattr, self.name.split("."), importlib.import_module(self.module))
 
-    def put(self, made: Any, module: str | None = None) -> None:
-        """Put another in its place, there or in a module that has bound it by name."""
+    def wrap(self, make: Callable[[Any], Any]) -> None:
+        """Put what `make` makes of the function in its place, once in a process.
+
+        A user that is imported later binds the new one.
+        """
+        found = self.find()
+        if hasattr(found, "qwen_scope"):
+            return
+        made = functools.wraps(found)(make(found))
+        made.qwen_scope = True
         *path, last = self.name.split(".")
-        setattr(reduce(getattr, path, importlib.import_module(module or self.module)), last, made)
+        for module in (self.module, *(name for name in self.users if name in sys.modules)):
+            setattr(functools.reduce(getattr, path, importlib.import_module(module)), last, made)
 
     def problem(self) -> str | None:
         """What is not as expected, as a clause; None if all is."""
@@ -79,6 +92,7 @@ BLOCK_KEYS = Seam(
     "vllm.v1.core.kv_cache_utils",
     "generate_block_hash_extra_keys",
     ("request", "start_token_idx", "end_token_idx", "start_mm_idx"),
+    users=("vllm.v1.core.block_pool", "vllm.v1.simple_kv_offload.manager"),
 )
 # An engine in a process of its own loads plugins while it is made: too late for the engine's own __init__.
 CORE_INIT = Seam("vllm.v1.core.sched.scheduler", "Scheduler.__init__", ("self", "vllm_config", "*rest"))
@@ -101,9 +115,6 @@ CHOOSE_V2 = Seam("vllm.v1.worker.gpu.model_states", "resolve_model_state_cls", (
 REGISTER = Seam("vllm.model_executor.models.registry", "ModelRegistry.register_model", ("model_arch", "model_cls"))
 MODELS = Seam("vllm.model_executor.models.registry", "_VLLM_MODELS", ())
 REFUSAL = Seam("vllm.exceptions", "VLLMValidationError", ("message", "parameter", "*rest"))
-
-# Modules that bind BLOCK_KEYS by name when they are imported.
-KEY_USERS = ("vllm.v1.core.kv_cache_utils", "vllm.v1.core.block_pool", "vllm.v1.simple_kv_offload.manager")
 
 FRONT = (PROCESS_INPUTS, REFUSAL)
 CORE = (BLOCK_KEYS, CORE_INIT, SPLIT)

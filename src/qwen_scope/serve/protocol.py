@@ -254,6 +254,11 @@ class Ask:
         return fingerprint(self.interventions)
 
 
+def text_of(params: Any) -> str | None:
+    """The field in a request's sampling parameters, None where it has none."""
+    return (getattr(params, "extra_args", None) or {}).get(FIELD)
+
+
 def fingerprint(interventions: Sequence[Intervention]) -> str:
     """128 bits of SHA-256 over the interventions; the same for every order of them."""
     listed = sorted(canonical(one.to_json()) for one in interventions)

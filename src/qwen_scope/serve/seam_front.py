@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import functools
-import sys
 import threading
+from collections.abc import Callable
 from typing import Any
 
-from qwen_scope.errors import InputError, NotFoundError, QwenScopeError, printable
+from qwen_scope.errors import InputError, MismatchError, NotFoundError, QwenScopeError, printable
 
 from .admit import Admission
 from .cache import block_key
-from .guard import BLOCK_KEYS, CORE_INIT, KEY_USERS, PROCESS_INPUTS, REFUSAL
+from .guard import BLOCK_KEYS, CORE_INIT, PROCESS_INPUTS, REFUSAL
 from .protocol import FIELD, Ask
 from .vllm_config import facts_of, settings_of, tokenizer_of
 
@@ -38,24 +37,7 @@ def admission_of(config: Any) -> Admission:
 
 def wrap_front() -> None:
     """Admit every request that carries the plugin's field, whichever way it came."""
-    process: Any = PROCESS_INPUTS.find()
-    if hasattr(process, "qwen_scope"):
-        return
-    refusal: Any = REFUSAL.find()
-
-    @functools.wraps(process)
-    def process_inputs(self: Any, *args: Any, **kwargs: Any) -> Any:
-        request = process(self, *args, **kwargs)
-        extra = getattr(request.sampling_params, "extra_args", None)
-        if extra and FIELD in extra:
-            try:
-                _admit(self.vllm_config, request, kwargs.get("resumable", False))
-            except QwenScopeError as error:
-                raise refusal(f"{FIELD}: {printable(str(error))}") from error
-        return request
-
-    process_inputs.qwen_scope = True  # pyright: ignore[reportAttributeAccessIssue]
-    PROCESS_INPUTS.put(process_inputs)
+    _wrap_requests(lambda self, request, resumable: _admit(self.vllm_config, request, resumable))
 
 
 def refuse_front(why: str) -> None:
@@ -64,16 +46,30 @@ def refuse_front(why: str) -> None:
     Raises:
         ImportError, AttributeError: vLLM takes requests in elsewhere, so that they could not be refused.
     """
-    process, refusal = PROCESS_INPUTS.find(), REFUSAL.find()
 
-    @functools.wraps(process)
-    def process_inputs(self: Any, *args: Any, **kwargs: Any) -> Any:
-        request = process(self, *args, **kwargs)
-        if FIELD in (getattr(request.sampling_params, "extra_args", None) or {}):
-            raise refusal(f"{FIELD}: {printable(why)}")
-        return request
+    def refuse(self: Any, request: Any, resumable: bool) -> None:
+        raise MismatchError(why)
 
-    PROCESS_INPUTS.put(process_inputs)
+    _wrap_requests(refuse)
+
+
+def _wrap_requests(admit: Callable[[Any, Any, bool], None]) -> None:
+    """Have `admit` see each request with the field, once vLLM has prepared it; its errors become vLLM's refusal."""
+    refusal: Any = REFUSAL.find()
+
+    def make(process: Any) -> Any:
+        def process_inputs(self: Any, *args: Any, **kwargs: Any) -> Any:
+            request = process(self, *args, **kwargs)
+            if FIELD in (getattr(request.sampling_params, "extra_args", None) or {}):
+                try:
+                    admit(self, request, kwargs.get("resumable", False))
+                except QwenScopeError as error:
+                    raise refusal(f"{FIELD}: {printable(str(error))}") from error
+            return request
+
+        return process_inputs
+
+    PROCESS_INPUTS.wrap(make)
 
 
 def _admit(config: Any, request: Any, resumable: bool) -> None:
@@ -95,28 +91,23 @@ def _admit(config: Any, request: Any, resumable: bool) -> None:
 
 def wrap_keys() -> None:
     """Let the prefix cache tell apart blocks that interventions touched."""
-    keys: Any = BLOCK_KEYS.find()
-    if hasattr(keys, "qwen_scope"):
-        return
 
-    @functools.wraps(keys)
-    def generate_block_hash_extra_keys(
-        request: Any, start_token_idx: int, end_token_idx: int, start_mm_idx: int
-    ) -> Any:
-        found, following = keys(request, start_token_idx, end_token_idx, start_mm_idx)
-        own = block_key(request, start_token_idx, end_token_idx, lambda: tokenizer_of(_CORE["config"]))
-        return (found if own is None else (*(found or ()), own)), following
+    def make_keys(keys: Any) -> Any:
+        def generate_block_hash_extra_keys(
+            request: Any, start_token_idx: int, end_token_idx: int, start_mm_idx: int
+        ) -> Any:
+            found, following = keys(request, start_token_idx, end_token_idx, start_mm_idx)
+            own = block_key(request, start_token_idx, end_token_idx, lambda: tokenizer_of(_CORE["config"]))
+            return (found if own is None else (*(found or ()), own)), following
 
-    made: Any = CORE_INIT.find()
+        return generate_block_hash_extra_keys
 
-    @functools.wraps(made)
-    def init(self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
-        _CORE["config"] = vllm_config
-        made(self, vllm_config, *args, **kwargs)
+    def make_core(made: Any) -> Any:
+        def init(self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
+            _CORE["config"] = vllm_config
+            made(self, vllm_config, *args, **kwargs)
 
-    CORE_INIT.put(init)
-    generate_block_hash_extra_keys.qwen_scope = True  # pyright: ignore[reportAttributeAccessIssue]
-    for name in KEY_USERS:
-        # the last of them is imported where KV is offloaded alone; imported later, it finds the wrapped one
-        if name in sys.modules:
-            BLOCK_KEYS.put(generate_block_hash_extra_keys, name)
+        return init
+
+    BLOCK_KEYS.wrap(make_keys)
+    CORE_INIT.wrap(make_core)

@@ -10,7 +10,7 @@ import numpy as np
 
 from .blocks import SET_FEATURES
 from .guard import CHOOSE_V2, PREPARE_V1, SPLIT
-from .protocol import FIELD
+from .protocol import text_of
 from .rows import Step
 from .vllm_config import check_runnable, settings_of, tokenizer_of
 from .worker import Shape, Wanted, WorkerState, state_of
@@ -40,41 +40,32 @@ def make_state(model: Any, config: Any) -> WorkerState | None:
 
 def wrap_split() -> None:
     """Let graphs that are compiled in pieces be split where features are set: that code has to run at every step."""
-    split: Any = SPLIT.find()
-    if hasattr(split, "qwen_scope"):
-        return
 
-    @functools.wraps(split)
-    def set_splitting_ops_for_v1(self: Any, *args: Any, **kwargs: Any) -> None:
-        split(self, *args, **kwargs)
-        if self.splitting_ops and SET_FEATURES not in self.splitting_ops:
-            self.splitting_ops.append(SET_FEATURES)
+    def make(split: Any) -> Any:
+        def set_splitting_ops_for_v1(self: Any, *args: Any, **kwargs: Any) -> None:
+            split(self, *args, **kwargs)
+            if self.splitting_ops and SET_FEATURES not in self.splitting_ops:
+                self.splitting_ops.append(SET_FEATURES)
 
-    set_splitting_ops_for_v1.qwen_scope = True  # pyright: ignore[reportAttributeAccessIssue]
-    SPLIT.put(set_splitting_ops_for_v1)
+        return set_splitting_ops_for_v1
 
-
-def text_of(params: Any) -> str | None:
-    """The admitted text in a request's sampling parameters."""
-    return (getattr(params, "extra_args", None) or {}).get(FIELD)
+    SPLIT.wrap(make)
 
 
 def wrap_v1() -> None:
     """Tell the state of each step before its forward pass, in model runner V1."""
-    prepare: Any = PREPARE_V1.find()
-    if hasattr(prepare, "qwen_scope"):
-        return
 
-    @functools.wraps(prepare)
-    def _prepare_inputs(self: Any, scheduler_output: Any, num_scheduled_tokens: np.ndarray) -> Any:
-        made = prepare(self, scheduler_output, num_scheduled_tokens)
-        state = state_of(self.get_model())
-        if state is not None:
-            _begin_v1(self, state, scheduler_output, num_scheduled_tokens)
-        return made
+    def make(prepare: Any) -> Any:
+        def _prepare_inputs(self: Any, scheduler_output: Any, num_scheduled_tokens: np.ndarray) -> Any:
+            made = prepare(self, scheduler_output, num_scheduled_tokens)
+            state = state_of(self.get_model())
+            if state is not None:
+                _begin_v1(self, state, scheduler_output, num_scheduled_tokens)
+            return made
 
-    _prepare_inputs.qwen_scope = True  # pyright: ignore[reportAttributeAccessIssue]
-    PREPARE_V1.put(_prepare_inputs)
+        return _prepare_inputs
+
+    PREPARE_V1.wrap(make)
 
 
 def _begin_v1(runner: Any, state: WorkerState, output: Any, counts: np.ndarray) -> None:
@@ -100,17 +91,15 @@ def _begin_v1(runner: Any, state: WorkerState, output: Any, counts: np.ndarray) 
 
 def wrap_v2() -> None:
     """The same in model runner V2, through the state object that it keeps for its model."""
-    choose: Any = CHOOSE_V2.find()
-    if hasattr(choose, "qwen_scope"):
-        return
 
-    @functools.wraps(choose)
-    def resolve_model_state_cls(vllm_config: Any, model: Any) -> type:
-        kind = choose(vllm_config, model)
-        return kind if state_of(model) is None else _told(kind)
+    def make(choose: Any) -> Any:
+        def resolve_model_state_cls(vllm_config: Any, model: Any) -> type:
+            kind = choose(vllm_config, model)
+            return kind if state_of(model) is None else _told(kind)
 
-    resolve_model_state_cls.qwen_scope = True  # pyright: ignore[reportAttributeAccessIssue]
-    CHOOSE_V2.put(resolve_model_state_cls)
+        return resolve_model_state_cls
+
+    CHOOSE_V2.wrap(make)
 
 
 @functools.cache

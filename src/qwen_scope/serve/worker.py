@@ -20,7 +20,7 @@ from .compiled import Compiled
 from .kinds import Kinds, TokensOf
 from .protocol import Ask
 from .readout import Pending, Readouts
-from .rows import Pattern, Phases, Step, places, spread, step_codes
+from .rows import Pattern, Phases, Step, spread, step_codes
 from .settings import ServeSettings
 from .tables import Tables
 
@@ -305,12 +305,10 @@ class WorkerState:
 
     def _read_rows(self, step: Step, i: int, ask: Ask, name: str, phases: Phases | None) -> None:
         assert ask.read is not None
-        positions = step.positions(i)
-        where = ask.read.where
-        known = phases(int(positions[0]), int(positions[-1]) + 1) if where.by_phase and phases is not None else None
-        on = np.flatnonzero(places(where, positions, int(step.prompts[i]), known))
+        on = np.flatnonzero(self._codes(step, i, Pattern.of([ask.read.where]), phases))
         if len(on):
-            self._pending.append(Pending(ask.ticket or name, name, ask.read, on + int(step.starts[i]), positions[on]))
+            rows, positions = on + int(step.starts[i]), step.positions(i)[on]
+            self._pending.append(Pending(ask.ticket or name, name, ask.read, rows, positions))
 
 
 def state_of(model: Any) -> WorkerState | None:

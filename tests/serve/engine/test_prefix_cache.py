@@ -19,6 +19,9 @@ from qwen_scope.text import tokenize
 TALKS, TURNS = int(os.environ.get("QWEN_SCOPE_TALKS", "40")), 3
 """Of conversations, and of turns in each."""
 
+WAVE = 40
+"""Conversations that go on together: more would have evicted everything before they come again."""
+
 
 @dataclass
 class Turn:
@@ -71,7 +74,7 @@ def llm() -> Any:
     """A cache of few blocks, so that they are evicted and found again."""
     return served.start(
         ServeSettings(sae=str(served.LAB / "sae"), layers=tuple(range(6)), feature_layers=(2, 4), rows=16),
-        kv_cache_memory_bytes=4 * 2**20,
+        kv_cache_memory_bytes=6 * 2**20,
         max_num_batched_tokens=512,
     )
 
@@ -113,15 +116,16 @@ def test_no_continuation_is_wrong_in_random_conversations(
     starts = [list(ids) for ids in sorted({tuple(case.ids) for case in known["long"]})]
     talks = random_talks(known, rng, starts)
     found = 0
-    for turn in range(TURNS):
-        order = rng.sample(talks, len(talks))
-        for part in (order[i : i + 8] for i in range(0, len(order), 8)):
-            asked = [talk.request(turn, tokenizer) for talk in part]
-            out = ask_all(llm, [ids for ids, _ in asked], [ask for _, ask in asked])
-            found += sum(count for _, count in out)
-            for talk, (ids, ask), (said, _) in zip(part, asked, out, strict=True):
-                talk.answered(Turn(ids, ask, said), rng.choice(starts)[: rng.randint(3, 12)], tokenizer)
-    assert found > 25 * TALKS, "the conversations found hardly anything in the cache"
+    for wave in (talks[i : i + WAVE] for i in range(0, TALKS, WAVE)):
+        for turn in range(TURNS):
+            order = rng.sample(wave, len(wave))
+            for part in (order[i : i + 8] for i in range(0, len(order), 8)):
+                asked = [talk.request(turn, tokenizer) for talk in part]
+                out = ask_all(llm, [ids for ids, _ in asked], [ask for _, ask in asked])
+                found += sum(count for _, count in out)
+                for talk, (ids, ask), (said, _) in zip(part, asked, out, strict=True):
+                    talk.answered(Turn(ids, ask, said), rng.choice(starts)[: rng.randint(3, 12)], tokenizer)
+    assert found > 50 * TALKS, "the conversations found hardly anything in the cache"
     assert len(evicted) > TALKS, "hardly a block gave way to another"
     every = [one for talk in talks for one in talk.turns]
     wrong = 0
