@@ -101,7 +101,7 @@ def main() -> int:
         model,
         max_num_batched_tokens=64,
         max_num_seqs=12,
-        kv_cache_memory_bytes=(4 if args.family == "hybrid" else 2) * 2**20,
+        kv_cache_memory_bytes=(3 if args.family == "hybrid" else 2) * 2**20,
         **options,
     )
     asked = [*known["cases"][:: args.every if args.family == "lab" else 1], *known["long"]]
