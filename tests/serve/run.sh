@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Serving in stock vLLM on the CPU. `run.sh`: every line in small; `run.sh FILE...`: some files of tests/serve/engine;
-# `run.sh matrix --family hybrid --runner v2`: one cell of the full matrix; `run.sh many users 1000`: many requests over
-# HTTP; `QWEN_SCOPE_TALKS=200 run.sh test_prefix_cache.py`: as many conversations.
+# `run.sh matrix --family hybrid --runner v2`: one cell of the full matrix; `run.sh many users 1000 fuzz 1000 memory
+# 2000`: many requests over HTTP; `QWEN_SCOPE_TALKS=200 run.sh test_prefix_cache.py`: as many conversations.
 # vLLM lives in an environment of its own, made on the first run; each file and cell runs in a process of its own.
 set -euo pipefail
 cd "$(dirname "$0")/../.."

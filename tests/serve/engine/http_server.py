@@ -32,7 +32,7 @@ def command(folder: Path, port: int) -> list[str]:
     return [
         str(Path(sys.executable).with_name("vllm")), "serve", str(LAB / "model"), "--served-model-name", "lab",
         "--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--max-model-len", "256",
-        "--block-size", "32", "--max-num-seqs", "16", "--kv-cache-memory-bytes", str(64 * 2**20), "--enforce-eager",
+        "--block-size", "32", "--max-num-seqs", "16", "--kv-cache-memory-bytes", str(16 * 2**20), "--enforce-eager",
         "--api-key", "reads",
         "--additional-config", json.dumps({FIELD: settings.to_json()}),
         "--worker-extension-cls", "qwen_scope.serve.seam_worker.WorkerExtension",

@@ -1,12 +1,13 @@
 """Many requests over HTTP: users who must not feel each other, and a server whose memory must not grow.
 
-    tests/serve/run.sh many users 1000       two users with different recipes, so many requests each, and some without
-    tests/serve/run.sh many memory 2000      so many requests of every kind after a quarter of them as a warm-up
-    tests/serve/run.sh many fuzz 1000        so many hostile requests
+    tests/serve/run.sh many users 1000 fuzz 1000 memory 2000
 
-Each starts a server of the lab, prints one line of JSON and exits with 1 if the rule is broken. The rules: no answer
-has other tokens than the toolkit's, or a log-probability further than `NEAR` from that of the same request asked alone;
-and the memory of the server's processes alone is at most `GROWTH` more after the requests than after the warm-up.
+One server of the lab is asked for each pair in turn: two users with different recipes and so many requests each, and a
+quarter as many without; so many hostile requests; so many requests of every kind after a quarter of them as a warm-up.
+Each prints one line of JSON; the exit code is 1 if a rule is broken. The rules: no answer has other tokens than the
+toolkit's, or a log-probability further than `NEAR` from that of the same request asked alone; the memory of the server's
+processes alone is at most `GROWTH` more after the requests than after the warm-up, which has used every block of the
+cache.
 """
 
 from __future__ import annotations
@@ -139,22 +140,24 @@ def main(given: Sequence[str]) -> int:
     import fuzz_http
     import http_server
 
-    what, count = given[0], int(given[1])
+    holds = True
     with (
         tempfile.TemporaryDirectory() as folder,
         http_server.answering(Path(folder)) as served,
         httpx.Client(base_url=served.url, timeout=120, headers=HEADERS) as client,
     ):
-        if what == "fuzz":
-            made, good = fuzz_http.fuzz(served.url, count, headers=HEADERS), True
-        elif what == "users":
-            made = users(client, cases.read(os.environ["QWEN_SCOPE_CASES"]), count)
-            good = not made["wrong"] and made["log_probability_apart"] < NEAR
-        else:
-            made = memory(client, served.pid, count)
-            good = made["growth"] <= GROWTH
-    print(json.dumps({"what": what, **made, "holds": good}))
-    return 0 if good else 1
+        for what, count in zip(given[::2], map(int, given[1::2]), strict=True):
+            if what == "fuzz":
+                made, good = fuzz_http.fuzz(served.url, count, headers=HEADERS), True
+            elif what == "users":
+                made = users(client, cases.read(os.environ["QWEN_SCOPE_CASES"]), count)
+                good = not made["wrong"] and made["log_probability_apart"] < NEAR
+            else:
+                made = memory(client, served.pid, count)
+                good = made["growth"] <= GROWTH
+            print(json.dumps({"what": what, **made, "holds": good}), flush=True)
+            holds &= good
+    return 0 if holds else 1
 
 
 if __name__ == "__main__":
