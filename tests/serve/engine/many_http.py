@@ -5,9 +5,8 @@
 One server of the lab is asked for each pair in turn: two users with different recipes and so many requests each, and a
 quarter as many without; so many hostile requests; so many requests of every kind after a quarter of them as a warm-up.
 Each prints one line of JSON; the exit code is 1 if a rule is broken. The rules: no answer has other tokens than the
-toolkit's, or a log-probability further than `NEAR` from that of the same request asked alone; the memory of the server's
-processes alone is at most `GROWTH` more after the requests than after the warm-up, which has used every block of the
-cache.
+toolkit's, or a log-probability further than `NEAR` from that of the same request asked alone; the server's processes
+hold at most `GROWTH` more memory of their own after the requests than after the warm-up, which has used all of the cache.
 """
 
 from __future__ import annotations
