@@ -6,7 +6,7 @@ One server of the lab is asked for each pair in turn: two users with different r
 quarter as many without; so many hostile requests; so many requests of every kind after a quarter of them as a warm-up.
 Each prints one line of JSON; the exit code is 1 if a rule is broken. The rules: no answer has other tokens than the
 toolkit's, or a log-probability further than `NEAR` from that of the same request asked alone; the server's processes
-hold at most `GROWTH` more memory of their own after the requests than after the warm-up, which has used all of the cache.
+hold at most `GROWTH` more memory of their own after the requests than after the warm-up, which has used all the cache.
 """
 
 from __future__ import annotations
