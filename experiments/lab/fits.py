@@ -3,8 +3,9 @@
     python -m experiments.lab.fits [--write]
 
 The bundled SAEs on: the lab itself; the lab fine-tuned on one language, a little and a lot; the lab with its blocks
-moved by one place; new weights; and, for an unrelated model, the lab with the dimensions of its residual stream in
-another order, which predicts exactly what the lab does. Each beside the lab, and alone.
+moved by one place; new weights; another model of the lab's shape, trained from other weights on other documents; and
+the lab with the dimensions of its residual stream in another order, which predicts exactly what the lab does. Each
+beside the lab, and alone.
 
 The rule is that of docs/fits.md. Right is `fits` for the lab itself, anything but `do not use` for a fine-tuned one,
 and `do not use` for the others.
@@ -12,15 +13,19 @@ and `do not use` for the others.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from experiments.checkpoints import reordered, reset, shuffled
 from experiments.harness import At, Experiment, Row, main
 from experiments.lab.bundled import lab
 from experiments.lab.tuned import fine_tune
 from experiments.sections import paragraph, table
+from qwen_scope.foundry import PretrainConfig, pack, pretrain
+from qwen_scope.lab import documents
 from qwen_scope.scope import DO_NOT_USE, FITS
 from qwen_scope.text import CorpusOptions
 from qwen_scope.train import EvalRun, Fit, run_eval
@@ -28,14 +33,18 @@ from qwen_scope.train import EvalRun, Fit, run_eval
 TITLE = "Whether SAEs fit a checkpoint"
 LAYERS = (2, 5)
 TUNED = {"fine-tuned a little": (640, 1e-4), "fine-tuned": (2400, 1e-3)}
-PAIRS = ("the same", *TUNED, "blocks moved", "new weights", "other dimensions")
+OTHER = "trained from another seed"
+PAIRS = ("the same", *TUNED, "blocks moved", "new weights", OTHER, "other dimensions")
+SEPARATE = PretrainConfig(tokens=1_200_000, warmup=40, seed=1)
+FIRST_SEED, DOCUMENTS = 9000, 16_000  # of the documents that the other model is trained on
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Tokens that are measured on."""
+    """Tokens that are measured on, and that the other model is trained on."""
 
     tokens: int = 8192
+    training: int = SEPARATE.tokens
 
 
 def checkpoint(at: At[Sizes], pair: str) -> Path:
@@ -52,11 +61,25 @@ def checkpoint(at: At[Sizes], pair: str) -> Path:
         "the same": lambda: model,
         "blocks moved": lambda: shuffled(model),
         "new weights": lambda: reset(model),
+        OTHER: lambda: separate(at),
         "other dimensions": lambda: reordered(model),
     }[pair]()
     made.save_pretrained(folder / "model")
     lab().tokenizer.save_pretrained(folder / "model")
     return folder / "model"
+
+
+def separate(at: At[Sizes]) -> Any:
+    """A model of the lab's shape that shares nothing with it but the tokenizer and the kind of text."""
+    other, tokenizer = reset(lab().model, seed=1), lab().tokenizer
+    texts = (one.text for one in documents(seed=FIRST_SEED, n=DOCUMENTS))
+    rows = pack(tokenizer, texts, SEPARATE.row)
+    train, held = rows[:-64], rows[-64:]
+    pretrain(other.float().requires_grad_(), train, replace(SEPARATE, tokens=at.sizes.training))
+    with torch.no_grad():
+        losses = [float(one(input_ids=held, labels=held).loss) for one in (other.eval(), lab().model)]
+    at.kept("losses", lambda: dict(zip(("other", "lab"), losses, strict=True)))
+    return other
 
 
 def run(at: At[Sizes], pair: str) -> dict[str, Any]:
@@ -67,9 +90,10 @@ def run(at: At[Sizes], pair: str) -> dict[str, Any]:
         "corpus": CorpusOptions(split="heldout_sentences"), "context_length": 128, "dtype": "float32", "device": "cpu",
     }  # fmt: skip
     both, alone = run_eval(EvalRun(model="lab", **asked)), run_eval(EvalRun(model=None, **asked))
-    return {
+    found: dict[str, Any] = {
         str(point.layer): {"beside": brief(fit), "alone": alone.fits[point].verdict} for point, fit in both.fits.items()
     }
+    return found | {"losses": at.kept("losses", dict)} if pair == OTHER else found
 
 
 def brief(fit: Fit) -> dict[str, Any]:
@@ -100,12 +124,19 @@ def tell(at: At[Sizes], rows: list[Row]) -> str:
             n += 1
             hits += right(row["pair"], beside["verdict"])
             alone_hits += right(row["pair"], found["alone"])
+    losses = next((row["losses"] for row in rows if "losses" in row), None)
+    told = (
+        f"""Trained from another seed: a model of the lab's shape, from other weights, on {at.sizes.training:,} tokens
+        of other documents; its loss on further ones is {losses["other"]:.2f} nats, the lab's {losses["lab"]:.2f}."""
+        if losses
+        else ""
+    )
     how = f"""`python -m experiments.lab.fits --write`: the bundled SAEs on checkpoints of the lab's shape, judged by
         the rule of [fits.md](fits.md), which was written before. Fine-tuned: every weight, on Japanese talk and chats,
         {TUNED["fine-tuned a little"][0]} samples at a learning rate of {TUNED["fine-tuned a little"][1]:g}, and
         {TUNED["fine-tuned"][0]:,} at {TUNED["fine-tuned"][1]:g}. Blocks moved: each one place on, the last one first.
         Other dimensions: the lab with the dimensions of its residual stream in another order, which predicts what the
-        lab predicts. Over
+        lab predicts. {told} Over
         {min(one["tokens"] for one in sizes):,} to {max(one["tokens"] for one in sizes):,} tokens that count on both
         checkpoints, in {min(one["n"] for one in sizes)} held-out documents or more, with 95% intervals over documents.
         EV is the explained variance, CE the CE loss recovered on the checkpoint, Jaccard the overlap of the active
@@ -128,7 +159,7 @@ experiment = Experiment(
     tell=tell,
     sizes=Sizes(),
     quick={"pair": ("the same", "blocks moved")},
-    quick_sizes=Sizes(tokens=2600),
+    quick_sizes=Sizes(tokens=2600, training=20_000),
 )
 
 if __name__ == "__main__":
