@@ -11,6 +11,10 @@ from qwen_scope.errors import FormatError, InputError, NotFoundError, foreign, p
     ("error", "said"),
     [
         (ValueError("first\nsecond"), "FILE can't be read: first"),
+        (
+            ValueError("Errors in loading:\n\n\tsize mismatch for w: 4\n\tand more"),
+            "FILE can't be read: Errors in loading: size mismatch for w: 4",
+        ),
         (KeyError("name"), "FILE can't be read: 'name' is missing"),
         (PermissionError(13, "Permission denied", "/x"), "FILE can't be read: Permission denied"),
         (RecursionError("maximum depth"), "FILE can't be read: nested too deeply"),

@@ -218,11 +218,14 @@ def foreign(what: str, kind: type[QwenScopeError] = FormatError, hint: str = "")
         # A panic in a Rust library (tokenizers) does not derive from Exception.
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
-        raise kind(f"{what}: {reason(error)}" + (f"; {hint}" if hint else "")) from error
+        why = f"{reason(error).rstrip('.')}; {hint}" if hint else reason(error)
+        raise kind(f"{what}: {why}") from error
 
 
 def reason(error: BaseException) -> str:
-    """The first line of an error's message, truncated; its type if it has no message."""
+    """The first line of an error's message, truncated, with the next where it ends in a colon; its type if it has no
+    message.
+    """
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     if isinstance(error, MemoryError):
@@ -231,7 +234,8 @@ def reason(error: BaseException) -> str:
         return "nested too deeply"
     if isinstance(error, ModuleNotFoundError) and error.name and not error.name.startswith("qwen_scope"):
         return absent("it", error.name.partition(".")[0])
-    words = next((line.strip() for line in str(error).split("\n") if line.strip()), "")
+    lines = [line.strip() for line in str(error).split("\n") if line.strip()]
+    words = " ".join(lines[: 2 if lines and lines[0].endswith(":") else 1])
     if isinstance(error, KeyError) and words:
         words = f"{words} is missing"
     words = words or type(error).__name__

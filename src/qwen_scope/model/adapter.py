@@ -56,11 +56,15 @@ def merge(model: PreTrainedModel, name: str, folder: Path) -> PreTrainedModel:
 
     if getattr(model, "hf_quantizer", None) is not None:
         raise InputError(f"an adapter can't be merged into quantised weights; name {name!r} in its original precision")
-    with foreign(f"the adapter in {folder} does not fit {name!r}"), warnings.catch_warnings(record=True) as told:
+    hint = "name the model that it was trained on"
+    with (
+        foreign(f"the adapter in {folder} does not fit {name!r}", hint=hint),
+        warnings.catch_warnings(record=True) as told,
+    ):
         warnings.simplefilter("always")
         adapted: Any = PeftModel.from_pretrained(model, str(folder))
     if left := next((str(one.message) for one in told if "missing adapter keys" in str(one.message)), None):
-        raise FormatError(f"the adapter in {folder} does not fit {name!r}: {left.splitlines()[0][:200]}")
+        raise FormatError(f"the adapter in {folder} does not fit {name!r}: {left.splitlines()[0][:200]}; {hint}")
     if not hasattr(adapted, "merge_and_unload") or not hasattr(adapted.base_model, "merge_adapter"):
         kind = type(adapted.active_peft_config).__name__
         raise InputError(f"the adapter in {folder} ({kind}) is no change of weights, so it can't be merged")
