@@ -3,9 +3,10 @@
     python -m experiments.real.quantised --models lab,FOLDER [--kinds a,b] --saes FOLDER --data FOLDER [--write]
 
 Runs in the environment of `tests/peers/run.sh quantised`, with src on the path. Each kind is written by the package
-that people make it with (`quantise.py`), from the bundled model and from a real one, and read by `load_scope`. A folder
-may have a GGUF beside it, FOLDER.gguf. Both models compute in float32, so what differs are the weights (and the
-activations, where a package rounds those, too); `bfloat16` is the dense model in that type, for comparison.
+that people make it with (`quantise.py`), or by hand from its published layout, from the bundled model and from a real
+one, and read by `load_scope`. A folder may have a GGUF beside it, FOLDER.gguf. Both models compute in float32, so what
+differs are the weights (and the activations, where a package rounds those, too); `bfloat16` is the dense model in that
+type, for comparison.
 
 Over the tokens that count in the dense model, at each layer with an SAE: the share of the features active there that
 the quantised model also has active, the median relative difference of the activations of those, and the FVU of the
@@ -26,7 +27,7 @@ from typing import Any
 import torch
 
 from experiments.harness import At, Experiment, Row, main
-from experiments.real.quantise import writers
+from experiments.real.quantise import writer_of, writers
 from experiments.sections import paragraph, table
 from qwen_scope import HookPoint, load_scope
 from qwen_scope.errors import MismatchError
@@ -119,6 +120,7 @@ def tell(at: At[Sizes], rows: Sequence[Row]) -> str:
         body = [
             (
                 row["kind"],
+                writer_of(row["kind"]),
                 *(
                     f"{mean(one[key] for one in row['layers'].values()):.{2 if key == 'shared' else 3}g}"
                     for key in MEANS
@@ -130,7 +132,17 @@ def tell(at: At[Sizes], rows: Sequence[Row]) -> str:
         name = "The bundled model" if model == "lab" else Path(model).name
         parts.append(paragraph(f"{name}, mean over layers {', '.join(layers)}; {some[0]['tokens']} tokens:"))
         parts.append(
-            table(("kind", "features shared", "difference of values", "FVU of the residual", "shared, last"), body)
+            table(
+                (
+                    "kind",
+                    "written by",
+                    "features shared",
+                    "difference of values",
+                    "FVU of the residual",
+                    "shared, last",
+                ),
+                body,
+            )
         )
     return "\n\n".join(parts)
 
