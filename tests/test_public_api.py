@@ -49,6 +49,7 @@ COMMANDS = {
     "explore",
     "lens",
     "match",
+    "card",
     "serve",
     "why",
     "posttrain",

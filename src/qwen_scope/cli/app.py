@@ -8,6 +8,7 @@ import typer
 
 from . import (
     analyze,
+    card,
     catalog,
     classify,
     compare,
@@ -77,6 +78,7 @@ app.command("find", rich_help_panel=LOOK)(find.find)
 app.add_typer(lens.app, name="lens", rich_help_panel=LOOK)
 app.command("why", rich_help_panel=LOOK)(why.why)
 app.command("show", rich_help_panel=LOOK)(show.show)
+app.command("card", rich_help_panel=LOOK)(card.card)
 app.command("match", rich_help_panel=LOOK)(match.match)
 app.command("explore", rich_help_panel=LOOK)(explore.explore)
 app.command("extract", rich_help_panel=CORPORA)(extract.extract)

@@ -45,6 +45,10 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "qwen-scope show out/store --feature 5/678 -n 5",
         "qwen-scope show out/store --feature 5/678 -n 5 --html out/german.html",
     ),
+    "card": (
+        "qwen-scope card out/store 5/678 -n 3",
+        "qwen-scope card out/store 5/678 --other lab@4 --html out/card.html",
+    ),
     "match": (
         "qwen-scope match lab lab --layer 4 --other-layer 5 -n 5",
         "qwen-scope match out/store lab --layer 5 --other-layer 4",

@@ -1,6 +1,12 @@
 from .attribution import attribute as attribute
 from .candidates import best_candidate as best_candidate
 from .candidates import sweep_candidates as sweep_candidates
+from .card import Card as Card
+from .card import Other as Other
+from .card import card as card
+from .card_html import card_html as card_html
+from .card_html import card_tables as card_tables
+from .card_options import CardOptions as CardOptions
 from .changes import check_change as check_change
 from .changes import interventions_of as interventions_of
 from .changes import recipe_interventions as recipe_interventions
@@ -12,6 +18,9 @@ from .changes import target_of as target_of
 from .changes import text_target as text_target
 from .common_firings import common_firings as common_firings
 from .completion import BadAnswer as BadAnswer
+from .concept import Concept as Concept
+from .concept import ConceptFit as ConceptFit
+from .concept import concept_fit as concept_fit
 from .conditions import matched_random as matched_random
 from .conditions import mean_direction as mean_direction
 from .effects import TokenEffect as TokenEffect
@@ -28,6 +37,10 @@ from .export import export_delphi as export_delphi
 from .export import export_statistics as export_statistics
 from .export_options import DelphiOptions as DelphiOptions
 from .export_options import NeuronpediaOptions as NeuronpediaOptions
+from .fade import clarity as clarity
+from .fade import faithfulness as faithfulness
+from .fade import purity as purity
+from .fade import responsiveness as responsiveness
 from .find import Finding as Finding
 from .find import Findings as Findings
 from .find import find as find
@@ -37,6 +50,7 @@ from .fluency import perplexity_ratio as perplexity_ratio
 from .html import feature_html as feature_html
 from .html import label_text as label_text
 from .html import page_facts as page_facts
+from .interp_card import interp_card as interp_card
 from .judge_of import judge_of as judge_of
 from .judge_of import most_frequent as most_frequent
 from .judges import Judge as Judge
@@ -44,6 +58,8 @@ from .judges import ModelJudge as ModelJudge
 from .judges import TokenJudge as TokenJudge
 from .judges import excerpt as excerpt
 from .judges import one_line as one_line
+from .kin import Kin as Kin
+from .kin import kin as kin
 from .label import Material as Material
 from .label import label_features as label_features
 from .label import material as material
@@ -86,6 +102,8 @@ from .options import ValidateOptions as ValidateOptions
 from .pooled import Pooled as Pooled
 from .pooled import pool_store as pool_store
 from .pooled import pool_texts as pool_texts
+from .push import Push as Push
+from .push import push as push
 from .repeats import RepeatFeature as RepeatFeature
 from .repeats import repeat_features as repeat_features
 from .repeats import repeats_in_store as repeats_in_store
@@ -99,6 +117,8 @@ from .selectivity import Selectivity as Selectivity
 from .selectivity import selectivity as selectivity
 from .show import FeaturePage as FeaturePage
 from .show import feature_page as feature_page
+from .siblings import Sibling as Sibling
+from .siblings import sibling as sibling
 from .sweep import Continuations as Continuations
 from .sweep import Dose as Dose
 from .sweep import Sweep as Sweep
@@ -109,6 +129,10 @@ from .tasks import answer_task as answer_task
 from .tasks import read_task as read_task
 from .tasks import read_texts as read_texts
 from .threads import Threads as Threads
+from .trust import Trust as Trust
+from .trust import TrustEvidence as TrustEvidence
+from .trust import TrustRules as TrustRules
+from .trust import trust as trust
 from .validate import Condition as Condition
 from .validate import Examples as Examples
 from .validate import Moved as Moved

@@ -14,9 +14,13 @@ from .show import FeaturePage
 
 def feature_html(page: FeaturePage) -> str:
     """A self-contained document: it opens from a folder, runs no script and asks nothing of the network."""
-    title = f"Layer {page.layer}, feature {page.feature}"
+    return html_page(f"Layer {page.layer}, feature {page.feature}", *page_parts(page))
+
+
+def page_parts(page: FeaturePage) -> list[Markup]:
+    """What the page consists of, its heading first."""
     parts = [
-        element("h1", title),
+        element("h1", f"Layer {page.layer}, feature {page.feature}"),
         element("p", f"{printable(page.group)}, {printable(page.model)}", class_="place"),
         element("p", label_text(page.label)),
     ]
@@ -46,7 +50,7 @@ def feature_html(page: FeaturePage) -> str:
     shown = [reason for context in (*page.strongest, *page.spread) for reason in context.left_out]
     if note := marks_note(shown, "A dashed frame"):
         parts.append(element("p", note, class_="place"))
-    return html_page(title, *parts)
+    return parts
 
 
 def label_text(label: Label | None) -> str:

@@ -1,4 +1,4 @@
-"""Labels, notes and verdicts on features: a file beside the parts of a store, only ever added to."""
+"""The record of features: labels, notes, verdicts and measurements, in a file of the store that is only added to."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import math
 import os
 import re
 import time
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from datetime import UTC, datetime
@@ -16,7 +17,16 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, final
 
-from qwen_scope.errors import FormatError, InputError, MismatchError, NotFoundError, brief, check_count, foreign
+from qwen_scope.errors import (
+    FormatError,
+    InputError,
+    MismatchError,
+    NotFoundError,
+    QwenScopeWarning,
+    brief,
+    check_count,
+    foreign,
+)
 from qwen_scope.files import Fields, append_lines, read_lines, write_text
 from qwen_scope.stats import Interval
 from qwen_scope.store import FeatureStore
@@ -24,7 +34,7 @@ from qwen_scope.store import FeatureStore
 FILE = "notes.jsonl"
 CHANCE = 0.5  # the balanced accuracy of guessing
 SETTLED = 2_000_000_000  # nanoseconds; a file written just now may change again and keep its time and size
-KINDS = ("label", "note", "verdict")
+KINDS = ("label", "note", "verdict", "measure")
 
 
 @dataclass(frozen=True)
@@ -71,10 +81,10 @@ class Note:
     """One entry of the file.
 
     Attributes:
-        kind: `label`, `note` or `verdict`.
+        kind: `label`, `note`, `verdict` or `measure`.
         layer, feature: about which.
         fingerprint: of the SAE.
-        body: a label's fields, `{"text"}` of a note, or what `validate` found.
+        body: a label's fields, `{"text"}` of a note, what `validate` found, or a measurement with its `name`.
         author: who wrote it.   made: when, in UTC.
     """
 
@@ -111,7 +121,7 @@ class Note:
         one = Fields(data, "an entry", [f.name for f in fields(cls)], ["id"])
         kind, body = one.text("kind"), one.object("body")
         if kind not in KINDS:
-            raise FormatError(f"an entry is a label, note or verdict, not {brief(kind)}")
+            raise FormatError(f"an entry is one of {', '.join(KINDS)}, not {brief(kind)}")
         _check_body(kind, body)
         place = one.count("layer"), one.count("feature"), one.text("fingerprint")
         note = cls(kind, *place, body, one.text("author"), one.text("made"))
@@ -127,7 +137,7 @@ def make_label(layer: int, feature: int, fingerprint: str, label: Label, author:
 
 @final
 class Notes:
-    """The labels, notes and verdicts of a store, in the order they were made.
+    """The labels, notes, verdicts and measurements of a store, in the order they were made.
 
     They are lines of JSON in `notes.jsonl` inside the store. An entry is never changed or taken away: a newer label
     stands beside an older one. Entries have ids made from their content, so joining two files loses and doubles
@@ -204,6 +214,21 @@ class Notes:
         note = Note("verdict", layer, feature, self.store.layer(layer).fingerprint, body, author)
         self.add(note)
         return note
+
+    def known(self, layer: int, feature: int, name: str) -> dict[str, Any] | None:
+        """The newest measurement of a feature by that name; None if there is none."""
+        found = [note.body for note in self.of(layer, feature, "measure") if note.body["name"] == name]
+        return dict(found[-1]) if found else None
+
+    def learn(self, layer: int, feature: int, name: str, found: Mapping[str, Any]) -> None:
+        """Keep a measurement, unless it is known already; a warning tells of a store that can't be written."""
+        body = {**json.loads(json.dumps(found, default=str)), "name": name}
+        if self.known(layer, feature, name) == body:
+            return
+        try:
+            self.add(Note("measure", layer, feature, self.store.layer(layer).fingerprint, body, "qwen-scope"))
+        except InputError as error:
+            warnings.warn(f"what was measured is not kept: {error}", QwenScopeWarning, stacklevel=2)
 
     def export(self, path: str | os.PathLike[str]) -> int:
         """Write every entry to a file of its own; how many.
@@ -299,8 +324,8 @@ def _settled_entries(path: Path, written: int, size: int) -> Mapping[str, Note]:
 
 def _check_body(kind: str, body: Mapping[str, Any]) -> None:
     """Refuse a label without its scores, a note without text and a verdict without its outcome."""
-    if kind == "verdict":
-        Fields(body, "a verdict").text("outcome")
+    if kind in ("verdict", "measure"):
+        Fields(body, f"a {kind}").text("outcome" if kind == "verdict" else "name")
         return
     one = Fields(body, f"a {kind}", [f.name for f in fields(Label)] if kind == "label" else ["text"])
     for name in set(body) - {"detection", "fuzzing"}:

@@ -35,7 +35,7 @@ class FeaturePage:
         lens: what a Jacobian lens reads of it, where one was given.
         similar: features of like direction.   cofiring: features on the same tokens.
         elsewhere: the same feature in other layers.
-        label: the label to show, with its scores.   notes: everything written about it, oldest first.
+        label: the label to show, with its scores.   notes: labels, notes and verdicts on it, oldest first.
         verdict: the newest causal verdict, as `validate` gave it.
     """
 
@@ -157,7 +157,7 @@ def _from_store(
             store.contexts(layer, feature, contexts, how="quantiles", before=before, after=after, seed=seed)
         ),
         "label": notes.label(layer, feature),
-        "notes": tuple(notes.of(layer, feature)),
+        "notes": tuple(note for note in notes.of(layer, feature) if note.kind != "measure"),
         "verdict": dict(verdicts[-1].body) if verdicts else None,
     }
 

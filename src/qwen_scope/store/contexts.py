@@ -177,6 +177,16 @@ def within(
     return np.concatenate(found)
 
 
+def phase_counts(features: TableRows, start: int, rows: int, spans: Spans) -> dict[str, int]:
+    """How many of a feature's rows are of which phase, in the order of `PHASES`, the phases without one left out."""
+    found = np.zeros(len(PHASES) + 1, np.int64)
+    for offset in range(0, rows, ROW_GROUP):
+        piece = features.read(start + offset, min(ROW_GROUP, rows - offset), ["document", "position"])
+        document, position = (column.to_numpy() for column in piece.columns)
+        found += np.bincount(spans.phases(document, position) + 1, minlength=len(found))
+    return {name: int(n) for name, n in zip(PHASES, found[1:], strict=True) if n}
+
+
 def first_per_document(
     features: TableRows, start: int, rows: int, n: int, some: Int64[np.ndarray, " some"] | None = None
 ) -> Int64[np.ndarray, " chosen"]:

@@ -359,6 +359,11 @@ class FeatureStore:
         everywhere."""
         return contexts.silent(self.tables, layer, feature, *self._rows(layer, feature), n, before, after, seed)
 
+    def phase_counts(self, layer: int, feature: int) -> dict[str, int]:
+        """On how many tokens of which phase a feature fires; empty where the store tells no phases."""
+        start, rows = self._rows(layer, feature)
+        return contexts.phase_counts(self.tables["features"], start, rows, self.spans)
+
     def check_phases(self, phases: Sequence[str]) -> list[str]:
         """The phases in order; InputError for none or an unknown one, NotFoundError where the store tells none."""
         return check_phases(self.tables["spans"], phases, self.folder)

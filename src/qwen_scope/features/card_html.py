@@ -1,0 +1,87 @@
+"""A feature card as one HTML file: the word and its rules, the feature's page, and what was measured beside it."""
+
+from __future__ import annotations
+
+from qwen_scope.errors import printable
+from qwen_scope.report import Markup, element, html_page, html_table
+
+from .card import Card
+from .html import page_parts
+
+HELD = {True: "yes", False: "no", None: "not measured"}
+
+
+def card_html(card: Card) -> str:
+    """A self-contained document: it opens from a folder, runs no script and asks nothing of the network."""
+    page = card.page
+    head, *rest = page_parts(page)
+    rules = html_table(("rule", "held"), [(rule, HELD[held]) for rule, held in card.trust.reasons])
+    parts = [
+        head,
+        element("p", f"Verdict: {card.trust.word}"),
+        element("h2", "Why this word"),
+        rules,
+        *(element("p", f"Known failure: {printable(one)}.") for one in card.failures),
+        *_sections(card),
+        *rest,
+        element("h2", "Not measured"),
+        element("ul", *(element("li", printable(one)) for one in card.missing)),
+    ]
+    return html_page(f"Layer {page.layer}, feature {page.feature}: {card.trust.word}", *parts)
+
+
+def _sections(card: Card) -> list[Markup]:
+    """One section per kind of measurement that there is."""
+    out = [element("h2", "Identity"), html_table(("", ""), [(k, _cell(v)) for k, v in card.identity.items()])]
+    for title, columns, rows in card_tables(card):
+        out += [element("h2", printable(title)), html_table(columns, rows)]
+    return out
+
+
+def _cell(value: object) -> str | int:
+    return value if isinstance(value, int) else "not known" if value is None else printable(str(value))
+
+
+Cell = str | int | float | None
+
+
+def card_tables(card: Card) -> list[tuple[str, tuple[str, ...], list[tuple[Cell, ...]]]]:
+    """Title, columns and rows of every measurement that the page of a feature does not have."""
+    out: list[tuple[str, tuple[str, ...], list[tuple[Cell, ...]]]] = []
+    label = card.page.label
+    if label is not None:
+        both = [("this label", label), *([(f"label of {card.control.of}", card.control.label)] if card.control else [])]
+        rows: list[tuple[Cell, ...]] = [(name, str(one.detection), str(one.fuzzing), one.text) for name, one in both]
+        out.append(("The label beside another on the same contexts", ("", "detection", "fuzzing", "text"), rows))
+    if (fit := card.concept) is not None:
+        rows = [(fit.concept, str(fit.auroc), fit.responsiveness, fit.purity)]
+        if fit.other is not None:
+            rows.append((f"another value: {fit.other}", str(fit.auroc_of_other), None, None))
+        title = f"The concept: {fit.documents} documents with it, {fit.others} without"
+        out.append((title, ("", "AUROC", "responsiveness", "purity"), rows))
+    if (found := card.push) is not None:
+        rows = [
+            ("adding it: documents with the concept less others", str(found.effect)),
+            ("the opposite sign", str(found.opposite)),
+            (f"the strongest of {len(found.randoms)} random features", max(found.randoms, default=None)),
+            ("on documents with the concept", str(found.on_concept)),
+            ("on the others", str(found.on_others)),
+            *((f"at {dose:g} of the median norm", effect) for dose, effect in found.doses),
+        ]
+        out.append(("Log-probability per token, in nats", ("", "change"), rows))
+    if card.faithfulness is not None:
+        out.append(("Faithfulness (FADE)", ("", ""), [("by the shares that validate recorded", card.faithfulness)]))
+    if card.siblings:
+        columns = ("dictionary", "partner", "cosine", "chance", "Jaccard", "chance", "found")
+        rows = [
+            (one.name, one.partner, one.cosine, one.chance, one.jaccard, one.chance_jaccard, HELD[one.found])
+            for one in card.siblings
+        ]
+        out.append(("In other dictionaries", columns, rows))
+    for title, some in (("Parts of it (splitting)", card.parts), ("May have absorbed cases of it", card.absorbers)):
+        if some:
+            rows = [(one.feature, one.tokens, one.within, one.cosine) for one in some]
+            out.append((title, ("feature", "tokens", "of these with it", "cosine"), rows))
+    if card.phases:
+        out.append(("Phases it fires in", ("phase", "tokens"), list(card.phases.items())))
+    return out
