@@ -1,4 +1,4 @@
-"""The picture of the house, kept true: who may import whom, how large a file may grow, no hidden prints."""
+"""The architecture, kept true: who may import whom, how large a file may grow, no hidden prints."""
 
 from __future__ import annotations
 
