@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,7 +26,7 @@ from qwen_scope.steer import Intervention, steering
 LAYER, WIDTH, D_MODEL, K = 4, 16_384, 1024, 50
 
 
-def build() -> tuple[Qwen3ForCausalLM, TopK]:
+def build() -> tuple[Any, TopK]:
     torch.manual_seed(0)
     config = Qwen3Config(
         vocab_size=151_936,

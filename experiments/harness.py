@@ -247,4 +247,5 @@ def _plain(value: Any) -> Any:
         return asdict(value)
     if isinstance(value, set | frozenset):
         return sorted(value)
-    return value.tolist() if hasattr(value, "tolist") else str(value)
+    listed = getattr(value, "tolist", None)
+    return listed() if callable(listed) else str(value)

@@ -141,6 +141,7 @@ def titles() -> dict[str, str]:
     return found
 
 
+@pytest.mark.slow
 def test_every_section_belongs_to_one_experiment_and_every_experiment_has_one() -> None:
     sections = (ROOT / "docs" / "results.md").read_text(encoding="utf-8").split("\n## ")[1:]
     owners: dict[str, list[str]] = {script: [] for script in titles()}

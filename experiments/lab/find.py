@@ -20,7 +20,7 @@ import numpy as np
 from experiments.harness import At, Experiment, Row, main
 from experiments.sections import paragraph
 from qwen_scope import load_scope
-from qwen_scope.features import Finding, Pooled, f1_of_calls, pool_texts
+from qwen_scope.features import Finding, FindOptions, Pooled, f1_of_calls, find_pooled, pool_texts
 from qwen_scope.foundry import HELD_OUT, factors, gather, labelled
 from qwen_scope.lab import Document, default_mixture
 
@@ -66,7 +66,7 @@ def sides(docs: list[Document], label: Callable[[Document], bool | None]) -> tup
 
 
 @cache
-def sets(model: str, sae: str | None, seed: int, each: int) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+def sets(model: str, sae: str | None, seed: int, each: int) -> dict[str, tuple[np.ndarray, ...]]:
     """Which documents `find` gets for each factor, drawn one factor after the other."""
     rng, docs = np.random.default_rng(seed), read(model, sae, seed, each).docs
     return {

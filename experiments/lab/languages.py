@@ -151,7 +151,7 @@ def model_of(sibling: str | None) -> Scope:
 
 
 @cache
-def setting(sibling: str | None, seed: int, n: int) -> tuple[Scope, dict, list[Row], list[str]]:
+def setting(sibling: str | None, seed: int, n: int) -> tuple[Scope, dict, list[Row], list[str | None]]:
     """The model, its features' means, and unsteered continuations with the language of each."""
     scope = model_of(sibling)
     prompts = [prompt.text for prompt in neutral_prompts(seed=31 + seed, n=n)]

@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass
 from functools import cache
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import datasets
 import numpy as np
@@ -173,8 +173,8 @@ def make_start(folder: Path, steps: int) -> None:
             model_source("lab"), scratch, rows, held_out(TEXTS), per_device_train_batch_size=START_BATCH, **settings
         )
         trainer.train()
-    trainer.model.save_pretrained(folder)
-    trainer.processing_class.save_pretrained(folder)
+    for made in (trainer.model, trainer.processing_class):
+        cast(Any, made).save_pretrained(folder)
 
 
 def one_run(start: str, watch: Watch, planted: str | None, seed: int, sizes: Sizes) -> Run:

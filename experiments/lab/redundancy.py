@@ -86,7 +86,7 @@ def tell(at: At[None], measured: list[Row]) -> str:
         cells = (name, one["items"], pools[name], one["footprint"], one["redundancy"], one["ranking"]["estimate"])
         rows.append((*cells, rely[name], f"{min(accuracy):.2f} to {max(accuracy):.2f}"))
     r = [one["ranking"]["estimate"] for one in shown.values()]
-    tied = float(spearmanr(r, list(rely.values())).statistic)
+    tied, _ = map(float, spearmanr(r, list(rely.values())))
     heads = ("benchmark", "items", "distinct prompts", "footprint", "R-hat", "R", "reliability", "accuracy")
     lines, best = [], -1.0
     for layer, found in out.items():

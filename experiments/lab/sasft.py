@@ -269,7 +269,7 @@ def rises(scope: Scope, target: str, chosen: AlphaTable, n: int) -> list[tuple[o
     rows = tokenised(training_data(target, 0, n), scope.tokenizer, chosen.groups, target, "features")
     before: dict[int, list[np.ndarray]] = {one.layer: [] for one in chosen.layers}
     clean: dict[int, list[np.ndarray]] = {one.layer: [] for one in chosen.layers}
-    for row in rows:
+    for row in rows.to_list():
         groups = np.array(row["groups"])
         counted = np.flatnonzero((groups != NO_GROUP) & (groups != chosen.groups.index(target)))
         if len(counted) < 4:

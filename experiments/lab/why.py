@@ -107,7 +107,7 @@ def of_digit(seed: int) -> Iterator[tuple[list[int], Quantity]]:
         if whole[: len(ids)] != ids or len(whole) == len(ids) or likeliest(ids) != whole[len(ids)]:
             continue
         ranked = [word for word, _ in most_likely(next_logits(lab(), ids), 20)]
-        numbers = [word for word in ranked[1:] if tokenizer.decode([word]).strip().isdigit()]
+        numbers = [word for word in ranked[1:] if str(tokenizer.decode([word])).strip().isdigit()]
         if numbers:
             yield ids, Quantity.difference(ranked[0], numbers[0])
 

@@ -91,6 +91,7 @@ def test_a_path_goes_back_along_the_largest_shares(graph: Graph) -> None:
     assert path.shares == pytest.approx((1, 1, both[0] / sum(both), 1), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_what_is_left_out_is_counted(lab_graph: Graph) -> None:
     for shares in lab_graph.shares.values():
         assert shares.kept + shares.left_out + shares.errors == pytest.approx(1)

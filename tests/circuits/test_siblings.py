@@ -68,6 +68,7 @@ def test_relevance_changes_no_value_and_leaves_nothing_behind(family: str) -> No
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in scope.model.modules())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["qwen3", "qwen3_moe", "qwen3_5_moe_text"])
 def test_integrated_gradients_add_up(family: str) -> None:
     reading = read(scope_of(family), IDS, QUANTITY)

@@ -65,6 +65,7 @@ def run(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str, str]:
     return code, out.out, out.err
 
 
+@pytest.mark.slow
 def test_the_graph_fits_the_viewers_schema(capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = run(capsys, PROMPT, "--nodes", "40", "--exact", "0", "--json")
     assert code == 0
@@ -88,6 +89,7 @@ def test_the_graph_fits_the_viewers_schema(capsys: pytest.CaptureFixture[str]) -
     assert sorted(node["influence"] for node in features)[-1] == pytest.approx(1)
 
 
+@pytest.mark.slow
 def test_everything_is_written_beside(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     files = {name: tmp_path / f"why.{kind}" for name, kind in (("html", "html"), ("graph", "json"), ("recipe", "yaml"))}
     options = [part for name, file in files.items() for part in (f"--{name}", str(file))]
@@ -113,6 +115,7 @@ def test_everything_is_written_beside(capsys: pytest.CaptureFixture[str], tmp_pa
     assert page.count("<script") == 2
 
 
+@pytest.mark.slow
 def test_a_text_can_not_leave_its_place_in_the_page(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     file = tmp_path / "why.html"
     hostile = "</script><script>alert(1)</script>"
@@ -122,6 +125,7 @@ def test_a_text_can_not_leave_its_place_in_the_page(capsys: pytest.CaptureFixtur
     assert hostile not in page
 
 
+@pytest.mark.slow
 def test_another_feature_is_explained(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["features", PROMPT, "--layers", "4", "--top", "1", "--json"]) == 0
     last = json.loads(capsys.readouterr().out)["tokens"][-1]["layers"]["4"][0]["feature"]

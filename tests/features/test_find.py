@@ -78,6 +78,7 @@ def test_pooling_is_what_it_says(scope: Scope) -> None:
     assert pooled.left_out["counts"] == sum(pooled.tokens)
 
 
+@pytest.mark.slow
 def test_a_sink_is_left_out_of_a_search_and_said(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     """Of two texts that differ by one token, that token is made a sink: their documents are then the same."""
     opened = load_scope("lab", device="cpu", counted=Counted.everything())
@@ -139,6 +140,7 @@ def test_a_planted_feature_comes_first_and_alone_is_believed() -> None:
         )
 
 
+@pytest.mark.slow
 def test_figures_come_from_documents_that_chose_nothing() -> None:
     """Under noise the best of thousands looks good where it was chosen, and like chance where it was measured."""
     held = []

@@ -27,6 +27,7 @@ def labels(folder: Path) -> dict[tuple[int, int], str]:
         return {place: one.text for place, one in Notes(store).labels().items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("after", [1, 5])
 def test_label_is_interrupted_and_goes_on(after: int, tmp_path: Path, capsys, monkeypatch) -> None:
     for name, value in (("OPENAI_MODEL", "judge"), ("OPENAI_API_KEY", "k")):

@@ -215,6 +215,7 @@ def test_a_budget_ends_the_questions(tmp_path: Path) -> None:
             spent.ask(MESSAGES)
 
 
+@pytest.mark.slow
 def test_labels_through_a_server_are_scored_kept_and_not_made_twice(store: FeatureStore, tmp_path: Path) -> None:
     places = [(LAYER, feature) for feature in busy(store, 3)]
     with serving() as (server, url):
@@ -403,6 +404,7 @@ def test_a_name_at_chance_says_so_wherever_it_is_shown(low: float, high: float, 
     assert ("[at chance]" in label_text(label)) is chance
 
 
+@pytest.mark.slow
 def test_a_name_at_chance_is_shown_as_such_everywhere(store: FeatureStore, tmp_path: Path, capsys, monkeypatch) -> None:
     """In the terminal, as JSON, as HTML, in a search, in the table of statistics; the notes keep the score."""
     feature = busy(store)[0]

@@ -58,6 +58,7 @@ def dense(scope: Scope, layer: int) -> torch.Tensor:
     return total / len(PROMPTS)
 
 
+@pytest.mark.slow
 def test_it_is_the_mean_jacobian(scope: Scope) -> None:
     lens = fit_lens(scope, PROMPTS, OPTIONS)
     assert (lens.layers, lens.n_prompts) == ([0, 1, 2], 3)
@@ -129,6 +130,7 @@ def test_code_in_a_file_is_not_run(tmp_path: Path) -> None:
         load_lens(tmp_path / "none.pt")
 
 
+@pytest.mark.slow
 def test_a_feature_is_read_through_it(scope: Scope) -> None:
     lens = fit_lens(scope, PROMPTS, OPTIONS)
     found = lens_effects(scope, lens, 1, 7, n=4, randoms=20)
@@ -166,6 +168,7 @@ def test_what_makes_no_sense_is_refused(scope: Scope) -> None:
         lens_effects(scope, Lens({0: torch.eye(32)}, 1), 1, 0)
 
 
+@pytest.mark.slow
 def test_the_commands(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     from qwen_scope.cli import main
 

@@ -117,6 +117,7 @@ def exported(tmp_path_factory) -> Path:
     return place / "out"
 
 
+@pytest.mark.slow
 def test_nothing_of_a_multilingual_export_is_refused(exported: Path) -> None:
     assert problems(exported) == []
     kinds = {kind for kind, _ in rows(exported)}
@@ -182,6 +183,7 @@ def test_an_empty_creator_is_refused(changes: dict) -> None:
         Creator(**{"id": "a", "name": "b", "owner": "c", **changes})
 
 
+@pytest.mark.slow
 def test_the_command_asks_for_all_of_a_creator(tmp_path: Path, capsys) -> None:
     base = ["export", str(lab_store.folder()), "--to", "neuronpedia", "--features", f"{LAYER}/0-9"]
     base += ["--model-id", "lab", "--no-model"]

@@ -36,6 +36,7 @@ def busy(store: FeatureStore, n: int) -> str:
     return ",".join(f"{LAYER}/{feature}" for feature in order[:n].tolist())
 
 
+@pytest.mark.slow
 def test_a_full_disk_during_label_costs_no_label_and_no_store(store: FeatureStore, capsys, monkeypatch) -> None:
     monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
     path = store.folder / "notes.jsonl"

@@ -61,6 +61,7 @@ def test_both_ways_do_the_same_to_the_concept(scope) -> None:
     json.dumps(found.to_json(), allow_nan=False)
 
 
+@pytest.mark.slow
 def test_effect_and_loss_by_hand(scope) -> None:
     saes = {0: planted(scope)}
     found = selectivity(scope, [Intervention.add(layer=0, feature=0, amount=1.0)], EXAMPLES, saes=saes)
@@ -85,6 +86,7 @@ def test_effect_and_loss_by_hand(scope) -> None:
         assert expected.n == len(texts)
 
 
+@pytest.mark.slow
 def test_a_feature_that_never_fires_removes_nothing_and_costs_nothing(scope) -> None:
     sae = planted(scope)
     sae.b_enc[0] = -1e6
@@ -95,6 +97,7 @@ def test_a_feature_that_never_fires_removes_nothing_and_costs_nothing(scope) -> 
     assert found.direction.full.estimate != 0
 
 
+@pytest.mark.slow
 def test_a_target_instead_of_the_loss(scope) -> None:
     def letters(texts: list[str]) -> np.ndarray:
         return np.array([float(len(set(text))) for text in texts])

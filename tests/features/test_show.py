@@ -82,6 +82,7 @@ def test_features_that_promote_a_token_are_found_among_all(store: FeatureStore) 
         token_ids(scope, ["incomprehensibilities"])
 
 
+@pytest.mark.slow
 def test_neighbours_by_direction_and_by_firing(store: FeatureStore) -> None:
     scope, feature = lab_store.scope(), busiest(store)
     W = torch.nn.functional.normalize(scope.saes[LAYER].W_dec.float(), dim=0)
@@ -244,6 +245,7 @@ def test_the_table_of_statistics(store: FeatureStore, tmp_path: Path) -> None:
     assert (tmp_path / "new" / "s.csv").read_bytes() == (tmp_path / "s.csv").read_bytes()
 
 
+@pytest.mark.slow
 def test_neuronpedia_gets_what_it_takes(tmp_path: Path) -> None:
     with FeatureStore(lab_store.copied(tmp_path)) as store:
         # Fires in about half of the documents, so that there are contexts of both kinds.
@@ -285,6 +287,7 @@ def test_neuronpedia_gets_what_it_takes(tmp_path: Path) -> None:
             export_neuronpedia(store, LAYER, tmp_path / "np", model_id="lab", set_name="ours")
 
 
+@pytest.mark.slow
 def test_delphi_gets_its_layout(store: FeatureStore, tmp_path: Path) -> None:
     """The layout as its reader takes it; tests/peers/run.sh delphi asks the reader itself."""
     n = export_delphi(store, tmp_path / "latents", layers=[LAYER], context=32, splits=3)
@@ -340,6 +343,7 @@ def test_a_model_is_not_named_beside_no_model(folder: Path, capsys, ignored: lis
     assert f"so {ignored[0]} would change nothing" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("always::qwen_scope.errors.QwenScopeWarning")
 @pytest.mark.parametrize("asked", [["--label", "words"], ["--positive", "language=de"], ["--groups", "language"]])
 def test_find_in_a_store_says_that_it_was_made_with_another_model(folder: Path, capsys, asked: list[str]) -> None:

@@ -244,6 +244,7 @@ def test_a_verdict_has_every_arm_and_is_reproducible(scope) -> None:
     assert run(scope) == found
 
 
+@pytest.mark.slow
 def test_a_task_that_breaks_entangles_at_most(scope) -> None:
     found = run(scope, tasks={"sums": lambda interventions: np.full(5, 0.0 if interventions else 1.0)})
     assert found.evidence.tasks["sums"].estimate == 1.0
@@ -277,6 +278,7 @@ def test_too_few_samples_give_no_verdict(scope) -> None:
         run(scope, interventions=[Intervention.ablate(layer=0, feature=1)])
 
 
+@pytest.mark.slow
 def test_a_prompt_that_says_it_all_is_no_knob(scope) -> None:
     """A target that nothing moves: no effect, whatever the feature detects."""
     found = run(scope, target=lambda texts: np.ones(len(texts)))

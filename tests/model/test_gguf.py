@@ -210,6 +210,7 @@ def test_a_truncated_file_is_refused(small: Path, tmp_path: Path, cut: int) -> N
         load_model(tmp_path / "cut.gguf")
 
 
+@pytest.mark.slow
 def test_what_is_no_model_is_refused(small: Path, tmp_path: Path, capsys) -> None:
     (tmp_path / "text.gguf").write_text("no model at all")
     with pytest.raises(FormatError, match="does not begin with the letters GGUF"):
@@ -242,6 +243,7 @@ def test_what_is_no_model_is_refused(small: Path, tmp_path: Path, capsys) -> Non
     assert capsys.readouterr().err.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_features_of_a_file(small: Path, tmp_path: Path) -> None:
     scope = load_scope(small, tiny_saes(tmp_path), device="cpu")
     unpacked_scope = load_scope(small, tmp_path / "saes", device="cpu", dtype="float32")

@@ -200,6 +200,7 @@ def test_compiled_models_are_refused():
     assert capture(model, ids(1, 2), [HookPoint(0)])[HookPoint(0)].shape == (1, 2, 32)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["qwen3", "qwen3_5_moe"])
 def test_threads_do_not_mix_captures(family, name):
     model, workers, rounds = family(name), 6, 8
@@ -221,6 +222,7 @@ def test_threads_do_not_mix_captures(family, name):
     assert hook_count(model) == 0
 
 
+@pytest.mark.slow
 def test_threads_do_not_feel_each_others_changes(qwen3):
     batch, workers = ids(1, 5), 4
     amounts = [0.0, 1.0, -2.0, 5.0]

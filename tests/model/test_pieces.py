@@ -40,6 +40,7 @@ class Largest(TorchDispatchMode):
         return out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tokens", [33, 7])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_pieces_join_to_one_pass(family: Callable[[str], PreTrainedModel], name: str, tokens: int) -> None:
@@ -69,6 +70,7 @@ def test_a_model_without_past_key_values_reads_in_one_pass() -> None:
     assert torch.equal(only[HookPoint(1)], capture(model, ids(20), [HookPoint(1)])[HookPoint(1)])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["qwen3", "qwen3_5_text", "gemma3_text"])
 def test_neither_logits_nor_a_square_mask_are_made(name: str) -> None:
     """4,096 tokens in pieces of 64: no tensor has a quarter of the elements of 4,096 x 4,096, or of all logits."""

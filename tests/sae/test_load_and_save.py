@@ -196,6 +196,7 @@ def test_an_interrupted_save_leaves_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["official", "safetensors"])
 def test_a_file_that_may_not_grow(tmp_path: Path, layout: str) -> None:
     """A real refusal of the system in the middle of a weights file, not a pretended one."""

@@ -86,6 +86,7 @@ def test_this_gpu_adds_up_in_fp32() -> None:
     assert triton_path.multiplies_bf16(torch.device("cuda")) == (torch.cuda.get_device_capability() >= (8, 0))
 
 
+@pytest.mark.slow
 def test_a_bound_a_thousand_times_too_small_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     x, W, b = randn(30, 256), randn(1, 256, seed=1) + randn(4096, 256, seed=2) * 0.02, torch.zeros(4096)
     x *= (x @ W[:1].T).sign()

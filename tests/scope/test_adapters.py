@@ -60,6 +60,7 @@ def seen(scope: Any) -> Any:
     return scope.features(TEXTS, layers=[2]).acts[2]
 
 
+@pytest.mark.slow
 def test_folder_merged_and_live_give_the_same_features(made: tuple[Path, Any]) -> None:
     folder, live = made
     saes = tiny.folder() / "sae"
@@ -82,6 +83,7 @@ def test_folder_merged_and_live_give_the_same_features(made: tuple[Path, Any]) -
     assert any("lora_" in name for name, _ in live.named_parameters()), "the live model is left as it is"
 
 
+@pytest.mark.slow
 def test_config_tokenizer_and_command_know_the_folder(made: tuple[Path, Any], capsys) -> None:
     folder = made[0] / "adapter"
     assert load_config(folder).hidden_size == tiny.D_MODEL

@@ -52,6 +52,7 @@ COMMANDS = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("always::qwen_scope.errors.QwenScopeWarning")
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_command_says_it(name: str, gemma: str, corpus: str, tmp_path: Path, capsys) -> None:
@@ -98,6 +99,7 @@ def test_what_does_not_fit_the_model_is_refused(sae, layer: int, sentence: str) 
         Joined(load_model(MODEL, device="cpu"), "x").meet(layer, sae)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("always::qwen_scope.errors.QwenScopeWarning")
 def test_a_store_is_not_read_with_other_saes_or_another_model_unsaid(corpus: str, tmp_path: Path, capsys) -> None:
     mine, other = (

@@ -96,6 +96,7 @@ def test_documents_without_a_token_that_counts_are_left_out_and_counted(scope: S
         scope.firings([one_token], [2], ExtractOptions(counted=Counted(first=1)))
 
 
+@pytest.mark.slow
 def test_fit_and_predict_count_the_same_tokens(scope: Scope) -> None:
     """The baseline of a fit is that of the counted residuals, and a rule is only asked about what it counted."""
     counted = ExtractOptions(counted=Counted.of(scope.tokenizer))

@@ -110,6 +110,7 @@ def test_it_is_said_once_where_they_meet(layout: str, tmp_path: Path) -> None:
         scope.features(["another text"])
 
 
+@pytest.mark.slow
 def test_the_lab_and_saes_that_say_nothing_are_no_alarm() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -27,6 +27,7 @@ def scope() -> Scope:
     return load_scope(tiny.folder() / "model", tiny.folder() / "sae", device="cpu", counted=Counted())
 
 
+@pytest.mark.slow
 def test_a_row_in_pieces_gives_its_own_tokens_once_and_in_order() -> None:
     """Rows with a lead, longer and shorter than the pieces, against each row in one pass."""
     model = load_model(tiny.folder() / "model", device="cpu").model
@@ -63,6 +64,7 @@ def test_features_in_pieces_equal_those_of_one_pass(scope: Scope) -> None:
         assert torch.equal(whole.reasons[layer], pieces.reasons[layer])
 
 
+@pytest.mark.slow
 def test_a_store_of_pieces_holds_what_one_of_whole_rows_holds(scope: Scope, tmp_path: Path) -> None:
     found = {}
     for name, batch in (("whole", 4096), ("pieces", 8)):
@@ -80,6 +82,7 @@ def test_a_store_of_pieces_holds_what_one_of_whole_rows_holds(scope: Scope, tmp_
     np.testing.assert_allclose(pooled, own_pooled, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["features", "extract"])
 def test_memory_of_a_long_text_holds_neither_logits_nor_a_square(tmp_path: Path, way: str) -> None:
     """The peak beside the weights, at a vocabulary of 151,936, is under a tenth of what the logits alone take."""

@@ -43,6 +43,7 @@ def run(*words: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.slow
 def test_everything_runs_there_and_gives_the_figures_of_the_cpu(tmp_path: Path) -> None:
     done = run("scope/mps_path.py", str(tmp_path))
     assert done.returncode == 0, done.stderr[-3000:]
@@ -55,6 +56,7 @@ def test_everything_runs_there_and_gives_the_figures_of_the_cpu(tmp_path: Path) 
     assert {"aten::mm", "aten::topk", "aten::_fused_adam_", "aten::_embedding_bag"} <= done_there
 
 
+@pytest.mark.slow
 def test_the_device_refuses_what_mps_lacks_and_nothing_else() -> None:
     """The control: each of these in the path would have been found."""
     code = f"""

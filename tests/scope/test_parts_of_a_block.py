@@ -53,6 +53,7 @@ def seen_by_a_plain_hook(scope: Scope, layer: int, stream: str, ids: Tensor) -> 
     return seen[0]
 
 
+@pytest.mark.slow
 def test_features_are_those_of_the_stream(scope: Scope, stream: str) -> None:
     found = scope.features([TEXT])
     for layer in (0, 2):
@@ -111,6 +112,7 @@ def run(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
     return out
 
 
+@pytest.mark.slow
 def test_the_command_line_steers_where_the_sae_reads(
     sae_folder: Path, stream: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

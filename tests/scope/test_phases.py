@@ -69,6 +69,7 @@ def test_two_conversations_are_compared_in_one_phase(scope) -> None:
         scope.compare([TALK], [other], [2], phases=["tool_result"], chat="default")
 
 
+@pytest.mark.slow
 def test_the_command_shows_the_tokens_of_a_phase(capsys) -> None:
     words = ["features", "hi there", "--model", "lab", "--layer", "2", "--chat", "non_thinking", "--json"]
     assert main([*words, "--phase", "all"]) == 0

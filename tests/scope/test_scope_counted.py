@@ -86,6 +86,7 @@ def test_a_disagreement_is_said_once(tmp_path: Path) -> None:
         assert scope.counted[0] == foreign
 
 
+@pytest.mark.slow
 def test_carried_thresholds_of_another_model_are_said(tmp_path: Path) -> None:
     """SAEs that were trained on a model whose residuals are a hundred times as long, or as short."""
     plain, special = opened(), frozenset(opened().tokenizer.all_special_ids)
@@ -118,6 +119,7 @@ def test_a_scope_counts_by_what_is_given_with_the_texts() -> None:
     assert scope.features(TEXTS[:2], [0]).tally(0)["first"] == 2
 
 
+@pytest.mark.slow
 def test_a_hook_point_within_a_block_gets_a_threshold_of_its_own(tmp_path: Path) -> None:
     for layer in (0, 2):
         within = replace(load_sae(tiny.folder() / "sae", layer), hook_point=f"layers.{layer}.mlp_out")
@@ -178,6 +180,7 @@ def test_tokens_that_do_not_count_are_shown_but_neither_rank_nor_compare() -> No
         scope.compare("a", "a", [0])
 
 
+@pytest.mark.slow
 def test_the_commands_mark_what_does_not_count(capsys: pytest.CaptureFixture[str]) -> None:
     where = ("--model", str(tiny.folder() / "model"), "--sae", str(tiny.folder() / "sae"), "--device", "cpu")
     assert main(["features", TEXTS[0], *where, "--layers", "0"]) == 0

@@ -76,6 +76,7 @@ def admission(facts: ModelFacts, scope: Scope, tmp_path: Path) -> Admission:
     return Admission(settings, facts)
 
 
+@pytest.mark.slow
 @given(near | json_values)
 def test_any_json_is_an_ask_or_refused_in_one_sentence(data: Any) -> None:
     for read in (Ask.from_body, lambda value: Ask.from_text(json.dumps(value))):
@@ -114,6 +115,7 @@ def test_what_a_client_may_not_say_is_refused() -> None:
             Ask.from_body({key: value})
 
 
+@pytest.mark.slow
 def test_admission_resolves_names_and_units(admission: Admission, scope: Scope) -> None:
     asked = Ask.from_body({"recipe": "polite", "read": {"layers": [5]}})
     admitted = admission.admit(asked, 10, 20)

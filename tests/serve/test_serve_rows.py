@@ -117,6 +117,7 @@ def state() -> WorkerState:
     return WorkerState(settings, shape, torch.float32, torch.device("cpu"), lambda: load_tokenizer(model_source("lab")))
 
 
+@pytest.mark.slow
 def test_the_residual_is_the_reference_whatever_chunks_its_tokens_come_in(state: WorkerState) -> None:
     rng = random.Random(2)
     recipes = [recipe(rng, PLACES) for _ in range(30)]

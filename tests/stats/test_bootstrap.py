@@ -9,6 +9,7 @@ from qwen_scope.errors import InputError
 from qwen_scope.stats import bootstrap, difference
 
 
+@pytest.mark.slow
 def test_intervals_cover_the_truth_about_as_often_as_they_say() -> None:
     rng = np.random.default_rng(0)
     hits = hits_difference = 0

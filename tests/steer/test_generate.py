@@ -220,6 +220,7 @@ def test_sampling_has_a_seed_and_ignores_the_global_one(scope) -> None:
     assert run(scope, [PROMPT] * 3, decoding=other) != first
 
 
+@pytest.mark.slow
 def test_draws_follow_the_distribution_that_transformers_would_draw_from(scope) -> None:
     """First tokens of many rows against temperature, top-k and top-p written out."""
     decoding = Decoding(max_new_tokens=1, sample=True, temperature=0.5, top_k=5, top_p=0.9, seed=3)
@@ -330,6 +331,7 @@ def test_no_hook_is_left_after_an_exception(scope) -> None:
     assert hook_count(scope.model) == 0
 
 
+@pytest.mark.slow
 def test_threads_with_different_interventions_do_not_mix(scope) -> None:
     plans = [[], mixed_interventions(), [Intervention.add(layer=0, feature=3, amount=8.0)]]
     expected = [run(scope, [PROMPT], plan, decoding=SAMPLE) for plan in plans]

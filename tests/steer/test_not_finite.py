@@ -107,6 +107,7 @@ def test_tokens_that_are_ruled_out_are_no_fault(scope: Scope) -> None:
     assert again.tokens[0].token_id != likeliest
 
 
+@pytest.mark.slow
 def test_the_command_line_ends_in_one_sentence(scope: Scope, tmp_path, capsys: pytest.CaptureFixture[str]) -> None:
     one = broken(scope, 1, math.inf)
     one.model.save_pretrained(tmp_path / "model")

@@ -56,6 +56,7 @@ def test_steer_streams(capsys, where, scope) -> None:
     assert out == scope.generate("Once", [one], decoding=Decoding(max_new_tokens=6)).text + "\n"
 
 
+@pytest.mark.slow
 def test_a_saved_recipe_applies_again(capsys, where, tmp_path) -> None:
     path = tmp_path / "calm.yaml"
     _, first, _ = run(capsys, "steer", "Once", *where, *STEER, "--save-recipe", str(path), "--json")
@@ -65,6 +66,7 @@ def test_a_saved_recipe_applies_again(capsys, where, tmp_path) -> None:
     assert json.loads(again)["steered"] == json.loads(first)["steered"]
 
 
+@pytest.mark.slow
 def test_sweep_prints_and_plots(capsys, where, prompts, tmp_path) -> None:
     argv = ["sweep", prompts, *where, "--feature", "0/3", "--amounts", "0.2,0.4", "--max-new-tokens", "5"]
     figure = tmp_path / "sweep.png"
@@ -78,6 +80,7 @@ def test_sweep_prints_and_plots(capsys, where, prompts, tmp_path) -> None:
         assert len(json.loads(out)["doses"]) >= 3
 
 
+@pytest.mark.slow
 def test_sweep_compares_recipes_and_saves_the_best(capsys, where, prompts, tmp_path, scope) -> None:
     paths = []
     for feature in (3, 5):
@@ -103,6 +106,7 @@ def test_sweep_compares_recipes_and_saves_the_best(capsys, where, prompts, tmp_p
     assert "Best: " in out
 
 
+@pytest.mark.slow
 def test_a_classifiers_rule_is_a_target(capsys, where, prompts, tmp_path, scope) -> None:
     parts = tuple(
         RuleFeature(layer, feature, 0.5, 1.0, 0.0, scope.saes[layer].identity.fingerprint)

@@ -85,6 +85,7 @@ def test_batches_chunks_and_single_prompts_agree(opened) -> None:
     assert [one.text for one in together] != [one.text for one in generate(model, tokenizer, PROMPTS, decoding=new)]
 
 
+@pytest.mark.slow
 def test_a_sweep_over_candidates(opened) -> None:
     model, tokenizer, saes, stats = opened
     candidates = {str(f): [Intervention.add(layer=LAYER, feature=f, amount=1.0, unit="resid_norm")] for f in (3, 5)}

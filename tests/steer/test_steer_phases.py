@@ -219,6 +219,7 @@ def test_teacher_forced_rows_are_steered_like_generated_ones(own: Scope) -> None
     assert plain_text == pytest.approx(np.zeros(8), abs=1e-6)
 
 
+@pytest.mark.slow
 def test_a_sweep_at_a_phase(own: Scope) -> None:
     """The continuation is an answer, so an intervention at thinking does nothing to it and one at answers does."""
     found = {}
@@ -306,6 +307,7 @@ def test_phases_as_sets(a: list[str], b: list[str]) -> None:
     assert Where.parse(str(first)) == first
 
 
+@pytest.mark.slow
 def test_what_can_not_be_told_is_refused(own: Scope) -> None:
     def run(where: str, chat, prompts: Sequence = PROMPTS) -> None:
         one = Intervention.add(layer=LAYER, feature=FEATURE, amount=1.0, where=where)

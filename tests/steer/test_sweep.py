@@ -93,6 +93,7 @@ def run(scope, interventions=None, target=None, **options):
     )
 
 
+@pytest.mark.slow
 def test_a_sweep_measures_every_amount_and_proposes_within_the_budget(scope) -> None:
     found = run(scope, budget=Budget(1e9, 1.0), refine=0)
     assert [dose.amount for dose in found.doses] == [0.0, 0.1, 0.2, 0.4, 0.6, 0.8, 1.2, 1.6]
@@ -126,6 +127,7 @@ def test_the_budget_counts_from_the_reference(scope) -> None:
     assert run(scope, amounts=[0.2], refine=0).reference != found.reference
 
 
+@pytest.mark.slow
 def test_tolerance_proposes_a_smaller_amount_that_does_nearly_as_much(scope) -> None:
     wide = Budget(1e9, 1.0)
     found = run(
@@ -147,6 +149,7 @@ def test_tolerance_proposes_a_smaller_amount_that_does_nearly_as_much(scope) -> 
         assert abs(proposed) == min(map(abs, close))
 
 
+@pytest.mark.slow
 def test_the_grid_follows_the_residual_norm_whatever_the_unit(scope) -> None:
     length = float(scope.saes[0].W_dec[:, 3].norm())
     found = run(scope, [Intervention.add(layer=0, feature=3, amount=7.0)], budget=Budget(1e9, 1), refine=0)

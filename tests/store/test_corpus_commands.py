@@ -46,6 +46,7 @@ def test_extract_and_ask(capsys, tmp_path) -> None:
     assert json.loads(out) == [{"n": 17}]
 
 
+@pytest.mark.slow
 def test_mistakes_end_in_one_sentence(capsys, tmp_path) -> None:
     folder = tmp_path / "s"
     stores.make(folder).close()

@@ -112,6 +112,7 @@ def test_tokens_that_do_not_count_are_left_out_with_their_reason(tmp_path) -> No
                 assert last.get((i, f)) == (places[-1] if some[places[-1], f] else None)
 
 
+@pytest.mark.slow
 def test_pooled_residuals_are_of_the_tokens_that_count(tmp_path) -> None:
     counted, point = some_count(), HookPoint(0)
     limit = counted.norms[str(point)]
@@ -161,6 +162,7 @@ def test_what_the_files_of_the_saes_say_counts(tmp_path) -> None:
         assert store.manifest.request["counted_by"] == "saes"
 
 
+@pytest.mark.slow
 def test_pooled_residuals(tmp_path) -> None:
     small = stores.make(tmp_path / "a", window_tokens=20, row_tokens=7, pool=("mean", "last"))
     for layer in stores.LAYERS:
@@ -177,6 +179,7 @@ class Killed(BaseException):
     """Stands for the end of the process."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1])
 def test_a_run_killed_again_and_again_leaves_the_same_bytes(tmp_path, monkeypatch, undisturbed, seed) -> None:
     dice, left, real, kills = random.Random(seed), [0], os.fsync, 0
@@ -227,6 +230,7 @@ def test_kill_9_at_random_moments(tmp_path, undisturbed) -> None:
     assert stores.digest(tmp_path / "s") == undisturbed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("at", [1, 6, 13])
 def test_a_full_disk_is_one_sentence_and_nothing_is_lost(tmp_path, monkeypatch, undisturbed, at) -> None:
     calls, real = [0], os.fsync
@@ -246,6 +250,7 @@ def test_a_full_disk_is_one_sentence_and_nothing_is_lost(tmp_path, monkeypatch, 
     assert stores.digest(tmp_path / "s") == undisturbed
 
 
+@pytest.mark.slow
 def test_a_finished_store_is_opened_and_another_request_refused(tmp_path, monkeypatch, undisturbed) -> None:
     stores.make(tmp_path / "s", **HARD).close()
     (tmp_path / "s" / "work").mkdir()  # as if killed after the manifest

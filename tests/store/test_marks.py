@@ -54,6 +54,7 @@ def test_contexts_know_what_the_table_of_masked_tokens_says(store: FeatureStore,
         assert context.left_out == tuple(masked.get(place, "") for place in places)
 
 
+@pytest.mark.slow
 def test_every_view_marks_them(store: FeatureStore, feature: int, capsys: pytest.CaptureFixture[str]) -> None:
     page = feature_page(LAYER, feature, store=store, contexts=8)
     shown = (*page.strongest, *page.spread)

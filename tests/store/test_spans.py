@@ -146,6 +146,7 @@ def planted(folder: Path, documents: int = 40, *, spans: bool = True) -> Feature
     return FeatureStore(folder)
 
 
+@pytest.mark.slow
 def test_what_fires_while_it_thinks_and_not_while_it_answers(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -260,6 +260,7 @@ def as_version_1(folder: Path, sinks: dict[int, float]) -> None:
     (folder / "manifest.json").write_text(json.dumps(manifest))
 
 
+@pytest.mark.slow
 def test_a_store_of_version_1_is_read_with_what_it_left_out(tmp_path: Path) -> None:
     """Its thresholds are a multiple of the median, as its own fields say; it knows no phases."""
     ids = torch.tensor([stores.scope().tokenizer(stores.TEXTS[0])["input_ids"]])

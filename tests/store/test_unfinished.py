@@ -104,6 +104,7 @@ def test_long_values_are_shown_where_they_part(tmp_path: Path) -> None:
         run(tmp_path / "s", stores.TEXTS, name=name + "b" + name, window_tokens=100)
 
 
+@pytest.mark.slow
 def test_a_wrong_option_leaves_nothing_behind(tmp_path: Path, capsys) -> None:
     (tmp_path / "c.jsonl").write_text('{"text": "hello hello"}\n' * 3)
     words = ["extract", str(tmp_path / "c.jsonl"), "-o", str(tmp_path / "new" / "s"), *WHERE, "--layers", "0"]
@@ -123,6 +124,7 @@ def test_a_wrong_option_leaves_nothing_behind(tmp_path: Path, capsys) -> None:
     assert "which is read" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_folder_in_which_nothing_is_finished_is_taken_anew(tmp_path: Path) -> None:
     """As a killed run leaves it: a request, a lock file, a part, a window of unreadable rows."""
     work = tmp_path / "s" / "work"
@@ -199,6 +201,7 @@ def project(tmp_path: Path, monkeypatch, capsys) -> Path:
     return home
 
 
+@pytest.mark.slow
 def test_a_store_knows_where_its_saes_and_its_model_are(project: Path, tmp_path: Path, monkeypatch, capsys) -> None:
     def shown(store: Path) -> tuple[int, str]:
         code = main(["show", str(store), "--layer", "0", "-f", "3", "--device", "cpu", "--json"])
@@ -228,6 +231,7 @@ def test_a_store_knows_where_its_saes_and_its_model_are(project: Path, tmp_path:
     assert "was made with the SAE" in said
 
 
+@pytest.mark.slow
 def test_of_two_places_the_weights_decide(project: Path, tmp_path: Path) -> None:
     copy = tmp_path / "other" / "stores" / "s"
     shutil.copytree(project / "stores" / "s", copy)
@@ -239,6 +243,7 @@ def test_of_two_places_the_weights_decide(project: Path, tmp_path: Path) -> None
     assert FeatureStore(copy).source("saes") == str(tmp_path / "other" / "mine")
 
 
+@pytest.mark.slow
 def test_a_store_of_an_earlier_writer_opens_and_asks(project: Path, capsys) -> None:
     path = project / "stores" / "s" / "manifest.json"
     data = json.loads(path.read_text())
@@ -254,6 +259,7 @@ def test_a_store_of_an_earlier_writer_opens_and_asks(project: Path, capsys) -> N
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sources", [[], {"saes": "x"}, {"saes": {"path": 3}}, {"saes": {"path": None}}, None, "x"])
 def test_odd_sources_are_refused(project: Path, sources: object) -> None:
     path = project / "stores" / "s" / "manifest.json"
@@ -262,6 +268,7 @@ def test_odd_sources_are_refused(project: Path, sources: object) -> None:
         FeatureStore(path.parent)
 
 
+@pytest.mark.slow
 def test_a_place_that_is_none_is_one_sentence(project: Path) -> None:
     path = project / "stores" / "s" / "manifest.json"
     for place in ({}, {"path": ""}, {"path": "/no/where"}, {"relative": "../nowhere"}, {"path": "x\0y"}):

@@ -166,6 +166,7 @@ def test_the_tokens_are_those_of_the_whole(
     assert strings == whole.strings[0]
 
 
+@pytest.mark.slow
 def test_a_long_page_of_a_tokenizer_without_words_is_read_in_parts() -> None:
     """At the real length, where it did not end before."""
     made = PreTrainedTokenizerFast(tokenizer_object=llama(True), unk_token="<unk>", bos_token="<s>")

@@ -60,6 +60,7 @@ def made(folder: Path, kind: str, n: int) -> object:
 KINDS = ("jsonl", "jsonl.gz", "csv", "txt", "parquet", "list", "files")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.usefixtures("small_blocks")
 def test_every_document_once_by_seed_and_the_same_rest_from_anywhere(tmp_path: Path, kind: str) -> None:
@@ -80,6 +81,7 @@ def test_every_document_once_by_seed_and_the_same_rest_from_anywhere(tmp_path: P
         assert two_passes[300:] != whole  # every pass has an order of its own
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("small_blocks")
 def test_sources_come_in_proportion_to_their_rows_from_the_first_to_the_last(tmp_path: Path) -> None:
     sizes = {"a": 2000, "b": 500, "c": 100, "d": 7}
@@ -144,6 +146,7 @@ def test_what_is_held_out_and_shared_is_what_it_is_in_order(tmp_path: Path, kind
     assert sorted(sampled) == sorted(texts(Corpus(source, sample=40, seed=5)))
 
 
+@pytest.mark.slow
 def test_a_short_corpus_is_one_permutation(tmp_path: Path) -> None:
     """Below one block every order is possible: over seeds a row's place is uniform."""
     source = [str(i) for i in range(20)]
@@ -167,6 +170,7 @@ def test_streams_are_mixed_within_blocks_and_take_turns_with_others(tmp_path: Pa
     assert {(one.source, one.row) for one in held} == {(one.source, one.row) for one in islice(in_order, 20)}
 
 
+@pytest.mark.slow
 def test_a_file_is_not_read_into_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(corpus_file, "BLOCK_CHARACTERS", 2**18)
     path = tmp_path / "large.jsonl"

@@ -128,6 +128,7 @@ def test_a_generator_is_read_once() -> None:
         Corpus((text for text in TEXTS), sample=3)
 
 
+@pytest.mark.slow
 def test_a_source_is_given_up_when_nothing_of_its_beginning_can_be_used() -> None:
     def rows() -> Any:
         while True:

@@ -22,6 +22,17 @@ TEMPLATES = templates()
 QWEN = [name for name in TEMPLATES if name.startswith("qwen")]
 REASONS = [name for name in QWEN if not name.startswith(("qwen2_5", "qwen3_vl", "qwen3_instruct"))]
 CALLS = [name for name in QWEN if "qwen2_5_vl" not in name]
+FAST = {"qwen2_5", "qwen3", "qwen3_5_think", "qwen3_6", "qwen3_8"}
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The fast part of the tests takes one template of each generation of Qwen."""
+    for item in items:
+        params = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
+        template = params.get("template", "qwen3")
+        if item.path.parent == Path(__file__).parent and isinstance(template, str) and template not in FAST:
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(scope="session")

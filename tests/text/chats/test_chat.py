@@ -181,6 +181,7 @@ def test_a_template_that_does_not_end_is_stopped(tokenizer: PreTrainedTokenizerB
     assert sys.gettrace() is tracing
 
 
+@pytest.mark.slow
 def test_a_long_conversation_has_as_many_steps_as_it_needs(tokenizer: PreTrainedTokenizerBase) -> None:
     """A template that reads each letter twice takes more than a probe may."""
     tokenizer.chat_template = (

@@ -76,6 +76,7 @@ def test_the_words_of_a_marker_are_no_marker(tokenizer: PreTrainedTokenizerBase)
     assert set(GenerationPhases(tokenizer, "default", "answer").follow(made)) == {PHASES.index("answer")}
 
 
+@pytest.mark.slow
 def test_a_marker_of_several_tokens(tokenizer: PreTrainedTokenizerBase) -> None:
     """Told by its text once it is complete: this tokenizer has no token for gpt-oss's or Gemma's markers."""
     tokenizer.chat_template = TEMPLATES["gemma4_v5"]

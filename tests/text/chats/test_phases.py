@@ -459,6 +459,7 @@ NOISE = st.one_of(PLAIN, st.sampled_from(["<|im_start|>user\n", "<|im_end|>\n", 
 TURN = st.tuples(NOISE, NOISE, st.one_of(st.none(), PLAIN), st.booleans())
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     st.sampled_from(["qwen2_5", "qwen3", "qwen3_5_think", "qwen3_6", "qwen3_8", "qwen3_training"]),
