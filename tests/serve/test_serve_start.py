@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import ast
+from pathlib import Path
+
 import pytest
 
+from qwen_scope import serve
 from qwen_scope.errors import QwenScopeError
 from qwen_scope.serve import ServeSettings, selftest
 from qwen_scope.serve.command import flag_of
@@ -43,3 +47,17 @@ def test_a_worker_without_the_plugin_keeps_a_server_from_serving() -> None:
     selftest.check_workers([{"rows": 3}])
     with pytest.raises(QwenScopeError, match="not at work in the worker of rank 1"):
         selftest.check_workers([{"rows": 3}, None])
+
+
+def test_the_room_unpickles_nothing() -> None:
+    """What clients send and what processes of the server tell each other is JSON and plain values."""
+    folder = Path(next(iter(serve.__path__)))
+    modules = {path.name: ast.parse(path.read_text(encoding="utf-8")) for path in folder.glob("*.py")}
+    assert len(modules) > 20
+    for name, tree in modules.items():
+        for node in ast.walk(tree):
+            named = [one.name for one in node.names] if isinstance(node, ast.Import) else []
+            named += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+                named.append(f"{node.value.id}.{node.attr}")
+            assert not {"pickle", "cloudpickle", "dill", "marshal", "shelve", "joblib", "torch.load"} & set(named), name

@@ -64,6 +64,24 @@ def check(llm: LLM, cases: list[Any]) -> None:
     assert not bad, f"{len(bad)} of {len(cases)}: {bad[:10]}"
 
 
+def check_bits(llm: LLM, known: dict[str, Any], every: int) -> None:
+    """The same batch twice, its steered requests steered and not: the others have the same log-probabilities."""
+    steered = [case for case in known["cases"] if case.ask is not None][::every]
+    plain = [case for case in known["cases"] if case.ask is None]
+    batch = [case for pair in zip(steered, plain * len(steered), strict=False) for case in pair]
+    found = []
+    for keep in (True, False):
+        llm.reset_prefix_cache()
+        chosen = [params(case.ask if keep else None, n=12, ignore_eos=True, logprobs=5) for case in batch]
+        out = answers(llm, [case.ids for case in batch], chosen)
+        found.append([one.outputs[0] for one, case in zip(out, batch, strict=True) if case.ask is None])
+    assert len(found[0]) == len(steered) > 4
+    for one, other in zip(*found, strict=True):
+        assert one.token_ids == other.token_ids
+        values = [[{k: v.logprob for k, v in step.items()} for step in side.logprobs] for side in (one, other)]
+        assert values[0] == values[1]
+
+
 def compare_features(known: dict[str, Any], found: dict[str, Any], names: list[str]) -> int:
     """The strongest features of the prompts are the scope's; how many rows were compared."""
     rows = 0

@@ -36,22 +36,7 @@ def test_each_case_alone(llm: Any, known: dict[str, Any]) -> None:
 
 
 def test_unsteered_requests_keep_their_log_probabilities_to_the_bit(llm: Any, known: dict[str, Any]) -> None:
-    """The same batch twice, its steered requests steered and not; the others' log-probabilities are equal."""
-    steered = [case for case in known["cases"] if case.ask is not None][::9]
-    plain = [case for case in known["cases"] if case.ask is None]
-    batch = [case for pair in zip(steered, plain * len(steered), strict=False) for case in pair]
-    options = {"n": 12, "ignore_eos": True, "logprobs": 5}
-    found = []
-    for keep in (True, False):
-        llm.reset_prefix_cache()
-        chosen = [served.params(case.ask if keep else None, **options) for case in batch]
-        out = served.answers(llm, [case.ids for case in batch], chosen)
-        found.append([one.outputs[0] for one, case in zip(out, batch, strict=True) if case.ask is None])
-    assert len(found[0]) == len(steered)
-    for one, other in zip(*found, strict=True):
-        assert one.token_ids == other.token_ids
-        values = [[{k: v.logprob for k, v in step.items()} for step in side.logprobs] for side in (one, other)]
-        assert values[0] == values[1]
+    served.check_bits(llm, known, 9)
 
 
 @pytest.mark.parametrize("beside", [False, True])

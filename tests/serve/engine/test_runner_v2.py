@@ -52,6 +52,10 @@ def test_cases_at_once(llm: Any, known: dict[str, Any]) -> None:
     served.check(llm, known["cases"][::12])
 
 
+def test_unsteered_requests_keep_their_log_probabilities_to_the_bit(llm: Any, known: dict[str, Any]) -> None:
+    served.check_bits(llm, known, 40)
+
+
 def test_long_prompts_in_chunks_with_preemption(llm: Any, known: dict[str, Any], preempted: list[str]) -> None:
     served.check(llm, known["long"])
     assert preempted
