@@ -41,6 +41,7 @@ ROOMS = (
     "report",
     "sae",
     "scope",
+    "score",
     "serve",
     "stats",
     "steer",

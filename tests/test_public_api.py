@@ -49,6 +49,7 @@ COMMANDS = {
     "explore",
     "lens",
     "match",
+    "score",
     "card",
     "serve",
     "why",

@@ -173,7 +173,7 @@ def test_train_takes_the_documents_of_its_options(kind: str, tmp_path: Path) -> 
 READERS = [
     "extract", "train", "eval", "find", "classify fit", "classify predict", "classify distil", "classify transfer",
     "synthesize", "posttrain prepare", "posttrain sft", "posttrain eval", "posttrain rl", "posttrain repetition",
-    "sweep", "validate", "lens fit",
+    "sweep", "validate", "lens fit", "score",
 ]  # fmt: skip
 # `prepare` learns from texts as they stand; `--unit` and `--sample` of steering are about something else.
 LACKS = {"posttrain prepare": {"chat"}, "sweep": {"unit", "sample"}, "validate": {"unit", "sample"}}

@@ -27,6 +27,7 @@ from . import (
     output,
     plan,
     posttrain,
+    score,
     serve,
     show,
     steer,
@@ -94,5 +95,6 @@ app.command("validate", rich_help_panel=STEERING)(validate.validate)
 app.command("serve", rich_help_panel=STEERING)(serve.serve)
 app.command("train", rich_help_panel=TRAIN)(train.train)
 app.command("eval", rich_help_panel=TRAIN)(evaluate.evaluate)
+app.command("score", rich_help_panel=TRAIN)(score.score)
 app.command("convert", rich_help_panel=TRAIN)(convert.convert)
 app.add_typer(posttrain.app, name="posttrain", rich_help_panel=TRAIN)

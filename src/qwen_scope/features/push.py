@@ -20,7 +20,7 @@ from .validate import CONCEPT_RATIO
 
 AMOUNT, DOSES = 1.0, (0.25, 0.5, 1.0)
 """Of the layer's median residual norm: the dose that is compared with controls, and those that are shown."""
-TEXTS, TOKENS, RANDOMS = 24, 64, 19
+TEXTS, TOKENS, RANDOMS = 16, 48, 19
 NEAREST = 100  # features that fire about as often, among which controls are drawn
 
 

@@ -21,6 +21,8 @@ ANY = -(2**63)  # the least of a whole number whose range is checked elsewhere
 
 AUX = 1 / 32
 
+FREEZABLE = ("W_enc", "W_dec", "b_enc", "b_dec")
+
 CONTINUING = 0.3  # docs/log.md, "Where training begins"
 
 # Steps of the runs that the published learning rate was found for: half a billion tokens and more, 4,096 a step.
@@ -53,6 +55,7 @@ class TrainConfig:
             points away from the mean residual start dead and AuxK, which sees them through a ReLU, can't reach them.
         scale_input: divide residuals by a constant so that their mean squared norm is d_model; folded on export.
         seed: of the initial weights and, with the layer's name, of each layer.
+        frozen: which of `FREEZABLE` stay as they were drawn, to make the controls of a scoreboard.
 
     Raises:
         InputError: a value that can't be, or two that exclude each other.
@@ -76,6 +79,7 @@ class TrainConfig:
     pre_bias: bool = True
     scale_input: bool = True
     seed: int = 0
+    frozen: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         kind = self.kind
@@ -103,6 +107,8 @@ class TrainConfig:
             raise InputError(f"a warm-up of {self.warmup} steps does not fit a run of {self.steps}")
         if not 0 <= self.aux < math.inf:
             raise InputError(f"aux_weight must not be negative, got {self.aux_weight}")
+        if unknown := [name for name in self.frozen if name not in FREEZABLE]:
+            raise InputError(f"what can be frozen is {', '.join(FREEZABLE)}, not {unknown[0]!r}")
         kind.check(self.shape)
 
     @property
@@ -120,6 +126,8 @@ class TrainConfig:
     def to_json(self) -> dict[str, Any]:
         """As values of JSON: the architecture by its name, its options beside the rest."""
         own = {field.name: getattr(self, field.name) for field in fields(self)} | {"aux_weight": self.aux}
+        if not self.frozen:  # as runs that knew nothing of it wrote it
+            del own["frozen"]
         return json.loads(json.dumps({**own, "architecture": self.kind.name, **vars(self.kind)}))
 
     def resolved(self) -> dict[str, Any]:

@@ -26,6 +26,7 @@ class SplicedLoss:
         ce_recovered: `(ce_zero - ce_spliced) / (ce_zero - ce_clean)`: 1 is no loss, 0 no better than zeros; sae_lens'
             `ce_loss_score`.
         kl: mean KL divergence of the spliced from the clean prediction, over all positions.
+        kl_zero: the same with zeros.
     """
 
     ce_clean: float
@@ -33,6 +34,12 @@ class SplicedLoss:
     ce_zero: float
     ce_recovered: float
     kl: float
+    kl_zero: float = float("nan")
+
+    @property
+    def kl_recovered(self) -> float:
+        """`(kl_zero - kl) / kl_zero`: 1 is no divergence, 0 that of zeros; SAEBench's `kl_div_score`."""
+        return (self.kl_zero - self.kl) / self.kl_zero if self.kl_zero else float("nan")
 
 
 @torch.no_grad()
@@ -50,7 +57,7 @@ def spliced_losses(
         rows: batches of full rows of token ids, `(rows, row)`, at least two tokens long.
         kept: from a layer, ids and residuals, where the residual is replaced; by default everywhere.
     """
-    sums = {point: torch.zeros(4, dtype=torch.float64) for point in saes}
+    sums = {point: torch.zeros(5, dtype=torch.float64) for point in saes}
     predicted = positions = 0
     pieces = list(small_batches(model, rows))
     for number, ids in enumerate(pieces, 1):
@@ -64,9 +71,9 @@ def spliced_losses(
                 spliced = log_probs(model, ids)
             with changing(model, {point: lambda h, _, put=replaced: put(h, torch.zeros_like(h))}):
                 zeroed = log_probs(model, ids)
-            divergence = kl_div(spliced, clean, reduction="sum", log_target=True)
+            diverged = [float(kl_div(one, clean, reduction="sum", log_target=True)) for one in (spliced, zeroed)]
             losses = [summed_loss(each, ids) for each in (clean, spliced, zeroed)]
-            sums[point] += torch.tensor([*losses, float(divergence)], dtype=torch.float64)
+            sums[point] += torch.tensor([*losses, *diverged], dtype=torch.float64)
         predicted += ids[:, 1:].numel()
         positions += ids.numel()
         if progress:
@@ -75,10 +82,11 @@ def spliced_losses(
 
 
 def result(total: Tensor, predicted: int, positions: int) -> SplicedLoss:
-    """Means from the sums of clean, spliced and zeroed loss and of the divergence."""
+    """Means from the sums of clean, spliced and zeroed loss and of both divergences."""
     clean, spliced, zero = (float(each) / max(1, predicted) for each in total[:3])
     recovered = (zero - spliced) / (zero - clean) if zero != clean else float("nan")
-    return SplicedLoss(clean, spliced, zero, recovered, float(total[3]) / max(1, positions))
+    divergences = (float(each) / max(1, positions) for each in total[3:])
+    return SplicedLoss(clean, spliced, zero, recovered, *divergences)
 
 
 def small_batches(model: nn.Module, rows: Sequence[Tensor]) -> Iterator[Tensor]:

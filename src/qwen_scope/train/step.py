@@ -154,9 +154,9 @@ def dead_features(config: TrainConfig, layer: Layer) -> Tensor:
 def update(config: TrainConfig, layer: Layer, lr: float, ranks: Ranks) -> None:
     """Agree on the gradients, keep the decoder on its sphere, clip, and let Adam step."""
     w = layer.weights
-    for parameter in w.parameters().values():
-        if parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
+    for name, parameter in w.parameters().items():
+        if parameter.grad is None or name in config.frozen:
+            parameter.grad = torch.zeros_like(parameter)  # Adam leaves it as it is
         if ranks.mode == "data":
             parameter.grad.copy_(ranks.over_rows(parameter.grad))
     w.drop_parallel_gradient()

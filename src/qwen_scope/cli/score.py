@@ -1,0 +1,92 @@
+"""`qwen-scope score`: figures of SAEs beside those of controls."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from qwen_scope.score import ScoreRun
+from qwen_scope.text import CorpusOptions
+
+from . import options, output, whose
+from .evaluate import seeded
+from .groups import OPTIONS, Read, grouped
+
+if TYPE_CHECKING:
+    from qwen_scope.score import Scoreboard
+
+OPTIONS[ScoreRun] = {
+    "sae": Annotated[str, typer.Argument(metavar="SAE", help="SAEs: a group's name or Hub id, or a folder.")],
+    "data": options.Documents,
+    "out": Annotated[Path, typer.Option("--out", "-o", help="The folder of the scoreboard; the same command goes on.")],
+    "model": options.Model,
+    "layers": Annotated[options.Layers, Read(options.layers_tuple)],
+    "corpus": CorpusOptions,
+    "tokens": Annotated[int, typer.Option("--tokens", help="About how many to measure on.", min=2)],
+    "train_tokens": Annotated[int, typer.Option("--train-tokens", help="How many each control is trained on.", min=1)],
+    "controls": Annotated[bool, typer.Option("--controls/--no-controls", help="Measure the controls, too.")],
+    "context_length": Annotated[int, typer.Option("--context-length", help="Tokens per row.", min=2)],
+    "batch_size": Annotated[int, typer.Option("--batch-size", help="Rows per forward pass.", min=1)],
+    "batch": Annotated[int, typer.Option("--batch", help="Tokens per step of training.", min=1)],
+    "hold_out": Annotated[
+        int, typer.Option("--hold-out", help="Measure on every N-th document, train controls on the others.", min=2)
+    ],
+    "dtype": options.Dtype,
+    "device": options.Device,
+    "seed": Annotated[int, typer.Option("--seed", help="Of the controls.", **options.SEED)],
+}
+
+
+@grouped
+def score(
+    run: ScoreRun,
+    html: Annotated[Path | None, typer.Option("--html", help="Write one HTML file that opens by itself.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what it takes, and stop.")] = False,
+    as_json: options.Json = False,
+) -> None:
+    """Measure SAEs with and without sinks, each figure as a gain over controls that learnt less.
+
+    Controls of the same width and k are trained here on the same text: with a random decoder that stays, with an
+    encoder that stays, and random directions alone. Stopped in whatever way, the same command goes on.
+    """
+    from qwen_scope.files import check_output, write_text
+    from qwen_scope.score import cost, scoreboard_html
+    from qwen_scope.score import score as run_score
+
+    options.quiet()
+    whose.refuse_other_saes(run.sae)
+    if html is not None:
+        check_output(html, *options.folders(run.sae, run.model))
+    run = seeded(run, run.seed)
+    found = cost(run)
+    if dry_run:
+        if as_json:
+            output.print_json(found)
+            return
+        out = output.console()
+        out.print(f"{found.layers} layers, {found.cells} rows of figures, {found.done} of them done.")
+        out.print(f"{found.measured:,} tokens go through the model to measure, {found.trained:,} to train controls.")
+        return
+    whose.say_whose()
+    with output.progress() as bar:
+        board = run_score(run, progress=bar)
+    if html is not None:
+        write_text(html, scoreboard_html(board))
+    if as_json:
+        output.print_json(board.to_json())
+    else:
+        print_board(board)
+
+
+def print_board(board: Scoreboard) -> None:
+    """A table per layer, with and without sinks, and where a control does as well."""
+    from qwen_scope.score import score_table
+
+    out = output.console()
+    for layer in board.cells:
+        for sinks in ("without sinks", "with sinks"):
+            output.show(f"Layer {layer}, {sinks}", *score_table(board, layer, sinks))
+    for layer, arm, sinks, figure in board.not_better():
+        out.print(f"Layer {layer}, {sinks}: {arm} does as well by {figure}.")

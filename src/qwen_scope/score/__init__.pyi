@@ -1,0 +1,10 @@
+from .controls import ARMS as ARMS
+from .controls import control as control
+from .html import score_table as score_table
+from .html import scoreboard_html as scoreboard_html
+from .options import ScoreRun as ScoreRun
+from .scoreboard import FIGURES as FIGURES
+from .scoreboard import Cost as Cost
+from .scoreboard import Scoreboard as Scoreboard
+from .scoreboard import cost as cost
+from .scoreboard import score as score
