@@ -27,32 +27,29 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 
+from experiments.graphs import (
+    MATCHED,
+    STRONGEST,
+    TOP,
+    activations,
+    agreement,
+    estimates,
+    half,
+    matched,
+    median_ratio,
+    median_size,
+)
 from experiments.harness import At, Experiment, Row, main
 from experiments.lab.bundled import lab
 from experiments.sections import paragraph, table
-from qwen_scope.circuits import (
-    Place,
-    Quantity,
-    Reading,
-    ablated,
-    effects,
-    faithfulness,
-    most_likely,
-    next_logits,
-    read,
-)
-from qwen_scope.circuits.explain import agree
+from qwen_scope.circuits import Place, Quantity, most_likely, next_logits, read
 from qwen_scope.lab import LANGUAGES, REGISTERS, chat_prompts, documents
 
 METHODS = ("gradient", "ig", "relp")
 CHOSEN = "gradient"
 FACTORS = ("language", "register", "digit", "topic")
 SEEDS = {"chosen-on": 4100, "reported": 7300}
-TOP, STRONGEST, MATCHED = 50, 5, 20
-SIZES = tuple(sorted({round(2 ** (k / 2)) for k in range(21)}))
-"""Numbers of features at which faithfulness is measured."""
 TITLE = "Why this token: estimated effects, ablation and faithfulness"
 
 
@@ -139,15 +136,6 @@ def prompts(factor: str, seed: int) -> Iterator[tuple[list[int], Quantity]]:
     return of_digit(seed) if factor == "digit" else of_topic(seed)
 
 
-def flat(reading: Reading, by_layer: dict[int, torch.Tensor]) -> tuple[list[Place], np.ndarray]:
-    """Places and a number of each, over all layers."""
-    places: list[Place] = []
-    for layer in reading.layers:
-        one = reading.active[layer]
-        places += [Place(layer, p, f) for p, f in zip(one.positions.tolist(), one.features.tolist(), strict=True)]
-    return places, torch.cat([by_layer[layer] for layer in reading.layers]).numpy()
-
-
 def of_prompt(ids: list[int], quantity: Quantity, seed: int, methods: Sequence[str]) -> dict[str, Any]:
     """Everything that is measured on one prompt."""
     reading = read(lab(), ids, quantity)
@@ -155,46 +143,16 @@ def of_prompt(ids: list[int], quantity: Quantity, seed: int, methods: Sequence[s
     ranked: dict[str, np.ndarray] = {}
     places: list[Place] = []
     for method in methods:
-        places, estimated = flat(reading, dict(effects(reading, method).features))
-        top = np.argsort(-np.abs(estimated))[:TOP]
-        exact = ablated(reading, [[places[n]] for n in top]).numpy()
-        out["agreement"][method] = agree(estimated[top].tolist(), exact.tolist())
+        places, estimated = estimates(reading, method)
+        out["agreement"][method] = agreement(reading, places, estimated)
         ranked[method] = estimated
     chosen = ranked[CHOSEN]
-    activation = flat(reading, {layer: reading.active[layer].values for layer in reading.layers})[1]
+    activation = activations(reading)
     out |= matched(reading, places, chosen, activation, seed)
     orders = {"effect": np.argsort(-np.abs(chosen)), "activation": np.argsort(-activation)}
     orders["random"] = np.random.default_rng(seed).permutation(len(places))
     out["half"] = {name: half(reading, places, order) for name, order in orders.items()}
     return out
-
-
-def matched(
-    reading: Reading, places: list[Place], effect: np.ndarray, activation: np.ndarray, seed: int
-) -> dict[str, Any]:
-    """What ablating the strongest lowers, against sets of features like them that are active in the prompt."""
-    rng = np.random.default_rng(seed)
-    rates = {layer: np.asarray(lab().stats[layer].firing_rate) for layer in reading.layers}
-    size = np.stack([np.log(activation), np.log([rates[p.layer][p.feature] + 1e-6 for p in places])])
-    size = size / size.std(1, keepdims=True)
-    layers = np.array([one.layer for one in places])
-    top = np.argsort(-effect)[:STRONGEST]
-    sets: list[list[Place]] = [[places[n] for n in top]]
-    alike = []
-    for n in top:
-        others = [m for m in np.flatnonzero(layers == layers[n]) if m not in top]
-        near = np.argsort(((size[:, others] - size[:, [n]]) ** 2).sum(0))[:MATCHED]
-        alike.append(rng.permutation([others[m] for m in near]))
-    sets += [[places[one[k]] for one in alike] for k in range(min(map(len, alike)))]
-    lowered = ablated(reading, sets).tolist()
-    return {"lowered": lowered[0], "by_matched": lowered[1:], "beats": lowered[0] > max(lowered[1:])}
-
-
-def half(reading: Reading, places: list[Place], order: np.ndarray) -> int | None:
-    """The smallest of `SIZES` at which half the faithfulness is reached; None where none of them does."""
-    sizes = [n for n in SIZES if n <= len(order)] + [len(order)]
-    found = faithfulness(reading, [[places[i] for i in order[:n]] for n in sizes])
-    return next((n for n, one in zip(sizes, found, strict=True) if one.faithfulness >= 0.5), None)
 
 
 def run(at: At[Sizes], factor: str, part: int) -> dict[str, Any]:
@@ -219,15 +177,10 @@ def tell(at: At[Sizes], rows: list[Row]) -> str:
         pearson = [float(np.median([pair[0] for pair in pairs])) for pairs in agreed]
         spearman = [float(np.median([pair[1] for pair in pairs])) for pairs in agreed]
         beats = float(np.mean([one["beats"] for one in ones]))
-        most = 10**9
-        halves = {
-            name: float(np.median([one["half"][name] or most for one in ones]))
-            for name in ("effect", "activation", "random")
-        }
-        ratio = float(
-            np.median([(one["half"]["effect"] or most) / (one["half"]["activation"] or most) for one in ones])
-        )
-        cells.append((factor, len(ones), *pearson, *spearman, f"{beats:.0%}", *map(shown, halves.values()), ratio))
+        halves = [one["half"] for one in ones]
+        ratio = median_ratio(halves, "effect", "activation")
+        sizes = [median_size(halves, name) for name in ("effect", "activation", "random")]
+        cells.append((factor, len(ones), *pearson, *spearman, f"{beats:.0%}", *sizes, ratio))
         found = [pearson[METHODS.index(CHOSEN)], beats, ratio]
     met = [found[0] >= 0.95, found[1] >= 0.95, found[2] <= 1 / 3]
     how = f"""`python -m experiments.lab.why --set {at.options["set"]} --write`: prompts of the lab whose answer hangs
@@ -243,11 +196,6 @@ def tell(at: At[Sizes], rows: list[Row]) -> str:
     columns = ("factor", "prompts", *(f"Pearson, {m}" for m in METHODS), *(f"Spearman, {m}" for m in METHODS),
                "strongest beat matched", "half by effect", "by activation", "at random", "ratio")  # fmt: skip
     return "\n\n".join([paragraph(how), table(columns, cells), paragraph(f"Criteria fixed before the run: {said}.")])
-
-
-def shown(number: float) -> str:
-    """A number of features; those that were never enough are said."""
-    return "more than there are" if number >= 10**9 else f"{number:g}"
 
 
 experiment = Experiment(

@@ -9,7 +9,19 @@ from planted import CONST, FEATURE, IDS, B, C, D, E, X
 from siblings import IDS as SIBLING_IDS
 from siblings import LAYERS, scope_of
 
-from qwen_scope.circuits import Place, Quantity, Reading, effects, explain, faithfulness, incoming, overlap, read
+from qwen_scope.circuits import (
+    Place,
+    Quantity,
+    Reading,
+    Stability,
+    effects,
+    explain,
+    faithfulness,
+    incoming,
+    overlap,
+    read,
+    stability,
+)
 from qwen_scope.circuits import tracer_scores as scores_of
 from qwen_scope.errors import InputError
 
@@ -133,6 +145,69 @@ def test_graphs_agree_on_what_they_share(reading: Reading) -> None:
     assert overlap(graph, other) == 1
     copied = explain(read(reading.scope, reading.ids, Quantity.activation(2, FEATURE[X], 0)))
     assert overlap(graph, copied) == 0
+
+
+def test_paraphrases_are_told_from_unrelated_prompts(reading: Reading) -> None:
+    said = explain(reading)
+    again = explain(read(reading.scope, [IDS[one] for one in "axxd"], Quantity.logit(IDS["t"])))
+    other = explain(read(reading.scope, reading.ids, Quantity.activation(2, FEATURE[X], 0)))
+    assert stability([[said, again], [other]]) == Stability(paraphrases=1.0, unrelated=0.0)
+    mixed = stability([[said, other], [again]])
+    assert (mixed.paraphrases, mixed.unrelated) == (0.0, 0.5)
+    for groups in ([[said, again]], [[said], [other]]):
+        with pytest.raises(InputError, match="groups of paraphrases"):
+            stability(groups)
+
+
+def test_what_features_add_together_sums_to_what_they_carry(reading: Reading) -> None:
+    """On the planted model the AND gives half to either side of every layer's share, and all sum to the value."""
+    found = effects(reading, "joint", steps=200)
+    total = sum(float(one.sum()) for one in found.features.values())
+    (whole,) = faithfulness(reading, [CIRCUIT])
+    assert total == pytest.approx(whole.all - whole.none, rel=2e-2)
+    for layer in reading.layers:
+        one = reading.active[layer]
+        outside = [
+            value
+            for p, f, value in zip(one.positions.tolist(), one.features.tolist(), found.features[layer], strict=True)
+            if Place(layer, p, f) not in CIRCUIT
+        ]
+        assert all(abs(float(value)) < 0.02 * total for value in outside)
+
+
+@pytest.mark.parametrize("family", ["qwen3", "qwen3_5_text"])
+def test_the_slope_along_the_way_is_that_of_the_masks(family: str) -> None:
+    """One point of the way by finite differences: one feature's share is moved, those of all others stay."""
+    scope = scope_of(family)
+    reading = read(scope, SIBLING_IDS, Quantity.logit(5))
+    layer = LAYERS[1]
+    one = reading.active[layer]
+    found = effects(reading, "joint", steps=1).features[layer]
+    n = int(found.abs().argmax())
+    place = Place(layer, int(one.positions[n]), int(one.features[n]))
+
+    def value(share: float) -> float:
+        def change(at: int):
+            sae = scope.saes[at]
+
+            def grown(h: torch.Tensor) -> torch.Tensor:
+                new = h.clone()
+                for position in range(1, h.shape[1]):
+                    pre = sae.W_enc @ h[0, position].float() + sae.b_enc
+                    top = pre.relu().topk(sae.k)
+                    shares = torch.full_like(top.values, 0.5)
+                    if (at, position) == (layer, place.position):
+                        shares[top.indices == place.feature] = share
+                    new[0, position] -= (sae.W_dec[:, top.indices] @ (top.values * (1 - shares))).double()
+                return new
+
+            return grown
+
+        with torch.no_grad():
+            return float(reading.run(reading.copies(1), {at: change(at) for at in LAYERS}))
+
+    step = 1e-3
+    assert float(found[n]) == pytest.approx((value(0.5 + step) - value(0.5 - step)) / (2 * step), rel=2e-2)
 
 
 def test_what_makes_no_sense_is_refused(reading: Reading) -> None:

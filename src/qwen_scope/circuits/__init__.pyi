@@ -33,7 +33,9 @@ from .reading import Reading as Reading
 from .reading import read as read
 from .recipes import graph_recipe as graph_recipe
 from .scores import Faithfulness as Faithfulness
+from .scores import Stability as Stability
 from .scores import TracerScores as TracerScores
 from .scores import faithfulness as faithfulness
 from .scores import overlap as overlap
+from .scores import stability as stability
 from .scores import tracer_scores as tracer_scores

@@ -15,6 +15,7 @@ from qwen_scope.errors import InputError, check_count
 from qwen_scope.model import Routing, has_routers, relevance
 from qwen_scope.report import Progress
 
+from .jointly import jointly
 from .options import DEFAULT, Method, check_method
 from .reading import Reading, gradients, keeper
 
@@ -33,8 +34,8 @@ class Effects:
         method: how they were found.
         features: by layer, of every active feature, in the order of `reading.active[layer]`.
         errors: by layer, of every token's error.
-        embeddings: of every token's embedding; NaN for integrated gradients, which begin at a layer's stream.
-        bases: by layer, of `b_dec` at all tokens together; for integrated gradients the value with the stream there.
+        embeddings: of every token's embedding; NaN for `ig` and `joint`, which have none.
+        bases: by layer, of `b_dec` at all tokens together, by gradient; for `ig` the value with the stream there.
         slopes: by layer, the gradient at the stream, `(seq, d_model)`; of plain gradients or RelP.
         gaps: by layer, for integrated gradients: what features and errors leave over of the value less its baseline.
         exact: for `exact`, the nodes that were ablated and their effects; the others have that by gradient.
@@ -71,6 +72,7 @@ def effects(
     | `gradient` | `a_i (d_i . dm/dh)` (attribution patching; Marks et al. 2024, eq. 1) |
     | `relp` | the same with the rules of `model.relevance` for the backward pass (arXiv 2508.21258) |
     | `ig` | `a_i d_i` times the mean gradient while the layer's features grow from 0 to their value, the error kept |
+    | `joint` | what it adds while features of all layers grow from 0 together, errors kept (see `jointly`) |
     | `exact` | `m` less `m` of a run with `a_i` at 0, of the features and errors that the gradient ranks first |
 
     An error's effect is likewise `e . dm/dh`. For `ig` it is the mean gradient while the errors grow from 0 with the
@@ -79,8 +81,8 @@ def effects(
     prompt was routed to.
 
     Args:
-        steps: of `ig` on one piece of the way; pieces are halved where the gradient is off, until a layer's sum is
-            right within 1% or `MOST_STEPS` are made.
+        steps: of `joint`, and of `ig` on one piece of the way; its pieces are halved where the gradient is off, until a
+            layer's sum is right within 1% or `MOST_STEPS` are made.
         most: as many nodes are ablated for `exact`, each in a run of its own.
 
     Raises:
@@ -88,6 +90,9 @@ def effects(
     """
     method, steps, most = check_method(method), check_count("steps", steps), check_count("most", most)
     first = _first_order(reading, method)
+    if method == "joint":
+        features, errors = jointly(reading, steps, progress)
+        return replace(first, method=method, features=features, errors=errors, embeddings=first.embeddings * np.nan)
     if method == "exact":
         return _exact(reading, first, most, progress)
     return first if method != "ig" else _integrated(reading, first, steps, progress)

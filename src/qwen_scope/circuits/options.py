@@ -7,7 +7,7 @@ from typing import Literal, get_args
 
 from qwen_scope.errors import InputError, check_count, check_share
 
-Method = Literal["gradient", "ig", "relp", "exact"]
+Method = Literal["gradient", "ig", "relp", "joint", "exact"]
 
 DEFAULT: Method = "gradient"
 """The method with the highest correlation with ablation on the prompts that it was chosen on (docs/results.md)."""
@@ -46,8 +46,8 @@ class WhyOptions:
     """How a graph is found, and how much of it is kept.
 
     Attributes:
-        method: of the effects: `gradient`, `ig`, `relp` or `exact`; edges follow RelP's rules or else the gradient.
-        steps: of `ig` on one piece of its way.
+        method: of the effects: `gradient`, `ig`, `relp`, `joint` or `exact`; edges follow RelP or else the gradient.
+        steps: of `joint`, and of `ig` on one piece of its way.
         nodes: at most as many features are kept, those with the largest effects.
         node_share: within a layer the largest effects are kept until they carry this share of the size of all.
         edges: at most as many edges are kept, those that matter most to the target.
@@ -84,5 +84,4 @@ def check_method(method: str) -> Method:
     for known in get_args(Method):
         if method == known:
             return known
-    estimates = ", ".join(known for known in get_args(Method) if known != "exact")
-    raise InputError(f"a method is one of {estimates}, not {method!r}; or it is exact, which ablates")
+    raise InputError(f"a method is one of gradient, ig, relp, not {method!r}; or it is joint or exact")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 
 import torch
 from jaxtyping import Float
@@ -191,3 +192,31 @@ def overlap(one: Graph, other: Graph, n: int = 20) -> float:
         names = dict.fromkeys(graph.nodes[i].name for i in graph.features)
         sides.append(set(list(names)[:n]))
     return len(sides[0] & sides[1]) / len(sides[0] | sides[1]) if sides[0] | sides[1] else 0.0
+
+
+@dataclass(frozen=True)
+class Stability:
+    """How much graphs of paraphrases share of their strongest features, against those of unrelated prompts.
+
+    Attributes:
+        paraphrases: mean overlap of two graphs of one group.   unrelated: of two of different groups.
+    """
+
+    paraphrases: float
+    unrelated: float
+
+
+def stability(groups: Sequence[Sequence[Graph]], n: int = 20) -> Stability:
+    """The overlap of the `n` strongest features within groups of paraphrases, and between them as the control.
+
+    Args:
+        groups: graphs of prompts that say the same in other words, one group for each thing that is said.
+
+    Raises:
+        InputError: fewer than two groups, or no group with two graphs.
+    """
+    if len(groups) < 2 or not any(len(group) > 1 for group in groups):
+        raise InputError("stability compares groups of paraphrases: give two, one of them with two graphs")
+    within = [overlap(one, other, n) for group in groups for one, other in combinations(group, 2)]
+    between = [overlap(one, other, n) for a, b in combinations(groups, 2) for one in a for other in b]
+    return Stability(sum(within) / len(within), sum(between) / len(between))
