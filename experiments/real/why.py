@@ -91,9 +91,9 @@ PROMPTS: dict[str, list[tuple[str, str, str]]] = {
 
 @dataclass(frozen=True)
 class Sizes:
-    """Prompts of each kind, the first of which chooses the method."""
+    """Prompts of each part of a kind; the very first chooses the method."""
 
-    prompts: int = 8
+    prompts: int = 4
 
 
 @cache
@@ -134,12 +134,12 @@ def of_prompt(scope: Scope, text: str, answer: str, other: str, seed: int, metho
     return out
 
 
-def run(at: At[Sizes], model: str, kind: str) -> dict[str, Any]:
-    """The prompts of one kind."""
+def run(at: At[Sizes], model: str, kind: str, part: int) -> dict[str, Any]:
+    """Some prompts of one kind."""
     scope = opened(model, at.options["saes"])
     found = []
-    for n, asked in enumerate(PROMPTS[kind][: at.sizes.prompts]):
-        found.append(of_prompt(scope, *asked, seed=n, methods=METHODS if n % 4 == 0 else METHODS[:2]))
+    for n in range(part * at.sizes.prompts, (part + 1) * at.sizes.prompts):
+        found.append(of_prompt(scope, *PROMPTS[kind][n], seed=n, methods=METHODS if n % 4 == 0 else METHODS[:2]))
     return {"prompts": found, "layers": scope.layers, "group": scope.saes[scope.layers[0]].identity.group}
 
 
@@ -154,10 +154,13 @@ def tell(at: At[Sizes], rows: list[Row]) -> str:
     parts = []
     for model in dict.fromkeys(row["model"] for row in rows):
         mine = [row for row in rows if row["model"] == model]
-        choosing = [one for row in mine for one in row["prompts"][:1] if "left_out" not in one]
+        first = [row["prompts"][0] for row in mine if row["part"] == 0]
+        others = {kind: [one for row in mine if row["kind"] == kind for one in row["prompts"][row["part"] == 0 :]]
+                  for kind in dict.fromkeys(row["kind"] for row in mine)}  # fmt: skip
+        choosing = [one for one in first if "left_out" not in one]
         chosen = max(METHODS[:2], key=lambda method: middle(choosing, method, 0))
-        groups = {row["kind"]: [one for one in row["prompts"][1:] if "left_out" not in one] for row in mine}
-        left_out = sum("left_out" in one for row in mine for one in row["prompts"][1:])
+        groups = {kind: [one for one in ones if "left_out" not in one] for kind, ones in others.items()}
+        left_out = sum("left_out" in one for ones in others.values() for one in ones)
         groups["all"] = [one for ones in groups.values() for one in ones]
         cells = []
         for kind, ones in groups.items():
@@ -191,11 +194,11 @@ def tell(at: At[Sizes], rows: list[Row]) -> str:
 
 experiment = Experiment(
     title=TITLE,
-    varies={"model": (), "kind": tuple(PROMPTS)},
+    varies={"model": (), "kind": tuple(PROMPTS), "part": (0, 1)},
     run=run,
     tell=tell,
     sizes=Sizes(),
-    quick={"kind": ("capital",)},
+    quick={"kind": ("capital",), "part": (0,)},
     quick_sizes=Sizes(prompts=2),
     options={"saes": {"type": Path, "required": True, "help": "the folder of SAEs"}},
 )
