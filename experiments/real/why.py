@@ -137,9 +137,9 @@ def of_prompt(scope: Scope, text: str, answer: str, other: str, seed: int, metho
 def run(at: At[Sizes], model: str, kind: str, part: int) -> dict[str, Any]:
     """Some prompts of one kind."""
     scope = opened(model, at.options["saes"])
-    found = []
-    for n in range(part * at.sizes.prompts, (part + 1) * at.sizes.prompts):
-        found.append(of_prompt(scope, *PROMPTS[kind][n], seed=n, methods=METHODS if n % 4 == 0 else METHODS[:2]))
+    mine = range(part * at.sizes.prompts, (part + 1) * at.sizes.prompts)
+    methods = {n: METHODS if n % 4 == 0 else METHODS[:2] for n in mine}
+    found = [of_prompt(scope, *PROMPTS[kind][n], seed=n, methods=methods[n]) for n in mine]
     return {"prompts": found, "layers": scope.layers, "group": scope.saes[scope.layers[0]].identity.group}
 
 
