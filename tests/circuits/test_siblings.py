@@ -3,11 +3,14 @@ for dense, MoE and hybrid families."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from siblings import IDS, LAYERS, scope_of
 
-from qwen_scope.circuits import Place, Quantity, ablated, effects, incoming, read
+from qwen_scope.circuits import Method, Place, Quantity, ablated, effects, incoming, read
+from qwen_scope.errors import InputError
 from qwen_scope.model import relevance
 from qwen_scope.scope import Scope
 
@@ -148,3 +151,32 @@ def test_kernels_of_experts_give_the_same_gradients(family: str) -> None:
     for method in ("gradient", "relp"):
         one, other = effects(exact, method).features[1], effects(usual, method).features[1]
         torch.testing.assert_close(one, other, atol=1e-3, rtol=1e-2)
+
+
+class NoSlope(torch.autograd.Function):
+    """A kernel that was never told its derivative."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return x.clone()
+
+
+@pytest.mark.parametrize("method", ["gradient", "relp", "ig", "joint"])
+@pytest.mark.parametrize("kind", ["all detached", "one feed-forward layer detached", "no derivative"])
+def test_a_model_whose_kernels_give_no_gradient_ends_in_one_sentence(
+    kind: str, method: Method, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scope = scope_of("qwen3")
+    whole, mlp = scope.model.model, scope.model.model.layers[1].mlp
+    forward = mlp.forward
+    if kind == "all detached":
+        monkeypatch.setattr(whole, "forward", torch.no_grad()(whole.forward))
+    elif kind == "no derivative":
+        monkeypatch.setattr(mlp, "forward", lambda x: NoSlope.apply(forward(x)))
+    else:
+        monkeypatch.setattr(mlp, "forward", torch.no_grad()(forward))
+    reading = read(scope, IDS, QUANTITY)
+    with pytest.raises(InputError, match="gives no gradient to explain") as error:
+        effects(reading, method)
+    assert "load the model unquantised" in str(error.value)
+    assert "\n" not in str(error.value)

@@ -86,7 +86,7 @@ class _Segments:
         self.reading = reading
         self.begins: dict[int | None, Tensor] = {}
         self.ends: dict[int, Tensor] = {}
-        self.directions = {layer: reading.decoder(layer) for layer in reading.layers}
+        self.directions: dict[int, Tensor] = {}  # of the senders' layer alone: they are as large as its activations
         last = reading.scope.n_layers - 1 if reading.quantity.layer is None else reading.quantity.layer
 
         def cut(layer: int) -> Callable[[Tensor], Tensor]:
@@ -137,6 +137,8 @@ class _Segments:
             sent = reading.embeddings.float()
             none = torch.zeros(0, device=row.device)
             return Incoming(receiver, None, value, none, none, (sent * slope).sum(-1), (sent @ row) * here, 0.0)
+        if before not in self.directions:
+            self.directions = {before: reading.decoder(before)}
         active, directions = reading.active[before], self.directions[before]
         features = (directions * slope[active.positions]).sum(-1)
         mine = active.positions == position

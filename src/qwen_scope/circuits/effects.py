@@ -17,7 +17,7 @@ from qwen_scope.report import Progress
 
 from .jointly import jointly
 from .options import DEFAULT, Method, check_method
-from .reading import Reading, gradients, keeper
+from .reading import Reading, carrying, gradients, keeper
 
 # Integrated gradients halve pieces of their way until what they leave over is at most this share of what they explain,
 # or as many steps are made.
@@ -105,7 +105,7 @@ def ruled(reading: Reading, method: str) -> AbstractContextManager[object]:
 
 def _first_order(reading: Reading, method: Method) -> Effects:
     kept: dict[int, Tensor] = {}
-    with torch.enable_grad(), ruled(reading, method):
+    with torch.enable_grad(), ruled(reading, method), carrying(reading.scope.model):
         embeddings = reading.embeddings[None].clone().requires_grad_()
         value = reading.run(embeddings, {layer: keeper(kept, layer) for layer in reading.layers})
     first, *found = gradients(value, [embeddings, *(kept[layer] for layer in reading.layers)])

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
-from qwen_scope.errors import InputError, foreign
-from qwen_scope.model import GRAPH_TOKENS, HookPoint, changing, input_device
+from qwen_scope.errors import InputError, brief, foreign
+from qwen_scope.model import GRAPH_TOKENS, HookPoint, changing, input_device, n_layers, reading
 from qwen_scope.scope import Scope
 from qwen_scope.text import REASONS
 
+from .memory import check_memory
 from .quantity import Quantity
+
+UNQUANTISED = "load the model unquantised, with PyTorch's own kernels (attn_implementation sdpa or eager)"
+NOT_CHOSEN = "not chosen"
+"""Why a token has no features as nodes, where `read` was given others."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,7 +51,7 @@ class Reading:
         embeddings: what the first block reads, `(seq, d_model)`.
         streams, errors: by layer, `(seq, d_model)` in fp32.
         active: by layer, the features.
-        left_out: by layer, why a token does not count; "" where it does.
+        left_out: by layer, why a token has no nodes: it does not count, or was not chosen; "" where it has.
         value: of the quantity.
         logits: at the position; None for a feature.
     """
@@ -99,16 +104,18 @@ def read(
     layers: Sequence[int] | None = None,
     *,
     tokens: Sequence[str] | None = None,
+    positions: Sequence[int] | None = None,
 ) -> Reading:
     """Take a prompt apart.
 
     Args:
         ids: the prompt's tokens.
+        positions: at which tokens features are nodes; elsewhere the whole stream is error. By default at all.
         layers: which layers are taken apart; by default all that have an SAE, and for a feature those below its own.
 
     Raises:
         InputError: a position past the end, SAEs that do not read the residual stream, a feature that is not active
-            at the position, or no layer below it.
+            at the position, no layer below it, or a long prompt whose graph does not fit into memory.
         NotFoundError: a layer without an SAE.
     """
     quantity = quantity.at(len(ids))
@@ -124,6 +131,8 @@ def read(
             raise InputError(
                 f"the SAE of layer {layer} reads {point.stream}; a graph needs SAEs of the residual stream"
             )
+    nodes = None if positions is None else _positions(positions, len(ids))
+    check_memory(scope, len(ids), chosen, None if nodes is None else len(nodes))
     embeddings = _embeddings(scope, ids)
     with torch.no_grad():
         kept: dict[int, Tensor] = {}
@@ -136,7 +145,7 @@ def read(
     streams, errors, active, left_out = {}, {}, {}, {}
     for layer in chosen:
         streams[layer] = kept[layer][0].float()
-        left_out[layer] = _left_out(scope, ids, layer, streams[layer])
+        left_out[layer] = _left_out(scope, ids, layer, streams[layer], nodes)
         active[layer], errors[layer] = _apart(scope, layer, streams[layer], left_out[layer])
     shown = tuple(tokens[: len(ids)]) if tokens else tuple(str(scope.tokenizer.decode([i])) for i in ids)
     return Reading(
@@ -179,14 +188,32 @@ def gradients(value: Tensor, of: Sequence[Tensor], *, again: bool = False) -> li
     Raises:
         InputError: the model's kernels give no gradient.
     """
-    hint = "load the model unquantised, with PyTorch's own kernels (attn_implementation sdpa or eager)"
     if not value.requires_grad:
-        raise InputError(f"the model gives no gradient to explain it with: its kernels detach; {hint}")
-    with foreign("the model gives no gradient to explain it with", InputError, hint):
+        raise InputError(f"the model gives no gradient to explain it with: its kernels detach; {UNQUANTISED}")
+    with foreign("the model gives no gradient to explain it with", InputError, UNQUANTISED):
         found = torch.autograd.grad(value.sum(), list(of), retain_graph=again, allow_unused=True)
     return [
         torch.zeros_like(x, dtype=torch.float32) if g is None else g.float() for g, x in zip(found, of, strict=True)
     ]
+
+
+@contextmanager
+def carrying(model: nn.Module) -> Iterator[None]:
+    """Around a forward pass with gradients: every attention and every feed-forward layer has to carry one.
+
+    Where only some detach, the stream around them still gives a gradient, which would be silently wrong.
+
+    Raises:
+        InputError: one does not.
+    """
+
+    def check(point: HookPoint, h: Tensor) -> None:
+        if not h.requires_grad:
+            raise InputError(f"{point} gives no gradient to explain the model with: its kernel detaches; {UNQUANTISED}")
+
+    parts = [HookPoint(layer, stream) for layer in range(n_layers(model)) for stream in ("attn_out", "mlp_out")]
+    with reading(model, parts, check):
+        yield
 
 
 def keeper(kept: dict[int, Tensor], layer: int) -> Callable[[Tensor], Tensor]:
@@ -205,11 +232,21 @@ def _embeddings(scope: Scope, ids: Sequence[int]) -> Tensor:
         return scope.model.get_input_embeddings()(torch.tensor(ids, device=place))
 
 
-def _left_out(scope: Scope, ids: Sequence[int], layer: int, stream: Tensor) -> tuple[str, ...]:
+def _positions(positions: Sequence[int], length: int) -> set[int]:
+    """Chosen positions from the start; raises InputError for none, or one that the prompt does not have."""
+    found = {one + length if one < 0 else one for one in positions}
+    if not found or min(found) < 0 or max(found) >= length:
+        raise InputError(f"positions of features are some of 0 to {length - 1} in this prompt, not {brief(positions)}")
+    return found
+
+
+def _left_out(scope: Scope, ids: Sequence[int], layer: int, stream: Tensor, nodes: set[int] | None) -> tuple[str, ...]:
     counted, point = scope.counted[layer], scope.hook_point(layer)
     sinks = counted.sinks(stream, point).cpu()
     reasons = counted.reasons(torch.tensor([list(ids)]), sinks=sinks[None])[0]
-    return tuple("" if code == 0 else REASONS[code] for code in reasons.tolist())
+    elsewhere = set[int]() if nodes is None else set(range(len(ids))) - nodes
+    said = ["" if code == 0 else REASONS[code] for code in reasons.tolist()]
+    return tuple(reason or (NOT_CHOSEN if at in elsewhere else "") for at, reason in enumerate(said))
 
 
 def _apart(scope: Scope, layer: int, stream: Tensor, left_out: Sequence[str]) -> tuple[Active, Tensor]:

@@ -149,6 +149,20 @@ def parse_layers(text: str | None) -> list[int] | None:
     return sorted(layers)
 
 
+def parse_numbers(option: str, text: str) -> list[int]:
+    """`0,5-8` as a list of whole numbers.
+
+    Raises:
+        InputError: anything else.
+    """
+    from qwen_scope.sae import numbers_in
+
+    found = [numbers_in(part) for part in text.split(",")]
+    if any(one is None for one in found):
+        raise InputError(f"{option} takes numbers and ranges such as 0,5-8, not {brief(text)}")
+    return sorted({number for one in found for number in one or ()})
+
+
 def place_of(layer: int | None, feature: str | None) -> tuple[int | None, int | None]:
     """Layer and feature from `LAYER/FEATURE`, or from a feature's number beside `--layer`; None for what is left out.
 

@@ -12,6 +12,7 @@ from qwen_scope.errors import NotFoundError
 from . import options, output
 
 if TYPE_CHECKING:
+    from qwen_scope.model import ModelSizes
     from qwen_scope.sae import Group
     from qwen_scope.scope import ModelPlan, Plan
     from qwen_scope.train import MemoryPlan, RunPlan, TrainConfig
@@ -41,15 +42,20 @@ def plan(
     ] = None,
     batch: Annotated[int, typer.Option("--batch", help="Tokens per training step.", min=1)] = 4096,
     buffer: Annotated[str, typer.Option("--buffer", help="Memory for shuffled residuals in training.")] = "1GB",
+    why: Annotated[
+        int | None,
+        typer.Option("--why", help="Also what a graph of a prompt of this many tokens takes.", min=1),
+    ] = None,
     as_json: options.Json = False,
 ) -> None:
     """Say what a group or a language model needs on disk and in memory, and whether this machine has it.
 
     Nothing is loaded. --device-memory names another machine's size; with --train also what training SAEs takes, per
-    layer and in all.
+    layer and in all. With --why TOKENS also what an attribution graph takes beside the model and its SAEs.
     """
+    from qwen_scope.model import model_sizes
     from qwen_scope.sae import catalog
-    from qwen_scope.scope import is_model, plan_folder, plan_group, plan_model
+    from qwen_scope.scope import config_of, is_model, plan_folder, plan_group, plan_model
     from qwen_scope.train import TrainConfig, memory_plan
 
     limit = None if device is None else options.parse_size(device)
@@ -60,13 +66,17 @@ def plan(
             width = d_sae or 16 * whole.sizes.d_model
             held = options.parse_size(buffer)
             shape = TrainConfig(d_sae=width, k=k, tokens=tokens or max(batch, held), batch=batch), held
-        show_model(Path(group), whole, dtype, wanted, shape, limit, as_json)
+        n = len(whole.sizes.blocks) if wanted is None else len(wanted)
+        show_model(Path(group), whole, dtype, wanted, shape, limit, graph_of(whole.sizes, why, n, k, dtype), as_json)
         return
     if catalog.lookup(group) is None and Path(group).is_dir():
         found, needs = plan_folder(Path(group), wanted, model=model, dtype=dtype or "bfloat16", sae_dtype=sae_dtype)
     else:
         found = catalog.find(group)
         needs = plan_group(found, wanted, dtype=dtype or "bfloat16", sae_dtype=sae_dtype)
+    graph = None
+    if why is not None:
+        graph = graph_of(model_sizes(config_of(found.model)), why, needs.n_saes, found.k, dtype)
     run = None
     if training:
         # The number of tokens trained on does not change what a step takes.
@@ -74,13 +84,30 @@ def plan(
         run = memory_plan(config, found.d_model, needs.n_saes, buffer=options.parse_size(buffer))
     if as_json:
         data = {"group": found.name, **vars(needs), "fits": None if limit is None else needs.fits(limit)}
+        data |= {} if graph is None else {"graph": graph[1]}
         output.print_json({**data, "training": None if run is None else {**vars(run), "total": run.total}})
         return
-    show_group(found, needs, run, dtype or "bfloat16", sae_dtype, limit)
+    show_group(found, needs, run, dtype or "bfloat16", sae_dtype, limit, graph)
+
+
+def graph_of(sizes: ModelSizes, tokens: int | None, layers: int, k: int, dtype: str | None) -> tuple[str, int] | None:
+    """What an attribution graph takes, as a row; None where it was not asked for."""
+    from qwen_scope.circuits import graph_bytes
+
+    if tokens is None:
+        return None
+    needs = graph_bytes(sizes, tokens, layers=layers, k=k, dtype=dtype or "bfloat16")
+    return f"graph of a prompt of {tokens:,} tokens, beside the above (estimate)", needs
 
 
 def show_group(
-    found: Group, needs: Plan, run: MemoryPlan | None, dtype: str, sae_dtype: str, limit: int | None
+    found: Group,
+    needs: Plan,
+    run: MemoryPlan | None,
+    dtype: str,
+    sae_dtype: str,
+    limit: int | None,
+    graph: tuple[str, int] | None,
 ) -> None:
     """What a group's SAEs and their language model need."""
     from qwen_scope.report import size
@@ -95,6 +122,7 @@ def show_group(
         ("device, one SAE at a time", size(needs.one_at_a_time)),
         (f"device, all {needs.n_saes} SAEs", size(needs.all_at_once)),
         ("host beside a GPU, while an SAE is copied", size(needs.host)),
+        *([] if graph is None else [(graph[0], size(graph[1]))]),
     ]
     if run is not None:
         rows += [
@@ -116,6 +144,7 @@ def show_model(
     layers: list[int] | None,
     training: tuple[TrainConfig, int] | None,
     limit: int | None,
+    graph: tuple[str, int] | None,
     as_json: bool,
 ) -> None:
     """What a model needs without SAEs, and what training some of its layers takes."""
@@ -141,7 +170,7 @@ def show_model(
         )
     total = needs.total if run is None else run.total
     if as_json:
-        print_model_json(folder, needs, run, limit, has)
+        print_model_json(folder, needs, run, limit, has, graph)
         return
     unpacked = f", unpacked from {needs.quantised}" if needs.quantised and needs.packed is None else ""
     rows = [
@@ -151,6 +180,7 @@ def show_model(
         ("working memory of one batch (estimate)", size(needs.working)),
         (f"KV cache of a text of {needs.context or 4096:,} tokens", size(needs.cache)),
         ("device, without SAEs" + (", packed" if needs.weights == needs.packed else ""), size(needs.total)),
+        *([] if graph is None else [(graph[0], size(graph[1]))]),
     ]
     if run is not None:
         one, steps = run.layer, run.steps
@@ -171,7 +201,9 @@ def show_model(
     output.console().print(f"{said} {size(has)}: {verdict}.")
 
 
-def print_model_json(folder: Path, needs: ModelPlan, run: RunPlan | None, limit: int | None, has: int) -> None:
+def print_model_json(
+    folder: Path, needs: ModelPlan, run: RunPlan | None, limit: int | None, has: int, graph: tuple[str, int] | None
+) -> None:
     total = needs.total if run is None else run.total
     data = {
         "folder": str(folder),
@@ -186,6 +218,7 @@ def print_model_json(folder: Path, needs: ModelPlan, run: RunPlan | None, limit:
         "d_model": needs.sizes.d_model,
         "layers": len(needs.sizes.blocks),
         "base": needs.base,
+        **({} if graph is None else {"graph": graph[1]}),
         "total": total,
         "fits": None if limit is None else total <= limit,
         "machine": {"bytes": has, "fits": total <= has} if limit is None else None,

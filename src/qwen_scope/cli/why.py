@@ -50,6 +50,9 @@ def why(
     asked: ScopeOptions = SCOPE,
     question: Question = QUESTION,
     layers: options.Layers = None,
+    positions: Annotated[
+        str | None, typer.Option("--positions", help="Tokens whose features are nodes, as in 0,5-8. Default: all.")
+    ] = None,
     how: WhyOptions = WHY,
     paths: Annotated[int, typer.Option("--paths", help="Paths to print.", min=1)] = 5,
     chat: options.Chat = None,
@@ -72,6 +75,7 @@ def why(
     from qwen_scope.files import check_output, write_text
 
     wanted, mode = options.parse_layers(layers), options.check_chat(chat)
+    chosen = None if positions is None else options.parse_numbers("--positions", positions)
     text = options.typed_or_piped(prompt)
     for file in (html, graph_file, recipe):
         if file is not None:
@@ -81,7 +85,8 @@ def why(
     scope = options.open_asked(asked)
     with output.status("tracing"):
         found = ask(scope, text, question, chat=mode)
-        graph = explain(read(scope, found.ids, found.quantity, wanted, tokens=found.tokens), how)
+        reading = read(scope, found.ids, found.quantity, wanted, tokens=found.tokens, positions=chosen)
+        graph = explain(reading, how)
     if html is not None:
         from qwen_scope.circuits import graph_html
 

@@ -88,6 +88,11 @@ class ModelSizes:
         scores = 3 * self.d_model * size + 3 * self.score_heads * seq * BYTES["float32"]
         return batch * seq * (n_hook_points * self.d_model * size + max(working, scores))
 
+    def block_graph_bytes(self, dtype: str | None = None) -> int:
+        """Bytes per token that a block keeps for a gradient: what it holds at each of its wide points, an estimate."""
+        size = self._itemsize(dtype)
+        return sum(wide * size + wide32 * BYTES["float32"] for wide, wide32 in self.activations)
+
     def _itemsize(self, dtype: str | None) -> int:
         name = self.dtype if dtype in (None, "auto") else dtype
         if name not in BYTES:
