@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,9 @@ FIELD = "qwen_scope"
 
 MOST_CHARACTERS = 4 * 10**6
 """Of one request's field; a direction of 8,192 numbers is about 160,000."""
+
+MOST_REMEMBERED = 10**5
+"""Characters of a field that is kept after it was read."""
 
 MOST_INTERVENTIONS = 256
 MOST_TOP = 256
@@ -215,7 +219,7 @@ class Ask:
             raise FormatError(f"{FIELD!r} of vllm_xargs is a text of JSON; in the body of a request it is an object")
         if len(text) > MOST_CHARACTERS:
             raise FormatError(f"{FIELD!r} has {len(text):,} characters, of which {MOST_CHARACTERS:,} are read")
-        return cls._read(parse_object(text, f"{FIELD!r}"), ("recipe", "interventions", "read", "ticket", "phases"))
+        return _parsed(text) if len(text) <= MOST_REMEMBERED else _parsed.__wrapped__(text)
 
     @classmethod
     def _read(cls, data: Any, keys: Sequence[str]) -> Ask:
@@ -248,10 +252,17 @@ class Ask:
             data["phases"] = self.phases.to_json()
         return canonical(data)
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """Tells apart what is done to the stream, in whatever order it was listed; what is read does not matter."""
         return fingerprint(self.interventions)
+
+
+@lru_cache(maxsize=32)
+def _parsed(text: str) -> Ask:
+    """A recipe comes with many requests, and with each to several processes: it is read once while it is in use."""
+    data = parse_object(text, f"{FIELD!r}")
+    return Ask._read(data, ("recipe", "interventions", "read", "ticket", "phases"))
 
 
 def text_of(params: Any) -> str | None:

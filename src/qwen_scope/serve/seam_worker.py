@@ -60,7 +60,7 @@ def wrap_v1() -> None:
             made = prepare(self, scheduler_output, num_scheduled_tokens)
             state = state_of(self.get_model())
             if state is not None:
-                _begin_v1(self, state, scheduler_output, num_scheduled_tokens)
+                _begin_v1(self, state, num_scheduled_tokens)
             return made
 
         return _prepare_inputs
@@ -68,10 +68,10 @@ def wrap_v1() -> None:
     PREPARE_V1.wrap(make)
 
 
-def _begin_v1(runner: Any, state: WorkerState, output: Any, counts: np.ndarray) -> None:
+def _begin_v1(runner: Any, state: WorkerState, counts: np.ndarray) -> None:
     batch, known = runner.input_batch, runner.__dict__.setdefault("_qwen_scope_wanted", {})
-    for gone in output.finished_req_ids:
-        state.forget(known.pop(gone, None))
+    for gone in known.keys() - runner.requests.keys():  # an empty step may have told of their end
+        state.forget(known.pop(gone))
     count = batch.num_reqs
     names = batch.req_ids[:count]
     for name in names:

@@ -121,7 +121,8 @@ def main() -> int:
     )
     if bad or again or not all(rows) or len(rows) != args.tp:
         return 1
-    return 0 if preempted or args.tp > 1 else 1
+    # The scheduler of two workers is in another process; a state of Qwen3.5 is one block, so hardly anything is short.
+    return 0 if preempted or args.tp > 1 or args.family == "hybrid" else 1
 
 
 if __name__ == "__main__":
