@@ -137,6 +137,17 @@ def test_the_self_test_notices_what_does_nothing(
         self_test(llm)
 
 
+def test_requests_that_end_alone_are_forgotten(llm: Any, known: dict[str, Any]) -> None:
+    """An engine may tell workers of a request's end in a step that computes nothing."""
+    steered, plain = (next(case for case in known["cases"] if (case.ask is None) == none) for none in (False, True))
+    served.check(llm, [steered])
+    core = llm.llm_engine.engine_core.engine_core
+    core.model_executor.execute_model(core.scheduler.schedule())  # nothing is left to compute
+    served.check(llm, [plain])
+    (status,) = llm.collective_rpc("qwen_scope_status")
+    assert status["recipes"] == 0
+
+
 def test_nothing_is_left_behind(llm: Any, known: dict[str, Any]) -> None:
     served.check(llm, [case for case in known["cases"] if case.ask is None][:1])
     (status,) = llm.collective_rpc("qwen_scope_status")
