@@ -25,21 +25,26 @@ from qwen_scope import FeatureStore, Scope, load_scope, save_sae
 from qwen_scope.features import CardOptions, Concept, card, mean_direction
 from qwen_scope.lab import LANGUAGES, documents
 from qwen_scope.scope import ExtractOptions, extract
+from qwen_scope.stats import auroc
 from qwen_scope.text import Corpus
 
 LAYER = 3
 CAUSAL, CORRELATE, WRONG = "causal", "correlate", "wrong name"
 STANDINGS = (CAUSAL, CORRELATE, WRONG)
 AIM = 18  # of 20
+TELLS = 0.95
+PARTS = 4  # of the features of one standing, so that a run that is stopped loses little
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Features of each standing, documents per language of the store, and documents that features are chosen on."""
+    """Features of each standing, documents per language of the store, documents that features are chosen on, and
+    documents of either kind that an effect is measured on."""
 
     features: int = 20
     stored: int = 24
     chosen_on: int = 40
+    texts: int = 10
 
 
 @dataclass(frozen=True)
@@ -59,17 +64,23 @@ def talks(seed: int, n: int) -> dict[str, list[str]]:
 
 
 def detectors(scope: Scope, texts: dict[str, list[str]], each: int) -> dict[str, list[int]]:
-    """Per language the features whose mean activation on it most exceeds that on the others; no feature twice."""
-    means = {}
+    """Per language features that tell it: of those whose mean activation on it most exceeds that on the others, the
+    first with an AUROC of at least `TELLS` on texts that they were not ranked on; no feature twice."""
+    means, strongest = {}, {}
     for name, some in texts.items():
-        seen = scope.features(some[: len(some) // 2], [LAYER], truncate=True)
+        half = len(some) // 2
+        seen = scope.features(some[:half], [LAYER], truncate=True)
         means[name] = seen.acts[LAYER][seen.mask].to_dense().mean(0)
+        other = scope.features(some[half:], [LAYER], truncate=True)
+        strongest[name] = (other.acts[LAYER].to_dense() * other.mask[..., None]).amax(1).numpy()
     taken: set[int] = set()
     found = {}
     for name in LANGUAGES:
         others = torch.stack([means[other] for other in LANGUAGES if other != name]).mean(0)
         ranked = (means[name] - others).argsort(descending=True).tolist()
-        found[name] = [feature for feature in ranked if feature not in taken][:each]
+        far = np.concatenate([strongest[other] for other in LANGUAGES if other != name])
+        tells = auroc(strongest[name], far)
+        found[name] = [feature for feature in ranked if tells[feature] >= TELLS and feature not in taken][:each]
         taken |= set(found[name])
     return found
 
@@ -119,14 +130,14 @@ def planted_scope(folder: Path) -> Scope:
     return load_scope("lab", sae=str(folder / "sae"), device="cpu")
 
 
-def run(at: At[Sizes], seed: int, standing: str) -> dict[str, Any]:
-    """The cards of all features of one standing."""
+def run(at: At[Sizes], seed: int, standing: str, part: int) -> dict[str, Any]:
+    """The cards of a part of the features of one standing."""
     planted = plant(at, seed)
     scope, found = planted_scope(planted.folder), []
     with FeatureStore(planted.folder / "store") as store:
-        for feature, name in planted.features[standing]:
+        for feature, name in planted.features[standing][part::PARTS]:
             asked = {"store": store, "scope": scope, "concept": Concept("language", name)}
-            made = card(LAYER, feature, options=CardOptions(n=5, effect=True, seed=seed), **asked)
+            made = card(LAYER, feature, options=CardOptions(n=5, effect=True, texts=at.sizes.texts, seed=seed), **asked)
             assert made.concept is not None
             assert made.push is not None
             found.append(
@@ -156,8 +167,8 @@ def tell(at: At[Sizes], rows: list[Row]) -> str:
     seeds = sorted({row["seed"] for row in rows})
     command = f"python -m experiments.lab.trust --seeds {','.join(map(str, seeds))} --write"
     how = f"""`{command}`: {at.sizes.features} features of each
-        kind in one SAE of layer {LAYER} of the lab. Detectors of a language keep their encoders and get a new
-        decoder of equal norm: the language's difference of means (causal), or a random direction (correlate). Wrong
+        kind in one SAE of layer {LAYER} of the lab. Features that tell a
+        language (AUROC of at least {TELLS:g} on other texts) keep their encoders and get a new decoder of equal norm: the language's difference of means (causal), or a random direction (correlate). Wrong
         names are features left as they are, named after a language they were not chosen for. Every feature gets a card
         from a store of {at.sizes.stored} talks per language, with `--concept` and `--effect`. The aim: `solid` for at
         least {AIM} of 20 of the first, and for none of the others. The rules were fixed on seed 0. The effect is
@@ -174,12 +185,12 @@ def tell(at: At[Sizes], rows: list[Row]) -> str:
 
 experiment = Experiment(
     title="The feature card on planted features",
-    varies={"seed": (0,), "standing": STANDINGS},
+    varies={"seed": (0,), "standing": STANDINGS, "part": tuple(range(PARTS))},
     run=run,
     tell=tell,
     sizes=Sizes(),
     quick={"seed": (0,)},
-    quick_sizes=Sizes(features=2, stored=10, chosen_on=20),
+    quick_sizes=Sizes(features=4, stored=10, chosen_on=20, texts=4),
 )
 
 if __name__ == "__main__":

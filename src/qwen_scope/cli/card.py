@@ -24,6 +24,7 @@ OPTIONS[CardOptions] = {
     "effect": Annotated[
         bool, typer.Option("--effect", help="Also measure whether adding it makes the concept's documents likelier.")
     ],
+    "texts": Annotated[int, typer.Option("--texts", help="Documents of either kind that --effect scores.", min=2)],
     "again": Annotated[bool, typer.Option("--again", help="Measure anew what the store's record holds.")],
     "seed": Annotated[int, typer.Option("--seed", help="Of what is drawn.", **options.SEED)],
 }

@@ -27,6 +27,16 @@ OPTIONS[ScoreRun] = {
     "tokens": Annotated[int, typer.Option("--tokens", help="About how many to measure on.", min=2)],
     "train_tokens": Annotated[int, typer.Option("--train-tokens", help="How many each control is trained on.", min=1)],
     "controls": Annotated[bool, typer.Option("--controls/--no-controls", help="Measure the controls, too.")],
+    "probes": Annotated[
+        Path | None,
+        typer.Option("--probes", help="Sparse probing: the wheel or folder of sae-probes (pip download sae-probes)."),
+    ],
+    "datasets": Annotated[
+        str | None,
+        typer.Option("--datasets", help="Of it these, as in 87_glue_cola,100_news_fake. Default: all."),
+        Read(lambda text: options.names_tuple(text) or None),
+    ],
+    "rows": Annotated[int, typer.Option("--rows", help="Texts of each dataset at most.", min=40)],
     "context_length": Annotated[int, typer.Option("--context-length", help="Tokens per row.", min=2)],
     "batch_size": Annotated[int, typer.Option("--batch-size", help="Rows per forward pass.", min=1)],
     "batch": Annotated[int, typer.Option("--batch", help="Tokens per step of training.", min=1)],
@@ -82,11 +92,13 @@ def score(
 
 def print_board(board: Scoreboard) -> None:
     """A table per layer, with and without sinks, and where a control does as well."""
-    from qwen_scope.score import score_table
+    from qwen_scope.score import PROBING, probe_table, score_table
 
     out = output.console()
     for layer in board.cells:
         for sinks in ("without sinks", "with sinks"):
             output.show(f"Layer {layer}, {sinks}", *score_table(board, layer, sinks))
+        if board.probes:
+            output.show(f"Layer {layer}, {PROBING}", *probe_table(board, layer))
     for layer, arm, sinks, figure in board.not_better():
         out.print(f"Layer {layer}, {sinks}: {arm} does as well by {figure}.")

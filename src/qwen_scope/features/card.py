@@ -246,7 +246,7 @@ def _pushed(
     if not o.effect or scope is None:
         known = record.notes.known(layer, feature, name)
         return None if known is None else Push.from_json(known)
-    found = record.get(name, lambda: push(scope, store, layer, feature, concept, seed=o.seed).to_json())
+    found = record.get(name, lambda: push(scope, store, layer, feature, concept, texts=o.texts, seed=o.seed).to_json())
     return Push.from_json(found)
 
 

@@ -15,6 +15,7 @@ class CardOptions:
         n: tokens, neighbours and contexts of each kind.
         effect: measure whether adding the feature makes documents of the concept likelier than others: forward passes
             under it and its controls, minutes on a large model.
+        texts: of either kind that the effect is measured on.
         again: measure anew what the store's record holds.
         seed: of what is drawn.
 
@@ -24,9 +25,11 @@ class CardOptions:
 
     n: int = 10
     effect: bool = False
+    texts: int = 16
     again: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
         check_count("n", self.n)
+        check_count("texts", self.texts, 2)
         check_count("seed", self.seed, 0)

@@ -25,6 +25,8 @@ class ScoreRun:
         tokens: about how many to measure on.
         train_tokens: how many each control is trained on.
         controls: measure the controls, too.
+        probes: the folder or wheel of sae-probes, for sparse probing; None for none.
+        datasets: of these alone; None for all of its binary ones.   rows: texts of each at most, of 256 tokens at most.
         context_length: tokens per row.   batch_size: rows per forward pass.   batch: tokens per step of training.
         hold_out: which documents are measured on.
         budget: bytes of residuals that training holds at once.
@@ -44,6 +46,9 @@ class ScoreRun:
     tokens: int = 65536
     train_tokens: int = 1_000_000
     controls: bool = True
+    probes: Path | None = None
+    datasets: tuple[str, ...] | None = None
+    rows: int = 700
     context_length: int = 256
     batch_size: int = 16
     batch: int = 4096
@@ -55,6 +60,7 @@ class ScoreRun:
 
     def __post_init__(self) -> None:
         counts = {"tokens": 2, "train_tokens": 1, "context_length": 2, "batch_size": 1, "batch": 1, "hold_out": 2}
+        counts["rows"] = 40
         for name, least in {**counts, "budget": 1, "seed": 0}.items():
             check_count(name, getattr(self, name), least)
         if self.controls and self.train_tokens < self.batch:
@@ -64,6 +70,6 @@ class ScoreRun:
         """What decides the figures, as plain values."""
         names = (
             "sae", "data", "model", "tokens", "train_tokens", "context_length", "batch_size", "batch", "hold_out",
-            "dtype", "seed",
+            "dtype", "seed", "rows",
         )  # fmt: skip
         return {**{name: getattr(self, name) for name in names}, "corpus": dict(vars(self.corpus))}

@@ -11,6 +11,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 from qwen_scope.errors import InputError, MismatchError, NotFoundError
@@ -24,6 +25,8 @@ from qwen_scope.train import evaluate_saes
 
 from .controls import ARMS, TRAINED, control
 from .options import ScoreRun
+from .probe_data import ProbeData
+from .probing import probe, read_split
 
 WITH, WITHOUT = "with sinks", "without sinks"
 FIGURES: dict[str, int] = {
@@ -31,7 +34,7 @@ FIGURES: dict[str, int] = {
     "ce_spliced": -1, "kl": -1, "kl_recovered": 1,
 }  # fmt: skip
 """What is measured, and whether more (1) or less (-1) of it is better; 0 where neither is."""
-CONFIG, CELLS = "score.json", "cells.jsonl"
+CONFIG, CELLS, PROBES = "score.json", "cells.jsonl", "probes.jsonl"
 
 
 @dataclass(frozen=True)
@@ -59,11 +62,13 @@ class Scoreboard:
         run: what was asked for.
         cells: by layer, arm and `with sinks` or `without sinks` the figures by name.
         seconds: by layer and arm, training of the control included.
+        probes: by layer, arm and dataset what sparse probing gave: AUROC by k, and of the trained SAE also `residual`.
     """
 
     run: ScoreRun
     cells: Mapping[int, Mapping[str, Mapping[str, Mapping[str, float]]]]
     seconds: Mapping[int, Mapping[str, float]] = field(default_factory=dict)
+    probes: Mapping[int, Mapping[str, Mapping[str, Mapping[str, float]]]] = field(default_factory=dict)
 
     def gain(self, layer: int, arm: str, sinks: str, figure: str) -> float:
         """How much better the SAE is than a control, counted so that more is better; NaN where neither is better."""
@@ -96,8 +101,24 @@ class Scoreboard:
             for name in FIGURES
         ]
 
+    def probe_rows(self, layer: int) -> list[tuple[str, float, list[tuple[str, float, float]]]]:
+        """As `rows`, for the mean AUROC over datasets by how many features a probe has, and of the residual."""
+        found = {arm: {name: float(np.mean([one[name] for one in sets.values()])) for name in next(iter(sets.values()))}
+                 for arm, sets in self.probes.get(layer, {}).items()}  # fmt: skip
+        own = found.get(TRAINED, {})
+        arms = [arm for arm in found if arm != TRAINED]
+        return [
+            (
+                name,
+                value,
+                [(arm, found[arm].get(name, math.nan), value - found[arm].get(name, math.nan)) for arm in arms],
+            )
+            for name, value in own.items()
+        ]
+
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
+        probes = {str(layer): {arm: dict(sets) for arm, sets in arms.items()} for layer, arms in self.probes.items()}
         gains = {
             str(layer): {
                 arm: {sinks: {f: _plain(self.gain(layer, arm, sinks, f)) for f in FIGURES} for sinks in (WITHOUT, WITH)}
@@ -109,7 +130,8 @@ class Scoreboard:
         weak = [dict(zip(("layer", "control", "sinks", "figure"), one, strict=True)) for one in self.not_better()]
         layers = {str(layer): {arm: dict(found) for arm, found in arms.items()} for layer, arms in self.cells.items()}
         seconds = {str(layer): dict(found) for layer, found in self.seconds.items()}
-        return {"run": self.run.to_json(), "layers": layers, "gains": gains, "not_better": weak, "seconds": seconds}
+        return {"run": self.run.to_json(), "layers": layers, "gains": gains, "not_better": weak, "seconds": seconds,
+                "probes": probes}  # fmt: skip
 
 
 def cost(run: ScoreRun) -> Cost:
@@ -148,13 +170,14 @@ def score(run: ScoreRun, progress: Progress | None = None) -> Scoreboard:
         todo = [one for one in _wanted(run, layers) if one not in found]
         if todo:
             _measure(run, source, todo, found, tell)
-    cells: dict[int, dict[str, Any]] = {}
-    seconds: dict[int, dict[str, float]] = {}
-    for layer, arm in _wanted(run, layers):
-        one = found[layer, arm]
-        cells.setdefault(layer, {})[arm] = {sinks: one[sinks] for sinks in (WITHOUT, WITH)}
-        seconds.setdefault(layer, {})[arm] = one["seconds"]
-    return Scoreboard(run, cells, seconds)
+        cells: dict[int, dict[str, Any]] = {}
+        seconds: dict[int, dict[str, float]] = {}
+        for layer, arm in _wanted(run, layers):
+            one = found[layer, arm]
+            cells.setdefault(layer, {})[arm] = {sinks: one[sinks] for sinks in (WITHOUT, WITH)}
+            seconds.setdefault(layer, {})[arm] = one["seconds"]
+        probed = _probe(run, source, layers, found, tell)
+    return Scoreboard(run, cells, seconds, probed)
 
 
 def _measure(
@@ -181,6 +204,44 @@ def _measure(
         append_lines(run.out / CELLS, [json.dumps(one)])
         found[layer, arm] = one
     tell("score", 1.0, "")
+
+
+def _probe(
+    run: ScoreRun, source: str, layers: list[int], found: Mapping[tuple[int, str], Any], tell: Progress
+) -> dict[int, Any]:
+    """Sparse probing of every layer and arm, dataset by dataset; what the folder holds is read."""
+    if run.probes is None:
+        return {}
+    data = ProbeData(run.probes)
+    names = list(run.datasets or data.names)
+    if unknown := [name for name in names if name not in data.files]:
+        data.read(unknown[0])  # it says which there are
+    path = run.out / PROBES
+    known = {(one["layer"], one["arm"], one["dataset"]): one["auroc"]
+             for one in (json.loads(line) for line in (read_lines(path) if path.is_file() else ()))}  # fmt: skip
+    arms = ARMS if run.controls else (TRAINED,)
+    wanted = [(layer, name) for layer in layers for name in names]
+    todo = [(layer, name) for layer, name in wanted if any((layer, arm, name) not in known for arm in arms)]
+    loaded = load_model(model_source(run.model), device=run.device, dtype=run.dtype) if todo else None
+    saes: dict[tuple[int, str], SAE] = {}
+    for number, (layer, name) in enumerate(todo):
+        assert loaded is not None, "there is something to do"
+        tell("probes", number / len(todo), f"layer {layer}, {name}")
+        for arm in arms:
+            if (layer, arm) not in saes:
+                place = source if arm == TRAINED else _saved(run, layer, arm)
+                saes[layer, arm] = load_sae(place, layer, device=loaded.model.device)
+        point = HookPoint.read_by(saes[layer, TRAINED].hook_point, layer)
+        split = read_split(loaded, point, data.read(name), rows=run.rows, batch=run.batch_size)
+        for arm in arms:
+            one = probe(saes[layer, arm], split, name, baseline=arm == TRAINED)
+            auroc = {str(k): value for k, value in one.features.items()}
+            if one.residual is not None:
+                auroc["residual"] = one.residual
+            sizes = {"train": one.train, "test": one.test}
+            append_lines(path, [json.dumps({"layer": layer, "arm": arm, "dataset": name, **sizes, "auroc": auroc})])
+            known[layer, arm, name] = auroc
+    return {layer: {arm: {name: known[layer, arm, name] for name in names} for arm in arms} for layer in layers}
 
 
 def _figures(loaded: LoadedModel, point: HookPoint, sae: SAE, rows: list[Tensor], counted: Counted) -> dict[str, float]:
