@@ -166,13 +166,14 @@ def tell(at: At[Sizes], rows: list[Row]) -> str:
         cells.append((standing, counted, f"{words.count('solid')} of {len(words)}", effects))
     seeds = sorted({row["seed"] for row in rows})
     command = f"python -m experiments.lab.trust --seeds {','.join(map(str, seeds))} --write"
-    how = f"""`{command}`: {at.sizes.features} features of each kind in one SAE of layer {LAYER} of the lab. Features that
-        tell a language (AUROC of at least {TELLS:g} on other texts) keep their encoders and get a new decoder of
-        equal norm: the language's difference of means (causal), or a random direction (correlate). Wrong names are
-        features left as they are, named after a language they were not chosen for. Every feature gets a card from a
-        store of {at.sizes.stored} talks per language, with `--concept` and `--effect`. The aim: `solid` for at
-        least {AIM} of 20 of the first, and for none of the others. The rules were fixed on seed 0. The effect is
-        the change of log-probability per token, in nats, on the language's documents less that on the others."""
+    how = f"""`{command}`: {at.sizes.features} features of each kind in one SAE of layer {LAYER} of the lab. Features
+        that tell a language (AUROC of at least {TELLS:g} on other texts) keep their encoders and get a new
+        decoder of equal norm: the language's difference of means (causal), or a random direction (correlate).
+        Wrong names are features left as they are, named after a language they were not chosen for. Every
+        feature gets a card from a store of {at.sizes.stored} talks per language, with `--concept` and
+        `--effect`. The aim: `solid` for at least {AIM} of 20 of the first, and for none of the others. The
+        rules were fixed on seed 0. The effect is the change of log-probability per token, in nats, on the
+        language's documents less that on the others."""
     wrong = [
         f"{row['standing']} {one['feature']} ({one['language']}, seed {row['seed']}): {one['word']}"
         for row in rows
