@@ -155,8 +155,11 @@ class Rule:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the file."""
-        data = {"format": FORMAT, "version": VERSION, **asdict(self)}
-        write_text(path, json.dumps(data, ensure_ascii=False, indent=1) + "\n")
+        write_text(path, json.dumps(self.to_json(), ensure_ascii=False, indent=1) + "\n")
+
+    def to_json(self) -> dict[str, Any]:
+        """The object that the file holds."""
+        return {"format": FORMAT, "version": VERSION, **asdict(self)}
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Rule:
@@ -165,18 +168,27 @@ class Rule:
         Raises:
             NotFoundError: there is none.   FormatError: it is no rule, or not one of this version.
         """
-        found = Fields(read_object(path), f"the rule {path}")
+        return cls.from_json(read_object(path), f"the rule {path}")
+
+    @classmethod
+    def from_json(cls, data: Any, what: str) -> Rule:
+        """The object that a rule's file holds; `what` is what an error calls it.
+
+        Raises:
+            FormatError: it is no rule, or not one of this version.
+        """
+        found = Fields(data, what)
         found.header(VERSION, FORMAT)
-        found = Fields(found.data, found.what, ("format", "version", "name", "features", "about"))
-        features = tuple(read_feature(path, entry) for entry in found.items("features"))
+        found = Fields(found.data, what, ("format", "version", "name", "features", "about"))
+        features = tuple(_feature(what, entry) for entry in found.items("features"))
         if not features:
-            raise FormatError(f"{found.what} has no feature")
+            raise FormatError(f"{what} has no feature")
         return cls(found.text("name"), features, found.object("about"))
 
 
-def read_feature(path: str | os.PathLike[str], entry: Any) -> RuleFeature:
+def _feature(rule: str, entry: Any) -> RuleFeature:
     """One entry of a rule's file, strictly."""
-    one = Fields(entry, f"a feature of the rule {path}", [f.name for f in fields(RuleFeature)])
+    one = Fields(entry, f"a feature of {rule}", [f.name for f in fields(RuleFeature)])
     scale = one.number("scale", 0)
     if not scale:
         raise FormatError(f"'scale' of {one.what} is above 0: values are divided by it")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from qwen_scope.errors import InputError, need
 from qwen_scope.scope import ScopeOptions
 from qwen_scope.text import CorpusOptions
 
@@ -14,9 +16,19 @@ from . import options, output
 from .groups import PARAGRAPHS, grouped
 
 if TYPE_CHECKING:
+    from qwen_scope.scope import Engine, ExtractOptions, Scope
     from qwen_scope.store import FeatureStore
 
 LAB_DOCUMENTS = 1000
+
+
+class Reads(StrEnum):
+    """What turns rows of tokens into residuals."""
+
+    transformers = "transformers"
+    vllm = "vllm"
+
+
 SCOPE = ScopeOptions()
 
 
@@ -40,6 +52,9 @@ def extract(
     window: Annotated[int, typer.Option("--window", help="Tokens written at once: what a stop loses at most.")] = 2**15,
     batch: Annotated[int, typer.Option("--batch", help="Tokens per forward pass, padding included.")] = 4096,
     phase: options.Phase = None,
+    engine: Annotated[
+        Reads, typer.Option("--engine", help="What reads the corpus: transformers, or vLLM (faster on a GPU).")
+    ] = Reads.transformers,
     pool: Annotated[str | None, typer.Option("--pool", help="Also keep residuals per document: mean, last.")] = None,
     as_json: options.Json = False,
 ) -> None:
@@ -63,12 +78,26 @@ def extract(
     )
     not_onto_itself(out, *options.files(source), *options.folders_of(asked))
     corpus = options.read(source, reading, LAB_DOCUMENTS)
+    if engine is Reads.vllm:
+        need("--engine vllm", "vllm")
+        if asked.adapter is not None:
+            raise InputError("--engine vllm reads whole models; merge the adapter into its model and name that")
     scope = options.open_asked(asked)
+    reads = engine_of(engine, scope, chosen)
     wanted = options.parse_layers(layers)
     with output.progress() as bar:
-        store = scope.extract(corpus, out, chosen, layers=wanted, progress=bar)
+        store = scope.extract(corpus, out, chosen, layers=wanted, engine=reads, progress=bar)
     with store:
         show_store(store, as_json)
+
+
+def engine_of(named: Reads, scope: Scope, chosen: ExtractOptions) -> Engine | None:
+    """The engine of an extraction; None for forward passes of the scope's own model."""
+    if named is Reads.transformers:
+        return None
+    from qwen_scope.serve import VllmEngine
+
+    return VllmEngine.of(scope.loaded, batch_tokens=chosen.batch_tokens, row_tokens=chosen.row_tokens)
 
 
 def show_store(store: FeatureStore, as_json: bool) -> None:

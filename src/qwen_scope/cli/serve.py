@@ -32,6 +32,10 @@ def serve(
     recipes: Annotated[
         Path | None, typer.Option("--recipes", help="A folder of recipes (NAME.json) that requests can name.")
     ] = None,
+    watch: Annotated[
+        Path | None,
+        typer.Option("--watch", help="Rules asked of every request: a file of watches, or a rule of classify fit."),
+    ] = None,
     stats: Annotated[
         Path | None,
         typer.Option("--stats", help="Statistics that relative amounts need; measured and written if not there."),
@@ -57,6 +61,7 @@ def serve(
         feature_layers=options.layers_tuple(feature_layers) or (),
         read_layers=options.layers_tuple(read_layers) or (),
         recipes=None if recipes is None else str(recipes.resolve()),
+        watch=None if watch is None else str(watch.resolve()),
         rows=rows,
     )
     if stats is not None:

@@ -269,7 +269,7 @@ def run_windows(
             pool=options.pool,
             carried=carried,
             report=lambda tokens, done=done, bad=bad: report("reading", done + tokens, bad),
-            at_once=lambda: elsewhere(run.loaded.model, run.saes, sae_device),
+            at_once=lambda: isinstance(run.engine, ModelEngine) and elsewhere(run.loaded.model, run.saes, sae_device),
             device=sae_device,
             hold_bytes=hold_bytes,
         )

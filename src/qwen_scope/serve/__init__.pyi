@@ -8,6 +8,7 @@ from .command import engine_arguments as engine_arguments
 from .command import launch as launch
 from .command import run as run
 from .command import with_stats as with_stats
+from .engine import VllmEngine as VllmEngine
 from .plugin import register as register
 from .protocol import FIELD as FIELD
 from .protocol import Ask as Ask
@@ -18,5 +19,7 @@ from .rows import Step as Step
 from .selftest import self_test as self_test
 from .settings import ServeSettings as ServeSettings
 from .tables import Tables as Tables
+from .watch import Watch as Watch
+from .watch import read_watches as read_watches
 from .worker import Shape as Shape
 from .worker import WorkerState as WorkerState

@@ -20,6 +20,7 @@ from .compiled import Compiled
 from .library import Library
 from .protocol import Ask, PromptKinds, Read, canonical
 from .settings import ServeSettings
+from .watch import Watch, check_fits, read_watches
 
 REMEMBERED = 1024
 """Interventions that were found to fit, by fingerprint."""
@@ -111,6 +112,7 @@ class Admission:
         for layer in {*settings.feature_layers, *settings.read_layers}:
             _ = self.saes[layer]
         self.stats = {} if settings.stats is None else read_stats(settings.stats)
+        self.watches: tuple[Watch, ...] = () if settings.watch is None else read_watches(settings.watch)
         self._fits: OrderedDict[str, None] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -124,9 +126,21 @@ class Admission:
         Raises:
             InputError, NotFoundError, MismatchError, FormatError: what cannot be served, in one sentence.
         """
+        label = ask.recipe or ask.label or ("own" if ask.interventions else "none")
         admitted = self.fit(ask)
         self._check_tokens(admitted, prompt, new)
-        return replace(admitted, phases=ask.phases if admitted.by_phase else None)
+        told = ask.phases is not None and self.facts.follows and len(ask.phases.tokens) == prompt
+        phases = ask.phases if admitted.by_phase or (admitted.watch and told) else None  # of watches, metrics tell them
+        return replace(admitted, phases=phases, label=label if admitted.watch else "")
+
+    def watched(self, ask: Ask) -> Ask:
+        """The ask with the watches of the server, but for those that need phases where none are known.
+
+        Raises:
+            InputError: it has too many, or one of the same name.
+        """
+        mine = tuple(one for one in self.watches if ask.phases is not None or not one.by_phase)
+        return replace(ask, watch=(*mine, *ask.watch)) if mine else ask
 
     def fit(self, ask: Ask) -> Ask:
         """The same but for what depends on the prompt, for recipes before any request names them.
@@ -139,7 +153,8 @@ class Admission:
         check_together(made)
         if ask.read is not None:
             self._check_read(ask.read)
-        admitted = replace(ask, recipe=None, interventions=made)
+        watch = tuple(self._watch(one) for one in ask.watch)
+        admitted = replace(ask, recipe=None, interventions=made, watch=watch)
         with self._lock:
             known = admitted.fingerprint in self._fits
         if made and not known:
@@ -148,12 +163,40 @@ class Admission:
                 self._fits[admitted.fingerprint] = None
                 while len(self._fits) > REMEMBERED:
                     self._fits.popitem(last=False)
+        if later := [one for one in watch if one.then == "switch"]:
+            self._check_switches(made, later)
         return admitted
 
     def _check_recipe(self, recipe: Recipe) -> None:
         """Admit it for whatever prompt; positions are checked when a request names it."""
         anywhere = PromptKinds(((0, 1),), "default", "answer")
         self.admit(Ask(interventions=recipe.interventions, phases=anywhere), 1, ANY_LENGTH)
+
+    def _watch(self, watch: Watch) -> Watch:
+        """With its interventions in raw units, at layers that are served."""
+        check_fits(watch, self.settings.read_layers, self.saes)
+        if watch.follows and not self.facts.follows:
+            raise InputError(
+                f"the watch {watch.name!r} has to know generated tokens in time, which asynchronous scheduling does not"
+                " tell; start the server with --no-async-scheduling"
+            )
+        if watch.then != "switch":
+            return watch
+        given = watch.interventions if watch.recipe is None else self.library.read(watch.recipe).interventions
+        return replace(watch, recipe=None, interventions=tuple(self._resolved(one) for one in given))
+
+    def _check_switches(self, made: tuple[Intervention, ...], later: list[Watch]) -> None:
+        """Whatever of them is switched on, and in whatever order, fits beside the request's own."""
+        both = (*made, *(one for watch in later for one in watch.switched(0)))
+        check_together(both)
+        self._check_fit(both)
+        adding = sum(any(one.op == "add" for one in watch.interventions) for watch in later)
+        rows = (1 + Compiled.of(made, self.saes, "cpu", self.facts.dtype).rows) * 2**adding - 1
+        if rows > self.settings.rows:
+            raise InputError(
+                f"what is added by the request and its watches can overlap in {rows} ways, of which this server keeps"
+                f" {self.settings.rows} for a request; switch fewer recipes on, or start it with more rows"
+            )
 
     def _resolved(self, one: Intervention) -> Intervention:
         """In raw units, at a layer that is served for it."""

@@ -42,15 +42,22 @@ def activations(read: Sequence[Mapping[str, Any] | None], n: int) -> list[dict[s
     return [{"choice": choice, "layers": found[choice]} for choice in sorted(found)]
 
 
-def in_answer(body: bytes, found: list[dict[str, Any]]) -> bytes:
-    """A JSON answer with the activations in it."""
-    return json.dumps({**json.loads(body), FIELD: {"activations": found}}, ensure_ascii=False).encode()
+def alarms(raised: Sequence[Mapping[str, Any] | None], n: int) -> list[dict[str, Any]]:
+    """The alarms of every choice, in order; ranks of tensor parallelism raise the same, of which one is taken."""
+    rank = next((one for one in raised if one), {})
+    found = [{"choice": choice_of(request, n), **alarm} for request, listed in rank.items() for alarm in listed]
+    return sorted(found, key=lambda one: (one["choice"], one["position"], one["watch"]))
 
 
-def event(found: list[dict[str, Any]], chunk: Mapping[str, Any]) -> bytes:
-    """The event of a stream that holds the activations: a chunk without choices, named like the one before it."""
+def in_answer(body: bytes, found: Mapping[str, Any]) -> bytes:
+    """A JSON answer with what was found in it."""
+    return json.dumps({**json.loads(body), FIELD: found}, ensure_ascii=False).encode()
+
+
+def event(found: Mapping[str, Any], chunk: Mapping[str, Any]) -> bytes:
+    """The event of a stream that holds what was found: a chunk without choices, named like the one before it."""
     named = {key: chunk[key] for key in ("id", "created", "model", "object") if key in chunk}
-    return b"data: " + canonical({**named, "choices": [], FIELD: {"activations": found}}).encode() + b"\n\n"
+    return b"data: " + canonical({**named, "choices": [], FIELD: found}).encode() + b"\n\n"
 
 
 def chunk_of(piece: bytes) -> dict[str, Any]:

@@ -3,12 +3,14 @@
 A key for the whole request would be wrong: what one request generates is the next turn's prompt, and a recipe that
 tells the two apart did something else to it. So a block's key is the recipe with which of its operations apply to each
 of the block's tokens. Blocks that nothing touches carry no key and are shared with everybody; vLLM chains the hashes,
-so what was done to earlier tokens counts as well.
+so what was done to earlier tokens counts as well. What a request generates whose watches may switch a recipe on is
+shared with nobody.
 """
 
 from __future__ import annotations
 
 import hashlib
+import uuid
 from collections.abc import Callable
 from typing import Any
 
@@ -28,7 +30,9 @@ class BlockPlaces:
     def __init__(self, ask: Ask, tokenizer: Callable[[], PreTrainedTokenizerBase]) -> None:
         self.fingerprint = ask.fingerprint
         self.pattern = Pattern.of(one.where for one in ask.interventions)
-        self.kinds = None if ask.phases is None else Kinds(ask.phases, tokenizer())
+        self.kinds = None if ask.phases is None or not self.pattern.by_phase else Kinds(ask.phases, tokenizer())
+        switches = any(watch.then == "switch" for watch in ask.watch)
+        self.private = uuid.uuid4().hex if switches else None
 
     def key(self, request: Any, start: int, end: int) -> tuple[str, str] | None:
         """What tells this block apart, or None for one that nothing touches.
@@ -37,6 +41,8 @@ class BlockPlaces:
             request: vLLM's request, with its tokens so far.
             start, end: the positions of the block's tokens.
         """
+        if self.private is not None and end > request.num_prompt_tokens:
+            return FIELD, self.private  # a recipe may have been switched on, which the workers alone know
         phases = None
         if self.kinds is not None:
             ids = request.all_token_ids
@@ -57,6 +63,7 @@ def block_key(
     if known is False:
         text = text_of(request.sampling_params)
         ask = None if text is None else Ask.from_text(text)
-        known = BlockPlaces(ask, tokenizer) if ask is not None and ask.interventions else None
+        needed = ask is not None and (ask.interventions or any(watch.then == "switch" for watch in ask.watch))
+        known = BlockPlaces(ask, tokenizer) if ask is not None and needed else None
         request.__dict__[_KNOWN] = known
     return None if known is None else known.key(request, start, end)

@@ -11,7 +11,7 @@ from typing import Any
 
 from .guard import ARCHITECTURES, MODELS, REGISTER
 from .seam_worker import make_state
-from .worker import STATE
+from .worker import STATE, state_of
 
 
 def register() -> None:
@@ -35,6 +35,11 @@ def __getattr__(name: str) -> Any:
             super().__init__(vllm_config=vllm_config, prefix=prefix, **kwargs)
             state = make_state(self, vllm_config) if not prefix else None
             object.__setattr__(self, STATE, state)  # not a module: its tensors are no weights
+
+        def compute_logits(self, hidden_states: Any, *args: Any, **kwargs: Any) -> Any:
+            logits = super().compute_logits(hidden_states, *args, **kwargs)
+            state = state_of(self)
+            return logits if state is None else state.judged(logits)
 
     Served.__name__ = Served.__qualname__ = base.__name__
     Served.__module__ = __name__

@@ -113,12 +113,15 @@ PREPARE_V2 = Seam(STATE_V2, "ModelState.prepare_inputs", ("self", "input_batch",
 END_V2 = Seam(STATE_V2, "ModelState.postprocess_state", ("self", "idx_mapping", "num_sampled", "*rest"))
 CHOOSE_V2 = Seam("vllm.v1.worker.gpu.model_states", "resolve_model_state_cls", ("vllm_config", "model"))
 REGISTER = Seam("vllm.model_executor.models.registry", "ModelRegistry.register_model", ("model_arch", "model_cls"))
+LOGITS = Seam(
+    "vllm.model_executor.models.interfaces_base", "VllmModelForTextGeneration.compute_logits", ("self", "hidden_states")
+)
 MODELS = Seam("vllm.model_executor.models.registry", "_VLLM_MODELS", ())
 REFUSAL = Seam("vllm.exceptions", "VLLMValidationError", ("message", "parameter", "*rest"))
 
 FRONT = (PROCESS_INPUTS, REFUSAL)
 CORE = (BLOCK_KEYS, CORE_INIT, SPLIT)
-WORKER = (PREPARE_V1, ADD_V2, REMOVE_V2, PREPARE_V2, END_V2, CHOOSE_V2, REGISTER, MODELS)
+WORKER = (PREPARE_V1, ADD_V2, REMOVE_V2, PREPARE_V2, END_V2, CHOOSE_V2, REGISTER, MODELS, LOGITS)
 SEAMS = (*FRONT, *CORE, *WORKER)
 
 

@@ -14,7 +14,7 @@ from qwen_scope.errors import FormatError, InputError, QwenScopeError, printable
 from . import answers
 from .phases import chat_kinds
 from .protocol import FIELD, Ask
-from .seam_front import admission_of
+from .seam_front import admission_of, watches
 from .vllm_config import tokenizer_of
 
 PATHS = ("/v1/completions", "/v1/chat/completions")
@@ -39,16 +39,20 @@ class Middleware:
         self._dropping: set[asyncio.Task[None]] = set()
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["path"].rstrip("/") == "/metrics":
+            from .metrics import refresh  # Prometheus comes with vLLM
+
+            await refresh(scope["app"].state.engine_client)
         if scope["type"] != "http" or scope["method"] != "POST" or not _is_json(scope):
             await self.app(scope, receive, send)
             return
         body = await _whole(receive)
         if body is None:
             return
-        if not _may_hold(body):
+        state = scope["app"].state
+        if not _may_hold(body) and not (scope["path"] in PATHS and watches(state.engine_client.vllm_config)):
             await self.app(scope, _again(body, receive), send)
             return
-        state = scope["app"].state
         try:
             found = await asyncio.to_thread(_asked, scope["path"], body, state.engine_client.vllm_config)
         except QwenScopeError as error:
@@ -59,10 +63,10 @@ class Middleware:
             return
         ask, n, body = found
         scope = {**scope, "headers": _sized(scope["headers"], len(body))}
-        if ask.read is None:
+        if not ask.ticket:
             await self.app(scope, _again(body, receive), send)
             return
-        answer = _Answer(send, lambda: _taken(state.engine_client, ask.ticket, n))
+        answer = _Answer(send, lambda: _taken(state.engine_client, ask, n))
         try:
             await self.app(scope, _again(body, receive), answer.send)
         finally:
@@ -73,9 +77,9 @@ class Middleware:
 
 
 class _Answer:
-    """Passes an answer on, with the activations in it."""
+    """Passes an answer on, with activations and alarms in it."""
 
-    def __init__(self, send: Send, take: Callable[[], Awaitable[list[dict[str, Any]]]]) -> None:
+    def __init__(self, send: Send, take: Callable[[], Awaitable[dict[str, Any]]]) -> None:
         self._send, self._take, self.taken = send, take, False
         self._start: Message = {}
         self._parts: list[bytes] = []
@@ -113,18 +117,26 @@ class _Answer:
         await self._send({**self._start, "headers": _sized(self._start["headers"], len(body))})
         await self._send({"type": "http.response.body", "body": body})
 
-    async def _found(self) -> list[dict[str, Any]]:
+    async def _found(self) -> dict[str, Any]:
         self.taken = True
         return await self._take()
 
 
-async def _taken(engine: Any, ticket: str, n: int) -> list[dict[str, Any]]:
-    return answers.activations(await engine.collective_rpc("qwen_scope_take", args=(ticket,)), n)
+async def _taken(engine: Any, ask: Ask, n: int) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    if ask.read is not None:
+        read = await engine.collective_rpc("qwen_scope_take", args=(ask.ticket,))
+        found["activations"] = answers.activations(read, n)
+    if ask.watch:
+        raised = await engine.collective_rpc("qwen_scope_alarms", args=(ask.ticket,))
+        found["alarms"] = answers.alarms(raised, n)
+    return found
 
 
 async def _drop(engine: Any, ticket: str) -> None:
     await asyncio.sleep(DRAIN)
-    await engine.collective_rpc("qwen_scope_take", args=(ticket,))
+    for name in ("qwen_scope_take", "qwen_scope_alarms"):
+        await engine.collective_rpc(name, args=(ticket,))
 
 
 def _may_hold(body: bytes) -> bool:
@@ -132,8 +144,8 @@ def _may_hold(body: bytes) -> bool:
     return FIELD.encode() in body or b"\\u" in body or b"\0" in body
 
 
-def _with_field(body: bytes) -> dict[str, Any] | None:
-    """A body that has the field, itself or in its `vllm_xargs`; None for one that has not.
+def _with_field(body: bytes, watched: bool) -> dict[str, Any] | None:
+    """A body that has the field, itself or in its `vllm_xargs`, or that the server watches; None for any other.
 
     Raises:
         FormatError: it is too large or can't be read.
@@ -147,7 +159,7 @@ def _with_field(body: bytes) -> dict[str, Any] | None:
     if not isinstance(data, dict):
         return None
     given = data.get("vllm_xargs")
-    return data if FIELD in data or (isinstance(given, dict) and FIELD in given) else None
+    return data if watched or FIELD in data or (isinstance(given, dict) and FIELD in given) else None
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -167,7 +179,8 @@ def _asked(path: str, body: bytes, config: Any) -> tuple[Ask, int, bytes] | None
     Raises:
         QwenScopeError: what cannot be served, in one sentence.
     """
-    if (data := _with_field(body)) is None:
+    watched = path in PATHS and watches(config)
+    if (data := _with_field(body, watched)) is None:
         return None
     if path not in PATHS:
         raise InputError(f"it is served at {' and '.join(PATHS)}, not at {path}")
@@ -176,22 +189,28 @@ def _asked(path: str, body: bytes, config: Any) -> tuple[Ask, int, bytes] | None
     given = data.get("vllm_xargs")
     if given is not None and not isinstance(given, dict):
         raise FormatError("vllm_xargs is an object")
-    if FIELD not in data:
+    if FIELD not in data and (not watched or FIELD in (given or {})):
         return Ask(), 1, body  # raw, for those who read nothing: admission has it as it is
     if given and FIELD in given:
         raise InputError("the body and its vllm_xargs both hold it; leave one away")
-    ask, admission = Ask.from_body(data.pop(FIELD)), admission_of(config)
-    if ask.read is not None:
+    ask, admission = Ask.from_body(data.pop(FIELD, {})), admission_of(config)
+    told = ask.watch or watched
+    if ask.read is not None or told:
         ask = replace(ask, ticket=uuid.uuid4().hex)
     if ask.recipe is not None:  # as it stands now: a request is one recipe from its first token to its last
-        ask = replace(ask, recipe=None, interventions=admission.library.read(ask.recipe).interventions)
-    if ask.by_phase and path == "/v1/chat/completions":
-        ask = replace(ask, phases=chat_kinds(ask, data, tokenizer_of(config)))
-    if not ask.empty:
+        interventions = admission.library.read(ask.recipe).interventions
+        ask = replace(ask, recipe=None, interventions=interventions, label=ask.recipe if told else "")
+    if (ask.by_phase or told) and path == "/v1/chat/completions":
+        try:
+            ask = replace(ask, phases=chat_kinds(ask, data, tokenizer_of(config)))
+        except QwenScopeError:
+            if ask.by_phase:
+                raise
+    if not ask.empty or told:
         data["vllm_xargs"] = {**(given or {}), FIELD: ask.to_text()}
     n = data.get("n")
     n = n if isinstance(n, int) and not isinstance(n, bool) and n > 0 else 1  # of anything else the server complains
-    return ask, n, json.dumps(data).encode()
+    return admission.watched(ask) if watched else ask, n, json.dumps(data).encode()
 
 
 def _is_json(scope: Message) -> bool:

@@ -18,6 +18,8 @@ from qwen_scope.sae import feature_name, parse_feature
 from qwen_scope.steer import Intervention, Where
 from qwen_scope.text import CHATS, PHASES
 
+from .watch import Watch, check_watches
+
 FIELD = "qwen_scope"
 """The name of the field in a request's body, in vLLM's `extra_args` and in its `additional_config`."""
 
@@ -33,6 +35,8 @@ MOST_TOP = 256
 
 MOST_NAMED = 1024
 TICKET = 64
+
+_CLIENT = ("recipe", "interventions", "read", "watch")
 
 
 @dataclass(frozen=True)
@@ -169,7 +173,10 @@ class Ask:
         interventions: what is done to the stream; with `recipe`, none.
         read: which activations come back, or None.
         ticket: under which the read-out is fetched from the workers. The server chooses it.
-        phases: of the prompt's tokens, where an intervention or a read names phases. The server finds them.
+        phases: of the prompt's tokens, where an intervention, a read or a watch names phases. The server finds them.
+        watch: rules that are asked of its tokens.
+        label: what metrics call its recipe. The server chooses it.
+        end: the token that ends the answer where a watch stops it. The server finds it.
     """
 
     recipe: str | None = None
@@ -177,6 +184,9 @@ class Ask:
     read: Read | None = None
     ticket: str = ""
     phases: PromptKinds | None = None
+    watch: tuple[Watch, ...] = ()
+    label: str = ""
+    end: int = -1
 
     def __post_init__(self) -> None:
         if self.recipe is not None:
@@ -187,26 +197,29 @@ class Ask:
             raise InputError(f"a request has at most {MOST_INTERVENTIONS} interventions; got {len(self.interventions)}")
         if len(self.ticket) > TICKET or not self.ticket.isascii():
             raise InputError(f"a ticket has at most {TICKET} characters, all ASCII")
+        check_watches(self.watch)
+        if self.label:
+            check_name("a label", self.label)
 
     @property
     def empty(self) -> bool:
         """Whether the plugin has nothing to do."""
-        return self.recipe is None and not self.interventions and self.read is None
+        return self.recipe is None and not self.interventions and self.read is None and not self.watch
 
     @property
     def by_phase(self) -> bool:
         """Whether the phases of tokens have to be known."""
         wheres = [one.where for one in self.interventions] + ([self.read.where] if self.read else [])
-        return any(where.by_phase for where in wheres)
+        return any(where.by_phase for where in wheres) or any(watch.by_phase for watch in self.watch)
 
     @classmethod
     def from_body(cls, data: Any) -> Ask:
-        """The field as a client writes it: `recipe` or `interventions`, and `read`.
+        """The field as a client writes it: `recipe` or `interventions`, `read` and `watch`.
 
         Raises:
             FormatError, InputError, NotFoundError: anything else, in one sentence.
         """
-        return cls._read(data, ("recipe", "interventions", "read"))
+        return cls._read(data, _CLIENT)
 
     @classmethod
     def from_text(cls, text: Any) -> Ask:
@@ -235,6 +248,9 @@ class Ask:
             ask.maybe(lambda key: Read.from_json(ask[key]), "read"),
             ask.maybe(ask.text, "ticket") or "",
             ask.maybe(lambda key: PromptKinds.from_json(ask[key]), "phases"),
+            tuple(Watch.from_json(one) for one in ask.maybe(ask.items, "watch") or ()),
+            ask.maybe(ask.text, "label") or "",
+            ask.count("end") if "end" in ask.data else -1,
         )
 
     def to_text(self) -> str:
@@ -250,6 +266,12 @@ class Ask:
             data["ticket"] = self.ticket
         if self.phases is not None:
             data["phases"] = self.phases.to_json()
+        if self.watch:
+            data["watch"] = [one.to_json() for one in self.watch]
+        if self.label:
+            data["label"] = self.label
+        if self.end >= 0:
+            data["end"] = self.end
         return canonical(data)
 
     @cached_property
@@ -262,7 +284,7 @@ class Ask:
 def _parsed(text: str) -> Ask:
     """A recipe comes with many requests, and with each to several processes: it is read once while it is in use."""
     data = parse_object(text, f"{FIELD!r}")
-    return Ask._read(data, ("recipe", "interventions", "read", "ticket", "phases"))
+    return Ask._read(data, (*_CLIENT, "ticket", "phases", "label", "end"))
 
 
 def text_of(params: Any) -> str | None:

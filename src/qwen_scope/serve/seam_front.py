@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 from qwen_scope.errors import InputError, MismatchError, NotFoundError, QwenScopeError, printable
@@ -37,7 +39,10 @@ def admission_of(config: Any) -> Admission:
 
 def wrap_front() -> None:
     """Admit every request that carries the plugin's field, whichever way it came."""
-    _wrap_requests(lambda self, request, resumable: _admit(self.vllm_config, request, resumable))
+    _wrap_requests(
+        lambda self, request, resumable: _admit(self.vllm_config, request, resumable),
+        lambda self: watches(self.vllm_config),
+    )
 
 
 def refuse_front(why: str) -> None:
@@ -53,14 +58,18 @@ def refuse_front(why: str) -> None:
     _wrap_requests(refuse)
 
 
-def _wrap_requests(admit: Callable[[Any, Any, bool], None]) -> None:
-    """Have `admit` see each request with the field, once vLLM has prepared it; its errors become vLLM's refusal."""
+def _wrap_requests(
+    admit: Callable[[Any, Any, bool], None], always: Callable[[Any], bool] = lambda processor: False
+) -> None:
+    """Have `admit` see each request with the field, or every one that generates where `always` says so, once vLLM has
+    prepared it; its errors become vLLM's refusal."""
     refusal: Any = REFUSAL.find()
 
     def make(process: Any) -> Any:
         def process_inputs(self: Any, *args: Any, **kwargs: Any) -> Any:
             request = process(self, *args, **kwargs)
-            if FIELD in (getattr(request.sampling_params, "extra_args", None) or {}):
+            params = request.sampling_params
+            if params is not None and (FIELD in (params.extra_args or {}) or always(self)):
                 try:
                     admit(self, request, kwargs.get("resumable", False))
                 except QwenScopeError as error:
@@ -75,18 +84,69 @@ def _wrap_requests(admit: Callable[[Any, Any, bool], None]) -> None:
 def _admit(config: Any, request: Any, resumable: bool) -> None:
     """Put the admitted text into a request that vLLM has prepared; its sampling parameters are its own."""
     params = request.sampling_params
-    ask = Ask.from_text(params.extra_args[FIELD])
-    extra = {key: value for key, value in params.extra_args.items() if key != FIELD}
+    given = params.extra_args or {}
+    ask = Ask.from_text(given[FIELD]) if FIELD in given else Ask()
+    extra = {key: value for key, value in given.items() if key != FIELD}
+    if watches(config):
+        ask = admission_of(config).watched(ask)
     if not ask.empty:
         if resumable or request.prompt_token_ids is None:
             raise InputError("a session that is fed in pieces, or a prompt of embeddings, can't be steered or read")
         prompt = len(request.prompt_token_ids)
         admitted = admission_of(config).admit(ask, prompt, params.max_tokens)
+        if stop := [watch for watch in admitted.watch if watch.then == "stop"]:
+            admitted = replace(admitted, end=end_of(params, stop[0].name))
         extra[FIELD] = admitted.to_text()
-        where = None if admitted.read is None else admitted.read.where
-        if where is not None and (where.prompt or where.spans or where.prompt_phases):
+        wheres = [watch.where for watch in admitted.watch] + ([admitted.read.where] if admitted.read else [])
+        if any(where.prompt or where.spans or where.prompt_phases for where in wheres):
             params.skip_reading_prefix_cache = True  # what is cached is not computed, and so not read
     params.extra_args = extra or None
+
+
+def watches(config: Any) -> bool:
+    """Whether the server itself watches every request."""
+    known = config.__dict__.get("_qwen_scope_watches")
+    if known is None:
+        made = config.__dict__.get("_qwen_scope_admission")
+        settings = settings_of(config) if made is None else made.settings
+        known = config.__dict__["_qwen_scope_watches"] = settings is not None and settings.watch is not None
+    return known
+
+
+@contextmanager
+def unwatched(config: Any) -> Iterator[None]:
+    """For a server that tests itself before its first request."""
+    known = watches(config)
+    config.__dict__["_qwen_scope_watches"] = False
+    try:
+        yield
+    finally:
+        config.__dict__["_qwen_scope_watches"] = known
+
+
+# What may keep the end of an answer from being sampled, so that it could not be stopped.
+_ENDLESS = (
+    ("min_tokens", 0),
+    ("structured_outputs", None),
+    ("allowed_token_ids", None),
+    ("bad_words", None),
+    ("thinking_token_budget", None),
+    ("trace_decode_token_ids", None),
+)
+
+
+def end_of(params: Any, watch: str) -> int:
+    """The token that ends an answer.
+
+    Raises:
+        InputError: none does, or sampling parameters may forbid it.
+    """
+    for name, none in _ENDLESS:
+        if (value := getattr(params, name, none)) != none and value != []:
+            raise InputError(f"the watch {watch!r} stops answers, which {name} may keep from ending; leave one away")
+    if params.eos_token_id is None:
+        raise InputError(f"the watch {watch!r} stops answers, which ignore_eos keeps from ending; leave one away")
+    return params.eos_token_id
 
 
 def wrap_keys() -> None:

@@ -152,6 +152,15 @@ class WorkerExtension:
         state = state_of(self.model_runner.get_model())  # pyright: ignore[reportAttributeAccessIssue]
         return None if state is None else state.take(ticket)
 
+    def qwen_scope_alarms(self, ticket: str) -> dict[str, Any] | None:
+        """What watches raised under a ticket."""
+        state = state_of(self.model_runner.get_model())  # pyright: ignore[reportAttributeAccessIssue]
+        return None if state is None else state.watching.take(ticket)
+
+    def qwen_scope_state(self) -> WorkerState | None:
+        """The state itself, for an engine in the same process; it does not travel to another."""
+        return state_of(self.model_runner.get_model())  # pyright: ignore[reportAttributeAccessIssue]
+
     def qwen_scope_status(self) -> dict[str, Any] | None:
         """What this worker holds; None where the plugin is not at work in it."""
         state = state_of(self.model_runner.get_model())  # pyright: ignore[reportAttributeAccessIssue]

@@ -12,6 +12,8 @@ from qwen_scope.files import Fields
 ROWS = 8
 """Rows of the tables for one request, by default: one for each combination of sums that its tokens can have."""
 
+_LAYERS = ("layers", "feature_layers", "read_layers", "tap_layers")
+
 
 @dataclass(frozen=True)
 class ServeSettings:
@@ -23,7 +25,9 @@ class ServeSettings:
         layers: where vectors can be added, of features and of plain directions.
         feature_layers: where every operation is served: `scale`, `clamp`, `floor`, `cap`, `ablate` and `add`.
         read_layers: where activations can be read.
+        tap_layers: where an engine in this process reads the stream itself; a server has none.
         recipes: the folder of recipes that requests can name, or None.
+        watch: a file of rules that are asked of every request (`watch.read_watches`), or None.
         stats: a file of statistics by layer, which units other than `raw` need, or None.
         rows: of the tables, for each of the requests that run together.
 
@@ -36,12 +40,14 @@ class ServeSettings:
     layers: tuple[int, ...] = ()
     feature_layers: tuple[int, ...] = ()
     read_layers: tuple[int, ...] = ()
+    tap_layers: tuple[int, ...] = ()
     recipes: str | None = None
+    watch: str | None = None
     stats: str | None = None
     rows: int = ROWS
 
     def __post_init__(self) -> None:
-        for name in ("layers", "feature_layers", "read_layers"):
+        for name in _LAYERS:
             given = getattr(self, name)
             for layer in given:
                 check_count("a layer", layer, 0)
@@ -61,7 +67,12 @@ class ServeSettings:
     @property
     def touched(self) -> tuple[int, ...]:
         """Every layer whose block is changed."""
-        return tuple(sorted({*self.adding, *self.read_layers}))
+        return tuple(sorted({*self.adding, *self.tapped}))
+
+    @property
+    def tapped(self) -> tuple[int, ...]:
+        """Where the stream is copied at the end of the block."""
+        return tuple(sorted({*self.read_layers, *self.tap_layers}))
 
     def capacity(self, requests: int) -> int:
         """Rows of each table where so many requests run together."""
@@ -81,7 +92,7 @@ class ServeSettings:
         """
         known = [field.name for field in fields(cls)]
         found = Fields(data, "the settings of the server", (), known)
-        layers = {name: found.counts(name) for name in ("layers", "feature_layers", "read_layers") if name in data}
-        texts = {name: found.maybe(found.text, name) for name in ("sae", "recipes", "stats")}
+        layers = {name: found.counts(name) for name in _LAYERS if name in data}
+        texts = {name: found.maybe(found.text, name) for name in ("sae", "recipes", "watch", "stats")}
         counts: Mapping[str, Any] = {name: found.count(name) for name in ("rows",) if name in data}
         return cls(**texts, k=found.maybe(found.count, "k"), **layers, **counts)

@@ -70,6 +70,11 @@ _REFUSED: tuple[tuple[str, Callable[[Any], object], str], ...] = (
         ),
         "blocks return shards of the residual",
     ),
+    (
+        "sampling in shards of the batch",
+        lambda c: getattr(c.parallel_config, "enable_batch_sharded_sampling", False),
+        "an answer that a watch stops would go on",
+    ),
     ("splitting a batch in two", lambda c: c.parallel_config.enable_dbo, "rows are laid out for the whole batch"),
 )
 

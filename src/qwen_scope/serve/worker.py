@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,24 +12,28 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from qwen_scope.steer import Change, changed
+from qwen_scope.steer import Change, Intervention, changed
 
 from .admit import ServedSAEs
 from .blocks import change_block, find_blocks, register_setter
 from .bounds import readable
 from .compiled import Compiled
 from .kinds import Kinds, TokensOf
-from .protocol import Ask
+from .protocol import Ask, fingerprint
 from .readout import Pending, Readouts
 from .rows import Pattern, Phases, Step, spread, step_codes
 from .settings import ServeSettings
 from .tables import Tables
+from .watching import Watching, switches
 
 STATE = "qwen_scope"
 """The attribute of a served model that holds its state."""
 
 SPARE = 64
 """Rows of buffers beyond the tokens of a step, for what graphs pad."""
+
+Listener = Callable[[Step, Sequence[str], Mapping[int, Tensor]], None]
+"""Is told of every step that has run: how it lay, its requests' names, and the stream at each tapped layer."""
 
 
 @dataclass(eq=False)
@@ -39,11 +44,13 @@ class Wanted:
         ask: what was admitted.
         compiled: its interventions, None where it has none.
         kinds: the phases of its tokens, where they have to be known.
+        switched: which of its watches have switched a recipe on, with the first token it acts on.
     """
 
     ask: Ask
     compiled: Compiled | None
     kinds: Kinds | None
+    switched: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -110,17 +117,20 @@ class WorkerState:
         self.tables = Tables(self.settings.adding, capacity, self.shape.width, self.device, self.dtype)
         self.taps = {
             layer: torch.zeros(buffered, self.shape.width, dtype=self.dtype, device=self.device)
-            for layer in self.settings.read_layers
+            for layer in self.settings.tapped
         }
         for layer in {*self.settings.feature_layers, *self.settings.read_layers}:
             for name in ("W_enc", "W_dec"):
                 self.saes[layer].check_finite(name)
         self.readouts = Readouts()
+        self.watching = Watching(self.saes)
         self.number = register_setter(self)
         self._compiled: dict[str, tuple[Compiled, int]] = {}  # by key, with the number of requests that have it
         self._dirty = 0
         self._settings_now: dict[int, list[_Setting]] = {}
         self._pending: list[Pending] = []
+        self.listener: Listener | None = None
+        self._step: tuple[Step, Sequence[str]] | None = None
 
     def install(self, model: nn.Module) -> None:
         """Change the blocks of a model that was just built.
@@ -147,14 +157,25 @@ class WorkerState:
         if text is None:
             return None
         ask = Ask.from_text(text)
-        compiled = None
-        if ask.interventions:
-            key = ask.fingerprint
-            known = self._compiled.get(key)
-            compiled = known[0] if known else Compiled.of(ask.interventions, self.saes, self.device, self.dtype)
-            self._compiled[key] = compiled, (known[1] if known else 0) + 1
+        compiled = self._prepared(ask.interventions) if ask.interventions else None
         kinds = None if ask.phases is None else Kinds(ask.phases, self.tokenizer())
         return Wanted(ask, compiled, kinds)
+
+    def _prepared(self, interventions: Sequence[Intervention]) -> Compiled:
+        key = fingerprint(interventions)
+        known = self._compiled.get(key)
+        compiled = known[0] if known else Compiled.of(interventions, self.saes, self.device, self.dtype)
+        self._compiled[key] = compiled, (known[1] if known else 0) + 1
+        return compiled
+
+    def _switch(self, one: Wanted, name: str, prompt: int) -> None:
+        """Let a request's recipe be what its watches have made of it."""
+        now = switches(one.ask, self.watching.progress(name), prompt)
+        if now == one.switched:
+            return
+        later = [i for watch in one.ask.watch if watch.name in now for i in watch.switched(now[watch.name])]
+        self.forget(one)
+        one.compiled, one.switched = self._prepared((*one.ask.interventions, *later)), now
 
     def forget(self, wanted: Wanted | None) -> None:
         """The request has gone."""
@@ -181,11 +202,15 @@ class WorkerState:
             tokens: gives the ids of a request's tokens between two positions.
         """
         self.end()
+        self._step = step, ids
         self.counts.steps += 1
         self._settings_now = {}
         if not any(wanted):
             self._write_rows(np.zeros(0, np.int64))
             return
+        for i, one in enumerate(wanted):
+            if one is not None and one.ask.watch:
+                self._switch(one, ids[i], int(step.prompts[i]))
         compiled = [None if one is None else one.compiled for one in wanted]
         self.counts.steered += any(compiled)
         busy = {one.key for one in compiled if one is not None}
@@ -200,12 +225,32 @@ class WorkerState:
         for i, one in enumerate(wanted):
             if one is not None and one.ask.read is not None:
                 self._read_rows(step, i, one.ask, ids[i], phases[i])
+            if one is not None and one.ask.watch:
+                self.watching.plan(step, i, one.ask, ids[i], phases[i], functools.partial(tokens, i))
+
+    def judged(self, logits: Tensor | None) -> Tensor | None:
+        """Between the forward pass and sampling: decide the watches; a request that is stopped can only end.
+
+        Args:
+            logits: one row for each request of the step, in its order; None on a worker that does not sample.
+        """
+        self.watching.decide(self.taps)
+        for row, end in self.watching.stops():
+            if logits is not None:
+                logits[row] = -torch.inf
+                logits[row, end] = 0.0
+        return logits
 
     def end(self) -> None:
         """After the forward pass: encode what it left in the taps. Safe to call twice."""
+        told, self._step = self._step, None
+        if self.listener is not None and told is not None:
+            self.listener(*told, self.taps)
+        self.watching.decide(self.taps)
+        self.watching.stops()
         pending, self._pending = self._pending, []
         if pending:
-            self.readouts.keep(pending, self.taps, self.saes)
+            self.readouts.keep(pending, {layer: self.taps[layer] for layer in self.settings.read_layers}, self.saes)
 
     def take(self, ticket: str) -> dict[str, Any]:
         """What was read under a ticket, as plain values; it is handed out once."""
@@ -245,6 +290,7 @@ class WorkerState:
             "steps": self.counts.steps,
             "steered": self.counts.steered,
             "skipped": self.counts.skipped,
+            "watched": self.watching.counted(),
         }
 
     def _phases(self, one: Wanted | None, i: int, tokens: Callable[[int, int, int], Sequence[int]]) -> Phases | None:
