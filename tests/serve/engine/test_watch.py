@@ -78,7 +78,7 @@ def llm(preempted: list[str]) -> Any:
     settings = ServeSettings(
         sae=str(served.LAB / "sae"), layers=tuple(range(6)), feature_layers=(4,), read_layers=LAYERS, rows=8
     )
-    return served.start(settings, kv_cache_memory_bytes=4 * 2**20, max_num_batched_tokens=48, max_num_seqs=24)
+    return served.start(settings, kv_cache_memory_bytes=2 * 2**20, max_num_batched_tokens=48, max_num_seqs=12)
 
 
 def later(seen: Seen, layer: int, rng: random.Random, least: int = 0) -> tuple[int, int, float]:
@@ -214,12 +214,12 @@ def test_what_was_generated_under_a_switch_is_shared_with_nobody(llm: Any, seen:
 
 def test_requests_beside_watched_ones_keep_their_log_probabilities_to_the_bit(llm: Any, seen: list[Seen]) -> None:
     rng = random.Random(4)
-    stop = [Watch("v", (later(one, 4, rng),), Where.parse("all"), then="mark") for one in seen]
+    watches = [Watch("v", (later(one, 4, rng),), Where.parse("generated"), then="mark") for one in seen]
 
     def beside(asks: list[Ask | None]) -> list[Any]:
         llm.reset_prefix_cache()
         out = run(llm, [*seen, *seen], [*[None] * len(seen), *asks], logprobs=3)
         return [[{t: p.logprob for t, p in step.items()} for step in one.logprobs] for one in out[: len(seen)]]
 
-    plain = Ask(watch=(Watch("none", ((4, 0, 1e9),), Where.parse("all")),), ticket="none")
-    assert beside([ask(watch) for watch in stop]) == beside([plain] * len(seen)) == beside([None] * len(seen))
+    plain = Ask(watch=(Watch("none", ((4, 0, 1e9),), Where.parse("generated")),), ticket="none")
+    assert beside([ask(watch) for watch in watches]) == beside([plain] * len(seen)) == beside([None] * len(seen))
