@@ -16,6 +16,7 @@ from qwen_scope.errors import MismatchError
 from qwen_scope.steer import Intervention
 
 from .protocol import FIELD, Ask
+from .seam_front import admission_of, unwatched
 from .settings import ServeSettings
 
 PROMPT = tuple(range(11, 35))
@@ -81,9 +82,10 @@ def self_test(llm: Any) -> None:
     settings, width = _served(llm.llm_engine.vllm_config)
     check_workers(llm.collective_rpc("qwen_scope_status"))
     found = []
-    for _, ask in asks(settings, width):
-        (out,) = llm.generate([{"prompt_token_ids": list(PROMPT)}], SamplingParams(**params(ask)), use_tqdm=False)
-        found.append(_first(out))
+    with unwatched(llm.llm_engine.vllm_config):
+        for _, ask in asks(settings, width):
+            (out,) = llm.generate([{"prompt_token_ids": list(PROMPT)}], SamplingParams(**params(ask)), use_tqdm=False)
+            found.append(_first(out))
     judge(settings, width, found)
 
 
@@ -98,17 +100,16 @@ async def self_test_server(engine: Any) -> None:
     settings, width = _served(engine.vllm_config)
     check_workers(await engine.collective_rpc("qwen_scope_status"))
     found = []
-    for _, ask in asks(settings, width):
-        name = f"qwen-scope-self-test-{uuid.uuid4().hex}"
-        prompt = {"prompt_token_ids": list(PROMPT)}
-        *_, out = [one async for one in engine.generate(prompt, SamplingParams(**params(ask)), name)]
-        found.append(_first(out))
+    with unwatched(engine.vllm_config):
+        for _, ask in asks(settings, width):
+            name = f"qwen-scope-self-test-{uuid.uuid4().hex}"
+            prompt = {"prompt_token_ids": list(PROMPT)}
+            *_, out = [one async for one in engine.generate(prompt, SamplingParams(**params(ask)), name)]
+            found.append(_first(out))
     judge(settings, width, found)
 
 
 def _served(config: Any) -> tuple[ServeSettings, int]:
-    from .seam_front import admission_of
-
     admission = admission_of(config)
     return admission.settings, admission.facts.width
 

@@ -23,11 +23,11 @@ PATIENCE = 400.0
 """Seconds until a server answers, on a machine that is busy with other things."""
 
 
-def command(folder: Path, port: int) -> list[str]:
-    """A server of every layer, with a folder for recipes."""
+def command(folder: Path, port: int, watch: Path | None = None) -> list[str]:
+    """A server of every layer, with a folder for recipes and perhaps a file of watches."""
     settings = ServeSettings(
         sae=str(LAB / "sae"), layers=tuple(range(6)), feature_layers=(2, 4), read_layers=(4, 5),
-        recipes=str(folder / "recipes"),
+        recipes=str(folder / "recipes"), watch=None if watch is None else str(watch),
     )  # fmt: skip
     return [
         str(Path(sys.executable).with_name("vllm")), "serve", str(LAB / "model"), "--served-model-name", "lab",
@@ -41,7 +41,9 @@ def command(folder: Path, port: int) -> list[str]:
 
 
 @contextmanager
-def process(folder: Path, env: Mapping[str, str] | None = None) -> Iterator[tuple[subprocess.Popen[bytes], str, Path]]:
+def process(
+    folder: Path, env: Mapping[str, str] | None = None, watch: Path | None = None
+) -> Iterator[tuple[subprocess.Popen[bytes], str, Path]]:
     """The server's process, its address and its log; it is ended at the end."""
     chosen = os.environ | {
         "VLLM_PLUGINS": "qwen_scope", "QWEN_SCOPE_RECIPE_KEY": "writes", "VLLM_NO_USAGE_STATS": "1",
@@ -54,7 +56,7 @@ def process(folder: Path, env: Mapping[str, str] | None = None) -> Iterator[tupl
     log = folder / "log"
     with log.open("w") as out:
         started = subprocess.Popen(
-            command(folder, port), env=chosen | dict(env or {}), stdout=out, stderr=subprocess.STDOUT
+            command(folder, port, watch), env=chosen | dict(env or {}), stdout=out, stderr=subprocess.STDOUT
         )
         try:
             yield started, f"http://127.0.0.1:{port}", log
@@ -72,9 +74,9 @@ class Served:
 
 
 @contextmanager
-def answering(folder: Path) -> Iterator[Served]:
+def answering(folder: Path, watch: Path | None = None) -> Iterator[Served]:
     """A server, once it answers."""
-    with process(folder) as (started, url, log):
+    with process(folder, watch=watch) as (started, url, log):
         until = time.monotonic() + PATIENCE
         while not up(url):
             assert started.poll() is None, log.read_text()[-3000:]

@@ -181,7 +181,7 @@ def test_a_switched_recipe_acts_from_the_next_token_on(llm: Any, scope: Scope, s
         watch = Watch(f"t{i}", (rule,), Where.parse(where), then="switch", interventions=tuple(made))
         position = one.raised(watch)[2]
         assert position is not None
-        there = Where(spans=((max(position + 1, len(one.ids)), len(one.ids) + NEW - 1),))
+        there = Where(spans=((max(position + 1, len(one.ids)), len(one.ids) + NEW - 2),))
         turned = [Intervention.from_json({**each.to_json(), "where": str(there)}) for each in made]
         answer = scope.generate(one.prompt, [*beside, *turned], decoding=Decoding(max_new_tokens=NEW))
         prompts.append(one)
