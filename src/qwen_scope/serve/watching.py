@@ -125,8 +125,10 @@ class Watching:
             ids: the ids of its tokens between two positions.
         """
         progress, prompt, positions = self.progress(name), int(step.prompts[i]), step.positions(i)
-        self._stops += [(i, ask.end)] if _stopped(ask, progress) else []
         new = positions >= progress.next
+        if _stopped(ask, progress):
+            self._stops.append((i, ask.end))
+            new &= positions < prompt  # scheduled before the answer's end was known
         if not new.any():
             return
         positions, rows = positions[new], np.flatnonzero(new) + int(step.starts[i])
@@ -151,11 +153,10 @@ class Watching:
         looks, self._looks = self._looks, []
         found = self._read(looks, taps)
         for look in looks:
-            before = _stopped(look.ask, look.progress)
             for watch, on in zip(look.ask.watch, look.chosen, strict=True):
                 if on.any():
                     self._one(look, watch, on, found)
-            if not before and _stopped(look.ask, look.progress):
+            if _stopped(look.ask, look.progress) and (look.row, look.ask.end) not in self._stops:
                 self._stops.append((look.row, look.ask.end))
 
     def stops(self) -> list[tuple[int, int]]:
