@@ -9,15 +9,17 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
 from explored import LAYER
 
 from qwen_scope.circuits import Graph, Question, WhyOptions, ask, explain, read
 from qwen_scope.errors import QwenScopeError
 from qwen_scope.explorer import AppState, Limits
+from qwen_scope.explorer.feature_view import effects_panel
 from qwen_scope.explorer.jobs import Told, watched
 from qwen_scope.explorer.why import explained, recipe_rows
 from qwen_scope.explorer.why_view import graph_panel
-from qwen_scope.features import Label, Notes, make_label
+from qwen_scope.features import Label, Lens, Notes, make_label
 from qwen_scope.stats import Interval
 
 PROMPT = "Guten Morgen, wo ist"
@@ -137,3 +139,18 @@ def test_a_recipe_that_is_none_is_refused(
 @pytest.mark.parametrize("pins", ["[[[[", "x" * 100_000, "[-1]", "", "[1e5]"])
 def test_pins_that_are_no_numbers_are_left_out(state: AppState, graph: Graph, pins: str) -> None:
     assert recipe_rows(state, graph, pins) == recipe_rows(state, graph, "[]")
+
+
+def test_the_feature_tab_reads_through_a_lens_where_one_is_at_hand(state: AppState) -> None:
+    lens = Lens({LAYER: torch.eye(state.scope.d_model)}, 1)
+    own = AppState(state.scope, state.stores, lens=lens)
+    page = own.feature_page(LAYER, 7, "german")
+    assert page.lens is not None
+    shown = effects_panel(page)
+    assert "Disposes to say" in shown
+    assert "of random directions" in shown
+    for other in (own.feature_page(LAYER - 1, 7), state.feature_page(LAYER, 7)):
+        assert other.lens is None
+        assert "Disposes to say" not in effects_panel(other)
+    with pytest.raises(QwenScopeError, match="the lens is for 8 dimensions"):
+        AppState(state.scope, lens=Lens({LAYER: torch.eye(8)}, 1))

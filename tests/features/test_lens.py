@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import lab_store
@@ -10,8 +11,18 @@ import torch
 from families import build
 
 from qwen_scope import load_scope
+from qwen_scope.cli import main
 from qwen_scope.errors import FormatError, InputError, NotFoundError
-from qwen_scope.features import Lens, LensOptions, fit_lens, lens_effects, load_lens, save_lens
+from qwen_scope.features import (
+    Lens,
+    LensOptions,
+    fit_lens,
+    lens_effects,
+    lens_logits,
+    load_lens,
+    save_lens,
+    top_logits,
+)
 from qwen_scope.scope import Scope
 
 PROMPTS = [[5 * i + j for i in range(9)] for j in (1, 2, 3)]
@@ -183,3 +194,56 @@ def test_the_commands(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Non
     assert "the lens has no layer 3; it has layers 4" in capsys.readouterr().err
     assert main(["lens", "fit", "lab", "-o", str(tmp_path / "x.bin"), "--model", "lab"]) == 2
     assert ".pt" in capsys.readouterr().err
+
+
+def test_features_are_found_by_what_they_dispose_to_say(scope: Scope) -> None:
+    """The ranking against reading every feature by itself; the control against directions that are drawn here."""
+    lens = Lens({1: torch.randn(32, 32, generator=torch.Generator().manual_seed(3))}, 1)
+    found = lens_logits(scope, lens, [7, 9], n=5)
+    words = scope.model.get_output_embeddings().weight[: len(scope.tokenizer)].float()
+
+    def score(directions: torch.Tensor) -> torch.Tensor:
+        moved = directions @ lens.jacobians[1].T
+        moved = moved / moved.norm(dim=-1, keepdim=True) * 32**0.5
+        logits = scope.model.model.norm(moved).float() @ words.T
+        return (logits[:, [7, 9]].mean(-1) - logits.mean(-1)) / logits.std(-1, correction=0)
+
+    every = score(scope.saes[1].W_dec.T.float())
+    best = every.topk(5)
+    assert [one.feature for one in found] == best.indices.tolist()
+    assert [one.score for one in found] == pytest.approx(best.values.tolist(), rel=1e-3)
+    random = score(torch.randn(4000, 32, generator=torch.Generator().manual_seed(11)))
+    for one in found:
+        assert one.beaten == pytest.approx(float((random < one.score).float().mean()), abs=0.04)
+    straight = {one.feature: one.score for one in top_logits(scope, [7, 9], n=scope.saes[1].d_sae)}
+    assert [one.direct for one in found] == pytest.approx([straight[one.feature] for one in found], rel=1e-4)
+
+
+def test_a_lens_that_moves_nothing_finds_what_the_direct_logits_find(scope: Scope) -> None:
+    found = lens_logits(scope, Lens({1: torch.eye(32)}, 1), [7], n=4)
+    plain = top_logits(scope, [7], n=4)
+    assert [(one.layer, one.feature) for one in found] == [(one.layer, one.feature) for one in plain]
+    assert [one.score for one in found] == pytest.approx([one.score for one in plain], rel=1e-4)
+    assert [one.direct for one in found] == pytest.approx([one.score for one in found], rel=1e-4)
+
+
+def test_a_search_through_a_lens_that_does_not_fit_is_refused(scope: Scope) -> None:
+    with pytest.raises(InputError, match="the lens is for 8 dimensions"):
+        lens_logits(scope, Lens({1: torch.eye(8)}, 1), [7])
+    with pytest.raises(NotFoundError, match="the lens has layers 0, and none of them has an SAE"):
+        lens_logits(scope, Lens({0: torch.eye(32)}, 1), [7])
+    with pytest.raises(InputError, match="name tokens by their ids"):
+        lens_logits(scope, Lens({1: torch.eye(32)}, 1), [10**6])
+
+
+def test_find_reads_promotes_through_a_lens(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    save_lens(Lens({2: torch.eye(128), 4: torch.eye(128)}, 1), tmp_path / "lens.pt")
+    asked = ["find", "--promotes", "der", "-n", "3", "--lens", str(tmp_path / "lens.pt")]
+    assert main([*asked, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [set(one) for one in found] == [{"layer", "feature", "score", "direct", "beaten"}] * 3
+    assert {one["layer"] for one in found} <= {2, 4}
+    assert main(asked) == 0
+    assert "random below" in capsys.readouterr().out
+    assert main(["find", "--near", "4/3", "--lens", str(tmp_path / "lens.pt")]) == 2
+    assert "give --promotes WORDS with it" in capsys.readouterr().err

@@ -18,6 +18,7 @@ def explore(
     stores: Annotated[
         list[Path] | None, typer.Option("--store", help="A folder that extract has written; may be repeated.")
     ] = None,
+    lens: Annotated[Path | None, typer.Option("--lens", help="A Jacobian lens (lens fit) for the Feature tab.")] = None,
     host: Annotated[
         str, typer.Option("--host", help="Where to listen; as it is, the page can be reached from this machine only.")
     ] = ("127.0.0.1"),
@@ -50,14 +51,16 @@ def explore(
     cache_bytes = options.parse_size(sae_cache)
     need_gradio()
     from qwen_scope.explorer import AppState, Limits, check_host, launch
+    from qwen_scope.features import load_lens
     from qwen_scope.scope import load_scope
 
     allowed, bounds = [check_host(name) for name in allow_hosts or []], Limits.of(limits or [])
+    through = None if lens is None else load_lens(lens)
     options.quiet()
     whose.refuse_other_saes(sae)
     with output.status("opening the model"):
         scope = load_scope(model, sae, device=device, dtype=dtype, k=k, cache_bytes=cache_bytes)
-        state = AppState(scope, named, bounds)
+        state = AppState(scope, named, bounds, lens=through)
         state.warm()
     whose.say_whose()
     page, url = launch(state, host=host, port=port, auth=pairs, allow_hosts=allowed, open_browser=browser, block=False)

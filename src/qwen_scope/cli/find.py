@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -41,6 +42,9 @@ def find(
         str | None, typer.Option("--repetition", help="Features that rise as documents repeat; 'all' with a STORE.")
     ] = None,
     promotes: Annotated[str | None, typer.Option("--promotes", help="Features that promote these words.")] = None,
+    lens: Annotated[
+        Path | None, typer.Option("--lens", help="A Jacobian lens (lens fit), through which --promotes reads features.")
+    ] = None,
     near: Annotated[str | None, typer.Option("--near", help="Features near one, named LAYER/FEATURE.")] = None,
     words: Annotated[str | None, typer.Option("--label", help="Features by words of their labels and notes.")] = None,
     search: FindOptions = changes.FIND,
@@ -82,10 +86,12 @@ def find(
         )
     if store is not None and promotes is None and near is None:
         show.check_saes(store, model, asked.sae, wanted, asked.k)
+    if lens is not None and promotes is None:
+        raise InputError("--lens reads what features dispose the model to say; give --promotes WORDS with it")
     if words is not None:
         print_labels(need(store, "--label"), words, n, as_json)
     elif promotes is not None:
-        print_top_logits(scope(), promotes, wanted, n, as_json)
+        print_top_logits(scope, promotes, wanted, n, lens, as_json)
     elif near is not None:
         print_near(near, store, None if store and model is None and asked.sae is None else scope(), n, as_json)
     elif repetition is not None:
@@ -217,10 +223,25 @@ def print_repeats(
         output.console().print(f"{out} a false discovery rate of {level:g} and are left out.")
 
 
-def print_top_logits(scope: Scope, words: str, layers: list[int] | None, n: int, as_json: bool) -> None:
-    from qwen_scope.features import token_ids, top_logits
+def print_top_logits(
+    scope: Callable[[], Scope], words: str, layers: list[int] | None, n: int, lens: Path | None, as_json: bool
+) -> None:
+    """Features that promote words directly, or through a lens beside that."""
+    from qwen_scope.features import lens_logits, load_lens, token_ids, top_logits
 
-    found = top_logits(scope, token_ids(scope, words.split()), layers, n)
+    through = None if lens is None else load_lens(lens)
+    opened = scope()
+    tokens = token_ids(opened, words.split())
+    if through is not None:
+        read = lens_logits(opened, through, tokens, layers, n)
+        rows = [(one.layer, one.feature, one.score, one.direct, f"{one.beaten:.1%}") for one in read]
+        columns = ("layer", "feature", "through the lens, sd", "directly, sd", "random below")
+        if as_json:
+            output.print_json(read)
+        else:
+            output.show(f"Features that dispose the model to say {words}", columns, rows)
+        return
+    found = top_logits(opened, tokens, layers, n)
     if as_json:
         output.print_json(found)
         return

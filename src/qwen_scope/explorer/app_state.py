@@ -12,7 +12,17 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from qwen_scope.errors import InputError, brief
-from qwen_scope.features import FeaturePage, Label, Neighbour, Notes, cofiring, elsewhere, feature_page, similar
+from qwen_scope.features import (
+    FeaturePage,
+    Label,
+    Lens,
+    Neighbour,
+    Notes,
+    cofiring,
+    elsewhere,
+    feature_page,
+    similar,
+)
 from qwen_scope.sae import SAE, catalog, layers_of, load_sae
 from qwen_scope.scope import DO_NOT_USE, Comparison, Scope, TokenFeatures, compare_seen, model_source
 from qwen_scope.steer import Generation
@@ -44,6 +54,7 @@ class AppState:
         limits: what one visitor may ask for.
         model_name, sae_name: what the page calls them; never a whole path of this machine.
         trained_from: the model the SAEs were trained on, where it was said.
+        lens: a Jacobian lens of the model, which features are read through beside the direct logits.
     """
 
     def __init__(
@@ -54,10 +65,14 @@ class AppState:
         *,
         model_name: str | None = None,
         trained_from: str | None = None,
+        lens: Lens | None = None,
     ) -> None:
         self.scope, self.stores, self.limits = scope, dict(stores or {}), limits or Limits()
         self.model_name = model_name or ("lab" if scope.name == model_source("lab") else Path(scope.name).name)
         self.sae_name, self.trained_from = Path(scope.saes.source).name, trained_from
+        if lens is not None:
+            lens.check(scope)
+        self.lens = lens
         self.jobs, self.unsteered, self.store_pool = Jobs(), Lately[Generation](32), StorePool()
         self._seen: OrderedDict[tuple[str, str, int], TokenFeatures] = OrderedDict()
         self._lock = threading.Lock()
@@ -267,11 +282,14 @@ class AppState:
             InputError, NotFoundError: no such layer, feature or store.   MismatchError: the store is of another SAE.
         """
         self.check_feature(layer, feature)
+        lens = self.lens if self.lens is not None and layer in self.lens.layers else None
         if store is None:
-            page = feature_page(layer, feature, scope=self.scope, layers=self.layers)
+            page = feature_page(layer, feature, scope=self.scope, layers=self.layers, lens=lens)
         else:
             with self.store_pool.lent(self.folder(store)) as opened:
-                page = feature_page(layer, feature, store=opened, scope=self.scope, with_cofiring=with_cofiring)
+                page = feature_page(
+                    layer, feature, store=opened, scope=self.scope, with_cofiring=with_cofiring, lens=lens
+                )
         return replace(page, store=store, model=self.discreet(page.model), group=self.discreet(page.group))
 
     def with_cofiring(self, page: FeaturePage, store: str) -> FeaturePage:

@@ -108,11 +108,12 @@ def passage(
 
 
 def effects_panel(page: FeaturePage) -> Markup:
-    """Tokens it makes likelier and less likely."""
-    sides = [
-        element("div", heading(name), effect_list(effects))
-        for name, effects in (("Promotes", page.promoted), ("Demotes", page.demoted))
-    ]
+    """Tokens it makes likelier and less likely, directly and where a lens is at hand through later layers."""
+    shown = [("Promotes", None, page.promoted), ("Demotes", None, page.demoted)]
+    if page.lens is not None:
+        note = f"Jacobian lens; peak {page.lens.peak:.1f} sd, above {page.lens.beaten:.0%} of random directions"
+        shown += [("Disposes to say", note, page.lens.promoted)]
+    sides = [element("div", heading(name, note), effect_list(effects)) for name, note, effects in shown]
     return card(element("div", *sides, class_="qs-halves"))
 
 

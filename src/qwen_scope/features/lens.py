@@ -19,7 +19,8 @@ from torch import Tensor
 
 from qwen_scope.errors import FormatError, InputError, NotFoundError, check_count, foreign
 from qwen_scope.files import write_whole
-from qwen_scope.model import GRAPH_TOKENS, HookPoint, changing, final_norm, input_device, n_layers, reading
+from qwen_scope.model import GRAPH_TOKENS as BATCH_TOKENS
+from qwen_scope.model import HookPoint, changing, final_norm, input_device, n_layers, reading
 from qwen_scope.report import Progress
 from qwen_scope.scope import Scope
 
@@ -43,6 +44,12 @@ class Lens:
     def layers(self) -> list[int]:
         """The layers that have one."""
         return sorted(self.jacobians)
+
+    def check(self, scope: Scope) -> None:
+        """Refuse a scope of another width; raises InputError."""
+        size = next(iter(self.jacobians.values())).shape[0]
+        if size != scope.d_model:
+            raise InputError(f"the lens is for {size} dimensions, {scope.name} has {scope.d_model}")
 
     def transport(self, x: Float[Tensor, "*rows d_model"], layer: int) -> Float[Tensor, "*rows d_model"]:
         """`J_l x`, in fp32.
@@ -100,7 +107,7 @@ def fit_lens(
 ) -> Lens:
     """Average the Jacobians of prompts.
 
-    Every prompt takes `d_model` backward passes, as many at once as `GRAPH_TOKENS` allow. Source and target tokens are
+    Every prompt takes `d_model` backward passes, as many at once as `BATCH_TOKENS` allow. Source and target tokens are
     those behind the first `skip`, without those that do not count by their id.
 
     Args:
@@ -156,7 +163,7 @@ class _Fit:
     def add(self, ids: list[int], seen: str) -> None:
         valid = self._valid(ids)
         if bool(valid.any()):
-            rows = max(1, GRAPH_TOKENS // len(ids))
+            rows = max(1, BATCH_TOKENS // len(ids))
             for start in range(0, self.scope.d_model, rows):
                 self._rows(ids, valid, range(start, min(self.scope.d_model, start + rows)))
         self.done, self.seen = self.done + 1, seen
@@ -243,9 +250,8 @@ def lens_effects(
     check_count("randoms", randoms)
     sae = scope.saes[scope.check_layers([layer])[0]]
     check_count("a feature", feature, 0, sae.d_sae - 1)
-    size = next(iter(lens.jacobians.values())).shape[0]
-    if size != scope.d_model:
-        raise InputError(f"the lens is for {size} dimensions, {scope.name} has {scope.d_model}")
+    lens.check(scope)
+    size = scope.d_model
     own = sae.W_dec[:, feature].float().cpu()
     drawn = torch.randn(randoms, size, generator=torch.Generator().manual_seed(seed))
     directions = torch.cat([own[None], torch.nn.functional.normalize(drawn, dim=-1) * own.norm()])
