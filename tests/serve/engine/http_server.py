@@ -48,6 +48,8 @@ def process(
     chosen = os.environ | {
         "VLLM_PLUGINS": "qwen_scope", "QWEN_SCOPE_RECIPE_KEY": "writes", "VLLM_NO_USAGE_STATS": "1",
         "HF_HUB_OFFLINE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1",
+        # glibc gives back what is freed, so that memory which grows is memory that is held
+        "MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "16384", "MALLOC_TRIM_THRESHOLD_": "131072",
     }  # fmt: skip
     chosen.pop("VLLM_ENABLE_V1_MULTIPROCESSING", None)
     with socket.socket() as free:
