@@ -19,7 +19,7 @@ import qwen_scope
 from qwen_scope.serve import FIELD, ServeSettings
 
 LAB = Path(qwen_scope.__file__).parent / "assets" / "lab"
-PATIENCE = 400.0
+PATIENCE = 600.0
 """Seconds until a server answers, on a machine that is busy with other things."""
 
 
@@ -49,7 +49,7 @@ def process(
         "VLLM_PLUGINS": "qwen_scope", "QWEN_SCOPE_RECIPE_KEY": "writes", "VLLM_NO_USAGE_STATS": "1",
         "HF_HUB_OFFLINE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1",
         # glibc gives back what is freed, so that memory which grows is memory that is held
-        "MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "16384", "MALLOC_TRIM_THRESHOLD_": "131072",
+        "MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072",
     }  # fmt: skip
     chosen.pop("VLLM_ENABLE_V1_MULTIPROCESSING", None)
     with socket.socket() as free:
@@ -64,7 +64,11 @@ def process(
             yield started, f"http://127.0.0.1:{port}", log
         finally:
             started.terminate()
-            started.wait(60)
+            try:
+                started.wait(60)
+            except subprocess.TimeoutExpired:
+                started.kill()
+                raise
 
 
 @dataclass(frozen=True)
