@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -128,6 +129,38 @@ def test_activations_come_by_choice_and_once(admission) -> None:
     ticket = Ask.from_text(server.body["vllm_xargs"][FIELD]).ticket
     assert len(ticket) == 32
     assert server.asked == [("qwen_scope_take", (ticket,))]
+
+
+WATCH = {"name": "w", "features": {"4/3": 0.5}}
+ALARM = {"watch": "w", "position": 7, "then": "mark", "because": {"4/3": 0.75}}
+
+
+def test_alarms_come_by_choice(admission, recipe) -> None:
+    admission.library.write("mine", json.dumps(recipe.to_json()).encode())
+    server = Server(admission)
+    server.read = [{"1_cmpl-ab-0-0a1b2c3d": [ALARM], "cmpl-ab-0-0a1b2c3e": [{**ALARM, "position": 9}, ALARM]}, None]
+    status, answer = server.post({"prompt": "x", "n": 2, FIELD: {"recipe": "mine", "watch": [WATCH]}})
+    listed = [(one["choice"], one["position"]) for one in json.loads(answer)[FIELD]["alarms"]]
+    assert (status, listed) == (200, [(0, 7), (0, 9), (1, 7)])
+    ask = Ask.from_text(server.body["vllm_xargs"][FIELD])
+    assert server.asked == [("qwen_scope_alarms", (ask.ticket,))]
+    assert (ask.label, ask.interventions, [one.name for one in ask.watch]) == ("mine", recipe.interventions, ["w"])
+
+
+def test_a_server_that_watches_marks_answers_without_the_field(admission, tmp_path) -> None:
+    (tmp_path / "watch.json").write_text(json.dumps({"version": 1, "watch": [WATCH]}))
+    server = Server(Admission(replace(admission.settings, watch=str(tmp_path / "watch.json")), admission.facts))
+    server.read = [{"chatcmpl-ab-0a1b2c3d": [ALARM]}]
+    _, answer = server.post({"messages": [{"role": "user", "content": "Hi"}]}, "/v1/chat/completions")
+    assert json.loads(answer)[FIELD] == {"alarms": [{"choice": 0, **ALARM}]}
+    ask = Ask.from_text(server.body["vllm_xargs"][FIELD])
+    assert ask.watch == ()  # admission adds those of the server, so that nobody's request is without
+    assert PHASES[int(ask.phases.tokens[-1])] == "answer"
+    tools = {"messages": [{"role": "user", "content": "Hi"}], "tools": [{"type": "function"}]}
+    assert server.post(tools, "/v1/chat/completions")[0] == 200
+    assert Ask.from_text(server.body["vllm_xargs"][FIELD]).phases is None
+    assert server.post({"input": "x"}, "/v1/embeddings") == (200, b"{}")
+    assert server.body == {"input": "x"}
 
 
 def test_a_stream_has_them_before_its_end(admission) -> None:

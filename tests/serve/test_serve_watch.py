@@ -153,6 +153,8 @@ def test_a_server_s_own_watches_come_first(facts: ModelFacts, tmp_path: Path) ->
     kinds = PromptKinds.of([2] * 10, "default", "answer")
     assert [one.name for one in mine.watched(Ask(watch=(own,))).watch] == ["loops", "own"]
     assert [one.name for one in mine.watched(Ask(phases=kinds)).watch] == ["loops", "phase"]
+    with pytest.raises(QwenScopeError, match="layer 5 is not served for reading"):
+        Admission(ServeSettings(sae="lab", read_layers=(4,), watch=str(tmp_path / "w.json")), facts)
     with pytest.raises(QwenScopeError, match="two watches have the name"):
         mine.watched(Ask(watch=(replace(own, name="loops"),)))
 

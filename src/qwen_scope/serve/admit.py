@@ -101,7 +101,7 @@ class Admission:
         Raises:
             NotFoundError: a layer that the model or the SAEs do not have, or a missing file.
             MismatchError: an SAE that does not fit.
-            FormatError: statistics that can't be read.
+            FormatError, InputError: statistics or watches that can't be read, or that this server could not evaluate.
         """
         self.settings, self.facts = settings, facts
         for layer in settings.touched:
@@ -115,6 +115,7 @@ class Admission:
         self.watches: tuple[Watch, ...] = () if settings.watch is None else read_watches(settings.watch)
         self._fits: OrderedDict[str, None] = OrderedDict()
         self._lock = threading.Lock()
+        self.fit(Ask(watch=self.watches))
 
     def admit(self, ask: Ask, prompt: int, new: int) -> Ask:
         """The ask as workers take it: interventions listed, in raw units, in canonical order; the recipe's name gone.

@@ -50,7 +50,8 @@ class Middleware:
         if body is None:
             return
         state = scope["app"].state
-        if not _may_hold(body) and not (scope["path"] in PATHS and watches(state.engine_client.vllm_config)):
+        marked = scope["path"] in PATHS and len(body) <= MOST_BYTES and watches(state.engine_client.vllm_config)
+        if not marked and not _may_hold(body):
             await self.app(scope, _again(body, receive), send)
             return
         try:
