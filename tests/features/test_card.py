@@ -364,6 +364,27 @@ def test_the_command(own: FeatureStore, tmp_path: Path, capsys: pytest.CaptureFi
     assert "Not measured" in said
 
 
+def test_show_and_find_write_into_the_card(own: FeatureStore, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert (
+        main(["find", str(own.folder), "--positive", "language=de", "--layers", str(LAYER), "-n", "1", "--json"]) == 0
+    )
+    (best,) = json.loads(capsys.readouterr().out)["found"]
+    place = f"{LAYER}/{best['feature']}"
+    assert main(["show", str(own.folder), "--feature", place, "-n", "3", "--json"]) == 0
+    page = json.loads(capsys.readouterr().out)
+    for name in ("cofiring", "elsewhere"):
+        monkeypatch.setattr(sys.modules["qwen_scope.features.card"], name, lambda *_, **__: pytest.fail("read twice"))
+    assert main(["card", str(own.folder), place, "-n", "3", "--json"]) == 0
+    plain = json.loads(capsys.readouterr().out)
+    assert plain["cofiring"] == page["cofiring"]
+    assert plain["elsewhere"] == page["elsewhere"]
+    (found,) = plain["findings"]
+    assert found == {"name": "find language=de", "against": "all others", "f1": best["f1"], "auroc": best["auroc"],
+                     "q": best["q"]}  # fmt: skip
+    assert main(["card", str(own.folder), place, "-n", "3"]) == 0
+    assert "Found by find" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("words", "says"),
     [

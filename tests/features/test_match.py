@@ -15,6 +15,7 @@ from qwen_scope import load_sae
 from qwen_scope.errors import InputError, MismatchError, NotFoundError
 from qwen_scope.features import MatchOptions, common_firings, match
 from qwen_scope.features import nearest as tiles
+from qwen_scope.lab import documents
 from qwen_scope.sae import FeatureActs, TopK
 from qwen_scope.store import FeatureStore
 
@@ -241,3 +242,33 @@ def test_the_lab_s_layers(store: FeatureStore) -> None:
     assert plain["tokens"] == store.manifest.tokens
     assert len(found.rows()) == a.d_sae
     assert {len(row) for row in found.rows()} == {6}
+
+
+def trained(seed: int, k: int) -> TopK:
+    """A short training on the lab's residuals."""
+    from qwen_scope.train import ResidualTable, TrainConfig, train
+
+    texts = [document.text for document in documents(seed=7, n=24, kinds=["talk"])]
+    scope = lab_store.scope()
+    tokens = scope.tokenize(texts, truncate=True)
+    h = scope.capture(tokens, [3])[3]
+    x = h[tokens.attention_mask.bool()].float()
+    config = TrainConfig(d_sae=256, k=k, tokens=30 * 512, batch=512, seed=seed)
+    (sae,) = train(config, ResidualTable({"layers.3.resid_post": x}, 512)).values()
+    assert isinstance(sae, TopK)
+    return sae
+
+
+@pytest.mark.parametrize("other", [(1, 20), (0, 40)])
+def test_two_trainings_share_what_brute_force_says(other: tuple[int, int]) -> None:
+    """Two seeds, and k 20 against k 40, on the lab; a shuffle of the second is chance."""
+    a, b = trained(0, 20), trained(*other)
+    found = match(a, b, options=dataclasses.replace(SMALL, sample=256)).cosine
+    every = brute(a.W_dec.double().numpy(), b.W_dec.double().numpy())
+    assert found.share == pytest.approx((every.max(1) >= 0.7).mean())
+    assert found.mean == pytest.approx(every.max(1).mean(), abs=1e-6)
+    assert found.at_chance is False
+    columns = np.random.default_rng(0).permuted(b.W_dec.float().numpy(), axis=0)
+    mixed = torch.from_numpy(columns)
+    shuffled = TopK(mixed.T.contiguous(), mixed, b.b_enc, b.b_dec, k=b.k)
+    assert match(a, shuffled, options=dataclasses.replace(SMALL, sample=256)).cosine.at_chance is True

@@ -110,14 +110,17 @@ def sets_in_store(
     """What tells two sets of a store's documents apart."""
     import numpy as np
 
-    from qwen_scope.features import find_in_store
+    from qwen_scope.features import find_in_store, remember_findings
 
     chosen = None if positive is None else documents.documents_of(store, positive)
     others = None if negative is None else documents.documents_of(store, negative)
     if chosen is not None and others is not None and len(np.intersect1d(chosen, others)):
         raise InputError(f"some documents are in both sets: {positive} and {negative}")
     with output.status("reading the store"):
-        return find_in_store(store, chosen, others, layers, search)
+        found = find_in_store(store, chosen, others, layers, search)
+    if positive is not None and search.phases is None:
+        remember_findings(store, found, positive, negative or "all others")
+    return found
 
 
 def sets_of_texts(

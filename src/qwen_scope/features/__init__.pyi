@@ -106,6 +106,8 @@ from .pooled import pool_store as pool_store
 from .pooled import pool_texts as pool_texts
 from .push import Push as Push
 from .push import push as push
+from .record import remember_findings as remember_findings
+from .record import remember_page as remember_page
 from .repeats import RepeatFeature as RepeatFeature
 from .repeats import repeat_features as repeat_features
 from .repeats import repeats_in_store as repeats_in_store

@@ -25,6 +25,7 @@ from .lens import Lens
 from .neighbours import cofiring, elsewhere
 from .notes import Label, Notes
 from .push import Push, push
+from .record import FOUND, neighbours_name
 from .show import FeaturePage, feature_page
 from .siblings import Sibling, sibling
 from .trust import Trust, TrustEvidence, TrustRules, trust
@@ -66,6 +67,7 @@ class Card:
         concept: how well it goes with a column of the metadata; responsiveness and purity (FADE).
         faithfulness: as FADE defines it, of the shares that `validate` recorded; None without a verdict.
         push: whether adding it makes documents of the concept likelier.
+        findings: what `find` learnt of it in this store, each with the documents that it tells from others.
         siblings: the feature in other dictionaries.
         parts, absorbers: features of its own dictionary that may share out what it stands for.
         failures: what is known to be wrong, in sentences.
@@ -80,6 +82,7 @@ class Card:
     concept: ConceptFit | None
     faithfulness: float | None
     push: Push | None
+    findings: tuple[Mapping[str, Any], ...]
     siblings: tuple[Sibling, ...]
     parts: tuple[Kin, ...]
     absorbers: tuple[Kin, ...]
@@ -101,6 +104,7 @@ class Card:
             "concept": None if self.concept is None else self.concept.to_json(),
             "faithfulness": self.faithfulness,
             "effect_on_likelihood": None if self.push is None else self.push.to_json(),
+            "findings": [dict(one) for one in self.findings],
             "siblings": [one.to_json() for one in self.siblings],
             "parts": [asdict(one) for one in self.parts],
             "absorbers": [asdict(one) for one in self.absorbers],
@@ -161,7 +165,7 @@ def card(
     held = TrustEvidence(page.summary, page.label, control.label if control else None, fit, outcome, pushed, siblings)
     return Card(
         page, _identity(store, layer), store.phase_counts(layer, feature), control, fit, _faithfulness(page.verdict),
-        pushed, siblings, parts, absorbers, _failures(page, rules or TrustRules()),
+        pushed, _findings(record), siblings, parts, absorbers, _failures(page, rules or TrustRules()),
         _missing(page, control, fit, pushed, siblings, scope, lens), trust(held, rules),
     )  # fmt: skip
 
@@ -197,9 +201,16 @@ def _with_neighbours(
             "elsewhere": [asdict(one) for one in found],
         }
 
-    known = record.get(f"neighbours, {n}{'' if scope is None else ', with directions'}", measure)
+    known = record.get(neighbours_name(n, scope is not None), measure)
     names = ("cofiring", "elsewhere")
     return replace(page, **{name: tuple(Neighbour(**one) for one in known[name]) for name in names})
+
+
+def _findings(record: _Record) -> tuple[Mapping[str, Any], ...]:
+    """What `find` learnt, the newest of each pair of sets."""
+    kept = record.notes.of(record.layer, record.feature, "measure")
+    newest = {note.body["name"]: note.body for note in kept if note.body["name"].startswith(FOUND)}
+    return tuple(newest.values())
 
 
 def _control(record: _Record, page: FeaturePage, store: FeatureStore, judge: Judge | None, seed: int) -> Control | None:

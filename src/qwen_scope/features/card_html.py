@@ -7,6 +7,7 @@ from qwen_scope.report import Markup, element, html_page, html_table
 
 from .card import Card
 from .html import page_parts
+from .record import FOUND
 
 HELD = {True: "yes", False: "no", None: "not measured"}
 
@@ -69,6 +70,12 @@ def card_tables(card: Card) -> list[tuple[str, tuple[str, ...], list[tuple[Cell,
             *((f"at {dose:g} of the median norm", effect) for dose, effect in found.doses),
         ]
         out.append(("Log-probability per token, in nats", ("", "change"), rows))
+    if card.findings:
+        rows = [
+            (one["name"].removeprefix(FOUND), one["against"], one["auroc"]["estimate"], one["f1"]["estimate"], one["q"])
+            for one in card.findings
+        ]
+        out.append(("Found by find, on documents that did not choose it", ("tells", "from", "AUROC", "F1", "q"), rows))
     if card.faithfulness is not None:
         out.append(("Faithfulness (FADE)", ("", ""), [("by the shares that validate recorded", card.faithfulness)]))
     if card.siblings:
