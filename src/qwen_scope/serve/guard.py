@@ -63,7 +63,7 @@ class Seam:
         if hasattr(found, "qwen_scope"):
             return
         made = functools.wraps(found)(make(found))
-        made.qwen_scope = True
+        made.qwen_scope = True  # pyright: ignore[reportAttributeAccessIssue]
         *path, last = self.name.split(".")
         for module in (self.module, *(name for name in self.users if name in sys.modules)):
             setattr(functools.reduce(getattr, path, importlib.import_module(module)), last, made)
