@@ -28,6 +28,7 @@ from qwen_scope.scope import ExtractOptions, extract
 from qwen_scope.stats import auroc
 from qwen_scope.text import Corpus
 
+TITLE = "The feature card on planted features"
 LAYER = 3
 CAUSAL, CORRELATE, WRONG = "causal", "correlate", "wrong name"
 STANDINGS = (CAUSAL, CORRELATE, WRONG)
@@ -185,7 +186,7 @@ def tell(at: At[Sizes], rows: list[Row]) -> str:
 
 
 experiment = Experiment(
-    title="The feature card on planted features",
+    title=TITLE,
     varies={"seed": (0,), "standing": STANDINGS, "part": tuple(range(PARTS))},
     run=run,
     tell=tell,
