@@ -53,6 +53,7 @@ def serve(
     from qwen_scope.scope import resolve
     from qwen_scope.serve import launch, run, with_stats
 
+    options.quiet()
     place, group = resolve(model, sae) if sae is not None or model == "lab" else (model, None)
     settings = ServeSettings(
         sae=group,
