@@ -34,7 +34,7 @@ from qwen_scope.errors import MismatchError
 from qwen_scope.lab import documents
 from qwen_scope.model import capture
 from qwen_scope.sae import catalog
-from qwen_scope.scope import Scope, TokenFeatures
+from qwen_scope.scope import Scope
 
 TITLE = "Features of quantised checkpoints"
 written_by = writers()
@@ -65,24 +65,28 @@ def opened(at: At[Sizes], model: str, source: Path, dtype: str = "float32") -> S
     return load_scope(source, "lab" if model == "lab" else at.options["saes"], device="cpu", dtype=dtype)
 
 
-def streams(scope: Scope, seen: TokenFeatures) -> dict[int, torch.Tensor]:
-    """Residuals `(texts, seq, d_model)` by layer, of the tokens that were seen."""
-    points = [HookPoint(layer) for layer in seen.layers]
+def streams(scope: Scope, ids: torch.Tensor, mask: torch.Tensor, layers: Sequence[int]) -> dict[int, torch.Tensor]:
+    """Residuals `(texts, seq, d_model)` by layer."""
     with torch.no_grad():
-        residuals = capture(scope.model, seen.input_ids, points, attention_mask=seen.mask)
-    return {point.layer: one.float() for point, one in residuals.items()}
+        found = capture(scope.model, ids, [HookPoint(layer) for layer in layers], attention_mask=mask)
+    return {point.layer: one.float() for point, one in found.items()}
 
 
-DENSE_OF: dict[str, Any] = {}  # read once for all kinds
+def of_dense(at: At[Sizes], model: str) -> dict[str, Any]:
+    """What the dense model reads, which tokens count at each layer, and its residuals; made once for all kinds."""
+    kept = at.folder / f"dense-{Path(model).name}.pt"
+    if not kept.is_file():
+        scope = opened(at, model, place(model))
+        seen = scope.features(texts_of(model, at), layers=scope.layers)
+        counts = {layer: seen.mask & (seen.reasons[layer] == 0) for layer in seen.layers}
+        found = streams(scope, seen.input_ids, seen.mask, seen.layers)
+        torch.save({"ids": seen.input_ids, "mask": seen.mask, "counts": counts, "residuals": found}, kept)
+    return torch.load(kept)
 
 
 def run(at: At[Sizes], model: str, kind: str) -> dict[str, Any]:
     out, where = at.folder / "written", place(model)
-    if model not in DENSE_OF:
-        dense = opened(at, model, where)
-        found = dense.features(texts_of(model, at), layers=sorted(dense.saes))
-        DENSE_OF[model] = found, dense.saes, streams(dense, found)
-    seen, saes, plain = DENSE_OF[model]
+    dense = of_dense(at, model)
     shutil.rmtree(out, ignore_errors=True)
     if kind == "bfloat16":
         scope = opened(at, model, where, "bfloat16")
@@ -92,13 +96,13 @@ def run(at: At[Sizes], model: str, kind: str) -> dict[str, Any]:
         )
     else:
         scope = opened(at, model, written_by[kind](where, out))
-    if scope.tokenize(texts_of(model, at)).input_ids.tolist() != seen.input_ids.tolist():
+    ids, mask = dense["ids"], dense["mask"]
+    if scope.tokenize(texts_of(model, at)).input_ids.tolist() != ids.tolist():
         raise MismatchError(f"{kind} of {model} splits text differently")
-    others, layers = streams(scope, seen), {}
-    for layer in seen.layers:
-        counts = seen.mask & (seen.reasons[layer] == 0)
-        x, y = plain[layer][counts], others[layer][counts]
-        one, other = (saes[layer].encode(residuals).to_dense() for residuals in (x, y))
+    others, layers = streams(scope, ids, mask, [*dense["counts"]]), {}
+    for layer, counts in dense["counts"].items():
+        x, y = dense["residuals"][layer][counts], others[layer][counts]
+        one, other = (scope.saes[layer].encode(residuals).to_dense() for residuals in (x, y))
         both = (one > 0) & (other > 0)
         layers[layer] = {
             "shared": float(both.sum() / (one > 0).sum()),

@@ -3,12 +3,12 @@
     python -m experiments.real.start_from --model FOLDER --saes FOLDER --data FOLDER [--seeds 1,2,3] [--write]
 
 The model is SmolLM2-135M-Instruct in the report; `--saes` holds SAEs of it, `--data` holds `xquad.jsonl.gz` and
-`gsm8k_test.jsonl.gz`. The checkpoint: every weight fine-tuned on the first 100 German paragraphs of XQuAD, once. The
-residuals of one layer on other text (the other German paragraphs, English, Spanish, school problems, the manual of
-Python), shuffled by document. The arms are those of `experiments.lab.start_from`: an SAE from scratch on all tokens by
-the defaults of `TrainConfig`; the base's SAE continued on the first fifth of the same tokens by the defaults of
-`TrainConfig.continuing`; one from scratch on that fifth; and the base's SAE as it is. A seed is of the SAE's beginning
-and of the order of residuals.
+`gsm8k_test.jsonl.gz`. The checkpoint: every weight fine-tuned on the first 60 German paragraphs of XQuAD (128 tokens of
+each), once. The residuals of one layer on other text (the other German paragraphs, English, Spanish, school problems,
+the manual of Python), shuffled by document. The arms are those of `experiments.lab.start_from`: an SAE from scratch on
+all tokens by the defaults of `TrainConfig`; the base's SAE continued on the first fifth of the same tokens by the
+defaults of `TrainConfig.continuing`; one from scratch on that fifth; and the base's SAE as it is. A seed is of the
+SAE's beginning and of the order of residuals.
 
 The rule, fixed before the run: for every seed, the FVU of the continued SAE on held-out tokens is at most that of the
 one from scratch on all tokens.
@@ -42,7 +42,7 @@ from qwen_scope.train import ResidualBuffer, ResidualTable, TrainConfig, train
 LAYER, FIFTH, HOLD_OUT, BATCH, ROW, ROWS = 6, 5, 20, 2048, 256, 16
 LANGUAGES = ("de", "en", "es")
 TUNING: dict[str, Any] = {
-    "method": "plain", "lr": 1e-4, "batch": 4, "accumulate": 1, "warmup": 3, "max_length": 192, "seed": 1,
+    "method": "plain", "lr": 1e-4, "batch": 4, "accumulate": 1, "warmup": 3, "max_length": 128, "seed": 1,
     "save_every": 0, "device": "cpu", "dtype": "float32",
 }  # fmt: skip
 TITLE = "SAEs continued on a fine-tune of a real model"
@@ -54,7 +54,7 @@ class Sizes:
 
     tokens: int = 256_000
     held_out: int = 16_384
-    texts: int = 100
+    texts: int = 60
 
 
 def lines(at: At[Sizes], name: str) -> Iterator[dict[str, Any]]:
@@ -144,9 +144,10 @@ def tell(at: At[Sizes], rows: list[Row]) -> str:
         cells.append([seed, *figures, f"{gaps[-1]:+.4f}", f"{one['continued']['cosine']:.3f}"])
     tokens = {arm: found[seeds[0], arm]["tokens"] for arm in ("continued", "scratch")}
     how = f"""`python -m experiments.real.start_from --model FOLDER --saes FOLDER --data FOLDER --write`:
-        {Path(at.options["model"]).name}, every weight fine-tuned on {at.sizes.texts} German paragraphs (peak learning
-        rate {TUNING["lr"]:g}). SAEs of layer {LAYER} on other text (German, English and Spanish paragraphs, school
-        problems, the manual of Python): from scratch on {tokens["scratch"]:,} tokens; the base's SAE, continued on the
+        {Path(at.options["model"]).name}, every weight fine-tuned on {at.sizes.texts} German paragraphs (128 tokens of
+        each, peak learning rate {TUNING["lr"]:g}). SAEs of layer {LAYER} on other text (German, English and Spanish
+        paragraphs, school problems, the manual of Python): from scratch on {tokens["scratch"]:,} tokens; the base's
+        SAE, continued on the
         first {tokens["continued"]:,} of the same residuals; from scratch on those. Each by its own defaults and with
         its own schedule; sinks left out; FVU on {at.sizes.held_out:,} held-out tokens. The cosine is the median over
         features of decoder directions before and after. The rule, fixed before the run: for every seed, the continued
