@@ -1,14 +1,14 @@
 """SAEs of a real model, continued on a fine-tune of it: do they reach in a fifth of the tokens what new ones do?
 
-    python -m experiments.real.start_from --model FOLDER --saes FOLDER --data FOLDER [--seeds 1,2,3] [--write]
+    python -m experiments.real.continued --model FOLDER --saes FOLDER --data FOLDER [--seeds 1,2,3] [--write]
 
 The model is SmolLM2-135M-Instruct in the report; `--saes` holds SAEs of it, `--data` holds `xquad.jsonl.gz` and
 `gsm8k_test.jsonl.gz`. The checkpoint: every weight fine-tuned on the first 60 German paragraphs of XQuAD (128 tokens of
 each), once. The residuals of one layer on other text (the other German paragraphs, English, Spanish, school problems,
 the manual of Python), shuffled by document. The arms are those of `experiments.lab.start_from`: an SAE from scratch on
 all tokens by the defaults of `TrainConfig`; the base's SAE continued on the first fifth of the same tokens by the
-defaults of `TrainConfig.continuing`; one from scratch on that fifth; and the base's SAE as it is. A seed is of the
-SAE's beginning and of the order of residuals.
+defaults of `TrainConfig.continuing`; one from scratch on that fifth; and the base's SAE as it is. For comparison, at
+equal tokens, the base's SAE continued on all of them. A seed is of the SAE's beginning and of the order of residuals.
 
 The rule, fixed before the run: for every seed, the FVU of the continued SAE on held-out tokens is at most that of the
 one from scratch on all tokens.
@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from experiments.harness import At, Experiment, Row, main
-from experiments.lab.start_from import ARMS, fvu_of
+from experiments.lab.start_from import fvu_of
 from experiments.sections import paragraph, table
 from qwen_scope.model import HookPoint, load_model, measure_counted
 from qwen_scope.posttrain import SFTRun, run_sft
@@ -40,6 +40,7 @@ from qwen_scope.text import Corpus, TokenRows
 from qwen_scope.train import ResidualBuffer, ResidualTable, TrainConfig, train
 
 LAYER, FIFTH, HOLD_OUT, BATCH, ROW, ROWS = 6, 5, 20, 2048, 256, 16
+ARMS = ("scratch", "continued", "scratch on a fifth", "as it is", "continued on all")
 LANGUAGES = ("de", "en", "es")
 TUNING: dict[str, Any] = {
     "method": "plain", "lr": 1e-4, "batch": 4, "accumulate": 1, "warmup": 3, "max_length": 128, "seed": 1,
@@ -121,10 +122,10 @@ def run(at: At[Sizes], seed: int, arm: str) -> Mapping[str, Any]:
         before = residuals(at, at.options["model"], "residuals-base", {"held out": at.sizes.held_out})
         own = fvu_of(base, before["held out"])
     else:
-        tokens = len(x) if arm == "scratch" else len(x) // FIFTH // BATCH * BATCH
+        tokens = len(x) if arm in ("scratch", "continued on all") else len(x) // FIFTH // BATCH * BATCH
         config = TrainConfig(d_sae=base.d_sae, k=base.k, tokens=tokens, batch=BATCH, seed=seed)
-        config = config.continuing() if arm == "continued" else config
-        begun = {name: base} if arm == "continued" else None
+        config = config.continuing() if arm.startswith("continued") else config
+        begun = {name: base} if arm.startswith("continued") else None
         sae = train(config, ResidualTable({name: x[:tokens]}, batch=BATCH, seed=seed), init=begun)[name]
     cosines = torch.cosine_similarity(sae.W_dec.float(), base.W_dec.float(), dim=0)
     return {"fvu": fvu_of(sae, held), "tokens": tokens, "cosine": float(cosines.median()), "on_base": own}
@@ -140,19 +141,23 @@ def tell(at: At[Sizes], rows: list[Row]) -> str:
     for seed in seeds:
         one = {arm: found[seed, arm] for arm in ARMS}
         gaps.append(one["continued"]["fvu"] - one["scratch"]["fvu"])
-        figures = [f"{one[arm]['fvu']:.4f}" for arm in ("as it is", "scratch on a fifth", "continued", "scratch")]
+        shown = ("as it is", "scratch on a fifth", "continued", "scratch", "continued on all")
+        figures = [f"{one[arm]['fvu']:.4f}" for arm in shown]
         cells.append([seed, *figures, f"{gaps[-1]:+.4f}", f"{one['continued']['cosine']:.3f}"])
     tokens = {arm: found[seeds[0], arm]["tokens"] for arm in ("continued", "scratch")}
-    how = f"""`python -m experiments.real.start_from --model FOLDER --saes FOLDER --data FOLDER --write`:
+    how = f"""`python -m experiments.real.continued --model FOLDER --saes FOLDER --data FOLDER --write`:
         {Path(at.options["model"]).name}, every weight fine-tuned on {at.sizes.texts} German paragraphs (128 tokens of
         each, peak learning rate {TUNING["lr"]:g}). SAEs of layer {LAYER} on other text (German, English and Spanish
         paragraphs, school problems, the manual of Python): from scratch on {tokens["scratch"]:,} tokens; the base's
-        SAE, continued on the
-        first {tokens["continued"]:,} of the same residuals; from scratch on those. Each by its own defaults and with
-        its own schedule; sinks left out; FVU on {at.sizes.held_out:,} held-out tokens. The cosine is the median over
-        features of decoder directions before and after. The rule, fixed before the run: for every seed, the continued
-        SAE's FVU is at most that of the one from scratch on all tokens."""
-    columns = ("seed", "base SAE as it is", "scratch, a fifth", "continued, a fifth", "scratch", "difference", "cosine")
+        SAE, continued on the first {tokens["continued"]:,} of the same residuals; from scratch on those; and continued
+        on all. Each by its own defaults and with its own schedule; sinks left out; FVU on {at.sizes.held_out:,}
+        held-out tokens. The cosine is the median over features of decoder directions before and after a fifth. The
+        rule, fixed before the run: for every seed, the FVU of the SAE continued on a fifth is at most that of the one
+        from scratch on all tokens."""
+    columns = (
+        "seed", "base SAE as it is", "scratch, a fifth", "continued, a fifth", "scratch", "continued on all",
+        "difference", "cosine",
+    )  # fmt: skip
     met = sum(gap <= 0 for gap in gaps)
     verdict = f"""The base SAE leaves {found[seeds[0], "as it is"]["on_base"]:.4f} of the base's own residuals
         unexplained on the same documents. Continued less from scratch: {bootstrap(np.array(gaps))} over {len(gaps)}
