@@ -110,13 +110,13 @@ def run(at: At[Sizes], model: str, kind: str) -> dict[str, Any]:
             "fvu": float((y - x).square().sum() / (x - x.mean(0)).square().sum()),
         }
     shutil.rmtree(out, ignore_errors=True)
-    return {"layers": layers, "tokens": int(counts.sum())}
+    return {"layers": layers, "tokens": int(next(reversed(dense["counts"].values())).sum())}
 
 
 def tell(at: At[Sizes], rows: Sequence[Row]) -> str:
     parts = [
         "Made by `python -m experiments.real.quantised --models lab,FOLDER --saes FOLDER --data FOLDER --write`.",
-        paragraph(__doc__.split("\n\n")[-1]),
+        paragraph(str(__doc__).split("\n\n")[-1]),
     ]
     for model in dict.fromkeys(row["model"] for row in rows):
         some = [row for row in rows if row["model"] == model]
