@@ -6,8 +6,7 @@ Prompts whose answer is known stand below, in five kinds; the quantity is the lo
 token that would fit if the fact were another. A prompt whose quantity is not above 0, or whose words are no single
 tokens, is left out and counted. Nothing of this is a pass or a failure; what is measured, fixed before the run:
 
-1. Pearson and Spearman correlation with exact ablation of the 50 features with the largest estimates, by method
-   (integrated gradients on every fourth prompt, which take the longest);
+1. Pearson and Spearman correlation with exact ablation of the 50 features with the largest estimates, by method;
 2. the share of prompts in which ablating the 5 features with the largest positive effects lowers the quantity more
    than each of 20 sets of matched features (same layer, nearest in activation and firing rate), ranked by the method
    with the highest median Pearson correlation on the first prompt of each kind, which is left out of all figures;
@@ -45,7 +44,7 @@ from qwen_scope.errors import InputError
 from qwen_scope.scope import Scope
 
 TITLE = "Why this token, on a real model"
-METHODS = ("gradient", "relp", "ig")
+METHODS = ("gradient", "relp")
 PROMPTS: dict[str, list[tuple[str, str, str]]] = {
     "capital": [
         (f"The capital of {country} is", f" {city}", f" {other}")
@@ -103,7 +102,7 @@ def opened(model: str, saes: Path) -> Scope:
     return load_scope(model, saes, device="cpu", dtype="float32")
 
 
-def of_prompt(scope: Scope, text: str, answer: str, other: str, seed: int, methods: tuple[str, ...]) -> dict[str, Any]:
+def of_prompt(scope: Scope, text: str, answer: str, other: str, seed: int) -> dict[str, Any]:
     """Everything that is measured on one prompt, or why it is left out."""
     try:
         quantity = Quantity.difference(one_token(scope, answer), one_token(scope, other))
@@ -122,12 +121,11 @@ def of_prompt(scope: Scope, text: str, answer: str, other: str, seed: int, metho
     first = effects(reading, "gradient")
     out["errors"] = {layer: first.error_share(layer) for layer in reading.layers}
     activation = activations(reading)
-    for method in methods:
+    for method in METHODS:
         places, estimated = estimates(reading, method)
         out["agreement"][method] = agreement(reading, places, estimated)
-        if method != "ig":
-            out["beats"][method] = matched(reading, places, estimated, activation, seed)["beats"]
-            out["half"][method] = half(reading, places, np.argsort(-np.abs(estimated)))
+        out["beats"][method] = matched(reading, places, estimated, activation, seed)["beats"]
+        out["half"][method] = half(reading, places, np.argsort(-np.abs(estimated)))
     places, together = estimates(reading, "joint")
     out["half"]["joint"] = half(reading, places, np.argsort(-together))
     out["half"]["activation"] = half(reading, places, np.argsort(-activation))
@@ -138,8 +136,7 @@ def run(at: At[Sizes], model: str, kind: str, part: int) -> dict[str, Any]:
     """Some prompts of one kind."""
     scope = opened(model, at.options["saes"])
     mine = range(part * at.sizes.prompts, (part + 1) * at.sizes.prompts)
-    methods = {n: METHODS if n % 4 == 0 else METHODS[:2] for n in mine}
-    found = [of_prompt(scope, *PROMPTS[kind][n], seed=n, methods=methods[n]) for n in mine]
+    found = [of_prompt(scope, *PROMPTS[kind][n], seed=n) for n in mine]
     return {"prompts": found, "layers": scope.layers, "group": scope.saes[scope.layers[0]].identity.group}
 
 
@@ -158,7 +155,7 @@ def tell(at: At[Sizes], rows: list[Row]) -> str:
         others = {kind: [one for row in mine if row["kind"] == kind for one in row["prompts"][row["part"] == 0 :]]
                   for kind in dict.fromkeys(row["kind"] for row in mine)}  # fmt: skip
         choosing = [one for one in first if "left_out" not in one]
-        chosen = max(METHODS[:2], key=lambda method: middle(choosing, method, 0))
+        chosen = max(METHODS, key=lambda method: middle(choosing, method, 0))
         groups = {kind: [one for one in ones if "left_out" not in one] for kind, ones in others.items()}
         left_out = sum("left_out" in one for ones in others.values() for one in ones)
         groups["all"] = [one for ones in groups.values() for one in ones]
@@ -185,8 +182,7 @@ def tell(at: At[Sizes], rows: list[Row]) -> str:
         parts.append(table(columns, cells))
     how = f"""`python -m experiments.real.why --models FOLDER --saes FOLDER --write`: prompts with known answers; the
         quantity is the logit of the answer less that of another token. Medians over prompts: correlation of estimated
-        and exact effects of the {TOP} features with the largest estimates (integrated gradients on every fourth
-        prompt); the share of prompts in which ablating the {STRONGEST} strongest lowers the quantity more than each of
+        and exact effects of the {TOP} features with the largest estimates; the share of prompts in which ablating the {STRONGEST} strongest lowers the quantity more than each of
         {MATCHED} matched sets; the number of features with which half the faithfulness is reached, by three rankings,
         and the median ratios of the first two to the third."""
     return "\n\n".join([paragraph(how), *parts])
