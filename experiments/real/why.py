@@ -182,9 +182,10 @@ def tell(at: At[Sizes], rows: list[Row]) -> str:
         parts.append(table(columns, cells))
     how = f"""`python -m experiments.real.why --models FOLDER --saes FOLDER --write`: prompts with known answers; the
         quantity is the logit of the answer less that of another token. Medians over prompts: correlation of estimated
-        and exact effects of the {TOP} features with the largest estimates; the share of prompts in which ablating the {STRONGEST} strongest lowers the quantity more than each of
-        {MATCHED} matched sets; the number of features with which half the faithfulness is reached, by three rankings,
-        and the median ratios of the first two to the third."""
+        and exact effects of the {TOP} features with the largest estimates; the share of prompts in which ablating the
+        {STRONGEST} strongest lowers the quantity more than each of {MATCHED} matched sets; the number of features with
+        which half the faithfulness is reached, by three rankings, and the median ratios of the first two to the
+        third."""
     return "\n\n".join([paragraph(how), *parts])
 
 

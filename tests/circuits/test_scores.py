@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import planted
 import pytest
 import torch
@@ -23,6 +25,7 @@ from qwen_scope.circuits import (
     stability,
 )
 from qwen_scope.circuits import tracer_scores as scores_of
+from qwen_scope.circuits.graph import Edge, Ladder, Node
 from qwen_scope.errors import InputError
 
 LAST = 3
@@ -145,6 +148,14 @@ def test_graphs_agree_on_what_they_share(reading: Reading) -> None:
     assert overlap(graph, other) == 1
     copied = explain(read(reading.scope, reading.ids, Quantity.activation(2, FEATURE[X], 0)))
     assert overlap(graph, copied) == 0
+
+
+def test_paths_end_where_two_ladders_send_to_each_other(reading: Reading) -> None:
+    nodes = [Node("feature", 0, layer, feature) for layer in (0, 1, 2) for feature in (1, 2)]
+    edges = [Edge(0, 3, 1.0, 0.0, 0.9), Edge(3, 4, 1.0, 0.0, 0.9), Edge(4, 6, 1.0, 1.0, 1.0), Edge(1, 2, 1.0, 0.0, 0.9)]
+    ladders = (Ladder((0, 2, 4), 0), Ladder((1, 3, 5), 0))
+    graph = replace(explain(reading), nodes=(*nodes, Node("target", 0)), edges=tuple(edges), ladders=ladders)
+    assert [path.nodes for path in graph.paths(3)] == [(1, 0, 6)]
 
 
 def test_paraphrases_are_told_from_unrelated_prompts(reading: Reading) -> None:

@@ -10,8 +10,13 @@ from typing import Any
 import jsonschema
 import pytest
 
+from qwen_scope import load_scope
+from qwen_scope.circuits import names_from
 from qwen_scope.circuits.graph_file import pair
 from qwen_scope.cli import main
+from qwen_scope.errors import MismatchError, NotFoundError
+from qwen_scope.features import Label, make_label
+from qwen_scope.stats import Interval
 from qwen_scope.steer import load_recipe
 
 PROMPT = "Guten Morgen, wo ist"
@@ -132,6 +137,27 @@ def test_another_feature_is_explained(capsys: pytest.CaptureFixture[str]) -> Non
     code, out, _ = run(capsys, PROMPT, "--of", f"4/{last}", "--nodes", "20")
     assert code == 0
     assert f"activation of 4/{last}" in out
+
+
+def test_nodes_have_their_labels_in_text_page_and_file(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    scope = load_scope("lab", device="cpu")
+    sure, fingerprint = Interval(0.9, 0.8, 1.0, 20), scope.saes[4].identity.fingerprint
+    weak, good = (Label(text, sure, sure, by, by) for text, by in (("tokens", "summary"), ("articles", "model")))
+    file, page, graph = (tmp_path / name for name in ("labels.jsonl", "why.html", "why.json"))
+    notes = [make_label(4, 283, fingerprint, one) for one in (weak, good, weak)]
+    file.write_text("".join(json.dumps(note.to_json()) + "\n" for note in notes))
+    written = ["--labels", str(file), "--html", str(page), "--graph", str(graph)]
+    code, out, _ = run(capsys, PROMPT, "--token", " der", "--nodes", "12", "--exact", "0", *written)
+    assert code == 0
+    assert "articles (0.90)" in out
+    assert "articles (0.90)" in page.read_text(encoding="utf-8")
+    said = {one["clerp"] for one in json.loads(graph.read_text())["nodes"] if one["node_id"].startswith("4_283_")}
+    assert said == {"articles (0.90)"}
+    file.write_text(json.dumps(make_label(4, 283, "0" * 64, good).to_json()) + "\n")
+    with pytest.raises(MismatchError, match=r"no label in .* is about an SAE of"):
+        names_from(scope, file)
+    with pytest.raises(NotFoundError, match="there are no labels in"):
+        names_from(scope, tmp_path / "none")
 
 
 BAD = [

@@ -205,7 +205,8 @@ class Graph:
         while here is not None:
             way.append(here)
             within = self.ladder_of[here].nodes if here in self.ladder_of else (here,)
-            senders = self._senders(within, inward)
+            # two ladders that span the same layers can each send to the other
+            senders = {one: sent for one, sent in self._senders(within, inward).items() if one not in way}
             here = max(senders, key=lambda one: senders[one][1], default=None)
             if here is not None:
                 shares.append(senders[here][1])

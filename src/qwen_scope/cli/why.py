@@ -54,6 +54,9 @@ def why(
         str | None, typer.Option("--positions", help="Tokens whose features are nodes, as in 0,5-8. Default: all.")
     ] = None,
     how: WhyOptions = WHY,
+    labels: Annotated[
+        Path | None, typer.Option("--labels", help="A store with labels, or what 'label --export' wrote, for names.")
+    ] = None,
     paths: Annotated[int, typer.Option("--paths", help="Paths to print.", min=1)] = 5,
     chat: options.Chat = None,
     html: Annotated[Path | None, typer.Option("--html", help="Write one HTML file with the graph.")] = None,
@@ -71,7 +74,7 @@ def why(
     Effects are estimates; those of the strongest nodes are compared with ablation. --json prints the graph in the
     format of circuit-tracer, which Neuronpedia renders. A recipe goes to: qwen-scope steer --recipe
     """
-    from qwen_scope.circuits import ask, explain, graph_document, graph_recipe, read, save_graph, text_by
+    from qwen_scope.circuits import ask, explain, graph_document, graph_recipe, names_from, read, save_graph, text_by
     from qwen_scope.files import check_output, write_text
 
     wanted, mode = options.parse_layers(layers), options.check_chat(chat)
@@ -86,7 +89,7 @@ def why(
     with output.status("tracing"):
         found = ask(scope, text, question, chat=mode)
         reading = read(scope, found.ids, found.quantity, wanted, tokens=found.tokens, positions=chosen)
-        graph = explain(reading, how)
+        graph = explain(reading, how, labels=None if labels is None else names_from(scope, labels))
     if html is not None:
         from qwen_scope.circuits import graph_html
 

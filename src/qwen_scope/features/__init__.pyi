@@ -92,6 +92,7 @@ from .neuronpedia import export_neuronpedia as export_neuronpedia
 from .notes import Label as Label
 from .notes import Note as Note
 from .notes import Notes as Notes
+from .notes import labels_from as labels_from
 from .notes import make_label as make_label
 from .options import Budget as Budget
 from .options import By as By

@@ -169,12 +169,9 @@ class Notes:
         ]
 
     def label(self, layer: int, feature: int) -> Label | None:
-        """The label to show; None if there is none.
-
-        One above chance comes before one at chance, one of a model before a summary, then the better score counts.
-        """
+        """The label to show; None if there is none. The best as `_worth` ranks them."""
         found = [note.label for note in self.of(layer, feature, "label")]
-        return max(found, key=lambda label: (not label.at_chance, label.by_model, label.score), default=None)
+        return max(found, key=_worth, default=None)
 
     def labels(self) -> dict[tuple[int, int], Label]:
         """The label to show for every feature that has one, by layer and feature."""
@@ -293,6 +290,30 @@ def read_notes(path: Path) -> list[Note]:
         FormatError: a line is not an entry.
     """
     return _parsed(path, read_lines(path))
+
+
+def labels_from(path: str | os.PathLike[str]) -> dict[tuple[str, int], Label]:
+    """The labels to show of a store, or of a file that `label --export` wrote, by fingerprint of the SAE and feature.
+
+    Of several of one feature the one that `Notes.label` shows.
+
+    Raises:
+        NotFoundError: there is no such store or file.   FormatError: it is damaged.
+    """
+    place = Path(path)
+    file = place / FILE if place.is_dir() else place
+    if not file.is_file():
+        raise NotFoundError(f"there are no labels in {path}; qwen-scope label STORE writes some, and --export a file")
+    found: dict[tuple[str, int], list[Label]] = {}
+    for note in read_notes(file):
+        if note.kind == "label":
+            found.setdefault((note.fingerprint, note.feature), []).append(note.label)
+    return {place: max(some, key=_worth) for place, some in found.items()}
+
+
+def _worth(label: Label) -> tuple[bool, bool, float]:
+    """One above chance comes before one at chance, one of a model before a summary, then the better score counts."""
+    return not label.at_chance, label.by_model, label.score
 
 
 def _parsed(path: Path, lines: list[str]) -> list[Note]:
