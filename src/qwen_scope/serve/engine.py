@@ -88,16 +88,13 @@ class VllmEngine:
             raise InputError(f"the vLLM engine reads unquantised checkpoints, not {loaded.name}; use --engine model")
         if os.path.isfile(os.path.join(loaded.name, "adapter_config.json")):
             raise InputError(f"the vLLM engine reads whole models, and {loaded.name} is an adapter; merge and save it")
-        context = context_length(loaded.model) or NO_CONTEXT
-        return cls(
-            loaded.name,
-            signature_of(loaded.model.config.get_text_config(decoder=True)),
-            str(loaded.model.dtype).removeprefix("torch."),
-            context if row_tokens is None else min(context, row_tokens + len(start_ids(loaded.tokenizer))),
-            batch_tokens,
-            loaded.model,
-            options,
-        )
+        context, text = context_length(loaded.model) or NO_CONTEXT, loaded.model.config.get_text_config(decoder=True)
+        longest = context if row_tokens is None else min(context, row_tokens + len(start_ids(loaded.tokenizer)))
+        if not torch.cuda.is_available():  # left alone, vLLM takes nearly all of a machine's memory
+            tokens = max(longest + 1, 4 * batch_tokens)
+            options = {"kv_cache_memory_bytes": _cache_bytes(text, tokens, loaded.model.dtype), **options}
+        dtype = str(loaded.model.dtype).removeprefix("torch.")
+        return cls(loaded.name, signature_of(text), dtype, longest, batch_tokens, loaded.model, options)
 
     def activations(self, rows: Sequence[Sequence[int]], points: Sequence[HookPoint]) -> Iterator[Batch]:
         """As `scope.Engine`.
@@ -197,6 +194,13 @@ def _batches(
     if whole:
         chosen = np.concatenate(tokens)
         yield whole, {point: _some(found[point.layer], chosen) for point in points}
+
+
+def _cache_bytes(text: Any, tokens: int, dtype: torch.dtype) -> int:
+    """Of a KV cache for so many tokens, with a tenth to spare."""
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    return int(1.1 * tokens * text.num_hidden_layers * 2 * heads * width * dtype.itemsize)
 
 
 def _make_room(model: nn.Module | None) -> None:
