@@ -53,7 +53,7 @@ class WhyTab:
             )  # fmt: skip
             self.chat = gr.Dropdown(CHAT_CHOICES, value="plain", label="Read as", scale=1, min_width=150)
         with gr.Row(elem_classes="qs-fields"):
-            word = {"max_lines": 1, "max_length": CHARACTERS, "min_width": 130}
+            word: dict[str, Any] = {"max_lines": 1, "max_length": CHARACTERS, "min_width": 130}
             self.token = gr.Textbox(
                 label="Token, with its space", placeholder="the most likely", elem_id="why-token", **word
             )
@@ -112,7 +112,7 @@ class WhyTab:
 
     def explain(self, request: gr.Request, prompt: str, chat: str, *values: Any) -> Iterator[dict[Any, Any]]:
         """The graph of a prompt."""
-        fields = dict(zip(FIELDS, values, strict=True))
+        fields: dict[str, Any] = dict(zip(FIELDS, values, strict=True))
         with self.state.jobs.at_work(str(request.session_hash)) as stop:
             yield {self.picture: progress_panel(Told("reading", 0.0, "")), self.graph: None}
             for told in watched(lambda progress: explained(self.state, prompt, chat, fields, progress), stop):
