@@ -117,7 +117,7 @@ def test_alarms_are_where_scope_features_says(llm: Any, scope: Scope, seen: list
         features = [(4, rng.choice(strong), round(rng.uniform(0, 2), 3)), later(one, rng.choice(LAYERS), rng)]
         where = Where.parse(rng.choice(["generated", "all", "prompt", "generated,2-4", "3-30"]))
         counted = rng.choice([Counted.everything(), scope.counted[4]])
-        fit = {"counted": counted} if counted.first and features[1][0] == 4 else {}
+        fit: dict[str, Any] = {"counted": counted} if counted.first and features[1][0] == 4 else {}
         watches.append(Watch(f"w{i}", tuple(sorted(features)), where, times=rng.choice([1, 1, 2, 3]), **fit))
         prompts.append(one)
     known = [one.raised(watch) for one, watch in zip(prompts, watches, strict=True)]
