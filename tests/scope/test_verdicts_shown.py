@@ -32,6 +32,8 @@ TABLE = {
     "find": "find --positive EAST --negative WEST --layers 0 --json",
     "why": "why hello --json",
     "show": "show --feature 0/3 --json",
+    "card": "card STORE FIRES -n 2 --json",
+    "score": "score SAES LONG -o OUT --layers 0 --tokens 192 --train-tokens 128 --batch 64 --context-length 16 --json",
     "extract": "extract WEST --layers 0 -o OUT --json",
     "export": "export RECIPE --to control-vector -o OUT.gguf --json",
     "steer": f"steer hello --feature 0/3 --amount 0 {SHORT}",
@@ -53,7 +55,7 @@ TABLE = {
     "posttrain rl": f"posttrain rl CHATS -o OUT --recipe RECIPE {RL}",
     "synthesize": "synthesize WEST --store STORE -f FIRES -o OUT --dry-run --json",
 }
-SLOW = ("classify transfer", "posttrain sft", "posttrain rl", "validate", "why", "lens fit", "synthesize")
+SLOW = ("score", "classify transfer", "posttrain sft", "posttrain rl", "validate", "why", "lens fit", "synthesize")
 # explore shows it on its page (tests/explorer/test_explorer_pair.py); serve asks `tell_of` (test_verdicts.py), as vLLM
 # has the model.
 ELSEWHERE = ("explore", "serve")
@@ -87,6 +89,7 @@ def files(tmp_path_factory: pytest.TempPathFactory, state: None) -> dict[str, st
     other = [{**row, "language": name} for row, name in zip([*east, *west], ["zh", "en"] * 20, strict=True)]
     asked = [{"prompt": f"Where is {i}?", "completion": f" over there {i}", "group": "calm"} for i in range(8)]
     chats = [{**row, "answer": str(i)} for i, row in enumerate(asked)]
+    long = [{"text": f"{row['text']}, {i}. " * 8} for i in range(10) for row in west]
     loops = [{"text": word * 20} for word in ("车站", "在", "here", "is ", "e ", "a", "o", "1")]
     groups = [{"text": row["text"], "group": "loud" if row["east"] == "1" else "calm"} for row in [*east, *west]]
     scope = load_scope(MODEL, SAES, device="cpu")
@@ -95,7 +98,8 @@ def files(tmp_path_factory: pytest.TempPathFactory, state: None) -> dict[str, st
     (folder / "prompts.txt").write_text("".join(f"The weather {i}\n" for i in range(20)))
     found = {
         "EAST": lines("east", east), "WEST": lines("west", west), "BOTH": lines("both", other),
-        "CHATS": lines("chats", chats), "LOOPS": lines("loops", loops), "GROUPS": lines("groups", groups),
+        "CHATS": lines("chats", chats), "LOOPS": lines("loops", loops), "LONG": lines("long", long),
+        "GROUPS": lines("groups", groups),
         "RECIPE": str(folder / "recipe.json"),
         "PROMPTS": str(folder / "prompts.txt"), "RULE": str(folder / "rule.json"), "T": str(folder / "table.json"),
         "STORE": str(folder / "store"),
@@ -118,9 +122,10 @@ def marked(name: str) -> Any:
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft's own
 @pytest.mark.parametrize("name", [marked(name) for name in TABLE])
 def test_it_is_said_once(name: str, files: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    put = {**files, "OUT": str(tmp_path / "out")}
+    put = {**files, "SAES": SAES, "OUT": str(tmp_path / "out")}
     argv = [put.get(word, put["OUT"] + word[3:] if word.startswith("OUT.") else word) for word in TABLE[name].split()]
-    where = ["--start-from" if name == "train" else "--sae", SAES, "--model", MODEL, "--device", "cpu"]
+    saes = [] if name == "score" else ["--start-from" if name == "train" else "--sae", SAES]
+    where = [*saes, "--model", MODEL, "--device", "cpu"]
     capsys.readouterr()
     code = main([*argv, *where])
     out, err = capsys.readouterr()
