@@ -167,7 +167,7 @@ BAD = [
     (["--position", "99"], r"position 99 does not exist: the prompt has \d tokens"),
     (["--position", "-99"], "position -99 does not exist"),
     (["--layers", "9"], "has no SAE for layer 9; it has layers 0-5"),
-    (["--method", "magic"], "a method is one of gradient, ig, relp, not 'magic'"),
+    (["--method", "magic"], "a method is one of gradient, ig, relp, joint, exact, not 'magic'"),
     (["--of", "4/99999"], "a feature must be a whole number between 0 and 2047"),
     (["--of", "0/3"], "no layer below 0"),
     (["--of", "4/3", "--token", " der"], "leave out --token"),

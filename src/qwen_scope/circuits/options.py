@@ -84,4 +84,4 @@ def check_method(method: str) -> Method:
     for known in get_args(Method):
         if method == known:
             return known
-    raise InputError(f"a method is one of gradient, ig, relp, not {method!r}; or it is joint or exact")
+    raise InputError(f"a method is one of {', '.join(get_args(Method))}, not {method!r}")
