@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -11,18 +12,25 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from qwen_scope.errors import InputError
-from qwen_scope.features import FindOptions
+from qwen_scope.features import FindOptions, PromoteOptions
 from qwen_scope.scope import ScopeOptions
 from qwen_scope.text import CorpusOptions
 
 from . import changes, documents, options, output, show
-from .groups import LINES, grouped
+from .groups import LINES, OPTIONS, grouped
 
 if TYPE_CHECKING:
     from qwen_scope.features import Findings
     from qwen_scope.scope import Scope
     from qwen_scope.store import FeatureStore
 
+OPTIONS[PromoteOptions] = {
+    "promotes": Annotated[str | None, typer.Option("--promotes", help="Features that promote these words.")],
+    "lens": Annotated[
+        Path | None, typer.Option("--lens", help="A Jacobian lens (lens fit), through which --promotes reads features.")
+    ],
+}
+PROMOTED = PromoteOptions()
 SETS = "A corpus, as extract reads it; lab:language=de; with a STORE language=de"
 
 
@@ -41,10 +49,7 @@ def find(
     repetition: Annotated[
         str | None, typer.Option("--repetition", help="Features that rise as documents repeat; 'all' with a STORE.")
     ] = None,
-    promotes: Annotated[str | None, typer.Option("--promotes", help="Features that promote these words.")] = None,
-    lens: Annotated[
-        Path | None, typer.Option("--lens", help="A Jacobian lens (lens fit), through which --promotes reads features.")
-    ] = None,
+    promoted: PromoteOptions = PROMOTED,
     near: Annotated[str | None, typer.Option("--near", help="Features near one, named LAYER/FEATURE.")] = None,
     words: Annotated[str | None, typer.Option("--label", help="Features by words of their labels and notes.")] = None,
     search: FindOptions = changes.FIND,
@@ -63,6 +68,7 @@ def find(
     """
     from qwen_scope.store import FeatureStore
 
+    promotes, lens = promoted.promotes, promoted.lens
     questions = [positive, groups, repetition, promotes, near, words]
     asked_of = sum(one is not None for one in questions)
     if asked_of > 1 or (not asked_of and search.against is None):
@@ -227,7 +233,12 @@ def print_repeats(
 
 
 def print_top_logits(
-    scope: Callable[[], Scope], words: str, layers: list[int] | None, n: int, lens: Path | None, as_json: bool
+    scope: Callable[[], Scope],
+    words: str,
+    layers: list[int] | None,
+    n: int,
+    lens: str | os.PathLike[str] | None,
+    as_json: bool,
 ) -> None:
     """Features that promote words directly, or through a lens beside that."""
     from qwen_scope.features import lens_logits, load_lens, token_ids, top_logits

@@ -76,6 +76,7 @@ from .lens import lens_effects as lens_effects
 from .lens import load_lens as load_lens
 from .lens import save_lens as save_lens
 from .lens_options import LensOptions as LensOptions
+from .lens_options import PromoteOptions as PromoteOptions
 from .lens_search import LensLogit as LensLogit
 from .lens_search import lens_logits as lens_logits
 from .match import Chance as Chance

@@ -1,7 +1,8 @@
-"""`LensOptions`: what a Jacobian lens is fitted on; light enough for `--help`."""
+"""What a Jacobian lens is fitted on, and what is read through one; light enough for `--help`."""
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 
 from qwen_scope.errors import InputError, check_count
@@ -32,3 +33,16 @@ class LensOptions:
         check_count("skip", self.skip, 0)
         if self.length < self.skip + 2:
             raise InputError(f"length must be at least skip + 2, {self.skip + 2}; got {self.length}")
+
+
+@dataclass(frozen=True)
+class PromoteOptions:
+    """Which words features are asked about, and how features are read.
+
+    Attributes:
+        promotes: the words, with spaces between them; None asks nothing.
+        lens: the file of a Jacobian lens; None reads features directly.
+    """
+
+    promotes: str | None = None
+    lens: str | os.PathLike[str] | None = None
