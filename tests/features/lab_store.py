@@ -23,7 +23,7 @@ def scope() -> Scope:
 
 @functools.cache
 def folder() -> Path:
-    """Made once per test process; not to be changed."""
+    """Made once per test process; only the notes change, where commands keep what they measured."""
     rows = [
         {"text": d.text, "language": d.language, "kind": d.kind, "n": i}
         for language in ("de", "en", "zh")
@@ -39,5 +39,5 @@ def folder() -> Path:
 
 
 def copied(to: Path) -> Path:
-    """A copy that a test may write notes into."""
-    return Path(shutil.copytree(folder(), to / "store"))
+    """A copy without notes, into which a test may write some."""
+    return Path(shutil.copytree(folder(), to / "store", ignore=shutil.ignore_patterns("notes.jsonl")))
