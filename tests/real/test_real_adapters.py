@@ -27,6 +27,7 @@ def acts(scope: Scope) -> FeatureActs:
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft's own
+@pytest.mark.filterwarnings("ignore:the SAEs were trained on another model")  # a live model has its folder's name
 def test_folder_merged_and_live_are_one_model(trained: dict[str, Any], ask: Ask, work: Path, tmp_path: Path) -> None:
     saes, base = work / "run" / "tiny", load_model(work / "model.gguf", device="cpu", dtype="float32")
     plain = acts(load_scope(base.model, saes, tokenizer=base.tokenizer))
