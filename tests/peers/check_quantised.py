@@ -46,13 +46,13 @@ def of_mlx(folder: Path) -> dict[str, Tensor]:
 
 
 def rounded(model: Any, theirs: Any, folder: Path) -> Any:
-    """Our model with its weights rounded as those of transformers are, which multiplies in the type of the scales, and
-    keeps FP8 in bfloat16 whatever is asked."""
+    """Our model with its weights rounded as those of transformers are: compressed-tensors multiplies in the type of the
+    scales, and FP8 in blocks (`weight_scale_inv`) is kept in bfloat16 whatever is asked."""
     scales = {
-        name.partition(".weight_scale")[0] + ".weight": one.dtype
+        name.removesuffix("_scale"): one.dtype
         for path in folder.glob("*.safetensors")
         for name, one in load_file(path).items()
-        if ".weight_scale" in name
+        if name.endswith(".weight_scale")
     }
     with torch.no_grad():
         for (name, one), (_, other) in zip(model.named_parameters(), theirs.named_parameters(), strict=True):
