@@ -13,9 +13,9 @@ demo: $(VENV)/.core
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
 
-# 285 s of processor time, so about two and a half minutes of two idle cores. Besides tests marked slow, folders are left out where most tests
-# train, serve or run whole commands: posttrain, foundry and train train models, explorer starts servers, attacks feeds
-# thousands of hostile files, cli and analysis run every command on every kind of file.
+# 285 s of processor time, so about two and a half minutes of two idle cores. Besides tests marked slow, folders are left
+# out where most tests train, serve or run whole commands: posttrain, foundry and train train models, explorer starts
+# servers, attacks feeds thousands of hostile files, cli and analysis run every command on every kind of file.
 NOT_FAST := posttrain foundry train explorer attacks cli analysis
 
 test-fast: $(VENV)/.dev
