@@ -15,6 +15,8 @@ import pytest
 from qwen_scope.errors import MismatchError
 from qwen_scope.explorer import fits
 
+pytestmark = pytest.mark.usefixtures("left_behind")
+
 EXPLORER = Path(fits.__file__).parent
 
 
@@ -26,14 +28,6 @@ def page() -> Iterator[gr.Blocks]:
             pass
         yield made.queue()
         del made
-        gc.collect()
-
-
-@pytest.fixture(scope="module", autouse=True)
-def left_behind() -> Iterator[None]:
-    yield
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
         gc.collect()
 
 

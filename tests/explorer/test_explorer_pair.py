@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import warnings
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,18 +25,13 @@ from qwen_scope.steer import Recipe
 from qwen_scope.text import Counted
 
 # The command line prints them; here they would be errors.
-pytestmark = pytest.mark.filterwarnings("ignore::qwen_scope.errors.QwenScopeWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::qwen_scope.errors.QwenScopeWarning"),
+    pytest.mark.usefixtures("left_behind"),
+]
 
 MODEL, SAES = str(tiny.folder() / "model"), str(tiny.folder() / "sae")
 WORDS = {0: FITS, 2: DO_NOT_USE}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def left_behind() -> Iterator[None]:
-    yield
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        gc.collect()
 
 
 def opened(saes: str = SAES) -> Scope:

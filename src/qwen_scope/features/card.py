@@ -25,7 +25,7 @@ from .lens import Lens
 from .neighbours import cofiring, elsewhere
 from .notes import Label, Notes
 from .push import Push, push
-from .record import FOUND, neighbours_name
+from .record import FOUND, neighbours_name, neighbours_of, with_neighbours
 from .show import FeaturePage, feature_page
 from .siblings import Sibling, sibling
 from .trust import Trust, TrustEvidence, TrustRules, trust
@@ -191,19 +191,13 @@ def _with_neighbours(
     record: _Record, page: FeaturePage, store: FeatureStore, scope: Scope | None, n: int
 ) -> FeaturePage:
     """The page with what fires on the same tokens, which takes a look at every activation of the layers."""
-    from .neighbours import Neighbour
 
     def measure() -> dict[str, Any]:
         others = [one for one in store.layers if scope is None or one in scope.layers]
         found = elsewhere(page.layer, page.feature, others, scope=scope, store=store)
-        return {
-            "cofiring": [asdict(one) for one in cofiring(store, page.layer, page.feature, n)],
-            "elsewhere": [asdict(one) for one in found],
-        }
+        return neighbours_of(replace(page, cofiring=cofiring(store, page.layer, page.feature, n), elsewhere=found))
 
-    known = record.get(neighbours_name(n, scope is not None), measure)
-    names = ("cofiring", "elsewhere")
-    return replace(page, **{name: tuple(Neighbour(**one) for one in known[name]) for name in names})
+    return with_neighbours(page, record.get(neighbours_name(n, scope is not None), measure))
 
 
 def _findings(record: _Record) -> tuple[Mapping[str, Any], ...]:

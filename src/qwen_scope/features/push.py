@@ -16,12 +16,12 @@ from qwen_scope.steer import Intervention, Row, log_probabilities, resolve
 from qwen_scope.store import FeatureStore
 
 from .concept import Concept, documents_with, token_ids_of
+from .conditions import NEAREST
 from .validate import CONCEPT_RATIO
 
 AMOUNT, DOSES = 1.0, (0.25, 0.5, 1.0)
 """Of the layer's median residual norm: the dose that is compared with controls, and those that are shown."""
 TEXTS, TOKENS, RANDOMS = 16, 48, 19
-NEAREST = 100  # features that fire about as often, among which controls are drawn
 
 
 @dataclass(frozen=True)

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from collections.abc import Mapping
+from dataclasses import asdict, replace
 from typing import Any
 
 from qwen_scope.store import FeatureStore
 
 from .find import Findings
+from .neighbours import Neighbour
 from .notes import Notes
 from .show import FeaturePage
 
 FOUND = "find "
 """How the names of what `find` learnt begin."""
+NEIGHBOURS = ("cofiring", "elsewhere")
+"""The parts of a page that take a look at every activation of the layers."""
 
 
 def neighbours_name(n: int, directions: bool) -> str:
@@ -21,8 +25,13 @@ def neighbours_name(n: int, directions: bool) -> str:
 
 
 def neighbours_of(page: FeaturePage) -> dict[str, Any]:
-    """What took a look at every activation of the layers, as the record holds it."""
-    return {name: [asdict(one) for one in getattr(page, name)] for name in ("cofiring", "elsewhere")}
+    """The neighbours of a page as the record holds them."""
+    return {name: [asdict(one) for one in getattr(page, name)] for name in NEIGHBOURS}
+
+
+def with_neighbours(page: FeaturePage, known: Mapping[str, Any]) -> FeaturePage:
+    """The page with the neighbours that the record holds: the inverse of `neighbours_of`."""
+    return replace(page, **{name: tuple(Neighbour(**one) for one in known[name]) for name in NEIGHBOURS})
 
 
 def remember_page(store: FeatureStore, page: FeaturePage, n: int, *, directions: bool) -> None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
-from itertools import islice
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -167,23 +167,28 @@ def score(run: ScoreRun, progress: Progress | None = None) -> Scoreboard:
     layers = _layers(run, source)
     with lock_folder(run.out):
         found = _begin(run)
+        opened = cache(lambda: load_model(model_source(run.model), device=run.device, dtype=run.dtype))
         todo = [one for one in _wanted(run, layers) if one not in found]
         if todo:
-            _measure(run, source, todo, found, tell)
+            _measure(run, opened(), source, todo, found, tell)
         cells: dict[int, dict[str, Any]] = {}
         seconds: dict[int, dict[str, float]] = {}
         for layer, arm in _wanted(run, layers):
             one = found[layer, arm]
             cells.setdefault(layer, {})[arm] = {sinks: one[sinks] for sinks in (WITHOUT, WITH)}
             seconds.setdefault(layer, {})[arm] = one["seconds"]
-        probed = _probe(run, source, layers, found, tell)
+        probed = _probe(run, opened, source, layers, tell)
     return Scoreboard(run, cells, seconds, probed)
 
 
 def _measure(
-    run: ScoreRun, source: str, todo: list[tuple[int, str]], found: dict[tuple[int, str], Any], tell: Progress
+    run: ScoreRun,
+    loaded: LoadedModel,
+    source: str,
+    todo: list[tuple[int, str]],
+    found: dict[tuple[int, str], Any],
+    tell: Progress,
 ) -> None:
-    loaded = load_model(model_source(run.model), device=run.device, dtype=run.dtype)
     joined, saes = Joined(loaded, source), {}
     for layer in sorted({layer for layer, _ in todo}):
         saes[layer] = joined.meet(layer, load_sae(source, layer, device=loaded.model.device))
@@ -207,9 +212,13 @@ def _measure(
 
 
 def _probe(
-    run: ScoreRun, source: str, layers: list[int], found: Mapping[tuple[int, str], Any], tell: Progress
+    run: ScoreRun, opened: Callable[[], LoadedModel], source: str, layers: list[int], tell: Progress
 ) -> dict[int, Any]:
-    """Sparse probing of every layer and arm, dataset by dataset; what the folder holds is read."""
+    """Sparse probing of every layer and arm, dataset by dataset; what the folder holds is read.
+
+    Args:
+        opened: gives the model, which is loaded only if something is left to do.
+    """
     if run.probes is None:
         return {}
     data = ProbeData(run.probes)
@@ -217,15 +226,13 @@ def _probe(
     if unknown := [name for name in names if name not in data.files]:
         data.read(unknown[0])  # it says which there are
     path = run.out / PROBES
-    known = {(one["layer"], one["arm"], one["dataset"]): one["auroc"]
-             for one in (json.loads(line) for line in (read_lines(path) if path.is_file() else ()))}  # fmt: skip
+    known = {(one["layer"], one["arm"], one["dataset"]): one["auroc"] for one in map(json.loads, read_lines(path))}
     arms = ARMS if run.controls else (TRAINED,)
     wanted = [(layer, name) for layer in layers for name in names]
     todo = [(layer, name) for layer, name in wanted if any((layer, arm, name) not in known for arm in arms)]
-    loaded = load_model(model_source(run.model), device=run.device, dtype=run.dtype) if todo else None
     saes: dict[tuple[int, str], SAE] = {}
     for number, (layer, name) in enumerate(todo):
-        assert loaded is not None, "there is something to do"
+        loaded = opened()
         tell("probes", number / len(todo), f"layer {layer}, {name}")
         for arm in arms:
             if (layer, arm) not in saes:
@@ -278,7 +285,7 @@ def _held_out(run: ScoreRun, loaded: LoadedModel) -> list[Tensor]:
     """Rows of the documents that no control is trained on."""
     corpus = Corpus.of(run.data, run.corpus, hold_out=run.hold_out, held_out=True)
     rows = TokenRows(corpus, loaded.tokenizer, context_length=run.context_length, batch_size=run.batch_size)
-    found = list(islice(rows, max(1, run.tokens // (run.context_length * run.batch_size))))
+    found = rows.take(run.tokens)
     if not found:
         raise InputError(
             f"the held-out text of {corpus.name} does not fill one row of {run.context_length} tokens; lower"
@@ -317,8 +324,7 @@ def _kept(run: ScoreRun) -> dict[tuple[int, str], Any]:
             f"{run.out} holds a scoreboard with {other[0]} {known.get(other[0])!r:.80}, not {mine[other[0]]!r:.80};"
             " name another folder with out="
         )
-    cells = [json.loads(line) for line in read_lines(run.out / CELLS)] if (run.out / CELLS).is_file() else []
-    return {(one["layer"], one["arm"]): one for one in cells}
+    return {(one["layer"], one["arm"]): one for one in map(json.loads, read_lines(run.out / CELLS))}
 
 
 def _plain(value: float) -> float | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Mapping
+from itertools import islice
 from typing import Any
 
 import torch
@@ -59,6 +60,10 @@ class TokenRows:
         # Documents with tokens not yet given out: the corpus' cursor before each, and its ids.
         self.waiting: deque[tuple[dict[str, int], list[int]]] = deque()
         self.taken_of_first = 0
+
+    def take(self, tokens: int) -> list[Int[Tensor, "batch_size context_length"]]:
+        """The first batches, of about this many tokens together and at least one; fewer where the corpus ends."""
+        return list(islice(self, max(1, tokens // (self.context_length * self.batch_size))))
 
     def __iter__(self) -> Iterator[Int[Tensor, "batch_size context_length"]]:
         stream = iter(self.corpus)

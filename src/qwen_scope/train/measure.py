@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from itertools import islice
 from pathlib import Path
 
 import torch
@@ -77,7 +76,7 @@ class Texts:
             batch_size=self.batch_size,
             chat=self.chat,
         )
-        found = list(islice(rows, max(1, self.tokens // (self.context_length * self.batch_size))))
+        found = rows.take(self.tokens)
         if not found:
             raise InputError(
                 f"the text of {self.corpus.name} does not fill one row of {self.context_length} tokens; lower"

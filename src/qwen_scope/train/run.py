@@ -20,7 +20,7 @@ from collections.abc import Callable, Mapping
 from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
-from itertools import chain, islice
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -316,7 +316,7 @@ def save(run: TrainRun, saes: Mapping[str, SAE], folder: Path, ranks: Ranks) -> 
 def held_out_rows(run: TrainRun, loaded: LoadedModel) -> list[torch.Tensor]:
     """Rows of documents that training never sees, of about `eval_tokens` tokens."""
     rows = rows_of(run, loaded, corpus_of(run, held_out=True))
-    return list(islice(rows, max(1, run.eval_tokens // (run.context_length * run.batch_size))))
+    return rows.take(run.eval_tokens)
 
 
 def measured(
