@@ -18,7 +18,7 @@ ROWS = [
     ["steer", "store"],
     ["scope"],
     ["features", "analysis", "train"],
-    ["circuits", "score", "posttrain"],
+    ["trust", "circuits", "score", "posttrain"],
     ["foundry"],
     ["serve", "explorer"],
     ["cli"],

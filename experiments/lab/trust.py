@@ -22,11 +22,12 @@ from experiments.harness import At, Experiment, Row, main
 from experiments.lab.bundled import lab
 from experiments.sections import paragraph, table
 from qwen_scope import FeatureStore, Scope, load_scope, save_sae
-from qwen_scope.features import CardOptions, Concept, card, mean_direction
+from qwen_scope.features import mean_direction
 from qwen_scope.lab import LANGUAGES, documents
 from qwen_scope.scope import ExtractOptions, extract
 from qwen_scope.stats import auroc
 from qwen_scope.text import Corpus
+from qwen_scope.trust import CardOptions, Concept, card
 
 TITLE = "The feature card on planted features"
 LAYER = 3

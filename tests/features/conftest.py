@@ -2,20 +2,5 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
-import lab_store
-import pytest
-
-from qwen_scope import FeatureStore
-
-
-@pytest.fixture(scope="session")
-def folder() -> Path:
-    return lab_store.folder()
-
-
-@pytest.fixture
-def store(folder: Path):
-    with FeatureStore(folder) as opened:
-        yield opened
+from lab_store import a_folder as a_folder
+from lab_store import a_store as a_store

@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from qwen_scope.errors import InputError, printable
-from qwen_scope.features import CardOptions
 from qwen_scope.scope import ScopeOptions
+from qwen_scope.trust import CardOptions
 
 from . import options, output, show
 from .groups import OPTIONS, grouped
 
 if TYPE_CHECKING:
-    from qwen_scope.features import Card, Concept, Other
     from qwen_scope.store import FeatureStore
+    from qwen_scope.trust import Card, Concept, Other
 
 OPTIONS[CardOptions] = {
     "n": Annotated[int, typer.Option("-n", help="How many tokens, neighbours and contexts of each kind.", min=1)],
@@ -61,11 +61,12 @@ def card(
     The word is solid, usable, shaky or unknown, by rules that are printed. What is measured is kept in the store, and
     is not measured twice; labels come from label, verdicts from validate.
     """
-    from qwen_scope.features import card as make
-    from qwen_scope.features import card_html, interp_card, load_lens
+    from qwen_scope.features import load_lens
     from qwen_scope.files import check_output, write_text
     from qwen_scope.sae import parse_feature
     from qwen_scope.store import FeatureStore
+    from qwen_scope.trust import card as make
+    from qwen_scope.trust import card_html, interp_card
 
     for path in (html, interp):
         if path is not None:
@@ -100,7 +101,7 @@ def card(
 
 def concept_of(text: str) -> Concept:
     """`language=de` as a concept."""
-    from qwen_scope.features import Concept
+    from qwen_scope.trust import Concept
 
     column, sign, value = text.partition("=")
     if not sign or not column or not value:
@@ -110,7 +111,7 @@ def concept_of(text: str) -> Concept:
 
 def other_of(text: str, layer: int) -> Other:
     """A dictionary to look in: SAEs or a store, at the feature's layer or at the one behind an @."""
-    from qwen_scope.features import Other
+    from qwen_scope.trust import Other
 
     from .match import opened, sae_of
 
@@ -126,7 +127,7 @@ def print_card(found: Card) -> None:
     """The card in the terminal: the word and its rules first."""
     from rich.text import Text
 
-    from qwen_scope.features import card_tables
+    from qwen_scope.trust import card_tables
 
     out = output.console()
     out.print(Text(f"{found.trust.word}: layer {found.page.layer}, feature {found.page.feature}", style="bold"))

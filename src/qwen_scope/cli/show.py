@@ -45,7 +45,7 @@ def show(
 
     Without a STORE only what follows from the weights is known. Labels come from: qwen-scope label STORE
     """
-    from qwen_scope.features import feature_html, feature_page, load_lens, remember_page
+    from qwen_scope.features import feature_html, feature_page, load_lens, with_neighbours
     from qwen_scope.files import check_output, write_text
     from qwen_scope.store import FeatureStore
 
@@ -71,9 +71,11 @@ def show(
         raise InputError("name a layer with --layer")
     with output.status("reading"):
         found = None if lens is None else load_lens(lens)
-        page = feature_page(layer, feature, store=store, scope=scope, n=n, contexts=n, lens=found)
+        page = feature_page(
+            layer, feature, store=store, scope=scope, n=n, contexts=n, lens=found, with_cofiring=store is None
+        )
         if store is not None:
-            remember_page(store, page, n, directions=scope is not None)
+            page = with_neighbours(page, store, scope, n)
     if html is not None:
         write_text(html, feature_html(page))
     if as_json:

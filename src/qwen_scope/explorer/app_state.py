@@ -18,10 +18,9 @@ from qwen_scope.features import (
     Lens,
     Neighbour,
     Notes,
-    cofiring,
-    elsewhere,
     feature_page,
     similar,
+    with_neighbours,
 )
 from qwen_scope.sae import SAE, catalog, layers_of, load_sae
 from qwen_scope.scope import DO_NOT_USE, Comparison, Scope, TokenFeatures, compare_seen, model_source
@@ -295,12 +294,7 @@ class AppState:
     def with_cofiring(self, page: FeaturePage, store: str) -> FeaturePage:
         """The page with the features that fire on the same tokens, in its own layer and in the others."""
         with self.store_pool.lent(self.folder(store)) as opened:
-            others = [layer for layer in opened.layers if layer in self.layers]
-            return replace(
-                page,
-                cofiring=cofiring(opened, page.layer, page.feature, COMPANY),
-                elsewhere=elsewhere(page.layer, page.feature, others, scope=self.scope, store=opened),
-            )
+            return with_neighbours(page, opened, self.scope, COMPANY)
 
     def nearest(self, layer: int, feature: int, other: int) -> Neighbour | None:
         """The feature of another layer whose direction is nearest; in its own layer, itself."""

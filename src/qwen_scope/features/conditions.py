@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from qwen_scope.errors import InputError
@@ -16,6 +16,32 @@ from qwen_scope.steer import Intervention, SAEsByLayer, StatsByLayer
 
 # A random feature is drawn from this many that fire about as often.
 NEAREST = 100
+# From this multiple of the firing rate on negative examples on, a feature is of the concept itself.
+CONCEPT_RATIO = 2
+
+
+def fire_alike(
+    feature: int,
+    rates: Float[np.ndarray, " d_sae"],
+    W_dec: Float[Tensor, "d_model d_sae"],
+    avoid: Collection[int] = (),
+) -> list[int]:
+    """The up to `NEAREST` other features whose firing rates are nearest to that of one, nearest first.
+
+    Left out are silent ones, those without a direction, and `avoid`.
+    """
+    lengths = torch.linalg.vector_norm(W_dec.detach().float(), dim=0).cpu().numpy()
+    fitting = (np.asarray(rates) > 0) & (lengths > 0)
+    fitting[[feature, *avoid]] = False
+    near = np.argsort(np.abs(rates - rates[feature]), kind="stable")
+    return near[fitting[near]][:NEAREST].tolist()
+
+
+def of_concept(
+    positive: Float[np.ndarray, " d_sae"], negative: Float[np.ndarray, " d_sae"]
+) -> Bool[np.ndarray, " d_sae"]:
+    """Which features are of a concept, by their firing rates on tokens with it and without."""
+    return np.asarray(positive) > CONCEPT_RATIO * np.asarray(negative)
 
 
 def matched_random(
@@ -43,14 +69,13 @@ def matched_random(
         taken = {other.feature for other in interventions if other.layer == one.layer} | set(
             (avoid or {}).get(one.layer, ())
         )
-        sae = saes[one.layer]
-        lengths = torch.linalg.vector_norm(sae.W_dec.float(), dim=0)
-        near = np.argsort(np.abs(rates - rates[one.feature]), kind="stable")
-        fitting = [int(f) for f in near[: NEAREST + len(taken)] if int(f) not in taken and float(lengths[int(f)]) > 0]
+        W_dec = saes[one.layer].W_dec
+        fitting = fire_alike(one.feature, rates, W_dec, taken)
         if not fitting:
             raise InputError(f"layer {one.layer} has no other feature to compare with: all are of the concept")
         chosen = int(rng.choice(fitting))
-        amount = one.amount * float(lengths[one.feature] / lengths[chosen])
+        mine, other = torch.linalg.vector_norm(W_dec[:, [one.feature, chosen]].float(), dim=0)
+        amount = one.amount * float(mine / other)
         out.append(Intervention.add(layer=one.hook_point, feature=chosen, amount=amount, where=str(one.where)))
     return out
 

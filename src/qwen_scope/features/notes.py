@@ -35,6 +35,8 @@ FILE = "notes.jsonl"
 CHANCE = 0.5  # the balanced accuracy of guessing
 SETTLED = 2_000_000_000  # nanoseconds; a file written just now may change again and keep its time and size
 KINDS = ("label", "note", "verdict", "measure")
+ON = "on"
+"""Under which key a measurement says on which model's documents it was made."""
 
 
 @dataclass(frozen=True)
@@ -212,20 +214,35 @@ class Notes:
         self.add(note)
         return note
 
+    def measured(self, layer: int, feature: int) -> list[dict[str, Any]]:
+        """The measurements of a feature on the documents of this store, the newest of each name.
+
+        Another store's, which `merge` may have brought, are of other documents and left out.
+        """
+        found = {}
+        for note in self.of(layer, feature, "measure"):
+            if note.body.get(ON) == self._documents():
+                found[note.body["name"]] = {key: value for key, value in note.body.items() if key != ON}
+        return list(found.values())
+
     def known(self, layer: int, feature: int, name: str) -> dict[str, Any] | None:
         """The newest measurement of a feature by that name; None if there is none."""
-        found = [note.body for note in self.of(layer, feature, "measure") if note.body["name"] == name]
-        return dict(found[-1]) if found else None
+        return next((one for one in self.measured(layer, feature) if one["name"] == name), None)
 
     def learn(self, layer: int, feature: int, name: str, found: Mapping[str, Any]) -> None:
         """Keep a measurement, unless it is known already; a warning tells of a store that can't be written."""
         body = {**json.loads(json.dumps(found, default=str)), "name": name}
         if self.known(layer, feature, name) == body:
             return
+        body[ON] = self._documents()
         try:
             self.add(Note("measure", layer, feature, self.store.layer(layer).fingerprint, body, "qwen-scope"))
         except InputError as error:
             warnings.warn(f"what was measured is not kept: {error}", QwenScopeWarning, stacklevel=2)
+
+    def _documents(self) -> list[Any]:
+        manifest = self.store.manifest
+        return [manifest.model, manifest.documents, manifest.tokens]
 
     def export(self, path: str | os.PathLike[str]) -> int:
         """Write every entry to a file of its own; how many.

@@ -1,4 +1,4 @@
-"""What `show` and `find` learn of a feature goes into the store's record, where its card looks."""
+"""What `show` and `find` learn of a feature goes into the store's record, and nothing in it is measured twice."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ from collections.abc import Mapping
 from dataclasses import asdict, replace
 from typing import Any
 
+from qwen_scope.scope import Scope
 from qwen_scope.store import FeatureStore
 
 from .find import Findings
-from .neighbours import Neighbour
+from .neighbours import Neighbour, cofiring, elsewhere
 from .notes import Notes
 from .show import FeaturePage
 
@@ -19,24 +20,30 @@ NEIGHBOURS = ("cofiring", "elsewhere")
 """The parts of a page that take a look at every activation of the layers."""
 
 
-def neighbours_name(n: int, directions: bool) -> str:
-    """Under which name the record holds the `n` nearest features, with cosines where directions were known."""
-    return f"neighbours, {n}{', with directions' if directions else ''}"
+def with_neighbours(
+    page: FeaturePage, store: FeatureStore, scope: Scope | None = None, n: int = 10, *, again: bool = False
+) -> FeaturePage:
+    """The page with what fires on the same tokens in its own layer and others: from the record, or measured and kept.
 
-
-def neighbours_of(page: FeaturePage) -> dict[str, Any]:
-    """The neighbours of a page as the record holds them."""
-    return {name: [asdict(one) for one in getattr(page, name)] for name in NEIGHBOURS}
-
-
-def with_neighbours(page: FeaturePage, known: Mapping[str, Any]) -> FeaturePage:
-    """The page with the neighbours that the record holds: the inverse of `neighbours_of`."""
-    return replace(page, **{name: tuple(Neighbour(**one) for one in known[name]) for name in NEIGHBOURS})
-
-
-def remember_page(store: FeatureStore, page: FeaturePage, n: int, *, directions: bool) -> None:
-    """Keep what a page with neighbours has measured."""
-    Notes(store).learn(page.layer, page.feature, neighbours_name(n, directions), neighbours_of(page))
+    Args:
+        page: made without them (`feature_page(..., with_cofiring=False)`).
+        scope: for cosines; layers that it does not have are left out.
+        n: how many of the own layer.
+        again: measure although the record has them.
+    """
+    layers = [one for one in store.layers if one != page.layer and (scope is None or one in scope.layers)]
+    notes = Notes(store)
+    known = None if again else notes.known(page.layer, page.feature, "neighbours")
+    if known is None or known["n"] < n or known["layers"] != layers or (scope is not None and not known["cosines"]):
+        found = {
+            "cofiring": cofiring(store, page.layer, page.feature, n),
+            "elsewhere": elsewhere(page.layer, page.feature, layers, scope=scope, store=store),
+        }
+        known = {"n": n, "layers": layers, "cosines": scope is not None}
+        known |= {name: [asdict(one) for one in some] for name, some in found.items()}
+        notes.learn(page.layer, page.feature, "neighbours", known)
+    parts = {name: tuple(Neighbour(**one) for one in known[name]) for name in NEIGHBOURS}
+    return replace(page, cofiring=parts["cofiring"][:n], elsewhere=parts["elsewhere"])
 
 
 def remember_findings(store: FeatureStore, found: Findings, positive: str, negative: str) -> None:
@@ -46,3 +53,8 @@ def remember_findings(store: FeatureStore, found: Findings, positive: str, negat
         if one.significant:
             body = {"against": negative, "f1": asdict(one.f1), "auroc": asdict(one.auroc), "q": one.q}
             notes.learn(one.layer, one.feature, f"{FOUND}{positive}", body)
+
+
+def remembered_findings(store: FeatureStore, layer: int, feature: int) -> tuple[Mapping[str, Any], ...]:
+    """What `find` learnt of a feature, the newest of each pair of sets."""
+    return tuple(one for one in Notes(store).measured(layer, feature) if one["name"].startswith(FOUND))

@@ -33,14 +33,10 @@ from qwen_scope.steer import (
 )
 from qwen_scope.text import Chat
 
-from .conditions import along, halved, matched_random, mean_direction
+from .conditions import along, halved, matched_random, mean_direction, of_concept
 from .fluency import perplexity_ratio
 from .options import Rules, ValidateOptions
 from .verdict import Evidence, judge
-
-# From this multiple of the firing rate on negative examples on, a feature is of the concept itself.
-CONCEPT_RATIO = 2
-
 
 Task = Callable[[list[Intervention]], np.ndarray]
 """A task's score per item (1 right, 0 wrong) under interventions; called with none for the unsteered model."""
@@ -272,7 +268,7 @@ class _Run:
         return along(self.interventions, self.saes, found)
 
     def of_concept(self) -> dict[int, set[int]]:
-        """By layer, the features that fire over CONCEPT_RATIO times as often on positive tokens as on negative ones."""
+        """By layer, the features that fire much more often on positive tokens than on negative ones."""
         out = {}
         for layer in {one.layer for one in self.interventions}:
             rates = []
@@ -280,7 +276,7 @@ class _Run:
                 stats = calibrate(self.scope.model, self.scope.tokenizer, layer, self.saes[layer], texts)
                 assert stats.firing_rate is not None, "an SAE was given"
                 rates.append(np.asarray(stats.firing_rate))
-            out[layer] = set((rates[0] > CONCEPT_RATIO * rates[1]).nonzero()[0].tolist())
+            out[layer] = set(of_concept(*rates).nonzero()[0].tolist())
         return out
 
     def detection(self) -> Interval:

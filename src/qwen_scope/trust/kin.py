@@ -8,10 +8,9 @@ import numpy as np
 import torch
 
 from qwen_scope.errors import check_count
+from qwen_scope.features import cosines
 from qwen_scope.sae import SAE
 from qwen_scope.store import FeatureStore
-
-from .effects import cosines
 
 WITHIN, APART, ALIKE = 0.9, 0.1, 0.3
 """A part fires on the feature's own tokens with at least the first share of its firings; a feature that may have

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from qwen_scope.errors import printable
+from qwen_scope.features import page_parts
 from qwen_scope.report import Markup, element, html_page, html_table
 
 from .card import Card
-from .html import page_parts
-from .record import FOUND
 
 HELD = {True: "yes", False: "no", None: "not measured"}
 
@@ -72,10 +71,10 @@ def card_tables(card: Card) -> list[tuple[str, tuple[str, ...], list[tuple[Cell,
         out.append(("Log-probability per token, in nats", ("", "change"), rows))
     if card.findings:
         rows = [
-            (one["name"].removeprefix(FOUND), one["against"], one["auroc"]["estimate"], one["f1"]["estimate"], one["q"])
+            (one["name"], one["against"], one["auroc"]["estimate"], one["f1"]["estimate"], one["q"])
             for one in card.findings
         ]
-        out.append(("Found by find, on documents that did not choose it", ("tells", "from", "AUROC", "F1", "q"), rows))
+        out.append(("Found by find, on documents that did not choose it", ("by", "against", "AUROC", "F1", "q"), rows))
     if card.faithfulness is not None:
         out.append(("Faithfulness (FADE)", ("", ""), [("by the shares that validate recorded", card.faithfulness)]))
     if card.siblings:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from qwen_scope.errors import InputError
+from qwen_scope.features import Note
 
 from .card import Card
-from .notes import Note
 
 VERSION = "0.1"
 

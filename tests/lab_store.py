@@ -1,13 +1,16 @@
-"""One store of the lab for the tests of this room: talk in three languages, and repetition, layers 2 and 5."""
+"""One store of the lab, which tests read and copy: talk in three languages, and repetition, layers 2 and 5."""
 
 from __future__ import annotations
 
 import functools
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
-from qwen_scope import load_scope
+import pytest
+
+from qwen_scope import FeatureStore, load_scope
 from qwen_scope.lab import documents
 from qwen_scope.model import LoadedModel
 from qwen_scope.scope import ExtractOptions, Scope, extract
@@ -41,3 +44,14 @@ def folder() -> Path:
 def copied(to: Path) -> Path:
     """A copy without notes, into which a test may write some."""
     return Path(shutil.copytree(folder(), to / "store", ignore=shutil.ignore_patterns("notes.jsonl")))
+
+
+@pytest.fixture(name="folder", scope="session")
+def a_folder() -> Path:
+    return folder()
+
+
+@pytest.fixture(name="store")
+def a_store() -> Iterator[FeatureStore]:
+    with FeatureStore(folder()) as opened:
+        yield opened

@@ -10,14 +10,13 @@ import numpy as np
 import torch
 
 from qwen_scope.errors import InputError
+from qwen_scope.features import fire_alike, of_concept
 from qwen_scope.scope import Scope
 from qwen_scope.stats import Interval, bootstrap, difference
 from qwen_scope.steer import Intervention, Row, log_probabilities, resolve
 from qwen_scope.store import FeatureStore
 
 from .concept import Concept, documents_with, token_ids_of
-from .conditions import NEAREST
-from .validate import CONCEPT_RATIO
 
 AMOUNT, DOSES = 1.0, (0.25, 0.5, 1.0)
 """Of the layer's median residual norm: the dose that is compared with controls, and those that are shown."""
@@ -159,12 +158,8 @@ def controls(
     lengths = store.tables["documents"].read(0, store.manifest.documents, ["tokens"])["tokens"].to_numpy()
     here, there = max(1, lengths[has].sum()), max(1, lengths[~has].sum())
     outside = stats["tokens"].to_numpy() - inside
-    of_concept = inside / here > CONCEPT_RATIO * outside / there
-    length = torch.linalg.vector_norm(W_dec.detach().float(), dim=0).cpu().numpy()
-    fitting = (rate > 0) & ~of_concept & (length > 0)
-    fitting[feature] = False
-    near = np.argsort(np.abs(rate - rate[feature]), kind="stable")
-    near = near[fitting[near]][:NEAREST]
+    avoid = np.flatnonzero(of_concept(inside / here, outside / there)).tolist()
+    near = fire_alike(feature, rate, W_dec, avoid)
     if len(near) < n:
         raise InputError(f"layer {layer} has {len(near)} features to compare with; {n} are needed")
     return rng.choice(near, n, replace=False).tolist()

@@ -6,13 +6,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from qwen_scope.features import MatchOptions, common_firings, match
 from qwen_scope.sae import SAE
 from qwen_scope.store import FeatureStore
-
-from .common_firings import common_firings
-from .match import match
-from .match_options import MatchOptions
-from .nearest import NONE
 
 # One feature is asked about; chance is told by a sample of the others.
 QUICK = MatchOptions(draws=1, sample=256)
@@ -82,7 +78,7 @@ def sibling(
     found = match(mine, other, seen, options, features=[feature])
     partner, cosine, mutual = found.cosine.of(feature)
     one = Sibling(
-        name, other.identity.fingerprint, None if partner == NONE else partner, cosine, mutual,
+        name, other.identity.fingerprint, partner if partner >= 0 else None, cosine, mutual,
         found.cosine.chance.high, options.cosine,
     )  # fmt: skip
     if found.jaccard is None or feature not in found.jaccard.features:
@@ -90,7 +86,7 @@ def sibling(
     cofires, jaccard, _ = found.jaccard.of(feature)
     return replace(
         one,
-        cofires_with=None if cofires == NONE else cofires,
+        cofires_with=cofires if cofires >= 0 else None,
         jaccard=jaccard,
         chance_jaccard=found.jaccard.chance.high,
         least_jaccard=options.jaccard,

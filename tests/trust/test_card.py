@@ -19,37 +19,39 @@ from qwen_scope import FeatureStore
 from qwen_scope.cli import main
 from qwen_scope.errors import InputError, MismatchError, NotFoundError, QwenScopeWarning
 from qwen_scope.features import (
+    Label,
+    Notes,
+    TokenJudge,
+    common_firings,
+    label_features,
+    material,
+    scored_label,
+)
+from qwen_scope.sae import parse_feature
+from qwen_scope.stats import Interval
+from qwen_scope.store import FeatureSummary
+from qwen_scope.trust import (
     CardOptions,
     Concept,
     ConceptFit,
-    Label,
-    Notes,
     Other,
     Push,
     Sibling,
-    TokenJudge,
     TrustEvidence,
     card,
     card_html,
     clarity,
-    common_firings,
     concept_fit,
     faithfulness,
     interp_card,
     kin,
-    label_features,
-    material,
     purity,
     push,
     responsiveness,
-    scored_label,
     sibling,
     trust,
 )
-from qwen_scope.features.push import controls
-from qwen_scope.sae import parse_feature
-from qwen_scope.stats import Interval
-from qwen_scope.store import FeatureSummary
+from qwen_scope.trust.push import controls
 
 LAYER, OTHER = lab_store.LAYER, lab_store.OTHER
 GERMAN = Concept("language", "de")
@@ -262,6 +264,12 @@ def test_controls_are_not_of_the_concept(store: FeatureStore) -> None:
 # --- the card as a whole ------------------------------------------------------------------------------------------
 
 
+def forbid(monkeypatch: pytest.MonkeyPatch, where: str, *names: str) -> None:
+    """From now on nothing may be measured by these functions of a file."""
+    for name in names:
+        monkeypatch.setattr(sys.modules[f"qwen_scope.{where}"], name, lambda *_, **__: pytest.fail("measured twice"))
+
+
 def test_a_card_gathers_and_measures_nothing_twice(own: FeatureStore, monkeypatch: pytest.MonkeyPatch) -> None:
     scope, feature = lab_store.scope(), detector(own)
     frequent = [f for f in range(60) if own.feature(LAYER, f).documents in range(15, 50)][:3]
@@ -284,10 +292,8 @@ def test_a_card_gathers_and_measures_nothing_twice(own: FeatureStore, monkeypatc
     assert of.text != first.page.label.text
     assert first.control.label == scored_label(material(own, LAYER, feature), TokenJudge(), of.text)
 
-    for name in ("concept_fit", "push", "sibling", "scored_label", "cofiring", "elsewhere"):
-        monkeypatch.setattr(
-            sys.modules["qwen_scope.features.card"], name, lambda *_, **__: pytest.fail("measured twice")
-        )
+    forbid(monkeypatch, "trust.card", "concept_fit", "push", "sibling", "scored_label")
+    forbid(monkeypatch, "features.record", "cofiring", "elsewhere")
     with FeatureStore(own.folder) as opened:
         second = card(LAYER, feature, options=CardOptions(n=3), **asked | {"store": opened})
     assert json.loads(json.dumps(second.to_json())) == plain | {"store": str(own.folder)}
@@ -350,6 +356,21 @@ def test_measurements_are_kept_merged_and_exported(own: FeatureStore, tmp_path: 
     assert Notes(own).merge(tmp_path / "notes.jsonl") == 2
 
 
+def test_a_measurement_on_other_documents_is_not_taken_for_one_s_own(own: FeatureStore, tmp_path: Path) -> None:
+    """Two stores of one SAE may be merged; a density or an AUROC of the one says nothing about the other."""
+    from qwen_scope.scope import ExtractOptions, extract
+    from qwen_scope.text import Corpus
+
+    Notes(own).learn(LAYER, 3, "x", {"a": 1})
+    Notes(own).export(tmp_path / "notes.jsonl")
+    scope = lab_store.scope()
+    rows = Corpus([{"text": "Guten Morgen, Anna."}], name="x")
+    extract(rows, scope.loaded, {LAYER: scope.saes[LAYER]}, tmp_path / "b", ExtractOptions()).close()
+    with FeatureStore(tmp_path / "b") as other:
+        assert Notes(other).merge(tmp_path / "notes.jsonl") == 1
+        assert Notes(other).known(LAYER, 3, "x") is None
+
+
 def test_the_command(own: FeatureStore, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     place, out = f"{LAYER}/{detector(own)}", tmp_path / "card.html"
     words = ["card", str(own.folder), place, "--concept", "language=de", "--other", f"lab@{OTHER}", "-n", "2"]
@@ -372,8 +393,7 @@ def test_show_and_find_write_into_the_card(own: FeatureStore, capsys, monkeypatc
     place = f"{LAYER}/{best['feature']}"
     assert main(["show", str(own.folder), "--feature", place, "-n", "3", "--json"]) == 0
     page = json.loads(capsys.readouterr().out)
-    for name in ("cofiring", "elsewhere"):
-        monkeypatch.setattr(sys.modules["qwen_scope.features.card"], name, lambda *_, **__: pytest.fail("read twice"))
+    forbid(monkeypatch, "features.record", "cofiring", "elsewhere")
     assert main(["card", str(own.folder), place, "-n", "3", "--json"]) == 0
     plain = json.loads(capsys.readouterr().out)
     assert plain["cofiring"] == page["cofiring"]

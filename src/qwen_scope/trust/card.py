@@ -9,26 +9,32 @@ from typing import Any
 import numpy as np
 
 from qwen_scope.errors import InputError
+from qwen_scope.features import (
+    FeaturePage,
+    Judge,
+    Label,
+    LabelOptions,
+    Lens,
+    Notes,
+    TokenJudge,
+    feature_page,
+    material,
+    remembered_findings,
+    scored_label,
+    with_neighbours,
+)
 from qwen_scope.sae import SAE, catalog
 from qwen_scope.scope import Scope
 from qwen_scope.stats import Interval
 from qwen_scope.store import FeatureStore
 
-from .card_options import CardOptions
 from .concept import Concept, ConceptFit, concept_fit
 from .fade import faithfulness
-from .judges import Judge, TokenJudge
 from .kin import Kin, kin
-from .label import material, scored_label
-from .label_options import LabelOptions
-from .lens import Lens
-from .neighbours import cofiring, elsewhere
-from .notes import Label, Notes
+from .options import CardOptions
 from .push import Push, push
-from .record import FOUND, neighbours_name, neighbours_of, with_neighbours
-from .show import FeaturePage, feature_page
+from .rules import Trust, TrustEvidence, TrustRules, trust
 from .siblings import Sibling, sibling
-from .trust import Trust, TrustEvidence, TrustRules, trust
 
 
 @dataclass(frozen=True, eq=False)
@@ -149,7 +155,7 @@ def card(
         layer, feature, store=store, scope=scope, n=o.n, contexts=o.n, seed=o.seed, with_cofiring=False, lens=lens
     )
     record = _Record(Notes(store), layer, feature, o.again)
-    page = _with_neighbours(record, plain, store, scope, o.n)
+    page = with_neighbours(plain, store, scope, o.n, again=o.again)
     control = _control(record, page, store, judge, o.seed)
     fit = None
     if concept is not None:
@@ -165,7 +171,8 @@ def card(
     held = TrustEvidence(page.summary, page.label, control.label if control else None, fit, outcome, pushed, siblings)
     return Card(
         page, _identity(store, layer), store.phase_counts(layer, feature), control, fit, _faithfulness(page.verdict),
-        pushed, _findings(record), siblings, parts, absorbers, _failures(page, rules or TrustRules()),
+        pushed, remembered_findings(store, layer, feature), siblings, parts, absorbers,
+        _failures(page, rules or TrustRules()),
         _missing(page, control, fit, pushed, siblings, scope, lens), trust(held, rules),
     )  # fmt: skip
 
@@ -185,26 +192,6 @@ class _Record:
             known = dict(measure())
             self.notes.learn(self.layer, self.feature, name, known)
         return known
-
-
-def _with_neighbours(
-    record: _Record, page: FeaturePage, store: FeatureStore, scope: Scope | None, n: int
-) -> FeaturePage:
-    """The page with what fires on the same tokens, which takes a look at every activation of the layers."""
-
-    def measure() -> dict[str, Any]:
-        others = [one for one in store.layers if scope is None or one in scope.layers]
-        found = elsewhere(page.layer, page.feature, others, scope=scope, store=store)
-        return neighbours_of(replace(page, cofiring=cofiring(store, page.layer, page.feature, n), elsewhere=found))
-
-    return with_neighbours(page, record.get(neighbours_name(n, scope is not None), measure))
-
-
-def _findings(record: _Record) -> tuple[Mapping[str, Any], ...]:
-    """What `find` learnt, the newest of each pair of sets."""
-    kept = record.notes.of(record.layer, record.feature, "measure")
-    newest = {note.body["name"]: note.body for note in kept if note.body["name"].startswith(FOUND)}
-    return tuple(newest.values())
 
 
 def _control(record: _Record, page: FeaturePage, store: FeatureStore, judge: Judge | None, seed: int) -> Control | None:

@@ -11,11 +11,11 @@ import numpy as np
 from jaxtyping import Float, Int64
 
 from qwen_scope.errors import InputError
+from qwen_scope.features import auroc_of
 from qwen_scope.stats import Interval, resample
 from qwen_scope.store import FeatureStore
 
 from .fade import purity, responsiveness
-from .scores import auroc_of
 
 FEWEST = 8
 """Documents of either side that say anything."""

@@ -6,13 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from qwen_scope.features import NOT_FLUENT, Label
 from qwen_scope.store import FeatureSummary
 
 from .concept import ConceptFit
-from .notes import Label
 from .push import Push
 from .siblings import Sibling
-from .verdict import NOT_FLUENT
 
 SOLID, USABLE, SHAKY, UNKNOWN = "solid", "usable", "shaky", "unknown"
 WORDS = (SOLID, USABLE, SHAKY, UNKNOWN)
