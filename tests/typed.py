@@ -32,6 +32,8 @@ def context(line: str) -> Any:
     path, rest = "", words[1:]
     while rest and f"{path} {rest[0]}".strip() in COMMANDS:
         path, rest = f"{path} {rest[0]}".strip(), rest[1:]
+    if path not in LEAVES and f"{path} show" in LEAVES:  # what a group does where no command of it is named
+        path = f"{path} show"
     assert path in LEAVES, line
     return COMMANDS[path].make_context(path, list(rest))
 

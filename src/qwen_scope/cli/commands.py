@@ -74,6 +74,15 @@ class Group(TyperGroup):
                 formatter.write_dl(rows)
 
 
+class Shown(Group):
+    """A group whose command `show` is what is meant where no command is named: its argument stands in the place."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """The words behind the group's name, `show` before them unless they begin with a command or ask for help."""
+        named = args[:1] and (args[0] in self.commands or args[0] in self.get_help_option_names(ctx))
+        return super().parse_args(ctx, args if named or not args else ["show", *args])
+
+
 class App(typer.Typer):
     """A Typer whose commands are of our class."""
 

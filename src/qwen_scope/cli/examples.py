@@ -34,8 +34,11 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     "extract": (
         "qwen-scope extract lab -o out/store --layers 5 --sample 200",
         "qwen-scope extract out/examples/corpus.jsonl -o out/corpus --layers 5",
+        "qwen-scope extract lab -o out/share-1 --layers 5 --sample 20 --share 1/2",
+        "qwen-scope extract lab -o out/share-2 --layers 5 --sample 20 --share 2/2",
     ),
-    "store": ("qwen-scope store out/store", "qwen-scope store out/store --feature 5/678 -n 3"),
+    "store show": ("qwen-scope store out/store", "qwen-scope store out/store --feature 5/678 -n 3"),
+    "store merge": ("qwen-scope store merge out/share-1 out/share-2 -o out/merged",),
     "find": (
         "qwen-scope find --positive lab:language=de --negative lab:language=fr --documents 20 --layers 5 -n 3",
         "qwen-scope find --positive out/examples/rude.txt --negative out/examples/polite.txt --layers 5 -n 3",

@@ -55,6 +55,10 @@ def extract(
     engine: Annotated[
         Reads, typer.Option("--engine", help="What reads the corpus: transformers, or vLLM (faster on a GPU).")
     ] = Reads.transformers,
+    share: Annotated[
+        str | None,
+        typer.Option("--share", help="Only this share, such as 3/16: one job of many; join them with store merge."),
+    ] = None,
     pool: Annotated[str | None, typer.Option("--pool", help="Also keep residuals per document: mean, last.")] = None,
     as_json: options.Json = False,
 ) -> None:
@@ -77,7 +81,7 @@ def extract(
         pool=tuple(part.strip() for part in pool.split(",")) if pool else (),
     )
     not_onto_itself(out, *options.files(source), *options.folders_of(asked))
-    corpus = options.read(source, reading, LAB_DOCUMENTS)
+    corpus = options.read(source, reading, LAB_DOCUMENTS, options.parse_share(share))
     if engine is Reads.vllm:
         need("--engine vllm", "vllm")
         if asked.adapter is not None:

@@ -222,13 +222,27 @@ def typed(text: str) -> str:
     return text
 
 
-def read(source: str, reading: CorpusOptions, lab: int | None = 1000) -> Corpus:
-    """The documents of a source; of the lab, which has no end, `lab` where no sample is asked for."""
+def read(source: str, reading: CorpusOptions, lab: int | None = 1000, share: tuple[int, int] = (1, 1)) -> Corpus:
+    """The documents of a source, or a share; of the lab, which has no end, `lab` where no sample is asked for."""
     from qwen_scope.text import Corpus, is_lab
 
     if is_lab(source) and reading.sample is None:
         reading = replace(reading, sample=lab)
-    return Corpus.of(source, reading)
+    return Corpus.of(source, reading, rank=share[0] - 1, world=share[1])
+
+
+def parse_share(text: str | None) -> tuple[int, int]:
+    """Which share of how many, counted from 1; the only one where nothing is said.
+
+    Raises:
+        InputError: it is not written so, or there is no such share.
+    """
+    if text is None:
+        return 1, 1
+    match = re.fullmatch(r"\s*([0-9]{1,9})\s*/\s*([0-9]{1,9})\s*", text)
+    if not match or not 1 <= int(match[1]) <= int(match[2]):
+        raise InputError(f"{brief(text)} is no share; write its number and how many there are, from 1/16 to 16/16")
+    return int(match[1]), int(match[2])
 
 
 def check_chat(chat: str | None) -> ChatMode | None:

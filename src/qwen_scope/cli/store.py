@@ -11,6 +11,7 @@ import typer
 from qwen_scope.errors import InputError, foreign
 
 from . import options, output
+from .commands import App, Shown
 from .extract import show_store
 
 if TYPE_CHECKING:
@@ -20,6 +21,14 @@ SHARES = (0.1, 0.25, 0.5, 0.75, 0.9)
 WAYS = ("top", "random", "quantiles")
 
 
+app = App(
+    cls=Shown,
+    help="What a store holds: qwen-scope store STORE, which is short for store show STORE; or merge stores.",
+    no_args_is_help=True,
+)
+
+
+@app.command("show")
 def store(
     folder: Annotated[Path, typer.Argument(metavar="STORE", help="A folder that extract has written.")],
     layer: Annotated[int | None, typer.Option("--layer", help="Which layer. Default: the only one.")] = None,
@@ -51,6 +60,26 @@ def store(
             show_rows(f"Layer {layer}: the most frequent features", rows.select(names), as_json)
         else:
             show_store(opened, as_json)
+
+
+@app.command("merge")
+def merge(
+    shares: Annotated[list[Path], typer.Argument(metavar="STORE...", help="The stores of all shares, in any order.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The store to write; an unfinished one goes on.")],
+    as_json: options.Json = False,
+) -> None:
+    """Join the stores of extract --share into the one store that a single run would have written.
+
+    Stopped in whatever way, the same command goes on where it was. The shares stay as they are.
+    """
+    from qwen_scope.files import not_onto_itself
+    from qwen_scope.store import merge as run
+
+    not_onto_itself(out, *shares)
+    with output.progress() as bar:
+        opened = run(out, shares, bar)
+    with opened:
+        show_store(opened, as_json)
 
 
 def the_layer(opened: FeatureStore, layer: int | None) -> int:

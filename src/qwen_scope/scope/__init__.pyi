@@ -6,6 +6,8 @@ from .engine import ModelEngine as ModelEngine
 from .extract import ExtractOptions as ExtractOptions
 from .extract import Progress as Progress
 from .extract import extract as extract
+from .job import Job as Job
+from .job import Runner as Runner
 from .joined import Joined as Joined
 from .joined import model_named_by as model_named_by
 from .joined import saes_on as saes_on

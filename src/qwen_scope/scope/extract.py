@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -15,16 +16,16 @@ from qwen_scope.errors import InputError, MismatchError
 from qwen_scope.model import HookPoint, LoadedModel, context_length, counted_of, d_model, measure_counted
 from qwen_scope.report import Progress as Told
 from qwen_scope.sae import SAE
-from qwen_scope.store import FeatureStore, LayerInfo, StoreWriter, kept_counted, place_of
+from qwen_scope.store import MERGED, FeatureStore, LayerInfo, StoreWriter, kept_counted, place_of
 from qwen_scope.text import LEAST, Chat, Corpus, Counted, phase_numbers, start_ids
 
 from .encoding import HOLD_BYTES, elsewhere, encode_window, points_of
 from .engine import Engine, ModelEngine
+from .job import FIRST_WINDOW, Job, Runner
 from .rows import Pieces, Reader, State
 
 # Rows of a model that states no context.
 LONGEST_ROW = 2**20
-FIRST_WINDOW = 2**11
 SAMPLE_TOKENS = 6000  # that which tokens count is measured on: two windows
 PACKED = 512  # tokens of a row of that sample
 LONGEST_WINDOW = 30.0  # seconds; a window that took longer is the largest
@@ -115,12 +116,16 @@ def extract(
     sae_source: str | None = None,
     hold_bytes: int = HOLD_BYTES,
     engine: Engine | None = None,
+    runner: Runner | None = None,
 ) -> FeatureStore:
     """Write the features of every token of a corpus into a store, and open it.
 
     A run that was stopped, in whatever way, is repeated with the same arguments and goes on after its last whole
     window; the finished folder is the same, byte for byte, as that of a run nobody disturbed (with the same packages
     on the same machine). A folder that is already finished is opened at once.
+
+    A corpus that is a share (`rank` and `world`) gives a store of that share; `store.merge` makes one of them all.
+    Which tokens count is measured on the whole corpus, so that all shares agree.
 
     Args:
         saes: the layers to read, each with its SAE.
@@ -134,6 +139,7 @@ def extract(
             fewer turns. Like `batch_tokens`, it moves last digits only.
         engine: what reads the residuals; by default forward passes of the model. Which tokens count is measured with
             the model in any case.
+        runner: where windows are read and encoded, such as `cluster.RayRunner`; by default here.
 
     Raises:
         InputError: no document, options that do not fit, a folder with other content, or a full disk.
@@ -164,7 +170,12 @@ def extract(
         sources["saes"] = place_of(sae_source, Path(folder))
     with StoreWriter(folder, loaded.name, request, infos, sources) as writer:
         if not writer.finished:
-            run_windows(run, counted, writer, progress, sae_device, hold_bytes)
+            tell = telling_of(run, writer, progress)
+            if runner is None:
+                run_windows(run, counted, writer, tell, sae_device, hold_bytes)
+            else:
+                spread_windows(run.job(counted, writer, hold_bytes), runner, writer, tell)
+            finish(run, writer, tell)
     return FeatureStore(folder, saes)
 
 
@@ -181,6 +192,7 @@ class Extraction:
         engine: Engine,
     ) -> None:
         self.corpus, self.loaded, self.saes, self.options = corpus, loaded, saes, options
+        self.begin = corpus.cursor()
         self.row_tokens, self.engine = row_tokens, engine
         self.reader: Reader | None = None
         self.held: deque[tuple[int, Pieces]] = deque()
@@ -196,7 +208,10 @@ class Extraction:
             return trained, "saes"
         if (kept := kept_counted(folder)) is not None:
             return kept, "measured"
-        reader, size, tokens = self.open(State(cursor=self.corpus.cursor()), Counted()), FIRST_WINDOW, 0
+        shared = self.corpus.world > 1
+        corpus = self.corpus.whole() if shared else self.corpus
+        reader = self._reader(corpus, State(cursor=corpus.cursor()), Counted())
+        size, tokens = FIRST_WINDOW, 0
         while tokens < SAMPLE_TOKENS:
             size = min(size, self.options.window_tokens)
             pieces = reader.window(size)
@@ -206,17 +221,55 @@ class Extraction:
             tokens += sum(len(row.ids) for row in pieces.rows)
             size *= 2
         rows = [row.lead + row.ids for _, pieces in self.held for row in pieces.rows]
+        if shared:
+            self.held.clear()
+        else:
+            self.reader = reader
         return measured(self.loaded, rows, list(points_of(self.saes).values()), self.corpus.name), "measured"
 
     def open(self, state: State, counted: Counted) -> Reader:
         """The reader of the corpus, from a state on."""
-        options = self.options
         if self.reader is None or not self.held:
-            self.reader = Reader(
-                self.corpus, self.loaded, state, self.row_tokens, options.max_tokens, options.chat,
-                counted.phases is not None or options.phases is not None,
-            )  # fmt: skip
+            self.reader = self._reader(self.corpus, state, counted)
         return self.reader
+
+    def state(self, writer: StoreWriter) -> State:
+        """From where on windows are still to be read.
+
+        Raises:
+            InputError: the folder holds something else than an extraction.
+        """
+        if writer.state is None:
+            return State(cursor=self.begin)
+        if MERGED in writer.state:
+            raise InputError(
+                f"{writer.folder} is a store half merged of shares; finish it with qwen-scope store merge and the same"
+                " shares, or name a new folder"
+            )
+        return State(**writer.state)
+
+    def job(self, counted: Counted, writer: StoreWriter, hold_bytes: int) -> Job:
+        """What is left to do, for a runner.
+
+        Raises:
+            InputError: the corpus can be read only once.
+        """
+        options, state = self.options, self.state(writer)
+        if self.corpus.once:
+            raise InputError(f"{self.corpus.name} can be read only once, and workers read it again; make a list of it")
+        return Job(
+            self.corpus, self.loaded.tokenizer, state, writer.windows, options.window_tokens, self.row_tokens,
+            options.max_tokens, options.chat, counted.phases is not None or options.phases is not None, counted,
+            options.pool, options.batch_tokens, {layer: sae.identity.fingerprint for layer, sae in self.saes.items()},
+            writer.folder.absolute(), hold_bytes,
+        )  # fmt: skip
+
+    def _reader(self, corpus: Corpus, state: State, counted: Counted) -> Reader:
+        options = self.options
+        need_phases = counted.phases is not None or options.phases is not None
+        return Reader(
+            corpus, self.loaded.tokenizer, state, self.row_tokens, options.max_tokens, options.chat, need_phases
+        )
 
 
 def measured(loaded: LoadedModel, rows: Sequence[list[int]], points: Sequence[HookPoint], name: str) -> Counted:
@@ -233,34 +286,42 @@ def measured(loaded: LoadedModel, rows: Sequence[list[int]], points: Sequence[Ho
     return measure_counted(loaded.model, loaded.tokenizer, packed, points, sample=name)
 
 
+Tell = Callable[[str, int, int, int], None]
+"""Told a stage, and the documents, tokens and unreadable rows up to here."""
+
+
+def telling_of(run: Extraction, writer: StoreWriter, progress: Callable[[Progress], None] | None) -> Tell:
+    """What calls `progress` with where an extraction stands."""
+    begun, before = time.monotonic(), writer.counts["tokens"]
+
+    def tell(stage: str, documents: int, tokens: int, unreadable: int) -> None:
+        if progress is not None:
+            rate = (tokens - before) / max(1e-9, time.monotonic() - begun)
+            share = run.corpus.progress if stage == "reading" else 1.0
+            progress(Progress(stage, documents, tokens, rate, share, unreadable))
+
+    return tell
+
+
 def run_windows(
     run: Extraction,
     counted: Counted,
     writer: StoreWriter,
-    progress: Callable[[Progress], None] | None,
+    tell: Tell,
     sae_device: torch.device | str | None,
     hold_bytes: int,
 ) -> None:
-    """Every window that is not in the store yet, then the index."""
-    corpus, options = run.corpus, run.options
-    state = State(**writer.state) if writer.state else State(cursor=corpus.cursor())
+    """Every window that is not in the store yet, here."""
+    options, state = run.options, run.state(writer)
     reader = run.open(state, counted)
-    begun, before = time.monotonic(), writer.counts["tokens"]
-    documents = state.documents
-
-    def report(stage: str, done: int, bad: int = 0) -> None:
-        if progress is not None:
-            rate = (done - before) / max(1e-9, time.monotonic() - begun)
-            share = corpus.progress if stage == "reading" else 1.0
-            progress(Progress(stage, documents, done, rate, share, sum(writer.unreadable.values()) + bad))
-
     carried, size = state.carried, min(state.window or FIRST_WINDOW, options.window_tokens)
     while True:
         since = time.monotonic()
         size, pieces = run.held.popleft() if run.held else (size, reader.window(size))
         if not pieces.rows and not pieces.unreadable:
             break
-        done, documents, bad = writer.counts["tokens"], pieces.after.documents, len(pieces.unreadable)
+        done, documents = writer.counts["tokens"], pieces.after.documents
+        bad = sum(writer.unreadable.values()) + len(pieces.unreadable)
         window, carried = encode_window(
             run.engine,
             run.saes,
@@ -268,7 +329,7 @@ def run_windows(
             counted=counted,
             pool=options.pool,
             carried=carried,
-            report=lambda tokens, done=done, bad=bad: report("reading", done + tokens, bad),
+            report=lambda tokens, at=(documents, done, bad): tell("reading", at[0], at[1] + tokens, at[2]),
             at_once=lambda: isinstance(run.engine, ModelEngine) and elsewhere(run.loaded.model, run.saes, sae_device),
             device=sae_device,
             hold_bytes=hold_bytes,
@@ -278,11 +339,36 @@ def run_windows(
         elif time.monotonic() - since <= LONGEST_WINDOW:
             size = min(2 * size, options.window_tokens)
         writer.add(window, asdict(replace(pieces.after, carried=carried, window=size)))
-    if not writer.counts["tokens"]:
+
+
+def spread_windows(job: Job, runner: Runner, writer: StoreWriter, tell: Tell) -> None:
+    """Every window that is not in the store yet, wherever a runner has them read; kept in their order."""
+    waiting: dict[int, dict[str, Any]] = {}
+    for number, written in runner.run(job):
+        waiting[number] = written
+        while (there := waiting.pop(writer.windows, None)) is not None:
+            writer.keep(there, there["state"])
+            counts = writer.counts
+            tell("reading", counts["documents"], counts["tokens"], sum(writer.unreadable.values()))
+    if waiting:
+        raise InputError(
+            f"window {writer.windows} of {writer.folder} was not written and later ones were; run the same command"
+            " again"
+        )
+
+
+def finish(run: Extraction, writer: StoreWriter, tell: Tell) -> None:
+    """The index, once every window is in the store.
+
+    Raises:
+        InputError: there is no document.
+    """
+    counts, corpus = writer.counts, run.corpus
+    if not counts["tokens"] and corpus.world == 1:  # a share may be empty: the others have the documents
         said = ", ".join(f"{n} {reason}" for reason, n in writer.unreadable.items())
         unreadable = f" (unreadable rows: {said})" if said else ""
         raise InputError(f"there is no document to extract in {corpus.name}{unreadable}{corpus.other_columns()}")
-    report("indexing", writer.counts["tokens"])
+    tell("indexing", counts["documents"], counts["tokens"], sum(writer.unreadable.values()))
     writer.finish()
 
 

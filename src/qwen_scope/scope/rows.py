@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from array import array
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
 
 from qwen_scope.errors import InputError
-from qwen_scope.model import LoadedModel
 from qwen_scope.text import PHASES, Chat, Chunk, Corpus, Document, Unreadable, chunks, meta_json, start_ids
 
 
@@ -63,6 +63,18 @@ class Pieces:
     unreadable: list[Unreadable]
     after: State
 
+    def to_json(self) -> str:
+        """As a text, for another process."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> Pieces:
+        """What `to_json` wrote."""
+        data = json.loads(text)
+        rows = [Row(**row) for row in data["rows"]]
+        unreadable = [Unreadable(**one) for one in data["unreadable"]]
+        return cls(rows, data["documents"], data["spans"], unreadable, State(**data["after"]))
+
 
 class Reader:
     """Documents as rows of tokens, a window at a time.
@@ -77,17 +89,17 @@ class Reader:
     def __init__(
         self,
         corpus: Corpus,
-        loaded: LoadedModel,
+        tokenizer: Any,
         state: State,
         row_tokens: int,
         max_tokens: int | None,
         chat: Chat | None,
         need_phases: bool = False,
     ) -> None:
-        self.corpus, self.tokenizer, self.state = corpus, loaded.tokenizer, state
+        self.corpus, self.tokenizer, self.state = corpus, tokenizer, state
         self.row_tokens, self.max_tokens = row_tokens, max_tokens
         self.chat: Chat | None = chat
-        self.lead, self.need_phases = start_ids(loaded.tokenizer), need_phases
+        self.lead, self.need_phases = start_ids(tokenizer), need_phases
         corpus.seek(state.cursor)
         self.stream = corpus.rows()
         self.tokens = state.tokens
@@ -97,14 +109,18 @@ class Reader:
         # The document being cut into rows: the cursor before it, its rows not yet given out.
         self.before, self.waiting = state.cursor, iter(())
 
-    def window(self, tokens: int) -> Pieces:
-        """The next rows, until there are `tokens` of them."""
+    def window(self, tokens: int, *, whole: bool = False) -> Pieces:
+        """The next rows, until there are `tokens` of them.
+
+        Args:
+            whole: and until the last document ends.
+        """
         rows: list[Row] = []
         entries: list[dict[str, Any]] = []
         spans: list[dict[str, Any]] = []
         self.unreadable = []
         held = 0
-        while held < tokens:
+        while held < tokens or (whole and rows and not rows[-1].ends):
             row = next(self.waiting, None)
             if row is None:
                 self.before = self.corpus.cursor()

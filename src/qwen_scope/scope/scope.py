@@ -32,6 +32,7 @@ from qwen_scope.text import Chat, Corpus, CorpusOptions, Counted, Message, Token
 from .compare import Comparison, compare_seen
 from .engine import Engine, ModelEngine
 from .extract import ExtractOptions, extract, telling
+from .job import Runner
 from .joined import Joined, ScopeVerdicts
 from .measured import ScopeCounted, ScopeStats
 from .plan import Plan, plan
@@ -213,6 +214,7 @@ class Scope:
         layers: Sequence[int] | None = None,
         reading: CorpusOptions | None = None,
         engine: Engine | None = None,
+        runner: Runner | None = None,
         progress: Progress | None = None,
     ) -> FeatureStore:
         """Write which features fire on every token of a corpus into a store, and open it; see `extract`.
@@ -222,6 +224,7 @@ class Scope:
         Args:
             source: a `Corpus`, or whatever `Corpus.of` opens with `reading`.
             layers: by default all that have an SAE.   engine: by default forward passes of the model.
+            runner: where windows are read and encoded; by default here.
 
         Raises:
             InputError, MismatchError, NotFoundError: as `extract` and `Corpus.of`.
@@ -244,6 +247,7 @@ class Scope:
             sae_device=None if torch.device(self.saes.device).type == "cpu" else self.saes.device,
             sae_source=self.saes.source,
             engine=engine,
+            runner=runner,
         )
 
     def firings(

@@ -5,6 +5,8 @@ from .firings import Firings as Firings
 from .layout import TABLES as TABLES
 from .layout import LayerInfo as LayerInfo
 from .layout import Manifest as Manifest
+from .merge import MERGED as MERGED
+from .merge import merge as merge
 from .opening import is_store as is_store
 from .request import kept_counted as kept_counted
 from .request import place_of as place_of
@@ -12,3 +14,4 @@ from .store import FeatureStore as FeatureStore
 from .writer import LayerRows as LayerRows
 from .writer import StoreWriter as StoreWriter
 from .writer import Window as Window
+from .writer import write_window as write_window

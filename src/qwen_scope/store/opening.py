@@ -77,5 +77,8 @@ class Places:
 
 def _absent(folder: Path) -> str:
     if folder.is_dir():
-        return f"{folder} has no {MANIFEST}: it is no store, or one that is not finished; run the same extract again"
+        return (
+            f"{folder} has no {MANIFEST}: it is no store, or one that is not finished; run the command that began it"
+            " again"
+        )
     return f"there is no store {str(folder)!r}"

@@ -17,6 +17,7 @@ def write_part(folder: Path, table: str, number: int, pieces: Iterator[pa.Table]
     name = part_name(table, number)
     path = folder / name
     path.parent.mkdir(exist_ok=True)
+    path.unlink(missing_ok=True)  # a worker that was given up may still write to the file it opened, and to no other
     rows = 0
     try:
         with part_writer(str(path), table) as writer:

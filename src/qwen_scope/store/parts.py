@@ -110,6 +110,25 @@ class TableRows:
         back[order] = np.arange(len(order))
         return pa.concat_tables(pieces).combine_chunks().take(pa.array(back))
 
+    def between(self, low: int, high: int, layer: int | None = None) -> pa.Table:
+        """The rows of documents `low` to `high`, the last one not included, of a table with a column `document`.
+
+        Args:
+            layer: only of this layer.
+        """
+        near = (self._bound("document", "min") < high) & (self._bound("document", "max") >= low)
+        if layer is not None:
+            near &= (self._bound("layer", "min") <= layer) & (self._bound("layer", "max") >= layer)
+        pieces = [TABLES[self.name].empty_table()]
+        for number in np.flatnonzero(near).tolist():
+            piece = self.group(number)
+            document = piece["document"].to_numpy()
+            keep = (document >= low) & (document < high)
+            if layer is not None:
+                keep &= piece["layer"].to_numpy() == layer
+            pieces.append((piece if keep.all() else piece.filter(pa.array(keep))).cast(pieces[0].schema))
+        return pa.concat_tables(pieces)
+
     def groups_of(self, layer: int, document: int) -> list[int]:
         """Row groups of `activations` or `masked` that may hold rows of a document at a layer."""
         return np.flatnonzero(
@@ -206,7 +225,7 @@ def _check_ranges(path: Path, table: str, metadata: pq.FileMetaData, manifest: M
                 raise FormatError(f"{path} holds layers {layer} to {top}, which the manifest does not have")
             limits["feature"] = manifest.layers[layer].d_sae
         for name, end in limits.items():
-            low, high = bounds.get(name, (0, 0))
+            low, high = bounds.get(name, (0, -1))  # a table without the column, such as the stats of no document
             if low < 0 or high >= end:
                 raise FormatError(f"{path} holds a {name} of {low if low < 0 else high}; it must be in [0, {end})")
         low, high = bounds.get("value", (1.0, 1.0))

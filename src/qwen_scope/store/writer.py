@@ -197,22 +197,13 @@ class StoreWriter:
         Raises:
             InputError: the disk is full; what was there before is still there.
         """
-        number = self.windows
+        self.keep(write_window(self.folder, self.windows, window), state)
+
+    def keep(self, written: Mapping[str, Any], state: Mapping[str, Any]) -> None:
+        """Take what `write_window` wrote, perhaps elsewhere, as the next window; raises as `add`."""
+        text = json.dumps({**written, "state": dict(state)})
         with room(self.folder):
-            parts = [write_part(self.folder, "activations", number, activation_tables(window.layers))]
-            for name, table in window.tables.items():
-                if table.num_rows:
-                    parts.append(write_part(self.folder, name, number, [table]))
-            marker = {
-                "parts": [asdict(part) for part in parts if part.rows],
-                "documents": window.tables["documents"].num_rows,
-                "tokens": window.tables["tokens"].num_rows,
-                "unreadable": Counter(window.tables["unreadable"]["reason"].to_pylist()),
-                "layers": {str(layer): [rows.tokens, len(rows.value)] for layer, rows in window.layers.items()},
-                "state": dict(state),
-            }
-            text = json.dumps(marker)
-            write_text(self._marker(number), text)
+            write_text(self._marker(self.windows), text)
         self.markers.append(json.loads(text))
 
     def finish(self, *, memory: str = "1500MB") -> None:
@@ -259,6 +250,26 @@ class StoreWriter:
         self.finished = True
         shutil.rmtree(self.work)
         self.close()
+
+
+def write_window(folder: Path, number: int, window: Window) -> dict[str, Any]:
+    """Write the parts of a window, which are of the store once a writer keeps what this returns: plain data.
+
+    Raises:
+        InputError: the disk is full; what was there before is still there.
+    """
+    with room(folder):
+        parts = [write_part(folder, "activations", number, activation_tables(window.layers))]
+        for name, table in window.tables.items():
+            if table.num_rows:
+                parts.append(write_part(folder, name, number, [table]))
+    return {
+        "parts": [asdict(part) for part in parts if part.rows],
+        "documents": window.tables["documents"].num_rows,
+        "tokens": window.tables["tokens"].num_rows,
+        "unreadable": dict(Counter(window.tables["unreadable"]["reason"].to_pylist())),
+        "layers": {str(layer): [rows.tokens, len(rows.value)] for layer, rows in window.layers.items()},
+    }
 
 
 def _content(folder: Path) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import random
 from bisect import bisect_left
@@ -46,7 +47,7 @@ class Corpus:
         name: what to call an object, so that an extraction that is resumed knows it again.
         hold_out: of training: keep every `hold_out`-th row, the first included, for measuring; 0 keeps none.
         held_out: give the rows that are kept, instead of the others.
-        rank, world: every `world`-th of the rows, from `rank` on: the share of one process.
+        rank, world: every `world`-th of the rows, from `rank` on, which counts from 0: the share of one process.
         repeat: begin again at the end; a source that can be read only once then ends.
         shuffle: a seed: mix the sources in proportion to their rows, and the rows within each, as `text.shuffle` says.
             Which rows are kept or shared does not depend on it. None keeps the order, in which stores are written.
@@ -54,14 +55,14 @@ class Corpus:
 
     Attributes:
         name: what the source is called.
-        endless: whether documents never end.
+        endless: whether documents never end.   once: whether the source can be read only once.
         epoch: how often it has begun again.
         used: documents of the first pass so far.   unused: rows of the first pass without one, by reason.
 
     Raises:
         NotFoundError: there is no such file, dataset, split or package.   FormatError: a `.parquet` file is none.
-        InputError: a folder without a file of a known kind, an object without documents, or a sample of a source
-            whose size is not known.
+        InputError: a folder without a file of a known kind, an object without documents, a sample of a source
+            whose size is not known, or a share that there is not.
     """
 
     def __init__(
@@ -90,10 +91,12 @@ class Corpus:
             )
         if shuffle is not None:
             check_count("shuffle", shuffle, 0)
+        if not 0 <= rank < world:
+            raise InputError(f"there is no share {rank + 1}/{world}; they are 1/{world} to {world}/{world}")
         self.column, self.rank, self.world, self.shuffle = column, rank, world, shuffle
         self.hold_out, self.held_out = hold_out, held_out
-        self._once = isinstance(source, Iterator)
-        self.repeat = repeat and not self._once
+        self.once = isinstance(source, Iterator)
+        self.repeat = repeat and not self.once
         self.sources, self.name = find_sources(
             source, unit=unit, split=split, subset=subset, seed=seed, n=sample, name=name
         )
@@ -121,8 +124,24 @@ class Corpus:
 
     @property
     def description(self) -> dict[str, Any]:
-        """What decides which documents come: the sources with their sizes, and the options."""
-        return {"sources": [[source.name, source.size] for source in self.sources], **self.options}
+        """What decides which documents come: the sources with their sizes, the options, and which share it is of how
+        many, counted from 1, where it is one."""
+        share = {"share": [self.rank + 1, self.world]} if self.world > 1 else {}
+        return {"sources": [[source.name, source.size] for source in self.sources], **self.options, **share}
+
+    def whole(self) -> Corpus:
+        """The corpus that this is a share of, from its beginning.
+
+        Raises:
+            InputError: it can be read only once.
+        """
+        if self.once:
+            raise InputError(f"{self.name} can be read only once, so a share of it can't be; make a list of it")
+        whole = copy.copy(self)
+        whole.rank, whole.world = 0, 1
+        whole.epoch, whole._at, whole._rows, whole._offset, whole._seen, whole._before = 0, 0, 0, 0, 0, 0
+        whole._blocks, whole.used, whole.unused, whole._told, whole._first = Blocks(), 0, Counter(), True, None
+        return whole
 
     @property
     def progress(self) -> float | None:
@@ -291,7 +310,7 @@ class Corpus:
         """The numbers of the rows of the sample, in order."""
         if any(source.size is None and source.name.startswith("hub:") for source in self.sources):
             raise InputError("a streamed dataset has no known size to sample from; load it with datasets and pass it")
-        if self._once:
+        if self.once:
             raise InputError("what can be read only once has no known size to sample from; make a list of it")
         total = sum(sum(1 for _ in source.read(0, 0)) for source in self.sources)
         return None if sample >= total else sorted(random.Random(seed).sample(range(total), sample))
