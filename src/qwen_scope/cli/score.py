@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from qwen_scope.score import ScoreRun
+from qwen_scope.score import NAMES, ScoreRun
 from qwen_scope.text import CorpusOptions
 
 from . import options, output, whose
@@ -27,13 +27,23 @@ OPTIONS[ScoreRun] = {
     "tokens": Annotated[int, typer.Option("--tokens", help="About how many to measure on.", min=2)],
     "train_tokens": Annotated[int, typer.Option("--train-tokens", help="How many each control is trained on.", min=1)],
     "controls": Annotated[bool, typer.Option("--controls/--no-controls", help="Measure the controls, too.")],
+    "suites": Annotated[
+        str | None,
+        typer.Option("--suites", help=f"Further figures: {', '.join(NAMES)}. Default: all that can be measured."),
+        Read(lambda text: options.names_tuple(text) or None),
+    ],
     "probes": Annotated[
         Path | None,
-        typer.Option("--probes", help="Sparse probing: the wheel or folder of sae-probes (pip download sae-probes)."),
+        typer.Option("--probes", help="Labelled texts: the wheel or folder of sae-probes (pip download sae-probes)."),
+    ],
+    "columns": Annotated[
+        str | None,
+        typer.Option("--columns", help="Labelled texts: columns of the corpus that are labels, as language,register."),
+        Read(lambda text: options.names_tuple(text) or None),
     ],
     "datasets": Annotated[
         str | None,
-        typer.Option("--datasets", help="Of it these, as in 87_glue_cola,100_news_fake. Default: all."),
+        typer.Option("--datasets", help="Of them these, as in 87_glue_cola,language=de. Default: all."),
         Read(lambda text: options.names_tuple(text) or None),
     ],
     "rows": Annotated[int, typer.Option("--rows", help="Texts of each dataset at most.", min=40)],
@@ -78,6 +88,8 @@ def score(
         out = output.console()
         out.print(f"{found.layers} layers, {found.cells} rows of figures, {found.done} of them done.")
         out.print(f"{found.measured:,} tokens go through the model to measure, {found.trained:,} to train controls.")
+        for suite, tokens in found.suites.items():
+            out.print(f"{suite} reads about {tokens:,} tokens.")
         return
     whose.say_whose()
     with output.progress() as bar:
@@ -92,13 +104,16 @@ def score(
 
 def print_board(board: Scoreboard) -> None:
     """A table per layer, with and without sinks, and where a control does as well."""
-    from qwen_scope.score import PROBING, probe_table, score_table
+    from qwen_scope.score import SUITES, not_measured, score_table, suite_table
 
     out = output.console()
     for layer in board.cells:
         for sinks in ("without sinks", "with sinks"):
             output.show(f"Layer {layer}, {sinks}", *score_table(board, layer, sinks))
-        if board.probes:
-            output.show(f"Layer {layer}, {PROBING}", *probe_table(board, layer))
+        for suite in board.suites:
+            if layer in board.suites[suite]:
+                output.show(f"Layer {layer}, {SUITES[suite].says}", *suite_table(board, suite, layer))
+    for said in not_measured(board):
+        out.print(f"Not measured: {said}.")
     for layer, arm, sinks, figure in board.not_better():
         out.print(f"Layer {layer}, {sinks}: {arm} does as well by {figure}.")

@@ -5,8 +5,9 @@ from __future__ import annotations
 from qwen_scope.errors import printable
 from qwen_scope.report import element, html_page, html_table
 
+from .board import WITH, WITHOUT, Row, Scoreboard
 from .controls import TRAINED
-from .scoreboard import WITH, WITHOUT, Scoreboard
+from .suites import SUITES
 
 
 def scoreboard_html(board: Scoreboard) -> str:
@@ -19,8 +20,11 @@ def scoreboard_html(board: Scoreboard) -> str:
         for sinks in (WITHOUT, WITH):
             columns, rows = score_table(board, layer, sinks)
             parts += [element("h2", f"Layer {layer}, {sinks}"), html_table(columns, rows)]
-        if board.probes:
-            parts += [element("h2", f"Layer {layer}, {PROBING}"), html_table(*probe_table(board, layer))]
+        for suite in board.suites:
+            if layer in board.suites[suite]:
+                heading = element("h2", f"Layer {layer}, {SUITES[suite].says}")
+                parts += [heading, html_table(*suite_table(board, suite, layer))]
+    parts += [element("p", f"Not measured: {printable(said)}.") for said in not_measured(board)]
     weak = board.not_better()
     said = "; ".join(f"layer {layer}, {sinks}: {figure} by {arm}" for layer, arm, sinks, figure in weak)
     if any(arm != TRAINED for arms in board.cells.values() for arm in arms):
@@ -29,12 +33,22 @@ def scoreboard_html(board: Scoreboard) -> str:
 
 
 Cell = str | float
-PROBING = "sparse probing: mean AUROC by number of features"
 
 
-def probe_table(board: Scoreboard, layer: int) -> tuple[tuple[str, ...], list[tuple[Cell, ...]]]:
-    """Sparse probing of one layer: the mean over datasets, and of the residual that it is read against."""
-    return _table("features", board.probe_rows(layer), [arm for arm in board.cells[layer] if arm != TRAINED])
+def not_measured(board: Scoreboard) -> list[str]:
+    """What could not be measured, and why, as clauses."""
+    return [
+        f"layer {layer}, {suite}, {item}: {why}"
+        for suite, layers in board.unmeasured.items()
+        for layer, items in layers.items()
+        for item, why in items.items()
+    ]
+
+
+def suite_table(board: Scoreboard, suite: str, layer: int) -> tuple[tuple[str, ...], list[tuple[Cell, ...]]]:
+    """A suite of one layer: means over its items."""
+    arms = [arm for arm in board.suites[suite][layer] if arm != TRAINED]
+    return _table("figure", board.suite_rows(suite, layer), arms)
 
 
 def score_table(board: Scoreboard, layer: int, sinks: str) -> tuple[tuple[str, ...], list[tuple[Cell, ...]]]:
@@ -43,15 +57,11 @@ def score_table(board: Scoreboard, layer: int, sinks: str) -> tuple[tuple[str, .
     return _table("figure", board.rows(layer, sinks), arms)
 
 
-def _table(
-    first: str, found: list[tuple[str, float, list[tuple[str, float, float]]]], arms: list[str]
-) -> tuple[tuple[str, ...], list[tuple[Cell, ...]]]:
+def _table(first: str, found: list[Row], arms: list[str]) -> tuple[tuple[str, ...], list[tuple[Cell, ...]]]:
     columns = (first, TRAINED, *(name for arm in arms for name in (arm, "gain")))
     rows: list[tuple[Cell, ...]] = []
     for name, own, others in found:
-        cells: list[Cell] = [name, own]
-        for _, value, gain in others:
-            # NaN: there is none, or neither more nor less is better.
-            cells += ["" if one != one else one for one in (value, gain)]
-        rows.append(tuple(cells))
+        numbers = [own, *(one for _, value, gain in others for one in (value, gain))]
+        # NaN: there is none, or neither more nor less is better.
+        rows.append((name, *("" if one != one else one for one in numbers)))
     return columns, rows

@@ -6,8 +6,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from qwen_scope.errors import InputError, check_count
+from qwen_scope.errors import InputError, NotFoundError, check_count, nearest
 from qwen_scope.text import CorpusOptions
+
+LABELLED = ("probes", "tpp", "scr", "contrast")
+NAMES = (*LABELLED, "absorption", "steering")
+"""The suites; the first read labelled texts."""
 
 
 @dataclass(frozen=True)
@@ -25,8 +29,10 @@ class ScoreRun:
         tokens: about how many to measure on.
         train_tokens: how many each control is trained on.
         controls: measure the controls, too.
-        probes: the folder or wheel of sae-probes, for sparse probing; None for none.
-        datasets: of these alone; None for all of its binary ones.   rows: texts of each at most, of 256 tokens at most.
+        suites: further figures, by name (`SUITES`); None for all that can be measured.
+        probes: the folder or wheel of sae-probes, whose labelled texts suites read; None for none.
+        columns: columns of the corpus that are labels, in place of sae-probes' texts.
+        datasets: of the labelled texts these alone; None for all of two classes.   rows: texts of each at most.
         context_length: tokens per row.   batch_size: rows per forward pass.   batch: tokens per step of training.
         hold_out: which documents are measured on.
         budget: bytes of residuals that training holds at once.
@@ -46,7 +52,9 @@ class ScoreRun:
     tokens: int = 65536
     train_tokens: int = 1_000_000
     controls: bool = True
+    suites: tuple[str, ...] | None = None
     probes: Path | None = None
+    columns: tuple[str, ...] | None = None
     datasets: tuple[str, ...] | None = None
     rows: int = 700
     context_length: int = 256
@@ -63,6 +71,13 @@ class ScoreRun:
         counts["rows"] = 40
         for name, least in {**counts, "budget": 1, "seed": 0}.items():
             check_count(name, getattr(self, name), least)
+        if self.probes is not None and self.columns:
+            raise InputError("labelled texts are those of probes or of the corpus' columns; give one of the two")
+        for name in self.suites or ():
+            if name not in NAMES:
+                raise NotFoundError(f"there is no suite {name!r}; {nearest(name, NAMES)}")
+            if name in LABELLED and not (self.probes or self.columns):
+                raise InputError(f"{name} reads labelled texts; name them with probes= or columns=")
         if self.controls and self.train_tokens < self.batch:
             raise InputError(f"train_tokens={self.train_tokens} is less than one batch of {self.batch}; lower batch")
 
@@ -70,6 +85,6 @@ class ScoreRun:
         """What decides the figures, as plain values."""
         names = (
             "sae", "data", "model", "tokens", "train_tokens", "context_length", "batch_size", "batch", "hold_out",
-            "dtype", "seed", "rows",
+            "dtype", "seed", "rows", "columns",
         )  # fmt: skip
         return {**{name: getattr(self, name) for name in names}, "corpus": dict(vars(self.corpus))}

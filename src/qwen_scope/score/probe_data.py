@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import zipfile
-from dataclasses import dataclass
+from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import final
@@ -12,21 +12,29 @@ from typing import final
 import numpy as np
 import pyarrow as pa
 import pyarrow.csv as pc
-from jaxtyping import Int64
 
-from qwen_scope.errors import NotFoundError, foreign, nearest
+from qwen_scope.errors import NotFoundError, foreign
+
+from .labelled import Labelled, Quadrants, check_dataset, quadrants
 
 PACKAGE, LIST = "sae_probes", "probing_datasets_MASTER.csv.zst"
 BINARY = "Binary Classification"
 
 
-@dataclass(frozen=True, eq=False)
-class Labelled:
-    """One dataset: texts, and for each 0 or 1, the labels in alphabetical order."""
-
-    name: str
-    texts: tuple[str, ...]
-    y: Int64[np.ndarray, " n"]
+SETS = {
+    "code": ("158_code_C", "159_code_Python", "160_code_HTML"),
+    "agnews": ("161_agnews_0", "162_agnews_1", "163_agnews_2"),
+    "news": ("139_news_class_Politics", "140_news_class_Technology", "141_news_class_Entertainment"),
+    "sport": ("154_athlete_sport_football", "155_athlete_sport_basketball", "156_athlete_sport_baseball"),
+}
+"""Datasets that tell one value of the same thing from all others: their positive texts are the classes of a set."""
+PAIRS = {
+    "trump x front page": ("21_headline_istrump", "26_headline_isfrontpage"),
+    "politician x male": ("7_hist_fig_ispolitician", "5_hist_fig_ismale"),
+    "actor x male": ("61_wikidata_occupation_isactor", "56_wikidatasex_or_gender"),
+    "alive x male": ("57_wikidatais_alive", "56_wikidatasex_or_gender"),
+}
+"""Datasets that label some of the same texts."""
 
 
 @final
@@ -60,18 +68,42 @@ class ProbeData:
         """All of them, in the order of their list."""
         return list(self.files)
 
+    @property
+    def sets(self) -> list[str]:
+        """Those of `SETS` that are there."""
+        return [name for name, parts in SETS.items() if set(parts) <= set(self.files)]
+
+    @property
+    def pairs(self) -> list[str]:
+        """Those of `PAIRS` that are there."""
+        return [name for name, both in PAIRS.items() if set(both) <= set(self.files)]
+
+    def __str__(self) -> str:
+        return "sae-probes"
+
     def read(self, name: str) -> Labelled:
         """One dataset.
 
         Raises:
             NotFoundError: there is none of that name.
         """
-        if name not in self.files:
-            raise NotFoundError(f"sae-probes has no dataset {name!r}; {nearest(name, self.files)}")
+        check_dataset(self, name)
         table = self._table(self.files[name])
         texts = [str(text) for text in table["prompt"].to_pylist()]
         y = np.unique([str(value) for value in table["target"].to_pylist()], return_inverse=True)[1]
         return Labelled(name, tuple(texts), y.astype(np.int64))
+
+    def classes(self, name: str) -> Mapping[str, tuple[str, ...]]:
+        """The positive texts of each dataset of a set."""
+        read = {part: self.read(part) for part in SETS[name]}
+        return {
+            part: tuple(text for text, y in zip(one.texts, one.y, strict=True) if y == 1) for part, one in read.items()
+        }
+
+    def crossed(self, name: str) -> Quadrants:
+        """Texts that have both labels of a pair."""
+        first, second = PAIRS[name]
+        return quadrants(self.read(first), self.read(second))
 
     def _table(self, name: str) -> pa.Table:
         with foreign(f"{name} of {self.place} can't be read"):

@@ -22,7 +22,7 @@ from qwen_scope.model import HookPoint, LoadedModel, capture
 from qwen_scope.sae import SAE, FeatureActs
 from qwen_scope.text import padded
 
-from .probe_data import Labelled
+from .labelled import Labelled
 
 KS = (1, 2, 5, 16)
 STRENGTHS = np.logspace(5, -5, 10)

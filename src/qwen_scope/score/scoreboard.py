@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cache
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from torch import Tensor
 
 from qwen_scope.errors import InputError, MismatchError, NotFoundError
@@ -23,18 +22,15 @@ from qwen_scope.scope import Joined, model_source, resolve
 from qwen_scope.text import Corpus, Counted, TokenRows
 from qwen_scope.train import evaluate_saes
 
+from .board import FIGURES, WITH, WITHOUT, Scoreboard
 from .controls import ARMS, TRAINED, control
+from .labelled import ColumnData, LabelledData, check_dataset
 from .options import ScoreRun
 from .probe_data import ProbeData
-from .probing import probe, read_split
+from .suites import SUITES, Inputs, tokens_of
 
-WITH, WITHOUT = "with sinks", "without sinks"
-FIGURES: dict[str, int] = {
-    "explained_variance": 1, "explained_variance_per_token": 1, "cosine": 1, "l0": 0, "dead": -1, "ce_recovered": 1,
-    "ce_spliced": -1, "kl": -1, "kl_recovered": 1,
-}  # fmt: skip
-"""What is measured, and whether more (1) or less (-1) of it is better; 0 where neither is."""
-CONFIG, CELLS, PROBES = "score.json", "cells.jsonl", "probes.jsonl"
+CONFIG, CELLS = "score.json", "cells.jsonl"
+LABELLED_DOCUMENTS = 20_000  # of a corpus whose columns are labels
 
 
 @dataclass(frozen=True)
@@ -45,6 +41,7 @@ class Cost:
         layers: how many.   done: how many of its `cells` the folder holds.
         measured: tokens that go through the whole model to measure.   trained: tokens that are trained on, whose
             residuals are read once per control.
+        suites: by suite about how many tokens are read, most of them up to the SAE's layer.
     """
 
     layers: int
@@ -52,86 +49,7 @@ class Cost:
     done: int
     measured: int
     trained: int
-
-
-@dataclass(frozen=True, eq=False)
-class Scoreboard:
-    """The figures.
-
-    Attributes:
-        run: what was asked for.
-        cells: by layer, arm and `with sinks` or `without sinks` the figures by name.
-        seconds: by layer and arm, training of the control included.
-        probes: by layer, arm and dataset what sparse probing gave: AUROC by k, and of the trained SAE also `residual`.
-    """
-
-    run: ScoreRun
-    cells: Mapping[int, Mapping[str, Mapping[str, Mapping[str, float]]]]
-    seconds: Mapping[int, Mapping[str, float]] = field(default_factory=dict)
-    probes: Mapping[int, Mapping[str, Mapping[str, Mapping[str, float]]]] = field(default_factory=dict)
-
-    def gain(self, layer: int, arm: str, sinks: str, figure: str) -> float:
-        """How much better the SAE is than a control, counted so that more is better; NaN where neither is better."""
-        sign = FIGURES[figure]
-        both = [self.cells[layer][one][sinks][figure] for one in (TRAINED, arm)]
-        return sign * (both[0] - both[1]) + 0.0 if sign else float("nan")  # no -0.0
-
-    def not_better(self) -> list[tuple[int, str, str, str]]:
-        """Where a control does as well as the SAE or better: layer, control, sinks and figure."""
-        return [
-            (layer, arm, sinks, figure)
-            for layer, arms in self.cells.items()
-            for arm in arms
-            if arm != TRAINED
-            for sinks in (WITHOUT, WITH)
-            for figure, sign in FIGURES.items()
-            if sign and self.gain(layer, arm, sinks, figure) <= 0
-        ]
-
-    def rows(self, layer: int, sinks: str) -> list[tuple[str, float, list[tuple[str, float, float]]]]:
-        """Per figure the SAE's value, and per control its value and the gain over it."""
-        arms = [arm for arm in self.cells[layer] if arm != TRAINED]
-        own = self.cells[layer][TRAINED][sinks]
-        return [
-            (
-                name,
-                own[name],
-                [(arm, self.cells[layer][arm][sinks][name], self.gain(layer, arm, sinks, name)) for arm in arms],
-            )
-            for name in FIGURES
-        ]
-
-    def probe_rows(self, layer: int) -> list[tuple[str, float, list[tuple[str, float, float]]]]:
-        """As `rows`, for the mean AUROC over datasets by how many features a probe has, and of the residual."""
-        found = {arm: {name: float(np.mean([one[name] for one in sets.values()])) for name in next(iter(sets.values()))}
-                 for arm, sets in self.probes.get(layer, {}).items()}  # fmt: skip
-        own = found.get(TRAINED, {})
-        arms = [arm for arm in found if arm != TRAINED]
-        return [
-            (
-                name,
-                value,
-                [(arm, found[arm].get(name, math.nan), value - found[arm].get(name, math.nan)) for arm in arms],
-            )
-            for name, value in own.items()
-        ]
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain values."""
-        probes = {str(layer): {arm: dict(sets) for arm, sets in arms.items()} for layer, arms in self.probes.items()}
-        gains = {
-            str(layer): {
-                arm: {sinks: {f: _plain(self.gain(layer, arm, sinks, f)) for f in FIGURES} for sinks in (WITHOUT, WITH)}
-                for arm in arms
-                if arm != TRAINED
-            }
-            for layer, arms in self.cells.items()
-        }
-        weak = [dict(zip(("layer", "control", "sinks", "figure"), one, strict=True)) for one in self.not_better()]
-        layers = {str(layer): {arm: dict(found) for arm, found in arms.items()} for layer, arms in self.cells.items()}
-        seconds = {str(layer): dict(found) for layer, found in self.seconds.items()}
-        return {"run": self.run.to_json(), "layers": layers, "gains": gains, "not_better": weak, "seconds": seconds,
-                "probes": probes}  # fmt: skip
+    suites: Mapping[str, int] = field(default_factory=dict)
 
 
 def cost(run: ScoreRun) -> Cost:
@@ -147,7 +65,12 @@ def cost(run: ScoreRun) -> Cost:
     # Two passes for means and reconstructions, then clean, spliced and zeroed; with and without sinks.
     measured = len(left) * 2 * 5 * run.tokens
     trained = sum(arm != TRAINED and not _saved(run, layer, arm).is_dir() for layer, arm in left) * run.train_tokens
-    return Cost(len(layers), len(wanted), len(wanted) - len(left), measured, trained)
+    data = _labelled(run)
+    suites = {
+        suite: sum(tokens_of(suite, run, data, item, len(_arms(run))) for _, item in todo)
+        for suite, (_, _, todo) in _suites(run, data, layers).items()
+    }
+    return Cost(len(layers), len(wanted), len(wanted) - len(left), measured, trained, suites)
 
 
 def score(run: ScoreRun, progress: Progress | None = None) -> Scoreboard:
@@ -177,8 +100,8 @@ def score(run: ScoreRun, progress: Progress | None = None) -> Scoreboard:
             one = found[layer, arm]
             cells.setdefault(layer, {})[arm] = {sinks: one[sinks] for sinks in (WITHOUT, WITH)}
             seconds.setdefault(layer, {})[arm] = one["seconds"]
-        probed = _probe(run, opened, source, layers, tell)
-    return Scoreboard(run, cells, seconds, probed)
+        suites, unmeasured = _measure_suites(run, opened, source, layers, tell)
+    return Scoreboard(run, cells, seconds, suites, unmeasured)
 
 
 def _measure(
@@ -194,9 +117,7 @@ def _measure(
         saes[layer] = joined.meet(layer, load_sae(source, layer, device=loaded.model.device))
     rows = _held_out(run, loaded)
     points = {layer: HookPoint.read_by(sae.hook_point, layer) for layer, sae in saes.items()}
-    counted = counted_of(saes.values())
-    if counted is None:
-        counted = measure_counted(loaded.model, loaded.tokenizer, rows, points.values(), sample=run.data)
+    counted = _counted(run, loaded, saes.values(), points.values(), rows)
     for number, (layer, arm) in enumerate(todo):
         begun = time.monotonic()
         tell("score", number / len(todo), f"layer {layer}, {arm}")
@@ -211,44 +132,103 @@ def _measure(
     tell("score", 1.0, "")
 
 
-def _probe(
+def _suites(
+    run: ScoreRun, data: LabelledData | None, layers: list[int]
+) -> dict[str, tuple[dict[tuple[int, str, str], Any], list[str], list[tuple[int, str]]]]:
+    """By suite what the folder holds by layer, item and arm, the items, and the layers and items that are left."""
+    out = {}
+    for suite in run.suites or SUITES:
+        items = SUITES[suite].items(run, data)
+        lines = map(json.loads, read_lines(run.out / f"{suite}.jsonl"))
+        known = {(one["layer"], one["item"], one["arm"]): one for one in lines}
+        pairs = [(layer, item) for layer in layers for item in items]
+        left = [(layer, item) for layer, item in pairs if any((layer, item, arm) not in known for arm in _arms(run))]
+        if items:
+            out[suite] = (known, items, left)
+    return out
+
+
+def _measure_suites(
     run: ScoreRun, opened: Callable[[], LoadedModel], source: str, layers: list[int], tell: Progress
-) -> dict[int, Any]:
-    """Sparse probing of every layer and arm, dataset by dataset; what the folder holds is read.
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Every suite of every layer and arm, item by item; what the folder holds is read.
 
     Args:
         opened: gives the model, which is loaded only if something is left to do.
     """
-    if run.probes is None:
-        return {}
-    data = ProbeData(run.probes)
-    names = list(run.datasets or data.names)
-    if unknown := [name for name in names if name not in data.files]:
-        data.read(unknown[0])  # it says which there are
-    path = run.out / PROBES
-    known = {(one["layer"], one["arm"], one["dataset"]): one["auroc"] for one in map(json.loads, read_lines(path))}
-    arms = ARMS if run.controls else (TRAINED,)
-    wanted = [(layer, name) for layer in layers for name in names]
-    todo = [(layer, name) for layer, name in wanted if any((layer, arm, name) not in known for arm in arms)]
+    data = _labelled(run)
+    for name in run.datasets or () if data else ():
+        check_dataset(data, name)  # type: ignore[arg-type]
+    suites: dict[str, Any] = {}
+    unmeasured: dict[str, Any] = {}
     saes: dict[tuple[int, str], SAE] = {}
-    for number, (layer, name) in enumerate(todo):
-        loaded = opened()
-        tell("probes", number / len(todo), f"layer {layer}, {name}")
-        for arm in arms:
-            if (layer, arm) not in saes:
-                place = source if arm == TRAINED else _saved(run, layer, arm)
-                saes[layer, arm] = load_sae(place, layer, device=loaded.model.device)
-        point = HookPoint.read_by(saes[layer, TRAINED].hook_point, layer)
-        split = read_split(loaded, point, data.read(name), rows=run.rows, batch=run.batch_size)
-        for arm in arms:
-            one = probe(saes[layer, arm], split, name, baseline=arm == TRAINED)
-            auroc = {str(k): value for k, value in one.features.items()}
-            if one.residual is not None:
-                auroc["residual"] = one.residual
-            sizes = {"train": one.train, "test": one.test}
-            append_lines(path, [json.dumps({"layer": layer, "arm": arm, "dataset": name, **sizes, "auroc": auroc})])
-            known[layer, arm, name] = auroc
-    return {layer: {arm: {name: known[layer, arm, name] for name in names} for arm in arms} for layer in layers}
+    inputs: dict[int, Inputs] = {}
+    for suite, (known, items, todo) in _suites(run, data, layers).items():
+        for number, (layer, item) in enumerate(todo):
+            tell(suite, number / len(todo), f"layer {layer}, {item}")
+            if layer not in inputs:
+                for arm in _arms(run):
+                    place = source if arm == TRAINED else _saved(run, layer, arm)
+                    saes[layer, arm] = load_sae(place, layer, device=opened().model.device)
+                inputs[layer] = _inputs(run, opened(), saes[layer, TRAINED], layer, data)
+            for one in _measured(suite, inputs[layer], item, {arm: saes[layer, arm] for arm in _arms(run)}, known):
+                line = {"layer": layer, "item": item, **one}
+                append_lines(run.out / f"{suite}.jsonl", [json.dumps(line)])
+                known[layer, item, one["arm"]] = line
+        for layer in layers:
+            for arm in _arms(run):
+                for item in items:
+                    one = known[layer, item, arm]
+                    if "why" in one:
+                        unmeasured.setdefault(suite, {}).setdefault(layer, {})[item] = one["why"]
+                    else:
+                        suites.setdefault(suite, {}).setdefault(layer, {}).setdefault(arm, {})[item] = one["figures"]
+    return suites, unmeasured
+
+
+def _measured(
+    suite: str, inputs: Inputs, item: str, saes: Mapping[str, SAE], known: Mapping[tuple[int, str, str], Any]
+) -> Iterator[dict[str, Any]]:
+    """The figures of an item, arm by arm, or for all arms why there are none."""
+    how, layer = SUITES[suite], inputs.point.layer
+    left = [arm for arm in saes if (layer, item, arm) not in known]
+    try:
+        prepared = how.read(inputs, item)
+    except InputError as why:
+        yield from ({"arm": arm, "why": str(why)} for arm in left)
+        return
+    for arm in left:
+        begun = time.monotonic()
+        try:
+            figures = {name: float(value) for name, value in how.measure(saes[arm], prepared, arm == TRAINED).items()}
+        except InputError as why:
+            yield {"arm": arm, "why": str(why)}
+            continue
+        yield {"arm": arm, "figures": figures, "seconds": round(time.monotonic() - begun, 2)}
+
+
+def _labelled(run: ScoreRun) -> LabelledData | None:
+    if run.columns:
+        corpus = Corpus.of(run.data, run.corpus, quiet=True)
+        return ColumnData(islice(corpus, LABELLED_DOCUMENTS), run.columns)
+    return ProbeData(run.probes) if run.probes else None
+
+
+def _inputs(run: ScoreRun, loaded: LoadedModel, sae: SAE, layer: int, data: LabelledData | None) -> Inputs:
+    rows, point = _held_out(run, loaded), HookPoint.read_by(sae.hook_point, layer)
+    return Inputs(run, loaded, point, _counted(run, loaded, [sae], [point], rows), rows, data)
+
+
+def _counted(
+    run: ScoreRun, loaded: LoadedModel, saes: Iterable[SAE], points: Iterable[HookPoint], rows: list[Tensor]
+) -> Counted:
+    """Which tokens count: as the SAEs' files say, or as it is measured."""
+    known = counted_of(saes)
+    return known or measure_counted(loaded.model, loaded.tokenizer, rows, points, sample=run.data)
+
+
+def _arms(run: ScoreRun) -> tuple[str, ...]:
+    return ARMS if run.controls else (TRAINED,)
 
 
 def _figures(loaded: LoadedModel, point: HookPoint, sae: SAE, rows: list[Tensor], counted: Counted) -> dict[str, float]:
@@ -302,7 +282,7 @@ def _layers(run: ScoreRun, source: str) -> list[int]:
 
 
 def _wanted(run: ScoreRun, layers: list[int]) -> list[tuple[int, str]]:
-    return [(layer, arm) for layer in layers for arm in (ARMS if run.controls else (TRAINED,))]
+    return [(layer, arm) for layer in layers for arm in _arms(run)]
 
 
 def _saved(run: ScoreRun, layer: int, arm: str) -> Path:
@@ -325,7 +305,3 @@ def _kept(run: ScoreRun) -> dict[tuple[int, str], Any]:
             " name another folder with out="
         )
     return {(one["layer"], one["arm"]): one for one in map(json.loads, read_lines(run.out / CELLS))}
-
-
-def _plain(value: float) -> float | None:
-    return None if math.isnan(value) else value
