@@ -7,10 +7,10 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from typed import PROGRAM
 
 import qwen_scope
 from qwen_scope.cli import main
-from qwen_scope.cli.app import app
 
 ROOT = Path(__file__).parents[1]
 
@@ -87,5 +87,4 @@ def test_types_are_offered_to_checkers() -> None:
 
 
 def test_the_commands_are_these() -> None:
-    named = {command.name for command in app.registered_commands} | {group.name for group in app.registered_groups}
-    assert named == COMMANDS
+    assert set(PROGRAM.list_commands(None)) == COMMANDS

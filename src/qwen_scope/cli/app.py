@@ -2,45 +2,62 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Iterator
+from importlib import import_module
+from typing import Annotated, Any
 
 import typer
 
-from . import (
-    analyze,
-    card,
-    catalog,
-    classify,
-    compare,
-    convert,
-    demo,
-    evaluate,
-    explore,
-    export,
-    extract,
-    features,
-    find,
-    lab,
-    label,
-    lens,
-    match,
-    output,
-    plan,
-    posttrain,
-    score,
-    serve,
-    show,
-    steer,
-    store,
-    sweep,
-    synthesize,
-    train,
-    validate,
-    why,
-)
-from .commands import App
+from . import output
+from .commands import App, Group, Lazy, described
+
+# By heading, in the order of the help: the module of this package with a function, or an `app` of several commands,
+# for each command. `eval` is a word of Python's.
+HEADINGS = {
+    "First steps": ("demo", "lab", "catalog", "plan"),
+    "Features of a text": ("features", "compare", "find", "lens", "why", "show", "card", "match", "explore"),
+    "Features of a corpus": ("extract", "store", "label", "export", "analyze", "classify", "synthesize"),
+    "Steering": ("steer", "sweep", "validate", "serve"),
+    "SAEs and training": ("train", "eval", "score", "convert", "posttrain"),
+}
+MODULES = {"eval": "evaluate"}
+
+
+class Program(Group):
+    """All commands; a module is imported when its command is read, or the list of them."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.commands = Lazy([name for names in HEADINGS.values() for name in names], self._built)
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return list(self.commands)
+
+    def summaries(self, ctx: Any) -> Iterator[tuple[str, str, str]]:
+        """Heading, name and first sentence of each command, without its options, which take a while to read."""
+        for heading, names in HEADINGS.items():
+            for name in names:
+                yield heading, name, described(_found(name))
+
+    def _built(self, name: str) -> Any:
+        one = App()
+        found = _found(name)
+        if isinstance(found, App):
+            one.add_typer(found, name=name)
+            return typer.main.get_group(one).commands[name]
+        one.command(name)(found)
+        return typer.main.get_command(one)
+
+
+def _found(name: str) -> Any:
+    """The function of a command, or the `App` of several."""
+    module = MODULES.get(name, name)
+    inside = import_module(f"{__package__}.{module}")
+    return getattr(inside, module, None) or inside.app
+
 
 app = App(
+    cls=Program,
     name="qwen-scope",
     help="Look into, steer and train Qwen models through sparse autoencoders. Start with: qwen-scope demo",
     no_args_is_help=True,
@@ -64,37 +81,3 @@ def root(
         bool, typer.Option("--version", callback=say_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None: ...
-
-
-START, LOOK, CORPORA = "First steps", "Features of a text", "Features of a corpus"
-STEERING, TRAIN = "Steering", "SAEs and training"
-
-app.command("demo", rich_help_panel=START)(demo.demo)
-app.add_typer(lab.app, name="lab", rich_help_panel=START)
-app.command("catalog", rich_help_panel=START)(catalog.catalog)
-app.command("plan", rich_help_panel=START)(plan.plan)
-app.command("features", rich_help_panel=LOOK)(features.features)
-app.command("compare", rich_help_panel=LOOK)(compare.compare)
-app.command("find", rich_help_panel=LOOK)(find.find)
-app.add_typer(lens.app, name="lens", rich_help_panel=LOOK)
-app.command("why", rich_help_panel=LOOK)(why.why)
-app.command("show", rich_help_panel=LOOK)(show.show)
-app.command("card", rich_help_panel=LOOK)(card.card)
-app.command("match", rich_help_panel=LOOK)(match.match)
-app.command("explore", rich_help_panel=LOOK)(explore.explore)
-app.command("extract", rich_help_panel=CORPORA)(extract.extract)
-app.add_typer(store.app, name="store", rich_help_panel=CORPORA)
-app.command("label", rich_help_panel=CORPORA)(label.label)
-app.command("export", rich_help_panel=CORPORA)(export.export)
-app.add_typer(analyze.app, name="analyze", rich_help_panel=CORPORA)
-app.add_typer(classify.app, name="classify", rich_help_panel=CORPORA)
-app.command("synthesize", rich_help_panel=CORPORA)(synthesize.synthesize)
-app.command("steer", rich_help_panel=STEERING)(steer.steer)
-app.command("sweep", rich_help_panel=STEERING)(sweep.sweep)
-app.command("validate", rich_help_panel=STEERING)(validate.validate)
-app.command("serve", rich_help_panel=STEERING)(serve.serve)
-app.command("train", rich_help_panel=TRAIN)(train.train)
-app.command("eval", rich_help_panel=TRAIN)(evaluate.evaluate)
-app.command("score", rich_help_panel=TRAIN)(score.score)
-app.command("convert", rich_help_panel=TRAIN)(convert.convert)
-app.add_typer(posttrain.app, name="posttrain", rich_help_panel=TRAIN)

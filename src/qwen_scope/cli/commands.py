@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from contextvars import ContextVar
-from inspect import Parameter, Signature
+from inspect import Parameter, Signature, getdoc
 from typing import Any
 
 import typer
@@ -60,17 +60,20 @@ class Command(TyperCommand):
 class Group(TyperGroup):
     """Commands listed under the headings that they are registered with, each with its whole first sentence."""
 
-    def format_commands(self, ctx: Any, formatter: Any) -> None:
-        """The commands by heading, in the order of registration."""
-        panels: dict[str, list[tuple[str, str]]] = {}
+    def summaries(self, ctx: Any) -> Iterator[tuple[str, str, str]]:
+        """Heading, name and first sentence of each command, in the order of registration."""
         for name in self.list_commands(ctx):
             command: Any = self.get_command(ctx, name)
-            panel = getattr(command, "rich_help_panel", None)
-            panels.setdefault(panel if isinstance(panel, str) else "Commands", []).append(
-                (name, command.get_short_help_str(limit=1000))
-            )
-        for panel, rows in panels.items():
-            with formatter.section(panel):
+            heading = getattr(command, "rich_help_panel", None)
+            yield heading if isinstance(heading, str) else "Commands", name, command.get_short_help_str(limit=1000)
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        """The commands by heading."""
+        panels: dict[str, list[tuple[str, str]]] = {}
+        for heading, name, text in self.summaries(ctx):
+            panels.setdefault(heading, []).append((name, text))
+        for heading, rows in panels.items():
+            with formatter.section(heading):
                 formatter.write_dl(rows)
 
 
@@ -81,6 +84,37 @@ class Shown(Group):
         """The words behind the group's name, `show` before them unless they begin with a command or ask for help."""
         named = args[:1] and (args[0] in self.commands or args[0] in self.get_help_option_names(ctx))
         return super().parse_args(ctx, args if named or not args else ["show", *args])
+
+
+class Lazy(MutableMapping[str, Any]):
+    """Commands by name, each built when it is first asked for."""
+
+    def __init__(self, names: Sequence[str], build: Callable[[str], Any]) -> None:
+        self._names, self._build = dict.fromkeys(names), build
+        self._built: dict[str, Any] = {}
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in self._names:
+            raise KeyError(name)
+        if name not in self._built:
+            self._built[name] = self._build(name)
+        return self._built[name]
+
+    def __setitem__(self, name: str, command: Any) -> None:
+        self._names[name], self._built[name] = None, command
+
+    def __delitem__(self, name: str) -> None:
+        del self._names[name]
+        self._built.pop(name, None)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
 
 
 class App(typer.Typer):
@@ -94,6 +128,12 @@ class App(typer.Typer):
     def command(self, name: str | None = None, **options: Any) -> Callable[[Any], Any]:
         """Register a function as a command."""
         return super().command(name, **{"cls": Command, **options})
+
+
+def described(found: Any) -> str:
+    """The first sentence of the help of a command's function, or of an `App`."""
+    text = found.info.help if isinstance(found, App) else getdoc(found)
+    return Command(name="", help=text).get_short_help_str(limit=1000)
 
 
 def parameters(given: Sequence[Parameter]) -> list[Any]:
