@@ -53,7 +53,7 @@ def _found(name: str) -> Any:
     """The function of a command, or the `App` of several."""
     module = MODULES.get(name, name)
     inside = import_module(f"{__package__}.{module}")
-    return getattr(inside, module, None) or inside.app
+    return getattr(inside, "app", None) or getattr(inside, module)
 
 
 app = App(
