@@ -9,7 +9,20 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
-from side_by_side import PAGE, Way, add_peers, alternate, at_least, bare_product, memory, ratio, table, tensors, write
+from side_by_side import (
+    PAGE,
+    Way,
+    add_peers,
+    alternate,
+    at_least,
+    at_most,
+    bare_product,
+    memory,
+    ratio,
+    table,
+    tensors,
+    write,
+)
 
 import torch  # isort: skip
 
@@ -128,6 +141,8 @@ def main() -> None:
 
     few = 1024
     acts = sae.encode(x[:few])
+    turned = sae.by_feature()
+    made["qwen-scope, by_feature()"] = ours_ways(x, turned)
     gradients = {name: gradient_of(decode, acts) for name, (_, decode) in made.items()}
     out, gradient = gradients["qwen-scope"]()
     for name, way in gradients.items():
@@ -136,7 +151,12 @@ def main() -> None:
         check(name, theirs[1], gradient)
         del theirs
     lines += [f"\n### Decode and its gradient in the activations, {few:,} of these tokens\n"]
-    lines += table(alternate(gradients, min(args.rounds, 3)), "qwen-scope", {})
+    times = alternate(gradients, args.rounds)
+    verdicts = {}
+    if "sparsify" in times:
+        slower = ratio(times, "qwen-scope, by_feature()", "sparsify")
+        verdicts["sparsify"] = at_most(slower, 1.0).replace("ours", "by_feature()")
+    lines += table(times, "qwen-scope", verdicts)
     write("encode_decode.py", lines, args.out)
 
 

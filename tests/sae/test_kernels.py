@@ -102,6 +102,25 @@ def test_gradients_reach_the_residual_and_the_values() -> None:
     assert torch.equal(values.grad, W_dec.sum(0)[acts.indices.long()])
 
 
+def test_a_decoder_feature_by_feature_is_the_same_sae_and_is_not_turned_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    W_enc, W_dec, b_enc, b_dec = weights(8, 32, torch.float32)
+    x = rows(40, 8)
+    for sae in (TopK(W_enc, W_dec, b_enc, b_dec, k=3), JumpReLU(W_enc, W_dec, b_enc, b_dec, threshold=b_enc.abs())):
+        turned = sae.by_feature()
+        assert (turned.identity, turned.nbytes) == (sae.identity, sae.nbytes)
+        assert torch.equal(turned.W_dec, W_dec)
+        assert turned.W_dec[:, 5].is_contiguous()
+        acts = sae.encode(x)
+        truth = (acts.to_dense() @ W_dec.T + b_dec).sum(), W_dec.sum(0)[acts.indices.long()]
+        values = acts.values.clone().requires_grad_()
+        with monkeypatch.context() as only:
+            # A table would be filled by copying.
+            only.setattr(torch.Tensor, "copy_", lambda *_: pytest.fail("the decoder was turned over"))
+            out = turned.decode(FeatureActs(acts.indices, values, acts.width)).sum()
+            out.backward()
+        torch.testing.assert_close((out.detach(), values.grad), truth)
+
+
 def decoded_and_gradient(decode, acts: FeatureActs, W_dec: torch.Tensor, b_dec: torch.Tensor, *tile: int):
     values = acts.values.clone().requires_grad_()
     out = decode(FeatureActs(acts.indices, values, acts.width), W_dec, b_dec, *tile)
