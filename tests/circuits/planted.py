@@ -5,7 +5,9 @@ from __future__ import annotations
 import functools
 import math
 import tempfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from byte_tokenizer import byte_tokenizer
@@ -51,6 +53,51 @@ def planted() -> Scope:
     """Block 0 turns A into B (an MLP whose gate is open), block 1 carries B to later tokens as C (a head with uniform
     attention), block 2 writes E where C and D are (a gated product); E says the token "t". X is carried along only.
     """
+
+    def wire(model: Any) -> None:
+        for word, dimension in (("a", A), ("d", D), ("x", X)):
+            embed(model, word, dimension, AMOUNT[dimension])
+        unit(model, 0, 0, {CONST: GATE}, A, B, DOWN, UP)
+        head(model, 1, B, C, CARRY)
+        unit(model, 2, 0, {C: SHARP}, D, E, AND)
+        says(model, "t", E, SAID)
+
+    return wired(wire)
+
+
+def embed(model: Any, word: str, dimension: int, amount: float) -> None:
+    """A token brings so much of a concept."""
+    model.model.embed_tokens.weight[IDS[word], dimension] = amount
+
+
+def head(model: Any, layer: int, source: int, target: int, gain: float) -> None:
+    """A head with uniform attention that carries one concept to later tokens as another."""
+    model.model.layers[layer].self_attn.v_proj.weight[0, source] = 1.0
+    model.model.layers[layer].self_attn.o_proj.weight[target, 0] = gain
+
+
+def unit(
+    model: Any, layer: int, n: int, gate: dict[int, float], source: int, target: int, gain: float, up: float = 1.0
+) -> None:
+    """One unit of an MLP: `target += gain * silu(gate . h) * up * source`."""
+    mlp = model.model.layers[layer].mlp
+    for dimension, weight in gate.items():
+        mlp.gate_proj.weight[n, dimension] = weight
+    mlp.up_proj.weight[n, source] = up
+    mlp.down_proj.weight[target, n] = gain
+
+
+def says(model: Any, word: str, dimension: int, gain: float) -> None:
+    """A concept says a token."""
+    model.lm_head.weight[IDS[word], dimension] = gain
+
+
+def wired(wire: Callable[[Any], None], without: Sequence[int] = ()) -> Scope:
+    """A model of three blocks without norms, whose weights are those that `wire` sets, with an exact SAE at each.
+
+    Args:
+        without: dimensions for which the SAEs have no feature, so that they are error.
+    """
     config = LlamaConfig(
         vocab_size=300, hidden_size=8, intermediate_size=8, num_hidden_layers=3, num_attention_heads=1,
         num_key_value_heads=1, head_dim=8, max_position_embeddings=64, tie_word_embeddings=False,
@@ -58,31 +105,20 @@ def planted() -> Scope:
     model = LlamaForCausalLM(config).eval().requires_grad_(False)
     for parameter in model.parameters():
         parameter.zero_()
-    blocks = model.model.layers
-    for block in blocks:
+    for block in model.model.layers:
         block.input_layernorm, block.post_attention_layernorm = NoNorm(), NoNorm()
     model.model.norm = NoNorm()
-    words = model.model.embed_tokens.weight
-    words[:, CONST] = 1.0
-    words[IDS["a"], A], words[IDS["d"], D], words[IDS["x"], X] = AMOUNT[A], AMOUNT[D], AMOUNT[X]
-    blocks[0].mlp.gate_proj.weight[0, CONST] = GATE
-    blocks[0].mlp.up_proj.weight[0, A] = UP
-    blocks[0].mlp.down_proj.weight[B, 0] = DOWN
-    blocks[1].self_attn.v_proj.weight[0, B] = 1.0
-    blocks[1].self_attn.o_proj.weight[C, 0] = CARRY
-    blocks[2].mlp.gate_proj.weight[0, C] = SHARP
-    blocks[2].mlp.up_proj.weight[0, D] = 1.0
-    blocks[2].mlp.down_proj.weight[E, 0] = AND
-    model.lm_head.weight[IDS["t"], E] = SAID
+    model.model.embed_tokens.weight[:, CONST] = 1.0
+    wire(model)
     folder = Path(tempfile.mkdtemp(prefix="qwen-scope-planted-"))
     for layer in range(3):
-        save_sae(exact(layer), folder)
+        save_sae(exact(layer, without), folder)
     return load_scope(model, str(folder), tokenizer=byte_tokenizer(), counted=Counted.everything())
 
 
-def exact(layer: int) -> TopK:
+def exact(layer: int, without: Sequence[int] = ()) -> TopK:
     W_enc, W_dec = torch.zeros(8, 8), torch.zeros(8, 8)
-    for dimension, feature in FEATURE.items():
+    for dimension, feature in ((d, f) for d, f in FEATURE.items() if d not in without):
         W_enc[feature, dimension], W_dec[dimension, feature] = 0.5, 2.0
     return TopK(
         W_enc, W_dec, torch.zeros(8), torch.zeros(8), k=8, hook_point=f"layers.{layer}.resid_post",

@@ -111,8 +111,9 @@ def test_a_budget_and_thresholds_hold(lab_scope: Scope, lab_graph: Graph) -> Non
     assert len(small.features) <= 8
     assert len(small.edges) == 5
     assert small.agreement is None
-    largest = {lab_graph.nodes[i].name for i in lab_graph.features[:8]}
-    assert {small.nodes[i].name for i in small.features} == largest
+    by_share = sorted(lab_graph.features, key=lambda i: -abs(lab_graph.nodes[i].share or 0))
+    largest = {(lab_graph.nodes[i].name, lab_graph.nodes[i].position) for i in by_share[:8]}
+    assert {(small.nodes[i].name, small.nodes[i].position) for i in small.features} == largest
 
 
 def test_ladders_end_where_a_block_writes_most() -> None:

@@ -3,15 +3,30 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Sequence
 
 import pytest
+import torch
 from siblings import IDS, LAYERS, scope_of
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig
 
-from qwen_scope.circuits import Quantity, WhyOptions, effects, explain, faithfulness, graph_bytes, memory, read
+from qwen_scope.circuits import (
+    Method,
+    Place,
+    Quantity,
+    WhyOptions,
+    effects,
+    explain,
+    faithfulness,
+    graph_bytes,
+    incoming,
+    memory,
+    read,
+)
 from qwen_scope.cli import main
 from qwen_scope.errors import InputError
-from qwen_scope.model import GRAPH_TOKENS, model_sizes
+from qwen_scope.model import KEPT_BLOCKS, model_sizes
 
 SHAPE = AutoConfig.for_model(
     "qwen3", hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=8,
@@ -19,19 +34,75 @@ SHAPE = AutoConfig.for_model(
 )  # fmt: skip
 
 
-def test_memory_is_bounded_up_to_one_pass_and_grows_with_longer_prompts() -> None:
+class Counted:
+    """A function that counts its calls."""
+
+    def __init__(self, own: Callable[..., object]) -> None:
+        self.own, self.calls = own, 0
+
+    def __call__(self, *args: object, **kwargs: object) -> object:
+        self.calls += 1
+        return self.own(*args, **kwargs)
+
+
+def needs(tokens: int, positions: int | None = None, layers: Sequence[int] = range(4)) -> int:
     sizes = model_sizes(SHAPE)
+    return graph_bytes(sizes, tokens, layers=layers, k=50, positions=positions, dtype="float32") - memory.AROUND
 
-    def needs(tokens: int, positions: int | None = None) -> int:
-        return graph_bytes(sizes, tokens, layers=4, k=50, positions=positions, dtype="float32") - memory.AROUND
 
-    nodes = 3 * 4 * 128 * 50  # the directions of a token's active features, with two copies at work
-    streams = 4 * 4 * 128 * 3
-    assert needs(256) - needs(64) == (256 - 64) * (nodes + streams), "copies fill the pass either way"
-    assert needs(2 * GRAPH_TOKENS, 64) < needs(2 * GRAPH_TOKENS)
-    assert needs(2 * GRAPH_TOKENS, 64) > 1.9 * needs(GRAPH_TOKENS, 64)
+def test_memory_is_bounded_for_copies_and_grows_with_longer_prompts() -> None:
+    assert needs(4 * KEPT_BLOCKS, 64) < needs(4 * KEPT_BLOCKS)
+    long = KEPT_BLOCKS // 4 + 1  # four blocks of it are more than is kept
+    assert needs(long) < needs(long - 1), "beyond, blocks are computed again"
+    assert needs(2 * long, 1) == pytest.approx(2 * needs(long, 1), rel=0.1)
     # per block the inner activations of the feed-forward layer alone are more than a half of what is counted
-    assert needs(GRAPH_TOKENS, 1) > GRAPH_TOKENS * 4 * 3 * 384 * 4
+    assert needs(long - 1, 1) > (long - 1) * 4 * 4 * 3 * 384
+    assert needs(long, 1, [0, 3]) > needs(long, 1), "three blocks between two layers are kept at once"
+
+
+@pytest.mark.parametrize("method", ["gradient", "relp", "joint", "ig"])
+def test_blocks_that_are_computed_again_give_the_same(method: Method, monkeypatch: pytest.MonkeyPatch) -> None:
+    for family in ("qwen3", "qwen3_5_text"):
+        reading = read(scope_of(family), IDS, Quantity.logit(5))
+        last = len(IDS) - 1
+        active = reading.active[LAYERS[-1]]
+        wanted = [Place(LAYERS[-1], last, int(f)) for f in active.features[active.positions == last][:3]]
+        kept = effects(reading, method), incoming(reading, wanted, method)
+        with monkeypatch.context() as patched:
+            patched.setattr("qwen_scope.circuits.passes.KEPT_BLOCKS", 1)
+            counted = Counted(checkpoint)
+            patched.setattr("qwen_scope.model.rules.checkpoint", counted)
+            again = effects(reading, method), incoming(reading, wanted, method)
+        assert counted.calls > 0
+        for layer in LAYERS:
+            torch.testing.assert_close(again[0].features[layer], kept[0].features[layer], rtol=1e-4, atol=1e-6)
+            torch.testing.assert_close(again[0].errors[layer], kept[0].errors[layer], rtol=1e-4, atol=1e-6)
+        for one, other in zip(again[1], kept[1], strict=True):
+            torch.testing.assert_close(one.features, other.features, rtol=1e-4, atol=1e-6)
+            torch.testing.assert_close(one.errors, other.errors, rtol=1e-4, atol=1e-6)
+        assert not any("forward" in block.__dict__ for block in reading.scope.model.model.layers)
+
+
+def test_what_is_gathered_in_pieces_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    reading = read(scope_of("qwen3"), IDS, Quantity.logit(5))
+    whole = effects(reading, "joint").features
+    monkeypatch.setattr("qwen_scope.circuits.passes.GATHERED", 100)
+    pieces = effects(reading, "joint").features
+    for layer in LAYERS:
+        torch.testing.assert_close(pieces[layer], whole[layer], rtol=1e-4, atol=1e-6)
+
+
+def test_nothing_above_a_feature_is_kept() -> None:
+    """A feature's activation hangs on the blocks below alone, and so do its effects."""
+    scope = scope_of("qwen3")
+    one = read(scope, IDS, Quantity.logit(5)).active[1]
+    at_last = one.features[one.positions == len(IDS) - 1]
+    reading = read(scope, IDS, Quantity.activation(1, int(at_last[0])))
+    found = effects(reading)
+    assert reading.last_block == 1
+    assert found.features[0].abs().max() > 0
+    (into,) = incoming(reading, [])
+    assert float((into.features - found.features[0]).abs().max()) < 1e-5
 
 
 def test_plan_states_it(capsys: pytest.CaptureFixture[str]) -> None:
@@ -73,7 +144,7 @@ def test_positions_that_are_none_are_refused(positions: list[int]) -> None:
 
 def test_a_long_prompt_works_with_positions_or_ends_in_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     scope = scope_of("qwen3")
-    monkeypatch.setattr("qwen_scope.circuits.memory.GRAPH_TOKENS", len(IDS) - 1)
+    monkeypatch.setattr("qwen_scope.circuits.memory.PASS_TOKENS", len(IDS) - 1)
     last = len(IDS) - 1
     graph = explain(read(scope, IDS, Quantity.logit(5), positions=[last]), WhyOptions(nodes=5, exact=0))
     assert {graph.nodes[i].position for i in graph.features} == {last}

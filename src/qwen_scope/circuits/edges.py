@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +14,8 @@ from qwen_scope.report import Progress
 
 from .effects import Place, ruled
 from .options import DEFAULT, Method
-from .reading import Reading, gradients
+from .passes import along, gradients, keeping, longest_segment, rows_with_gradient
+from .reading import Reading
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,22 +25,41 @@ class Incoming:
     Attributes:
         receiver: a feature, or None for the quantity itself.
         layer: the senders' layer, or None where they are embeddings.
+        position: the receiver's token.
         value: the receiver's pre-activation, or the quantity.
         features: of every active feature of the senders' layer, in the order of `reading.active[layer]`; none where the
             senders are embeddings.
-        features_passed: the part of each that the stream carries unchanged, `a_i W_enc[j] . W_dec[:, i]`.
-        errors, errors_passed: of every token's error, or of its embedding.
+        along: of the features at the receiver's own token, from entry `start` on, the part that the stream carries
+            unchanged, `a_i W_enc[j] . W_dec[:, i]`; of the others none is.
+        errors: of every token's error, or of its embedding.
+        error_passed: of the error at the receiver's own token, the part that is carried unchanged.
         base: of `b_dec` at all tokens.
     """
 
     receiver: Place | None
     layer: int | None
+    position: int
     value: float
     features: Float[Tensor, " n"]
-    features_passed: Float[Tensor, " n"]
+    along: Float[Tensor, " here"]
+    start: int
     errors: Float[Tensor, " seq"]
-    errors_passed: Float[Tensor, " seq"]
+    error_passed: float
     base: float
+
+    @property
+    def features_passed(self) -> Float[Tensor, " n"]:
+        """The part of every feature that the stream carries unchanged."""
+        out = torch.zeros_like(self.features)
+        out[self.start : self.start + len(self.along)] = self.along
+        return out
+
+    @property
+    def errors_passed(self) -> Float[Tensor, " seq"]:
+        """The part of every error that the stream carries unchanged."""
+        out = torch.zeros_like(self.errors)
+        out[self.position] = self.error_passed
+        return out
 
     @property
     def constant(self) -> float:
@@ -66,84 +86,97 @@ def incoming(
     for one in receivers:
         if one.feature is None or one.layer not in reading.layers:
             raise InputError(f"edges lead into features of layers {list(reading.layers)} and the target, not {one}")
-    by_layer = {layer: [one for one in receivers if one.layer == layer] for layer in reading.layers}
-    rows = min(reading.rows, max(1, *map(len, by_layer.values())))
-    run = _Segments(reading, rows, method)
-    found: dict[Place, Incoming] = {}
-    for layer, ones in by_layer.items():
-        for start in range(0, len(ones), rows):
-            if progress is not None:
-                progress("edges", len(found) / len(receivers), f"layer {layer}")
-            some = ones[start : start + rows]
-            found.update(zip(some, run.into(layer, some), strict=True))
-    return [*(found[one] for one in receivers), run.into_value()]
+    wanted = {layer: [one for one in receivers if one.layer == layer] for layer in reading.layers}
+    found = _Segments(reading, wanted, progress or (lambda *_: None)).walk(method)
+    return [*(found[one] for one in receivers), found[None]]
 
 
 class _Segments:
-    """A forward pass of copies of a prompt in which the stream of every layer taken apart begins a new graph."""
+    """A forward pass of copies of a prompt in which the stream of every layer taken apart begins a new graph.
 
-    def __init__(self, reading: Reading, rows: int, method: Method) -> None:
-        self.reading = reading
-        self.begins: dict[int | None, Tensor] = {}
-        self.ends: dict[int, Tensor] = {}
-        self.directions: dict[int, Tensor] = {}  # of the senders' layer alone: they are as large as its activations
-        last = reading.scope.n_layers - 1 if reading.quantity.layer is None else reading.quantity.layer
+    What a segment keeps for its gradient is let go as soon as the edges into its end are known.
+    """
 
-        def cut(layer: int) -> Callable[[Tensor], Tensor]:
-            def begin(h: Tensor) -> Tensor:
-                self.ends[layer] = h
-                if layer in reading.layers:
-                    self.begins[layer] = h.detach().requires_grad_()
-                    return self.begins[layer]
-                return h
+    def __init__(self, reading: Reading, wanted: Mapping[int, Sequence[Place]], progress: Progress) -> None:
+        self.reading, self.wanted, self.progress = reading, wanted, progress
+        self.blocks = longest_segment(reading.layers, reading.last_block + 1)
+        self.rows = min(rows_with_gradient(len(reading.ids), self.blocks), max(1, *map(len, wanted.values())))
+        self.before: int | None = None
+        self.begin = self.end = torch.zeros(0)
+        self.found: dict[Place | None, Incoming] = {}
 
-            return begin
+    def walk(self, method: Method) -> Mapping[Place | None, Incoming]:
+        """The edges into every feature that is wanted, and under None those into the quantity."""
+        reading, tokens = self.reading, self.rows * len(self.reading.ids)
+        layers = {*reading.layers, reading.last_block}
+        with torch.enable_grad(), ruled(reading, method), keeping(reading.scope.model, tokens, self.blocks):
+            self.begin = reading.copies(self.rows).clone().requires_grad_()
+            value = reading.run(self.begin, {layer: self._cut(layer) for layer in layers})
+            slope, at_end = gradients(value[0], [self.begin, self.end])
+        row = at_end[0, reading.quantity.position]  # what is passed along is read where the last block has written
+        self._add([None], row[None], [reading.value], slope[:1], self._room(1))
+        return self.found
 
-        with torch.enable_grad(), ruled(reading, method):
-            self.begins[None] = reading.copies(rows).clone().requires_grad_()
-            self.value = reading.run(self.begins[None], {layer: cut(layer) for layer in {*reading.layers, last}})
-        self.last = self.begins.get(last, self.ends[last])
+    def _cut(self, layer: int) -> Callable[[Tensor], Tensor]:
+        def cut(h: Tensor) -> Tensor:
+            self.end = h
+            if layer in self.reading.layers:
+                self._into(layer, h)
+                self.before, self.begin = layer, h.detach().requires_grad_()
+                self.end = self.begin
+                return self.begin
+            return h
 
-    def into(self, layer: int, receivers: Sequence[Place]) -> list[Incoming]:
-        """The edges into some features of one layer, at most as many as there are copies."""
-        reading, sae = self.reading, self.reading.scope.saes[layer]
-        features = torch.tensor([one.feature for one in receivers], device=sae.device)
-        positions = torch.tensor([one.position for one in receivers], device=sae.device)
-        wanted = sae.W_enc[features].float()
-        ends = self.ends[layer][torch.arange(len(receivers), device=sae.device), positions].float()
-        pre = (ends * wanted).sum(-1)
-        before = max((one for one in reading.layers if one < layer), default=None)
-        (slopes,) = gradients(pre, [self.begins[before]], again=True)
-        values = pre.detach() + sae.b_enc[features].float()
-        pairs = zip(receivers, wanted, values.tolist(), slopes, strict=False)
-        return [self._incoming(one, before, row, value, slope) for one, row, value, slope in pairs]
+        return cut
 
-    def into_value(self) -> Incoming:
-        """The edges into the quantity; what is passed along is read where the last block has written."""
-        reading = self.reading
-        before = reading.layers[-1]
-        slope, at_end = gradients(self.value[0], [self.begins[before], self.last], again=True)
-        row = at_end[0, reading.quantity.position]
-        return self._incoming(None, before, row, reading.value, slope[0])
+    def _into(self, layer: int, h: Tensor) -> None:
+        """The edges into the features that are wanted of a layer, as many at a time as there are copies."""
+        sae, ones = self.reading.scope.saes[layer], self.wanted[layer]
+        room = self._room(len(ones))
+        for start in range(0, len(ones), self.rows):
+            some = ones[start : start + self.rows]
+            self.progress("edges", len(self.found) / sum(map(len, self.wanted.values())), f"layer {layer}")
+            features = torch.tensor([one.feature for one in some], device=sae.device)
+            positions = torch.tensor([one.position for one in some], device=sae.device)
+            rows = sae.W_enc[features].float()
+            pre = (h[torch.arange(len(some), device=h.device), positions].float() * rows).sum(-1)
+            (slopes,) = gradients(pre, [self.begin], again=True)
+            values = (pre.detach() + sae.b_enc[features].float()).tolist()
+            self._add(some, rows, values, slopes[: len(some)], [one[start : start + len(some)] for one in room])
 
-    def _incoming(
-        self, receiver: Place | None, before: int | None, row: Tensor, value: float, slope: Tensor
-    ) -> Incoming:
-        reading = self.reading
-        position = reading.quantity.position if receiver is None else receiver.position
-        here = torch.zeros(len(reading.ids), dtype=torch.bool, device=row.device)
-        here[position] = True
-        if before is None:
-            sent = reading.embeddings.float()
-            none = torch.zeros(0, device=row.device)
-            return Incoming(receiver, None, value, none, none, (sent * slope).sum(-1), (sent @ row) * here, 0.0)
-        if before not in self.directions:
-            self.directions = {before: reading.decoder(before)}
-        active, directions = reading.active[before], self.directions[before]
-        features = (directions * slope[active.positions]).sum(-1)
-        mine = active.positions == position
-        passed = torch.zeros_like(active.values)
-        passed[mine] = directions[mine] @ row
-        error = reading.errors[before]
-        base = float(slope.sum(0) @ reading.scope.saes[before].b_dec.float())
-        return Incoming(receiver, before, value, features, passed, (error * slope).sum(-1), (error @ row) * here, base)
+    def _room(self, n: int) -> list[Tensor]:
+        """Where `n` receivers keep what features and errors send: at once, lest small pieces scatter over memory."""
+        active = 0 if self.before is None else len(self.reading.active[self.before])
+        device = self.reading.embeddings.device
+        return [torch.empty(n, size, device=device) for size in (active, len(self.reading.ids))]
+
+    def _add(
+        self,
+        receivers: Sequence[Place | None],
+        rows: Float[Tensor, "n d_model"],
+        values: Sequence[float],
+        slopes: Float[Tensor, "n seq d_model"],
+        room: Sequence[Tensor],
+    ) -> None:
+        """Incoming edges of some receivers from what reads the stream at their place, and their slopes before."""
+        reading, before, (features, errors) = self.reading, self.before, room
+        none = torch.zeros(0, device=rows.device)
+        active = None if before is None else reading.active[before]
+        sent, sae = reading.embeddings.float(), None
+        if before is not None and active is not None:
+            sent, sae = reading.errors[before], reading.scope.saes[before]
+            torch.mul(active.values, along(sae, active.features, active.positions, slopes), out=features)
+        errors.copy_((sent * slopes).sum(-1))
+        for n, (receiver, row, value, slope) in enumerate(zip(receivers, rows, values, slopes, strict=True)):
+            position = reading.quantity.position if receiver is None else receiver.position
+            passed, start, base = none, 0, 0.0
+            if active is not None and sae is not None:
+                # active features stand in the order of tokens
+                ends = torch.tensor([position, position + 1], device=row.device)
+                start, stop = torch.searchsorted(active.positions, ends).tolist()
+                passed = active.values[start:stop] * (row @ sae.W_dec[:, active.features[start:stop]].float())
+                base = float(slope.sum(0) @ sae.b_dec.float())
+            error_passed = float(sent[position] @ row)
+            self.found[receiver] = Incoming(
+                receiver, before, position, value, features[n], passed, start, errors[n], error_passed, base
+            )

@@ -17,7 +17,8 @@ from qwen_scope.report import Progress
 
 from .jointly import jointly
 from .options import DEFAULT, Method, check_method
-from .reading import Reading, carrying, gradients, keeper
+from .passes import along, carrying, gradients, keeping, rows_with_gradient
+from .reading import Reading, keeper
 
 # Integrated gradients halve pieces of their way until what they leave over is at most this share of what they explain,
 # or as many steps are made.
@@ -105,21 +106,23 @@ def ruled(reading: Reading, method: str) -> AbstractContextManager[object]:
 
 def _first_order(reading: Reading, method: Method) -> Effects:
     kept: dict[int, Tensor] = {}
-    with torch.enable_grad(), ruled(reading, method), carrying(reading.scope.model):
-        embeddings = reading.embeddings[None].clone().requires_grad_()
-        value = reading.run(embeddings, {layer: keeper(kept, layer) for layer in reading.layers})
-    first, *found = gradients(value, [embeddings, *(kept[layer] for layer in reading.layers)])
+    model, blocks = reading.scope.model, reading.last_block + 1
+    with torch.enable_grad(), ruled(reading, method), keeping(model, len(reading.ids), blocks):
+        with carrying(model, reading.last_block):
+            embeddings = reading.embeddings[None].clone().requires_grad_()
+            value = reading.run(embeddings, {layer: keeper(kept, layer) for layer in reading.layers})
+        first, *found = gradients(value, [embeddings, *(kept[layer] for layer in reading.layers)])
     slopes = {layer: slope[0] for layer, slope in zip(reading.layers, found, strict=True)}
-    features = {layer: along(reading, layer, slopes[layer]) for layer in reading.layers}
+    features = {layer: of_features(reading, layer, slopes[layer]) for layer in reading.layers}
     errors = {layer: (reading.errors[layer] * slopes[layer]).sum(-1) for layer in reading.layers}
     bases = {layer: float(slopes[layer].sum(0) @ reading.scope.saes[layer].b_dec.float()) for layer in reading.layers}
     return Effects(method, features, errors, (first[0] * reading.embeddings).sum(-1).float(), bases, slopes, {})
 
 
-def along(reading: Reading, layer: int, slope: Float[Tensor, "seq d_model"]) -> Float[Tensor, " n"]:
+def of_features(reading: Reading, layer: int, slope: Float[Tensor, "seq d_model"]) -> Float[Tensor, " n"]:
     """What the active features of a layer add along a gradient at its stream."""
     one = reading.active[layer]
-    return (reading.decoder(layer) * slope[one.positions]).sum(-1)
+    return one.values * along(reading.scope.saes[layer], one.features, one.positions, slope[None])[0]
 
 
 def _integrated(reading: Reading, first: Effects, steps: int, progress: Progress | None) -> Effects:
@@ -139,7 +142,7 @@ def _integrated(reading: Reading, first: Effects, steps: int, progress: Progress
         grown = _mean_slope(reading, routing, layer, whole[:2], (baseline, between), steps, allowed)
         slope = _mean_slope(reading, routing, layer, whole[1:], (between, value), steps, allowed)
         errors[layer] = (grown * error).sum(-1)
-        features[layer] = along(reading, layer, slope)
+        features[layer] = of_features(reading, layer, slope)
         bases[layer] = baseline
         gaps[layer] = float(features[layer].sum() + errors[layer].sum()) - (reading.value - baseline)
     return Effects("ig", features, errors, first.embeddings * np.nan, bases, first.slopes, gaps)
@@ -196,12 +199,16 @@ def _over(
     nodes, weights = np.polynomial.legendre.leggauss(steps)
     total = torch.zeros_like(start)
     kind = reading.embeddings.dtype
-    for at in np.array_split(np.arange(steps), -(-steps // reading.rows)):
+    model, above = reading.scope.model, reading.last_block - layer
+    rows = rows_with_gradient(len(reading.ids), max(1, above))
+    for at in np.array_split(np.arange(steps), -(-steps // rows)):
         shares = torch.tensor((nodes[at] + 1) / 2, dtype=torch.float32, device=start.device)[:, None, None]
-        with torch.enable_grad(), routing.held(reading.scope.model) if routing.chosen else ExitStack():
+        # what is computed again would be routed anew, so held routes keep what they compute
+        held = routing.held(model) if routing.chosen else keeping(model, len(at) * len(reading.ids), above)
+        with torch.enable_grad(), held:
             stream = (start + shares * way).to(kind).requires_grad_()
             value = reading.run(reading.copies(len(at)), {layer: _put(stream)})
-        (found,) = gradients(value, [stream])
+            (found,) = gradients(value, [stream])
         total += (found * torch.tensor(weights[at] / 2, dtype=torch.float32, device=start.device)[:, None, None]).sum(0)
     return total
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from qwen_scope.features import promoted_tokens
@@ -17,6 +18,7 @@ from qwen_scope.stats import coefficient
 from .edges import Incoming, incoming
 from .effects import Effects, Place, ablated, effects
 from .graph import Edge, Graph, LayerShares, Node, Received, find_ladders
+from .jointly import jointly
 from .options import WhyOptions, check_method
 from .reading import Reading
 from .scores import tracer_scores
@@ -33,9 +35,11 @@ def explain(
 ) -> Graph:
     """The graph of a prompt that was read.
 
-    Features are chosen by the size of their effect, with a share per layer and a budget over all. Edges into each are
-    computed from every active feature and every error of the layer below, and kept by their share of what the receiver
-    takes in. Errors and embeddings are nodes where they send an edge that is kept.
+    Which features carry the quantity together and what one of them does alone are two questions, so features are
+    chosen by what they add while those of all layers grow together (`jointly`), with a share per layer and a budget
+    over all, and their effects are told by the method. Edges into each are computed from every active feature and every
+    error of the layer below, and kept by their share of what the receiver takes in. Errors and embeddings are nodes
+    where they send an edge that is kept.
 
     Args:
         labels: what a feature is called, by layer and index; "" where it has no name.
@@ -47,16 +51,20 @@ def explain(
     method, tell = check_method(options.method), progress or (lambda *_: None)
     tell("effects", 0.0, method)
     found = effects(reading, method, steps=options.steps, most=2 * options.nodes, progress=progress)
-    chosen = choose(reading, found, options)
+    shares = found.features if method == "joint" else jointly(reading, options.steps, progress)[0]
+    chosen = choose(reading, found, shares, options)
     places = [one.place for one in chosen]
     exact = [found.exact.get(place) for place in places]
-    agreement = None
-    checked = sorted(range(len(chosen)), key=lambda n: -abs(chosen[n].effect))[: options.exact]
-    if checked and not found.exact:
-        measured = ablated(reading, [[places[n]] for n in checked], progress=progress).tolist()
-        for n, value in zip(checked, measured, strict=True):
-            exact[n] = value
-        agreement = agree([chosen[n].effect for n in checked], measured)
+    if method == "exact":
+        checked = [n for n, value in enumerate(exact) if value is None]
+    else:
+        checked = sorted(range(len(chosen)), key=lambda n: -abs(chosen[n].effect))[: options.exact]
+    measured = ablated(reading, [[places[n]] for n in checked], progress=progress).tolist()
+    agreement = None if method == "exact" else agree([chosen[n].effect for n in checked], measured)
+    for n, value in zip(checked, measured, strict=True):
+        exact[n] = value
+    if method == "exact":
+        chosen = [replace(one, effect=value or 0.0) for one, value in zip(chosen, exact, strict=True)]
     edges = incoming(reading, places, method, progress=progress)
     tell("graph", 0.0, "")
     return _Assembly(reading, found, chosen, exact, edges, options, labels or (lambda *_: "")).graph(agreement)
@@ -77,29 +85,34 @@ def agree(estimated: Sequence[float], measured: Sequence[float]) -> tuple[float,
 
 @dataclass(frozen=True)
 class Chosen:
-    """A feature that becomes a node: its place, its entry in `reading.active`, activation and effect."""
+    """A feature that becomes a node: its place, its entry in `reading.active`, activation, effect and share."""
 
     place: Place
     entry: int
     activation: float
     effect: float
+    share: float
 
 
-def choose(reading: Reading, found: Effects, options: WhyOptions) -> list[Chosen]:
-    """The features with the largest effects, by layer and position."""
-    pool: list[Chosen] = []
+def choose(
+    reading: Reading, found: Effects, shares: Mapping[int, Float[Tensor, " n"]], options: WhyOptions
+) -> list[Chosen]:
+    """The features with the largest shares, by layer and position; a layer without any by its effects."""
+    pool: list[tuple[float, Chosen]] = []
     for layer in reading.layers:
-        one, effect = reading.active[layer], found.features[layer]
-        size = effect.abs()
+        one, effect, share = reading.active[layer], found.features[layer], shares[layer]
+        size = (share if bool(share.any()) else effect).abs()
         order = size.argsort(descending=True, stable=True)
         carried = size[order].cumsum(0)
         enough = int((carried < options.node_share * carried[-1]).sum()) + 1 if len(order) else 0
         for n in order[: min(enough, options.nodes)].tolist():
             if float(size[n]) > 0:
                 place = Place(layer, int(one.positions[n]), int(one.features[n]))
-                pool.append(Chosen(place, n, float(one.values[n]), float(effect[n])))
-    pool.sort(key=lambda one: -abs(one.effect))
-    return sorted(pool[: options.nodes], key=lambda one: (one.place.layer, one.place.position, one.entry))
+                node = Chosen(place, n, float(one.values[n]), float(effect[n]), float(share[n]))
+                pool.append((float(size[n]), node))
+    pool.sort(key=lambda one: -one[0])
+    chosen = [node for _, node in pool[: options.nodes]]
+    return sorted(chosen, key=lambda one: (one.place.layer, one.place.position, one.entry))
 
 
 Key = tuple[str, int | None, int, int]
@@ -183,9 +196,10 @@ class _Assembly:
             rows: list[tuple[Key, float, float]] = []
             if one.layer is not None:
                 entries, active = self.entries[one.layer], self.reading.active[one.layer]
+                passed = one.features_passed
                 rows += [
                     (("feature", one.layer, int(active.positions[i]), i), float(one.features[i]),
-                     float(one.features_passed[i]))
+                     float(passed[i]))
                     for i in entries.tolist()
                 ]  # fmt: skip
             kind = "embedding" if one.layer is None else "error"
@@ -221,7 +235,7 @@ class _Assembly:
             place = one.place
             assert place.feature is not None, "of a feature"
             node = Node(
-                "feature", place.position, place.layer, place.feature, one.activation, one.effect, exact,
+                "feature", place.position, place.layer, place.feature, one.activation, one.effect, one.share, exact,
                 self.fires(place.layer, place.feature), promotes[place.layer, place.feature],
                 self.labels(place.layer, place.feature),
             )  # fmt: skip

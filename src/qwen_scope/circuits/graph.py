@@ -20,6 +20,7 @@ class Node:
         layer, feature: of a feature; an error has a layer alone.
         activation: of a feature; None for other kinds.
         effect: on the quantity as the method estimates it; of the target, its value.
+        share: what a feature adds while those of all layers grow together, by which features were chosen.
         exact: what ablation says, where it was asked for.
         fires: where in the prompt a feature is active, as position and activation.
         promotes: the tokens that a feature's direction promotes directly, strongest first.
@@ -32,6 +33,7 @@ class Node:
     feature: int | None = None
     activation: float | None = None
     effect: float = 0.0
+    share: float | None = None
     exact: float | None = None
     fires: tuple[tuple[int, float], ...] = ()
     promotes: tuple[str, ...] = ()

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from qwen_scope.report import Progress
+from qwen_scope.sae import SAE, FeatureActs
 
-from .reading import Reading, gradients
+from .passes import along, gradients, keeping, pieces, rows_with_gradient
+from .reading import Reading
 
 
 def jointly(
@@ -25,48 +28,84 @@ def jointly(
     up to the quantity with all of them less that with none, where they are active along the way. It is taken at `steps`
     midpoints, since TopK makes the derivative jump. An error's effect is its size along the mean gradient.
     """
-    features = {layer: torch.zeros_like(one.values) for layer, one in reading.active.items()}
-    errors = {layer: torch.zeros_like(one[:, 0]) for layer, one in reading.errors.items()}
+    sums = {layer: _Sums(reading, layer, steps) for layer in reading.layers}
     points = (np.arange(steps) + 0.5) / steps
-    rows = max(1, min(reading.rows // 2, steps))  # each keeps a layer's features beside the model's own activations
+    blocks = reading.last_block + 1
+    rows = min(rows_with_gradient(len(reading.ids), blocks), steps)
     for start in range(0, steps, rows):
         if progress is not None:
             progress("effects", start / steps, f"{steps} points")
         some = torch.tensor(points[start : start + rows], dtype=torch.float32)
-        kept: dict[int, tuple[Tensor, Tensor]] = {}
-        changes = {layer: _grown(reading, layer, some, kept) for layer in reading.layers}
-        with torch.enable_grad():
-            value = reading.run(reading.copies(len(some)).clone().requires_grad_(), changes)
-        slopes = gradients(value, [kept[layer][0] for layer in reading.layers])
-        for layer, slope in zip(reading.layers, slopes, strict=True):
-            one, sae = reading.active[layer], reading.scope.saes[layer]
-            own = kept[layer][1]
-            directions = sae.W_dec[:, one.features].T.float()
-            for row in range(len(some)):
-                features[layer] += own[row] * (directions * slope[row][one.positions]).sum(-1) / steps
-            errors[layer] += (slope.sum(0) * reading.errors[layer]).sum(-1) / steps
-    return features, errors
+        changes = {layer: _grown(sums[layer], some) for layer in reading.layers}
+        with torch.enable_grad(), keeping(reading.scope.model, len(some) * len(reading.ids), blocks):
+            begin = reading.copies(len(some)).clone().requires_grad_()
+            gradients(reading.run(begin, changes), [begin])
+    return {layer: one.features for layer, one in sums.items()}, {layer: one.errors for layer, one in sums.items()}
 
 
-def _grown(
-    reading: Reading, layer: int, shares: Float[Tensor, " rows"], kept: dict[int, tuple[Tensor, Tensor]]
-) -> Callable[[Tensor], Tensor]:
-    """The change that leaves of each row's features a share; it keeps the stream, and each node's activation there."""
-    one, sae = reading.active[layer], reading.scope.saes[layer]
-    counts = torch.tensor([not reason for reason in reading.left_out[layer]], device=sae.device)[:, None]
+class _Sums:
+    """What the backward passes of one layer add up to."""
 
-    def change(h: Tensor) -> Tensor:
-        live = h.float()
-        acts = sae.encode(live.detach())
-        named = torch.unique(torch.cat([acts.indices.flatten().long(), one.features]))
-        slot = torch.zeros(sae.d_sae, dtype=torch.long, device=named.device)
-        slot[named] = torch.arange(len(named), device=named.device)
-        active = torch.zeros(*h.shape[:2], len(named), device=h.device)
-        active.scatter_add_(-1, slot[acts.indices.long()], (acts.values > 0).float())
-        values = sae.pre_acts(live, named).relu() * active.clamp(max=1) * counts
-        less = (1 - shares.to(h.device))[:, None, None]
-        new = live - less * (values @ sae.W_dec[:, named].T.float())
-        kept[layer] = new, values.detach()[:, one.positions, slot[one.features]]
-        return new.to(h.dtype)
+    def __init__(self, reading: Reading, layer: int, steps: int) -> None:
+        self.sae, self.steps, self.error = reading.scope.saes[layer], steps, reading.errors[layer]
+        one = reading.active[layer]
+        self.features, self.errors = torch.zeros_like(one.values), torch.zeros_like(self.error[:, 0])
+        keys = one.positions * self.sae.d_sae + one.features
+        self.order = keys.argsort()
+        self.keys = keys[self.order]
+        self.counts = torch.tensor([not reason for reason in reading.left_out[layer]], device=self.sae.device)[:, None]
 
-    return change
+    def add(
+        self,
+        indices: Int[Tensor, "rows seq k"],
+        values: Float[Tensor, "rows seq k"],
+        slopes: Float[Tensor, "rows seq k"],
+        gradient: Float[Tensor, "rows seq d_model"],
+    ) -> None:
+        """Count activations times the gradient along their directions for the nodes among them, and errors."""
+        self.errors += (gradient.sum(0) * self.error).sum(-1) / self.steps
+        if not len(self.keys):
+            return
+        token = torch.arange(indices.shape[1], device=indices.device)[:, None]
+        keys = (token * self.sae.d_sae + indices).flatten()
+        at = torch.searchsorted(self.keys, keys).clamp(max=len(self.keys) - 1)
+        gains = torch.where(self.keys[at] == keys, (values * slopes).flatten(), 0.0)
+        self.features.index_add_(0, self.order[at], gains / self.steps)
+
+
+def _grown(sums: _Sums, shares: Float[Tensor, " rows"]) -> Callable[[Tensor], Tensor]:
+    """The change that leaves of each row's features a share."""
+    return lambda h: _Shrunk.apply(h, sums, shares.to(h.device)[:, None, None])  # pyright: ignore[reportReturnType]
+
+
+class _Shrunk(torch.autograd.Function):
+    """A stream whose features are a share of what they are; its backward pass adds up what each of them gives.
+
+    Nothing of the size of the dictionary is kept: the active features alone, with the derivative of those that count.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, h: Tensor, sums: _Sums, shares: Tensor) -> Tensor:
+        sae, live = sums.sae, h.float()
+        acts = sae.encode(live)
+        values = acts.values * sums.counts
+        less = FeatureActs(acts.indices, values * (1 - shares), acts.width)
+        ctx.sums, ctx.less = sums, 1 - shares
+        ctx.save_for_backward(acts.indices, values)
+        return (live - (sae.decode(less) - sae.b_dec.float())).to(h.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *found: Any) -> tuple[Tensor, None, None]:
+        indices, values = ctx.saved_tensors
+        indices, gradient = indices.long(), found[0].float()
+        sae: SAE = ctx.sums.sae
+        rows, seq, k = indices.shape
+        tokens = torch.arange(rows * seq, device=indices.device).repeat_interleave(k)
+        slopes = along(sae, indices.flatten(), tokens, gradient.reshape(1, rows * seq, -1))[0].reshape(rows, seq, k)
+        ctx.sums.add(indices, values, slopes, gradient)
+        weights = (ctx.less * slopes * (values > 0)).reshape(-1, k)
+        back = torch.empty(rows * seq, sae.d_model, device=gradient.device)
+        for start, stop in pieces(rows * seq, k * sae.d_model):
+            encoders = sae.W_enc[indices.reshape(-1, k)[start:stop]].float()
+            back[start:stop] = (weights[start:stop, None] @ encoders)[:, 0]
+        return (gradient - back.reshape(gradient.shape)).to(found[0].dtype), None, None

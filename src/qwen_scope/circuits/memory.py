@@ -2,47 +2,61 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from qwen_scope.errors import InputError
-from qwen_scope.model import GRAPH_TOKENS, ModelSizes, model_sizes
+from qwen_scope.model import KEPT_BLOCKS, PASS_TOKENS, ModelSizes, model_sizes
 from qwen_scope.report import size
 from qwen_scope.scope import Scope, machine
+
+from .options import WhyOptions
+from .passes import longest_segment, rows_with_gradient
 
 FLOAT = 4
 """Bytes of what is computed in float32."""
 
-AROUND = 512 * 2**20
-"""Bytes that libraries, Python's objects and freed pieces of memory take beside what is counted."""
+AROUND = 32 * 2**20
+"""Bytes that Python's objects, what is gathered and freed pieces of memory take beside what is counted."""
 
 
 def graph_bytes(
     sizes: ModelSizes,
     tokens: int,
     *,
-    layers: int,
+    layers: Sequence[int],
     k: int,
     positions: int | None = None,
+    nodes: int = WhyOptions.nodes,
     dtype: str | None = None,
 ) -> int:
-    """Bytes of a graph's largest step, an estimate from shapes.
+    """Bytes of a graph's largest step beside the model and its SAEs, an estimate from shapes.
 
-    A pass keeps what every block computes on `GRAPH_TOKENS` tokens, copies of the prompt or the prompt itself where it
-    is longer; beside it stand the streams, errors and gradients of each layer taken apart, and the directions of one
-    layer's active features. Attention is taken to be fused, without a matrix of tokens by tokens.
+    A pass keeps what blocks compute for `KEPT_BLOCKS` tokens times blocks at most; of longer prompts it keeps the
+    blocks' inputs and computes one block at a time again. Beside it stand the streams, errors and gradients of each
+    layer taken apart, and what each feature of the graph is sent. Attention is taken to be fused, without a matrix of
+    tokens by tokens, as it is by default.
 
     Args:
         tokens: of the prompt, up to the position asked about.
-        layers: how many are taken apart.
+        layers: those taken apart.
         k: active features of a token.
         positions: how many tokens have features as nodes; by default all.
+        nodes: of the graph.
         dtype: of the model's weights; by default as they are stored.
 
     Raises:
         InputError: a type that weights can't have.
     """
-    held = max(tokens, tokens * (GRAPH_TOKENS // tokens))
-    of_blocks = held * len(sizes.blocks) * sizes.block_graph_bytes(dtype)
-    of_layers = layers * FLOAT * sizes.d_model * (2 * held + 3 * tokens)
-    of_features = 3 * FLOAT * sizes.d_model * k * (tokens if positions is None else positions)
+    whole, block = len(sizes.blocks), sizes.block_graph_bytes(dtype)
+
+    def held(blocks: int) -> int:
+        tokens_held = tokens * rows_with_gradient(tokens, blocks)
+        kept = blocks * (FLOAT * sizes.d_model if tokens_held * blocks > KEPT_BLOCKS else block)
+        return tokens_held * (kept + block)
+
+    of_blocks = max(held(whole), held(longest_segment(sorted(layers), whole)))
+    of_layers = len(layers) * FLOAT * sizes.d_model * 4 * tokens
+    of_features = FLOAT * nodes * k * (tokens if positions is None else positions)
     return of_blocks + of_layers + of_features + AROUND
 
 
@@ -52,13 +66,13 @@ def check_memory(scope: Scope, tokens: int, layers: list[int], positions: int | 
     Raises:
         InputError: it does not.
     """
-    if tokens <= GRAPH_TOKENS:
+    if tokens <= PASS_TOKENS:
         return
     k = max(scope.saes[layer].k or 0 for layer in layers)
     kinds = {"torch.float32": "float32", "torch.bfloat16": "bfloat16", "torch.float16": "float16"}
     parameter = next(scope.model.parameters())
     sizes, dtype = model_sizes(scope.model.config), kinds.get(str(parameter.dtype), "float32")
-    needs = graph_bytes(sizes, tokens, layers=len(layers), k=k, positions=positions, dtype=dtype)
+    needs = graph_bytes(sizes, tokens, layers=layers, k=k, positions=positions, dtype=dtype)
     where, has = machine()
     taken = sizes.weight_bytes(dtype) + sum(scope.saes[layer].nbytes for layer in layers)
     if needs > has - taken:

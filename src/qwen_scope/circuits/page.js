@@ -176,6 +176,7 @@ function details(i) {
   if (node.label) parts.push(html("p", "", node.label));
   const facts = [["effect", shown(node.effect)]];
   if (node.exact !== null) facts.push(["by ablation", shown(node.exact)]);
+  if (node.share !== null) facts.push(["growing with all others", shown(node.share)]);
   if (node.activation !== null) facts.push(["activation", shown(node.activation)]);
   if (ladder) facts.push(["written by", writtenBy(ladder)]);
   if (node.promotes.length) facts.push(["promotes", node.promotes.map(word => JSON.stringify(word)).join(" ")]);

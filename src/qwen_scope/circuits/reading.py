@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 
-from qwen_scope.errors import InputError, brief, foreign
-from qwen_scope.model import GRAPH_TOKENS, HookPoint, changing, input_device, n_layers, reading
+from qwen_scope.errors import InputError, brief
+from qwen_scope.model import PASS_TOKENS, HookPoint, changing, input_device
 from qwen_scope.scope import Scope
 from qwen_scope.text import REASONS
 
 from .memory import check_memory
 from .quantity import Quantity
 
-UNQUANTISED = "load the model unquantised, with PyTorch's own kernels (attn_implementation sdpa or eager)"
 NOT_CHOSEN = "not chosen"
 """Why a token has no features as nodes, where `read` was given others."""
 
@@ -75,9 +74,14 @@ class Reading:
         return sum(len(one) for one in self.active.values())
 
     @property
+    def last_block(self) -> int:
+        """The last block that the quantity hangs on."""
+        return self.scope.n_layers - 1 if self.quantity.layer is None else self.quantity.layer
+
+    @property
     def rows(self) -> int:
-        """How many copies of the prompt one forward pass takes."""
-        return max(1, GRAPH_TOKENS // len(self.ids))
+        """How many copies of the prompt one forward pass without gradients takes."""
+        return max(1, PASS_TOKENS // len(self.ids))
 
     def decoder(self, layer: int) -> Float[Tensor, "n d_model"]:
         """The direction of every active feature of a layer, times its activation."""
@@ -163,9 +167,10 @@ def forward(
 
     def change(h: Tensor, point: HookPoint) -> Tensor:
         new = changes[point.layer](h) if point.layer in changes else h
-        if point.layer == quantity.layer:
-            taken["h"] = new[:, quantity.position]
-        return new
+        if point.layer != quantity.layer:
+            return new
+        taken["h"] = new[:, quantity.position]
+        return new.detach()  # what is above a feature plays no part, and keeps nothing for a gradient
 
     at = {*changes, *([] if quantity.layer is None else [quantity.layer])}
     kept: dict[str, Any] = {}
@@ -177,43 +182,6 @@ def forward(
     if quantity.layer is not None:
         return quantity.of_residual(scope, taken["h"]), None
     return quantity.of_logits(logits), logits
-
-
-def gradients(value: Tensor, of: Sequence[Tensor], *, again: bool = False) -> list[Tensor]:
-    """The gradient of a sum of values in fp32; zeros for a tensor that has no part in it.
-
-    Args:
-        again: keep the graph for another backward pass.
-
-    Raises:
-        InputError: the model's kernels give no gradient.
-    """
-    if not value.requires_grad:
-        raise InputError(f"the model gives no gradient to explain it with: its kernels detach; {UNQUANTISED}")
-    with foreign("the model gives no gradient to explain it with", InputError, UNQUANTISED):
-        found = torch.autograd.grad(value.sum(), list(of), retain_graph=again, allow_unused=True)
-    return [
-        torch.zeros_like(x, dtype=torch.float32) if g is None else g.float() for g, x in zip(found, of, strict=True)
-    ]
-
-
-@contextmanager
-def carrying(model: nn.Module) -> Iterator[None]:
-    """Around a forward pass with gradients: every attention and every feed-forward layer has to carry one.
-
-    Where only some detach, the stream around them still gives a gradient, which would be silently wrong.
-
-    Raises:
-        InputError: one does not.
-    """
-
-    def check(point: HookPoint, h: Tensor) -> None:
-        if not h.requires_grad:
-            raise InputError(f"{point} gives no gradient to explain the model with: its kernel detaches; {UNQUANTISED}")
-
-    parts = [HookPoint(layer, stream) for layer in range(n_layers(model)) for stream in ("attn_out", "mlp_out")]
-    with reading(model, parts, check):
-        yield
 
 
 def keeper(kept: dict[int, Tensor], layer: int) -> Callable[[Tensor], Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -66,8 +67,8 @@ def plan(
             width = d_sae or 16 * whole.sizes.d_model
             held = options.parse_size(buffer)
             shape = TrainConfig(d_sae=width, k=k, tokens=tokens or max(batch, held), batch=batch), held
-        n = len(whole.sizes.blocks) if wanted is None else len(wanted)
-        show_model(Path(group), whole, dtype, wanted, shape, limit, graph_of(whole.sizes, why, n, k, dtype), as_json)
+        graph = graph_of(whole.sizes, why, wanted, k, dtype)
+        show_model(Path(group), whole, dtype, wanted, shape, limit, graph, as_json)
         return
     if catalog.lookup(group) is None and Path(group).is_dir():
         found, needs = plan_folder(Path(group), wanted, model=model, dtype=dtype or "bfloat16", sae_dtype=sae_dtype)
@@ -76,7 +77,7 @@ def plan(
         needs = plan_group(found, wanted, dtype=dtype or "bfloat16", sae_dtype=sae_dtype)
     graph = None
     if why is not None:
-        graph = graph_of(model_sizes(config_of(found.model)), why, needs.n_saes, found.k, dtype)
+        graph = graph_of(model_sizes(config_of(found.model)), why, wanted or found.layer_numbers, found.k, dtype)
     run = None
     if training:
         # The number of tokens trained on does not change what a step takes.
@@ -90,13 +91,16 @@ def plan(
     show_group(found, needs, run, dtype or "bfloat16", sae_dtype, limit, graph)
 
 
-def graph_of(sizes: ModelSizes, tokens: int | None, layers: int, k: int, dtype: str | None) -> tuple[str, int] | None:
+def graph_of(
+    sizes: ModelSizes, tokens: int | None, layers: Sequence[int] | None, k: int, dtype: str | None
+) -> tuple[str, int] | None:
     """What an attribution graph takes, as a row; None where it was not asked for."""
     from qwen_scope.circuits import graph_bytes
 
     if tokens is None:
         return None
-    needs = graph_bytes(sizes, tokens, layers=layers, k=k, dtype=dtype or "bfloat16")
+    chosen = range(len(sizes.blocks)) if layers is None else layers
+    needs = graph_bytes(sizes, tokens, layers=chosen, k=k, dtype=dtype or "bfloat16")
     return f"graph of a prompt of {tokens:,} tokens, beside the above (estimate)", needs
 
 

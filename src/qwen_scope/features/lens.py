@@ -19,7 +19,7 @@ from torch import Tensor
 
 from qwen_scope.errors import FormatError, InputError, NotFoundError, check_count, foreign
 from qwen_scope.files import write_whole
-from qwen_scope.model import GRAPH_TOKENS as BATCH_TOKENS
+from qwen_scope.model import PASS_TOKENS as BATCH_TOKENS
 from qwen_scope.model import HookPoint, changing, final_norm, input_device, n_layers, reading
 from qwen_scope.report import Progress
 from qwen_scope.scope import Scope

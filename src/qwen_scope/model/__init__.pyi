@@ -31,6 +31,8 @@ from .load import load_config as load_config
 from .load import load_model as load_model
 from .load import load_tokenizer as load_tokenizer
 from .model_sizes import GRAPH_TOKENS as GRAPH_TOKENS
+from .model_sizes import KEPT_BLOCKS as KEPT_BLOCKS
+from .model_sizes import PASS_TOKENS as PASS_TOKENS
 from .model_sizes import ModelSizes as ModelSizes
 from .model_sizes import model_sizes as model_sizes
 from .pieces import capture_pieces as capture_pieces
@@ -39,6 +41,7 @@ from .quantized import quantised as quantised
 from .rules import Routing as Routing
 from .rules import has_routers as has_routers
 from .rules import plain_kernels as plain_kernels
+from .rules import recomputed as recomputed
 from .rules import relevance as relevance
 from .writers import Writer as Writer
 from .writers import embedding_writer as embedding_writer

@@ -13,8 +13,12 @@ from qwen_scope.model.load import auto_class
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
-GRAPH_TOKENS = 2048
-"""Tokens, of one prompt or of copies of it, whose activations one pass keeps for its gradient."""
+PASS_TOKENS = 2048
+"""Tokens of copies of a prompt that one pass without gradients takes."""
+GRAPH_TOKENS = 512
+"""Tokens of copies of a prompt that one pass with gradients takes."""
+KEPT_BLOCKS = 2**14
+"""Tokens times blocks whose activations one pass keeps for its gradient; beyond, blocks are computed again."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,7 @@ class ModelSizes:
             float32).
         activations: elements per token that a block holds at its widest point, as (in the model's dtype, in float32);
             the larger of several such points counts. An estimate of transformers' plain PyTorch path.
+        throughout: of these, elements that a block holds at every point, such as the residual.
         score_heads: heads whose attention scores are written out, which no fused attention avoids; usually 0.
     """
 
@@ -49,6 +54,7 @@ class ModelSizes:
     windows: tuple[int | None, ...]
     states: tuple[tuple[int, int], ...]
     activations: tuple[tuple[int, int], ...]
+    throughout: int
     score_heads: int
 
     @property
@@ -89,9 +95,13 @@ class ModelSizes:
         return batch * seq * (n_hook_points * self.d_model * size + max(working, scores))
 
     def block_graph_bytes(self, dtype: str | None = None) -> int:
-        """Bytes per token that a block keeps for a gradient: what it holds at each of its wide points, an estimate."""
+        """Bytes per token that a block keeps for a gradient: what is computed at each of its wide points, an estimate.
+
+        The residual and what else is there throughout is kept once, not with every point.
+        """
         size = self._itemsize(dtype)
-        return sum(wide * size + wide32 * BYTES["float32"] for wide, wide32 in self.activations)
+        computed = [(wide - self.throughout, wide32) for wide, wide32 in self.activations]
+        return sum(wide * size + wide32 * BYTES["float32"] for wide, wide32 in computed)
 
     def _itemsize(self, dtype: str | None) -> int:
         name = self.dtype if dtype in (None, "auto") else dtype
@@ -122,6 +132,7 @@ def model_sizes(config: PreTrainedConfig) -> ModelSizes:
         windows=tuple(_of(text, limits[kind]) if kind in limits else None for kind in kinds),
         states=tuple(_state(text) if kind == "linear_attention" else (0, 0) for kind in kinds),
         activations=_widest(text, kinds),
+        throughout=_throughout(text),
         score_heads=text.num_attention_heads if getattr(text, "attn_logit_softcapping", None) else 0,
         **_count(model),
     )
@@ -174,15 +185,19 @@ def _state(text: PreTrainedConfig) -> tuple[int, int]:
     return (2 * keys + values) * _of(text, "linear_conv_kernel_dim"), recurrent
 
 
+def _throughout(text: PreTrainedConfig) -> int:
+    """Elements per token alive throughout a block: embedding, residual and its normed copy, and the rotary angles."""
+    return 3 * text.hidden_size + 2 * _head_dim(text)
+
+
 def _widest(text: PreTrainedConfig, kinds: list[str]) -> tuple[tuple[int, int], ...]:
     """Elements per token alive at the wide points of a block, as (in the model's dtype, in float32).
 
-    Everywhere: embedding, residual and its normed copy, and the rotary angles. Then either three rows of the
+    What is alive throughout, and then either three rows of the
     feed-forward layer's inner width; or for every chosen expert the rows gathered for it and given back; or queries,
     keys and values with their rotated and repeated copies; or the float32 working copies of a gated delta rule.
     """
-    d, head = text.hidden_size, _head_dim(text)
-    always = 3 * d + 2 * head
+    d, head, always = text.hidden_size, _head_dim(text), _throughout(text)
     heads, kv = text.num_attention_heads * head, _kv_heads(text) * head
     points = [(always + 3 * _of(text, "intermediate_size"), 0), (always + 5 * heads + 4 * kv, 0), (always, 3 * d)]
     if chosen := _of(text, "num_experts_per_tok"):

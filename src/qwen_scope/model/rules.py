@@ -16,14 +16,16 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from contextvars import ContextVar
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
+from torch.utils.checkpoint import checkpoint
 
 from qwen_scope.errors import InputError
 
@@ -61,6 +63,32 @@ def relevance(model: nn.Module) -> Iterator[None]:
             yield
         finally:
             _ON.reset(token)
+
+
+@contextmanager
+def recomputed(model: nn.Module) -> Iterator[None]:
+    """Within the block, blocks keep their inputs alone and are computed again in the backward pass.
+
+    The backward pass has to come within the block, and within that of `relevance` where that is around it.
+    """
+
+    def again() -> tuple[AbstractContextManager[object], AbstractContextManager[object]]:
+        return ExitStack(), _Again() if _ON.get() else ExitStack()
+
+    def wrapped(forward: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            if not torch.is_grad_enabled():
+                return forward(*args, **kwargs)
+            return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, context_fn=again, **kwargs)
+
+        return run
+
+    with ExitStack() as stack:
+        for block in blocks(model):
+            own = block.__dict__.get("forward")
+            stack.callback(partial(setattr, block, "forward", own) if own else partial(delattr, block, "forward"))
+            block.forward = wrapped(block.forward)
+        yield
 
 
 @contextmanager
@@ -117,6 +145,25 @@ class _Relevance(TorchFunctionMode):
             ratio = torch.where(still == 0, RATIO[func], out.detach() / torch.where(still == 0, 1, still))
             return out.detach() + ratio * (x - still)
         return out
+
+
+class _Again:
+    """RelP's rules where a block is computed again; to be entered many times.
+
+    A backward pass that begins under a mode runs without it, and on an accelerator in a thread of autograd's.
+    """
+
+    def __init__(self) -> None:
+        self.entered: list[ExitStack] = []
+
+    def __enter__(self) -> None:
+        stack = ExitStack()
+        stack.callback(_ON.reset, _ON.set(True))
+        stack.enter_context(_Relevance())
+        self.entered.append(stack)
+
+    def __exit__(self, *error: object) -> None:
+        self.entered.pop().close()
 
 
 class _Chosen(TorchFunctionMode):

@@ -139,7 +139,16 @@ def plan_folder(
     if sizes.d_model != sae.d_model:
         raise MismatchError(f"the SAEs in {folder} are for {sae.d_model} dimensions, {named} has {sizes.d_model}")
     held = catalog.Group(
-        folder.resolve().name, None, folder, named, "base", len(there), sae.d_model, sae.d_sae, sae.k or 0
+        folder.resolve().name,
+        None,
+        folder,
+        named,
+        "base",
+        len(there),
+        sae.d_model,
+        sae.d_sae,
+        sae.k or 0,
+        which=tuple(there),
     )
     return held, plan(sizes, sae.d_sae, len(set(layers or there)), dtype=dtype, sae_dtype=sae_dtype)
 
