@@ -54,7 +54,7 @@ class Sizes:
     """Prompts of each part, and on how many of them every method is measured too."""
 
     prompts: int = 10
-    methods: int = 2
+    methods: int = 1
 
 
 def of_graph(reading: Reading, places: Sequence[Place], activation: np.ndarray, seed: int) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from .passes import longest_segment, rows_with_gradient
 FLOAT = 4
 """Bytes of what is computed in float32."""
 
-AROUND = 32 * 2**20
+AROUND = 16 * 2**20
 """Bytes that Python's objects, what is gathered and freed pieces of memory take beside what is counted."""
 
 
@@ -51,8 +51,8 @@ def graph_bytes(
 
     def held(blocks: int) -> int:
         tokens_held = tokens * rows_with_gradient(tokens, blocks)
-        kept = blocks * (FLOAT * sizes.d_model if tokens_held * blocks > KEPT_BLOCKS else block)
-        return tokens_held * (kept + block)
+        again = tokens_held * blocks > KEPT_BLOCKS  # then what a block computes stands beside its gradients
+        return tokens_held * (blocks * FLOAT * sizes.d_model + 3 * block if again else (blocks + 1) * block)
 
     of_blocks = max(held(whole), held(longest_segment(sorted(layers), whole)))
     of_layers = len(layers) * FLOAT * sizes.d_model * 4 * tokens
