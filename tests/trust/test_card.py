@@ -284,7 +284,10 @@ def test_a_card_gathers_and_measures_nothing_twice(own: FeatureStore, monkeypatc
     assert first.concept is not None
     assert first.concept.auroc.estimate > 0.9
     assert first.siblings[0].cofires_with is not None
-    assert any("clarity" in one for one in first.missing)
+    assert first.judged is not None
+    assert first.judged.clarity is not None
+    assert not any("clarity" in one for one in first.missing)
+    assert any("faithfulness" in one for one in first.missing)
     assert not any("--effect" in one for one in first.missing)
     assert first.page.label is not None
     assert first.control is not None
@@ -292,7 +295,8 @@ def test_a_card_gathers_and_measures_nothing_twice(own: FeatureStore, monkeypatc
     assert of.text != first.page.label.text
     assert first.control.label == scored_label(material(own, LAYER, feature), TokenJudge(), of.text)
 
-    forbid(monkeypatch, "trust.card", "concept_fit", "push", "sibling", "scored_label")
+    forbid(monkeypatch, "trust.card", "concept_fit", "kin", "halves")
+    forbid(monkeypatch, "trust.gather", "push", "sibling", "scored_label", "judged")
     forbid(monkeypatch, "features.record", "cofiring", "elsewhere")
     with FeatureStore(own.folder) as opened:
         second = card(LAYER, feature, options=CardOptions(n=3), **asked | {"store": opened})

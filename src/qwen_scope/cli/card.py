@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -25,6 +26,9 @@ OPTIONS[CardOptions] = {
         bool, typer.Option("--effect", help="Also measure whether adding it makes the concept's documents likelier.")
     ],
     "texts": Annotated[int, typer.Option("--texts", help="Documents of either kind that --effect scores.", min=2)],
+    "ask": Annotated[
+        bool, typer.Option("--ask", help="Also ask the judge of the environment (OPENAI_BASE_URL) about the label.")
+    ],
     "again": Annotated[bool, typer.Option("--again", help="Measure anew what the store's record holds.")],
     "seed": Annotated[int, typer.Option("--seed", help="Of what is drawn.", **options.SEED)],
 }
@@ -61,7 +65,7 @@ def card(
     The word is solid, usable, shaky or unknown, by rules that are printed. What is measured is kept in the store, and
     is not measured twice; labels come from label, verdicts from validate.
     """
-    from qwen_scope.features import load_lens
+    from qwen_scope.features import JudgeOptions, judge_of, load_lens
     from qwen_scope.files import check_output, write_text
     from qwen_scope.sae import parse_feature
     from qwen_scope.store import FeatureStore
@@ -78,6 +82,7 @@ def card(
     others = [other_of(text, layer) for text in other or ()]
     with output.status("opening the model"):
         scope = None if no_model else show.scope_of(store, model, ScopeOptions(sae=sae, device=device, dtype=dtype))
+    judge = judge_of(store, JudgeOptions()) if how.ask else None
     with output.status("measuring what is missing"):
         found = make(
             layer,
@@ -87,6 +92,7 @@ def card(
             concept=asked,
             others=others,
             lens=None if lens is None else load_lens(lens),
+            judge=judge,
             options=how,
         )
     if interp is not None:
@@ -139,7 +145,7 @@ def print_card(found: Card) -> None:
     out.print()
     for title, columns, rows in card_tables(found):
         output.show(title, columns, rows)
-    show.print_page(found.page)
+    show.print_page(replace(found.page, elsewhere=()))  # partners in other layers stand beside chance, above
     out.print("Not measured", style="bold")
     for one in found.missing:
         out.print(Text(printable(f"  {one}")), soft_wrap=True)

@@ -2,22 +2,53 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from qwen_scope.errors import InputError
 from qwen_scope.features import ChangeOptions, TargetOptions, ValidateOptions
 from qwen_scope.scope import ScopeOptions
 from qwen_scope.steer import Decoding
 from qwen_scope.text import CorpusOptions
 
 from . import changes, options, output, sweep
-from .groups import LINES, grouped
+from .groups import LINES, OPTIONS, grouped
 
 if TYPE_CHECKING:
-    from qwen_scope.features import Selectivity, Verdict
+    from qwen_scope.features import Notes, Selectivity, Verdict
+    from qwen_scope.scope import Scope
+
+
+@dataclass(frozen=True)
+class Extra:
+    """What is done beside the test.
+
+    Attributes:
+        tasks: questions that must not suffer.   removal: compare ways of removing the feature.
+        record: a store that keeps the verdict.
+    """
+
+    tasks: Path | None = None
+    removal: bool = False
+    record: Path | None = None
+
+
+OPTIONS[Extra] = {
+    "tasks": Annotated[
+        Path | None, typer.Option("--tasks", help='JSON lines {"prompt": ..., "answer": ...} that must not suffer.')
+    ],
+    "removal": Annotated[
+        bool, typer.Option("--selectivity", help="Also compare removing the feature with removing a direction.")
+    ],
+    "record": Annotated[
+        Path | None, typer.Option("--record", help="Keep the verdict in this store, where the feature's card reads it.")
+    ],
+}
+NOTHING = Extra()
 
 
 @partial(grouped, without=["reading.unit", "reading.sample", "reading.seed", "op", "continuation"])
@@ -31,12 +62,7 @@ def validate(
     aim: TargetOptions = changes.TARGET,
     controls: ValidateOptions = changes.VALIDATE,
     reference: sweep.Reference = None,
-    tasks: Annotated[
-        Path | None, typer.Option("--tasks", help='JSON lines {"prompt": ..., "answer": ...} that must not suffer.')
-    ] = None,
-    removal: Annotated[
-        bool, typer.Option("--selectivity", help="Also compare removing the feature with removing a direction.")
-    ] = False,
+    extra: Extra = NOTHING,
     chat: options.Chat = None,
     reading: CorpusOptions = LINES,
     decoding: Decoding = changes.FORTY,
@@ -62,13 +88,14 @@ def validate(
     mode = options.check_chat(chat)
     check_change(change)
     lines = [tuple(sweep.read_prompts(path, reading)) for path in (prompts, positive, negative, unrelated)]
-    questions = None if tasks is None else read_task(tasks)
+    questions = None if extra.tasks is None else read_task(extra.tasks)
     texts = sweep.read_prompts(reference, reading) if reference is not None else []
     scope = options.open_asked(asked)
+    kept = None if extra.record is None else kept_in(extra.record, scope, change)
     target = text_target(scope, aim)
     interventions = interventions_of(scope, change)
     examples = Examples(*lines[1:])
-    removed = selectivity(scope, interventions, examples, seed=controls.seed) if removal else None
+    removed = selectivity(scope, interventions, examples, seed=controls.seed) if extra.removal else None
     with output.progress() as progress:
         verdict = run_validate(
             scope,
@@ -83,7 +110,25 @@ def validate(
             chat=mode,
             progress=progress,
         )
+    if kept is not None:
+        notes, place = kept
+        notes.verdict(*place, verdict.to_json())
     print_found(verdict, removed, as_json)
+
+
+def kept_in(folder: Path, scope: Scope, change: ChangeOptions) -> tuple[Notes, tuple[int, int]]:
+    """The record of a store that fits the SAE, and the feature that the verdict is about; asked before the work."""
+    from qwen_scope.features import Notes
+    from qwen_scope.sae import parse_feature
+    from qwen_scope.store import FeatureStore
+
+    if change.feature is None:
+        raise InputError("--record keeps the verdict on one feature; name it with --feature instead of --recipe")
+    place = parse_feature(change.feature)
+    store = FeatureStore(folder)
+    store.check_feature(*place)
+    store.require(place[0], scope.saes[place[0]])
+    return Notes(store), place
 
 
 def print_found(verdict: Verdict, removed: Selectivity | None, as_json: bool) -> None:

@@ -27,6 +27,7 @@ from qwen_scope.scope import DO_NOT_USE, Comparison, Scope, TokenFeatures, compa
 from qwen_scope.steer import Generation
 from qwen_scope.store import FeatureStore
 from qwen_scope.text import Chat, Corpus, Unreadable
+from qwen_scope.trust import Card, CardOptions, card
 
 from .components import Named
 from .discreet import discreet
@@ -295,6 +296,17 @@ class AppState:
         """The page with the features that fire on the same tokens, in its own layer and in the others."""
         with self.store_pool.lent(self.folder(store)) as opened:
             return with_neighbours(page, opened, self.scope, COMPANY)
+
+    def card(self, layer: int, feature: int, store: str) -> Card:
+        """How far to trust a feature, by what the store's record knows and what is cheap to measure.
+
+        Raises:
+            InputError, NotFoundError, MismatchError: as `feature_page`.
+        """
+        self.check_feature(layer, feature)
+        with self.store_pool.lent(self.folder(store)) as opened:
+            found = card(layer, feature, store=opened, scope=self.scope, options=CardOptions(n=COMPANY))
+        return replace(found, missing=tuple(map(self.discreet, found.missing)))
 
     def nearest(self, layer: int, feature: int, other: int) -> Neighbour | None:
         """The feature of another layer whose direction is nearest; in its own layer, itself."""

@@ -45,6 +45,7 @@ class FeatureTab:
         with gr.Row(equal_height=False):
             with gr.Column(scale=3, min_width=420):
                 self.title = panel(empty(START), elem_id="feature-title")
+                self.trust = panel(elem_id="feature-trust")
                 self.contexts = panel(elem_id="feature-contexts")
             with gr.Column(scale=2, min_width=320):
                 self.facts = panel(elem_id="feature-facts")
@@ -57,7 +58,7 @@ class FeatureTab:
                         self.author = gr.Textbox(label="Your name", max_lines=1, max_length=100, min_width=120)
                         self.write = gr.Button("Keep the note", size="sm", min_width=120, elem_id="feature-write")
         self.shown = [
-            self.title, self.contexts, self.facts, self.effects, self.near, self.note_box, self.notes,
+            self.title, self.trust, self.contexts, self.facts, self.effects, self.near, self.note_box, self.notes,
             self.layer, self.feature,
         ]  # fmt: skip
         fields = [self.layer, self.feature, self.store]
@@ -76,7 +77,8 @@ class FeatureTab:
         yield from self.show(one["layer"], one["feature"], store)
 
     def show(self, layer: Any, feature: Any, store: str) -> Iterator[dict[Any, Any]]:
-        """The page of one feature; what fires with it, which takes a look at the whole store, comes a moment later."""
+        """The page of one feature; what takes a look at the whole store comes a moment later: what fires with it, and
+        how far to trust it."""
         layer, feature = whole_number(layer, "layer"), whole_number(feature, "feature")
         name = None if store == NO_STORE else store
         page = self.state.feature_page(layer, feature, name, with_cofiring=False)
@@ -84,6 +86,7 @@ class FeatureTab:
         if name is not None:
             page = self.state.with_cofiring(page, name)
             yield {self.near: view.neighbours_panel(page, self.state.label)}
+            yield {self.trust: view.trust_panel(self.state.card(layer, feature, name))}
 
     def drawn(self, page: FeaturePage, name: str | None) -> dict[Any, Any]:
         """Every panel for a feature; `name` is that of the store."""
@@ -103,6 +106,7 @@ class FeatureTab:
             self.layer: page.layer,
             self.feature: page.feature,
             self.title: view.title_panel(page, f"?layer={page.layer}&feature={page.feature}"),
+            self.trust: "" if name is None else view.weighing_panel(),
             self.contexts: join(*contexts),
             self.facts: view.facts_panel(page) if page.summary is not None else "",
             self.effects: view.effects_panel(page) if page.promoted else "",

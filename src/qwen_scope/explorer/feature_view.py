@@ -8,6 +8,7 @@ from itertools import groupby
 from qwen_scope.features import FeaturePage, Label, Neighbour, TokenEffect, label_text, page_facts
 from qwen_scope.report import Markup, element, join, marks_note, visible
 from qwen_scope.store import Context
+from qwen_scope.trust import HELD, Card, card_tables
 
 from .components import bar, card, chip, heading, name_of, number
 from .explore_view import Label as LabelOf
@@ -34,6 +35,41 @@ def title_panel(page: FeaturePage, address: str) -> Markup:
         verdict or Markup(""),
         element("span", hidden=True, data_address=address),
     )
+
+
+def weighing_panel() -> Markup:
+    """What stands in the place of the card until it is there."""
+    return card(heading("How far to trust it"), element("p", "measuring …", class_="qs-note"))
+
+
+def trust_panel(found: Card) -> Markup:
+    """The card: the word, the rules behind it, what is known to be wrong, what was measured, and what was not."""
+    rules = [element("li", element("b", HELD[held]), " ", rule) for rule, held in found.trust.reasons]
+    wrong = [element("p", f"Known failure: {visible(one)}.") for one in found.failures]
+    measured = [measured_table(*one) for one in card_tables(found)]
+    missing = [element("li", visible(one)) for one in found.missing]
+    return card(
+        heading("How far to trust it"),
+        element("p", element("b", found.trust.word), class_="qs-lead", data_word=found.trust.word),
+        element("ul", *rules, class_="qs-rules"),
+        *wrong,
+        element("details", element("summary", "What was measured"), *measured) if measured else Markup(""),
+        element("details", element("summary", "What was not measured"), element("ul", *missing)),
+    )
+
+
+def measured_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str | int | float | None]]) -> Markup:
+    """One measurement; wide ones scroll by themselves."""
+    head = element("tr", *(element("th", column) for column in columns)) if any(columns) else Markup("")
+    body = [element("tr", *(element("td", cell(value)) for value in row)) for row in rows]
+    return element("div", heading(visible(title)), element("table", head, *body, class_="qs-table"), class_="qs-scroll")
+
+
+def cell(value: str | int | float | None) -> str:
+    """A figure or a word of a table."""
+    if value is None:
+        return "–"
+    return number(value) if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else visible(value)
 
 
 def label_of(label: Label | None) -> str:

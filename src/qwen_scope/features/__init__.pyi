@@ -48,6 +48,7 @@ from .judges import ModelJudge as ModelJudge
 from .judges import TokenJudge as TokenJudge
 from .judges import excerpt as excerpt
 from .judges import one_line as one_line
+from .judges import typical_tokens as typical_tokens
 from .label import Material as Material
 from .label import label_features as label_features
 from .label import material as material

@@ -23,15 +23,16 @@ CONCEPT_RATIO = 2
 def fire_alike(
     feature: int,
     rates: Float[np.ndarray, " d_sae"],
-    W_dec: Float[Tensor, "d_model d_sae"],
+    W_dec: Float[Tensor, "d_model d_sae"] | None,
     avoid: Collection[int] = (),
 ) -> list[int]:
     """The up to `NEAREST` other features whose firing rates are nearest to that of one, nearest first.
 
-    Left out are silent ones, those without a direction, and `avoid`.
+    Left out are silent ones, those without a direction where directions are given, and `avoid`.
     """
-    lengths = torch.linalg.vector_norm(W_dec.detach().float(), dim=0).cpu().numpy()
-    fitting = (np.asarray(rates) > 0) & (lengths > 0)
+    fitting = np.asarray(rates) > 0
+    if W_dec is not None:
+        fitting &= torch.linalg.vector_norm(W_dec.detach().float(), dim=0).cpu().numpy() > 0
     fitting[[feature, *avoid]] = False
     near = np.argsort(np.abs(rates - rates[feature]), kind="stable")
     return near[fitting[near]][:NEAREST].tolist()

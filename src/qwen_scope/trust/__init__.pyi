@@ -1,5 +1,4 @@
 from .card import Card as Card
-from .card import Other as Other
 from .card import card as card
 from .concept import Concept as Concept
 from .concept import ConceptFit as ConceptFit
@@ -8,9 +7,17 @@ from .fade import clarity as clarity
 from .fade import faithfulness as faithfulness
 from .fade import purity as purity
 from .fade import responsiveness as responsiveness
+from .gather import Control as Control
+from .gather import Other as Other
+from .halves import Halves as Halves
+from .halves import chance_jaccard as chance_jaccard
+from .halves import halves as halves
+from .html import HELD as HELD
 from .html import card_html as card_html
 from .html import card_tables as card_tables
 from .interp_card import interp_card as interp_card
+from .judged import Judged as Judged
+from .judged import judged as judged
 from .kin import Kin as Kin
 from .kin import kin as kin
 from .options import CardOptions as CardOptions

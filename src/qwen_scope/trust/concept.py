@@ -12,13 +12,15 @@ from jaxtyping import Float, Int64
 
 from qwen_scope.errors import InputError
 from qwen_scope.features import auroc_of
-from qwen_scope.stats import Interval, resample
+from qwen_scope.stats import Interval, auroc, resample
 from qwen_scope.store import FeatureStore
 
 from .fade import purity, responsiveness
 
 FEWEST = 8
 """Documents of either side that say anything."""
+OTHERS = 32
+"""Other values of the column that a concept is held against; of more, so many are drawn."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,8 @@ class ConceptFit:
     """How well a feature tells the documents of a concept from the others of a store.
 
     Attributes:
-        concept, other: `column=value` of the concept, and of another value of the column drawn at random: the control.
+        concept, other: `column=value` of the concept, and of that other value of the column which the feature tells
+            best: the control, for a wrong name is wrong where another one fits better.
         documents, others: how many have it, and have not.
         auroc: of the largest activation of each document.   auroc_of_other: the same for the other value, on the same
             documents; None where there is no other value on enough documents.
@@ -78,12 +81,7 @@ def concept_fit(store: FeatureStore, layer: int, feature: int, concept: Concept,
             f"{len(mine)} documents of {store.folder} have {concept} and {len(rest)} have not; {FEWEST} of each are the"
             " least"
         )
-    control = None
-    for value in np.random.default_rng((seed, layer, feature)).permutation(other_values(store, concept)).tolist():
-        there = documents_with(store, Concept(concept.column, value))
-        if min(there.sum(), (~there).sum()) >= FEWEST:
-            control = (f"{concept.column}={value}", resample(values[there], values[~there], auroc_of))
-            break
+    control = _best_other(store, concept, values, np.random.default_rng((seed, layer, feature)))
     return ConceptFit(
         str(concept), len(mine), len(rest), resample(mine, rest, auroc_of), responsiveness(mine, rest),
         purity(mine, rest), *(control or (None, None)),
@@ -105,12 +103,28 @@ def documents_with(store: FeatureStore, concept: Concept) -> np.ndarray:
     return out
 
 
-def other_values(store: FeatureStore, concept: Concept) -> list[str]:
-    """The other values of the concept's column, in order."""
-    metas = [json.loads(text) for text in store.sql("SELECT meta FROM documents")["meta"].to_pylist()]
-    found = {value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-             for meta in metas if (value := meta.get(concept.column)) is not None}  # fmt: skip
-    return sorted(found - {concept.value})
+def _best_other(
+    store: FeatureStore, concept: Concept, values: Float[np.ndarray, " documents"], rng: np.random.Generator
+) -> tuple[str, Interval] | None:
+    """The other value of the column that a feature's activations tell best, and how well; None where there is none."""
+    column = column_of(store, concept.column)
+    best = None
+    for value in rng.permutation(sorted({one for one in column if one not in (None, concept.value)}))[:OTHERS].tolist():
+        has = np.array([one == value for one in column])
+        if min(has.sum(), (~has).sum()) >= FEWEST:
+            found = float(auroc(values[has], values[~has]))
+            best = max(best or (found, value), (found, value))
+    if best is None:
+        return None
+    has = np.array([one == best[1] for one in column])
+    return f"{concept.column}={best[1]}", resample(values[has], values[~has], auroc_of)
+
+
+def column_of(store: FeatureStore, column: str) -> list[str | None]:
+    """What the metadata of each document say in a column, as it is typed behind `COLUMN=`; None where nothing."""
+    metas = [json.loads(text) for text in store.sql("SELECT meta FROM documents ORDER BY document")["meta"].to_pylist()]
+    found = [meta.get(column) for meta in metas]
+    return [one if one is None or isinstance(one, str) else json.dumps(one, ensure_ascii=False) for one in found]
 
 
 def token_ids_of(

@@ -16,6 +16,8 @@ class CardOptions:
         effect: measure whether adding the feature makes documents of the concept likelier than others: forward passes
             under it and its controls, minutes on a large model.
         texts: of either kind that the effect is measured on.
+        ask: ask the judge that scored the label for what takes one: another label on the same contexts, and FADE's
+            measures. A label of typical tokens is judged by a rule, which is asked in any case.
         again: measure anew what the store's record holds.
         seed: of what is drawn.
 
@@ -26,6 +28,7 @@ class CardOptions:
     n: int = 10
     effect: bool = False
     texts: int = 16
+    ask: bool = False
     again: bool = False
     seed: int = 0
 

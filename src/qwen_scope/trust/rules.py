@@ -24,16 +24,20 @@ class TrustRules:
     Attributes:
         documents: the fewest documents in which a feature has to fire before anything is said.
         dense: above this share of tokens a feature is called dense.
-        detection: the least balanced accuracy of a label, by its estimate, for `solid`.
-        auroc: the least AUROC of a concept, by the low end of its interval.
-        purity: the least purity (FADE) of a concept for `solid`.
-        found_again: the least share of the other dictionaries in which a feature has a partner, for `solid`.
+        detection, well_detected: the least balanced accuracy of a label, by its estimate, for a name that holds, and
+            for one that holds well.
+        auroc, well_told: the same for the AUROC of a concept, by the low end of its interval.
+        purity: the least purity (FADE) of a concept that holds well.
+        found_again: the least share of the other dictionaries of its layer in which a feature has a partner, for
+            `solid`.
     """
 
     documents: int = 10
     dense: float = 0.2
-    detection: float = 0.7
-    auroc: float = 0.85
+    detection: float = 0.6
+    well_detected: float = 0.7
+    auroc: float = 0.7
+    well_told: float = 0.85
     purity: float = 0.4
     found_again: float = 0.5
 
@@ -76,9 +80,9 @@ def trust(evidence: TrustEvidence, rules: TrustRules | None = None) -> Trust:
 
     `unknown`: it fires in too few documents, or it has no name: neither a label nor a concept.
     `shaky`: its name does not hold, or not better than another one; or it is not causal for what it is named after
-    (`no effect`, `entangled`); or no other dictionary has it.
-    `solid`: its name holds with room to spare, adding it moves what it is named after more than every control, it is
-    not dense, and at least half of the other dictionaries that were looked at have it.
+    (`no effect`, `entangled`); or no other dictionary of its layer has it.
+    `solid`: its name holds well, adding it moves what it is named after more than every control, it is not dense, and
+    at least half of the other dictionaries of its layer that were looked at have it.
     `usable`: what is left: its name holds, and something for `solid` is missing or was not measured.
     """
     r, e = rules or TrustRules(), evidence
@@ -86,18 +90,20 @@ def trust(evidence: TrustEvidence, rules: TrustRules | None = None) -> Trust:
     named = e.label is not None or e.concept is not None
     holds, well = _name(e, r)
     causal, harmless = _causal(e)
-    again = None if not e.siblings else sum(one.found for one in e.siblings) / len(e.siblings)
+    there = [one.found for one in e.siblings if one.comparable]
+    again = sum(there) / len(there) if there else None
     sparse = None if e.summary is None else e.summary.frequency <= r.dense
     reasons = (
         (f"it fires in at least {r.documents} documents", fires),
         ("it has a name: a label or a concept", named),
-        ("its name tells where it fires, better than chance and than another name", holds),
-        (f"and does so well: detection of at least {r.detection:g}, or AUROC of at least {r.auroc:g} (low end) with"
-         f" purity of at least {r.purity:g}", well),
+        (f"its name tells where it fires, better than another name: detection of at least {r.detection:g}, or AUROC of"
+         f" at least {r.auroc:g} (low end)", holds),
+        (f"and does so well: detection of at least {r.well_detected:g}, or AUROC of at least {r.well_told:g} (low end)"
+         f" with purity of at least {r.purity:g}", well),
         ("adding it moves what it is named after more than every control", causal),
         ("validate found neither that it does nothing nor that it harms unrelated text", harmless),
         (f"it fires on at most {r.dense:.0%} of the tokens", sparse),
-        (f"at least {r.found_again:.0%} of the other dictionaries have it", None if again is None else
+        (f"at least {r.found_again:.0%} of the other dictionaries of its layer have it", None if again is None else
          again >= r.found_again),
     )  # fmt: skip
     if not fires or not named:
@@ -118,12 +124,14 @@ def _name(e: TrustEvidence, r: TrustRules) -> tuple[bool | None, bool | None]:
     """
     if e.concept is not None:
         low, other = e.concept.auroc.low, e.concept.auroc_of_other
-        holds = low > 0.5 and (other is None or low > other.high)
-        return holds, holds and low >= r.auroc and e.concept.purity >= r.purity
+        holds = low >= r.auroc and (other is None or low > other.high)
+        return holds, holds and low >= r.well_told and e.concept.purity >= r.purity
     if e.label is None:
         return None, None
-    holds = not e.label.at_chance and (e.control is None or e.label.detection.low > e.control.detection.estimate)
-    return holds, holds and e.control is not None and e.label.detection.estimate >= r.detection
+    found = e.label.detection
+    holds = not e.label.at_chance and found.estimate >= r.detection
+    holds = holds and (e.control is None or found.low > e.control.detection.estimate)
+    return holds, holds and e.control is not None and found.estimate >= r.well_detected
 
 
 def _causal(e: TrustEvidence) -> tuple[bool | None, bool | None]:
