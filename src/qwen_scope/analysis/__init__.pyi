@@ -30,6 +30,13 @@ from .drift import distance_test as distance_test
 from .drift import drift_of as drift_of
 from .drift import paired_tests as paired_tests
 from .drift import rate_tests as rate_tests
+from .groups import Grouping as Grouping
+from .groups import best_grouping as best_grouping
+from .groups import clusters_of as clusters_of
+from .groups import dealt as dealt
+from .groups import directions as directions
+from .groups import grouping as grouping
+from .groups import weights as weights
 from .labelled import Answer as Answer
 from .labelled import counted_by as counted_by
 from .labelled import datasets_of as datasets_of

@@ -6,7 +6,7 @@ import csv
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, final
@@ -46,6 +46,7 @@ class Dataset:
         reduction: `any`, `last`, `mean` or `max`, as in `FeatureStore.firing`.
         scores: of a panel of models on the items, where there are any.
         texts: of the items, where they are known; only examples show them.
+        labels: what features are called, where they have a label.
 
     Raises:
         InputError: no item, an id that occurs twice, rows that do not fit or occur twice.
@@ -63,6 +64,7 @@ class Dataset:
     reduction: str = "max"
     scores: Scores | None = None
     texts: tuple[str, ...] | None = field(default=None, repr=False)
+    labels: Mapping[int, str] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         if not self.ids:
@@ -161,6 +163,7 @@ class Dataset:
             self.reduction,
             None if self.scores is None else Scores(self.scores.models, self.scores.values[chosen]),
             None if self.texts is None else tuple(self.texts[i] for i in chosen),
+            self.labels,
         )
 
     def counts(self) -> Int[np.ndarray, " width"]:

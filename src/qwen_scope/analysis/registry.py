@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from .coverage import subset_of
 from .drift import drift_of
+from .groups import clusters_of
 from .overlap import overlap_of
 from .redundancy import redundancy_of
 from .result import Result
@@ -20,7 +21,7 @@ class Analysis:
         run: takes the datasets, and keyword options that are `Annotated` with their help; returns a `Result`.
         reduction: how the tokens of an item are reduced, unless a user says otherwise.
         datasets: the least number.
-        texts: it shows documents, so their texts are read too.
+        texts: it shows documents, so their texts are read too, and the labels of features.
     """
 
     run: Callable[..., Result]
@@ -34,4 +35,5 @@ ANALYSES: dict[str, Analysis] = {
     "overlap": Analysis(overlap_of, datasets=2),
     "subset": Analysis(subset_of),
     "drift": Analysis(drift_of, reduction="max", datasets=2, texts=True),
+    "clusters": Analysis(clusters_of, reduction="mean", texts=True),
 }

@@ -6,6 +6,7 @@ import inspect
 import math
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, cast, get_args, get_origin, get_type_hints
 
@@ -20,18 +21,13 @@ if TYPE_CHECKING:
     from qwen_scope.analysis import Analysis, Dataset, Result
 
 REDUCTIONS = ("any", "last", "mean", "max")
+REDUCTION_HELP = "Tokens of an item to one value: any, last, mean or max."
 
 
 def shared(
     stores: Annotated[list[Path], typer.Argument(metavar="STORE...", help="Folders that extract has written.")],
     layer: Annotated[int | None, typer.Option("--layer", help="Which layer. Default: the only one.")] = None,
-    reduction: Annotated[
-        str | None,
-        typer.Option(
-            "--reduction",
-            help="Tokens of an item to one value: any, last, mean or max. Default: max for drift, else last.",
-        ),
-    ] = None,
+    reduction: Annotated[str | None, typer.Option("--reduction", help=REDUCTION_HELP)] = None,
     phase: options.Phase = None,
     names: Annotated[
         str | None, typer.Option("--names", help="What to call the stores, a,b,... Default: their folders.")
@@ -64,13 +60,15 @@ class Analyses(Group):
 
 
 app = App(
-    cls=Analyses, help="Whole datasets seen as features: redundancy, overlap, coverage, drift.", no_args_is_help=True
+    cls=Analyses,
+    help="Whole datasets seen as features: redundancy, overlap, coverage, drift, clusters.",
+    no_args_is_help=True,
 )
 
 
 @app.callback()
 def group() -> None:
-    """Whole datasets seen as features: redundancy, overlap, coverage, drift."""
+    """Whole datasets seen as features: redundancy, overlap, coverage, drift, clusters."""
 
 
 def command(name: str, analysis: Analysis) -> Callable[..., None]:
@@ -87,6 +85,8 @@ def command(name: str, analysis: Analysis) -> Callable[..., None]:
         analyze(name, analysis, chosen, **given)
 
     common = get_type_hints(shared, include_extras=True)
+    usual = "last" if analysis.reduction == "last" else f"{analysis.reduction} for {name}, else last"
+    common["reduction"] = Annotated[str | None, typer.Option("--reduction", help=f"{REDUCTION_HELP} Default: {usual}.")]
     parameters = [p.replace(annotation=common[p.name]) for p in inspect.signature(shared).parameters.values()]
     parameters = [*parameters[:-1], *own.values(), parameters[-1]]
     run.__signature__ = inspect.Signature(parameters)  # pyright: ignore[reportFunctionMemberAccess]
@@ -151,6 +151,7 @@ def open_dataset(
 ) -> Dataset:
     """One store as a dataset."""
     from qwen_scope.analysis import Dataset
+    from qwen_scope.features import Notes
     from qwen_scope.store import FeatureStore
 
     from .store import the_layer
@@ -158,7 +159,11 @@ def open_dataset(
     way = cast("Literal['any', 'last', 'mean', 'max']", reduction)
     with FeatureStore(folder) as opened:
         where = the_layer(opened, layer)
-        return Dataset.from_store(opened, where, way, name=name, scores=scores, texts=texts, phases=phases)
+        found = Dataset.from_store(opened, where, way, name=name, scores=scores, texts=texts, phases=phases)
+        if not texts:
+            return found
+        labels = {feature: one.shown for (at, feature), one in Notes(opened).labels().items() if at == where}
+        return replace(found, labels=labels)
 
 
 def show_result(title: str, result: Result, out: Path | None, as_json: bool) -> None:

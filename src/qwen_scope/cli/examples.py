@@ -91,6 +91,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     "analyze overlap": ("qwen-scope analyze overlap out/a out/b",),
     "analyze subset": ("qwen-scope analyze subset out/a",),
     "analyze drift": ("qwen-scope analyze drift out/a out/b",),
+    "analyze clusters": ("qwen-scope analyze clusters out/a --shuffles 5",),
     "train": (
         "qwen-scope train lab -o out/run --layers 4 --d-sae 512 --k 16 --tokens 100000 --batch 1024 --eval-tokens 8192",
     ),

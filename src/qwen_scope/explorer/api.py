@@ -154,7 +154,7 @@ class Api:
         return steering.swept(self.state, texts, chat, chosen, target, how, lambda *_: None).to_json()
 
     def analyze(self, analysis: str, stores: list[str], layer: int) -> dict[str, Any]:
-        """One analysis of stores the page was started with: overlap, redundancy, subset or drift."""
+        """One analysis of stores the page was started with: overlap, redundancy, subset, drift or clusters."""
         return analysed(self.state, stores, analysis, whole_number(layer, "layer")).data
 
 

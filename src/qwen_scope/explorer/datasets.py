@@ -30,6 +30,7 @@ NAMES = {
     "redundancy": "Coverage and redundancy",
     "drift": "Drift from the first to the second",
     "subset": "Smallest subset with the same features",
+    "clusters": "Groups of documents",
 }
 NO_STORES = (
     "Start the page with --store FOLDER, once for every folder that qwen-scope extract has written, to compare whole"
@@ -123,7 +124,7 @@ def analysed(
     for i, name in enumerate(stores):
         progress("reading", i / (len(stores) + 1), name)
         with state.store(name) as store:
-            texts = analysis == "drift"
+            texts = chosen.texts
             datasets.append(Dataset.from_store(store, layer, chosen.reduction, name=name, texts=texts))  # pyright: ignore[reportArgumentType]
     progress("comparing", len(stores) / (len(stores) + 1), NAMES.get(analysis, analysis))
     return chosen.run(datasets)
