@@ -47,7 +47,7 @@ class Bags:
             parts.append((torch.stack([row, acts.indices[fires].long()]), acts.values[fires]))
         where, values = (torch.cat(some, dim=-1) for some in zip(*parts, strict=True))
         values = values / self.lengths[where[0]]
-        return torch.sparse_coo_tensor(where, values, (len(self), sae.d_sae)).coalesce()
+        return torch.sparse_coo_tensor(where, values, (len(self), sae.d_sae), check_invariants=True).coalesce()
 
     def _text_of_token(self) -> Int64[Tensor, " tokens"]:
         return torch.repeat_interleave(torch.arange(len(self)), self.lengths)
