@@ -87,11 +87,11 @@ def _datasets(run: ScoreRun, data: LabelledData | None) -> list[str]:
 
 
 def _sets(run: ScoreRun, data: LabelledData | None) -> list[str]:
-    return data.sets if data and not run.datasets else []
+    return data.sets if data else []
 
 
 def _pairs(run: ScoreRun, data: LabelledData | None) -> list[str]:
-    return data.pairs if data and not run.datasets else []
+    return data.pairs if data else []
 
 
 def _first(one: Labelled, n: int) -> list[str]:
