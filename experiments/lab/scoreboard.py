@@ -4,7 +4,8 @@
 
 `lab` is the bundled SAE of layer 4 on the lab's text, labelled by its columns language and register. The others are
 trained by `experiments.lab.trainers` with their own defaults on residuals of layer 3, each peer in its environment
-(`tests/peers/run.sh PEER`). Controls of the same width and k are trained by our trainer. Settings were fixed before the
+(`tests/peers/run.sh PEER`). Controls of the same width and k are trained by our trainer; those beside `qwen-scope` are the
+peers' as well, of the same residuals. Settings were fixed before the
 figures that are reported; a star says where a control is not worse.
 """
 
@@ -48,6 +49,7 @@ def run(at: At[Sizes], sae: str) -> dict[str, Any]:
         ScoreRun(
             place, "lab", at.folder / f"score-{sae}", layers=(layer,), columns=("language", "register"),
             rows=sizes.rows, tokens=sizes.tokens, train_tokens=sizes.train_tokens, batch=sizes.batch,
+            controls=sae not in trainers.PEERS,
         )
     )  # fmt: skip
 
