@@ -4,9 +4,9 @@
 
 `lab` is the bundled SAE of layer 4 on the lab's text, labelled by its columns language and register. The others are
 trained by `experiments.lab.trainers` with their own defaults on residuals of layer 3, each peer in its environment
-(`tests/peers/run.sh PEER`). Controls of the same width and k are trained by our trainer; those beside `qwen-scope` are the
-peers' as well, of the same residuals. Settings were fixed before the
-figures that are reported; a star says where a control is not worse.
+(`tests/peers/run.sh PEER`). Controls of the same width and k are trained by our trainer; those beside `qwen-scope`
+are the peers' as well, of the same residuals. Settings were fixed before the figures that are reported; a star says
+where a control is not worse.
 """
 
 from __future__ import annotations
