@@ -9,9 +9,11 @@ import typer
 
 from qwen_scope.errors import InputError
 from qwen_scope.features import JudgeOptions, LabelOptions
+from qwen_scope.scope import ScopeOptions
 
 from . import options, output
 from .groups import OPTIONS, grouped
+from .show import scope_of
 from .store import the_layer
 
 if TYPE_CHECKING:
@@ -24,7 +26,7 @@ OPTIONS[LabelOptions] = {
     "seed": Annotated[int, typer.Option("--seed", help="Of the contexts.", **options.SEED)],
 }
 OPTIONS[JudgeOptions] = {
-    "summary": Annotated[bool, typer.Option("--summary", help="No model: list the typical tokens.")],
+    "summary": Annotated[bool, typer.Option("--summary", help="No model: name by rule what a feature fires on.")],
     "judge": Annotated[str | None, typer.Option("--judge", help="The model to ask. Default: OPENAI_MODEL.")],
     "max_requests": Annotated[int | None, typer.Option("--max-requests", help="Stop after this many requests.", min=1)],
     "max_tokens": Annotated[int | None, typer.Option("--max-tokens", help="Stop after this many tokens.", min=1)],
@@ -45,6 +47,10 @@ def label(
         str | None, typer.Option("--features", "--feature", "-f", help="Which: LAYER/FEATURE, as in 2/3,2/40-50.")
     ] = None,
     n: Annotated[int | None, typer.Option("-n", help="This many of the most frequent features.", min=1)] = None,
+    lens: Annotated[
+        Path | None,
+        typer.Option("--lens", help="A Jacobian lens of the store's model (lens fit): names say what comes next."),
+    ] = None,
     again: Annotated[bool, typer.Option("--again", help="Also features that have a label of this judge.")] = False,
     note: Annotated[str | None, typer.Option("--note", help="Write a note on one feature instead.")] = None,
     author: Annotated[str, typer.Option("--author", help="Of the note.")] = "",
@@ -58,9 +64,10 @@ def label(
     """Name features of a store and score the names on contexts they were not made from.
 
     The judge is any OpenAI-compatible endpoint: OPENAI_BASE_URL, OPENAI_MODEL and OPENAI_API_KEY. Without one, or with
-    --summary, the name is a list of typical tokens, marked as such. A run that was stopped goes on.
+    --summary, rules say what script, language, kind or place a feature fires on, which tokens, or that they can't. With
+    --lens names are made knowing what a feature makes likely next. A run that was stopped goes on.
     """
-    from qwen_scope.features import ModelJudge, Notes, judge_of, label_features
+    from qwen_scope.features import ModelJudge, Notes, judge_of, label_features, load_lens, words_by_lens
     from qwen_scope.files import check_output
     from qwen_scope.store import FeatureStore
 
@@ -79,8 +86,9 @@ def label(
     chosen = which(store, layer, features, n)
     output.hold(folder)
     asked = judge_of(store, judge)
+    promotes = None if lens is None else words_by_lens(scope_of(store, None, ScopeOptions()), load_lens(lens))
     with output.progress() as bar:
-        found = label_features(store, chosen, asked, how, again=again, progress=bar)
+        found = label_features(store, chosen, asked, how, again=again, promotes=promotes, progress=bar)
     print_labelled(found, len(chosen), as_json)
     if isinstance(asked, ModelJudge) and not as_json:
         spent = asked.endpoint.spent

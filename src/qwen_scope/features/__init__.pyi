@@ -49,10 +49,10 @@ from .judges import TokenJudge as TokenJudge
 from .judges import excerpt as excerpt
 from .judges import one_line as one_line
 from .judges import typical_tokens as typical_tokens
-from .label import Material as Material
 from .label import label_features as label_features
-from .label import material as material
 from .label import scored_label as scored_label
+from .label_control import random_detection as random_detection
+from .label_control import with_random as with_random
 from .label_options import JudgeOptions as JudgeOptions
 from .label_options import LabelOptions as LabelOptions
 from .languages import LanguageFeature as LanguageFeature
@@ -64,6 +64,7 @@ from .lens import fit_lens as fit_lens
 from .lens import lens_effects as lens_effects
 from .lens import load_lens as load_lens
 from .lens import save_lens as save_lens
+from .lens import words_by_lens as words_by_lens
 from .lens_options import LensOptions as LensOptions
 from .lens_options import PromoteOptions as PromoteOptions
 from .lens_search import LensLogit as LensLogit
@@ -73,6 +74,8 @@ from .match import Matching as Matching
 from .match import Partners as Partners
 from .match import match as match
 from .match_options import MatchOptions as MatchOptions
+from .material import Material as Material
+from .material import material as material
 from .neighbours import Neighbour as Neighbour
 from .neighbours import cofiring as cofiring
 from .neighbours import elsewhere as elsewhere
@@ -102,6 +105,7 @@ from .repeats import RepeatFeature as RepeatFeature
 from .repeats import repeat_features as repeat_features
 from .repeats import repeats_in_store as repeats_in_store
 from .repeats import repeats_in_texts as repeats_in_texts
+from .rule_judge import RuleJudge as RuleJudge
 from .runtimes import export_ablated as export_ablated
 from .runtimes import export_control_vector as export_control_vector
 from .scores import auroc_of as auroc_of

@@ -57,7 +57,7 @@ def label_text(label: Label | None) -> str:
     """A label with its scores, and who wrote it; of one at chance it says so."""
     if label is None:
         return "No label yet."
-    who = f"by {printable(label.source)}" if label.by_model else "typical tokens, no model wrote this"
+    who = f"by {printable(label.source)}" if label.by_model else "by rule, no model wrote this"
     scores = f"detection {label.detection}, fuzzing {label.fuzzing}"
     return f"{printable(label.shown)} ({who}; {scores}: balanced accuracy, judged by {printable(label.scorer)})"
 

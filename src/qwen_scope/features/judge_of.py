@@ -5,18 +5,19 @@ from __future__ import annotations
 from qwen_scope.store import FeatureStore
 
 from .endpoint import Endpoint
-from .judges import ModelJudge, TokenJudge
+from .judges import ModelJudge
 from .label_options import JudgeOptions
+from .rule_judge import RuleJudge
 
 
-def judge_of(store: FeatureStore, options: JudgeOptions) -> ModelJudge | TokenJudge:
-    """Who names features of a store: the model of the environment, or where it names none typical tokens.
+def judge_of(store: FeatureStore, options: JudgeOptions) -> ModelJudge | RuleJudge:
+    """Who names features of a store: the model of the environment, or where it names none the rules.
 
     Raises:
         InputError: an address or a number that can't be.
     """
     if options.summary:
-        return TokenJudge()
+        return RuleJudge()
     found = Endpoint.from_environment(
         model=options.judge,
         cache=options.cache or store.folder.with_name(store.folder.name + ".cache"),
@@ -24,7 +25,7 @@ def judge_of(store: FeatureStore, options: JudgeOptions) -> ModelJudge | TokenJu
         max_tokens=options.max_tokens,
         concurrency=options.concurrency,
     )
-    return TokenJudge() if found is None else ModelJudge(found)
+    return RuleJudge() if found is None else ModelJudge(found)
 
 
 def most_frequent(store: FeatureStore, layer: int, n: int) -> list[int]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 
 import numpy as np
 from jaxtyping import Shaped
@@ -11,74 +11,19 @@ from jaxtyping import Shaped
 from qwen_scope.errors import InputError
 from qwen_scope.report import Progress
 from qwen_scope.stats import Interval, resample
-from qwen_scope.store import Context, FeatureStore
+from qwen_scope.store import FeatureStore
 
 from .completion import BadAnswer
 from .endpoint import BudgetSpent
-from .judges import Judge
-from .label_options import FEWEST, LabelOptions
+from .judges import Informed, Judge
+from .label_options import LabelOptions
+from .material import Material, material
 from .notes import Label, Notes, make_label
 from .threads import Threads
-
-# A context has 32 tokens, as delphi's have.
-BEFORE, AFTER = 20, 11
 
 
 class Unanswered(InputError):
     """Too few questions were answered to give a name a score."""
-
-
-@dataclass(frozen=True)
-class Material:
-    """Contexts of one feature: to make a name from, and, from other documents, to test it with.
-
-    Attributes:
-        examples: where it fires.   firing: held out, where it fires.   silent: where it does not.
-        marked: the silent contexts with as many random tokens marked as fire in a firing one.
-    """
-
-    layer: int
-    feature: int
-    examples: tuple[Context, ...]
-    firing: tuple[Context, ...]
-    silent: tuple[Context, ...]
-    marked: tuple[frozenset[int], ...]
-
-
-def material(store: FeatureStore, layer: int, feature: int, options: LabelOptions | None = None) -> Material:
-    """Draw the contexts of a feature; no document is used both to make a name and to test it.
-
-    Raises:
-        InputError: it fires in too few documents, or in too many to find a place where it is silent.
-    """
-    o = options or LabelOptions()
-    wide = {"before": BEFORE, "after": AFTER}
-    top = store.contexts(layer, feature, o.examples // 2, per_document=True, **wide)  # pyright: ignore[reportArgumentType]
-    drawn = store.contexts(layer, feature, 6 * (o.examples + o.tests), how="quantiles", seed=o.seed, **wide)  # pyright: ignore[reportArgumentType]
-    rng = np.random.default_rng((o.seed, layer, feature))
-    documents = rng.permutation(sorted({context.document for context in drawn} - {context.document for context in top}))
-    # Half the documents beyond the strongest make the name, half test it; one context of each.
-    first = dict.fromkeys(documents)
-    for i in rng.permutation(len(drawn)):
-        if drawn[i].document in first and first[drawn[i].document] is None:
-            first[drawn[i].document] = drawn[i]
-    others = [context for context in first.values() if context is not None]
-    cut = min(o.examples - len(top), len(others) // 2)
-    firing = others[cut : cut + o.tests]
-    silent = store.silent(layer, feature, o.tests, seed=o.seed, **wide)
-    used = {context.document for context in (*top, *others[:cut])}
-    silent = [context for context in silent if context.document not in used] or silent
-    if min(len(firing), len(silent)) < FEWEST:
-        raise InputError(
-            f"layer {layer}, feature {feature} has {len(firing)} contexts left to test a name where it fires and"
-            f" {len(silent)} where it does not; {FEWEST} are the least"
-        )
-    counts = [sum(value > 0 for value in context.values) for context in firing]
-    marked = tuple(
-        frozenset(rng.choice(len(c.tokens), min(len(c.tokens), int(rng.choice(counts))), replace=False).tolist())
-        for c in silent
-    )
-    return Material(layer, feature, (*top, *others[:cut]), tuple(firing), tuple(silent), marked)
 
 
 def scored_label(given: Material, judge: Judge, name: str | None = None) -> Label:
@@ -95,7 +40,7 @@ def scored_label(given: Material, judge: Judge, name: str | None = None) -> Labe
     Raises:
         Unanswered: too few questions were answered to say anything.   BadAnswer: the judge gives no name.
     """
-    text = judge.explain(given.examples) if name is None else name
+    text = name or (judge.name(given) if isinstance(judge, Informed) else judge.explain(given.examples))
     where = [frozenset(i for i, value in enumerate(context.values) if value > 0) for context in given.firing]
     rng = np.random.default_rng((given.layer, given.feature))
     asked = [(context, True) for context in given.firing] + [(context, False) for context in given.silent]
@@ -123,7 +68,7 @@ def balanced(answers: Sequence[bool | None], truth: Sequence[bool]) -> Interval:
         raise Unanswered(
             f"the judge answered {len(right[0])} and {len(right[1])} questions of each kind; 2 are the least"
         )
-    return resample(right[0], right[1], _mean_of_means)
+    return resample(right[0], right[1], mean_of_means)
 
 
 def label_features(
@@ -133,6 +78,7 @@ def label_features(
     options: LabelOptions | None = None,
     *,
     again: bool = False,
+    promotes: Callable[[int, int], Sequence[str]] | None = None,
     progress: Progress | None = None,
 ) -> dict[tuple[int, int], Label | str]:
     """Label features and keep the labels with the store, each as soon as it is scored.
@@ -144,6 +90,8 @@ def label_features(
     Args:
         features: (layer, feature) each.
         again: label also those that have one.
+        promotes: by layer and feature, the tokens that it makes likely next, such as a lens reads them; a name may say
+            so.
         progress: called with the stage, its share done (0 to 1) and a short text.
 
     Returns:
@@ -165,7 +113,7 @@ def label_features(
         else:
             todo.append(place)
     bad: list[BadAnswer] = []
-    for place, found in _labelled(store, todo, judge, options or LabelOptions()):
+    for place, found in _labelled(store, todo, judge, options or LabelOptions(), promotes):
         if isinstance(found, Label):
             notes.add(make_label(*place, store.layer(place[0]).fingerprint, found))
         elif isinstance(found, BadAnswer):
@@ -179,7 +127,11 @@ def label_features(
 
 
 def _labelled(
-    store: FeatureStore, places: Sequence[tuple[int, int]], judge: Judge, options: LabelOptions
+    store: FeatureStore,
+    places: Sequence[tuple[int, int]],
+    judge: Judge,
+    options: LabelOptions,
+    promotes: Callable[[int, int], Sequence[str]] | None,
 ) -> Iterator[tuple[tuple[int, int], Label | BadAnswer | str]]:
     """Labels in order. The store is read here; only questions to the judge go to threads, some features at a time."""
 
@@ -199,7 +151,10 @@ def _labelled(
             waiting = []
             for place in some:
                 try:
-                    waiting.append((place, pool.submit(one, material(store, *place, options))))
+                    given = material(store, *place, options)
+                    if promotes is not None:
+                        given = replace(given, promotes=tuple(promotes(*place)))
+                    waiting.append((place, pool.submit(one, given)))
                 except InputError as error:
                     yield place, str(error)
             for place, task in waiting:
@@ -207,5 +162,6 @@ def _labelled(
                     yield place, found
 
 
-def _mean_of_means(a: Shaped[np.ndarray, ...], b: Shaped[np.ndarray, ...], axis: int = -1) -> np.ndarray:
+def mean_of_means(a: Shaped[np.ndarray, ...], b: Shaped[np.ndarray, ...], axis: int = -1) -> np.ndarray:
+    """Balanced accuracy: the mean of the shares of right answers of two classes."""
     return np.asarray((a.mean(axis) + b.mean(axis)) / 2)

@@ -35,7 +35,8 @@ class JudgeOptions:
     """Who names features and tests the names, within what limits.
 
     Attributes:
-        summary: ask no model: a name is a list of typical tokens. So it is, too, where the environment names none.
+        summary: ask no model: a name says by rule which script, language, kind or list of tokens a feature fires on.
+            So it is, too, where the environment names no model.
         judge: the model to ask; None takes OPENAI_MODEL.
         max_requests, max_tokens: the budget; None for no limit.
         concurrency: requests at a time.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,9 @@ from qwen_scope.scope import Scope
 
 from .effects import TokenEffect, token_text, vocabulary
 from .lens_options import LensOptions
+
+CLEARLY = 0.95
+"""Of random directions, how many have to stand out less than a feature whose reading becomes words of a label."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -271,6 +274,24 @@ def lens_effects(
 
     beaten = float((peaks[1:] < peaks[0]).double().mean())
     return LensReading(told(ranked[:n]), told(ranked.flip(0)[:n]), float(peaks[0]), tuple(peaks[1:].tolist()), beaten)
+
+
+def words_by_lens(scope: Scope, lens: Lens, n: int = 3) -> Callable[[int, int], tuple[str, ...]]:
+    """By layer and feature the `n` tokens that the lens disposes the model to say; none where it has no such layer, or
+    reads the feature no clearer than it reads random directions.
+
+    Raises:
+        InputError: a lens of another model.
+    """
+    lens.check(scope)
+
+    def words(layer: int, feature: int) -> tuple[str, ...]:
+        if layer not in lens.layers:
+            return ()
+        reading = lens_effects(scope, lens, layer, feature, n)
+        return tuple(one.text for one in reading.promoted) if reading.beaten >= CLEARLY else ()
+
+    return words
 
 
 def _layers(scope: Scope, options: LensOptions) -> list[int]:

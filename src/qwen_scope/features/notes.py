@@ -34,6 +34,7 @@ from qwen_scope.store import FeatureStore
 FILE = "notes.jsonl"
 CHANCE = 0.5  # the balanced accuracy of guessing
 SETTLED = 2_000_000_000  # nanoseconds; a file written just now may change again and keep its time and size
+SCORES = ("detection", "fuzzing", "random")
 KINDS = ("label", "note", "verdict", "measure")
 ON = "on"
 """Under which key a measurement says on which model's documents it was made."""
@@ -47,8 +48,9 @@ class Label:
         text: the name.
         detection: balanced accuracy of telling from the name in which contexts the feature fires.
         fuzzing: the same of telling whether the right tokens are marked.
-        source: the model that wrote it, or `summary` for the list of typical tokens that no model wrote.
-        scorer: who judged: a model, or `tokens` for the rule that looks for the typical tokens.
+        source: the model that wrote it, or `summary` where no model did, but rules or a list of typical tokens.
+        random: the detection of labels of other features on the same contexts, where it was measured: the control.
+        scorer: who judged: a model, `rules`, or `tokens` for the rule that looks for the typical tokens.
     """
 
     text: str
@@ -56,6 +58,7 @@ class Label:
     fuzzing: Interval
     source: str
     scorer: str
+    random: Interval | None = None
 
     @property
     def by_model(self) -> bool:
@@ -64,8 +67,9 @@ class Label:
 
     @property
     def at_chance(self) -> bool:
-        """Whether the interval of its detection reaches chance: then nothing says that the name fits the feature."""
-        return self.detection.low <= CHANCE
+        """Whether the interval of its detection reaches chance, or that of labels of other features: then nothing says
+        that the name fits the feature."""
+        return self.detection.low <= (CHANCE if self.random is None else max(CHANCE, self.random.high))
 
     @property
     def shown(self) -> str:
@@ -106,7 +110,7 @@ class Note:
     @property
     def label(self) -> Label:
         """The label of an entry of that kind."""
-        parts = {name: Interval(**self.body[name]) for name in ("detection", "fuzzing")}
+        parts = {name: Interval(**self.body[name]) for name in SCORES if name in self.body}
         return Label(**{**self.body, **parts})
 
     def to_json(self) -> dict[str, Any]:
@@ -134,7 +138,8 @@ class Note:
 
 def make_label(layer: int, feature: int, fingerprint: str, label: Label, author: str = "") -> Note:
     """A label as an entry."""
-    return Note("label", layer, feature, fingerprint, asdict(label), author or label.source)
+    body = {name: value for name, value in asdict(label).items() if name != "random" or value is not None}
+    return Note("label", layer, feature, fingerprint, body, author or label.source)
 
 
 @final
@@ -365,10 +370,11 @@ def _check_body(kind: str, body: Mapping[str, Any]) -> None:
     if kind in ("verdict", "measure"):
         Fields(body, f"a {kind}").text("outcome" if kind == "verdict" else "name")
         return
-    one = Fields(body, f"a {kind}", [f.name for f in fields(Label)] if kind == "label" else ["text"])
-    for name in set(body) - {"detection", "fuzzing"}:
+    wanted = [f.name for f in fields(Label) if f.name != "random"] if kind == "label" else ["text"]
+    one = Fields(body, f"a {kind}", wanted, ["random"] if kind == "label" else [])
+    for name in set(body) - set(SCORES):
         one.text(name)
-    for name in set(body) & {"detection", "fuzzing"}:
+    for name in set(body) & set(SCORES):
         score = Fields(body[name], f"{name} of a label", [f.name for f in fields(Interval)])
         for end in ("estimate", "low", "high", "level"):
             score.number(end, 0, 1)
