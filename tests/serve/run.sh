@@ -2,7 +2,7 @@
 # Serving in stock vLLM on the CPU. `run.sh`: every line in small; `run.sh FILE...`: some files of tests/serve/engine;
 # `run.sh matrix --family hybrid --runner v2`: one cell of the full matrix; `run.sh many users 1000 fuzz 1000 memory
 # 2000`: many requests over HTTP; `QWEN_SCOPE_TALKS=200 run.sh test_prefix_cache.py`: as many conversations.
-# vLLM lives in an environment of its own, made on the first run; each file and cell runs in a process of its own.
+# vLLM lives in an environment of its own, made on the first run; each file that is named runs in a process of its own.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 venv=".venv-serve"
@@ -60,11 +60,18 @@ matrix | many)
   ;;
 esac
 failed=0
-for one in ${@:-test_*.py}; do
+if [ $# = 0 ]; then # model runner V2 and servers in processes of their own; engines of V1 one after the other in one
+  set -- "test_http.py test_watch_http.py test_selftest.py" test_runner_v2.py \
+    "test_runner_v1.py test_prefix_cache.py test_watch.py test_extract.py test_guide.py test_command.py"
+  all=1
+fi
+for some in "$@"; do
   # vLLM's warnings are not ours to mend.
-  "$bin/python" -m pytest -c /dev/null --rootdir . --confcutdir . -p no:cacheprovider -q "$(basename "$one")" || failed=1
+  # shellcheck disable=SC2086 # the names of files are arguments
+  "$bin/python" -m pytest -c /dev/null --rootdir . --confcutdir . -p no:cacheprovider -q --durations=8 ${some//*\//} ||
+    failed=1
 done
-if [ $# = 0 ]; then
+if [ "${all:-}" = 1 ]; then
   for cell in "--family hybrid" "--family moe --mode inductor" "--mode piecewise" "--tp 2"; do
     # shellcheck disable=SC2086 # the words of a cell are arguments
     "$bin/python" -W ignore matrix.py $cell --every 12 || failed=1

@@ -295,3 +295,23 @@ def test_names_of_clients_do_not_grow_the_metrics_without_end(state: WorkerState
     rows = state.watching.counted()["tokens"]
     assert [row[0] for row in rows] == ["w0", "w1", "w2", "other"]
     assert rows[-1][3] == 9
+
+
+def test_alarms_of_a_client_that_has_gone_are_not_kept(state: WorkerState) -> None:
+    """Its request may go on for a step or more; those of an ended request are forgotten as well."""
+    gone, stays = (Answers(random.Random(0), number, [], None) for number in (0, 1))
+    for one in (gone, stays):
+        first = state.saes[4].encode(one.h[4][:4]).indices[:, 0].unique().tolist()
+        watch = Watch("w", tuple((4, feature, 0.0) for feature in first), Where.parse("all"), times=3)
+        one.ask = replace(one.ask, watch=(watch,))
+    wanted = {one.name: state.wanted(one.ask.to_text()) for one in (gone, stays)}
+    for _ in range(2):
+        advance(state, [gone, stays], [2, 2], wanted)
+        for one in (gone, stays):
+            one.at += 2
+        state.drop(gone.ask.ticket)
+    assert state.watching.take(gone.ask.ticket) == {}
+    assert [alarm["position"] for alarm in state.watching.take(stays.ask.ticket)[stays.name]] == [2]
+    assert state.watching.progress(gone.name).next == 4
+    state.watching.forget(gone.name)
+    assert state.watching.progress(gone.name).next == 0

@@ -19,6 +19,7 @@ from .bounds import most_added
 from .compiled import Compiled
 from .library import Library
 from .protocol import Ask, PromptKinds, Read, canonical
+from .readout import MOST_BYTES, NUMBER, ROW
 from .settings import ServeSettings
 from .watch import Watch, check_fits, read_watches
 
@@ -117,12 +118,13 @@ class Admission:
         self._lock = threading.Lock()
         self.fit(Ask(watch=self.watches))
 
-    def admit(self, ask: Ask, prompt: int, new: int) -> Ask:
+    def admit(self, ask: Ask, prompt: int, new: int, answers: int = 1) -> Ask:
         """The ask as workers take it: interventions listed, in raw units, in canonical order; the recipe's name gone.
 
         Args:
             prompt: tokens of the prompt.
             new: the most tokens that will be generated.
+            answers: to this prompt.
 
         Raises:
             InputError, NotFoundError, MismatchError, FormatError: what cannot be served, in one sentence.
@@ -130,6 +132,8 @@ class Admission:
         label = ask.recipe or ask.label or ("own" if ask.interventions else "none")
         admitted = self.fit(ask)
         self._check_tokens(admitted, prompt, new)
+        if admitted.read is not None:
+            _check_room(admitted.read, prompt, new, answers)
         told = ask.phases is not None and self.facts.follows and len(ask.phases.tokens) == prompt
         phases = ask.phases if admitted.by_phase or (admitted.watch and told) else None  # of watches, metrics tell them
         return replace(admitted, phases=phases, label=label if admitted.watch else "")
@@ -269,6 +273,19 @@ class Admission:
                     f"up to {largest:.3g} is added to a number of the residual at layer {layer}; this server, whose"
                     f" model is in {str(self.facts.dtype).removeprefix('torch.')}, adds at most {bound:.3g}"
                 )
+
+
+def _check_room(read: Read, prompt: int, new: int, answers: int) -> None:
+    """Refuse a read of more than workers keep: its first tokens would be gone when it is fetched."""
+    where = read.where
+    tokens = prompt * bool(where.prompt or where.prompt_phases) + new * bool(where.generated or where.generated_phases)
+    tokens = answers * min(tokens + sum(last - first + 1 for first, last in where.spans), prompt + new)
+    row = sum(ROW + NUMBER * (read.top or len(read.named_at(layer))) for layer in read.layers)
+    if tokens * row > MOST_BYTES:
+        raise InputError(
+            f"activations of up to {tokens:,} tokens at {len(read.layers)} layers take {tokens * row >> 20:,} MiB, of"
+            f" which this server keeps {MOST_BYTES >> 20}; read fewer tokens, layers or features, or give max_tokens"
+        )
 
 
 def write_stats(stats: Mapping[int, LayerStats]) -> str:

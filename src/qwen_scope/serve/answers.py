@@ -10,6 +10,7 @@ from typing import Any
 from qwen_scope.errors import FormatError
 
 from .protocol import FIELD, canonical
+from .readout import LOST
 
 DONE = re.compile(rb"^data: \[DONE\]", re.MULTILINE)
 """The end of a stream: at the beginning of a line, as a text that holds these characters has them within one."""
@@ -32,14 +33,16 @@ def choice_of(request: str, n: int) -> int:
     raise FormatError(f"vLLM names a request {request[:80]!r}, which tells no choice")
 
 
-def activations(read: Sequence[Mapping[str, Any] | None], n: int) -> list[dict[str, Any]]:
-    """Of every choice its layers, from what each worker gave: ranks of a pipeline hold different layers, those of
-    tensor parallelism the same."""
+def activations(read: Sequence[Mapping[str, Any] | None], n: int) -> dict[str, Any]:
+    """`activations`: of every choice its layers, from what each worker gave; ranks of a pipeline hold different layers,
+    those of tensor parallelism the same. Where a worker had to let them go, none of them, and `LOST`: why."""
     found: dict[int, dict[str, Any]] = {}
     for rank in read:
+        if LOST in (rank or {}):
+            return {"activations": [], **(rank or {})}
         for request, layers in (rank or {}).items():
             found.setdefault(choice_of(request, n), {}).update(layers)
-    return [{"choice": choice, "layers": found[choice]} for choice in sorted(found)]
+    return {"activations": [{"choice": choice, "layers": found[choice]} for choice in sorted(found)]}
 
 
 def alarms(raised: Sequence[Mapping[str, Any] | None], n: int) -> list[dict[str, Any]]:

@@ -37,6 +37,7 @@ _ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_PLUGINS": NAME,
 }
+_SEVERAL = ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size")
 REQUESTS = 256
 NO_CONTEXT = 2**15
 """Tokens of the longest row for a model that states no context."""
@@ -81,13 +82,19 @@ class VllmEngine:
 
         Raises:
             NotFoundError: vLLM is not installed.
-            InputError: a model that vLLM would load with other weights.
+            InputError: a model that vLLM would load with other weights, or more than one worker.
         """
         need("the vLLM engine", "vllm")
         if loaded.name.endswith(".gguf") or getattr(loaded.model.config, "quantization_config", None) is not None:
             raise InputError(f"the vLLM engine reads unquantised checkpoints, not {loaded.name}; use --engine model")
         if os.path.isfile(os.path.join(loaded.name, "adapter_config.json")):
             raise InputError(f"the vLLM engine reads whole models, and {loaded.name} is an adapter; merge and save it")
+        if several := [name for name in _SEVERAL if options.get(name, 1) != 1]:
+            raise InputError(
+                f"the vLLM engine of extract has one worker, in this process, and {several[0]} asks for"
+                f" {options[several[0]]}: from workers in other processes whole residuals would have to travel here;"
+                " leave it out, or use --engine model"
+            )
         context, text = context_length(loaded.model) or NO_CONTEXT, loaded.model.config.get_text_config(decoder=True)
         longest = context if row_tokens is None else min(context, row_tokens + len(start_ids(loaded.tokenizer)))
         if not torch.cuda.is_available():  # left alone, vLLM takes nearly all of a machine's memory

@@ -24,7 +24,7 @@ MOST_BYTES = 8 * 10**6
 """Of the body of a request that carries the field."""
 
 DRAIN = 1.0
-"""Seconds until a request that a client has left is gone from the workers, and its activations can be dropped."""
+"""Seconds until a request that a client has left is gone from most engines; what comes later is dropped as well."""
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -127,7 +127,7 @@ async def _taken(engine: Any, ask: Ask, n: int) -> dict[str, Any]:
     found: dict[str, Any] = {}
     if ask.read is not None:
         read = await engine.collective_rpc("qwen_scope_take", args=(ask.ticket,))
-        found["activations"] = answers.activations(read, n)
+        found |= answers.activations(read, n)
     if ask.watch:
         raised = await engine.collective_rpc("qwen_scope_alarms", args=(ask.ticket,))
         found["alarms"] = answers.alarms(raised, n)
@@ -136,8 +136,7 @@ async def _taken(engine: Any, ask: Ask, n: int) -> dict[str, Any]:
 
 async def _drop(engine: Any, ticket: str) -> None:
     await asyncio.sleep(DRAIN)
-    for name in ("qwen_scope_take", "qwen_scope_alarms"):
-        await engine.collective_rpc(name, args=(ticket,))
+    await engine.collective_rpc("qwen_scope_drop", args=(ticket,))
 
 
 def _may_hold(body: bytes) -> bool:

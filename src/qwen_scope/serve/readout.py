@@ -18,8 +18,17 @@ from .bounds import readable
 from .protocol import Read
 
 MOST_TICKETS = 4096
-MOST_NUMBERS = 64 * 10**6
-"""Activations that are kept; the oldest tickets go first, so a client that left costs nothing for long."""
+MOST_BYTES = 2**29
+"""Of activations that are kept, about; the oldest tickets go first, and are told so when they are fetched."""
+
+ROW, NUMBER = 400, 8
+"""Bytes of a token's activations at one layer, about, and of each of them."""
+
+LOST = "lost"
+"""In place of requests, where a ticket's activations had to go."""
+
+Row = tuple[np.ndarray, np.ndarray]
+"""Features and values of one token at one layer."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,8 +54,9 @@ class Readouts:
     """By ticket, request and layer: position to features and values."""
 
     def __init__(self) -> None:
-        self._kept: OrderedDict[str, dict[str, dict[int, dict[int, tuple[list[int], list[float]]]]]] = OrderedDict()
+        self._kept: OrderedDict[str, dict[str, dict[int, dict[int, Row]]]] = OrderedDict()
         self._sizes: dict[str, int] = {}
+        self._closed: OrderedDict[str, str] = OrderedDict()  # nothing more is kept for these; why, if it was fetched
 
     @property
     def held(self) -> int:
@@ -55,6 +65,7 @@ class Readouts:
 
     def keep(self, pending: Sequence[Pending], taps: Mapping[int, Tensor], saes: SAEsByLayer) -> None:
         """Encode the rows that were asked for, each layer at once."""
+        pending = [one for one in pending if one.ticket not in self._closed]
         for layer, buffer in taps.items():
             tops = [one for one in pending if layer in one.read.layers and one.read.top is not None]
             named = [one for one in pending if layer in one.read.layers and one.read.top is None]
@@ -62,25 +73,41 @@ class Readouts:
                 self._keep_tops(layer, tops, buffer, saes[layer])
             if named:
                 self._keep_named(layer, named, buffer, saes[layer])
-        while len(self._kept) > MOST_TICKETS or sum(self._sizes.values()) > MOST_NUMBERS:
-            oldest, _ = self._kept.popitem(last=False)
-            del self._sizes[oldest]
+        while len(self._kept) > MOST_TICKETS or sum(self._sizes.values()) > MOST_BYTES:
+            oldest = next(iter(self._kept))
+            self._close(oldest, f"activations of other requests took the room: {MOST_BYTES >> 20} MiB are kept in all")
 
     def take(self, ticket: str) -> dict[str, Any]:
-        """Requests by name, of each its layers, of each the positions in order with features and values."""
+        """Requests by name, of each its layers, of each the positions in order with features and values.
+
+        Where they had to go, `LOST` and why.
+        """
+        if why := self._closed.pop(ticket, None):
+            return {LOST: why}
         self._sizes.pop(ticket, None)
         found = self._kept.pop(ticket, {})
         return {
             name: {
                 str(layer): {
                     "positions": sorted(rows),
-                    "features": [rows[position][0] for position in sorted(rows)],
-                    "values": [rows[position][1] for position in sorted(rows)],
+                    "features": [rows[position][0].tolist() for position in sorted(rows)],
+                    "values": [rows[position][1].tolist() for position in sorted(rows)],
                 }
                 for layer, rows in layers.items()
             }
             for name, layers in found.items()
         }
+
+    def drop(self, ticket: str) -> None:
+        """Nobody will fetch it, whatever is still read for it."""
+        self._close(ticket, "its client had gone")
+
+    def _close(self, ticket: str, why: str) -> None:
+        self._kept.pop(ticket, None)
+        self._sizes.pop(ticket, None)
+        self._closed[ticket] = why
+        while len(self._closed) > MOST_TICKETS:
+            self._closed.popitem(last=False)
 
     def _keep_tops(self, layer: int, pending: Sequence[Pending], buffer: Tensor, sae: SAE) -> None:
         h, fine = _gathered(pending, buffer)
@@ -93,8 +120,8 @@ class Readouts:
             into = self._rows(one, layer)
             for j, position in enumerate(one.positions.tolist(), start):
                 on = np.flatnonzero(values[j, : one.read.top] > 0)
-                into[position] = features[j, on].tolist(), values[j, on].tolist()
-                self._sizes[one.ticket] += len(on) + 1
+                into[position] = features[j, on], values[j, on]
+                self._sizes[one.ticket] += ROW + NUMBER * len(on)
             start += len(one.positions)
 
     def _keep_named(self, layer: int, pending: Sequence[Pending], buffer: Tensor, sae: SAE) -> None:
@@ -104,15 +131,15 @@ class Readouts:
         values = (found * fine[:, None].to(found.device)).cpu().numpy()
         start = 0
         for one in pending:
-            mine = one.read.named_at(layer)
+            mine = np.array(one.read.named_at(layer))
             columns = np.searchsorted(wanted, mine)
             into = self._rows(one, layer)
             for j, position in enumerate(one.positions.tolist(), start):
-                into[position] = mine, values[j, columns].tolist()
-                self._sizes[one.ticket] += len(mine) + 1
+                into[position] = mine, values[j, columns]
+                self._sizes[one.ticket] += ROW + NUMBER * len(mine)
             start += len(one.positions)
 
-    def _rows(self, one: Pending, layer: int) -> dict[int, tuple[list[int], list[float]]]:
+    def _rows(self, one: Pending, layer: int) -> dict[int, Row]:
         self._sizes.setdefault(one.ticket, 0)
         return self._kept.setdefault(one.ticket, {}).setdefault(one.name, {}).setdefault(layer, {})
 

@@ -93,7 +93,7 @@ def _admit(config: Any, request: Any, resumable: bool) -> None:
         if resumable or request.prompt_token_ids is None:
             raise InputError("a session that is fed in pieces, or a prompt of embeddings, can't be steered or read")
         prompt = len(request.prompt_token_ids)
-        admitted = admission_of(config).admit(ask, prompt, params.max_tokens)
+        admitted = admission_of(config).admit(ask, prompt, params.max_tokens, params.n)
         if stop := [watch for watch in admitted.watch if watch.then == "stop"]:
             admitted = replace(admitted, end=end_of(params, stop[0].name))
         extra[FIELD] = admitted.to_text()

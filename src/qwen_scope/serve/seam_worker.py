@@ -72,6 +72,7 @@ def _begin_v1(runner: Any, state: WorkerState, counts: np.ndarray) -> None:
     batch, known = runner.input_batch, runner.__dict__.setdefault("_qwen_scope_wanted", {})
     for gone in known.keys() - runner.requests.keys():  # an empty step may have told of their end
         state.forget(known.pop(gone))
+        state.watching.forget(gone)
     count = batch.num_reqs
     names = batch.req_ids[:count]
     for name in names:
@@ -156,6 +157,12 @@ class WorkerExtension:
         """What watches raised under a ticket."""
         state = state_of(self.model_runner.get_model())  # pyright: ignore[reportAttributeAccessIssue]
         return None if state is None else state.watching.take(ticket)
+
+    def qwen_scope_drop(self, ticket: str) -> None:
+        """Nobody will fetch what is read, or raised, under a ticket."""
+        state = state_of(self.model_runner.get_model())  # pyright: ignore[reportAttributeAccessIssue]
+        if state is not None:
+            state.drop(ticket)
 
     def qwen_scope_state(self) -> WorkerState | None:
         """The state itself, for an engine in the same process; it does not travel to another."""

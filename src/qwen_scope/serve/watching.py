@@ -24,8 +24,9 @@ from .protocol import Ask
 from .rows import Phases, Step, places
 from .watch import Watch
 
-MOST_REQUESTS = 2**16
-"""Of requests whose progress is remembered; those that are computed now were all used a step ago."""
+MOST_REQUESTS = 2**13
+"""Of requests whose progress is remembered. Model runner V2 tells of a preemption and of an end in the same way; those
+that are computed now were all used a step ago, and the preempted ones shortly before."""
 
 MOST_SERIES = 1000
 """Of different watches, recipes and phases that are counted apart; names come from clients."""
@@ -103,7 +104,7 @@ class Watching:
         self._looks: list[_Look] = []
         self._stops: list[tuple[int, int]] = []
         self._progress: OrderedDict[str, Progress] = OrderedDict()
-        self._kept: OrderedDict[str, dict[str, list[dict[str, Any]]]] = OrderedDict()
+        self._kept: OrderedDict[str, dict[str, list[dict[str, Any]]] | None] = OrderedDict()  # None: nobody fetches it
         self._tokens: dict[tuple[str, str, str], list[int]] = {}
         self._alarms: dict[tuple[str, str, str, str], int] = {}
 
@@ -166,7 +167,16 @@ class Watching:
 
     def take(self, ticket: str) -> dict[str, list[dict[str, Any]]]:
         """Alarms under a ticket, by request; handed out once."""
-        return self._kept.pop(ticket, {})
+        return self._kept.pop(ticket, None) or {}
+
+    def drop(self, ticket: str) -> None:
+        """Nobody will fetch its alarms, whatever is still raised."""
+        self._kept[ticket] = None
+        self._bound()
+
+    def forget(self, name: str) -> None:
+        """The request has ended."""
+        self._progress.pop(name, None)
 
     def counted(self) -> dict[str, list[list[Any]]]:
         """All that was counted: `[watch, recipe, phase, tokens, firings]`, `[watch, recipe, phase, then, alarms]`."""
@@ -227,7 +237,12 @@ class Watching:
         if watch.then == "count" or not look.ask.ticket:
             return
         alarm = {"watch": watch.name, "position": position, "then": watch.then, "because": because}
-        self._kept.setdefault(look.ask.ticket, {}).setdefault(look.name, []).append(alarm)
+        kept = self._kept.setdefault(look.ask.ticket, {})
+        if kept is not None:
+            kept.setdefault(look.name, []).append(alarm)
+            self._bound()
+
+    def _bound(self) -> None:
         while len(self._kept) > MOST_ALARMS:
             self._kept.popitem(last=False)
 

@@ -257,6 +257,12 @@ class WorkerState:
         self.end()
         return self.readouts.take(ticket)
 
+    def drop(self, ticket: str) -> None:
+        """Nobody will fetch what is read, or raised, under a ticket; the request may still be running."""
+        self.end()
+        self.readouts.drop(ticket)
+        self.watching.drop(ticket)
+
     def set_features(self, hidden: Tensor, residual: Tensor, layer: int) -> Tensor:
         """The residual after this step's changes at a layer; rows that nothing changes keep their bits."""
         new = residual.clone()

@@ -1,7 +1,7 @@
 """The cases of the tests of serving and the toolkit's own answers to them, written once as a file.
 
-`python tests/serve/engine/cases.py FILE [FAMILY FOLDER EVERY]`: every operation at every kind of place, over prompts of
-the lab; of the bundled model, or one in so many of a sibling of random weights that is built in a folder.
+`python tests/serve/engine/cases.py FILE`: every operation at every kind of place, over prompts of the lab. `write` also
+makes those of a sibling of random weights.
 """
 
 from __future__ import annotations
@@ -186,8 +186,12 @@ def sibling(family: str, folder: Path) -> Scope:
     return load_scope(str(folder / "model"), sae=str(folder / "sae"))
 
 
-if __name__ == "__main__":
+def write(file: Path, family: str = "lab", folder: Path | None = None, every: int = 1) -> None:
+    """The file that `read` reads: of the bundled model, or of a sibling that is built in a folder."""
     torch.set_num_threads(1)
-    file, *more = sys.argv[1:]
-    made = make(sibling(more[0], Path(more[1])), int(more[2])) if more else make(load_scope("lab"))
-    Path(file).write_text(json.dumps(made))
+    scope = load_scope("lab") if folder is None else sibling(family, folder)
+    file.write_text(json.dumps(make(scope, every)))
+
+
+if __name__ == "__main__":
+    write(Path(sys.argv[1]))

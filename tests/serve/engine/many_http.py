@@ -3,10 +3,11 @@
     tests/serve/run.sh many users 1000 fuzz 1000 memory 2000
 
 One server of the lab is asked for each pair in turn: two users with different recipes and so many requests each, and a
-quarter as many without; so many hostile requests; so many requests of every kind after a quarter of them as a warm-up.
-Each prints one line of JSON; the exit code is 1 if a rule is broken. The rules: no answer has other tokens than the
-toolkit's, or a log-probability further than `NEAR` from that of the same request asked alone; the server's processes
-hold at most `GROWTH` more memory of their own after the requests than after the warm-up, which has used all the cache.
+quarter as many without; so many hostile requests; so many requests of every kind after a quarter of them as a warm-up,
+which a server without the plugin is asked afterwards as well (it ignores the field). Each prints one line of JSON; the
+exit code is 1 if a rule is broken. The rules: no answer has other tokens than the toolkit's, or a log-probability
+further than `NEAR` from that of the same request asked alone; the memory that belongs to the server's processes grows,
+between the warm-up, which has used all the cache, and the end, by at most `GROWTH` more than without the plugin.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import random
 import re
 import sys
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -72,7 +74,7 @@ def users(client: httpx.Client, known: Mapping[str, Any], count: int, seed: int 
 
 
 def memory(client: httpx.Client, pid: int, count: int, seed: int = 0) -> dict[str, Any]:
-    """What requests of every kind leave behind, each with interventions of its own; in bytes and in the workers."""
+    """What requests of every kind leave behind, each with interventions of its own, in bytes."""
     warm = count // 4
     bodies = [any_request(random.Random(f"{seed} {i}"), i) for i in range(warm + count)]
     sizes = [(0, private(pid))]
@@ -81,8 +83,23 @@ def memory(client: httpx.Client, pid: int, count: int, seed: int = 0) -> dict[st
         for start, end in zip([0, *ends[:-1]], ends, strict=True):
             list(pool.map(lambda body: send(client, body), bodies[start:end]))
             sizes.append((end, private(pid)))
-    return {"requests": count, "private_mb": [(end, round(size / 2**20, 1)) for end, size in sizes],
+    return {"private_mb": [(end, round(size / 2**20, 1)) for end, size in sizes],
             "growth": sizes[-1][1] - sizes[1][1]}  # fmt: skip
+
+
+def batch(client: httpx.Client, count: int, seed: int = 0) -> None:
+    """The same requests of every kind each time it is called, and an end of which workers have heard."""
+    with ThreadPoolExecutor(CLIENTS) as pool:
+        list(pool.map(lambda i: send(client, any_request(random.Random(f"{seed} {i}"), i)), range(count)))
+    until = time.monotonic() + 60
+    while True:
+        plain = {"model": "lab", "prompt": cases.PROMPTS[0], "max_tokens": 1}
+        client.post("/v1/completions", json=plain).raise_for_status()  # a step in which workers hear who has gone
+        worker = client.get("/v1/qwen_scope/status").json()["workers"][0]
+        if not worker["held"] and not worker["recipes"]:
+            return
+        assert time.monotonic() < until, worker
+        time.sleep(0.5)
 
 
 def any_request(draw: random.Random, i: int) -> dict[str, Any]:
@@ -91,7 +108,7 @@ def any_request(draw: random.Random, i: int) -> dict[str, Any]:
             "temperature": 0, "stream": draw.random() < 0.5}  # fmt: skip
     at = {"hook_point": f"layers.{draw.choice([2, 4])}.resid_post", "amount": draw.uniform(-5, 5)}
     at["where"] = draw.choice(cases.PLACES)
-    kind = i % 8
+    kind = i % 10
     if kind == 1:
         body["qwen_scope"] = {
             "interventions": [{**at, "op": "add", "direction": [draw.gauss(0, 1) for _ in range(128)]}]
@@ -105,6 +122,11 @@ def any_request(draw: random.Random, i: int) -> dict[str, Any]:
         body["leave"] = True
     elif kind == 7:
         body["qwen_scope"] = {"interventions": [{**at, "op": "add", "feature": 4096 + i}]}
+    elif kind in (8, 9):
+        watch = {"name": "w", "features": {f"4/{i % 2048}": 0.5, "5/7": draw.uniform(0, 2)}, "times": 2}
+        far = {"hook_point": "layers.2.resid_post", "op": "add", "feature": i % 2048, "amount": draw.uniform(-5, 5)}
+        watch |= {"then": "switch", "interventions": [far]} if kind == 9 else {"then": "mark", "where": "all"}
+        body["qwen_scope"] = {"watch": [watch]}
     return body
 
 
@@ -135,6 +157,18 @@ def private(pid: int) -> int:
     return sum(int(row.split()[1]) * 1024 for row in rows if row.startswith("Private_"))
 
 
+def alone(count: int) -> dict[str, Any]:
+    """`memory` of a server that never heard of the plugin."""
+    import http_server
+
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        http_server.answering(Path(folder), http_server.Kind(plugin=False)) as served,
+        httpx.Client(base_url=served.url, timeout=120, headers=HEADERS) as client,
+    ):
+        return memory(client, served.pid, count)
+
+
 def main(given: Sequence[str]) -> int:
     import fuzz_http
     import http_server
@@ -152,8 +186,8 @@ def main(given: Sequence[str]) -> int:
                 made = users(client, cases.read(os.environ["QWEN_SCOPE_CASES"]), count)
                 good = not made["wrong"] and made["log_probability_apart"] < NEAR
             else:
-                made = memory(client, served.pid, count)
-                good = made["growth"] <= GROWTH
+                made = {"requests": count, "with": memory(client, served.pid, count), "without": alone(count)}
+                good = made["with"]["growth"] - made["without"]["growth"] <= GROWTH
             print(json.dumps({"what": what, **made, "holds": good}), flush=True)
             holds &= good
     return 0 if holds else 1

@@ -2,8 +2,8 @@
 
     tests/serve/run.sh matrix [--family moe] [--runner v1|v2] [--mode eager|inductor|piecewise] [--tp 1|2] [--every 6]
 
-Every case of cases.py is asked at once and in chunks with preemption; then the features of the prompts are read. Prints
-one line of JSON; the exit code is 1 if an answer is not the toolkit's.
+Every case of cases.py is asked at once and in chunks with preemption; then the features of the prompts are read, and a
+watch marks, stops and switches. Prints one line of JSON; the exit code is 1 if an answer is not the toolkit's.
 """
 
 from __future__ import annotations
@@ -11,13 +11,11 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).parent
 FAMILIES = ("lab", "moe", "hybrid", "llama", "qwen2", "gemma3")
 
 
@@ -68,9 +66,17 @@ def main() -> int:
     started = time.monotonic()
     if args.tp > 1:
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "1"
+    import cases
+
+    work, file = Path(os.environ["QWEN_SCOPE_CASES"]).parent / args.family, Path(os.environ["QWEN_SCOPE_CASES"])
+    if args.family != "lab":
+        file = work / f"cases-{args.every}.json"
+        if not file.exists():
+            work.mkdir(exist_ok=True)
+            cases.write(file, args.family, work, args.every)  # before vLLM is here
+    known = cases.read(file)
     if args.runner == "v2":
         __import__("v2shim")
-    import cases
     import served
 
     if args.family == "hybrid":
@@ -79,16 +85,7 @@ def main() -> int:
     from qwen_scope.serve import Ask, Read, ServeSettings
     from qwen_scope.steer import Where
 
-    work = Path(os.environ["QWEN_SCOPE_CASES"]).parent / args.family
-    work.mkdir(exist_ok=True)
-    if args.family == "lab":
-        file, model, sae = os.environ["QWEN_SCOPE_CASES"], served.LAB / "model", served.LAB / "sae"
-    else:
-        file, model, sae = str(work / f"cases-{args.every}.json"), work / "model", work / "sae"
-        if not Path(file).exists():
-            line = [sys.executable, "-W", "ignore", HERE / "cases.py", file, args.family, work, str(args.every)]
-            subprocess.run(line, check=True)
-    known = cases.read(file)
+    model, sae = ((served.LAB if args.family == "lab" else work) / part for part in ("model", "sae"))
     options: dict[str, Any] = {"enforce_eager": args.mode == "eager", "tensor_parallel_size": args.tp}
     if args.mode == "piecewise":
         options |= force_piecewise()
@@ -110,6 +107,7 @@ def main() -> int:
     read = Ask(read=Read(cases.READ, 5, (), Where.parse("prompt")), ticket="one")
     out = served.answers(llm, known["ids"], [served.params(read, n=3) for _ in known["ids"]])
     found = llm.collective_rpc("qwen_scope_take", args=("one",))
+    served.check_watches(llm, known)
     rows = [served.compare_features(known, one, [each.request_id for each in out]) for one in found]
     print(
         json.dumps(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 from vllm import LLM, SamplingParams  # pyright: ignore[reportMissingImports]
 
 import qwen_scope
-from qwen_scope.serve import FIELD, Ask, ServeSettings, engine_arguments
+from qwen_scope.serve import FIELD, Ask, Read, ServeSettings, Watch, engine_arguments
+from qwen_scope.steer import Intervention, Where
 
 LAB = Path(qwen_scope.__file__).parent / "assets" / "lab"
 
@@ -96,3 +98,44 @@ def compare_features(known: dict[str, Any], found: dict[str, Any], names: list[s
                 assert all(abs(a - b) < 1e-4 for a, b in zip(read["values"][j], values[j], strict=False))
                 rows += 1
     return rows
+
+
+def check_watches(llm: LLM, known: dict[str, Any]) -> None:
+    """A watch marks, stops and switches where the activations that were read say, beside the long prompts' requests.
+
+    On every worker that says so; with several of tensor parallelism each decides for itself.
+    """
+    ids, tokens = known["ids"][0], 12
+    asked = [one for case in known["long"] if case.ask for one in case.ask.interventions]
+    width = next(len(one.direction) for one in asked if one.direction)
+    read = Ask(read=Read((4,), 256, (), Where.parse("generated")), ticket="read")
+    (out,) = answers(llm, [ids], [params(read, n=tokens, ignore_eos=True)])
+    said = list(out.outputs[0].token_ids)
+    ((_, layers),) = llm.collective_rpc("qwen_scope_take", args=("read",))[0].items()
+    acts = [dict(zip(*row, strict=True)) for row in zip(layers["4"]["features"], layers["4"]["values"], strict=True)]
+    place, feature, value, before = next(
+        (place, feature, value, before)
+        for place in range(3, 9)
+        for feature, value in acts[place].items()
+        if value > (before := max(row.get(feature, 0.0) for row in acts[:place])) + 0.05
+    )
+    position = len(ids) + place
+    rule = Watch("w", ((4, feature, (value + before) / 2),), Where.parse("generated"))
+    far = Intervention.add(layer=2, direction=[3.0 if i % 3 else -4.0 for i in range(width)], amount=1.0)
+    kept = Intervention.clamp(layer=4, feature=feature, amount=9.0)
+    there = [replace(one, where=Where.parse(f"{position + 1}-{len(ids) + tokens - 2}")) for one in (far, kept)]
+    stop, switch = replace(rule, then="stop"), replace(rule, then="switch", interventions=(far, kept))
+    asks = [Ask(watch=(rule,), ticket="mark"), Ask(watch=(switch,)), Ask(interventions=tuple(there))]
+    chosen = [params(ask, n=tokens, ignore_eos=True) for ask in asks]
+    chosen += [params(case.ask) for case in known["long"]]
+    chosen.append(params(Ask(watch=(stop,)), n=tokens))
+    prompts = [*[ids] * 3, *(case.ids for case in known["long"]), ids]
+    found = [list(one.outputs[0].token_ids) for one in answers(llm, prompts, chosen)]
+    assert found[0] == said
+    assert found[1] == found[2] != said
+    assert found[-1][:-1] == said[: place + 1]
+    raised = llm.collective_rpc("qwen_scope_alarms", args=("mark",))
+    for rank in raised:
+        ((_, (alarm,)),) = rank.items()
+        assert alarm["position"] == position
+        assert abs(alarm["because"][f"4/{feature}"] - value) < 1e-4

@@ -121,6 +121,8 @@ def test_an_interrupted_extraction_goes_on(scope: Scope, engine: VllmEngine, tmp
         compare(mine, known)
 
 
-def test_what_it_does_not_read_is_said(engine: VllmEngine) -> None:
+def test_what_it_does_not_read_is_said(scope: Scope, engine: VllmEngine) -> None:
+    with pytest.raises(InputError, match="has one worker, in this process, and tensor_parallel_size asks for 2"):
+        VllmEngine.of(scope.loaded, tensor_parallel_size=2)
     with pytest.raises(InputError, match="reads resid_post"):
         next(engine.activations([[1, 2]], [HookPoint(1, "attn_out")]))

@@ -18,12 +18,14 @@ import fuzz_http
 import http_server
 import httpx
 import many_http
+import memory_probe
 import openai
 import pytest
 
 from qwen_scope.serve import FIELD
 
 ROOT = Path(__file__).parents[3]
+BATCH = 80
 KEY = {"x-qwen-scope-key": "writes"}
 ENDS = (4091, 4092)  # the lab's end of a text, which the toolkit leaves out
 RECIPE = {
@@ -33,24 +35,24 @@ RECIPE = {
 }  # fmt: skip
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[http_server.Served]:
-    with http_server.answering(tmp_path_factory.mktemp("server")) as found:
+    with http_server.answering(tmp_path_factory.mktemp("server"), http_server.Kind(probe=True)) as found:
         yield found
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def url(served: http_server.Served) -> str:
     return served.url
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def http(url: str) -> Iterator[httpx.Client]:
     with httpx.Client(base_url=url, timeout=120, headers={"authorization": "Bearer reads"}) as client:
         yield client
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def client(url: str) -> openai.OpenAI:
     return openai.OpenAI(base_url=f"{url}/v1", api_key="reads", max_retries=0)
 
@@ -211,16 +213,23 @@ def test_users_do_not_feel_each_other(url: str, known: dict[str, Any]) -> None:
     assert found["log_probability_apart"] < many_http.NEAR
 
 
-def test_requests_leave_no_memory_behind(served: http_server.Served, http: httpx.Client) -> None:
-    found = many_http.memory(http, served.pid, 200)
-    # an engine's own allocations settle over its first thousand requests, whatever they ask
-    assert found["growth"] <= 4 * many_http.GROWTH, found
-    until = time.monotonic() + 30
-    while True:
-        plain = {"model": "lab", "prompt": cases.PROMPTS[0], "max_tokens": 1}
-        http.post("/v1/completions", json=plain).raise_for_status()  # a step in which workers hear who has gone
-        worker = http.get("/v1/qwen_scope/status").json()["workers"][0]
-        if not worker["held"] and not worker["recipes"]:
-            break
-        assert time.monotonic() < until, worker
-        time.sleep(0.5)
+def test_requests_leave_nothing_of_the_plugin_behind(http: httpx.Client) -> None:
+    """After the same requests of every kind twice there are as many objects of the plugin's, and as many bytes."""
+    many_http.batch(http, BATCH)
+    http.get("/probe/start").raise_for_status()
+    many_http.batch(http, BATCH)
+    before = http.get("/probe").json()
+    many_http.batch(http, BATCH)
+    after = http.get("/probe").json()
+    for process in ("front", "engine"):
+        assert after[process]["objects"] == before[process]["objects"]
+        grown = {
+            line: size - before[process]["by_line"].get(line, 0) for line, size in after[process]["by_line"].items()
+        }
+        # the smallest thing that a request could leave takes more
+        assert after[process]["bytes"] - before[process]["bytes"] < 32 * BATCH, {k: v for k, v in grown.items() if v}
+    assert before["engine"]["objects"]["WorkerState"] == before["front"]["objects"]["Admission"] == 1
+    http.get("/probe/leak").raise_for_status()
+    leaking = http.get("/probe").json()["engine"]
+    assert leaking["objects"]["Progress"] == after["engine"]["objects"].get("Progress", 0) + memory_probe.LEAK
+    assert leaking["bytes"] - after["engine"]["bytes"] > 32 * memory_probe.LEAK

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import v2shim  # noqa: F401  # before vLLM is imported
@@ -12,8 +11,8 @@ import pytest
 import served
 from cases import READ
 
-from qwen_scope.serve import Ask, Read, ServeSettings, Watch
-from qwen_scope.steer import Intervention, Where
+from qwen_scope.serve import Ask, Read, ServeSettings
+from qwen_scope.steer import Where
 
 
 @pytest.fixture(scope="module")
@@ -71,35 +70,5 @@ def test_features_of_the_prompt_are_those_of_the_scope(llm: Any, known: dict[str
 
 
 def test_watches_mark_stop_and_switch(llm: Any, known: dict[str, Any], preempted: list[str]) -> None:
-    """Alarms are where the activations that were read say, beside requests that are preempted."""
-    ids, tokens = known["ids"][0], 12
-    read = Ask(read=Read((4,), 256, (), Where.parse("generated")), ticket="read")
-    (out,) = served.answers(llm, [ids], [served.params(read, n=tokens, ignore_eos=True)])
-    said = list(out.outputs[0].token_ids)
-    ((_, layers),) = llm.collective_rpc("qwen_scope_take", args=("read",))[0].items()
-    acts = [dict(zip(*row, strict=True)) for row in zip(layers["4"]["features"], layers["4"]["values"], strict=True)]
-    rises = [
-        (place, feature, value, before)
-        for place in range(3, 9)
-        for feature, value in acts[place].items()
-        if value > (before := max(row.get(feature, 0.0) for row in acts[:place])) + 0.05
-    ]
-    place, feature, value, before = rises[0]
-    position = len(ids) + place
-    rule = Watch("w", ((4, feature, (value + before) / 2),), Where.parse("generated"))
-    far = Intervention.add(layer=2, direction=[3.0 if i % 3 else -4.0 for i in range(128)], amount=1.0)
-    there = Ask(interventions=(replace(far, where=Where.parse(f"{position + 1}-{len(ids) + tokens - 2}")),))
-    stop, switch = replace(rule, then="stop"), replace(rule, then="switch", interventions=(far,))
-    asks = [Ask(watch=(rule,), ticket="mark"), Ask(watch=(switch,)), there]
-    chosen = [served.params(ask, n=tokens, ignore_eos=True) for ask in asks]
-    chosen += [served.params(case.ask) for case in known["long"]]
-    chosen.append(served.params(Ask(watch=(stop,)), n=tokens))
-    prompts = [*[ids] * 3, *(case.ids for case in known["long"]), ids]
-    found = [list(one.outputs[0].token_ids) for one in served.answers(llm, prompts, chosen)]
+    served.check_watches(llm, known)
     assert preempted
-    assert found[0] == said
-    assert found[1] == found[2] != said
-    assert found[-1][:-1] == said[: place + 1]
-    ((_, (alarm,)),) = llm.collective_rpc("qwen_scope_alarms", args=("mark",))[0].items()
-    assert alarm["position"] == position
-    assert alarm["because"][f"4/{feature}"] == pytest.approx(value, abs=1e-4)

@@ -32,7 +32,7 @@ def http(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
     (folder / "recipes" / "far.json").write_text(json.dumps(RECIPE))
     (folder / "watch.json").write_text(json.dumps({"version": 1, "watch": [EVERY]}))
     with (
-        http_server.answering(folder, watch=folder / "watch.json") as server,
+        http_server.answering(folder, http_server.Kind(watch=folder / "watch.json")) as server,
         httpx.Client(base_url=server.url, timeout=120, headers={"authorization": "Bearer reads"}) as client,
     ):
         yield client

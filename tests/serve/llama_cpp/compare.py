@@ -2,10 +2,16 @@
 
     compare.py ENV MODEL.gguf SAE [--layers 6,18] [--amount 0.4]
 
-Ten prompts, 16 greedy tokens. The recipe adds one feature of each layer and a random direction between them. It holds
-if the greedy tokens are the same for at least nine prompts, or if the mean absolute difference of the log-probabilities
-of the toolkit's own tokens is within the 95% interval, over prompts, of that difference without steering. Beside it,
-the same vectors one layer early and one layer late.
+The recipe adds one feature of each layer and a random direction between them. Two criteria, one of which has to hold:
+
+- the greedy tokens of ten prompts, 16 each, are the same for at least nine;
+- log-probabilities of the same tokens differ no more between the two programs with the recipe than without it. The
+  tokens are those of two texts for each of 32 prompts, the toolkit's greedy continuation without the recipe and that
+  with it, and both are read in both arms: what a program writes itself is probable to it, and differences are small
+  there, so neither arm may have more of its own text. It holds if the median and the 90% quantile of the
+  differences under the recipe are at most the upper ends of their 95% intervals without (bootstrap over prompts).
+
+Beside it, the same vectors one layer early and one layer late, which have to miss.
 """
 
 import argparse
@@ -24,8 +30,20 @@ PROMPTS = [
     "The capital of France is", "Once upon a time there was a", "To make a good soup you need", "Water boils when",
     "def mean(values):\n", "The committee met on Tuesday to", "My favourite book is", "In 1969 the first",
     "The difference between a cat and a dog is", "Dear Sir or Madam,\n",
+    "The train was late because", "She opened the letter and", "A triangle has three", "The recipe calls for two",
+    "When the storm ended, the sailors", "According to the report, sales", "for i in range(10):\n", "The moon is about",
+    "He asked the teacher whether", "Plants need light to", "The museum is closed on", "In the north of Italy",
+    "Our neighbours have bought", "The patient was told to take", "Many birds fly south in", "import numpy as np\n",
+    "It is important to remember that", "The river flows through", "A good friend is someone who",
+    "The company was founded in", "Between the two world wars", "The answer to your question is",
 ]  # fmt: skip
+GREEDY = 10
+"""Prompts of the first criterion."""
+
 STEPS = 16
+LEVELS = (0.5, 0.9)
+ARMS = {"unsteered": None, "steered": 0, "one layer early": -1, "one layer late": 1}
+"""By name how far the vectors are moved; None without any."""
 
 
 def main() -> None:
@@ -40,20 +58,45 @@ def main() -> None:
     recipe = recipe_of(scope, [int(layer) for layer in given.layers.split(",")], given.amount)
     vectors = control_vector(scope.model, recipe, scope.saes, scope.stats)
     ids = [scope.tokenize([prompt]).input_ids[0].tolist() for prompt in PROMPTS]
-    ours = {name: toolkit(scope, ids, some) for name, some in (("unsteered", []), ("steered", recipe))}
+    texts = [written(scope, []), written(scope, recipe)]  # without and with
+    rows = [(i, text) for made in texts for i, text in enumerate(made)]
+    scored = [Row((*ids[i], *text), len(ids[i])) for i, text in rows]
+    ours = {name: log_probabilities(scope.model, scored, recipe if name != "unsteered" else [], scope.saes, scope.stats)
+            for name in ("unsteered", "steered")}  # fmt: skip
+    figures, drawn = {}, np.random.default_rng(0).integers(0, len(PROMPTS), (2000, len(PROMPTS)))
     with tempfile.TemporaryDirectory() as folder:
-        shifts = {"steered": 0, "one layer early": -1, "one layer late": 1}
-        theirs = {"unsteered": llama(given, "", ids, ours["unsteered"], folder)}
-        for name, shift in shifts.items():
-            path = f"{folder}/{shift}.gguf"
-            write_control_vector({layer + shift: one for layer, one in vectors.items()}, path)
-            theirs[name] = llama(given, path, ids, ours["steered"], folder)
-    figures = {name: compared(ours["unsteered" if name == "unsteered" else "steered"], theirs[name]) for name in theirs}
-    within = figures["steered"]["mean"] <= figures["unsteered"]["interval"][1]
-    holds = figures["steered"]["same"] >= 9 or within
-    changed = sum(a["text"] != b["text"] for a, b in zip(ours["unsteered"], ours["steered"], strict=True))
-    print(json.dumps({"model": Path(given.model).name, "changed": changed, **figures, "holds": holds}, indent=2))
-    raise SystemExit(not holds)
+        for name, shift in ARMS.items():
+            path = "" if shift is None else f"{folder}/{shift}.gguf"
+            if shift is not None:
+                write_control_vector({layer + shift: one for layer, one in vectors.items()}, path)
+            own = len(PROMPTS) * (shift is not None)  # whose greedy tokens are compared
+            greedy = range(own, own + GREEDY)
+            asks = [{"prompt": ids[i], "text": text, "greedy": j in greedy} for j, (i, text) in enumerate(rows)]
+            theirs = llama(given, path, asks, folder)
+            mine = ours["unsteered" if shift is None else "steered"]
+            apart = [np.abs(a - np.array(b["log_probabilities"])) for a, b in zip(mine, theirs, strict=True)]
+            by_prompt = [np.concatenate([apart[i], apart[i + len(PROMPTS)]]) for i in range(len(PROMPTS))]
+            same = sum(theirs[j]["greedy"] == list(rows[j][1]) for j in greedy)
+            figures[name] = {"same": same, **quantiles(by_prompt, drawn)}
+    plain = figures["unsteered"]
+    for name in figures:
+        within = all(figures[name][str(level)][0] <= plain[str(level)][2] for level in LEVELS)
+        figures[name]["holds"] = figures[name]["same"] >= GREEDY - 1 or within
+    changed = sum(a != b for a, b in zip(*texts, strict=True))
+    tokens = sum(len(text) for _, text in rows)
+    print(json.dumps({"model": Path(given.model).name, "changed": changed, "tokens": tokens, **figures}, indent=1))
+    good = figures["steered"]["holds"] and not any(figures[name]["holds"] for name in list(ARMS)[2:])
+    raise SystemExit(not good)
+
+
+def quantiles(by_prompt: list[np.ndarray], drawn: np.ndarray) -> dict[str, list[float]]:
+    """Of the differences, in nats: each quantile with its 95% interval over prompts."""
+    found = {}
+    for level in LEVELS:
+        again = [np.quantile(np.concatenate([by_prompt[i] for i in draw]), level) for draw in drawn]
+        ends = np.quantile(again, [0.025, 0.975]).tolist()
+        found[str(level)] = [round(float(x), 5) for x in (np.quantile(np.concatenate(by_prompt), level), *ends)]
+    return found
 
 
 def recipe_of(scope, layers: list[int], amount: float) -> list[Intervention]:
@@ -68,43 +111,20 @@ def recipe_of(scope, layers: list[int], amount: float) -> list[Intervention]:
     return [*chosen, Intervention.add(layer=between, direction=middle * scale, amount=1.0)]
 
 
-def toolkit(scope, ids: list[list[int]], recipe: list[Intervention]) -> list[dict]:
-    """Per prompt its greedy continuation of `STEPS` tokens and their log-probabilities."""
-    rows = []
-    for prompt, one in zip(PROMPTS, ids, strict=True):
-        made = scope.generate(prompt, recipe, decoding=Decoding(max_new_tokens=STEPS))
-        text = [token.token_id for token in made.tokens]
-        scored = log_probabilities(scope.model, [Row((*one, *text), len(one))], recipe, scope.saes, scope.stats)[0]
-        rows.append({"text": text, "log_probabilities": scored.tolist()})
-    return rows
+def written(scope, recipe: list[Intervention]) -> list[tuple[int, ...]]:
+    """The greedy continuation of each prompt."""
+    made = [scope.generate(prompt, recipe, decoding=Decoding(max_new_tokens=STEPS)) for prompt in PROMPTS]
+    return [tuple(token.token_id for token in one.tokens) for one in made]
 
 
-def llama(given, vector: str, ids: list[list[int]], ours: list[dict], folder: str) -> list[dict]:
-    """The same prompts in llama.cpp, and the log-probabilities it gives the toolkit's tokens."""
-    request = {
-        "shim": str(given.env / "shim.so"), "model": given.model, "vector": vector, "context": 256,
-        "answer": f"{folder}/answer.json",
-        "rows": [{"prompt": one, "text": row["text"]} for one, row in zip(ids, ours, strict=True)],
-    }  # fmt: skip
+def llama(given, vector: str, rows: list[dict], folder: str) -> list[dict]:
+    """The same in llama.cpp: log-probabilities of each text, and the greedy continuations that were asked for."""
+    request = {"shim": str(given.env / "shim.so"), "model": given.model, "vector": vector, "context": 256,
+               "answer": f"{folder}/answer.json", "rows": rows}  # fmt: skip
     script = Path(__file__).with_name("llama.py")
     subprocess.run([given.env / "bin/python", script], input=json.dumps(request), text=True, check=True,
                    capture_output=True)  # fmt: skip
     return json.loads(Path(request["answer"]).read_text())
-
-
-def compared(ours: list[dict], theirs: list[dict]) -> dict:
-    """How many prompts have the same greedy tokens, and the difference of log-probabilities in nats."""
-    each = [
-        np.abs(np.subtract(a["log_probabilities"], b["log_probabilities"])) for a, b in zip(ours, theirs, strict=True)
-    ]
-    of_prompt = np.array([one.mean() for one in each])
-    drawn = np.random.default_rng(0).choice(of_prompt, (10_000, len(of_prompt))).mean(-1)
-    return {
-        "same": sum(a["text"] == b["greedy"] for a, b in zip(ours, theirs, strict=True)),
-        "mean": float(of_prompt.mean()),
-        "interval": np.quantile(drawn, [0.025, 0.975]).tolist(),
-        "largest": float(max(one.max() for one in each)),
-    }
 
 
 main()

@@ -1,7 +1,8 @@
 """llama.cpp in a process of its own: reads one JSON line with a model, a control vector and rows, writes one back.
 
-Run by the environment that holds xllamacpp. A row is `{"prompt": [ids], "text": [ids]}`; the answer holds, per row, the
-greedy continuation of the prompt and the log-probability of each token of the text after the prompt.
+Run by the environment that holds xllamacpp. A row is `{"prompt": [ids], "text": [ids], "greedy": bool}`; the answer
+holds, per row, the log-probability of each token of the text after the prompt and, where it is asked for, the greedy
+continuation of the prompt.
 """
 
 import ctypes
@@ -46,7 +47,7 @@ def main() -> None:
     llama = Llama(asked["shim"], asked["model"], asked["vector"], asked["context"])
     rows = [
         {
-            "greedy": llama.greedy(row["prompt"], len(row["text"])),
+            "greedy": llama.greedy(row["prompt"], len(row["text"])) if row["greedy"] else None,
             "log_probabilities": llama.log_probabilities(row["prompt"], row["text"]),
         }
         for row in asked["rows"]

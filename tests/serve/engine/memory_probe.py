@@ -1,0 +1,91 @@
+"""What a server holds, told by its own processes: loaded into a server under test, beside the plugin.
+
+`GET /probe/start` begins to trace; `GET /probe` answers, for the process that takes requests and for the engine's, how
+many objects there are of the plugin's classes, how many tensors, and how many bytes the plugin allocated since.
+`GET /probe/leak` lets the engine forget to forget: whoever measures has to notice it.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import tracemalloc
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import qwen_scope
+from qwen_scope.serve import protocol
+from qwen_scope.serve.seam_worker import WorkerExtension
+from qwen_scope.serve.worker import state_of
+
+OURS = [tracemalloc.Filter(True, f"{Path(qwen_scope.__file__).parent}/*", all_frames=True)]
+FRAMES = 4
+"""Of the calls that led to an allocation: the plugin also wraps functions of vLLM, far above what they allocate."""
+
+LEAK = 24
+"""Requests whose watches are remembered for ever by `/probe/leak`."""
+
+
+def start() -> None:
+    """Trace from now on."""
+    if not tracemalloc.is_tracing():
+        tracemalloc.start(FRAMES)
+
+
+def held() -> dict[str, Any]:
+    """Of this process."""
+    protocol._parsed.cache_clear()  # the last 32 texts, of which every run leaves others
+    gc.collect()
+    objects: Counter[str] = Counter()
+    for one in gc.get_objects():
+        kind = type(one)
+        if str(kind.__module__).startswith("qwen_scope"):
+            objects[kind.__name__] += 1
+        elif issubclass(kind, torch.Tensor):
+            objects["Tensor"] += 1
+    traced = tracemalloc.take_snapshot().filter_traces(OURS)
+    by_line = {str(one.traceback): one.size for one in traced.statistics("lineno")}
+    return {"objects": dict(objects), "bytes": sum(by_line.values()), "by_line": by_line}
+
+
+class Extension(WorkerExtension):
+    """The same of the engine's process, in which the only worker runs."""
+
+    def probe_start(self) -> None:
+        start()
+
+    def probe_held(self) -> dict[str, Any]:
+        return held()
+
+    def probe_leak(self) -> None:
+        state = state_of(self.model_runner.get_model())  # type: ignore[attr-defined]
+        assert state is not None
+        for i in range(LEAK):
+            state.watching.progress(f"leak {i}")
+
+
+class Middleware:
+    """`vllm serve --middleware memory_probe.Middleware`."""
+
+    def __init__(self, app: Any) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] != "http" or not scope["path"].startswith("/probe"):
+            await self.app(scope, receive, send)
+            return
+        engine = scope["app"].state.engine_client
+        if scope["path"] == "/probe/start":
+            start()
+            await engine.collective_rpc("probe_start")
+        if scope["path"] == "/probe/leak":
+            await engine.collective_rpc("probe_leak")
+        found = {} if scope["path"] != "/probe" else {"front": held()}
+        if found:
+            (found["engine"],) = await engine.collective_rpc("probe_held")
+        headers = [(b"content-type", b"application/json")]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await send({"type": "http.response.body", "body": json.dumps(found).encode()})
