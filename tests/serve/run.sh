@@ -60,6 +60,7 @@ matrix | many)
   ;;
 esac
 failed=0
+TIMEFORMAT="%0R seconds, %0U of them of the processor"
 if [ $# = 0 ]; then # model runner V2 and servers in processes of their own; engines of V1 one after the other in one
   set -- "test_http.py test_watch_http.py test_selftest.py" test_runner_v2.py \
     "test_runner_v1.py test_prefix_cache.py test_watch.py test_extract.py test_guide.py test_command.py"
@@ -68,13 +69,13 @@ fi
 for some in "$@"; do
   # vLLM's warnings are not ours to mend.
   # shellcheck disable=SC2086 # the names of files are arguments
-  "$bin/python" -m pytest -c /dev/null --rootdir . --confcutdir . -p no:cacheprovider -q --durations=8 ${some//*\//} ||
-    failed=1
+  time "$bin/python" -m pytest -c /dev/null --rootdir . --confcutdir . -p no:cacheprovider -q --durations=8 \
+    ${some//*\//} || failed=1
 done
 if [ "${all:-}" = 1 ]; then
   for cell in "--family hybrid" "--family moe --mode inductor" "--mode piecewise" "--tp 2"; do
     # shellcheck disable=SC2086 # the words of a cell are arguments
-    "$bin/python" -W ignore matrix.py $cell --every 12 || failed=1
+    time "$bin/python" -W ignore matrix.py $cell --every 12 || failed=1
   done
 fi
 exit "$failed"

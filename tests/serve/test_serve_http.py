@@ -255,6 +255,9 @@ def test_phases_of_a_chat_are_those_of_the_toolkit(scope) -> None:
     ):
         with pytest.raises(InputError):
             chat_kinds(ask, body, scope.tokenizer)
+    parts = [{"type": "text", "text": text} for text in ("Where is ", "the station?")]
+    with pytest.raises(InputError, match="where the content of each message is one text; join its parts"):
+        chat_kinds(ask, {"messages": [messages[0], {"role": "user", "content": parts}]}, scope.tokenizer)
 
 
 def test_names_of_requests_tell_their_choice() -> None:

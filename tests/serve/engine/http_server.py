@@ -32,12 +32,15 @@ class Kind:
         watch: a file of watches of the server.
         plugin: whether qwen-scope is at work in it.
         probe: whether it tells what it holds (`memory_probe`).
+        cached: products that oneDNN keeps compiled. It compiles one for every size of a step that it meets, and its own
+            bound of 1,024 is not reached within thousands of requests: memory grows with every new size until then.
         settings: of the plugin, in place of the usual ones.
     """
 
     watch: Path | None = None
     plugin: bool = True
     probe: bool = False
+    cached: int = 1024
     settings: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -76,6 +79,7 @@ def process(
         "OMP_NUM_THREADS": "1",
         # glibc gives back what is freed, so that memory which grows is memory that is held
         "MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072",
+        "ONEDNN_PRIMITIVE_CACHE_CAPACITY": str(kind.cached),
     }  # fmt: skip
     chosen.pop("VLLM_ENABLE_V1_MULTIPROCESSING", None)
     with socket.socket() as free:

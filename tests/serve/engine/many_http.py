@@ -6,8 +6,8 @@ One server of the lab is asked for each pair in turn: two users with different r
 quarter as many without; so many hostile requests; so many requests of every kind after a quarter of them as a warm-up,
 which a server without the plugin is asked afterwards as well (it ignores the field). Each prints one line of JSON; the
 exit code is 1 if a rule is broken. The rules: no answer has other tokens than the toolkit's, or a log-probability
-further than `NEAR` from that of the same request asked alone; the memory that belongs to the server's processes grows,
-between the warm-up, which has used all the cache, and the end, by at most `GROWTH` more than without the plugin.
+further than `NEAR` from that of the same request asked alone; the memory that belongs to the server's processes grows
+by at most `GROWTH` between the warm-up, which has used all the cache, and the end.
 """
 
 from __future__ import annotations
@@ -73,8 +73,21 @@ def users(client: httpx.Client, known: Mapping[str, Any], count: int, seed: int 
     return {"requests": sizes, "wrong": wrong, "log_probability_apart": max(apart)}
 
 
-def memory(client: httpx.Client, pid: int, count: int, seed: int = 0) -> dict[str, Any]:
-    """What requests of every kind leave behind, each with interventions of its own, in bytes."""
+def memory(count: int, plugin: bool) -> dict[str, Any]:
+    """What requests of every kind leave behind in a server, with the plugin or without."""
+    import http_server
+
+    kind = http_server.Kind(plugin=plugin, cached=16)
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        http_server.answering(Path(folder), kind) as served,
+        httpx.Client(base_url=served.url, timeout=120, headers=HEADERS) as client,
+    ):
+        return left(client, served.pid, count)
+
+
+def left(client: httpx.Client, pid: int, count: int, seed: int = 0) -> dict[str, Any]:
+    """The memory of a server while it answers requests of every kind, each with interventions of its own."""
     warm = count // 4
     bodies = [any_request(random.Random(f"{seed} {i}"), i) for i in range(warm + count)]
     sizes = [(0, private(pid))]
@@ -83,6 +96,7 @@ def memory(client: httpx.Client, pid: int, count: int, seed: int = 0) -> dict[st
         for start, end in zip([0, *ends[:-1]], ends, strict=True):
             list(pool.map(lambda body: send(client, body), bodies[start:end]))
             sizes.append((end, private(pid)))
+            print(f"{end}: {sizes[-1][1] / 2**20:.1f} MB", file=sys.stderr, flush=True)
     return {"private_mb": [(end, round(size / 2**20, 1)) for end, size in sizes],
             "growth": sizes[-1][1] - sizes[1][1]}  # fmt: skip
 
@@ -157,18 +171,6 @@ def private(pid: int) -> int:
     return sum(int(row.split()[1]) * 1024 for row in rows if row.startswith("Private_"))
 
 
-def alone(count: int) -> dict[str, Any]:
-    """`memory` of a server that never heard of the plugin."""
-    import http_server
-
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        http_server.answering(Path(folder), http_server.Kind(plugin=False)) as served,
-        httpx.Client(base_url=served.url, timeout=120, headers=HEADERS) as client,
-    ):
-        return memory(client, served.pid, count)
-
-
 def main(given: Sequence[str]) -> int:
     import fuzz_http
     import http_server
@@ -186,8 +188,8 @@ def main(given: Sequence[str]) -> int:
                 made = users(client, cases.read(os.environ["QWEN_SCOPE_CASES"]), count)
                 good = not made["wrong"] and made["log_probability_apart"] < NEAR
             else:
-                made = {"requests": count, "with": memory(client, served.pid, count), "without": alone(count)}
-                good = made["with"]["growth"] - made["without"]["growth"] <= GROWTH
+                made = {"requests": count, **{name: memory(count, name == "with") for name in ("with", "without")}}
+                good = made["with"]["growth"] <= GROWTH
             print(json.dumps({"what": what, **made, "holds": good}), flush=True)
             holds &= good
     return 0 if holds else 1

@@ -2,7 +2,7 @@
 
 `GET /probe/start` begins to trace; `GET /probe` answers, for the process that takes requests and for the engine's, how
 many objects there are of the plugin's classes, how many tensors, and how many bytes the plugin allocated since.
-`GET /probe/leak` lets the engine forget to forget: whoever measures has to notice it.
+`GET /probe/leak` lets both forget to forget: whoever measures has to notice it.
 """
 
 from __future__ import annotations
@@ -25,8 +25,16 @@ OURS = [tracemalloc.Filter(True, f"{Path(qwen_scope.__file__).parent}/*", all_fr
 FRAMES = 4
 """Of the calls that led to an allocation: the plugin also wraps functions of vLLM, far above what they allocate."""
 
-LEAK = 24
-"""Requests whose watches are remembered for ever by `/probe/leak`."""
+LEAK = 80
+"""Requests that are remembered for ever by `/probe/leak`."""
+
+_LEAKED: list[Any] = []
+
+
+def texts() -> list[str]:
+    """Of different requests, as admission gives them to the workers."""
+    read = protocol.Read.from_json({"layers": [4], "where": "generated"})
+    return [protocol.Ask(read=read, ticket=f"leak {i}").to_text() for i in range(LEAK)]
 
 
 def start() -> None:
@@ -47,8 +55,8 @@ def held() -> dict[str, Any]:
         elif issubclass(kind, torch.Tensor):
             objects["Tensor"] += 1
     traced = tracemalloc.take_snapshot().filter_traces(OURS)
-    by_line = {str(one.traceback): one.size for one in traced.statistics("lineno")}
-    return {"objects": dict(objects), "bytes": sum(by_line.values()), "by_line": by_line}
+    by_place = {" < ".join(map(str, reversed(one.traceback))): one.size for one in traced.statistics("traceback")}
+    return {"objects": dict(objects), "bytes": sum(by_place.values()), "by_place": by_place}
 
 
 class Extension(WorkerExtension):
@@ -63,8 +71,7 @@ class Extension(WorkerExtension):
     def probe_leak(self) -> None:
         state = state_of(self.model_runner.get_model())  # type: ignore[attr-defined]
         assert state is not None
-        for i in range(LEAK):
-            state.watching.progress(f"leak {i}")
+        _LEAKED.extend(map(state.wanted, texts()))
 
 
 class Middleware:
@@ -82,6 +89,7 @@ class Middleware:
             start()
             await engine.collective_rpc("probe_start")
         if scope["path"] == "/probe/leak":
+            _LEAKED.extend(map(protocol.Ask.from_text, texts()))
             await engine.collective_rpc("probe_leak")
         found = {} if scope["path"] != "/probe" else {"front": held()}
         if found:

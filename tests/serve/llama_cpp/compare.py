@@ -113,7 +113,7 @@ def recipe_of(scope, layers: list[int], amount: float) -> list[Intervention]:
 
 def written(scope, recipe: list[Intervention]) -> list[tuple[int, ...]]:
     """The greedy continuation of each prompt."""
-    made = [scope.generate(prompt, recipe, decoding=Decoding(max_new_tokens=STEPS)) for prompt in PROMPTS]
+    made = scope.generate(PROMPTS, recipe, decoding=Decoding(max_new_tokens=STEPS))
     return [tuple(token.token_id for token in one.tokens) for one in made]
 
 
