@@ -221,7 +221,7 @@ class Admission:
         if point.layer not in self.stats:
             raise InputError(
                 f"this server has no statistics of layer {point.layer}, which the unit {one.unit!r} needs; give the"
-                " amount in the unit 'raw'"
+                " amount in the unit 'raw', or start it with --stats FILE"
             )
         return one.resolve(self.stats[point.layer], sae)
 

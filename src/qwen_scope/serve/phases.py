@@ -38,9 +38,7 @@ def chat_kinds(ask: Ask, data: Mapping[str, Any], tokenizer: PreTrainedTokenizer
     if not isinstance(messages, list) or not messages:
         raise InputError("a chat has messages")
     contents = [one.get("content") for one in messages if isinstance(one, Mapping)]
-    if any(
-        isinstance(content, list) and len(content) > 1 for content in contents
-    ):  # the server joins them in its own way
+    if any(isinstance(content, list) and len(content) > 1 for content in contents):  # joined in vLLM's own way
         raise InputError("phases of a chat are known where the content of each message is one text; join its parts")
     tokens = tokenize(tokenizer, [messages], max_length=None, chat=mode)
     phases_for(ask.interventions, tokenizer, tokens, mode)
