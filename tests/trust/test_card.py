@@ -360,6 +360,22 @@ def test_measurements_are_kept_merged_and_exported(own: FeatureStore, tmp_path: 
     assert Notes(own).merge(tmp_path / "notes.jsonl") == 2
 
 
+def test_what_another_version_wrote_in_another_shape_is_measured_anew(own: FeatureStore) -> None:
+    """Each measurement that a card reads, with a field missing and with one too many."""
+    feature = detector(own)
+    label_features(own, [(LAYER, feature)], TokenJudge())
+    asked: dict[str, Any] = {"scope": lab_store.scope(), "concept": GERMAN, "options": CardOptions(n=2)}
+    asked["others"] = [Other("layer 2", lab_store.scope().saes[OTHER])]
+    first = card(LAYER, feature, store=own, **asked).to_json()
+    names = [one["name"] for one in Notes(own).measured(LAYER, feature)]
+    assert len(names) == 7
+    for body in ({"x": 1}, {}):
+        for name in [*names, "find x"]:
+            Notes(own).learn(LAYER, feature, name, body)
+        again = card(LAYER, feature, store=own, **asked).to_json()
+        assert {k: v for k, v in again.items() if k != "notes"} == {k: v for k, v in first.items() if k != "notes"}
+
+
 def test_a_measurement_on_other_documents_is_not_taken_for_one_s_own(own: FeatureStore, tmp_path: Path) -> None:
     """Two stores of one SAE may be merged; a density or an AUROC of the one says nothing about the other."""
     from qwen_scope.scope import ExtractOptions, extract

@@ -34,7 +34,7 @@ def with_neighbours(
     layers = [one for one in store.layers if one != page.layer and (scope is None or one in scope.layers)]
     notes = Notes(store)
     known = None if again else notes.known(page.layer, page.feature, "neighbours")
-    if known is None or known["n"] < n or known["layers"] != layers or (scope is not None and not known["cosines"]):
+    if not _covers(known, n, layers, scope is not None):
         found = {
             "cofiring": cofiring(store, page.layer, page.feature, n),
             "elsewhere": elsewhere(page.layer, page.feature, layers, scope=scope, store=store),
@@ -42,8 +42,16 @@ def with_neighbours(
         known = {"n": n, "layers": layers, "cosines": scope is not None}
         known |= {name: [asdict(one) for one in some] for name, some in found.items()}
         notes.learn(page.layer, page.feature, "neighbours", known)
+    assert known is not None
     parts = {name: tuple(Neighbour(**one) for one in known[name]) for name in NEIGHBOURS}
     return replace(page, cofiring=parts["cofiring"][:n], elsewhere=parts["elsewhere"])
+
+
+def _covers(known: Mapping[str, Any] | None, n: int, layers: list[int], cosines: bool) -> bool:
+    """Whether what the record holds is enough; what another version wrote in another shape is not."""
+    if known is None or not {"n", "layers", "cosines", *NEIGHBOURS} <= known.keys():
+        return False
+    return known["n"] >= n and known["layers"] == layers and (known["cosines"] or not cosines)
 
 
 def remember_findings(store: FeatureStore, found: Findings, positive: str, negative: str) -> None:
@@ -57,4 +65,8 @@ def remember_findings(store: FeatureStore, found: Findings, positive: str, negat
 
 def remembered_findings(store: FeatureStore, layer: int, feature: int) -> tuple[Mapping[str, Any], ...]:
     """What `find` learnt of a feature, the newest of each pair of sets."""
-    return tuple(one for one in Notes(store).measured(layer, feature) if one["name"].startswith(FOUND))
+    return tuple(
+        one
+        for one in Notes(store).measured(layer, feature)
+        if one["name"].startswith(FOUND) and {"against", "auroc", "f1", "q"} <= one.keys()
+    )

@@ -16,7 +16,6 @@ from qwen_scope.features import (
     remembered_findings,
     with_neighbours,
 )
-from qwen_scope.sae import SAE
 from qwen_scope.scope import Scope
 from qwen_scope.store import FeatureStore
 
@@ -25,7 +24,7 @@ from .facts import failures, faithfulness_of, identity, relatives
 from .gather import CONCEPT, Control, Other, Record, control_of, in_other, judge_for, judged_by, pushed
 from .halves import Halves, Layer, halves, layers_beside_chance
 from .judged import Judged
-from .kin import Kin, kin
+from .kin import Kin, Relations, kin
 from .options import CardOptions
 from .push import Push
 from .rules import Trust, TrustEvidence, TrustRules, trust
@@ -143,36 +142,27 @@ def card(
     fit = None
     if concept is not None:
         asked = (store, layer, feature, concept, o.seed)
-        fit = ConceptFit.from_json(record.get(f"{CONCEPT}{concept}", lambda: concept_fit(*asked).to_json()))
+        fit = record.get(ConceptFit, f"{CONCEPT}{concept}", lambda: concept_fit(*asked))
     control = control_of(record, page, store, judge, o.seed)
     told = judged_by(record, page, store, judge, scope, o.seed)
     moved = pushed(record, store, scope, concept, o)
     siblings = tuple(in_other(record, store, sae, one) for one in others)
-    parts, absorbers = _kin(record, store, sae, o.n)
+    name = f"kin, {o.n}{'' if sae is None else ', with directions'}"
+    near = record.get(Relations, name, lambda: Relations(*kin(store, layer, feature, sae, o.n)))
     both = record.get_if_possible(
-        "halves", f"halves, seed {o.seed}", lambda: halves(store, layer, feature, sae, o.seed).to_json()
+        "halves", Halves, f"halves, seed {o.seed}", lambda: halves(store, layer, feature, sae, o.seed)
     )
     outcome = None if page.verdict is None else str(page.verdict.get("outcome"))
     held = TrustEvidence(page.summary, page.label, control.label if control else None, fit, outcome, moved, siblings)
     found = Card(
         page, identity(store, layer), store.phase_counts(layer, feature), control, told, fit,
         faithfulness_of(page.verdict), moved, remembered_findings(store, layer, feature),
-        None if both is None else Halves.from_json(both),
-        layers_beside_chance(store, layer, feature, page.elsewhere), siblings, parts, absorbers,
+        both,
+        layers_beside_chance(store, layer, feature, page.elsewhere), siblings, near.parts,
+        near.absorbers,
         failures(page, rules or TrustRules()), (), trust(held, rules),
     )  # fmt: skip
     return replace(found, missing=_missing(found, record.reasons, scope, lens, relatives(store, layer)))
-
-
-def _kin(record: Record, store: FeatureStore, sae: SAE | None, n: int) -> tuple[tuple[Kin, ...], tuple[Kin, ...]]:
-    """Parts and absorbers, from the record or counted."""
-
-    def measure() -> dict[str, Any]:
-        parts, absorbers = kin(store, record.layer, record.feature, sae, n)
-        return {"parts": [asdict(one) for one in parts], "absorbers": [asdict(one) for one in absorbers]}
-
-    found = record.get(f"kin, {n}{'' if sae is None else ', with directions'}", measure)
-    return tuple(Kin(**one) for one in found["parts"]), tuple(Kin(**one) for one in found["absorbers"])
 
 
 def _missing(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import Any, Protocol, Self, TypeVar
 
 import numpy as np
 
@@ -31,6 +31,17 @@ from .options import CardOptions
 from .push import Push, push
 from .siblings import Sibling, sibling
 
+
+class Measured(Protocol):
+    """What the record keeps: plain values and back."""
+
+    def to_json(self) -> dict[str, Any]: ...
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any], /) -> Self: ...
+
+
+M = TypeVar("M", bound=Measured)
 CONCEPT = "concept "
 """How the names of measurements of a concept begin."""
 TRIES = 5
@@ -58,6 +69,16 @@ class Control:
     of: str
     label: Label
 
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return {"of": self.of, "label": asdict(self.label)}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Control:
+        """What `to_json` wrote."""
+        scores = {part: Interval(**data["label"][part]) for part in ("detection", "fuzzing")}
+        return cls(data["of"], Label(**{**data["label"], **scores}))
+
 
 @dataclass(frozen=True)
 class Record:
@@ -73,25 +94,29 @@ class Record:
     again: bool = False
     reasons: dict[str, str] = field(default_factory=dict)
 
-    def get(self, name: str, measure: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
+    def get(self, kind: type[M], name: str, measure: Callable[[], M]) -> M:
         """What is known by a name, or what is measured."""
-        known = None if self.again else self.known(name)
-        if known is None:
-            known = dict(measure())
-            self.notes.learn(self.layer, self.feature, name, known)
-        return known
+        found = None if self.again else self.known(kind, name)
+        if found is None:
+            found = measure()
+            self.notes.learn(self.layer, self.feature, name, found.to_json())
+        return found
 
-    def get_if_possible(self, what: str, name: str, measure: Callable[[], Mapping[str, Any]]) -> dict[str, Any] | None:
+    def get_if_possible(self, what: str, kind: type[M], name: str, measure: Callable[[], M]) -> M | None:
         """The same, or None with the reason kept as that of `what`."""
         try:
-            return self.get(name, measure)
+            return self.get(kind, name, measure)
         except QwenScopeError as error:
             self.reasons[what] = str(error)
             return None
 
-    def known(self, name: str) -> dict[str, Any] | None:
-        """What the record has by a name."""
-        return self.notes.known(self.layer, self.feature, name)
+    def known(self, kind: type[M], name: str) -> M | None:
+        """What the record has by a name; None also for what another version wrote in another shape."""
+        found = self.notes.known(self.layer, self.feature, name)
+        try:
+            return None if found is None else kind.from_json(found)
+        except (KeyError, TypeError, ValueError):
+            return None
 
     def concept(self) -> Concept | None:
         """The newest concept that the feature was measured against."""
@@ -116,20 +141,15 @@ def control_of(
         return None
     name = f"control of {label.text!r}, seed {seed}"
     if judge is None or judge.scorer != label.scorer:
-        found = record.known(name)
         record.reasons["control"] = f"{label.scorer} judged this label, and has to judge the other one"
-    else:
+        return record.known(Control, name)
 
-        def measure() -> dict[str, Any]:
-            drawn = material(store, record.layer, record.feature, LabelOptions(seed=seed))
-            other, text = another_name(record, store, judge, label.text, seed)
-            return {"of": other, "label": asdict(scored_label(drawn, judge, text))}
+    def measure() -> Control:
+        drawn = material(store, record.layer, record.feature, LabelOptions(seed=seed))
+        other, text = another_name(record, store, judge, label.text, seed)
+        return Control(other, scored_label(drawn, judge, text))
 
-        found = record.get_if_possible("control", name, measure)
-    if found is None:
-        return None
-    scores = {part: Interval(**found["label"][part]) for part in ("detection", "fuzzing")}
-    return Control(found["of"], Label(**{**found["label"], **scores}))
+    return record.get_if_possible("control", Control, name, measure)
 
 
 def another_name(record: Record, store: FeatureStore, judge: Judge, text: str, seed: int) -> tuple[str, str]:
@@ -165,14 +185,10 @@ def judged_by(
         return None
     name = f"FADE of {page.label.text!r}, seed {seed}{'' if scope is None else ', with texts'}"
     if judge is None:
-        found = record.known(name)
         record.reasons["clarity"] = f"{page.label.scorer} judges this label, and was not asked"
-    else:
-        given = (page.label.text, judge, scope, seed)
-        found = record.get_if_possible(
-            "clarity", name, lambda: judged(store, record.layer, record.feature, *given).to_json()
-        )
-    return None if found is None else Judged.from_json(found)
+        return record.known(Judged, name)
+    given = (store, record.layer, record.feature, page.label.text, judge, scope, seed)
+    return record.get_if_possible("clarity", Judged, name, lambda: judged(*given))
 
 
 def pushed(
@@ -183,11 +199,9 @@ def pushed(
         return None
     name = f"effect on {concept}"
     if not o.effect or scope is None:
-        known = record.known(name)
-        return None if known is None else Push.from_json(known)
+        return record.known(Push, name)
     place = (record.layer, record.feature)
-    found = record.get(name, lambda: push(scope, store, *place, concept, texts=o.texts, seed=o.seed).to_json())
-    return Push.from_json(found)
+    return record.get(Push, name, lambda: push(scope, store, *place, concept, texts=o.texts, seed=o.seed))
 
 
 def in_other(record: Record, store: FeatureStore, mine: SAE | None, other: Other) -> Sibling:
@@ -202,5 +216,5 @@ def in_other(record: Record, store: FeatureStore, mine: SAE | None, other: Other
     name = f"sibling {other.sae.identity.fingerprint[:16]}"
     if both is not None:
         name += f" on {both[2].manifest.model}, layer {both[3]}"
-    found = record.get(name, lambda: sibling(other.name, mine, record.feature, other.sae, stores=both).to_json())
-    return replace(Sibling.from_json(found), name=other.name)
+    found = record.get(Sibling, name, lambda: sibling(other.name, mine, record.feature, other.sae, stores=both))
+    return replace(found, name=other.name)

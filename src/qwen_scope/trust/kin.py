@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,6 +34,24 @@ class Kin:
     tokens: int
     within: float
     cosine: float | None = None
+
+
+@dataclass(frozen=True)
+class Relations:
+    """What `kin` found, as a store's record keeps it."""
+
+    parts: tuple[Kin, ...]
+    absorbers: tuple[Kin, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return {"parts": [asdict(one) for one in self.parts], "absorbers": [asdict(one) for one in self.absorbers]}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Relations:
+        """What `to_json` wrote."""
+        parts, absorbers = (tuple(Kin(**one) for one in data[name]) for name in ("parts", "absorbers"))
+        return cls(parts, absorbers)
 
 
 def kin(
