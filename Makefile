@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 
-EXTRAS := explorer posttrain datasets fast gguf gpu track spread serve
+EXTRAS := explorer posttrain ray datasets fast gguf gpu track spread serve
 
 .PHONY: demo test test-fast lint bench bench-gpu clean $(EXTRAS)
 

@@ -20,7 +20,7 @@ ROWS = [
     ["features", "analysis", "train"],
     ["trust", "circuits", "score", "posttrain"],
     ["foundry"],
-    ["serve", "explorer"],
+    ["serve", "cluster", "explorer"],
     ["cli"],
 ]
 ROW = {room: i for i, row in enumerate(ROWS) for room in row}

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from qwen_scope.cluster import WorkerOptions
 from qwen_scope.errors import InputError, need
 from qwen_scope.scope import ScopeOptions
 from qwen_scope.text import CorpusOptions
@@ -29,7 +30,7 @@ class Reads(StrEnum):
     vllm = "vllm"
 
 
-SCOPE = ScopeOptions()
+SCOPE, WORKERS = ScopeOptions(), WorkerOptions()
 
 
 @grouped
@@ -59,6 +60,7 @@ def extract(
         str | None,
         typer.Option("--share", help="Only this share, such as 3/16: one job of many; join them with store merge."),
     ] = None,
+    spread: WorkerOptions = WORKERS,
     pool: Annotated[str | None, typer.Option("--pool", help="Also keep residuals per document: mean, last.")] = None,
     as_json: options.Json = False,
 ) -> None:
@@ -81,6 +83,9 @@ def extract(
         pool=tuple(part.strip() for part in pool.split(",")) if pool else (),
     )
     not_onto_itself(out, *options.files(source), *options.folders_of(asked))
+    runner = spread.runner(asked)
+    if runner is not None and engine is not Reads.transformers:
+        raise InputError("workers read with transformers; leave --engine out, or --on")
     corpus = options.read(source, reading, LAB_DOCUMENTS, options.parse_share(share))
     if engine is Reads.vllm:
         need("--engine vllm", "vllm")
@@ -90,7 +95,7 @@ def extract(
     reads = engine_of(engine, scope, chosen)
     wanted = options.parse_layers(layers)
     with output.progress() as bar:
-        store = scope.extract(corpus, out, chosen, layers=wanted, engine=reads, progress=bar)
+        store = scope.extract(corpus, out, chosen, layers=wanted, engine=reads, runner=runner, progress=bar)
     with store:
         show_store(store, as_json)
 

@@ -11,6 +11,7 @@ from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import typer
 
+from qwen_scope.cluster import WorkerOptions
 from qwen_scope.scope import ScopeOptions
 from qwen_scope.text import CorpusOptions
 
@@ -54,6 +55,20 @@ OPTIONS: dict[type, dict[str, Any]] = {
             str | None,
             typer.Option("--chat", help="Wrap texts in the chat template: default, thinking or non_thinking."),
             Read(options.check_chat),
+        ],
+    },
+    WorkerOptions: {
+        "on": Annotated[
+            str | None, typer.Option("--on", help="Read with workers on a cluster: ray. Default: in this process.")
+        ],
+        "workers": Annotated[int, typer.Option("--workers", help="With --on: how many.", min=1)],
+        "worker_cpus": Annotated[
+            float, typer.Option("--worker-cpus", help="CPUs of each; 0.5 shares one between two.")
+        ],
+        "worker_gpus": Annotated[float, typer.Option("--worker-gpus", help="GPUs of each, or a part of one.")],
+        "address": Annotated[
+            str | None,
+            typer.Option("--address", help="Of a Ray cluster. Default: RAY_ADDRESS, else one on this machine."),
         ],
     },
     ScopeOptions: {

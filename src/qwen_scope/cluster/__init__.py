@@ -1,0 +1,5 @@
+"""Extraction on many machines: the runner that `extract` takes, on Ray."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

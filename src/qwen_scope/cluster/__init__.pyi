@@ -1,0 +1,2 @@
+from .options import WorkerOptions as WorkerOptions
+from .runner import RayRunner as RayRunner

@@ -1,0 +1,62 @@
+"""`WorkerOptions`: how many workers on which cluster; light enough for `--help`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from qwen_scope.errors import InputError, brief, check_count, check_number
+
+if TYPE_CHECKING:
+    from qwen_scope.scope import ScopeOptions
+
+    from .runner import RayRunner
+
+
+@dataclass(frozen=True)
+class WorkerOptions:
+    """Where windows of an extraction are read: in this process, or by workers, each with a model and SAEs of its own.
+
+    Attributes:
+        on: `ray`, or None for this process.
+        workers: how many.
+        worker_cpus, worker_gpus: what each takes of its machine; a fraction shares a CPU or GPU with others.
+        address: of the cluster, such as `auto` or `HOST:6379`; None for `RAY_ADDRESS` of the environment, else a
+            cluster on this machine alone that ends with the extraction.
+
+    Raises:
+        InputError: something else than `ray`, or a number out of range.
+    """
+
+    on: str | None = None
+    workers: int = 2
+    worker_cpus: float = 1.0
+    worker_gpus: float = 0.0
+    address: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.on not in (None, "ray"):
+            raise InputError(f"workers run on ray, not on {brief(self.on)}")
+        check_count("workers", self.workers)
+        check_number("worker_cpus", self.worker_cpus, 0.01)
+        check_number("worker_gpus", self.worker_gpus, 0)
+
+    @property
+    def resources(self) -> dict[str, float]:
+        """What a worker takes, in Ray's words."""
+        return {"CPU": self.worker_cpus, **({"GPU": self.worker_gpus} if self.worker_gpus else {})}
+
+    def runner(self, asked: ScopeOptions) -> RayRunner | None:
+        """What `extract` takes as its runner; None where this process reads.
+
+        Args:
+            asked: how each worker opens the model and the SAEs.
+
+        Raises:
+            NotFoundError: Ray is not installed.
+        """
+        if self.on is None:
+            return None
+        from .runner import RayRunner
+
+        return RayRunner(asked, self)

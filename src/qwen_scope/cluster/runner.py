@@ -1,0 +1,219 @@
+"""`RayRunner`: the windows of an extraction on Ray Data. One task reads the corpus, workers encode and write parts."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from typing import Any
+
+from qwen_scope import errors
+from qwen_scope.errors import InputError, QwenScopeError, foreign, need, reason
+from qwen_scope.sae import SAE
+from qwen_scope.scope import Job, ModelEngine, ScopeOptions
+
+from .options import WorkerOptions
+
+OBJECT_STORE = 2**28
+"""Of windows that wait for a worker and of what workers have told, in the object stores of the cluster, in bytes."""
+
+SLOT_SECONDS = 20.0
+"""How long a slot that is counted as free may take to be given."""
+
+REFUSED = "refused"  # what a worker tells in place of a window: the kind and the sentence of an error
+
+# A window is a block of its own, so that one worker can take it while another takes the next.
+BLOCK_BYTES = 1
+
+
+class RayRunner:
+    """Reads and encodes the windows of an extraction on a Ray cluster.
+
+    One task reads the corpus in its order and cuts it into windows. Each worker holds a model and its SAEs, opened
+    once, and writes the parts of the windows it is given, so no activation leaves it; what it tells is the list of
+    those parts. A worker that dies is started again, and its window is written again.
+
+    Args:
+        asked: how each worker opens the model and the SAEs.
+        options: how many workers, and where.
+
+    Raises:
+        NotFoundError: Ray is not installed.
+    """
+
+    def __init__(self, asked: ScopeOptions, options: WorkerOptions | None = None) -> None:
+        need("--on ray", "ray")
+        self.asked, self.options = asked, options or WorkerOptions("ray")
+
+    def run(self, job: Job) -> Iterator[tuple[int, dict[str, Any]]]:
+        """As `scope.Runner`.
+
+        Raises:
+            InputError: no cluster, or one without a free slot for each worker.
+            QwenScopeError: what a worker ran into.
+        """
+        with cluster(self.options):
+            check_slots(self.options)
+            yield from windows(job, self.asked, self.options)
+
+
+@contextmanager
+def cluster(options: WorkerOptions) -> Iterator[None]:
+    """The cluster that is asked for, or the one this process is connected to; one that is begun here ends here.
+
+    Raises:
+        InputError: there is none at that address.
+    """
+    import ray
+
+    if ray.is_initialized():
+        yield
+        return
+    place = options.address or os.environ.get("RAY_ADDRESS")
+    what = f"no Ray cluster answers at {place}" if place else "Ray can't be started on this machine"
+    with foreign(what, InputError, "start one with: ray start --head" if place else ""):
+        own: dict[str, Any] = {} if place else {"include_dashboard": False}
+        ray.init(address=options.address, log_to_driver=False, logging_level=logging.ERROR, **own)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def check_slots(options: WorkerOptions) -> None:
+    """Refuse a cluster that has no free slot for each worker now, rather than wait for one.
+
+    Raises:
+        InputError: it says what is free and what to ask for.
+    """
+    import ray
+    from ray.util.placement_group import placement_group, remove_placement_group
+
+    free = ray.available_resources()
+    if all(free.get(name, 0) >= amount * options.workers for name, amount in options.resources.items()):
+        # Whether they fit on single machines is known to Ray alone.
+        group = placement_group([options.resources] * options.workers, strategy="PACK")
+        try:
+            if ray.wait([group.ready()], timeout=SLOT_SECONDS)[0]:
+                return
+        finally:
+            remove_placement_group(group)
+    wanted = " and ".join(f"{amount:g} {name}" for name, amount in options.resources.items())
+    found = ", ".join(f"{free.get(name, 0):g} {name}" for name in options.resources)
+    raise InputError(
+        f"the cluster has no free slot for {options.workers} workers of {wanted} each (free: {found}); ask for fewer"
+        " with workers=, for a smaller share of a machine with worker_cpus= or worker_gpus=, or try later"
+    )
+
+
+def windows(job: Job, asked: ScopeOptions, options: WorkerOptions) -> Iterator[tuple[int, dict[str, Any]]]:
+    """What workers tell of the windows they have written, in any order.
+
+    Raises:
+        QwenScopeError: the run has ended early.
+    """
+    import ray
+    from ray.data import ActorPoolStrategy
+
+    from .reading import Windows
+
+    here = os.getcwd()
+    with told(), bounded():
+        written = ray.data.read_datasource(Windows(job, here), override_num_blocks=1, num_cpus=0).map_batches(
+            Worker,
+            fn_constructor_args=(job, placed(asked), here),
+            batch_size=1,
+            compute=ActorPoolStrategy(size=options.workers, max_tasks_in_flight_per_actor=2),
+            num_cpus=options.worker_cpus,
+            num_gpus=options.worker_gpus or None,
+        )
+        for row in written.iter_rows():
+            written = json.loads(row["written"])
+            if REFUSED in written:
+                kind, sentence = written[REFUSED]
+                raise getattr(errors, kind)(sentence)
+            yield row["number"], written
+
+
+def placed(asked: ScopeOptions) -> ScopeOptions:
+    """The same with whole paths of folders on this machine: a worker may stand elsewhere."""
+    named = {name: getattr(asked, name) for name in ("model", "sae", "adapter")}
+    whole = {name: os.path.abspath(place) for name, place in named.items() if place and os.path.exists(place)}
+    if asked.model == "lab":
+        whole.pop("model", None)
+    return replace(asked, **whole)
+
+
+@contextmanager
+def bounded() -> Iterator[None]:
+    """Ray Data with a bound on what lies in the object store, one window a block, and silent."""
+    from ray.data import DataContext
+
+    context = DataContext.get_current()
+    limits = context.execution_options.resource_limits
+    before = context.target_max_block_size, context.enable_progress_bars
+    context.target_max_block_size, context.enable_progress_bars = BLOCK_BYTES, False
+    context.execution_options.resource_limits = limits.copy(object_store_memory=OBJECT_STORE)
+    logger = logging.getLogger("ray.data")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        context.target_max_block_size, context.enable_progress_bars = before
+        context.execution_options.resource_limits = limits
+        logger.setLevel(level)
+
+
+@contextmanager
+def told() -> Iterator[None]:
+    """What Ray ran into as one sentence.
+
+    Raises:
+        InputError: it did.
+    """
+    from ray.exceptions import RayError
+
+    try:
+        yield
+    except RayError as error:
+        raise InputError(
+            f"the run on Ray has ended early ({reason(error)}); run the same command again, what was written is kept"
+        ) from error
+
+
+class Worker:
+    """What a worker holds: a model and its SAEs, opened once.
+
+    Args:
+        folder: the driver's working directory.
+    """
+
+    def __init__(self, job: Job, asked: ScopeOptions, folder: str) -> None:
+        with suppress(OSError):  # on another machine it may not be there
+            os.chdir(folder)
+        self.job, self.asked = job, asked
+        self._opened: tuple[ModelEngine, dict[int, SAE], Any] | None = None
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, list[Any]]:
+        """Write the one window of a batch."""
+        number = int(batch["number"][0])
+        try:
+            written = self.job.write(number, str(batch["window"][0]), *self.opened())
+        except QwenScopeError as error:  # pickled by Ray it would lose its kind
+            written = {REFUSED: [type(error).__name__, str(error)]}
+        return {"number": [number], "written": [json.dumps(written)]}
+
+    def opened(self) -> tuple[ModelEngine, dict[int, SAE], Any]:
+        """The model, the SAEs and the device they come to for their turn; opened for the first window."""
+        if self._opened is None:
+            scope = self.asked.open()
+            saes = scope.saes.mapped()
+            mine = {layer: saes[layer] for layer in self.job.fingerprints}
+            self.job.check(mine)
+            device = None if str(scope.saes.device).startswith("cpu") else scope.saes.device
+            self._opened = ModelEngine(scope.model, self.job.batch_tokens), mine, device
+        return self._opened

@@ -1,0 +1,85 @@
+"""`extract` on a Ray cluster of two workers on this machine: the store of a single process, whatever dies meanwhile.
+
+`KILLS=10 python -m pytest tests/cluster/test_ray.py -k die` kills a worker at random ten times.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import stores
+import tiny
+from killing import killing, workers
+from test_merge import same
+
+from qwen_scope.cluster import RayRunner, WorkerOptions
+from qwen_scope.errors import InputError, MismatchError
+from qwen_scope.sae import Identity, TopK, save_sae
+from qwen_scope.scope import ExtractOptions, ScopeOptions
+from qwen_scope.text import Corpus
+
+ray = pytest.importorskip("ray")
+
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("default")]  # what Ray warns of itself is not ours
+
+OPTIONS = ExtractOptions(row_tokens=7, window_tokens=90, batch_tokens=80, pool=("mean", "last"))
+HALF = WorkerOptions("ray", workers=2, worker_cpus=0.5)
+
+
+def asked(sae: Path | None = None) -> ScopeOptions:
+    return ScopeOptions(model=str(tiny.folder() / "model"), sae=str(sae or tiny.folder() / "sae"), device="cpu")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cluster() -> Iterator[None]:
+    """One cluster for all tests: it takes seconds to start."""
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=100 * 2**20)
+    yield
+    ray.shutdown()
+
+
+def equal_although_killed(folder: Path, times: int) -> list[int]:
+    """Extract here and on workers that are killed so often; the stores are the same."""
+    rows = [*stores.ROWS * (3 + times), {"other": 1}]
+    scope = asked().open()
+    scope.extract(Corpus(rows), folder / "one", OPTIONS).close()
+    with killing(times, folder / "ray" / "activations") as killed:
+        scope.extract(Corpus(rows), folder / "ray", OPTIONS, runner=RayRunner(asked(), HALF)).close()
+    same(folder / "ray", folder / "one")
+    assert not (folder / "ray" / "work").exists()
+    return killed
+
+
+def test_workers_that_die_leave_the_store_of_one_process(tmp_path) -> None:
+    times = int(os.environ.get("KILLS", "1"))
+    killed = equal_although_killed(tmp_path, times)
+    assert len(killed) == times
+    assert not set(killed) & set(workers())
+
+
+def test_a_cluster_without_a_free_slot_ends_in_a_sentence(tmp_path) -> None:
+    begun = time.monotonic()
+    for options, said in (
+        (WorkerOptions("ray", workers=9), r"no free slot for 9 workers of 1 CPU each \(free: 2 CPU\)"),
+        (WorkerOptions("ray", worker_gpus=0.5), r"2 workers of 1 CPU and 0.5 GPU each \(free: 2 CPU, 0 GPU\)"),
+    ):
+        with pytest.raises(InputError, match=said):
+            asked().open().extract(Corpus(stores.ROWS), tmp_path / "s", OPTIONS, runner=RayRunner(asked(), options))
+        assert not (tmp_path / "s").exists()
+    assert time.monotonic() - begun < 60
+
+
+def test_what_a_worker_runs_into_is_its_sentence(tmp_path) -> None:
+    """Workers find other SAEs than the driver under the name they are given."""
+    other = tmp_path / "sae"
+    for layer in (0, 2):
+        made = tiny.random_sae(layer)
+        weights = made.W_enc, made.W_dec, made.b_enc, made.b_dec
+        save_sae(TopK(*weights, k=made.k, hook_point=made.hook_point, identity=Identity("SAE", layer, "f" * 64)), other)
+    with pytest.raises(MismatchError, match="a worker found another SAE for layer 0"):
+        asked().open().extract(Corpus(stores.ROWS), tmp_path / "s", OPTIONS, runner=RayRunner(asked(other), HALF))
+    assert not (tmp_path / "s").exists()
