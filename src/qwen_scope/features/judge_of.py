@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+from qwen_scope.files import Remote
 from qwen_scope.store import FeatureStore
 
 from .endpoint import Endpoint
@@ -20,12 +23,18 @@ def judge_of(store: FeatureStore, options: JudgeOptions) -> ModelJudge | RuleJud
         return RuleJudge()
     found = Endpoint.from_environment(
         model=options.judge,
-        cache=options.cache or store.folder.with_name(store.folder.name + ".cache"),
+        cache=options.cache or beside(store.folder),
         max_requests=options.max_requests,
         max_tokens=options.max_tokens,
         concurrency=options.concurrency,
     )
     return RuleJudge() if found is None else ModelJudge(found)
+
+
+def beside(folder: Path | Remote) -> Path:
+    """Where answers about a store are kept: beside it, or for one at a URI in the working directory."""
+    name = f"{folder.name}.cache"
+    return folder.with_name(name) if isinstance(folder, Path) else Path(name)
 
 
 def most_frequent(store: FeatureStore, layer: int, n: int) -> list[int]:

@@ -8,6 +8,8 @@ from .lines import append_lines as append_lines
 from .lines import read_lines as read_lines
 from .lines import text_lines as text_lines
 from .lock import lock_folder as lock_folder
+from .remote import Remote as Remote
+from .remote import place as place
 from .whole import check_folder as check_folder
 from .whole import check_output as check_output
 from .whole import digest_of as digest_of

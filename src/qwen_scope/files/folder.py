@@ -11,6 +11,7 @@ from pathlib import Path
 from qwen_scope.errors import InputError
 
 from .lock import NAME, lock_folder
+from .uri import check_here
 from .whole import UNFINISHED, sync_folder, told
 
 
@@ -27,6 +28,7 @@ def write_folder(path: str | os.PathLike[str], *, replace: bool = False) -> Iter
     Raises:
         InputError: it is a file, it is not empty, it can't be written, or another process is about to write it.
     """
+    check_here(path)
     target = Path(os.path.realpath(path))
     part = target.with_name(UNFINISHED + target.name)
     before = target.with_name(f"{UNFINISHED}{target.name}.before")

@@ -10,17 +10,17 @@ import os
 import warnings
 from collections.abc import Iterable
 from contextlib import suppress
-from pathlib import Path
 from typing import IO
 
-from qwen_scope.errors import FormatError, QwenScopeWarning, foreign
+from qwen_scope.errors import FormatError, InputError, QwenScopeWarning, foreign
 
+from .remote import Remote, place
 from .whole import told
 
 BLOCK = 1 << 16  # bytes read at a time from the end of a file
 
 
-def read_lines(path: str | os.PathLike[str]) -> list[str]:
+def read_lines(path: str | os.PathLike[str] | Remote) -> list[str]:
     """The lines of such a file, without their ends; none where there is no file. Empty lines are left out.
 
     A last line without its end that is no whole JSON value was torn when its writer died: it is left out, with a
@@ -29,9 +29,9 @@ def read_lines(path: str | os.PathLike[str]) -> list[str]:
     Raises:
         FormatError: bytes that are not UTF-8 before the last line, or a file that can't be read.
     """
-    place = Path(path)
+    at = place(path)
     with foreign(f"{path} can't be read"):
-        data = place.read_bytes() if place.exists() else b""
+        data = at.read_bytes() if at.exists() else b""
     kept, torn = _split(data)
     if torn:
         warnings.warn(f"the last line of {path} is torn ({len(torn)} bytes); it is left out", QwenScopeWarning, 2)
@@ -48,7 +48,7 @@ def text_lines(text: str) -> list[str]:
     return [line.removesuffix("\r") for line in text.split("\n") if line.strip()]
 
 
-def append_lines(path: str | os.PathLike[str], lines: Iterable[str]) -> None:
+def append_lines(path: str | os.PathLike[str] | Remote, lines: Iterable[str]) -> None:
     """Add lines, each without its end, in one write that is on the disk when this returns.
 
     A torn last line is cut off first. Where the write fails, the file is as it was before. Of several writers one
@@ -58,7 +58,10 @@ def append_lines(path: str | os.PathLike[str], lines: Iterable[str]) -> None:
         InputError: it can't be written, or the disk is full.
     """
     data = "".join(line + "\n" for line in lines).encode("utf-8")
-    with told(str(path)), Path(path).open("a+b", buffering=0) as file:
+    at = place(path)
+    if isinstance(at, Remote):
+        raise InputError(f"{at} can't be added to, because what lies at a URI is only read; copy its folder here")
+    with told(str(path)), at.open("a+b", buffering=0) as file:
         _wait_for(file)
         length = _mend(file)
         try:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from qwen_scope.errors import InputError
 
+from .uri import check_here
 from .whole import make_folder, remove_stale, take, told
 
 NAME = ".lock"
@@ -24,6 +25,7 @@ def lock_folder(folder: str | os.PathLike[str]) -> Iterator[None]:
     Raises:
         InputError: another process (or another block of this one) writes to it, or it can't be made.
     """
+    check_here(folder)
     place = Path(folder)
     with told(str(folder)):
         made = make_folder(place)

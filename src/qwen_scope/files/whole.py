@@ -15,8 +15,11 @@ import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from qwen_scope.errors import InputError, brief, reason
+
+from .uri import check_here
 
 UNFINISHED = ".unfinished-"
 PART = re.compile(re.escape(UNFINISHED) + r"([0-9]+-[0-9a-f]{8}|[0-9a-f]{32})(\..*)?")
@@ -42,6 +45,7 @@ def write_whole(path: str | os.PathLike[str], what: str = "") -> Iterator[Path]:
     Raises:
         InputError: a folder has that name, it can't be written, or the disk is full.
     """
+    check_here(path)
     target, named = Path(path), what or str(path)
     with told(named):
         if target.is_dir():
@@ -220,6 +224,7 @@ def check_output(path: str | os.PathLike[str], *inputs: str | os.PathLike[str], 
     Raises:
         InputError: as `write_whole` and `not_onto_itself`, or a name with another ending.
     """
+    check_here(path)
     target = Path(path)
     if endings and target.suffix not in endings:
         raise InputError(f"{path} has to end in {' or '.join(endings)}")
@@ -334,11 +339,11 @@ def make_folder(folder: Path) -> list[Path]:
     return missing
 
 
-def digest_of(path: Path, *, sync: bool = False) -> str:
+def digest_of(path: Any, *, sync: bool = False) -> str:
     """The SHA-256 of a file's bytes in hexadecimal digits.
 
     Args:
-        sync: put the file on the disk itself first.
+        path: of a file, or a `Remote`.   sync: put the file on the disk itself first.
     """
     with path.open("rb") as file:
         if sync:

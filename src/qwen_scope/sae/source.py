@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import final
 
 from qwen_scope.errors import InputError, NotFoundError, QwenScopeError, nearest
+from qwen_scope.files import Remote, place
 
 from . import catalog
 from .catalog import Group
@@ -67,6 +68,22 @@ class FolderSource(Source):
 
     def fetch(self, name: str) -> Path:
         return self.folder / name
+
+
+@final
+class RemoteSource(Source):
+    """A folder at a URI, or one file of it; files are copied to a cache on this machine, since weights are mapped."""
+
+    def __init__(self, folder: Remote, only: str | None = None) -> None:
+        self.folder, self.only, self.listed = folder, only, None
+        self.where, self.label = str(folder / only if only else folder), folder.name
+        self.group = self.label if layer_in(self.label) is None else folder.parent.name
+
+    def names(self) -> Sequence[str]:
+        return [path.relative_to(self.folder).as_posix() for path in self.folder.rglob()]
+
+    def fetch(self, name: str) -> Path:
+        return (self.folder / name).fetched()
 
 
 @final
@@ -134,8 +151,15 @@ def resolve(source: str | Path | Group, revision: str | None = None, cache_dir: 
     group = source if isinstance(source, Group) else None
     if isinstance(source, str) and "/" not in source:
         group = catalog.lookup(source)
-    if not isinstance(source, Group) and group is None and Path(source).exists():
-        path = Path(source)
+    path = None if isinstance(source, Group) or group is not None else place(source)
+    if isinstance(path, Remote):
+        _no_revision(revision, path)
+        if path.is_file():
+            return RemoteSource(path.parent, path.name)
+        if path.is_dir():
+            return RemoteSource(path)
+        raise NotFoundError(f"there is no file or folder {path}")
+    if path is not None and path.exists():
         _no_revision(revision, path)
         return FolderSource(path) if path.is_dir() else FolderSource(path.parent, path.name)
     if isinstance(source, str):
@@ -150,9 +174,9 @@ def resolve(source: str | Path | Group, revision: str | None = None, cache_dir: 
     return HubSource(group.repo, revision, cache_dir, group)
 
 
-def _no_revision(revision: str | None, path: Path) -> None:
+def _no_revision(revision: str | None, path: Path | Remote) -> None:
     if revision is not None:
-        raise InputError(f"revision={revision!r} was asked for, but {path} lies on this machine and has no revisions")
+        raise InputError(f"revision={revision!r} was asked for, but {path} is no repository and has no revisions")
 
 
 def _repo_id(source: str | Path) -> str:

@@ -12,7 +12,7 @@ from typing import Any, Protocol, runtime_checkable
 from torch import nn
 
 from qwen_scope.errors import FormatError, InputError, MismatchError, NotFoundError, foreign
-from qwen_scope.files import Fields, parse_value, write_text
+from qwen_scope.files import Fields, Remote, parse_value, place, write_text
 from qwen_scope.model import HookPoint, text_config
 from qwen_scope.text import Counted
 
@@ -141,7 +141,8 @@ class Recipe:
         Raises:
             InputError: another ending.
         """
-        target, data = _kind(path), self.to_json()
+        target, data = Path(path), self.to_json()
+        _check_ending(target)
         if target.suffix == ".json":
             text = json.dumps(data, ensure_ascii=False, indent=2, allow_nan=False)
         else:
@@ -162,7 +163,8 @@ def load_recipe(path: str | os.PathLike[str], most_bytes: int = MAX_BYTES) -> Re
         FormatError: not a recipe of this version, or too large.
         InputError: another ending than `.json` or `.yaml`, or interventions that mean nothing.
     """
-    source = _kind(path)
+    source = place(path)
+    _check_ending(source)
     if not source.is_file():
         raise NotFoundError(f"there is no recipe {str(source)!r}")
     with foreign(f"{source.name} can't be read"), source.open("rb") as file:
@@ -206,8 +208,6 @@ def signature_of(config: Any) -> str:
     return f"{config.model_type}, {config.num_hidden_layers} layers of {config.hidden_size}"
 
 
-def _kind(path: str | os.PathLike[str]) -> Path:
-    found = Path(path)
-    if found.suffix not in KINDS:
-        raise InputError(f"a recipe ends in .json or .yaml, not {found.name!r}")
-    return found
+def _check_ending(path: Path | Remote) -> None:
+    if path.suffix not in KINDS:
+        raise InputError(f"a recipe ends in .json or .yaml, not {path.name!r}")

@@ -11,13 +11,14 @@ import numpy as np
 from jaxtyping import Int64
 
 from qwen_scope.errors import NotFoundError, nearest
+from qwen_scope.files import Remote
 
 Condition = tuple[str, str, bool]
 """A column of the documents' metadata, a value, and whether they are to be equal."""
 
 
 def meeting(
-    metas: Sequence[Mapping[str, Any]], conditions: Sequence[Condition], folder: Path
+    metas: Sequence[Mapping[str, Any]], conditions: Sequence[Condition], folder: Path | Remote
 ) -> Int64[np.ndarray, " documents"]:
     """The documents whose metadata meet every condition, ascending; see `FeatureStore.where`.
 

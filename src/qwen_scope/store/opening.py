@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen_scope.errors import FormatError, NotFoundError
+from qwen_scope.files import Remote, place
 
 from .layout import MANIFEST, TABLES, Manifest
 from .parts import TableRows, check_parts, check_rows
@@ -15,15 +16,17 @@ from .parts import TableRows, check_parts, check_rows
 
 def is_store(folder: str | Path) -> bool:
     """Whether a folder is a finished store."""
-    return (Path(folder) / MANIFEST).is_file()
+    return (place(folder) / MANIFEST).is_file()
 
 
-def read_manifest(folder: Path) -> Manifest:
+def read_manifest(folder: Path | Remote) -> Manifest:
     """The manifest of a store.
 
     Raises:
         NotFoundError: there is no store.   FormatError: it is damaged, or not what the format says.
     """
+    if isinstance(folder, Remote) and not (folder / MANIFEST).is_file():
+        raise NotFoundError(_absent(folder))
     try:
         text = (folder / MANIFEST).read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
@@ -33,7 +36,7 @@ def read_manifest(folder: Path) -> Manifest:
     return Manifest.from_json(text)
 
 
-def open_tables(folder: Path, manifest: Manifest) -> dict[str, TableRows]:
+def open_tables(folder: Path | Remote, manifest: Manifest) -> dict[str, TableRows]:
     """The tables of a store, each part checked by its end.
 
     Raises:
@@ -49,7 +52,7 @@ def open_tables(folder: Path, manifest: Manifest) -> dict[str, TableRows]:
 class Places:
     """Where the rows of each feature are: in `stats`, and by it in `features`."""
 
-    folder: Path
+    folder: Path | Remote
     manifest: Manifest
     tables: Mapping[str, TableRows]
 
@@ -75,7 +78,7 @@ class Places:
         return row["first_row"], row["tokens"]
 
 
-def _absent(folder: Path) -> str:
+def _absent(folder: Path | Remote) -> str:
     if folder.is_dir():
         return (
             f"{folder} has no {MANIFEST}: it is no store, or one that is not finished; run the command that began it"

@@ -7,6 +7,7 @@ import stat
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -14,6 +15,7 @@ import pyarrow.parquet as pq
 from jaxtyping import Int64
 
 from qwen_scope.errors import FormatError, NotFoundError
+from qwen_scope.files import Remote
 
 from .layout import ROW_GROUP, TABLES, Manifest, Part
 
@@ -22,7 +24,7 @@ from .layout import ROW_GROUP, TABLES, Manifest, Part
 class PartFile:
     """A part that has been checked: its path and what its end says."""
 
-    path: Path
+    path: Path | Remote
     metadata: pq.FileMetaData
 
 
@@ -62,7 +64,7 @@ class TableRows:
             if i not in self._open:
                 if len(self._open) >= 64:
                     self.close()
-                self._open[i] = pq.ParquetFile(part.path, metadata=part.metadata)
+                self._open[i] = pq.ParquetFile(readable(part.path), metadata=part.metadata)
             return self._open[i].read_row_group(
                 group, columns=None if columns is None else list(columns), use_threads=False
             )
@@ -147,7 +149,7 @@ class TableRows:
         return getattr(self, name)
 
 
-def check_parts(folder: Path, manifest: Manifest) -> dict[str, list[PartFile]]:
+def check_parts(folder: Path | Remote, manifest: Manifest) -> dict[str, list[PartFile]]:
     """The parts of every table, each as the manifest and the format say it must be.
 
     Raises:
@@ -168,7 +170,7 @@ def check_parts(folder: Path, manifest: Manifest) -> dict[str, list[PartFile]]:
     return found
 
 
-def check_rows(tables: Mapping[str, TableRows], manifest: Manifest, folder: Path) -> None:
+def check_rows(tables: Mapping[str, TableRows], manifest: Manifest, folder: Path | Remote) -> None:
     """Raise FormatError where a table has another number of rows than the manifest says."""
     activations = sum(info.activations for info in manifest.layers.values())
     wanted = {"documents": manifest.documents, "tokens": manifest.tokens}
@@ -179,19 +181,27 @@ def check_rows(tables: Mapping[str, TableRows], manifest: Manifest, folder: Path
             raise FormatError(f"{folder} has {tables[name].rows} rows of {name!r} and its manifest says {rows}")
 
 
-def _footer(path: Path, part: Part) -> pq.FileMetaData:
+def readable(path: Path | Remote) -> Any:
+    """What pyarrow reads a part from; at a URI it asks for the few ranges that it needs."""
+    return path if isinstance(path, Path) else path.open("rb")
+
+
+def _footer(path: Path | Remote, part: Part) -> pq.FileMetaData:
     """What the end of a part says, if the file is the manifest's."""
-    try:
-        links = [os.lstat(path.parent).st_mode, os.lstat(path).st_mode]
-    except OSError as error:
-        raise NotFoundError(f"the store lacks its part {path}") from error
-    if not stat.S_ISDIR(links[0]) or not stat.S_ISREG(links[1]):
-        raise FormatError(f"{path} is a link or no plain file; a store holds its own parts")
+    if isinstance(path, Path):
+        try:
+            links = [os.lstat(path.parent).st_mode, os.lstat(path).st_mode]
+        except OSError as error:
+            raise NotFoundError(f"the store lacks its part {path}") from error
+        if not stat.S_ISDIR(links[0]) or not stat.S_ISREG(links[1]):
+            raise FormatError(f"{path} is a link or no plain file; a store holds its own parts")
+    elif not path.is_file():
+        raise NotFoundError(f"the store lacks its part {path}")
     size = path.stat().st_size
     if size != part.bytes:
         raise FormatError(f"{path} has {size} bytes and the manifest says {part.bytes}: it was cut off or changed")
     try:
-        return pq.read_metadata(path)
+        return pq.read_metadata(readable(path))
     except (pa.ArrowException, OSError) as error:
         raise FormatError(f"{path} is not a whole Parquet file: {' '.join(str(error).split())[:200]}") from error
 
@@ -202,7 +212,7 @@ def _alike(found: pa.DataType, wanted: pa.DataType) -> bool:
     return found == wanted
 
 
-def _check_ranges(path: Path, table: str, metadata: pq.FileMetaData, manifest: Manifest) -> None:
+def _check_ranges(path: Path | Remote, table: str, metadata: pq.FileMetaData, manifest: Manifest) -> None:
     """Every row group within bounds, by the minimum and maximum that Parquet keeps of it."""
     names = TABLES[table].names
     for number in range(metadata.num_row_groups):

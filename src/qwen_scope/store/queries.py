@@ -12,6 +12,7 @@ import duckdb
 import pyarrow as pa
 
 from qwen_scope.errors import InputError, reason
+from qwen_scope.files import Remote
 
 from .layout import TABLES, in_utf8
 from .parts import TableRows
@@ -21,11 +22,12 @@ SECONDS, MEGABYTES = 600.0, 100  # of the answer to somebody else's query
 SPILL = "20GB"  # what DuckDB may put on disk for a query larger than its memory
 
 
-def connect(folder: Path, tables: Mapping[str, TableRows], memory: str) -> duckdb.DuckDBPyConnection:
+def connect(folder: Path | Remote, tables: Mapping[str, TableRows], memory: str) -> duckdb.DuckDBPyConnection:
     """A connection with one view per table; nothing is copied into it.
 
     The views read files, so file access can't be switched off; it is confined to the folder, links out of it excluded,
-    extensions are neither installed nor loaded, and then the configuration is locked.
+    extensions are neither installed nor loaded, and then the configuration is locked. A store at a URI is read through
+    its fsspec file system, and no other file of it.
     """
     config: dict[str, Any] = {
         "memory_limit": memory,
@@ -35,18 +37,25 @@ def connect(folder: Path, tables: Mapping[str, TableRows], memory: str) -> duckd
         "parquet_metadata_cache": True,
     }
     connection = duckdb.connect(config=config)
+    if isinstance(folder, Remote):
+        connection.register_filesystem(folder.filesystem)
     for name, table in tables.items():
         if table.files:
-            connection.read_parquet([in_utf8(path) for path in table.files]).to_view(name)
+            connection.read_parquet([named(path) for path in table.files]).to_view(name)
         else:
             connection.from_arrow(TABLES[name].empty_table()).to_view(name)
-    place = in_utf8(folder).replace("'", "''")
+    place = named(folder).replace("'", "''")
     for setting in (
         "autoload_known_extensions = false", "allow_community_extensions = false", f"allowed_directories = ['{place}']",
         "enable_external_access = false", "lock_configuration = true",
     ):  # fmt: skip
         connection.execute(f"SET {setting}")
     return connection
+
+
+def named(path: Path | Remote) -> str:
+    """A path as DuckDB takes it."""
+    return path.whole if isinstance(path, Remote) else in_utf8(path)
 
 
 def select(

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen_scope.errors import InputError, NotFoundError, QwenScopeError, brief
-from qwen_scope.files import read_object
+from qwen_scope.files import Remote, read_object
 from qwen_scope.sae import catalog, load_sae
 from qwen_scope.text import Counted
 
@@ -103,7 +103,7 @@ def place_of(source: str, store: Path) -> dict[str, str]:
     return out
 
 
-def source_of(manifest: Manifest, folder: Path, what: str) -> str | None:
+def source_of(manifest: Manifest, folder: Path | Remote, what: str) -> str | None:
     """The name or the folder of a store's `model` or `saes`, or None where the store does not say.
 
     A folder is looked for beside the store first, then where it was; where both are there, the SAEs' weights decide.
@@ -114,7 +114,8 @@ def source_of(manifest: Manifest, folder: Path, what: str) -> str | None:
     place = manifest.sources.get(what)
     if place is None or "name" in place:
         return (place or {}).get("name")
-    beside = folder.resolve() / place["relative"] if "relative" in place else None
+    near = isinstance(folder, Path) and "relative" in place
+    beside = folder.resolve() / place["relative"] if near else None
     known = [Path(os.path.realpath(path)) for path in (beside, place.get("path")) if path and os.path.exists(path)]
     if not known:
         said, option = ("SAEs", "--sae") if what == "saes" else ("model", "--model")

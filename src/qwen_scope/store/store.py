@@ -13,7 +13,7 @@ import pyarrow as pa
 from jaxtyping import Float32, Float64, Int64
 
 from qwen_scope.errors import FormatError, MismatchError, NotFoundError, check_count
-from qwen_scope.files import digest_of
+from qwen_scope.files import Remote, digest_of, place
 from qwen_scope.sae import SAE, Identity
 
 from . import contexts, sql
@@ -47,17 +47,18 @@ class FeatureStore:
         *,
         memory: str = MEMORY,
     ) -> None:
-        """Open a store.
+        """Open a store, in a folder or at a URI such as `s3://bucket/store`, from where nothing is copied.
 
         Args:
             saes: the SAEs the questions will be about, by layer; a store made with others is refused.
             memory: how much DuckDB may take before it goes to disk.
 
         Raises:
-            NotFoundError: there is no store.   FormatError: it is damaged, or not what the format says.
+            NotFoundError: there is no store, or its URI does not answer.
+            FormatError: it is damaged, or not what the format says.
             MismatchError: it was made with another SAE.
         """
-        self.folder = Path(folder)
+        self.folder: Path | Remote = place(folder)
         self.manifest = read_manifest(self.folder)
         self.tables = open_tables(self.folder, self.manifest)
         self._places = Places(self.folder, self.manifest, self.tables)

@@ -19,6 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from qwen_scope.errors import FormatError, foreign
+from qwen_scope.files import Remote
 
 SUFFIXES = (".txt", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
 Begin = Literal["anywhere", "first", "stream"]
@@ -68,12 +69,12 @@ class Source:
     begin: Begin = "anywhere"
 
 
-def is_readable(path: Path) -> bool:
+def is_readable(path: Path | Remote) -> bool:
     """Whether the name is that of a kind of file a corpus can be read from."""
     return (path.with_suffix("") if path.suffix == ".gz" else path).suffix in SUFFIXES
 
 
-def file_source(path: Path, name: str, unit: str) -> Source:
+def file_source(path: Path | Remote, name: str, unit: str) -> Source:
     """The source in a file, by its suffix.
 
     Raises:
@@ -99,9 +100,23 @@ def file_source(path: Path, name: str, unit: str) -> Source:
     return Source(name, size, partial(block_rows, path, unit), begin=begin)
 
 
-def opened(path: Path, offset: int) -> Any:
+class Unzipped(gzip.GzipFile):
+    """A gzipped file that closes the file below it as well."""
+
+    def __init__(self, data: Any) -> None:
+        super().__init__(fileobj=data, mode="rb")
+        self._below = data
+
+    def close(self) -> None:
+        super().close()
+        self._below.close()
+
+
+def opened(path: Path | Remote, offset: int) -> Any:
     """The bytes of a file, unzipped, from an offset on."""
-    file: Any = gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb")  # noqa: SIM115  # the caller closes
+    file: Any = path.open("rb")  # the caller closes
+    if path.suffix == ".gz":
+        file = Unzipped(file)
     if offset:
         with foreign(f"{path} can't be read up to where the work was stopped"):
             file.seek(offset)
@@ -113,7 +128,7 @@ def opened(path: Path, offset: int) -> Any:
     return file
 
 
-def line_rows(path: Path, parse: Callable[[bytes], Any], rows: int, offset: int) -> Iterator[Raw]:
+def line_rows(path: Path | Remote, parse: Callable[[bytes], Any], rows: int, offset: int) -> Iterator[Raw]:
     """The lines of a file that are not blank; `rows` counts the blank ones too."""
     with opened(path, offset) as file:
         while True:
@@ -128,7 +143,7 @@ def line_rows(path: Path, parse: Callable[[bytes], Any], rows: int, offset: int)
                 yield Raw(rows, file.tell(), partial(parse, line))
 
 
-def block_rows(path: Path, unit: str, rows: int, offset: int) -> Iterator[Raw]:
+def block_rows(path: Path | Remote, unit: str, rows: int, offset: int) -> Iterator[Raw]:
     """The texts between blank lines, or the whole file."""
     with opened(path, offset) as file:
         held: list[bytes] = []
@@ -148,7 +163,7 @@ def block_rows(path: Path, unit: str, rows: int, offset: int) -> Iterator[Raw]:
                 return
 
 
-def csv_rows(path: Path, delimiter: str, rows: int, offset: int) -> Iterator[Raw]:
+def csv_rows(path: Path | Remote, delimiter: str, rows: int, offset: int) -> Iterator[Raw]:
     """The records of a CSV file after its header."""
     csv.field_size_limit(2**31 - 1)
     # Bytes that are no UTF-8 become lone surrogates, which the row's reader finds.
@@ -178,19 +193,19 @@ def csv_rows(path: Path, delimiter: str, rows: int, offset: int) -> Iterator[Raw
 
 
 @contextmanager
-def parquet(path: Path) -> Iterator[pq.ParquetFile]:
+def parquet(path: Path | Remote) -> Iterator[pq.ParquetFile]:
     """An open Parquet file; a gzipped one is unpacked beside memory, since its end has to be read first."""
     if path.suffix != ".gz":
-        with pq.ParquetFile(path) as file:
+        with path.open("rb") as data, pq.ParquetFile(data) as file:
             yield file
         return
-    with tempfile.TemporaryFile() as whole, gzip.open(path, "rb") as zipped:
+    with tempfile.TemporaryFile() as whole, path.open("rb") as data, gzip.open(data, "rb") as zipped:
         shutil.copyfileobj(zipped, whole)
         with pq.ParquetFile(whole) as file:
             yield file
 
 
-def parquet_rows(path: Path, rows: int, offset: int) -> Iterator[Raw]:
+def parquet_rows(path: Path | Remote, rows: int, offset: int) -> Iterator[Raw]:
     """The rows of a Parquet file; a row group that can't be read is one row that can't."""
     with parquet(path) as file:
         first = 0

@@ -13,6 +13,7 @@ from typing import Any
 import pyarrow as pa
 
 from qwen_scope.errors import InputError, NotFoundError, foreign, need
+from qwen_scope.files import Remote, place
 
 from .lab import is_lab, lab_source
 from .read import SUFFIXES, Raw, Source, file_source, is_readable, record_of, same
@@ -70,23 +71,31 @@ def find_sources(
 
 def named(source: str, unit: str, split: str, subset: str | None) -> tuple[list[Source], str]:
     """The sources behind a name: a file, the files of a folder, a dataset on disk or on the Hub."""
-    path = Path(source).expanduser()
+    path = place(source).expanduser()
     if path.is_file():
         if not is_readable(path):
             raise InputError(f"{path} is no corpus this package reads; it reads {', '.join(SUFFIXES)}, also with .gz")
         return [file_source(path, path.name, unit)], path.name
     if path.is_dir():
-        if (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file():
+        named = (path / name for name in ("dataset_info.json", "dataset_dict.json"))
+        if isinstance(path, Path) and any(file.is_file() for file in named):
             with foreign(f"{path} can't be read as a dataset"):
                 dataset = datasets_package().load_from_disk(str(path))
             found = object_source(dataset, split, path.name)
             return [found], path.name
-        files = sorted(p for p in path.rglob("*") if p.is_file() and is_readable(p))
+        below = [p for p in path.rglob("*") if isinstance(p, Remote) or p.is_file()]
+        files = sorted(p for p in below if is_readable(p))  # pyright: ignore[reportArgumentType]  # all of one kind
         if not files:
             raise InputError(f"{path} holds no file that ends with {', '.join(SUFFIXES)}")
-        return [file_source(p, p.relative_to(path).as_posix(), unit) for p in files], path.name
+        return [file_source(p, p.relative_to(path).as_posix(), unit) for p in files], path.name  # pyright: ignore[reportArgumentType]
     file_like = is_readable(path) or path.suffix in OTHERS
-    if path.is_absolute() or source.count("/") != 1 or source.startswith((".", "~")) or file_like:
+    if (
+        isinstance(path, Remote)
+        or path.is_absolute()
+        or source.count("/") != 1
+        or source.startswith((".", "~"))
+        or file_like
+    ):
         raise NotFoundError(f"there is no file, folder or dataset {source!r}")
     datasets = datasets_package(f"{source!r} is no file here, and reading it from the Hub")
     with foreign(f"there is no file {source!r} here, and the Hub does not give it as a dataset", NotFoundError):

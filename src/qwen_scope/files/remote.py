@@ -1,0 +1,228 @@
+"""Files and folders at URIs, through fsspec: `place` gives what readers take in place of a path on this machine."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import IO, Any, final
+from urllib.parse import unquote, urlsplit
+
+from qwen_scope.errors import InputError, NotFoundError, QwenScopeError, nearest, reason
+
+from .uri import remote_uri
+from .whole import write_whole
+
+# What a protocol takes beside fsspec, which names the package itself where it is missing.
+CREDENTIALS = {
+    "s3": "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or FSSPEC_S3_ANON=true for a public bucket",
+    "gs": "GOOGLE_APPLICATION_CREDENTIALS",
+    "hf": "HF_TOKEN",
+}
+
+
+def place(source: str | os.PathLike[str] | Remote) -> Path | Remote:
+    """The path of a source on this machine, also named by a `file:` URI, or what stands for one elsewhere.
+
+    Raises:
+        NotFoundError: there is no such protocol.
+    """
+    if isinstance(source, Remote):
+        return source
+    text = os.fspath(source)
+    if isinstance(text, str) and text.startswith("file:/"):
+        return Path(unquote(urlsplit(text).path))
+    found = remote_uri(source)
+    return Path(source) if found is None else Remote(found)
+
+
+@dataclass(frozen=True)
+class Size:
+    """What is known of a file without reading it.
+
+    Attributes:
+        st_size: its bytes.
+    """
+
+    st_size: int
+
+
+@final
+class Remote:
+    """A file or folder at a URI, with what readers use of `Path`; nothing is asked before it is used.
+
+    Args:
+        uri: with two slashes after the protocol.
+
+    Raises:
+        NotFoundError: fsspec knows no such protocol.
+    """
+
+    def __init__(self, uri: str) -> None:
+        from fsspec import available_protocols
+
+        self.uri, self.protocol = uri, uri.partition("://")[0]
+        if self.protocol not in available_protocols():
+            raise NotFoundError(f"{uri} is of no known protocol; {nearest(self.protocol, available_protocols())}")
+        self.path = PurePosixPath(uri.partition("://")[2])
+
+    def __str__(self) -> str:
+        return self.uri
+
+    def __repr__(self) -> str:
+        return f"Remote({self.uri!r})"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Remote) and other.uri == self.uri
+
+    def __hash__(self) -> int:
+        return hash(self.uri)
+
+    def __lt__(self, other: Remote) -> bool:
+        return self.uri < other.uri
+
+    def __truediv__(self, name: str) -> Remote:
+        return Remote(f"{self.uri}/{name}")
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    @property
+    def suffix(self) -> str:
+        return self.path.suffix
+
+    @property
+    def parent(self) -> Remote:
+        return Remote(f"{self.protocol}://{self.path.parent.as_posix()}")
+
+    def with_suffix(self, suffix: str) -> Remote:
+        """The same with another ending."""
+        return Remote(f"{self.protocol}://{self.path.with_suffix(suffix).as_posix()}")
+
+    def relative_to(self, other: Remote) -> PurePosixPath:
+        """The way from a folder to this."""
+        return self.path.relative_to(other.path)
+
+    def expanduser(self) -> Remote:
+        """Itself."""
+        return self
+
+    @property
+    def filesystem(self) -> Any:
+        """The fsspec file system that reads it; raises as `answering`."""
+        return self._located()[0]
+
+    @property
+    def whole(self) -> str:
+        """The URI as the file system itself writes it; raises as `answering`."""
+        filesystem, key = self._located()
+        return filesystem.unstrip_protocol(key)
+
+    def _located(self) -> tuple[Any, str]:
+        """The file system and the name in it."""
+        from fsspec.core import url_to_fs
+
+        with answering(self):
+            return url_to_fs(self.uri)
+
+    def exists(self) -> bool:
+        """Whether anything is there; raises as `answering`."""
+        with answering(self):
+            filesystem, key = self._located()
+            return filesystem.exists(key)
+
+    def is_file(self) -> bool:
+        """Whether a file is there; raises as `answering`."""
+        return self._kind() == "file"
+
+    def is_dir(self) -> bool:
+        """Whether a folder is there, that is files whose names begin with it; raises as `answering`."""
+        return self._kind() == "directory"
+
+    def _kind(self) -> str | None:
+        with answering(self):
+            filesystem, key = self._located()
+            try:
+                return filesystem.info(key)["type"]
+            except FileNotFoundError:
+                return None
+
+    def stat(self) -> Size:
+        """Its size; raises as `answering`."""
+        with answering(self):
+            filesystem, key = self._located()
+            return Size(int(filesystem.info(key)["size"]))
+
+    def rglob(self, pattern: str = "*") -> Iterator[Remote]:
+        """All files below it; raises as `answering`."""
+        assert pattern == "*", "all files or none"
+        with answering(self):
+            filesystem, key = self._located()
+            below = [name[len(key) :].lstrip("/") for name in filesystem.find(key)]
+        yield from (self / name for name in below)
+
+    def open(self, mode: str = "rb", **_: Any) -> IO[bytes]:
+        """The file, to be read; raises as `answering`."""
+        assert mode == "rb", "what is elsewhere is read"
+        with answering(self):
+            filesystem, key = self._located()
+            return filesystem.open(key, mode)
+
+    def read_bytes(self) -> bytes:
+        """All of it; raises as `answering`."""
+        with answering(self):
+            filesystem, key = self._located()
+            return filesystem.cat_file(key)
+
+    def read_text(self, encoding: str = "utf-8") -> str:
+        """All of it as a text; raises as `answering`, and UnicodeDecodeError."""
+        return self.read_bytes().decode(encoding)
+
+    def fetched(self) -> Path:
+        """A copy on this machine, for a file that has to be memory-mapped; one that is there is taken again.
+
+        It lies in the cache of Hugging Face under the digest of its URI and size.
+
+        Raises:
+            InputError: no room for it.   QwenScopeError: as `answering`.
+        """
+        from huggingface_hub.constants import HF_HOME
+
+        with answering(self):
+            filesystem, key = self._located()
+            info = filesystem.info(key)
+        told = "\n".join(str(info.get(name)) for name in ("name", "size", "ETag", "mtime", "LastModified", "created"))
+        digest = hashlib.sha256(f"{self.uri}\n{told}".encode()).hexdigest()[:32]
+        copy = Path(HF_HOME) / "qwen-scope" / digest / self.name
+        if not copy.is_file():
+            with write_whole(copy) as part, self.open() as source, part.open("wb") as out:
+                shutil.copyfileobj(source, out, 2**22)
+        return copy
+
+
+@contextmanager
+def answering(at: Remote) -> Iterator[None]:
+    """A boundary around a call to a place elsewhere: whatever it answers instead becomes one sentence.
+
+    Raises:
+        NotFoundError: nothing is there, or the place can't be reached.   InputError: it wants other credentials.
+    """
+    try:
+        yield
+    except (QwenScopeError, BrokenPipeError):
+        raise
+    except FileNotFoundError as error:
+        raise NotFoundError(f"there is no file, folder or bucket {at}") from error
+    except ImportError as error:  # fsspec says which package is missing
+        raise NotFoundError(f"{at} can't be reached: {reason(error)}") from error
+    except Exception as error:
+        said, kind = reason(error), type(error).__name__
+        if isinstance(error, PermissionError) or "Credentials" in kind or "Forbidden" in said:
+            names = CREDENTIALS.get(at.protocol, "those of its protocol")
+            raise InputError(f"{at} asks for credentials ({said}); set {names}") from error
+        raise NotFoundError(f"{at} can't be reached: {said}; check the address and the network") from error
