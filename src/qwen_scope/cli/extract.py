@@ -17,7 +17,7 @@ from . import options, output
 from .groups import PARAGRAPHS, grouped
 
 if TYPE_CHECKING:
-    from qwen_scope.scope import Engine, ExtractOptions, Scope
+    from qwen_scope.scope import Engine, ExtractOptions, Runner, Scope
     from qwen_scope.store import FeatureStore
 
 LAB_DOCUMENTS = 1000
@@ -83,7 +83,7 @@ def extract(
         pool=tuple(part.strip() for part in pool.split(",")) if pool else (),
     )
     not_onto_itself(out, *options.files(source), *options.folders_of(asked))
-    runner = spread.runner(asked)
+    runner = runner_of(spread, asked)
     if runner is not None and engine is not Reads.transformers:
         raise InputError("workers read with transformers; leave --engine out, or --on")
     corpus = options.read(source, reading, LAB_DOCUMENTS, options.parse_share(share))
@@ -98,6 +98,15 @@ def extract(
         store = scope.extract(corpus, out, chosen, layers=wanted, engine=reads, runner=runner, progress=bar)
     with store:
         show_store(store, as_json)
+
+
+def runner_of(spread: WorkerOptions, asked: ScopeOptions) -> Runner | None:
+    """What reads the windows of an extraction elsewhere; None for this process."""
+    if spread.on is None:
+        return None
+    from qwen_scope.cluster import RayRunner
+
+    return RayRunner(asked, spread)
 
 
 def engine_of(named: Reads, scope: Scope, chosen: ExtractOptions) -> Engine | None:

@@ -3,14 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from qwen_scope.errors import InputError, brief, check_count, check_number
-
-if TYPE_CHECKING:
-    from qwen_scope.scope import ScopeOptions
-
-    from .runner import RayRunner
 
 
 @dataclass(frozen=True)
@@ -45,18 +39,3 @@ class WorkerOptions:
     def resources(self) -> dict[str, float]:
         """What a worker takes, in Ray's words."""
         return {"CPU": self.worker_cpus, **({"GPU": self.worker_gpus} if self.worker_gpus else {})}
-
-    def runner(self, asked: ScopeOptions) -> RayRunner | None:
-        """What `extract` takes as its runner; None where this process reads.
-
-        Args:
-            asked: how each worker opens the model and the SAEs.
-
-        Raises:
-            NotFoundError: Ray is not installed.
-        """
-        if self.on is None:
-            return None
-        from .runner import RayRunner
-
-        return RayRunner(asked, self)
