@@ -136,20 +136,22 @@ def tell(at: At[Sizes], rows: list[Row]) -> str:
     of = {(row["name"], row["seed"]): row for row in rows}
     cells = []
     for figure in FIGURES:
-        values = [np.mean([of[name, seed][figure] for seed in seeds]) for name in DICTIONARIES]
+        values = [float(np.mean([of[name, seed][figure] for seed in seeds])) for name in DICTIONARIES]
         sign = -1 if figure == "dead" else 1
         well = all(
             sign * of["truth", seed][figure] > sign * of[name, seed][figure] - (figure == "dead") * 1e-9
             for seed in seeds
             for name in FROZEN
         )
-        cells.append((figure, *(f"{value:.3f}" for value in values), "" if figure == "l0" else "yes" if well else "no"))
+        said = "" if figure == "l0" or np.isnan(values).any() else "yes" if well else "no"
+        cells.append((figure, *("undefined" if np.isnan(value) else f"{value:.3f}" for value in values), said))
     sizes = at.sizes
     how = f"""`python -m experiments.lab.planted_dictionary --write`: 24 root features with a child each in 64
         dimensions, Zipf's frequencies, correlated firing, noise; {len(seeds)} worlds. Trained dictionaries have
         {sizes.d_sae} features, k {sizes.k} and {sizes.tokens:,} tokens. "Recovered" is the mean over true features of
         the largest cosine with a direction of the dictionary. The last column: whether in every world the truth is
-        better than every control (for dead features, not worse)."""
+        better than every control (for dead features, not worse). `scr` is undefined where the biased probe knows as
+        much of either attribute."""
     return f"{paragraph(how)}\n\n{table(('figure', *DICTIONARIES, 'truth above controls'), cells)}"
 
 

@@ -36,7 +36,7 @@ class Sizes:
     train_tokens: int = 50_000
     batch: int = 1024
     rows: int = 280
-    trained: int = 300_000
+    trained: int = 150_000
     d_sae: int = 1024
     k: int = 32
 

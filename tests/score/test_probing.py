@@ -164,6 +164,16 @@ def test_residuals_are_those_of_the_last_token() -> None:
         torch.testing.assert_close(x, alone, atol=1e-4, rtol=1e-4)
 
 
+def test_texts_that_datasets_share_are_read_once(wheel: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded, east, known = load_model(str(tiny.folder() / "model"), device="cpu"), ProbeData(wheel).read("1_east"), {}
+    alone = read_split(loaded, HookPoint(1), east, rows=48)
+    first = read_split(loaded, HookPoint(1), east, rows=48, known=known)
+    monkeypatch.setattr("qwen_scope.score.probing.last_residuals", lambda *_: pytest.fail("read again"))
+    again = read_split(loaded, HookPoint(1), east, rows=48, known=known)
+    assert torch.equal(first.x, again.x)
+    torch.testing.assert_close(first.x, alone.x)
+
+
 def test_a_dataset_is_balanced_and_cut(wheel: Path) -> None:
     loaded, data = load_model(str(tiny.folder() / "model"), device="cpu"), ProbeData(wheel)
     split = read_split(loaded, HookPoint(1), data.read("1_east"), rows=49, tokens=2)

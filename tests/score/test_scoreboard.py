@@ -196,8 +196,13 @@ def test_the_command(texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
         (["--layers", "1"], "has no layer 1; it has layers 0, 2"),
         (["--train-tokens", "8"], "train_tokens=8 is less than one batch of 64"),
         (["--tokens", "256"], "name another folder with --out"),
+        (["--suites", "tppp"], "there is no suite 'tppp'; did you mean 'tpp'"),
+        (["--suites", "tpp"], "tpp reads labelled texts; name them with --probes or --columns"),
+        (["--columns", "nothing", "-o", str(tmp_path / "n")], "no document that was read has a column 'nothing'"),
+        (["--columns", "a", "--probes", "x.whl"], "give one of the two"),
     ):
         assert main([*words, *more]) == 2
         assert says in capsys.readouterr().err.strip().splitlines()[-1]
+    assert not (tmp_path / "n").exists()
     with pytest.raises(NotFoundError, match="has no layer 7"):
         cost(asked(texts, tmp_path / "p", layers=(7,)))

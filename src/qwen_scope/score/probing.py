@@ -30,6 +30,9 @@ SEED = 42  # of the split, as there
 FEWEST = 40  # texts of a dataset that are worth a probe
 
 
+Known = dict[tuple[int, ...], Tensor]
+
+
 @dataclass(frozen=True, eq=False)
 class Split:
     """A dataset as it is probed: residuals `(n, d_model)` of the last tokens, labels, and which texts train or test."""
@@ -81,12 +84,20 @@ def balanced_split(
 
 
 def read_split(
-    loaded: LoadedModel, point: HookPoint, data: Labelled, *, rows: int = 700, tokens: int = 256, batch: int = 16
+    loaded: LoadedModel,
+    point: HookPoint,
+    data: Labelled,
+    *,
+    rows: int = 700,
+    tokens: int = 256,
+    batch: int = 16,
+    known: Known | None = None,
 ) -> Split:
     """The residuals of the texts that are used, at their last token; of a longer text the last `tokens` tokens.
 
     Args:
         rows: how many texts at most; five of seven train.
+        known: residuals by ids that were read before at this point, since datasets share texts; what is read is added.
 
     Raises:
         InputError: fewer than `FEWEST` texts that can be balanced.
@@ -98,7 +109,11 @@ def read_split(
     train, test = balanced_split(data.y, n_train, (most - n_train) // 2 * 2)
     used = np.concatenate([train, test])
     ids = [loaded.tokenizer(data.texts[i])["input_ids"][-tokens:] or [0] for i in used.tolist()]
-    x = last_residuals(loaded, point, ids, batch)
+    known = {} if known is None else known
+    new = list({tuple(row): None for row in ids if tuple(row) not in known})
+    if new:
+        known.update(zip(new, last_residuals(loaded, point, new, batch), strict=True))
+    x = torch.stack([known[tuple(row)] for row in ids])
     return Split(x, data.y[used], np.arange(len(train)), np.arange(len(train), len(used)))
 
 

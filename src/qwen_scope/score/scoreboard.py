@@ -88,6 +88,7 @@ def score(run: ScoreRun, progress: Progress | None = None) -> Scoreboard:
     tell = progress or (lambda stage, share, text: None)
     source = resolve(run.model, run.sae)[1]
     layers = _layers(run, source)
+    data = _labelled(run)
     with lock_folder(run.out):
         found = _begin(run)
         opened = cache(lambda: load_model(model_source(run.model), device=run.device, dtype=run.dtype))
@@ -100,7 +101,7 @@ def score(run: ScoreRun, progress: Progress | None = None) -> Scoreboard:
             one = found[layer, arm]
             cells.setdefault(layer, {})[arm] = {sinks: one[sinks] for sinks in (WITHOUT, WITH)}
             seconds.setdefault(layer, {})[arm] = one["seconds"]
-        suites, unmeasured = _measure_suites(run, opened, source, layers, tell)
+        suites, unmeasured = _measure_suites(run, opened, source, layers, data, tell)
     return Scoreboard(run, cells, seconds, suites, unmeasured)
 
 
@@ -149,16 +150,18 @@ def _suites(
 
 
 def _measure_suites(
-    run: ScoreRun, opened: Callable[[], LoadedModel], source: str, layers: list[int], tell: Progress
+    run: ScoreRun,
+    opened: Callable[[], LoadedModel],
+    source: str,
+    layers: list[int],
+    data: LabelledData | None,
+    tell: Progress,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Every suite of every layer and arm, item by item; what the folder holds is read.
 
     Args:
         opened: gives the model, which is loaded only if something is left to do.
     """
-    data = _labelled(run)
-    for name in run.datasets or () if data else ():
-        check_dataset(data, name)  # type: ignore[arg-type]
     suites: dict[str, Any] = {}
     unmeasured: dict[str, Any] = {}
     saes: dict[tuple[int, str], SAE] = {}
@@ -208,10 +211,13 @@ def _measured(
 
 
 def _labelled(run: ScoreRun) -> LabelledData | None:
+    data: LabelledData | None = ProbeData(run.probes) if run.probes else None
     if run.columns:
         corpus = Corpus.of(run.data, run.corpus, quiet=True)
-        return ColumnData(islice(corpus, LABELLED_DOCUMENTS), run.columns)
-    return ProbeData(run.probes) if run.probes else None
+        data = ColumnData(islice(corpus, LABELLED_DOCUMENTS), run.columns)
+    for name in run.datasets or () if data else ():
+        check_dataset(data, name)  # pyright: ignore[reportArgumentType]
+    return data
 
 
 def _inputs(run: ScoreRun, loaded: LoadedModel, sae: SAE, layer: int, data: LabelledData | None) -> Inputs:

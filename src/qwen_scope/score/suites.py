@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,7 @@ from .contrast import contrast
 from .labelled import Labelled, LabelledData, halves
 from .options import ScoreRun
 from .perturb import OTHER, Probes, scr, spurious, tpp, train_probes
-from .probing import probe, read_split
+from .probing import Known, probe, read_split
 from .steered import FEATURES, LENGTH, ROWS, TEXTS, Reading, read_rows, steering_loss
 
 TOKENS = 128
@@ -43,6 +43,7 @@ class Inputs:
 
     Attributes:
         point: where the SAE reads.   rows: the text that figures are measured on.   data: the labelled texts, if any.
+        known: residuals of texts that probing has read.
     """
 
     run: ScoreRun
@@ -51,6 +52,7 @@ class Inputs:
     counted: Counted
     rows: Sequence[Tensor]
     data: LabelledData | None
+    known: Known = field(default_factory=dict)
 
     @property
     def labelled(self) -> LabelledData:
@@ -101,7 +103,7 @@ def _first(one: Labelled, n: int) -> list[str]:
 
 def _read_split(given: Inputs, name: str) -> Any:
     data, run = given.labelled.read(name), given.run
-    return name, read_split(given.loaded, given.point, data, rows=run.rows, batch=run.batch_size)
+    return name, read_split(given.loaded, given.point, data, rows=run.rows, batch=run.batch_size, known=given.known)
 
 
 def _probed(sae: SAE, given: Any, own: bool) -> dict[str, float]:
