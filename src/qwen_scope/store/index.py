@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import duckdb
@@ -15,6 +15,32 @@ from qwen_scope.errors import InputError
 
 from .layout import PART_ROWS, ROW_GROUP, TABLES, WORK, LayerInfo, Part, in_utf8
 from .part_file import write_part
+
+FEATURE_BYTES, SPILL_BYTES = 6, 14
+"""What an activation takes on the disk in `features`, and while its layer is sorted, in bytes; both a little more than
+`bench/store.py` has measured."""
+
+IN_MEMORY = 2**25
+"""A layer with fewer activations is sorted in memory."""
+
+
+def check_disk(folder: Path, activations: Sequence[int]) -> None:
+    """Refuse an index for which the disk has no room, before the work.
+
+    Args:
+        activations: of each layer that is still to be sorted.
+
+    Raises:
+        InputError: it says what the index takes and what is free.
+    """
+    largest = max(activations, default=0)
+    needed = FEATURE_BYTES * sum(activations) + (SPILL_BYTES * largest if largest >= IN_MEMORY else 0)
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise InputError(
+            f"the index of {sum(activations):,} activations takes about {needed / 1e9:.1f} GB in {folder} and"
+            f" {free / 1e9:.1f} GB are free; make room and run the same command again, what is extracted is kept"
+        )
 
 
 def index_layer(folder: Path, info: LayerInfo, number: int, first_row: int, first_part: int, memory: str) -> list[Part]:

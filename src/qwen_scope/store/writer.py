@@ -20,7 +20,7 @@ from jaxtyping import Float32, Int32
 from qwen_scope.errors import InputError, foreign
 from qwen_scope.files import lock_folder, read_object, room, write_text
 
-from .index import index_layer
+from .index import check_disk, index_layer
 from .layout import (
     MANIFEST,
     TABLES,
@@ -213,13 +213,15 @@ class StoreWriter:
             memory: how much the sort may take before it goes to disk.
 
         Raises:
-            InputError: the disk is full; the next run goes on from here.
+            InputError: the disk is full, or has no room for the index; the next run goes on from here.
         """
         if self.finished:
             return
         parts = [Part(**part) for marker in self.markers for part in marker["parts"]]
         infos, first_row, first_part = {}, 0, 0
+        unsorted = [layer for layer in self.layers if not (self.work / f"layer-{layer}.json").is_file()]
         with room(self.folder):
+            check_disk(self.folder, [sum(m["layers"][str(layer)][1] for m in self.markers) for layer in unsorted])
             for number, (layer, info) in enumerate(self.layers.items()):
                 marker = self.work / f"layer-{layer}.json"
                 activations = sum(m["layers"][str(layer)][1] for m in self.markers)
