@@ -18,7 +18,6 @@ from .classify import layer_differences as layer_differences
 from .classify import noise_test as noise_test
 from .classify import shared_features as shared_features
 from .classify import transfer as transfer
-from .coverage import greedy as greedy
 from .coverage import subset_of as subset_of
 from .dataset import Dataset as Dataset
 from .dataset import Scores as Scores
@@ -37,6 +36,8 @@ from .groups import dealt as dealt
 from .groups import directions as directions
 from .groups import grouping as grouping
 from .groups import weights as weights
+from .items import greedy as greedy
+from .items import redundant_items as redundant_items
 from .labelled import Answer as Answer
 from .labelled import counted_by as counted_by
 from .labelled import datasets_of as datasets_of

@@ -2,53 +2,20 @@
 
 from __future__ import annotations
 
-import heapq
 import math
 from collections.abc import Sequence
 from typing import Annotated, Any
 
 import numpy as np
 
-from qwen_scope.errors import InputError, check_count, check_share
+from qwen_scope.errors import check_count
 from qwen_scope.report import Curves, Line, thinned
 from qwen_scope.stats import kendall
 
 from .dataset import Dataset, check_together
+from .items import greedy
 from .redundancy import expected_coverage
 from .result import Result, Table
-
-
-def greedy(dataset: Dataset, share: float = 1.0) -> tuple[list[int], list[int]]:
-    """Items by greedy choice until a share of the footprint is covered, and how many features each of them added.
-
-    Each step takes the item that adds most, the first of equals. What n steps cover is at least `1 - 1/e` of what any n
-    items can cover (Nemhauser, Wolsey and Fisher 1978). An item's gain can only shrink, so an old gain is a bound and
-    only items at the top are looked at again (Minoux 1978): the choice is the same as looking at all.
-
-    Raises:
-        InputError: a share that is not in (0, 1], or no firing at all.
-    """
-    check_share("a share of the footprint", share)
-    start = np.searchsorted(dataset.item, np.arange(len(dataset) + 1))
-    goal = share * int((dataset.counts() > 0).sum())
-    if goal == 0:
-        raise InputError(f"no feature fires on any item of {dataset.name}")
-    new = np.ones(dataset.width, dtype=bool)
-    bounds = [(-int(n), i) for i, n in enumerate(np.diff(start))]
-    heapq.heapify(bounds)
-    chosen, gains, covered = [], [], 0
-    while covered < goal - 1e-9:
-        _, item = heapq.heappop(bounds)
-        own = dataset.feature[start[item] : start[item + 1]]
-        gain = int(new[own].sum())
-        if bounds and (-gain, item) > bounds[0]:
-            heapq.heappush(bounds, (-gain, item))
-            continue
-        new[own] = False
-        chosen.append(item)
-        gains.append(gain)
-        covered += gain
-    return chosen, gains
 
 
 def subset_of(
@@ -66,7 +33,7 @@ def subset_of(
     check_together(datasets)
     check_count("--draws", draws)
     data: dict[str, Any] = {}
-    rows, lines = [], []
+    rows, lines, per_item = [], [], []
     for dataset in datasets:
         chosen, gains = greedy(dataset, share)
         exact = expected_coverage(dataset.counts(), len(dataset))
@@ -86,13 +53,22 @@ def subset_of(
             row += (tau["chosen"], f"{tau['random']:.3f} ({tau['low']:.3f} to {tau['high']:.3f})")
         data[dataset.name] = one
         rows.append(row)
+        place = {item: step + 1 for step, item in enumerate(chosen)}
+        per_item += [(dataset.name, dataset.ids[i], i in place, place.get(i)) for i in range(len(dataset))]
         at = thinned(n)
         lines.append(Line(dataset.name, [i + 1 for i in at], kept[at].tolist()))
     scored = all(d.scores is not None for d in datasets)
     columns = ("dataset", "items", "chosen", "share kept", "random items keep", "random items needed")
     columns += ("Kendall tau", "of random subsets") if scored else ()
     tables = (Table(f"Subsets that keep {share:.0%} of the footprint", columns, [r[: len(columns)] for r in rows]),)
-    return Result(data, tables, (Curves("Footprint kept by greedy choice", "items", "share", lines, log_x=True),))
+    drawn = Curves("Footprint kept by greedy choice", "items", "share", lines, log_x=True)
+    said = "; ".join(
+        f"{one['chosen']} of {one['items']} items of {name} keep {one['share']:.0%} of its features,"
+        f" where random choice needs {one['random_needs']}"
+        for name, one in data.items()
+    )
+    items = Table("Items", ("dataset", "id", "chosen", "order"), per_item)
+    return Result(data, tables, (drawn,), verdict=f"{said}.", items=items)
 
 
 def kept_ranking(dataset: Dataset, chosen: Sequence[int], draws: int, seed: int) -> dict[str, float]:

@@ -210,7 +210,16 @@ def drift_result(
             f"{leaked} of {len(b)} items of {b.name} have a near-duplicate in {a.name} (Jaccard {near:g} or more),"
             f" such as {pairs[0]['b']} of {pairs[0]['a']}: if one is a test set, it leaks"
         )
-    return Result(data, tuple(tables), (points,), tuple(notes))
+    most = {pair["b"]: pair for pair in reversed(pairs)}  # the most similar come first
+    twins = [(b.name, item, *((most[item]["a"], most[item]["jaccard"]) if item in most else (None, None)))
+             for item in b.ids]  # fmt: skip
+    items = Table("Items", ("dataset", "id", f"twin in {a.name}", "similarity"), twins)
+    parted = "are apart" if apart.p <= level else "are not shown to be apart"
+    spoken = (
+        f"{a.name} and {b.name} {parted} (p = {apart.p:.2g}): {called:,} of {tested:,} features differ in how often"
+        f" they fire; {leaked} of {len(b)} items of {b.name} have a near-duplicate in {a.name}."
+    )
+    return Result(data, tuple(tables), (points,), tuple(notes), verdict=spoken, items=items)
 
 
 def shown(examples: list[dict[str, Any]], width: int = 60) -> str:

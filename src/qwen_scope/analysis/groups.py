@@ -270,7 +270,13 @@ def clusters_result(placed: Placed, chance: Permuted, mark: int, examples: int) 
         notes.append("these groups are no farther apart than those of documents with features dealt at random")
     if silent := int((group < 0).sum()):
         notes.append(f"{silent} of {len(data)} documents are in no group, since no feature fires on them")
-    return Result(facts, tables, (figure,), tuple(notes))
+    n, apart_said = len(told), "farther apart than" if chance.p <= CHANCE else "not shown to be farther apart than"
+    spoken = (
+        f"{len(data)} documents fall into {n} group{'s' * (n != 1)}, {apart_said} groups of features dealt at random"
+        f" (p = {chance.p:.2g})."
+    )
+    items = Table.of("Items", facts["documents"])
+    return Result(facts, tables, (figure,), tuple(notes), verdict=spoken, items=items)
 
 
 def named(one: dict[str, Any], most: int = 3) -> str:

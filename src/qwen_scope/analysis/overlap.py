@@ -138,7 +138,28 @@ def overlap_of(
         figures.append(figure)
         if min(one["p"] for one in performance.values()) > LEVEL:
             notes.append(f"overlap and scores are not shown to go together: no correlation has p at most {LEVEL:g}")
-    return Result(data, tuple(tables), tuple(figures), tuple(notes))
+    apart = smaller - 2 * np.eye(len(names))
+    i, j = np.unravel_index(int(apart.argmax()), apart.shape)
+    n = len(set(found))
+    spoken = (
+        f"{len(names)} datasets in {n} cluster{'s' * (n != 1)}: {names[i]} and {names[j]} share most"
+        f" ({apart[i, j]:.0%} of the smaller footprint), {len(alone)} stand{'s' * (len(alone) == 1)} alone."
+    )
+    return Result(
+        data, tuple(tables), tuple(figures), tuple(notes), verdict=spoken, items=items_beside_others(datasets)
+    )
+
+
+def items_beside_others(datasets: Sequence[Dataset]) -> Table:
+    """Per item, how many features fire on it, and how many of them fire in some other dataset too."""
+    fired = np.stack([d.counts() > 0 for d in datasets])
+    rows = []
+    for i, dataset in enumerate(datasets):
+        elsewhere = np.delete(fired, i, 0).any(0)
+        features = np.bincount(dataset.item, minlength=len(dataset))
+        held = np.bincount(dataset.item, elsewhere[dataset.feature], minlength=len(dataset)).astype(int)
+        rows += [(dataset.name, *row) for row in zip(dataset.ids, features.tolist(), held.tolist(), strict=True)]
+    return Table("Items", ("dataset", "id", "features", "in_other_datasets"), rows)
 
 
 def covered_by_others(datasets: Sequence[Dataset], i: int) -> float:

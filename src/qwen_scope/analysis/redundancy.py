@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 from jaxtyping import Float64, Int
@@ -17,8 +17,10 @@ from qwen_scope.report import Curves, Figure, Line, Points, thinned
 from qwen_scope.stats import Interval, bootstrap, correlation, kendall
 
 from .dataset import Dataset, Scores, check_together
+from .items import redundant_items
 from .result import Result, Table
 
+NEAR = 0.9
 GRID = 40  # sizes of subsets on which Kendall's tau is measured; between them it is interpolated
 Z = 1.959963984540054  # of a two-sided 95% interval
 
@@ -149,16 +151,22 @@ def redundancy_of(
     *,
     draws: Annotated[int, "Random orders for the sampled reference and its band."] = 100,
     seed: Annotated[int, "Of the random orders."] = 0,
+    near: Annotated[float, "Items whose features have at least this Jaccard similarity are twins."] = NEAR,
+    shown: Annotated[int, "How many redundant items to list; --out has them all."] = 10,
 ) -> Result:
     """How much of each dataset repeats itself: footprint, coverage curve, R-hat; with scores also R.
+
+    Redundant items are those without which the others still hold every feature, all of them left out at once.
 
     Raises:
         InputError, MismatchError: datasets that do not belong together, or without any firing.
     """
     check_together(datasets)
+    check_count("--shown", shown, 0)
     if draws < 2:
         raise InputError(f"a band needs at least 2 random orders, not {draws}")
     rows, lines, taus, data = [], [], [], {}
+    per_item = [row for dataset in datasets for row in redundant_items(dataset, near)]
     for dataset in datasets:
         exact = expected_coverage(dataset.counts(), len(dataset))
         sampled = sampled_coverage(dataset, draws, seed)
@@ -176,6 +184,7 @@ def redundancy_of(
             "sampled": asdict(reference),
             "coverage": [exact.curve[i] for i in thinned(len(dataset))],
             "coverage_at": [i + 1 for i in thinned(len(dataset))],
+            "redundant": [row["id"] for row in per_item if row["dataset"] == dataset.name and row["redundant"]],
         }
         if measured is not None:
             one["ranking"] = asdict(measured.redundancy)
@@ -190,6 +199,8 @@ def redundancy_of(
     columns = ("dataset", "items", "footprint", "AUC", "R-hat", "95% (jackknife)", "R", "95% (draws)")
     figures: list[Figure] = [Curves("Coverage of the footprint", "items", "share covered", lines)]
     tables = [Table("Redundancy", columns if scored else columns[:6], rows)]
+    spoken, listed = said_of_items(datasets, per_item, near, shown)
+    tables += listed
     if taus:
         figures.append(Curves("Agreement with the ranking by all items", "items", "Kendall tau", taus, log_x=True))
     if scored and len(datasets) >= 4:
@@ -197,7 +208,26 @@ def redundancy_of(
         data = {"datasets": data, "agreement": agreement}
         tables.append(table)
         figures.append(points)
-    return Result(data, tuple(tables), tuple(figures))
+    items = Table.of("Items", per_item)
+    return Result(data, tuple(tables), tuple(figures), verdict=spoken, items=items)
+
+
+def said_of_items(
+    datasets: Sequence[Dataset], per_item: Sequence[dict[str, Any]], near: float, shown: int
+) -> tuple[str, list[Table]]:
+    """A sentence on the redundant items of each dataset, and a table of the first of them, those with a twin first."""
+    said, rows = [], []
+    for dataset in datasets:
+        here = [row for row in per_item if row["dataset"] == dataset.name]
+        spare = [row for row in here if row["redundant"]]
+        twins = sum(row["twin"] is not None for row in here)
+        said.append(
+            f"{len(spare)} of {len(here)} items of {dataset.name} ({len(spare) / len(here):.0%}) are redundant:"
+            f" the others hold every feature; {twins} have a twin (Jaccard at least {near:g})"
+        )
+        rows += sorted(spare, key=lambda row: -(row["similarity"] or 0.0))[:shown]
+    table = Table.of("Redundant items, those with a twin first", rows)
+    return f"{'. '.join(said)}.", [table] if rows else []
 
 
 def compared(data: dict) -> tuple[dict, Table, Points]:

@@ -2,22 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from qwen_scope.report import Figure
-
-Cell = str | int | float | None
-
-
-@dataclass(frozen=True)
-class Table:
-    """A heading, the names of the columns, and rows."""
-
-    title: str
-    columns: tuple[str, ...]
-    rows: Sequence[Sequence[Cell]]
+from qwen_scope.report import Figure, Table
 
 
 @dataclass(frozen=True)
@@ -28,9 +16,13 @@ class Result:
         data: every figure, as JSON knows it.
         tables, figures: the same for people.
         notes: sentences a reader must see, such as a warning about leakage.
+        verdict: what it comes to, in one sentence that stands before the tables.
+        items: a row per item of the datasets, for a file; None where the analysis says nothing of single items.
     """
 
     data: dict[str, Any]
     tables: tuple[Table, ...] = ()
     figures: tuple[Figure, ...] = ()
     notes: tuple[str, ...] = field(default=())
+    verdict: str = ""
+    items: Table | None = None

@@ -14,12 +14,13 @@ import typer
 
 from qwen_scope.errors import InputError
 
-from . import options, output
+from . import options, output, tables
 from .commands import App, Group
 
 if TYPE_CHECKING:
     from qwen_scope.analysis import Analysis, Dataset, Result
 
+OUT = "Folder for report.html, figures and items.csv and .parquet; or one .csv, .parquet or .json file of the items."
 REDUCTIONS = ("any", "last", "mean", "max")
 REDUCTION_HELP = "Tokens of an item to one value: any, last, mean or max."
 
@@ -35,7 +36,7 @@ def shared(
     scores: Annotated[
         list[Path] | None, typer.Option("--scores", help="A CSV of model scores per store, in order: id,MODEL,...")
     ] = None,
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder for report.html and PNG figures.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help=OUT)] = None,
     as_json: options.Json = False,
 ) -> None:
     """The options that every analysis has."""
@@ -131,9 +132,9 @@ def analyze(
     way = options.one_of("--reduction", reduction or analysis.reduction, REDUCTIONS)
     output.hold(out, *stores, *(scores or []))
     with output.status("reading the stores"):
-        tables = scores or [None] * len(stores)
+        scored = scores or [None] * len(stores)
         phases = options.check_phases(phase)
-        every = zip(stores, said, tables, strict=True)
+        every = zip(stores, said, scored, strict=True)
         datasets = [open_dataset(*one, layer, way, analysis.texts, phases) for one in every]
     with output.status(f"analysing {name}"):
         result = analysis.run(datasets, **chosen)
@@ -168,36 +169,45 @@ def open_dataset(
 
 def show_result(title: str, result: Result, out: Path | None, as_json: bool) -> None:
     """Tables or JSON on standard output, figures and the page in a folder."""
-    if out is not None:
+    if out is not None and tables.is_file(out):
+        output.save([result.items] if result.items is not None else result.tables, out)
+    elif out is not None:
         write_report(title, result, out)
     if as_json:
-        output.print_json(strict(result.data))
+        output.print_json(strict(result.data | ({"verdict": result.verdict} if result.verdict else {})))
         return
+    console = output.console()
+    if result.verdict:
+        console.print(result.verdict)
+        console.print()
     for table in result.tables:
         output.show(table.title, table.columns, table.rows)
-    console = output.console()
     for note in result.notes:
         console.print(f"Note: {note}")
-    if out is not None:
+    if out is not None and not tables.is_file(out):
         console.print(f"Written: {out / 'report.html'} and {len(result.figures)} figures as PNG")
 
 
 def write_report(title: str, result: Result, out: Path) -> None:
-    """`report.html`, and every figure as `figureN.png`: all of them, or none where one can't be written.
+    """`report.html`, every figure as `figureN.png`, and `items.csv` and `items.parquet` where an analysis has rows for
+    single items: all of them, or none where one can't be written.
 
     Figures beyond, which an earlier report in the folder had, are removed with it.
     """
     from qwen_scope.files import write_whole
-    from qwen_scope.report import figure_page, save_png
+    from qwen_scope.report import figure_page, file_of, save_png
 
-    tables = [(t.title, t.columns, t.rows) for t in result.tables]
+    shown = [(t.title, t.columns, t.rows) for t in result.tables]
+    notes = (*([result.verdict] if result.verdict else []), *result.notes)
     earlier = (out / "report.html").is_file()
     with ExitStack() as stack:
         # They are renamed in the opposite order, the page last.
         page = stack.enter_context(write_whole(out / "report.html"))
-        page.write_text(figure_page(title, tables, result.figures, result.notes), encoding="utf-8")
+        page.write_text(figure_page(title, shown, result.figures, notes), encoding="utf-8")
         for i, figure in enumerate(result.figures, 1):
             save_png(figure, stack.enter_context(write_whole(out / f"figure{i}.png")))
+        for kind in ("csv", "parquet") if result.items is not None else ():
+            stack.enter_context(write_whole(out / f"items.{kind}")).write_bytes(file_of(result.items, kind))
     for path in out.glob("figure*.png") if earlier else ():
         number = path.stem.removeprefix("figure")
         if number.isdecimal() and int(number) > len(result.figures):

@@ -16,7 +16,7 @@ from qwen_scope.errors import InputError, MismatchError
 from qwen_scope.scope import ScopeOptions
 from qwen_scope.text import CorpusOptions
 
-from . import options, output, transfer
+from . import labelled, options, output, tables, transfer
 from .analyze import show_result
 from .commands import App
 from .groups import LINES, OPTIONS, grouped
@@ -32,6 +32,8 @@ app.info.no_args_is_help = True
 
 app.command("transfer")(transfer.transfer)
 
+OUT = "Folder for report.html and PNG figures; with --label also a .csv, .parquet or .json file: its rows, judged."
+PREDICTED = "A .jsonl file; or your rows with columns added: .csv, .parquet or .json. Default: standard output."
 SCOPE, FIT = ScopeOptions(), FitOptions()
 OPTIONS[FitOptions] = {
     "top": Annotated[int, typer.Option("--top", help="How many features of one layer, joined by OR.", min=1)],
@@ -56,12 +58,16 @@ def name_of(source: str) -> str:
 @grouped
 def fit(
     positive: Annotated[str, typer.Argument(help="Documents with the property: a corpus, as extract reads it.")],
-    negative: Annotated[str, typer.Argument(help="Documents without it.")],
+    negative: Annotated[str | None, typer.Argument(help="Documents without it; not with --label.")] = None,
+    label: Annotated[
+        str | None,
+        typer.Option("--label", help="The first argument holds both: column=value tells which rows have the property."),
+    ] = None,
     rule: Annotated[Path | None, typer.Option("--rule", "-r", help="Where to write the rule (JSON).")] = None,
     test_positive: Annotated[str | None, typer.Option("--test-positive", help="Held-out ones with it.")] = None,
     test_negative: Annotated[str | None, typer.Option("--test-negative", help="Held-out ones without it.")] = None,
     made: FitOptions = FIT,
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder for report.html and PNG figures.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help=OUT)] = None,
     reading: CorpusOptions = LINES,
     asked: ScopeOptions = SCOPE,
     layers: options.Layers = None,
@@ -71,6 +77,9 @@ def fit(
     """Find the features that tell two sets of documents apart, and test the rule beside the usual classifiers.
 
     Without test documents a third of the seeds is held out. The layer is the one with the largest top-1 difference.
+
+    A labelled table goes in with --label COLUMN=VALUE (or a column of true and false), and its rows come back with
+    columns added in --out FILE.
     """
     from qwen_scope.analysis import fit as run
     from qwen_scope.files import check_output
@@ -79,27 +88,44 @@ def fit(
 
     if (test_positive is None) != (test_negative is None):
         raise InputError("give both --test-positive and --test-negative, or neither")
-    sources = [positive, negative] + [path for path in (test_positive, test_negative) if path is not None]
+    if (negative is None) is (label is None):
+        raise InputError("name the documents without the property as well, or the column of labels with --label")
+    if label is None and tables.is_file(out):
+        raise InputError(f"--out {out} takes the rows of a table with --label; name a folder for the report")
+    every = (positive, negative, test_positive, test_negative)
+    sources = [path for path in every if path is not None]
     given = [*options.files(*sources), *options.folders_of(asked)]
     if rule is not None:
         check_output(rule, *given)
     output.hold(out, *given)
+    name, corpora = name_of(positive), [(one, name_of(one)) for one in sources]
+    if label is not None:
+        name, *both = labelled.sides(positive, label, reading)
+        corpora = [(both[0], name), (both[1], f"not {name}"), *corpora[1:]]
     counted, phases = asked.counted, options.check_phases(phase)
     scope = options.open_asked(asked)
     where = scope.check_layers(options.parse_layers(layers))
     with output.progress() as bar:
         # Each with a seed of its own, so that parts of the lab with the same factors share no document.
         read: list[Firings] = []
-        for i, one in enumerate(sources):
-            corpus = options.read(one, replace(reading, seed=reading.seed + i))
+        for i, (one, called) in enumerate(corpora):
+            # What `sides` has read is a list, of which the sample is drawn already.
+            seeded = replace(reading, seed=reading.seed + i)
+            corpus = options.read(one, seeded if isinstance(one, str) else replace(seeded, sample=None))
             how = ExtractOptions(counted=counted, phases=phases, chat=reading.chat)
-            read.append(scope.firings(corpus, where, how, name=name_of(one), progress=bar))
+            read.append(scope.firings(corpus, where, how, name=called, progress=bar))
             tell_unused(read[-1].left_out, len(read[-1]) + sum(read[-1].left_out.values()), corpus.name)
             counted = read[0].counted
     with output.status("comparing classifiers"):
         found, result = run(read[0], read[1], (read[2], read[3]) if len(read) == 4 else None, made)
     if rule is not None:
         found.save(rule)
+    if out is not None and tables.is_file(out):
+        corpus = options.read(positive, reading)
+        with output.status("judging the rows"):
+            rows = answered(found, scope, corpus, reading.chat, lambda _: None)
+            output.save([labelled.added(rows, found.name, reading)], out)
+        out = None
     show_result(f"Rule for {found.name}", result, out, as_json)
 
 
@@ -108,7 +134,7 @@ def fit(
 def predict(
     classifier: Annotated[Path, typer.Argument(metavar="RULE", help="A rule of classify fit, or a student of distil.")],
     source: Annotated[str, typer.Argument(metavar="CORPUS", help="The documents, as extract reads them.")],
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="A .jsonl file. Default: standard output.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help=PREDICTED)] = None,
     reading: CorpusOptions = LINES,
     asked: ScopeOptions = SCOPE,
 ) -> None:
@@ -125,13 +151,15 @@ def predict(
     scope = None if not hasattr(loaded, "features") else options.open_asked(asked)
     with output.progress() as bar:
         report = lambda n: bar("labelling", corpus.progress or 0.0, f"{n:,} documents")  # noqa: E731
-        lines = predictions(loaded, scope, corpus, reading.chat, report)
+        lines = answered(loaded, scope, corpus, reading.chat, report)
         if out is None:
-            for line in lines:
+            for _, line in lines:
                 output.print_json_line(line)
+        elif tables.is_file(out):
+            output.save([labelled.added(lines, loaded.name, reading)], out)
         else:
             with write_whole(out) as part, part.open("w", encoding="utf-8", newline="") as file:
-                for line in lines:
+                for _, line in lines:
                     file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
 
@@ -143,10 +171,10 @@ def load_classifier(path: Path) -> Rule | Student:
     return Student.load(path) if read_object(path).get("format") == "qwen-scope-student" else Rule.load(path)
 
 
-def predictions(
+def answered(
     loaded: Any, scope: Scope | None, corpus: Corpus, chat: Chat | None, report: Any
-) -> Iterator[dict[str, Any]]:
-    """One answer per document, in order; a rule has none for a conversation without `chat`."""
+) -> Iterator[tuple[Document, dict[str, Any]]]:
+    """Each document with its answer, in order; a rule has none for a conversation without `chat`."""
     from qwen_scope.text import windows
 
     done = 0
@@ -156,9 +184,10 @@ def predictions(
         ]
         if scope is None:
             scores = loaded.scores([document.plain for document in documents])
-            yield from ({**w, "label": bool(s > 0), "score": float(s)} for w, s in zip(where, scores, strict=True))
+            said = ({**w, "label": bool(s > 0), "score": float(s)} for w, s in zip(where, scores, strict=True))
+            yield from zip(documents, said, strict=True)
         else:
-            yield from label_window(loaded, scope, documents, where, chat)
+            yield from zip(documents, label_window(loaded, scope, documents, where, chat), strict=True)
         done += len(documents)
         report(done)
     if not done:

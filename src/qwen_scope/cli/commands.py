@@ -6,16 +6,20 @@ import re
 from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from contextvars import ContextVar
 from inspect import Parameter, Signature, getdoc
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from qwen_scope.errors import QwenScopeError
+from qwen_scope.errors import InputError, QwenScopeError
 
+from . import output, tables
 from .examples import EXAMPLES, broken
 
 LATE = "qwen_scope.late"
+TABLE = "out"
+TABLE_OUT = Annotated[Path | None, typer.Option("--out", "-o", metavar="FILE", help=tables.HELP)]
 # The command that is running.
 _RUNNING: ContextVar[Any] = ContextVar("running", default=None)
 
@@ -24,6 +28,15 @@ class Command(TyperCommand):
     """A command whose help ends with examples."""
 
     _late: tuple[str, ...] | None = None
+    writes_table = False
+    """Whether `--out` is ours: the function behind the command knows nothing of it."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        named = [one.name for one in self.params]
+        if "as_json" in named and "out" not in named:
+            self.writes_table = True
+            self.params += parameters([Parameter(TABLE, Parameter.KEYWORD_ONLY, default=None, annotation=TABLE_OUT)])
 
     def format_epilog(self, ctx: Any, formatter: Any) -> None:
         """The examples, below the options; they are never wrapped by words."""
@@ -46,9 +59,15 @@ class Command(TyperCommand):
         """Run the command; what its errors say of parameters becomes its options."""
         # The function behind the command knows nothing of these; `late_values` tells them.
         ctx.meta[LATE] = {name: ctx.params.pop(name) for name in self._late or () if name in ctx.params}
+        table: Path | None = ctx.params.pop(TABLE) if self.writes_table else None
         token = _RUNNING.set(ctx)
         try:
-            return super().invoke(ctx)
+            if table is None:
+                return super().invoke(ctx)
+            if ctx.params.get("as_json"):
+                raise InputError(f"--json prints instead of tables; for a file as well, leave it out of --out {table}")
+            with output.table_file(table):
+                return super().invoke(ctx)
         except QwenScopeError as error:
             flags = {str(one.name): one.opts[0] for one in self.params if one.param_type_name == "option"}
             error.args = (in_options(str(error), flags),)

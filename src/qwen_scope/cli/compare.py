@@ -13,6 +13,7 @@ from . import options, output
 from .groups import grouped
 
 SCOPE = ScopeOptions()
+COLUMNS = ("layer", "feature", "rate_a", "rate_b", "difference")
 
 
 @grouped
@@ -34,6 +35,7 @@ def compare(
     By the difference of their activation rates, layer by layer.
     A feature's activation rate is the share of a text's tokens on which it is active.
     """
+    from qwen_scope.report import Table
     from qwen_scope.scope import compare_seen
     from qwen_scope.text import summaries
 
@@ -51,9 +53,11 @@ def compare(
     if as_json:
         output.print_json({"a": a, "b": b, "left_out": left_out, "layers": found})
         return
+    everything = Table.of("Activation rates", [c for some in found.values() for c in some], COLUMNS)
     told = {layer: [c for c in features if c.difference] for layer, features in found.items()}
     if not any(told.values()):
         layers_said = ", ".join(map(str, found))
+        output.show("", COLUMNS, [], everything)
         output.console().print(f"No feature of layers {layers_said} is more active on one of the two texts.")
         return
     rows = [
@@ -62,6 +66,7 @@ def compare(
         for i, c in enumerate(features)
     ]
     columns = ("layer", "feature", "in the first", "in the second", "difference")
-    output.show("Activation rates of two texts: the share of tokens on which a feature is active", columns, rows)
+    title = "Activation rates of two texts: the share of tokens on which a feature is active"
+    output.show(title, columns, rows, everything)
     for sentence in summaries(left_out):
         output.console().print(sentence)

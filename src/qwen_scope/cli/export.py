@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from qwen_scope.report import Progress
     from qwen_scope.store import FeatureStore
 
-OF_STORES = ("statistics", "neuronpedia", "delphi")
+OF_STORES = ("statistics", "neuronpedia", "neuronpedia-labels", "delphi")
 OF_RECIPES = ("control-vector", "ablated-checkpoint")
 KINDS = (*OF_STORES, *OF_RECIPES)
 
@@ -77,10 +77,11 @@ def export(
 ) -> None:
     """Write a store for other tools, or a recipe for other runtimes.
 
-    A store: Neuronpedia's upload and bulk files, a latents folder for delphi, or a table of statistics with labels.
+    A store: Neuronpedia's upload and bulk files, its label batches as they were imported, a latents folder for delphi,
+    or a table of statistics with labels.
     A recipe: a control vector for llama.cpp, or a checkpoint without the directions that the recipe ablates.
     """
-    from qwen_scope.features import export_delphi, export_statistics
+    from qwen_scope.features import export_delphi, export_explanations, export_statistics
     from qwen_scope.files import not_onto_itself
     from qwen_scope.store import FeatureStore
 
@@ -96,11 +97,13 @@ def export(
     with output.progress() as bar:
         if to == "statistics":
             n = export_statistics(store, out, wanted)
+        elif to == "neuronpedia-labels":
+            n = export_explanations(store, out)
         elif to == "delphi":
             n = export_delphi(store, out, layers=wanted, progress=bar, **asdict(delphi))
         else:
             n = for_neuronpedia(store, out, wanted, neuronpedia, bar)
-    what = {"statistics": "rows", "neuronpedia": "features", "delphi": "activations"}[to]
+    what = {"statistics": "rows", "neuronpedia": "features", "delphi": "activations"}.get(to, "batches")
     if as_json:
         output.print_json({"written": str(out), what: n})
     else:

@@ -14,6 +14,7 @@ from . import options, output
 from .groups import grouped
 
 if TYPE_CHECKING:
+    from qwen_scope.report import Table
     from qwen_scope.scope import TokenFeatures
     from qwen_scope.text import Phase
 
@@ -88,11 +89,25 @@ def print_tokens(seen: TokenFeatures, chosen: list[int], phases: list[Phase] | N
             rows.append((i, visible(seen.tokens[0][i]), *told, shown))
         title = f"Layer {layer}: the strongest features of each token (feature:activation)"
         columns = ("#", "token", *(["phase"] if phases else []), *(["left out"] if marked else []), "features")
-        output.show(title, columns, rows)
+        output.show(title, columns, rows, token_table(seen, layer, chosen, phases, top))
         if len(first) < len(chosen):
             output.console().print(f"Shown are {len(first):,} of {len(chosen):,} tokens; --json has them all.")
             strongest(seen, layer, phases, chosen, top)
         say_left_out(seen, layer)
+
+
+def token_table(seen: TokenFeatures, layer: int, chosen: list[int], phases: list[Phase] | None, top: int) -> Table:
+    """The same with a row for each feature of each token, of all tokens."""
+    from qwen_scope.report import Table
+
+    left_out = seen.left_out(0, layer)
+    rows = [
+        (i, seen.tokens[0][i], *([phases[i]] if phases else []), left_out[i], layer, feature, value)
+        for i, here in zip(chosen, pairs(seen, layer, chosen, top), strict=True)
+        for feature, value in here
+    ]
+    columns = ("position", "token", *(["phase"] if phases else []), "left_out", "layer", "feature", "activation")
+    return Table("Features of each token", columns, rows)
 
 
 def pairs(seen: TokenFeatures, layer: int, chosen: list[int], top: int) -> Iterator[list[tuple[int, float]]]:
@@ -144,7 +159,7 @@ def print_ranking(seen: TokenFeatures, start: int, top: int, as_json: bool) -> N
         tallies = {layer: {name: seen.tally(layer, part) for name, part in parts.items()} for layer in seen.layers}
         output.print_json({"text": seen.texts[0], "response_starts_at": start, "left_out": tallies, "layers": ranked})
         return
-    from qwen_scope.report import marks_note, shaded
+    from qwen_scope.report import Table, marks_note, shaded
 
     for layer, found in ranked.items():
         acts = seen.of(0, layer)
@@ -154,7 +169,8 @@ def print_ranking(seen: TokenFeatures, start: int, top: int, as_json: bool) -> N
             where = shaded(seen.tokens[0][start:], values, f.maximum, left_out=left_out)
             rows.append((f.feature, f.maximum, f"{f.rate:.0%}", where))
         title = f"Layer {layer}: the features of the response, strongest first"
-        output.show(title, ("feature", "max", "tokens", "where it fires"), rows)
+        data = Table.of("Features of the response", [{"layer": layer, **vars(one)} for one in found])
+        output.show(title, ("feature", "max", "tokens", "where it fires"), rows, data)
         say_left_out(seen, layer, "prompt", slice(0, start))
         say_left_out(seen, layer, "response", answer)
         if note := marks_note(left_out):

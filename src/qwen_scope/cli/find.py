@@ -31,6 +31,7 @@ OPTIONS[PromoteOptions] = {
     ],
 }
 PROMOTED = PromoteOptions()
+FOUND = ("layer", "feature", "reduction", "threshold", "f1", "auroc", "difference", "p", "q", "significant")
 SETS = "A corpus, as extract reads it; lab:language=de; with a STORE language=de"
 
 
@@ -150,6 +151,7 @@ def print_findings(found: Findings, as_json: bool) -> None:
     """A table of findings, and how many there are in all."""
     from rich.text import Text
 
+    from qwen_scope.report import Table
     from qwen_scope.text import summaries
 
     if as_json:
@@ -170,8 +172,8 @@ def print_findings(found: Findings, as_json: bool) -> None:
     ]
     title = f"{found.positives} documents against {found.negatives}, ranked by {found.by}; measured on the other half"
     said = f"{found.significant} features pass a false discovery rate of {found.level:g} among {found.tests:,} tests."
-    if rows:
-        output.show(title, ("layer", "feature", "is above", "F1", "AUROC", "difference", "q"), rows)
+    data = Table.of("Features that tell the documents apart", found.found, FOUND)
+    output.show(title, ("layer", "feature", "is above", "F1", "AUROC", "difference", "q"), rows, data)
     if rows and len(rows) < len(found.found):
         said += f" Of the first {len(found.found)}, {len(found.found) - len(rows)} do not and are left out."
     elif not rows and found.significant:
@@ -186,6 +188,7 @@ def print_groups(store: FeatureStore, column: str, layers: list[int] | None, n: 
     import json
 
     from qwen_scope.features import language_features, pool_store
+    from qwen_scope.report import Table
 
     values = {json.loads(text).get(column) for text in store.sql("SELECT meta FROM documents")["meta"].to_pylist()}
     names = sorted(value for value in values if isinstance(value, str))
@@ -200,8 +203,8 @@ def print_groups(store: FeatureStore, column: str, layers: list[int] | None, n: 
     told = [one for one in found if one.score.low > 0]
     rows = [(one.language, one.layer, one.feature, str(one.score), one.mean, max(one.others.values())) for one in told]
     columns = (column, "layer", "feature", "score", "mean here", "highest mean elsewhere")
-    if rows:
-        output.show("Mean activation less the mean over the others", columns, rows)
+    title = "Mean activation less the mean over the others"
+    output.show(title, columns, rows, Table.of(title, found, ("language", "layer", "feature", "score")))
     if len(told) < len(found):
         output.console().print(f"Left out: {len(found) - len(told)} of {len(found)}, whose score's interval reaches 0.")
 
@@ -212,6 +215,7 @@ def print_repeats(
 ) -> None:  # fmt: skip
     """Features that rise from the first occurrence of a token to its last repeat."""
     from qwen_scope.features import repeat_features, repeats_in_store, repeats_in_texts
+    from qwen_scope.report import Table
 
     if store is not None:
         chosen = None if spec == "all" else documents.documents_of(store, spec).tolist()
@@ -225,8 +229,7 @@ def print_repeats(
         return
     rows = [(one.layer, one.feature, str(one.rise), one.q) for one in found if one.significant]
     title = "Activation at the last repeat of a token less that at its first occurrence"
-    if rows:
-        output.show(title, ("layer", "feature", "rise", "q"), rows)
+    output.show(title, ("layer", "feature", "rise", "q"), rows, Table.of(title, found, ("layer", "feature", "rise")))
     if len(rows) < len(found):
         out = f"{len(found) - len(rows)} of the {len(found)} features that rise most do not pass"
         output.console().print(f"{out} a false discovery rate of {level:g} and are left out.")

@@ -44,6 +44,11 @@ class Group:
 OPTIONS: dict[type, dict[str, Any]] = {
     CorpusOptions: {
         "column": Annotated[str, typer.Option("--column", help="The column with the text or the messages.")],
+        "template": Annotated[
+            str | None,
+            typer.Option("--template", help="Join columns into the text instead, such as '{question}\\n{answer}'."),
+            Read(options.parse_template),
+        ],
         "unit": Annotated[str, typer.Option("--unit", help="A document of a .txt: paragraph, line or file.")],
         "sample": Annotated[
             int | None, typer.Option("--sample", help="Number of documents, drawn evenly. Default: all.", min=1)

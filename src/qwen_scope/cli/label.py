@@ -36,6 +36,8 @@ OPTIONS[JudgeOptions] = {
     ],
 }
 
+MERGE = "Add those of an exported file, or Neuronpedia's label batches: batch-N.jsonl.gz or a folder with some."
+
 
 @grouped
 def label(
@@ -58,7 +60,7 @@ def label(
         Path | None, typer.Option("--verdict", help="Keep what 'validate --json' printed with one feature.")
     ] = None,
     export: Annotated[Path | None, typer.Option("--export", help="Write all labels, notes and verdicts here.")] = None,
-    merge: Annotated[Path | None, typer.Option("--merge", help="Add those of an exported file.")] = None,
+    merge: Annotated[Path | None, typer.Option("--merge", help=MERGE)] = None,
     as_json: options.Json = False,
 ) -> None:
     """Name features of a store and score the names on contexts they were not made from.
@@ -67,7 +69,16 @@ def label(
     --summary, rules say what script, language, kind or place a feature fires on, which tokens, or that they can't. With
     --lens names are made knowing what a feature makes likely next. A run that was stopped goes on.
     """
-    from qwen_scope.features import ModelJudge, Notes, judge_of, label_features, load_lens, words_by_lens
+    from qwen_scope.features import (
+        ModelJudge,
+        Notes,
+        import_explanations,
+        is_explanations,
+        judge_of,
+        label_features,
+        load_lens,
+        words_by_lens,
+    )
     from qwen_scope.files import check_output
     from qwen_scope.store import FeatureStore
 
@@ -76,7 +87,10 @@ def label(
     store = FeatureStore(folder)
     if export is not None or merge is not None:
         notes = Notes(store)
-        added = notes.merge(merge) if merge is not None else 0
+        if merge is not None and is_explanations(merge):
+            added = import_explanations(store, merge)
+        else:
+            added = notes.merge(merge) if merge is not None else 0
         written = notes.export(export) if export is not None else 0
         output.print_json({"merged": added, "exported": written, "kept": len(notes)})
         return

@@ -101,6 +101,11 @@ def parse_count(text: str | None) -> Counted | None:
     return Counted.everything()
 
 
+def parse_template(text: str | None) -> str | None:
+    """A template as it is typed, where `\\n` and `\\t` stand for an end of line and a tab."""
+    return None if text is None else text.replace("\\n", "\n").replace("\\t", "\t")
+
+
 def layers_tuple(text: str | None) -> tuple[int, ...] | None:
     """Layers as `parse_layers` reads them, as a tuple."""
     wanted = parse_layers(text)
@@ -128,25 +133,9 @@ def parse_layers(text: str | None) -> list[int] | None:
     Raises:
         InputError: anything else.
     """
-    if text is None or text.strip() == "all":
-        return None
-    from qwen_scope.sae import numbers_in
+    from qwen_scope.scope import parse_layers
 
-    layers: set[int] = set()
-    for part in text.split(","):
-        if (found := numbers_in(part)) is not None:
-            layers.update(found)
-        else:
-            from qwen_scope.model import HookPoint
-
-            point = HookPoint.parse(part.strip())
-            if point.stream != "resid_post":
-                raise InputError(
-                    f"--layers takes the number of a layer, {point.layer} for {part.strip()!r}: the SAE's files say"
-                    " which stream it reads"
-                )
-            layers.add(point.layer)
-    return sorted(layers)
+    return None if text is None else parse_layers(text)
 
 
 def parse_numbers(option: str, text: str) -> list[int]:
@@ -222,7 +211,7 @@ def typed(text: str) -> str:
     return text
 
 
-def read(source: str, reading: CorpusOptions, lab: int | None = 1000, share: tuple[int, int] = (1, 1)) -> Corpus:
+def read(source: Any, reading: CorpusOptions, lab: int | None = 1000, share: tuple[int, int] = (1, 1)) -> Corpus:
     """The documents of a source, or a share; of the lab, which has no end, `lab` where no sample is asked for."""
     from qwen_scope.text import Corpus, is_lab
 

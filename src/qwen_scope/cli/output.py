@@ -19,13 +19,15 @@ from typing import TYPE_CHECKING, Any, final
 
 from qwen_scope.errors import InputError, printable
 
+from . import tables
 from .lines import lines
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Table as Drawn
     from rich.text import Text
 
+    from qwen_scope.report import Table
     from qwen_scope.store import Context
 
 Report = Callable[[str, float, str], None]
@@ -52,7 +54,7 @@ class Terminal:
 
         return Console(highlight=False, soft_wrap=False, width=width)
 
-    def print(self, text: str | Text | Table = "", style: str = "", soft_wrap: bool = False) -> None:
+    def print(self, text: str | Text | Drawn = "", style: str = "", soft_wrap: bool = False) -> None:
         """One or more lines, or a table; control codes are escaped but for the ends of lines.
 
         Args:
@@ -109,7 +111,8 @@ def command() -> Iterator[None]:
 
 
 def hold(out: Path | None, *inputs: str | Path) -> None:
-    """Keep the folder that a command writes for it alone until the command ends; nothing where there is none.
+    """Keep the folder that a command writes for it alone until the command ends; nothing where there is none, or where
+    tables are written to a file.
 
     Raises:
         InputError: it is a file, what is read or inside of that, or another process writes to it.
@@ -118,16 +121,49 @@ def hold(out: Path | None, *inputs: str | Path) -> None:
 
     if out is None:
         return
+    if tables.is_file(out):
+        tables.check(out, *inputs)
+        return
     if out.exists() and not out.is_dir():
         raise InputError(f"{out} is a file; name a folder")
     not_onto_itself(out, *inputs)
     _held.get().enter_context(lock_folder(out))
 
 
-def show(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-    """A heading and a table."""
-    from qwen_scope.report import table
+def save(some: Sequence[Table], out: Path) -> None:
+    """Write tables to a file, and say so on standard error."""
+    for sentence in tables.save(some, out):
+        say(f"qwen-scope: {sentence}")
 
+
+@contextmanager
+def table_file(out: Path) -> Iterator[None]:
+    """Around a command: what it shows is in a file when it ends well.
+
+    Raises:
+        InputError: nothing was shown, an ending that is none of a table, or a file that can't be written.
+    """
+    tables.check(out)
+    with tables.kept() as found:
+        yield
+    if not found:
+        raise InputError(f"nothing to tabulate was found, so {out} is not written")
+    save(found, out)
+
+
+def show(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]], data: Table | None = None) -> None:
+    """A heading and a table.
+
+    Args:
+        data: all of it for a file (`--out`), where what is printed is a part, or joins several figures in a cell; then
+            nothing is printed where there is no row.
+    """
+    from qwen_scope.report import Table, table
+
+    rows = [tuple(row) for row in rows]
+    tables.keep(data or Table(title, columns, rows))
+    if data is not None and not rows:
+        return
     out = console()
     out.print(printable(title), style="bold")
     out.print(table(columns, rows, out.width))

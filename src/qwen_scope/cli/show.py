@@ -158,6 +158,8 @@ def print_page(page: FeaturePage) -> None:
     out.print(f"Layer {page.layer}, feature {page.feature}", style="bold")
     out.print(printable(f"{page.group}, {page.model}"), style="dim")
     out.print(label_text(page.label))
+    for one in page.explanations:
+        out.print(printable(one.said))
     if page.verdict is not None:
         out.print(printable(f"Verdict: {page.verdict.get('outcome')}"))
     for note in page.notes:

@@ -12,7 +12,7 @@ from qwen_scope.features import ChangeOptions
 from qwen_scope.scope import ScopeOptions
 from qwen_scope.steer import Decoding
 
-from . import changes, options, output
+from . import changes, options, output, tables
 from .groups import grouped
 
 if TYPE_CHECKING:
@@ -83,6 +83,15 @@ def show_sides(
         return
     from rich.text import Text
 
+    from qwen_scope.report import Table
+
+    both = {"unsteered": plain, "steered": steered}
+    tokens = [
+        {"run": run, "position": i, "token": t.text, "probability": t.probability}
+        for run, side in both.items()
+        for i, t in enumerate(side.tokens)
+    ]
+    tables.keep(Table.of("Continuations", tokens, ("run", "position", "token", "probability")))
     out = output.console()
     for title, side in (("Unsteered", plain), ("Steered", steered)):
         out.print(Text(f"{title} (shaded by the probability of each token)", style="bold"))

@@ -12,7 +12,7 @@ from qwen_scope.scope import ScopeOptions
 from qwen_scope.text import CorpusOptions
 
 from . import options, output
-from .analyze import show_result
+from .analyze import OUT, show_result
 from .groups import LINES, grouped
 
 FEWEST = 4  # documents of a class, so that some teach and some are held out
@@ -36,7 +36,7 @@ def transfer(
     seed: Annotated[
         int, typer.Option("--seed", help="Of the third that is held out, and of intervals.", **options.SEED)
     ] = 0,
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder for report.html and PNG figures.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help=OUT)] = None,
     reading: CorpusOptions = LINES,
     asked: ScopeOptions = SCOPE,
     layers: options.Layers = None,

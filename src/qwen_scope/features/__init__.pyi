@@ -27,6 +27,11 @@ from .endpoint import BudgetSpent as BudgetSpent
 from .endpoint import Endpoint as Endpoint
 from .endpoint import NoAccess as NoAccess
 from .endpoint import Refused as Refused
+from .explanations import Explanation as Explanation
+from .explanations import explanations_of as explanations_of
+from .explanations import export_explanations as export_explanations
+from .explanations import import_explanations as import_explanations
+from .explanations import is_explanations as is_explanations
 from .export import export_delphi as export_delphi
 from .export import export_statistics as export_statistics
 from .export_options import DelphiOptions as DelphiOptions
@@ -37,10 +42,6 @@ from .find import find as find
 from .find import find_in_store as find_in_store
 from .find import find_pooled as find_pooled
 from .fluency import perplexity_ratio as perplexity_ratio
-from .html import feature_html as feature_html
-from .html import label_text as label_text
-from .html import page_facts as page_facts
-from .html import page_parts as page_parts
 from .judge_of import judge_of as judge_of
 from .judge_of import most_frequent as most_frequent
 from .judges import Judge as Judge
@@ -95,6 +96,11 @@ from .options import Rules as Rules
 from .options import SweepOptions as SweepOptions
 from .options import TargetOptions as TargetOptions
 from .options import ValidateOptions as ValidateOptions
+from .page import FeaturePage as FeaturePage
+from .page import feature_html as feature_html
+from .page import label_text as label_text
+from .page import page_facts as page_facts
+from .page import page_parts as page_parts
 from .pooled import Pooled as Pooled
 from .pooled import pool_store as pool_store
 from .pooled import pool_texts as pool_texts
@@ -114,7 +120,6 @@ from .scores import f1_of_calls as f1_of_calls
 from .selectivity import Removal as Removal
 from .selectivity import Selectivity as Selectivity
 from .selectivity import selectivity as selectivity
-from .show import FeaturePage as FeaturePage
 from .show import feature_page as feature_page
 from .sweep import Continuations as Continuations
 from .sweep import Dose as Dose

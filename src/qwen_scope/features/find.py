@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 import numpy as np
 from jaxtyping import Int64
 
 from qwen_scope.errors import InputError
-from qwen_scope.report import Progress
-from qwen_scope.scope import Scope
+from qwen_scope.report import HasFrames, Progress, Table
+from qwen_scope.scope import Layers, Scope, Texts, as_texts
 from qwen_scope.stats import Interval, benjamini_hochberg, difference, resample
 from qwen_scope.store import FeatureStore
-from qwen_scope.text import Chat, Message
+from qwen_scope.text import Chat
 
 from .options import FindOptions
 from .pooled import Pooled, added, pool_store, pool_texts
@@ -54,8 +54,8 @@ class Finding:
     significant: bool
 
 
-@dataclass(frozen=True)
-class Findings:
+@dataclass(frozen=True, repr=False)
+class Findings(HasFrames):
     """The answer of a search.
 
     Attributes:
@@ -79,12 +79,24 @@ class Findings:
     seed: int
     left_out: Mapping[int, Mapping[str, int]] = field(default_factory=dict)
 
+    def sheet(self) -> Table:
+        """A row per finding, an interval in three columns."""
+        title = f"{self.significant} of {self.tests:,} tests pass a false discovery rate of {self.level:g}"
+        return Table.of(title, self.found, [one.name for one in fields(Finding)])
+
+    def __repr__(self) -> str:
+        first = ", ".join(f"{one.layer}/{one.feature}" for one in self.found[:5])
+        return f"Findings({self.significant} significant of {self.tests:,}; first {first or 'none'})"
+
+    def _repr_html_(self) -> str:
+        return self.sheet()._repr_html_()
+
 
 def find(
     scope: Scope,
-    positive: Sequence[str | Sequence[Message]],
-    negative: Sequence[str | Sequence[Message]],
-    layers: Sequence[int] | None = None,
+    positive: Texts,
+    negative: Texts,
+    layers: Layers = None,
     options: FindOptions | None = None,
     *,
     chat: Chat | None = None,
@@ -103,6 +115,7 @@ def find(
         InputError: a text in both sets, fewer than four in one, or an empty one.
         NotFoundError: a layer without an SAE.
     """
+    positive, negative = as_texts(positive), as_texts(negative)
     known = [{one if isinstance(one, str) else repr(one) for one in some} for some in (positive, negative)]
     both = known[0] & known[1]
     if both:

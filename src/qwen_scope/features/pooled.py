@@ -11,9 +11,9 @@ from scipy import sparse
 
 from qwen_scope.errors import InputError
 from qwen_scope.report import Progress
-from qwen_scope.scope import Scope
+from qwen_scope.scope import Layers, Scope, Texts, as_texts
 from qwen_scope.store import FeatureStore
-from qwen_scope.text import REASONS, Chat, Message
+from qwen_scope.text import REASONS, Chat
 
 REDUCTIONS = ("max", "mean")
 
@@ -72,8 +72,8 @@ class Pooled:
 
 def pool_texts(
     scope: Scope,
-    texts: Sequence[str | Sequence[Message]],
-    layers: Sequence[int] | None = None,
+    texts: Texts,
+    layers: Layers = None,
     *,
     chat: Chat | None = None,
     progress: Progress | None = None,
@@ -89,7 +89,7 @@ def pool_texts(
     Raises:
         InputError: no text, or an empty one.   NotFoundError: a layer without an SAE.
     """
-    wanted = scope.check_layers(layers)
+    wanted, texts = scope.check_layers(layers), as_texts(texts)
     tokens: dict[int, list[int]] = {layer: [] for layer in wanted}
     left_out: dict[int, dict[str, int]] = {layer: dict.fromkeys(REASONS, 0) for layer in wanted}
     parts: dict[int, list[tuple[np.ndarray, ...]]] = {layer: [] for layer in wanted}

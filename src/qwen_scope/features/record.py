@@ -12,7 +12,7 @@ from qwen_scope.store import FeatureStore
 from .find import Findings
 from .neighbours import Neighbour, cofiring, elsewhere
 from .notes import Notes
-from .show import FeaturePage
+from .page import FeaturePage
 
 FOUND = "find "
 """How the names of what `find` learnt begin."""

@@ -12,10 +12,10 @@ from scipy import sparse, stats
 
 from qwen_scope.errors import InputError, check_count
 from qwen_scope.sae import FeatureActs
-from qwen_scope.scope import Scope
+from qwen_scope.scope import Layers, Scope, Texts
 from qwen_scope.stats import Interval, benjamini_hochberg, bootstrap
 from qwen_scope.store import FeatureStore
-from qwen_scope.text import Chat, Message
+from qwen_scope.text import Chat
 
 from .pooled import TEXTS
 
@@ -60,8 +60,8 @@ class RepeatFeature:
 
 def repeats_in_texts(
     scope: Scope,
-    texts: Sequence[str | Sequence[Message]],
-    layers: Sequence[int] | None = None,
+    texts: Texts,
+    layers: Layers = None,
     *,
     times: int = 2,
     chat: Chat | None = None,

@@ -3,76 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
 from typing import Any
-
-import numpy as np
 
 from qwen_scope.errors import InputError, NotFoundError, check_count
 from qwen_scope.scope import Scope
-from qwen_scope.store import Context, FeatureStore, FeatureSummary, Histogram
+from qwen_scope.store import FeatureStore
 
-from .effects import TokenEffect, token_effects
-from .lens import Lens, LensReading, lens_effects
-from .neighbours import Neighbour, cofiring, elsewhere, similar
-from .notes import Label, Note, Notes
+from .effects import token_effects
+from .explanations import explanations_of
+from .lens import Lens, lens_effects
+from .neighbours import cofiring, elsewhere, similar
+from .notes import Notes
+from .page import FeaturePage
 
 SHARES = (0.1, 0.25, 0.5, 0.75, 0.9, 0.99)
-
-
-@dataclass(frozen=True, eq=False)
-class FeaturePage:
-    """All about one feature. What could not be known (no store, no model) is None or empty.
-
-    Attributes:
-        layer, feature: which.   group: the released set of its SAE.   model: where the language model came from.
-        store: the folder of the store, or None.
-        summary: how often and how strongly it fires.   quantiles: of its activations, by share.
-        histogram: of its activations.
-        strongest: the contexts of its largest activations, one per document.
-        spread: contexts from every stratum of its activations, strongest first.
-        promoted, demoted: tokens it makes more and less likely, by the direct path.
-        lens: what a Jacobian lens reads of it, where one was given.
-        similar: features of like direction.   cofiring: features on the same tokens.
-        elsewhere: the same feature in other layers.
-        label: the label to show, with its scores.   notes: labels, notes and verdicts on it, oldest first.
-        verdict: the newest causal verdict, as `validate` gave it.
-    """
-
-    layer: int
-    feature: int
-    group: str
-    model: str
-    store: str | None = None
-    summary: FeatureSummary | None = None
-    quantiles: dict[float, float] | None = None
-    histogram: Histogram | None = None
-    strongest: tuple[Context, ...] = ()
-    spread: tuple[Context, ...] = ()
-    promoted: tuple[TokenEffect, ...] = ()
-    demoted: tuple[TokenEffect, ...] = ()
-    lens: LensReading | None = None
-    similar: tuple[Neighbour, ...] = ()
-    cofiring: tuple[Neighbour, ...] = ()
-    elsewhere: tuple[Neighbour, ...] = ()
-    label: Label | None = None
-    notes: tuple[Note, ...] = ()
-    verdict: dict[str, Any] | None = None
-
-    @property
-    def maximum(self) -> float:
-        """The largest activation in the store: the top of every shading; 0 where nothing is known."""
-        return self.summary.maximum if self.summary else 0.0
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain values."""
-        data = {name: getattr(self, name) for name in self.__dataclass_fields__}
-        if self.label is not None:
-            data["label"] = {**asdict(self.label), "at_chance": self.label.at_chance}
-        data["notes"] = [note.to_json() for note in self.notes]
-        if self.histogram is not None:
-            data["histogram"] = {k: np.asarray(v).tolist() for k, v in vars(self.histogram).items()}
-        return {name: _plain(value) for name, value in data.items()}
 
 
 def feature_page(
@@ -157,14 +101,7 @@ def _from_store(
             store.contexts(layer, feature, contexts, how="quantiles", before=before, after=after, seed=seed)
         ),
         "label": notes.label(layer, feature),
+        "explanations": explanations_of(store, layer, feature),
         "notes": tuple(note for note in notes.of(layer, feature) if note.kind != "measure"),
         "verdict": dict(verdicts[-1].body) if verdicts else None,
     }
-
-
-def _plain(value: Any) -> Any:
-    if hasattr(value, "__dataclass_fields__"):
-        return asdict(value)
-    if isinstance(value, tuple | list):
-        return [_plain(one) for one in value]
-    return value

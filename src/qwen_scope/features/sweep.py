@@ -12,7 +12,7 @@ import torch
 
 from qwen_scope.errors import InputError
 from qwen_scope.report import Progress
-from qwen_scope.scope import Scope
+from qwen_scope.scope import Scope, Texts, as_texts
 from qwen_scope.stats import Interval, bootstrap
 from qwen_scope.steer import (
     Decoding,
@@ -102,8 +102,8 @@ class Sweep:
 
 def sweep(
     scope: Scope,
-    prompts: Sequence[str],
-    interventions: Sequence[Intervention],
+    prompts: Texts,
+    interventions: Intervention | Sequence[Intervention],
     target: Target | Continuations,
     options: SweepOptions | None = None,
     *,
@@ -127,7 +127,8 @@ def sweep(
     Raises:
         InputError: fewer than two prompts, no intervention, or what `generate` refuses.
     """
-    options = options or SweepOptions()
+    options, prompts = options or SweepOptions(), as_texts(prompts)
+    interventions = [interventions] if isinstance(interventions, Intervention) else interventions
     if len(prompts) < 2 or not interventions:
         raise InputError(f"a sweep needs two prompts and an intervention, not {len(prompts)} and {len(interventions)}")
     run = _Run(scope, prompts, interventions, target, options, decoding, chat, reference)

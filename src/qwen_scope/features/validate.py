@@ -13,7 +13,7 @@ from torch import Tensor
 from qwen_scope.errors import InputError
 from qwen_scope.model import LayerStats, capture
 from qwen_scope.report import Progress
-from qwen_scope.scope import Scope
+from qwen_scope.scope import Scope, Texts, as_texts
 from qwen_scope.stats import Interval, bootstrap, difference
 from qwen_scope.steer import (
     Decoding,
@@ -108,9 +108,9 @@ class Verdict:
 
 def validate(
     scope: Scope,
-    interventions: Sequence[Intervention],
+    interventions: Intervention | Sequence[Intervention],
     target: Target,
-    prompts: Sequence[str],
+    prompts: Texts,
     examples: Examples,
     options: ValidateOptions | None = None,
     *,
@@ -146,7 +146,8 @@ def validate(
         InputError: fewer prompts, examples, random features or shuffles than the rules ask for, interventions that add
             no feature, or text without a token.
     """
-    options = options or ValidateOptions()
+    options, prompts = options or ValidateOptions(), as_texts(prompts)
+    interventions = [interventions] if isinstance(interventions, Intervention) else interventions
     n_random, n_shuffled, rules, seed = options.n_random, options.n_shuffled, options.rules, options.seed
     _check(interventions, prompts, examples, options)
     run = _Run(scope, interventions, target, list(prompts), examples, options.lower, decoding, chat, saes, seed)

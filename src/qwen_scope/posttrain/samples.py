@@ -14,6 +14,7 @@ from qwen_scope.errors import InputError, check_count
 from qwen_scope.text import (
     Chat,
     Corpus,
+    CorpusOptions,
     Message,
     PassOver,
     by_reason,
@@ -48,6 +49,7 @@ def read_samples(
     split: str = "train",
     unit: str = "paragraph",
     subset: str | None = None,
+    template: str | None = None,
     kinds: Iterable[str] | None = None,
     unused: Counter[str] | None = None,
 ) -> list[Sample]:
@@ -62,7 +64,7 @@ def read_samples(
         group_column: the name of the group; a row without it has none. In the lab it is the language.
         n: at most this many, drawn evenly; of the lab 1,000 where it is None.
         seed, split: of the draw, and of the lab or a dataset.
-        unit, subset: of a `.txt` file, and of a dataset, as `Corpus` takes them.
+        unit, subset, template: of a `.txt` file, a dataset and a table, as `Corpus` takes them.
         kinds: of the lab's documents; with conditions behind `lab:` those it names, if it names any.
         unused: gets the rows that can't be used added, by reason.
 
@@ -75,7 +77,8 @@ def read_samples(
     if os.fspath(source) == "lab":
         return lab_samples(lab.documents(split=split, seed=seed, n=1000 if n is None else n, kinds=kinds))
     n = 1000 if n is None and is_lab(source) else n
-    corpus = Corpus(source, column=column, unit=unit, sample=n, seed=seed, split=split, subset=subset)
+    asked = CorpusOptions(column, unit, n, seed, split, subset, template=template)
+    corpus = Corpus.of(source, asked)
     counts: Counter[str] = Counter() if unused is None else unused
     samples = usable(
         corpus,

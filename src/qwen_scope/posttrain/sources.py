@@ -116,6 +116,7 @@ def samples_of(source: str, reading: CorpusOptions, group_column: str, **more: A
         split=reading.split,
         unit=reading.unit,
         subset=reading.subset,
+        template=reading.template,
         **more,
     )
 

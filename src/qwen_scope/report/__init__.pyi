@@ -15,9 +15,16 @@ from .page import html_bars as html_bars
 from .page import html_page as html_page
 from .page import html_table as html_table
 from .page import html_tokens as html_tokens
+from .page import styled as styled
 from .progress import Progress as Progress
 from .table import size as size
 from .table import table as table
+from .tabular import KINDS as KINDS
+from .tabular import Framed as Framed
+from .tabular import HasFrames as HasFrames
+from .tabular import Table as Table
+from .tabular import file_of as file_of
+from .tabular import joined as joined
 from .tokens import inert as inert
 from .tokens import legend as legend
 from .tokens import marks_note as marks_note

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 
 from qwen_scope.errors import printable
@@ -35,6 +36,19 @@ def html_page(title: str, *body: Child) -> str:
         element("style", Markup(STYLE)),
     )
     return printable("<!doctype html>\n" + element("html", head, element("body", *body), lang="en") + "\n", keep="\n\t")
+
+
+def styled(body: Markup) -> str:
+    """A piece of a page for a notebook: the page's marks, which hold inside of it alone, whatever the theme."""
+    scope = "qwen-scope"
+    rules = re.sub(r"(^|[}\n])([^{}@]+){", lambda m: f"{m[1]}{within(m[2], scope)}{{", STYLE)
+    return printable(join(element("style", Markup(rules)), element("div", body, class_=scope)), keep="\n\t")
+
+
+def within(selectors: str, scope: str) -> str:
+    """Selectors that match inside of an element of a class alone; `body` is that element itself."""
+    some = (one.strip() for one in selectors.split(","))
+    return ",".join(f".{scope}" if one == "body" else f".{scope} {one}" for one in some)
 
 
 def html_tokens(

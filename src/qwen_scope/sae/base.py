@@ -15,6 +15,7 @@ from torch import Tensor
 from qwen_scope.errors import InputError, MismatchError
 
 from .acts import FeatureActs
+from .formats.sae_lens_config import sae_lens_object
 
 SAMPLED_BLOCKS, BLOCK = 4, 32
 # Weights are checked in pieces of this many numbers.
@@ -125,6 +126,16 @@ class SAE(ABC):
     def problem(cls, tensors: Mapping[str, Tensor]) -> str | None:
         """What is wrong with the values of tensors `own` that came from a file, as a clause; None if nothing is."""
         return None
+
+    def to_sae_lens(self) -> Any:
+        """A copy as an SAE of sae_lens, in memory, in fp32: for what other tools do with one of those.
+
+        `encode` there gives the same features as a dense row; an SAE without a layer is called layer 0.
+
+        Raises:
+            NotFoundError: sae_lens is not installed.   FormatError: this version of it does not take the SAE.
+        """
+        return sae_lens_object(self)
 
     def own_tensors(self) -> dict[str, Tensor]:
         """The tensors of this architecture beside the four that every SAE has."""

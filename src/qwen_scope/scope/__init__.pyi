@@ -1,4 +1,5 @@
 from .compare import Comparison as Comparison
+from .compare import Comparisons as Comparisons
 from .compare import compare_rates as compare_rates
 from .compare import compare_seen as compare_seen
 from .engine import Engine as Engine
@@ -6,6 +7,11 @@ from .engine import ModelEngine as ModelEngine
 from .extract import ExtractOptions as ExtractOptions
 from .extract import Progress as Progress
 from .extract import extract as extract
+from .given import Layers as Layers
+from .given import Texts as Texts
+from .given import as_layers as as_layers
+from .given import as_texts as as_texts
+from .given import parse_layers as parse_layers
 from .job import Job as Job
 from .job import Runner as Runner
 from .joined import Joined as Joined

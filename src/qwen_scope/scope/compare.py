@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import final
 
 import numpy as np
 import torch
@@ -11,6 +12,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from qwen_scope.errors import InputError, check_count
+from qwen_scope.report import HasFrames, Table
 from qwen_scope.sae import FeatureActs
 from qwen_scope.text import phase_numbers
 
@@ -34,6 +36,22 @@ class Comparison:
     difference: float
 
 
+@final
+class Comparisons(dict[int, list[Comparison]], HasFrames):
+    """Comparisons by layer, the largest difference first."""
+
+    def sheet(self) -> Table:
+        """A row per feature."""
+        columns = [one.name for one in fields(Comparison)]
+        return Table.of("Activation rates", [one for some in self.values() for one in some], columns)
+
+    def __repr__(self) -> str:
+        return f"Comparisons({sum(map(len, self.values())):,} features of layers {', '.join(map(str, self))})"
+
+    def _repr_html_(self) -> str:
+        return self.sheet()._repr_html_()
+
+
 def compare_seen(
     seen: TokenFeatures,
     first: int,
@@ -43,7 +61,7 @@ def compare_seen(
     drop_common: bool = False,
     drop_prefix: bool = False,
     phases: Collection[str] | None = None,
-) -> dict[int, list[Comparison]]:
+) -> Comparisons:
     """Per layer, the `n` features whose activation rates differ most between two sets of texts that were seen together.
 
     Rates are over the tokens that count.
@@ -69,7 +87,7 @@ def compare_seen(
         wanted = phase_numbers(phases)
         kept = [keep & torch.from_numpy(np.isin(seen.source.phases(i)[1], wanted)) for i, keep in enumerate(kept)]
         check_left(kept[:first], kept[first:])
-    found = {}
+    found = Comparisons()
     for layer in seen.layers:
         here = [keep & seen.counts(i, layer) for i, keep in enumerate(kept)]
         check_left(here[:first], here[first:])

@@ -23,15 +23,16 @@ from qwen_scope.model import (
     model_sizes,
     n_layers,
 )
-from qwen_scope.report import Progress
+from qwen_scope.report import Progress, Table
 from qwen_scope.sae import FeatureActs
 from qwen_scope.steer import Decoding, Generation, Intervention, Target, generate
 from qwen_scope.store import FeatureStore, Firings
-from qwen_scope.text import Chat, Corpus, CorpusOptions, Counted, Message, Tokens, tally, tokenize
+from qwen_scope.text import Chat, Corpus, CorpusOptions, Counted, Tokens, tally, tokenize
 
-from .compare import Comparison, compare_seen
+from .compare import Comparisons, compare_seen
 from .engine import Engine, ModelEngine
 from .extract import ExtractOptions, extract, telling
+from .given import Layers, Texts, as_layers, as_texts, is_one
 from .job import Runner
 from .joined import Joined, ScopeVerdicts
 from .measured import ScopeCounted, ScopeStats
@@ -73,6 +74,19 @@ class Scope:
         self.verdicts = ScopeVerdicts(saes, self.joined)
         saes.tell(self.joined.meet)
 
+    def __repr__(self) -> str:
+        return f"Scope({self.name!r}, SAEs {self.saes.source!r} of layers {brief(self.layers)})"
+
+    def _repr_html_(self) -> str:
+        one = self.saes[self.layers[0]]
+        facts = [
+            ("model", f"{self.name}, {self.n_layers} layers of {self.d_model} dimensions, {self.model.dtype}"),
+            ("SAEs", f"{self.saes.source}, layers {brief(self.layers)}"),
+            ("features", f"{one.d_sae:,} per layer, {one.k} active"),
+            *(("note", note) for note in self.notes),
+        ]
+        return Table("Scope", ("", ""), facts)._repr_html_()
+
     @property
     def notes(self) -> tuple[str, ...]:
         """What is odd about the pair of model and SAEs, such as SAEs that name another model."""
@@ -104,19 +118,17 @@ class Scope:
             on_gpu=one.device.type != "cpu",
         )
 
-    def tokenize(
-        self, texts: Sequence[str | Sequence[Message]], *, chat: Chat | None = None, truncate: bool = False
-    ) -> Tokens:
+    def tokenize(self, texts: Texts, *, chat: Chat | None = None, truncate: bool = False) -> Tokens:
         """Texts, or conversations with `chat`, to tokens within the model's context. No BOS is invented.
 
         Raises:
             InputError: an empty text, or one longer than the context unless `truncate`.
         """
-        return tokenize(self.tokenizer, texts, max_length=context_length(self.model), truncate=truncate, chat=chat)
+        return tokenize(
+            self.tokenizer, as_texts(texts), max_length=context_length(self.model), truncate=truncate, chat=chat
+        )
 
-    def capture(
-        self, tokens: Tokens, layers: Sequence[int] | None = None
-    ) -> dict[int, Float[Tensor, "batch seq d_model"]]:
+    def capture(self, tokens: Tokens, layers: Layers = None) -> dict[int, Float[Tensor, "batch seq d_model"]]:
         """What the SAEs of the given layers read, from one forward pass; rows at padding hold no meaning."""
         points = [self.hook_point(layer) for layer in self.check_layers(layers)]
         found = capture(self.model, tokens.input_ids, points, tokens.attention_mask)
@@ -124,8 +136,8 @@ class Scope:
 
     def features(
         self,
-        texts: Sequence[str | Sequence[Message]],
-        layers: Sequence[int] | None = None,
+        texts: Texts,
+        layers: Layers = None,
         *,
         chat: Chat | None = None,
         truncate: bool = False,
@@ -135,8 +147,9 @@ class Scope:
         """The features of every token of every text, and which tokens count.
 
         Args:
-            texts: one or more, each a string or, with `chat`, a conversation: a list of messages.
-            layers: which layers; by default all that have an SAE.
+            texts: one or more, each a string or, with `chat`, a conversation (a list of messages); in a list, an array
+                or a Series.
+            layers: which layers, such as 3, [0, 2] or "0,2-5"; by default all that have an SAE.
             chat: render each with the tokenizer's chat template, in this mode; a string becomes a user's message.
             truncate: cut a text longer than the context instead of refusing it.
             batch_tokens: tokens per forward pass, padding included; a longer text is read in pieces, which moves last
@@ -172,9 +185,9 @@ class Scope:
 
     def compare(
         self,
-        a: str | Sequence[str | Sequence[Message]],
-        b: str | Sequence[str | Sequence[Message]],
-        layers: Sequence[int] | None = None,
+        a: Texts,
+        b: Texts,
+        layers: Layers = None,
         *,
         n: int | None = 5,
         drop_first: bool = False,
@@ -182,7 +195,7 @@ class Scope:
         drop_prefix: bool = False,
         phases: Collection[str] | None = None,
         chat: Chat | None = None,
-    ) -> dict[int, list[Comparison]]:
+    ) -> Comparisons:
         """Per layer, the `n` features whose activation rates differ most between two texts, or two sets of texts.
 
         Rates are over the tokens that count. The options leave out, besides, the first token of each text, tokens whose
@@ -193,7 +206,7 @@ class Scope:
             InputError: an empty text, or nothing left to compare.
             NotFoundError: a layer without an SAE.
         """
-        one, other = ([side] if isinstance(side, str) else list(side) for side in (a, b))
+        one, other = as_texts(a), as_texts(b)
         seen = self.features([*one, *other], layers, chat=chat)
         return compare_seen(
             seen,
@@ -211,7 +224,7 @@ class Scope:
         folder: str | os.PathLike[str],
         options: ExtractOptions | None = None,
         *,
-        layers: Sequence[int] | None = None,
+        layers: Layers = None,
         reading: CorpusOptions | None = None,
         engine: Engine | None = None,
         runner: Runner | None = None,
@@ -253,7 +266,7 @@ class Scope:
     def firings(
         self,
         source: Any,
-        layers: Sequence[int] | None = None,
+        layers: Layers = None,
         options: ExtractOptions | None = None,
         *,
         name: str | None = None,
@@ -305,7 +318,7 @@ class Scope:
     def generate(
         self,
         prompt: str,
-        interventions: Sequence[Intervention] = (),
+        interventions: Intervention | Sequence[Intervention] = (),
         *,
         decoding: Decoding | None = None,
         chat: Chat | None = None,
@@ -315,8 +328,8 @@ class Scope:
     @overload
     def generate(
         self,
-        prompt: list[str] | tuple[str, ...],
-        interventions: Sequence[Intervention] = (),
+        prompt: list[str] | tuple[str, ...] | Any,
+        interventions: Intervention | Sequence[Intervention] = (),
         *,
         decoding: Decoding | None = None,
         chat: Chat | None = None,
@@ -325,8 +338,8 @@ class Scope:
 
     def generate(
         self,
-        prompt: str | list[str] | tuple[str, ...],
-        interventions: Sequence[Intervention] = (),
+        prompt: Any,
+        interventions: Intervention | Sequence[Intervention] = (),
         *,
         decoding: Decoding | None = None,
         chat: Chat | None = None,
@@ -344,20 +357,22 @@ class Scope:
                 of range, an amount that is absurd.
             NotFoundError, MismatchError: a layer that does not exist, or an SAE that does not fit.
         """
-        prompts = [prompt] if isinstance(prompt, str) else prompt
+        interventions = [interventions] if isinstance(interventions, Intervention) else interventions
+        prompts = as_texts(prompt)
         out = generate(
             self.model, self.tokenizer, prompts, interventions, saes=self.saes, stats=self.stats, decoding=decoding,
             chat=chat, candidates=candidates,
         )  # fmt: skip
-        return out[0] if isinstance(prompt, str) else out
+        return out[0] if is_one(prompt) else out
 
-    def check_layers(self, layers: Sequence[int] | None) -> list[int]:
-        """The layers asked for, each with an SAE; all of them for None.
+    def check_layers(self, layers: Layers) -> list[int]:
+        """The layers asked for, each with an SAE; all of them for None. One may stand for itself, as number or text.
 
         Raises:
             InputError: an empty list.
             NotFoundError: a layer that has no SAE.
         """
+        layers = as_layers(layers)
         if layers is None:
             return list(self.saes.layers)
         if not layers:

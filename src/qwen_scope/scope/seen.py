@@ -11,8 +11,12 @@ from jaxtyping import Bool, Int, UInt8
 from torch import Tensor
 
 from qwen_scope.errors import InputError, NotFoundError, check_count
+from qwen_scope.report import HasFrames, Markup, Table, element, html_tokens, join, marks_note, styled
 from qwen_scope.sae import FeatureActs
 from qwen_scope.text import PHASES, REASONS, Phase, Tokens, phase_numbers, tally
+
+TEXTS_SHOWN, FEATURES_SHOWN, TOKENS_SHOWN = 3, 5, 200
+"""What a notebook shows."""
 
 
 @dataclass(frozen=True)
@@ -34,8 +38,8 @@ class Strongest:
     mean: float
 
 
-@dataclass(frozen=True, eq=False)
-class TokenFeatures:
+@dataclass(frozen=True, eq=False, repr=False)
+class TokenFeatures(HasFrames):
     """The features of every token of some texts.
 
     Attributes:
@@ -60,6 +64,37 @@ class TokenFeatures:
     @property
     def layers(self) -> list[int]:
         return sorted(self.acts)
+
+    def __repr__(self) -> str:
+        texts, tokens = len(self.texts), int(self.mask.sum())
+        said = f"{texts} text{'s' * (texts != 1)}, {tokens:,} tokens"
+        return f"TokenFeatures({said}, layers {', '.join(map(str, self.layers))})"
+
+    def sheet(self) -> Table:
+        """A row for each feature that is active on a token, the strongest first."""
+        rows = []
+        for i, tokens in enumerate(self.tokens):
+            for layer in self.layers:
+                acts, left_out = self.of(i, layer), self.left_out(i, layer)
+                for at, some in enumerate(zip(acts.indices.tolist(), acts.values.tolist(), strict=True)):
+                    here = (i, at, tokens[at], left_out[at], layer)
+                    rows += [(*here, feature, value) for feature, value in zip(*some, strict=True) if value > 0]
+        columns = ("text", "position", "token", "left_out", "layer", "feature", "activation")
+        return Table("Features of each token", columns, rows)
+
+    def _repr_html_(self) -> str:
+        """The strongest features of the first texts at the middle layer, each on the tokens it fires on."""
+        layer = self.layers[len(self.layers) // 2]
+        parts = [element("p", element("b", repr(self)))]
+        for i, tokens in enumerate(self.tokens[:TEXTS_SHOWN]):
+            acts, left_out = self.of(i, layer), self.left_out(i, layer)
+            for one in self.strongest(i, layer, FEATURES_SHOWN):
+                values = acts.select([one.feature])[:TOKENS_SHOWN, 0].tolist()
+                place = f"{layer}/{one.feature}, at most {one.maximum:.3g}:"
+                parts.append(html_tokens(tokens[:TOKENS_SHOWN], values, one.maximum, place, left_out[:TOKENS_SHOWN]))
+            note = marks_note(left_out[:TOKENS_SHOWN], "A dashed frame")
+            parts.append(element("p", note, class_="place") if note else Markup(""))
+        return styled(join(*parts))
 
     def of(self, text: int, layer: int) -> FeatureActs:
         """The activations of one text at one layer, `(tokens, k)`, without padding.

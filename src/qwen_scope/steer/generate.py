@@ -12,6 +12,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from qwen_scope.errors import FormatError, InputError, check_count
 from qwen_scope.model import context_length, input_device
+from qwen_scope.report import element, html_tokens, join, styled
 from qwen_scope.text import Chat, Message, Tokens, tokenize
 
 from .decoding import Decoding
@@ -55,7 +56,7 @@ class GeneratedToken:
     candidates: tuple[Candidate, ...] = ()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Generation:
     """One continuation.
 
@@ -72,6 +73,20 @@ class Generation:
     tokens: tuple[GeneratedToken, ...]
     finished: bool
     prompt_tokens: tuple[str, ...]
+
+    def __repr__(self) -> str:
+        shown = self.text if len(self.text) <= 60 else f"{self.text[:59]}…"
+        return f"Generation({shown!r}, {len(self.tokens)} tokens)"
+
+    def _repr_html_(self) -> str:
+        """The prompt, and the continuation with each token as strong as its probability, where those were asked for."""
+        none = [0.0] * len(self.prompt_tokens)
+        values = [*none, *(token.probability or 0.0 for token in self.tokens)]
+        texts = [*self.prompt_tokens, *(token.text for token in self.tokens)]
+        known = any(token.probability is not None for token in self.tokens)
+        note = "A background is as strong as the token's probability." if known else None
+        start = element("p", f"{len(self.prompt_tokens)} tokens of the prompt, then the continuation. ", note)
+        return styled(join(start, html_tokens(texts, values, 1.0)))
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from jaxtyping import Float32, Float64, Int64
 
 from qwen_scope.errors import FormatError, MismatchError, NotFoundError, check_count
 from qwen_scope.files import Remote, digest_of, place
+from qwen_scope.report import HasFrames, Table
 from qwen_scope.sae import SAE, Identity
 
 from . import contexts, sql
@@ -29,7 +30,7 @@ MEMORY = "1500MB"
 
 
 @final
-class FeatureStore:
+class FeatureStore(HasFrames):
     """A finished store. Opening it reads the manifest and the end of every part, not the activations.
 
     Attributes:
@@ -70,6 +71,15 @@ class FeatureStore:
     def __repr__(self) -> str:
         m = self.manifest
         return f"FeatureStore({str(self.folder)!r}: {m.documents} documents, {m.tokens} tokens, layers {self.layers})"
+
+    def sheet(self) -> Table:
+        """A row per layer: its SAE, tokens that count, and activations."""
+        names = ("layer", "group", "d_sae", "tokens", "activations")
+        rows = [[getattr(self.layer(one), name, one) for name in names] for one in self.layers]
+        return Table(repr(self), names, rows)
+
+    def _repr_html_(self) -> str:
+        return self.sheet()._repr_html_()
 
     def __enter__(self) -> FeatureStore:
         return self

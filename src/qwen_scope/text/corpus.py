@@ -16,7 +16,7 @@ from qwen_scope.errors import FormatError, InputError, check_count
 
 from .document import Document, Unreadable, document_of
 from .lab import is_lab
-from .options import CorpusOptions
+from .options import CorpusOptions, template_columns
 from .read import Raw
 from .shuffle import BLOCK, BLOCK_CHARACTERS, Blocks, Counts, Strands, count, countable, size_of
 from .source import find_sources
@@ -39,6 +39,7 @@ class Corpus:
             pandas or polars, an Arrow table, a mapping of columns, or texts or mappings in a list or from a generator;
             `Together` for several of those that have names.
         column: the column that holds the text: a string or a list of messages.
+        template: make the text of several columns instead, such as "{question}\\n{answer}" (`CorpusOptions`).
         unit: what one document of a `.txt` file is: a `paragraph` (up to a blank line), a `line`, or the `file`.
         sample: only this many rows, drawn evenly from all of them, in their order; of the lab the first ones.
         seed: of the sample, and of the lab's documents.
@@ -70,6 +71,7 @@ class Corpus:
         source: str | os.PathLike[str] | Iterable[Any] | Any,
         *,
         column: str = "text",
+        template: str | None = None,
         unit: str = "paragraph",
         sample: int | None = None,
         seed: int = 0,
@@ -84,7 +86,7 @@ class Corpus:
         shuffle: int | None = None,
         quiet: bool = False,
     ) -> None:
-        asked = asdict(CorpusOptions(column, unit, sample, seed, split, subset))
+        asked = asdict(CorpusOptions(column, unit, sample, seed, split, subset, template=template))
         if hold_out < 0 or hold_out == 1:
             raise InputError(
                 f"hold_out {hold_out} would leave nothing to train on; 100 keeps one document in a hundred"
@@ -94,13 +96,17 @@ class Corpus:
         if not 0 <= rank < world:
             raise InputError(f"there is no share {rank + 1}/{world}; they are 1/{world} to {world}/{world}")
         self.column, self.rank, self.world, self.shuffle = column, rank, world, shuffle
+        self.template = template
+        self._wanted_columns = [column] if template is None else template_columns(template)
         self.hold_out, self.held_out = hold_out, held_out
         self.once = isinstance(source, Iterator)
         self.repeat = repeat and not self.once
         self.sources, self.name = find_sources(
             source, unit=unit, split=split, subset=subset, seed=seed, n=sample, name=name
         )
-        self.options = {name: value for name, value in asked.items() if name != "chat"}
+        # A corpus without a template is described as it was before there were any: stores go on.
+        without = ("chat",) if template is not None else ("chat", "template")
+        self.options = {name: value for name, value in asked.items() if name not in without}
         lab = is_lab(source)
         self.endless = self.repeat or (lab and sample is None)
         self.epoch, self._at, self._rows, self._offset, self._seen, self._before = 0, 0, 0, 0, 0, 0
@@ -110,6 +116,7 @@ class Corpus:
         self.used, self.unused, self._told = 0, Counter[str](), quiet
         self._first: Unreadable | None = None  # the first row that can't be used
         self._lacking: Mapping[str, Any] | None = None  # the first row without the column
+        self._missing = column
         self._drawn = None if sample is None or lab else self._draw(sample, seed)
 
     @classmethod
@@ -161,7 +168,9 @@ class Corpus:
         spoken = (name for name, value in texts.items() if isinstance(value, list) or " " in value.strip())
         best = next(spoken, next(iter(texts), None))
         has = ", ".join(map(repr, islice(self._lacking, 20))) or "none"
-        said = f": its rows have no column {self.column!r} but {has}"
+        said = f": its rows have no column {self._missing!r} but {has}"
+        if self.template is not None:
+            return f"{said}; name those in the template"
         return said if best is None else f"{said}; pass {parameter}={best!r}"
 
     def cursor(self) -> dict[str, Any]:
@@ -276,9 +285,11 @@ class Corpus:
 
     def _document(self, at: int, raw: Raw) -> Document | Unreadable:
         value = raw.parse()
-        if self._lacking is None and isinstance(value, Mapping) and self.column not in value:
-            self._lacking = value
-        return document_of(value, self.column, self.sources[at].name, raw.row)
+        if self._lacking is None and isinstance(value, Mapping):
+            missing = next((name for name in self._wanted_columns if name not in value), None)
+            if missing is not None:
+                self._lacking, self._missing = value, missing
+        return document_of(value, self.column, self.sources[at].name, raw.row, self.template)
 
     def _no_use(self, which: str) -> InputError:
         why = self.other_columns() or the_first(self._first)

@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
+from string import Formatter
 from typing import Any
 
 from .read import Problem
@@ -45,13 +46,13 @@ class Unreadable:
     detail: str
 
 
-def document_of(value: Any, column: str, source: str, row: int) -> Document | Unreadable:
-    """The document in a row, or why there is none."""
-    found = text_of(value, column)
+def document_of(value: Any, column: str, source: str, row: int, template: str | None = None) -> Document | Unreadable:
+    """The document in a row, or why there is none; with a template its text is joined of several columns."""
+    found = text_of(value if template is None else filled(value, template), column)
     source = source.encode("utf-8", "replace").decode()
     if isinstance(found, Problem):
         return Unreadable(source, row, found.reason, found.detail.encode("utf-8", "replace").decode()[:500])
-    rest = {str(k): plain(v) for k, v in value.items() if k != column} if isinstance(value, Mapping) else {}
+    rest = {str(k): plain(v) for k, v in value.items() if template or k != column} if isinstance(value, Mapping) else {}
     return Document(found, rest, source, row)
 
 
@@ -82,6 +83,27 @@ def text_of(value: Any, column: str) -> str | list[dict[str, Any]] | Problem:
             except UnicodeEncodeError as error:
                 return Problem("not Unicode", f"half a surrogate pair at character {error.start}")
     return found
+
+
+def filled(value: Any, template: str) -> str | Problem:
+    """The text that a template makes of a row: strings as they are, other values as JSON writes them."""
+    if isinstance(value, Problem):
+        return value
+    if not isinstance(value, Mapping):
+        return Problem("not a row", f"{type(value).__name__}, which has no columns for the template")
+    out = []
+    for text, name, _, _ in Formatter().parse(template):
+        out.append(text)
+        if name is None:
+            continue
+        if name not in value:
+            has = ", ".join(map(repr, islice(value, 20)))
+            return Problem("missing column", f"no {name!r}; it has {has or 'none'}")
+        cell = value[name]
+        if cell is None or cell == "":
+            return Problem("empty", f"nothing in {name!r}")
+        out.append(cell if isinstance(cell, str) else json.dumps(plain(cell), ensure_ascii=False))
+    return "".join(out)
 
 
 def message_of(message: Mapping[str, Any]) -> dict[str, Any] | None:

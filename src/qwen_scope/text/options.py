@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from string import Formatter
 from typing import Literal, get_args
 
-from qwen_scope.errors import InputError, check_count
+from qwen_scope.errors import InputError, brief, check_count
 
 UNITS = ("paragraph", "line", "file")
 Chat = Literal["default", "thinking", "non_thinking"]
@@ -18,6 +19,8 @@ class CorpusOptions:
 
     Attributes:
         column: the column that holds the text: a string or a list of messages.
+        template: make the text of several columns instead, such as "{question}\\n{answer}"; a row that lacks one of
+            them, or holds nothing there, can't be used. Braces are written twice. All columns stay in the metadata.
         unit: what one document of a `.txt` file is: a `paragraph` (up to a blank line), a `line`, or the `file`.
         sample: only this many rows, drawn evenly from all of them, in their order; of the lab the first ones.
         seed: of the sample, and of the lab's documents.
@@ -37,8 +40,13 @@ class CorpusOptions:
     split: str = "train"
     subset: str | None = None
     chat: Chat | None = None
+    template: str | None = None
 
     def __post_init__(self) -> None:
+        if self.template is not None:
+            template_columns(self.template)
+            if self.column != "text":
+                raise InputError(f"a template names the columns itself; leave column={self.column!r} out")
         if self.unit not in UNITS:
             raise InputError(f"a document of a text file is one of {', '.join(UNITS)}, not {self.unit!r}")
         if self.sample is not None:
@@ -47,3 +55,24 @@ class CorpusOptions:
                 raise InputError(f"a sample has at least one row, not {self.sample}")
         if self.chat is not None and self.chat not in CHATS:
             raise InputError(f"chat is one of {', '.join(CHATS)}, not {self.chat!r}")
+
+
+def template_columns(template: str) -> list[str]:
+    """The columns that a template joins, in its order.
+
+    Raises:
+        InputError: braces that don't match, or a template without a column.
+    """
+    try:
+        parts = list(Formatter().parse(template))
+    except ValueError as error:
+        raise InputError(
+            f"the template {brief(template)} can't be read ({error}); write columns in braces, and {{{{ for a brace"
+        ) from None
+    names = [name for _, name, _, _ in parts if name is not None]
+    if not names or any(not name or shape or turned for _, name, shape, turned in parts if name is not None):
+        raise InputError(
+            f"the template {brief(template)} names no column, or more than its name in braces;"
+            " write one such as {question}\\n{answer}"
+        )
+    return names

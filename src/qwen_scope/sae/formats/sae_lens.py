@@ -26,11 +26,11 @@ from .layout import (
     refuse,
     text,
 )
+from .sae_lens_config import described, sae_lens_config, sae_lens_tensors
 
 WHAT = "a sae_lens SAE"
 MATRICES = ("W_enc", "W_dec", "b_enc", "b_dec")
 KINDS = ("topk", "jumprelu")  # of those that sae_lens has, the ones that are read here
-VERSION = "6.0.0"  # the first whose configs have the keys written here
 
 
 def read_sae_lens(
@@ -77,12 +77,6 @@ def architecture_of(config: Mapping[str, Any]) -> tuple[str, int | None]:
     if function == "topk" and isinstance(arguments, dict) and arguments.get("k") is not None:
         return "topk", integer(arguments, "k")
     return text(config, "architecture") or "standard", k
-
-
-def described(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The config's `metadata`, where version 6 keeps the names of model and hook."""
-    said = config.get("metadata")
-    return said if isinstance(said, dict) else {}
 
 
 def name_of(config: Mapping[str, Any]) -> str | None:
@@ -140,38 +134,7 @@ def refuse_unfoldable(tensors: Mapping[str, Tensor], config: Mapping[str, Any], 
 
 def write_sae_lens(sae: SAE) -> Written:
     """The folder sae_lens loads from disk; every key that has a surprising default is written out."""
-    layer = need_layer(sae)
-    tensors = {"W_enc": sae.W_enc.T, "W_dec": sae.W_dec.T, "b_enc": sae.b_enc, "b_dec": sae.b_dec}
-    tensors |= sae.own_tensors()
-    hook, said = hooks.of_sae(sae.hook_point, layer), described(sae.meta.get("sae_lens") or {})
-    twin = text(said, "hf_hook_name")
-    config = {
-        "architecture": sae.architecture,
-        "d_in": sae.d_model,
-        "d_sae": sae.d_sae,
-        **({"k": sae.k, "rescale_acts_by_decoder_norm": False} if sae.k else {}),
-        "dtype": str(sae.dtype).removeprefix("torch."),
-        "device": "cpu",
-        "apply_b_dec_to_input": False,
-        "normalize_activations": "none",
-        "reshape_activations": "none",
-        "metadata": {
-            "sae_lens_training_version": None,
-            "hook_head_index": None,
-            "prepend_bos": False,
-            "context_size": None,
-            "dataset_path": None,
-            "model_from_pretrained_kwargs": {},
-            "training_architecture": sae.architecture,
-            **said,
-            "sae_lens_version": VERSION,
-            "model_name": sae.meta.get("model"),
-            "hook_name": f"blocks.{layer}.hook_{hook.stream}",
-            # The spelling that came with the SAE names the module of its own model.
-            "hf_hook_name": twin if hooks.about(twin) == hook else f"model.{hooks.module_name(hook)}",
-        },
-    }
-    return Written(tensors, config, identity_metadata(sae))
+    return Written(sae_lens_tensors(sae), sae_lens_config(sae, need_layer(sae)), identity_metadata(sae))
 
 
 SAE_LENS = Layout(

@@ -1,15 +1,104 @@
-"""A feature's page as one HTML file."""
+"""All about one feature, as plain data, and the same as one HTML file."""
 
 from __future__ import annotations
 
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
 from qwen_scope.errors import printable
-from qwen_scope.report import Markup, element, html_bars, html_page, html_table, html_tokens, join, marks_note, visible
-from qwen_scope.store import Context
+from qwen_scope.report import (
+    HasFrames,
+    Markup,
+    Table,
+    element,
+    html_bars,
+    html_page,
+    html_table,
+    html_tokens,
+    join,
+    marks_note,
+    styled,
+    visible,
+)
+from qwen_scope.store import Context, FeatureSummary, Histogram
 
 from .effects import TokenEffect
+from .explanations import Explanation
+from .lens import LensReading
 from .neighbours import Neighbour
-from .notes import Label
-from .show import FeaturePage
+from .notes import Label, Note
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class FeaturePage(HasFrames):
+    """All about one feature. What could not be known (no store, no model) is None or empty.
+
+    Attributes:
+        layer, feature: which.   group: the released set of its SAE.   model: where the language model came from.
+        store: the folder of the store, or None.
+        summary: how often and how strongly it fires.   quantiles: of its activations, by share.
+        histogram: of its activations.
+        strongest: the contexts of its largest activations, one per document.
+        spread: contexts from every stratum of its activations, strongest first.
+        promoted, demoted: tokens it makes more and less likely, by the direct path.
+        lens: what a Jacobian lens reads of it, where one was given.
+        similar: features of like direction.   cofiring: features on the same tokens.
+        elsewhere: the same feature in other layers.
+        label: the label to show, with its scores.   notes: labels, notes and verdicts on it, oldest first.
+        verdict: the newest causal verdict, as `validate` gave it.
+        explanations: what Neuronpedia says of it, where that was imported.
+    """
+
+    layer: int
+    feature: int
+    group: str
+    model: str
+    store: str | None = None
+    summary: FeatureSummary | None = None
+    quantiles: dict[float, float] | None = None
+    histogram: Histogram | None = None
+    strongest: tuple[Context, ...] = ()
+    spread: tuple[Context, ...] = ()
+    promoted: tuple[TokenEffect, ...] = ()
+    demoted: tuple[TokenEffect, ...] = ()
+    lens: LensReading | None = None
+    similar: tuple[Neighbour, ...] = ()
+    cofiring: tuple[Neighbour, ...] = ()
+    elsewhere: tuple[Neighbour, ...] = ()
+    label: Label | None = None
+    notes: tuple[Note, ...] = ()
+    verdict: dict[str, Any] | None = None
+    explanations: tuple[Explanation, ...] = ()
+
+    @property
+    def maximum(self) -> float:
+        """The largest activation in the store: the top of every shading; 0 where nothing is known."""
+        return self.summary.maximum if self.summary else 0.0
+
+    def __repr__(self) -> str:
+        named = f": {self.label.shown}" if self.label is not None else ""
+        return f"FeaturePage({self.layer}/{self.feature}{named})"
+
+    def _repr_html_(self) -> str:
+        return styled(join(*page_parts(self)))
+
+    def sheet(self) -> Table:
+        """A row per context: how strongly, where, and its text."""
+        both = (("strongest", self.strongest), ("spread", self.spread))
+        rows = [(kind, one.value, one.place, "".join(one.tokens)) for kind, some in both for one in some]
+        return Table(repr(self), ("kind", "activation", "place", "text"), rows)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        data = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        if self.label is not None:
+            data["label"] = {**asdict(self.label), "at_chance": self.label.at_chance}
+        data["notes"] = [note.to_json() for note in self.notes]
+        if self.histogram is not None:
+            data["histogram"] = {k: np.asarray(v).tolist() for k, v in vars(self.histogram).items()}
+        return {name: _plain(value) for name, value in data.items()}
 
 
 def feature_html(page: FeaturePage) -> str:
@@ -23,6 +112,7 @@ def page_parts(page: FeaturePage) -> list[Markup]:
         element("h1", f"Layer {page.layer}, feature {page.feature}"),
         element("p", f"{printable(page.group)}, {printable(page.model)}", class_="place"),
         element("p", label_text(page.label)),
+        *(element("p", printable(one.said)) for one in page.explanations),
     ]
     if page.verdict is not None:
         parts.append(element("p", f"Verdict: {printable(str(page.verdict.get('outcome')))}"))
@@ -92,3 +182,11 @@ def neighbour_table(name: str, some: tuple[Neighbour, ...]) -> Markup:
 def context_line(context: Context, maximum: float) -> Markup:
     place = f"{context.value:.4g} at {context.place}"
     return join(html_tokens(context.tokens, context.values, maximum, place, context.left_out))
+
+
+def _plain(value: Any) -> Any:
+    if hasattr(value, "__dataclass_fields__"):
+        return asdict(value)
+    if isinstance(value, tuple | list):
+        return [_plain(one) for one in value]
+    return value
