@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from qwen_scope.cli import main
+from qwen_scope.cli.show import print_page
 from qwen_scope.errors import FormatError, InputError, NotFoundError
 from qwen_scope.features import explanations_of, export_explanations, feature_page, import_explanations
 from qwen_scope.store import FeatureStore
@@ -20,13 +21,13 @@ import stores
 SOURCE = "2-toy-res-1k"
 
 
-def record(index: int, text: str, **more) -> dict:
+def record(number: int, text: str, **more) -> dict:
     """As its public batches have them, fields that we know nothing of among them."""
     return {
-        "id": f"clx{index}", "modelId": "toy", "layer": SOURCE, "index": str(index), "description": text,
+        "id": f"clx{number}", "modelId": "toy", "layer": SOURCE, "index": str(number), "description": text,
         "authorId": "u", "typeName": "np_acts-logits-general", "explanationModelName": "gemini-2.0-flash",
-        "embedding": [0.1, -2.5e-07, 3.0], "triggeredByUserId": None, "notes": "ü\u2028", **more,
-    }  # fmt: skip
+        "embedding": [0.1, -2.5e-07, 3.0], "triggeredByUserId": None, "notes": "ü\u2028",
+    } | more  # fmt: skip
 
 
 def batch(path: Path, *records: dict) -> Path:
@@ -73,7 +74,7 @@ def test_the_command(store: FeatureStore, tmp_path: Path, capsys: pytest.Capture
     argv = ["label", str(store.folder), "--merge", str(file)]
     assert main(argv) == 0, capsys.readouterr().err
     assert json.loads(capsys.readouterr().out)["merged"] == 1
-    assert main(["show", str(store.folder), "--feature", "2/0"]) == 0, capsys.readouterr().err
+    print_page(feature_page(2, 0, store=store))
     assert "greetings (Neuronpedia by gemini-2.0-flash; not scored here)" in capsys.readouterr().out
     assert main(["export", str(store.folder), "--to", "neuronpedia-labels", "-o", str(tmp_path / "out")]) == 0, (
         capsys.readouterr().err

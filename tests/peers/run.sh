@@ -65,3 +65,8 @@ fi
 PYTHONPATH=src .venv/bin/python tests/peers/ours.py write "$peer" "$work"
 "$bin/python" -W ignore "tests/peers/check_$peer.py" "$work"
 PYTHONPATH=src .venv/bin/python tests/peers/ours.py check "$peer" "$work"
+if [ "$peer" = sae_lens ]; then # what a person who comes from there types, in both
+  "$bin/python" -m pip --disable-pip-version-check install -q lazy_loader jaxtyping
+  mkdir "$work/calls"
+  PYTHONPATH=src "$bin/python" -W ignore tests/peers/check_calls.py "$work/calls"
+fi

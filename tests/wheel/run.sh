@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# A wheel built from the tree, installed with the extras that the README names into an empty environment, must run the
+# A wheel built from the tree (and an sdist, both as PyPI takes them), installed with the extras that the README names into an empty environment, must run the
 # demo and every command of the README that needs no Hub, in an empty folder: the lab travels inside, nothing else does.
 # pyright, in a project that depends on it, sees the public types.
 set -euo pipefail
 root=$(cd "$(dirname "$0")/../.." && pwd)
 work=$(mktemp -d); trap 'rm -rf "$work"' EXIT
-"$root/.venv/bin/python" -m build --wheel --outdir "$work/dist" "$root" >"$work/build.log" 2>&1 || { tail -20 "$work/build.log"; exit 1; }
+bash "$root/tests/wheel/build.sh" "$work/dist" --resolve
 python3 -m venv "$work/venv"
 extras=$(grep -oE '\bmake (explorer|posttrain|datasets|fast|gguf|gpu|track|spread)\b' "$root/README.md" | cut -d' ' -f2 | sort -u | paste -sd,)
 "$work/venv/bin/python" -m pip install -q -c "$root/constraints.txt" "$(echo "$work"/dist/*.whl)[$extras]"

@@ -174,6 +174,7 @@ def open_scope(asked: ScopeOptions) -> Scope:
     whose.refuse_other_saes(asked.sae)
     scope = asked.open()
     whose.say_whose()
+    whose.say_terms(scope.saes.source)
     return scope
 
 

@@ -121,11 +121,11 @@ def hold(out: Path | None, *inputs: str | Path) -> None:
 
     if out is None:
         return
+    if out.exists() and not out.is_dir():
+        raise InputError(f"{out} is a file; name a folder, or a new file for the table")
     if tables.is_file(out):
         tables.check(out, *inputs)
         return
-    if out.exists() and not out.is_dir():
-        raise InputError(f"{out} is a file; name a folder")
     not_onto_itself(out, *inputs)
     _held.get().enter_context(lock_folder(out))
 

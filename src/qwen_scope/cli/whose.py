@@ -17,6 +17,8 @@ NOTE = (
     " name yours with --model, or write --model lab"
 )
 
+_said: set[str] = set()
+
 
 def refuse_other_saes(sae: str | None) -> None:
     """Refuse SAEs of another model where the lab would be taken because none was named.
@@ -34,6 +36,16 @@ def say_whose() -> None:
     """Say on standard error that the lab answers, where no model was named for data that are not the lab's."""
     if lab_by_default():
         output.say(f"qwen-scope: {NOTE}")
+
+
+def say_terms(source: str) -> None:
+    """Say on standard error, once in a process, what the owner of released SAEs asks of those who use them."""
+    from qwen_scope.sae import terms_of
+
+    terms = terms_of(source.rstrip("/").rpartition("/")[2])
+    if terms is not None and terms not in _said:
+        _said.add(terms)
+        output.say(f"qwen-scope: {terms}")
 
 
 def lab_by_default(whatever: bool = False) -> bool:

@@ -19,4 +19,5 @@ from .load import layers_of as layers_of
 from .load import load_sae as load_sae
 from .save import folder_name as folder_name
 from .save import save_sae as save_sae
+from .terms import terms_of as terms_of
 from .topk import TopK as TopK

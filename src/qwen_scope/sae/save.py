@@ -20,6 +20,7 @@ from .formats.container import read_config, write_weights
 from .formats.hooks import module_name, of_sae
 from .formats.layout import KEPT, STORED_DTYPES, need_layer
 from .load import load_sae
+from .terms import USAGE, terms_of
 
 
 @dataclass(frozen=True)
@@ -79,11 +80,11 @@ def save_sae(
         for name in ("W_enc", "W_dec"):
             stored.check_finite(name)
         jobs.append(_Job(at, chosen.weights_name(layer), chosen.write(stored)))
-    configs = {}
+    configs, terms = {}, terms_of(saes[0].identity.group)
     for job in jobs:
         path = job.folder / chosen.config_name
         configs[path] = merged(configs.get(path) or _existing(path), job.written.config, job.folder)
-    _store(jobs, configs, chosen)
+    _store(jobs, configs, chosen, terms)
     return folder
 
 
@@ -164,13 +165,18 @@ def _existing(path: Path) -> dict[str, Any]:
     return read_config(path) if path.is_file() else {}
 
 
-def _store(jobs: Sequence[_Job], configs: Mapping[Path, Mapping[str, Any]], layout: Layout) -> None:
-    """Write everything beside its place, then move it there, configs last."""
+def _store(
+    jobs: Sequence[_Job], configs: Mapping[Path, Mapping[str, Any]], layout: Layout, terms: str | None = None
+) -> None:
+    """Write everything beside its place, then move it there, configs last; what the owner asks of users with it."""
     try:
         with ExitStack() as stack:
             # They are renamed in the opposite order.
             targets = [*configs, *(job.folder / job.weights for job in reversed(jobs))]
             parts = {path: stack.enter_context(write_whole(path)) for path in targets}
+            for path in {job.folder / USAGE for job in jobs} if terms is not None else ():
+                sentence = f"{str(terms)[:1].upper()}{str(terms)[1:]}."
+                stack.enter_context(write_whole(path)).write_text(f"{sentence}\n", encoding="utf-8")
             for job in jobs:
                 where = parts[job.folder / job.weights]
                 write_weights(where, layout.container, job.written.tensors, job.written.metadata)

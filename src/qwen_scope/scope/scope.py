@@ -24,7 +24,7 @@ from qwen_scope.model import (
     n_layers,
 )
 from qwen_scope.report import Progress, Table
-from qwen_scope.sae import FeatureActs
+from qwen_scope.sae import FeatureActs, terms_of
 from qwen_scope.steer import Decoding, Generation, Intervention, Target, generate
 from qwen_scope.store import FeatureStore, Firings
 from qwen_scope.text import Chat, Corpus, CorpusOptions, Counted, Tokens, tally, tokenize
@@ -84,6 +84,7 @@ class Scope:
             ("SAEs", f"{self.saes.source}, layers {brief(self.layers)}"),
             ("features", f"{one.d_sae:,} per layer, {one.k} active"),
             *(("note", note) for note in self.notes),
+            *([("terms", terms)] if (terms := terms_of(one.identity.group)) else []),
         ]
         return Table("Scope", ("", ""), facts)._repr_html_()
 
