@@ -3,9 +3,9 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 
-EXTRAS := explorer posttrain ray datasets fast gguf gpu track spread serve
+EXTRAS := explorer posttrain ray datasets fast gguf gpu track spread serve docs
 
-.PHONY: demo test test-fast lint bench bench-gpu clean $(EXTRAS)
+.PHONY: demo test test-fast lint bench bench-gpu site clean $(EXTRAS)
 
 demo: $(VENV)/.core
 	$(BIN)/qwen-scope demo
@@ -49,6 +49,10 @@ bench-gpu:
 	PYTHONPATH=src $(PYTHON) -m pytest -q tests/sae/test_triton_rows.py
 	PYTHONPATH=src $(PYTHON) -W ignore bench/encode.py
 	PYTHONPATH=src $(PYTHON) -W ignore bench/encode_decode.py
+
+# The documentation as a site in out/site; a warning, such as of a dead link, is an error.
+site: docs
+	$(BIN)/mkdocs build
 
 clean:
 	rm -rf $(VENV) .venv-* build dist
