@@ -1,0 +1,43 @@
+"""Every notebook runs from top to bottom, cell by cell, and what a cell ends with shows itself."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.py"))
+
+
+def cells(path: Path) -> list[str]:
+    """The code cells of a notebook in jupytext's percent format."""
+    parts = re.split(r"^# %%", path.read_text(encoding="utf-8"), flags=re.MULTILINE)[1:]
+    return [part.partition("\n")[2] for part in parts if not part.startswith(" [markdown]")]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_every_cell_runs_and_shows_something(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {"__name__": path.stem}
+    for code in cells(path):
+        tree = ast.parse(code)
+        last = tree.body[-1]
+        assert isinstance(last, ast.Expr), f"a cell ends with something to show: {code}"
+        exec(compile(ast.Module(tree.body[:-1], []), path.name, "exec"), names)
+        value = eval(compile(ast.Expression(last.value), path.name, "eval"), names)
+        assert value is not None, code
+        html = getattr(value, "_repr_html_", None)
+        assert (html() if html is not None else repr(value)).strip(), code
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_it_opens_as_a_notebook(path: Path) -> None:
+    """The header that jupytext reads, and text before code."""
+    text = path.read_text(encoding="utf-8")
+    assert text.startswith("# ---\n# jupyter:\n#   jupytext:")
+    assert re.search(r"^# %% \[markdown\]\n# # \S", text, re.MULTILINE)
+    assert len(cells(path)) >= 3
