@@ -98,6 +98,11 @@ def is_explanations(path: str | os.PathLike[str]) -> bool:
     return Path(path).is_dir() or BATCH.fullmatch(Path(path).name) is not None
 
 
+def home_of(store: FeatureStore) -> Path | None:
+    """The folder of a store for what was imported; None for a store at a URI."""
+    return store.folder / FOLDER if isinstance(store.folder, Path) else None
+
+
 def import_explanations(store: FeatureStore, path: str | os.PathLike[str]) -> int:
     """Keep batches of Neuronpedia's explanations with a store; how many explanations they hold.
 
@@ -108,6 +113,9 @@ def import_explanations(store: FeatureStore, path: str | os.PathLike[str]) -> in
         NotFoundError: no batch, or a layer or feature that the store does not have.   FormatError: a damaged one.
         InputError: one that is about several sources, or about none.
     """
+    home = home_of(store)
+    if home is None:
+        raise InputError(f"{store.folder} is read where it lies and not written; copy the store to a folder first")
     kept: dict[Path, Path] = {}
     total = 0
     for batch in batches_in(path):
@@ -123,7 +131,7 @@ def import_explanations(store: FeatureStore, path: str | os.PathLike[str]) -> in
         if len(sources) != 1:
             raise InputError(f"{batch} is about {len(sources)} sources; a batch of Neuronpedia is about one")
         name = batch.name if BATCH.fullmatch(batch.name) else "batch-0.jsonl.gz"
-        kept[store.folder / FOLDER / sources.pop() / "explanations" / name] = batch
+        kept[home / sources.pop() / "explanations" / name] = batch
     for target, batch in kept.items():
         with write_whole(target) as part:
             part.write_bytes(batch.read_bytes())
@@ -136,8 +144,8 @@ def export_explanations(store: FeatureStore, folder: str | os.PathLike[str]) -> 
     Raises:
         NotFoundError: none was imported.   InputError: one of the files can't be written.
     """
-    home = store.folder / FOLDER
-    if not home.is_dir():
+    home = home_of(store)
+    if home is None or not home.is_dir():
         raise NotFoundError(f"no explanation of Neuronpedia was imported into {store.folder}")
     found = batches_in(home)
     for batch in found:
@@ -148,9 +156,9 @@ def export_explanations(store: FeatureStore, folder: str | os.PathLike[str]) -> 
 
 def explanations_of(store: FeatureStore, layer: int, feature: int) -> tuple[Explanation, ...]:
     """What was imported about one feature."""
-    home = store.folder / FOLDER
+    home = home_of(store)
     found: list[Explanation] = []
-    for source in sorted(home.iterdir()) if home.is_dir() else ():
+    for source in sorted(home.iterdir()) if home is not None and home.is_dir() else ():
         match = SOURCE.fullmatch(source.name)
         for batch in batches_in(source) if match is not None and int(match[1]) == layer else ():
             now = batch.stat()
