@@ -77,7 +77,7 @@ def stored(at: At[Sizes], which: str) -> Path:
     """The documents as a store, made once for all layers."""
     folder = at.folder / "stores" / which
     if not (folder / "manifest.json").is_file():
-        scope = load_scope(str(at.options["model"]), str(at.options["sae"]), device="cpu", dtype="bfloat16")
+        scope = load_scope(str(at.options["model"]), str(at.options["sae"]), dtype="bfloat16")
         options = ExtractOptions(max_tokens=TOKENS, pool=("mean",))
         scope.extract(documents(at, which), folder, options).close()
     return folder

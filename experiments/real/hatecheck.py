@@ -97,7 +97,7 @@ def read(model: Path, sae: Path, folder: Path, rows: tuple[str, ...]) -> Texts:
     """The texts through the model, kept as a store."""
     place = folder / "store"
     if not (place / "manifest.json").is_file():
-        scope = load_scope(str(model), str(sae), device="cpu", dtype="bfloat16")
+        scope = load_scope(str(model), str(sae), dtype="bfloat16")
         scope.extract([json.loads(row) for row in rows], place, ExtractOptions(pool=("mean",))).close()
     with FeatureStore(place) as store:
         firings = Firings.of(store, "texts")
