@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -23,6 +24,7 @@ OBJECT_STORE = 2**28
 SLOT_SECONDS = 20.0
 """How long a slot that is counted as free may take to be given."""
 
+KNOCK_SECONDS = 10.0
 REFUSED = "refused"  # what a worker tells in place of a window: the kind and the sentence of an error
 
 # A window is a block of its own, so that one worker can take it while another takes the next.
@@ -75,12 +77,20 @@ def cluster(options: WorkerOptions) -> Iterator[None]:
     place = options.address or os.environ.get("RAY_ADDRESS")
     what = f"no Ray cluster answers at {place}" if place else "Ray can't be started on this machine"
     with foreign(what, InputError, "start one with: ray start --head" if place else ""):
+        knock(place)
         own: dict[str, Any] = {} if place else {"include_dashboard": False}
         ray.init(address=options.address, log_to_driver=False, logging_level=logging.ERROR, **own)
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def knock(place: str | None) -> None:
+    """Raise OSError where nothing listens at an address; Ray itself tries for minutes."""
+    host, _, port = (place or "").removeprefix("ray://").rpartition(":")
+    if host and port.isdecimal():
+        socket.create_connection((host, int(port)), KNOCK_SECONDS).close()
 
 
 def check_slots(options: WorkerOptions) -> None:
