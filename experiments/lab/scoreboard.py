@@ -2,11 +2,10 @@
 
     python -m experiments.lab.scoreboard [--saes lab,qwen-scope,sae_lens,sparsify,dictionary_learning] [--write]
 
-`lab` is the bundled SAE of layer 4 on the lab's text, labelled by its columns language and register. The others are
-trained by `experiments.lab.trainers` with their own defaults on residuals of layer 3, each peer in its environment
-(`tests/peers/run.sh PEER`). Controls of the same width and k are trained by our trainer; those beside `qwen-scope`
-are the peers' as well, of the same residuals. Settings were fixed before the figures that are reported; a star says
-where a control is not worse.
+`lab` is the bundled SAE of layer 4 on the lab's text, labelled by its columns language and register, beside controls
+of the same width and k that our trainer makes. The others are trained by `experiments.lab.trainers` with their own
+defaults on the same residuals of layer 3, each peer in its environment (`tests/peers/run.sh PEER`), and measured
+without controls. Settings were fixed before the figures that are reported; a star says where a control is not worse.
 """
 
 from __future__ import annotations
@@ -49,7 +48,7 @@ def run(at: At[Sizes], sae: str) -> dict[str, Any]:
         ScoreRun(
             place, "lab", at.folder / f"score-{sae}", layers=(layer,), columns=("language", "register"),
             rows=sizes.rows, tokens=sizes.tokens, train_tokens=sizes.train_tokens, batch=sizes.batch,
-            controls=sae not in trainers.PEERS,
+            controls=sae == "lab",
         )
     )  # fmt: skip
 

@@ -12,7 +12,7 @@ import pytest
 import tiny
 import torch
 
-from qwen_scope import load_sae
+from qwen_scope import load_sae, save_sae
 from qwen_scope.cli import main
 from qwen_scope.errors import InputError, MismatchError, NotFoundError
 from qwen_scope.model import HookPoint, load_model
@@ -165,6 +165,13 @@ def test_a_stopped_run_goes_on_and_does_nothing_twice(
     assert score(run).cells == board.cells
     with pytest.raises(MismatchError, match="holds a scoreboard with tokens 128, not 256"):
         score(replace(run, tokens=256))
+
+
+def test_a_refused_pair_leaves_no_scoreboard_behind(texts: Path, tmp_path: Path) -> None:
+    save_sae(tiny.random_sae(0, d_model=16), tmp_path / "narrow")
+    with pytest.raises(MismatchError, match="reads residuals of 16 dimensions, the model's have 32"):
+        score(replace(asked(texts, tmp_path / "out"), sae=str(tmp_path / "narrow")))
+    assert not (tmp_path / "out" / "score.json").exists()
 
 
 def test_without_controls(texts: Path, tmp_path: Path) -> None:

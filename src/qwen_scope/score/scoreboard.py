@@ -90,7 +90,7 @@ def score(run: ScoreRun, progress: Progress | None = None) -> Scoreboard:
     layers = _layers(run, source)
     data = _labelled(run)
     with lock_folder(run.out):
-        found = _begin(run)
+        found = _kept(run) if (run.out / CONFIG).is_file() else {}
         opened = cache(lambda: load_model(model_source(run.model), device=run.device, dtype=run.dtype))
         todo = [one for one in _wanted(run, layers) if one not in found]
         if todo:
@@ -119,6 +119,8 @@ def _measure(
     rows = _held_out(run, loaded)
     points = {layer: HookPoint.read_by(sae.hook_point, layer) for layer, sae in saes.items()}
     counted = _counted(run, loaded, saes.values(), points.values(), rows)
+    if not (run.out / CONFIG).is_file():  # not before it is known that SAEs and text fit the model
+        write_text(run.out / CONFIG, json.dumps(run.to_json(), indent=1, ensure_ascii=False) + "\n")
     for number, (layer, arm) in enumerate(todo):
         begun = time.monotonic()
         tell("score", number / len(todo), f"layer {layer}, {arm}")
@@ -293,14 +295,6 @@ def _wanted(run: ScoreRun, layers: list[int]) -> list[tuple[int, str]]:
 
 def _saved(run: ScoreRun, layer: int, arm: str) -> Path:
     return run.out / "controls" / arm.replace(" ", "-") / f"layer{layer}"
-
-
-def _begin(run: ScoreRun) -> dict[tuple[int, str], Any]:
-    """What the folder holds of this run; its settings are written where it is new."""
-    if (run.out / CONFIG).is_file():
-        return _kept(run)
-    write_text(run.out / CONFIG, json.dumps(run.to_json(), indent=1, ensure_ascii=False) + "\n")
-    return {}
 
 
 def _kept(run: ScoreRun) -> dict[tuple[int, str], Any]:
