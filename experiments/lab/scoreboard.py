@@ -75,8 +75,8 @@ def tell(at: At[Sizes], rows: list[Row]) -> str:
     how = f"""`python -m experiments.lab.scoreboard --write`: {sizes.tokens:,} tokens of the lab's held-out text,
         controls of {sizes.train_tokens:,} tokens, labelled texts by the columns language and register ({sizes.rows} per
         dataset). `lab` is the bundled SAE of layer {LAYER}; the others were trained on {sizes.trained:,} tokens of
-        layer {trainers.LAYER}, width {sizes.d_sae:,}, k {sizes.k}, with the trainer's own defaults. A star marks a
-        control that is not worse."""
+        layer {trainers.LAYER}, width {sizes.d_sae:,}, k {sizes.k}, with the trainer's own defaults, and are measured
+        without controls. A star marks a control that is not worse."""
     parts = [paragraph(how)]
     for row in rows:
         parts += [f"### {row['sae']}", told(row["tables"], row["unmeasured"])]
