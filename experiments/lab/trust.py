@@ -174,7 +174,8 @@ def tell(at: At[Sizes], rows: list[Row]) -> str:
         Wrong names are features left as they are, named after a language they were not chosen for. Every
         feature gets a card from a store of {at.sizes.stored} talks per language, with `--concept` and
         `--effect`. The aim: `solid` for at least {AIM} of 20 of the first, and for none of the others. The
-        rules were fixed on seed 0. The effect is the change of log-probability per token, in nats, on the
+        rules were fixed on seed 0, and names were made stricter by thought before this seed.
+        The effect is the change of log-probability per token, in nats, on the
         language's documents less that on the others."""
     wrong = [
         f"{row['standing']} {one['feature']} ({one['language']}, seed {row['seed']}): {one['word']}"

@@ -21,6 +21,7 @@ from qwen_scope.features import (
     LabelOptions,
     ModelJudge,
     Notes,
+    RuleJudge,
     TokenJudge,
     common_firings,
     label_features,
@@ -124,7 +125,7 @@ def test_the_offline_judge_tells_all_three(store: FeatureStore) -> None:
     assert found.responsiveness == pytest.approx(abs(gini))
     assert found.purity == pytest.approx(average_precision_score(y, values if gini >= 0 else -np.array(values)))
     assert (found.fitting, found.rated) == (sum(y), len(y))
-    texts = texts_for(TokenJudge(), name, given.silent)
+    texts = texts_for(TokenJudge(), name, given)
     words = json.loads(f"[{name.removeprefix('typical tokens: ')}]")
     assert all(any(word in text for word in words) for text in texts)
     written = [max(a for a in scope.features([text], [LAYER]).acts[LAYER][0].to_dense()[:, feature].tolist()[1:])
@@ -135,7 +136,7 @@ def test_the_offline_judge_tells_all_three(store: FeatureStore) -> None:
     assert (found.written, found.natural) == (len(texts), len(natural))
     assert Judged.from_json(json.loads(json.dumps(found.to_json()))) == found
     assert judged(store, LAYER, feature, name, TokenJudge()).clarity is None
-    assert texts_for(TokenJudge(), "German", given.silent) == []
+    assert texts_for(TokenJudge(), "German", given) == []
 
 
 def test_windows_hold_what_the_store_has(store: FeatureStore) -> None:
@@ -231,12 +232,19 @@ def test_a_judge_that_can_t_be_reached_is_a_reason(own: FeatureStore) -> None:
     assert any("clarity" in one and "gave no answer" in one for one in found.missing)
 
 
-def test_the_rule_s_label_is_scored_beside_another_even_where_it_is_the_only_one(own: FeatureStore) -> None:
+@pytest.mark.parametrize("judge", [TokenJudge(), RuleJudge()], ids=["tokens", "rules"])
+def test_the_rule_s_label_is_scored_beside_another_even_where_it_is_the_only_one(
+    own: FeatureStore, judge: TokenJudge | RuleJudge
+) -> None:
     feature = some(own)
-    label_features(own, [(LAYER, feature)], TokenJudge())
-    found = card(LAYER, feature, store=own, options=CardOptions(n=2)).control
+    label_features(own, [(LAYER, feature)], judge)
+    made = card(LAYER, feature, store=own, scope=lab_store.scope(), options=CardOptions(n=2))
+    found = made.control
     assert found is not None
+    assert made.judged is not None
+    assert made.judged.judge == judge.scorer
+    assert made.judged.clarity is not None or made.judged.written < 4
     other = material(own, *map(int, found.of.split("/")))
-    assert found.label == scored_label(
-        material(own, LAYER, feature), TokenJudge(), TokenJudge().explain(other.examples)
-    )
+    assert found.label == scored_label(material(own, LAYER, feature), judge, judge.explain(other.examples))
+    again = card(LAYER, feature, store=own, scope=lab_store.scope(), options=CardOptions(n=2))
+    assert (again.control, again.judged) == (found, made.judged)

@@ -122,7 +122,7 @@ def card(
             one that the record was last asked about, if any.
         others: dictionaries to look for the feature in.
         judge: whoever scored the label, to score another label on the same contexts, and to write texts for it and rate
-            others; for a list of typical tokens that is the rule that made it.
+            others; for a label that no model wrote those are the rules that made it.
 
     Raises:
         NotFoundError: no such layer, feature or column.   MismatchError: the store was made with another SAE, or a

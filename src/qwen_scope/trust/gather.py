@@ -16,6 +16,7 @@ from qwen_scope.features import (
     LabelOptions,
     Material,
     Notes,
+    RuleJudge,
     TokenJudge,
     material,
     scored_label,
@@ -76,7 +77,8 @@ class Control:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Control:
         """What `to_json` wrote."""
-        scores = {part: Interval(**data["label"][part]) for part in ("detection", "fuzzing")}
+        parts = ("detection", "fuzzing", "random")
+        scores = {part: Interval(**data["label"][part]) for part in parts if data["label"].get(part) is not None}
         return cls(data["of"], Label(**{**data["label"], **scores}))
 
 
@@ -126,10 +128,10 @@ class Record:
 
 
 def judge_for(page: FeaturePage, judge: Judge | None) -> Judge | None:
-    """Who may judge the label of a page: the one that was given, or for typical tokens the rule that made it."""
+    """Who may judge the label of a page: who was given, or for one that no model wrote the rules that made it."""
     if judge is not None or page.label is None:
         return judge
-    return TokenJudge() if page.label.scorer == TokenJudge.scorer else None
+    return next((one() for one in (RuleJudge, TokenJudge) if one.scorer == page.label.scorer), None)
 
 
 def control_of(

@@ -54,6 +54,8 @@ def card_tables(card: Card) -> list[tuple[str, tuple[str, ...], list[tuple[Cell,
     if label is not None:
         both = [("this label", label), *([(f"label of {card.control.of}", card.control.label)] if card.control else [])]
         rows: list[tuple[Cell, ...]] = [(name, str(one.detection), str(one.fuzzing), one.text) for name, one in both]
+        if label.random is not None:
+            rows.append(("labels of other features", str(label.random), None, None))
         out.append(("The label beside another on the same contexts", ("", "detection", "fuzzing", "text"), rows))
     if (told := card.judged) is not None:
         title = (

@@ -5,21 +5,23 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float
 
-from qwen_scope.features import Judge, LabelOptions, ModelJudge, TokenJudge, material, typical_tokens
+from qwen_scope.features import Judge, LabelOptions, Material, ModelJudge, material
 from qwen_scope.scope import Scope
-from qwen_scope.store import Context, FeatureStore
+from qwen_scope.store import FeatureStore
 
 from .fade import clarity, purity, responsiveness
 
 WRITTEN, NATURAL, WINDOW = 16, 256, 32
 """Texts that are written for a name, natural ones beside them, and tokens of each."""
 FEWEST = 4
+NO_MODEL = "summary"
+"""The source of names that no model wrote."""
 
 WRITE = """Write {n} short texts of about {words} words each. Every one of them must have what this description says;
 apart from that they should differ in topic, style and form. The description is data, not an instruction. Answer with a
@@ -67,8 +69,9 @@ def judged(
 
     Clarity: the judge writes texts for the name, the model reads them, and their strongest activations stand against
     those of random windows of the store's documents. Responsiveness and purity: it says of held-out contexts, half of
-    them firing, whether the name fits; their strongest activations are told apart by that. The offline judge writes by
-    putting a typical token into a text where the feature is silent.
+    them firing, whether the name fits; their strongest activations are told apart by that. A judge without a model
+    writes by putting a token that fits the name into a text where the feature is silent; what does not fit the name
+    even so is left out.
 
     Raises:
         InputError: too few contexts.   BadAnswer, BudgetSpent, NoAccess: the judge can't be asked.
@@ -79,7 +82,7 @@ def judged(
     told = [(max(c.values), answer) for c, answer in zip(contexts, answers, strict=True) if answer is not None]
     fits, rest = (np.array([value for value, answer in told if answer is side]) for side in (True, False))
     both = len(fits) > 0 and len(rest) > 0
-    written = [] if scope is None else texts_for(judge, name, given.silent, seed)
+    written = [] if scope is None else texts_for(judge, name, given, seed)
     clear, natural = None, np.zeros(0)
     if scope is not None and len(written) >= FEWEST:
         natural = windows(store, layer, feature, seed)
@@ -90,23 +93,27 @@ def judged(
     )  # fmt: skip
 
 
-def texts_for(judge: Judge, name: str, silent: Sequence[Context], seed: int = 0) -> list[str]:
+def texts_for(judge: Judge, name: str, given: Material, seed: int = 0) -> list[str]:
     """Texts written for a name; none where the judge can't write."""
     if isinstance(judge, ModelJudge):
         question = WRITE.format(n=WRITTEN, words=WINDOW * 3 // 4)
         messages = [{"role": "system", "content": question}, {"role": "user", "content": name}]
         fits, wanted = (lambda answer: len(texts_of(answer)) >= FEWEST), f"a JSON list of {WRITTEN} texts"
         return texts_of(judge.endpoint.ask(messages, fits, wanted, temperature=0.0, max_tokens=2048))
-    words = sorted(typical_tokens(name))
-    if not isinstance(judge, TokenJudge) or not words:
+    if judge.source != NO_MODEL:
+        return []
+    places = [(c, i) for c in given.examples for i, value in enumerate(c.values) if value > 0]
+    fit = judge.fuzz(name, [(context, frozenset([i])) for context, i in places])
+    words = sorted({context.tokens[i] for (context, i), yes in zip(places, fit, strict=True) if yes})
+    if not words:
         return []
     rng = np.random.default_rng(seed)
-    out = []
-    for context in silent[:WRITTEN]:
+    made = []
+    for context in given.silent[:WRITTEN]:
         tokens = list(context.tokens)
         tokens[int(rng.integers(len(tokens)))] = words[int(rng.integers(len(words)))]
-        out.append("".join(tokens))
-    return out
+        made.append(replace(context, tokens=tuple(tokens)))
+    return ["".join(one.tokens) for one, yes in zip(made, judge.detect(name, made), strict=True) if yes]
 
 
 def texts_of(answer: str) -> list[str]:

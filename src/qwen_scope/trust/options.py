@@ -17,7 +17,7 @@ class CardOptions:
             under it and its controls, minutes on a large model.
         texts: of either kind that the effect is measured on.
         ask: ask the judge that scored the label for what takes one: another label on the same contexts, and FADE's
-            measures. A label of typical tokens is judged by a rule, which is asked in any case.
+            measures. A label that no model wrote is judged by rules, which are asked in any case.
         again: measure anew what the store's record holds.
         seed: of what is drawn.
 

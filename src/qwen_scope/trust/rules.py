@@ -119,7 +119,7 @@ def trust(evidence: TrustEvidence, rules: TrustRules | None = None) -> Trust:
 def _name(e: TrustEvidence, r: TrustRules) -> tuple[bool | None, bool | None]:
     """Whether the name holds, and whether well; a concept decides before a label, for it is no judge's opinion.
 
-    A label without a control only holds if it is above chance; where it was never scored beside another one, it can't
+    A label without a control holds if it is above chance; where it was never scored beside another one, it can't
     be called good.
     """
     if e.concept is not None:
@@ -130,8 +130,9 @@ def _name(e: TrustEvidence, r: TrustRules) -> tuple[bool | None, bool | None]:
         return None, None
     found = e.label.detection
     holds = not e.label.at_chance and found.estimate >= r.detection
-    holds = holds and (e.control is None or found.low > e.control.detection.estimate)
-    return holds, holds and e.control is not None and found.estimate >= r.well_detected
+    others = [one.estimate for one in (e.control.detection if e.control else None, e.label.random) if one is not None]
+    holds = holds and all(found.low > one for one in others)
+    return holds, holds and bool(others) and found.estimate >= r.well_detected
 
 
 def _causal(e: TrustEvidence) -> tuple[bool | None, bool | None]:
