@@ -11,11 +11,11 @@ import jsonschema
 import pytest
 
 from qwen_scope import load_scope
-from qwen_scope.circuits import names_from
 from qwen_scope.circuits.graph_file import pair
 from qwen_scope.cli import main
 from qwen_scope.errors import MismatchError, NotFoundError
 from qwen_scope.features import Label, make_label
+from qwen_scope.features import names_of as names_from
 from qwen_scope.stats import Interval
 from qwen_scope.steer import load_recipe
 

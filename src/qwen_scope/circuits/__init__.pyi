@@ -19,7 +19,6 @@ from .graph_file import graph_document as graph_document
 from .graph_file import save_graph as save_graph
 from .graph_file import text_by as text_by
 from .memory import graph_bytes as graph_bytes
-from .naming import names_from as names_from
 from .options import DEFAULT as DEFAULT
 from .options import Method as Method
 from .options import Question as Question

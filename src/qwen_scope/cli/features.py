@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -46,6 +46,8 @@ def features(
     With --response the text is the prompt and the features of the whole answer are ranked by strength: the way to see
     which feature drives a bad answer.
     """
+    from qwen_scope.features import names_of
+
     mode, phases = options.check_chat(chat), options.check_phases(phase)
     if phases is not None and response is not None:
         raise InputError("--phase tells the parts of one conversation apart; leave it out with --response")
@@ -71,25 +73,32 @@ def features(
     if as_json:
         print_tokens_json(seen, chosen, told, top)
     else:
-        print_tokens(seen, chosen, told, top)
+        print_tokens(seen, chosen, told, top, names_of(scope))
 
 
-def print_tokens(seen: TokenFeatures, chosen: list[int], phases: list[Phase] | None, top: int) -> None:
-    """A table per layer: token, its phase if that was asked for, then its strongest features with their activations."""
+def print_tokens(
+    seen: TokenFeatures, chosen: list[int], phases: list[Phase] | None, top: int, name: Callable[[int, int], str]
+) -> None:
+    """A table per layer: token, its phase if that was asked for, then its strongest features with their activations.
+
+    Below it stands what the features are called that have a name.
+    """
     from qwen_scope.report import visible
 
     first = chosen[:SHOWN]
     for layer in seen.layers:
         found, left_out = pairs(seen, layer, first, top), seen.left_out(0, layer)
         marked = any(left_out[i] for i in first)
-        rows = []
+        rows, shown_features = [], dict[int, None]()
         for i, here in zip(first, found, strict=True):
+            shown_features |= dict.fromkeys(f for f, _ in here)
             told = [*([phases[i]] if phases else []), *([left_out[i]] if marked else [])]
             shown = "  ".join(f"{f}:{v:.3g}" for f, v in here)
             rows.append((i, visible(seen.tokens[0][i]), *told, shown))
         title = f"Layer {layer}: the strongest features of each token (feature:activation)"
         columns = ("#", "token", *(["phase"] if phases else []), *(["left out"] if marked else []), "features")
         output.show(title, columns, rows, token_table(seen, layer, chosen, phases, top))
+        output.show_names({f: said for f in shown_features if (said := name(layer, f))})
         if len(first) < len(chosen):
             output.console().print(f"Shown are {len(first):,} of {len(chosen):,} tokens; --json has them all.")
             strongest(seen, layer, phases, chosen, top)

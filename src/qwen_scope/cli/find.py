@@ -108,7 +108,8 @@ def find(
     elif store is not None:
         print_findings(sets_in_store(store, positive, negative, wanted, search), as_json)
     else:
-        print_findings(sets_of_texts(scope, str(positive), negative, wanted, each, reading, search), as_json)
+        found, name = sets_of_texts(scope, str(positive), negative, wanted, each, reading, search)
+        print_findings(found, as_json, name)
 
 
 def sets_in_store(
@@ -133,9 +134,10 @@ def sets_in_store(
 def sets_of_texts(
     scope: Any, positive: str, negative: str | None, layers: list[int] | None, each: int, reading: CorpusOptions,
     search: FindOptions,
-) -> Findings:  # fmt: skip
-    """What tells two sets of texts apart; the model is opened once they are read."""
+) -> tuple[Findings, Callable[[int, int], str]]:  # fmt: skip
+    """What tells two sets of texts apart, and what features are called; the model is opened once they are read."""
     from qwen_scope.features import find as run
+    from qwen_scope.features import names_of
 
     if negative is None:
         raise InputError("name documents without the property with --negative")
@@ -144,10 +146,11 @@ def sets_of_texts(
     texts = [documents.texts_of(p, each, how) for p, how in zip((positive, negative), asked, strict=True)]
     opened = scope()
     with output.progress() as progress:
-        return run(opened, texts[0], texts[1], layers, search, chat=reading.chat, progress=progress)
+        found = run(opened, texts[0], texts[1], layers, search, chat=reading.chat, progress=progress)
+    return found, names_of(opened)
 
 
-def print_findings(found: Findings, as_json: bool) -> None:
+def print_findings(found: Findings, as_json: bool, name: Callable[[int, int], str] = lambda *_: "") -> None:
     """A table of findings, and how many there are in all."""
     from rich.text import Text
 
@@ -166,6 +169,7 @@ def print_findings(found: Findings, as_json: bool) -> None:
             str(one.auroc),
             str(one.difference),
             one.q,
+            name(one.layer, one.feature),
         )
         for one in found.found
         if one.significant
@@ -173,7 +177,8 @@ def print_findings(found: Findings, as_json: bool) -> None:
     title = f"{found.positives} documents against {found.negatives}, ranked by {found.by}; measured on the other half"
     said = f"{found.significant} features pass a false discovery rate of {found.level:g} among {found.tests:,} tests."
     data = Table.of("Features that tell the documents apart", found.found, FOUND)
-    output.show(title, ("layer", "feature", "is above", "F1", "AUROC", "difference", "q"), rows, data)
+    columns = ("layer", "feature", "is above", "F1", "AUROC", "difference", "q", "name")
+    output.show(title, *output.named(columns, rows), data)
     if rows and len(rows) < len(found.found):
         said += f" Of the first {len(found.found)}, {len(found.found) - len(rows)} do not and are left out."
     elif not rows and found.significant:
@@ -244,26 +249,29 @@ def print_top_logits(
     as_json: bool,
 ) -> None:
     """Features that promote words directly, or through a lens beside that."""
-    from qwen_scope.features import lens_logits, load_lens, token_ids, top_logits
+    from qwen_scope.features import lens_logits, load_lens, names_of, token_ids, top_logits
 
     through = None if lens is None else load_lens(lens)
     opened = scope()
-    tokens = token_ids(opened, words.split())
+    tokens, name = token_ids(opened, words.split()), names_of(opened)
     if through is not None:
         read = lens_logits(opened, through, tokens, layers, n)
-        rows = [(one.layer, one.feature, one.score, one.direct, f"{one.beaten:.1%}") for one in read]
-        columns = ("layer", "feature", "through the lens, sd", "directly, sd", "random below")
+        rows = [(one.layer, one.feature, one.score, one.direct, f"{one.beaten:.1%}", name(one.layer, one.feature))
+                for one in read]  # fmt: skip
+        columns = ("layer", "feature", "through the lens, sd", "directly, sd", "random below", "name")
         if as_json:
             output.print_json(read)
         else:
-            output.show(f"Features that dispose the model to say {words}", columns, rows)
+            output.show(f"Features that dispose the model to say {words}", *output.named(columns, rows))
         return
     found = top_logits(opened, tokens, layers, n)
     if as_json:
         output.print_json(found)
         return
-    rows = [(one.layer, one.feature, one.score) for one in found]
-    output.show(f"Features that promote {words}", ("layer", "feature", "standard deviations"), rows)
+    rows = [(one.layer, one.feature, one.score, name(one.layer, one.feature)) for one in found]
+    output.show(
+        f"Features that promote {words}", *output.named(("layer", "feature", "standard deviations", "name"), rows)
+    )
 
 
 def print_near(spec: str, store: FeatureStore | None, scope: Scope | None, n: int, as_json: bool) -> None:

@@ -136,6 +136,23 @@ def save(some: Sequence[Table], out: Path) -> None:
         say(f"qwen-scope: {sentence}")
 
 
+def named(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> tuple[Sequence[str], Sequence[Sequence[Any]]]:
+    """A table whose last column are names, without that column where nothing has one."""
+    if any(row[-1] for row in rows):
+        return columns, rows
+    return columns[:-1], [row[:-1] for row in rows]
+
+
+def show_names(names: Mapping[int, str]) -> None:
+    """What features of a table above are called, if any has a name; no table of its own in a file (`--out`)."""
+    from qwen_scope.report import table
+
+    if names:
+        out = console()
+        out.print("What of these has a name (and how well it is told from it)", style="bold")
+        out.print(table(("feature", "name"), [(str(feature), name) for feature, name in names.items()], out.width))
+
+
 @contextmanager
 def table_file(out: Path) -> Iterator[None]:
     """Around a command: what it shows is in a file when it ends well.

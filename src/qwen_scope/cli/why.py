@@ -30,7 +30,7 @@ OPTIONS[Question] = {
     "position": Annotated[int, typer.Option("--position", help="Of the token before the answer; -1 is the last.")],
 }
 OPTIONS[WhyOptions] = {
-    "method": Annotated[str, typer.Option("--method", help="Of the effects: gradient, relp, ig or exact.")],
+    "method": Annotated[str, typer.Option("--method", help="Of the effects: gradient, relp, ig, joint or exact.")],
     "steps": Annotated[int, typer.Option("--steps", help="Of ig, on one piece of its way.", min=1)],
     "nodes": Annotated[int, typer.Option("--nodes", help="At most as many features in the graph.", min=1)],
     "node_share": Annotated[
@@ -55,7 +55,10 @@ def why(
     ] = None,
     how: WhyOptions = WHY,
     labels: Annotated[
-        Path | None, typer.Option("--labels", help="A store with labels, or what 'label --export' wrote, for names.")
+        Path | None,
+        typer.Option(
+            "--labels", help="A store with labels, or what 'label --export' wrote. Default: those beside the SAEs."
+        ),
     ] = None,
     paths: Annotated[int, typer.Option("--paths", help="Paths to print.", min=1)] = 5,
     chat: options.Chat = None,
@@ -74,7 +77,8 @@ def why(
     Effects are estimates; those of the strongest nodes are compared with ablation. --json prints the graph in the
     format of circuit-tracer, which Neuronpedia renders. A recipe goes to: qwen-scope steer --recipe
     """
-    from qwen_scope.circuits import ask, explain, graph_document, graph_recipe, names_from, read, save_graph, text_by
+    from qwen_scope.circuits import ask, explain, graph_document, graph_recipe, read, save_graph, text_by
+    from qwen_scope.features import names_of
     from qwen_scope.files import check_output, write_text
 
     wanted, mode = options.parse_layers(layers), options.check_chat(chat)
@@ -89,7 +93,7 @@ def why(
     with output.status("tracing"):
         found = ask(scope, text, question, chat=mode)
         reading = read(scope, found.ids, found.quantity, wanted, tokens=found.tokens, positions=chosen)
-        graph = explain(reading, how, labels=None if labels is None else names_from(scope, labels))
+        graph = explain(reading, how, labels=names_of(scope, labels))
     if html is not None:
         from qwen_scope.circuits import graph_html
 

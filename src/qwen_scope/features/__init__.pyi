@@ -77,6 +77,8 @@ from .match import match as match
 from .match_options import MatchOptions as MatchOptions
 from .material import Material as Material
 from .material import material as material
+from .naming import labels_of as labels_of
+from .naming import names_of as names_of
 from .neighbours import Neighbour as Neighbour
 from .neighbours import cofiring as cofiring
 from .neighbours import elsewhere as elsewhere

@@ -117,6 +117,10 @@ class Note:
         """Plain values, id first."""
         return {"id": self.id, **asdict(self)}
 
+    def to_line(self) -> str:
+        """The entry as a line of its file."""
+        return _line(self.to_json())
+
     @classmethod
     def from_json(cls, data: Any) -> Note:
         """The entry that `to_json` wrote.
@@ -196,7 +200,7 @@ class Notes:
             self._check(note)
         new = {note.id: note for note in notes if note.id not in self._entries}
         if new:
-            append_lines(self.path, (_line(note.to_json()) for note in new.values()))
+            append_lines(self.path, (note.to_line() for note in new.values()))
         self._entries |= new
         return len(new)
 
@@ -257,7 +261,7 @@ class Notes:
         """
         if Path(path).is_file():
             raise InputError(f"can't write {path}: it exists; name a new file")
-        write_text(path, "".join(_line(note.to_json()) + "\n" for note in self._entries.values()))
+        write_text(path, "".join(note.to_line() + "\n" for note in self._entries.values()))
         return len(self._entries)
 
     def merge(self, path: str | os.PathLike[str]) -> int:

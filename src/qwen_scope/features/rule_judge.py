@@ -44,6 +44,11 @@ class RuleJudge:
         """The same from contexts where it fires alone."""
         return best_wording(examples, ()) or unclear(examples)
 
+    @staticmethod
+    def is_unclear(label: str) -> bool:
+        """Whether a name says that no wording tells the feature."""
+        return label.startswith(UNCLEAR)
+
     def detect(self, label: str, texts: Sequence[Context]) -> list[bool | None]:
         """Whether a text has a token that is what the label says."""
         return [any(fits(label, context.tokens)) for context in texts]

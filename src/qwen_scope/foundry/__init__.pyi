@@ -14,6 +14,8 @@ from .detect import labelled as labelled
 from .measure import measure as measure
 from .models import FAMILIES as FAMILIES
 from .models import make_model as make_model
+from .named import NamingConfig as NamingConfig
+from .named import name_features as name_features
 from .panel import PanelConfig as PanelConfig
 from .panel import Run as Run
 from .panel import build_panel as build_panel
