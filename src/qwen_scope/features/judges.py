@@ -14,8 +14,8 @@ from qwen_scope.store import Context
 from .completion import BadAnswer
 from .endpoint import Endpoint
 from .material import Material
+from .wording import TYPICAL
 
-TYPICAL = "typical tokens: "
 # Texts shown in one question, and the tokens a name may have.
 SHOWN, NAME_TOKENS, MOST = 5, 200, 8
 

@@ -10,9 +10,9 @@ import numpy as np
 
 from qwen_scope.store import Context
 
-from .judges import TYPICAL, TokenJudge
+from .judges import TokenJudge
 from .material import Material
-from .wording import AFTER, KINDS, NEXT, UNCLEAR, fits, in_language, language_of, tokens_in_words
+from .wording import AFTER, KINDS, NEXT, TYPICAL, UNCLEAR, fits, in_language, language_of, tokens_in_words
 
 LISTED = 8
 """Tokens that a label lists at most."""

@@ -12,7 +12,8 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
 
 LANGUAGE, AFTER, NEXT = " in {} text", "after ", "; makes likely "
-UNCLEAR = "unclear; typical tokens: "
+TYPICAL = "typical tokens: "
+UNCLEAR = f"unclear; {TYPICAL}"
 FEWEST_LETTERS, CLEARLY = 8, 2
 
 # The commonest words that hardly stand in another of these languages.
@@ -182,7 +183,7 @@ def _kind(said: str) -> Fits | None:
         return KINDS[said]
     behind = said.startswith(AFTER)
     try:
-        listed = json.loads(f"[{said.removeprefix(UNCLEAR).removeprefix(AFTER)}]")
+        listed = json.loads(f"[{said.removeprefix(UNCLEAR).removeprefix(TYPICAL).removeprefix(AFTER)}]")
     except ValueError:
         return None
     if not listed or not all(isinstance(one, str) for one in listed):
