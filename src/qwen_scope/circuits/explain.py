@@ -24,6 +24,8 @@ from .reading import Reading
 from .scores import tracer_scores
 
 PROMOTED = 3
+CHOOSING = 5
+"""Points of the way from no feature to all at which features are weighed that are to be chosen."""
 
 
 def explain(
@@ -51,7 +53,7 @@ def explain(
     method, tell = check_method(options.method), progress or (lambda *_: None)
     tell("effects", 0.0, method)
     found = effects(reading, method, steps=options.steps, most=2 * options.nodes, progress=progress)
-    shares = found.features if method == "joint" else jointly(reading, options.steps, progress)[0]
+    shares = found.features if method == "joint" else jointly(reading, CHOOSING, progress)[0]
     chosen = choose(reading, found, shares, options)
     places = [one.place for one in chosen]
     exact = [found.exact.get(place) for place in places]
