@@ -1,4 +1,4 @@
-"""What the experiments on scoreboards of the lab and of a real model share: how a scoreboard is kept and told."""
+"""What experiments on scoreboards share: how a scoreboard is kept and told."""
 
 from __future__ import annotations
 
