@@ -6,12 +6,13 @@ import csv
 import json
 from pathlib import Path
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from typed import COMMANDS
 
-from qwen_scope import FeatureStore, load_scope
-from qwen_scope.analysis import Dataset
+from qwen_scope import FeatureStore, catalog, load_scope
+from qwen_scope.analysis import Dataset, Student
 from qwen_scope.cli import main
 from qwen_scope.errors import InputError
 from qwen_scope.report import Table, file_of, joined
@@ -71,7 +72,7 @@ def test_files_that_no_table_goes_into(argv: list[str], sentence: str, tmp_path,
 
 def test_tables_of_other_columns_get_files_of_their_own(tmp_path, capsys) -> None:
     assert main(["catalog", "--out", str(tmp_path / "c.csv")]) == 0, capsys.readouterr().err
-    assert len(list(tmp_path.iterdir())) == 2
+    assert {path.name for path in tmp_path.iterdir()} == {"c.csv", f"c-{len(catalog.community())}-groups-of-others.csv"}
     assert "SAE-Res-Qwen3-8B-Base-W64K-L0_50" in {row["group"] for row in records(tmp_path / "c.csv")}
 
 
@@ -122,6 +123,20 @@ def test_a_labelled_table_comes_back_with_columns_added(labelled: Path, tmp_path
     for bad in (["--label", "language=xx"], ["--label", "language"], ["--label", "nosuch=1"], []):
         assert main(["classify", "fit", str(labelled), *bad, "--out", str(tmp_path / "no.csv")]) == 2, bad
         assert not (tmp_path / "no.csv").exists()
+
+
+def test_a_student_judges_rows_too(labelled: Path, tmp_path: Path, capsys) -> None:
+    rows = records(labelled)
+    texts, labels = [row["text"] for row in rows], np.array([row["language"] == "de" for row in rows])
+    Student.fit(texts, labels).save(tmp_path / "german.json")
+    out = tmp_path / "judged.csv"
+    argv = ["classify", "predict", str(tmp_path / "german.json"), str(labelled), "--out", str(out)]
+    assert main(argv) == 0, capsys.readouterr().err
+    judged = records(out)
+    assert [row["language"] for row in judged] == [row["language"] for row in rows]
+    assert (
+        sum((row["german_predicted"] == "True") == bool(label) for row, label in zip(judged, labels, strict=True)) >= 54
+    )
 
 
 ROWS = [

@@ -155,7 +155,7 @@ def items_beside_others(datasets: Sequence[Dataset]) -> Table:
     fired = np.stack([d.counts() > 0 for d in datasets])
     rows = []
     for i, dataset in enumerate(datasets):
-        elsewhere = np.delete(fired, i, 0).any(0)
+        elsewhere = np.asarray(np.delete(fired, i, 0).any(0))
         features = np.bincount(dataset.item, minlength=len(dataset))
         held = np.bincount(dataset.item, elsewhere[dataset.feature], minlength=len(dataset)).astype(int)
         rows += [(dataset.name, *row) for row in zip(dataset.ids, features.tolist(), held.tolist(), strict=True)]

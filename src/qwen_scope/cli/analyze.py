@@ -206,8 +206,9 @@ def write_report(title: str, result: Result, out: Path) -> None:
         page.write_text(figure_page(title, shown, result.figures, notes), encoding="utf-8")
         for i, figure in enumerate(result.figures, 1):
             save_png(figure, stack.enter_context(write_whole(out / f"figure{i}.png")))
-        for kind in ("csv", "parquet") if result.items is not None else ():
-            stack.enter_context(write_whole(out / f"items.{kind}")).write_bytes(file_of(result.items, kind))
+        if result.items is not None:
+            for kind in ("csv", "parquet"):
+                stack.enter_context(write_whole(out / f"items.{kind}")).write_bytes(file_of(result.items, kind))
     for path in out.glob("figure*.png") if earlier else ():
         number = path.stem.removeprefix("figure")
         if number.isdecimal() and int(number) > len(result.figures):

@@ -156,7 +156,8 @@ def predict(
             for _, line in lines:
                 output.print_json_line(line)
         elif tables.is_file(out):
-            output.save([labelled.added(lines, loaded.name, reading)], out)
+            called = str(getattr(loaded, "name", classifier.stem))  # a student is called as its file
+            output.save([labelled.added(lines, called, reading)], out)
         else:
             with write_whole(out) as part, part.open("w", encoding="utf-8", newline="") as file:
                 for _, line in lines:

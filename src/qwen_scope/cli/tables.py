@@ -63,7 +63,7 @@ def save(tables: Sequence[Table], out: Path) -> Iterator[str]:
     """Write tables to a file; each file that is written is told of in a sentence.
 
     Tables with the same columns stand below each other; of several with other columns each further one gets a file of
-    its own, named after its title.
+    its own, named after the beginning of its title.
     """
     from qwen_scope.files import write_whole
     from qwen_scope.report import file_of, joined
@@ -80,7 +80,7 @@ def names(out: Path, tables: Sequence[Table]) -> list[Path]:
     """A file for each table: the first one's is the one that was asked for."""
     found = [out]
     for table in tables[1:]:
-        slug = re.sub(r"\W+", "-", table.title.lower()).strip("-")[:60].rstrip("-") or "table"
+        slug = re.sub(r"\W+", "-", re.split("[;:,(]", table.title.lower())[0]).strip("-")[:40].rstrip("-") or "table"
         path = out.with_name(f"{out.stem}-{slug}{out.suffix}")
         number = 2
         while path in found:

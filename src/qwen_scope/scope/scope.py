@@ -329,7 +329,7 @@ class Scope:
     @overload
     def generate(
         self,
-        prompt: list[str] | tuple[str, ...] | Any,
+        prompt: list[str] | tuple[str, ...],
         interventions: Intervention | Sequence[Intervention] = (),
         *,
         decoding: Decoding | None = None,

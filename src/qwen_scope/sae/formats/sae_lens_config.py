@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from importlib import import_module
 from typing import Any
 
 from torch import Tensor
@@ -65,13 +66,12 @@ def sae_lens_object(sae: Any) -> Any:
         NotFoundError: sae_lens is not installed.   FormatError: this version of it does not take the SAE.
     """
     need("to_sae_lens()", "sae_lens")
-    from sae_lens import SAE as Theirs  # pyright: ignore[reportMissingImports]
-
+    theirs: Any = import_module("sae_lens")
     config = sae_lens_config(sae, sae.identity.layer or 0)
     config |= {"device": str(sae.W_enc.device), "dtype": "float32"}
     tensors = {name: tensor.float().clone().contiguous() for name, tensor in sae_lens_tensors(sae).items()}
     with foreign("this version of sae_lens does not take the SAE; save_sae writes a folder for it"):
-        made = Theirs.from_dict(config)
+        made = theirs.SAE.from_dict(config)
         made.process_state_dict_for_loading(tensors)
         made.load_state_dict(tensors)
     return made
