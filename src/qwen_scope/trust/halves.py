@@ -56,7 +56,8 @@ class Halves:
     def from_json(cls, data: Mapping[str, Any]) -> Halves:
         """What `to_json` wrote."""
         found = {name: data[name] for name in cls.__dataclass_fields__}
-        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in found.items()})
+        lists: dict[str, Any] = {name: tuple(value) for name, value in found.items() if isinstance(value, list)}
+        return cls(**{**found, **lists})
 
 
 def second_half(documents: Int64[np.ndarray, " n"], seed: int = 0) -> Bool[np.ndarray, " n"]:

@@ -70,8 +70,9 @@ class Sibling:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Sibling:
         """What `to_json` wrote."""
-        found = {name: data[name] for name in cls.__dataclass_fields__}
-        return cls(**found | {"differs": tuple(found["differs"])})
+        found: dict[str, Any] = {name: data[name] for name in cls.__dataclass_fields__}
+        found["differs"] = tuple(found["differs"])
+        return cls(**found)
 
 
 def sibling(
