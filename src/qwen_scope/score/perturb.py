@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field
 from math import ceil, nan
+from typing import TypeVar
 
 import torch
 from jaxtyping import Int64
@@ -23,6 +24,8 @@ from torch import Tensor, nn
 from qwen_scope.sae import SAE
 
 from .bags import Bags
+
+T = TypeVar("T")
 
 NS = (2, 5, 10, 20, 50, 100, 500)
 """How many features are ablated."""
@@ -139,7 +142,7 @@ def scr(sae: SAE, given: Probes, ns: Sequence[int] = NS) -> dict[str, float]:
     return {f"scr {n}": (found[away][n][BOTH, to] - before) / (best - before) if best != before else nan for n in ns}
 
 
-def spurious(quadrants: Mapping[tuple[int, int], Sequence[int]]) -> dict[str, list[int]]:
+def spurious(quadrants: Mapping[tuple[int, int], Sequence[T]]) -> dict[str, list[T]]:
     """The texts of each class: `wanted` and `spurious` have both values of the other attribute, `both` has one alone.
 
     Args:

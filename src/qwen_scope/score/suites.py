@@ -129,13 +129,9 @@ def _class_texts(run: ScoreRun, data: LabelledData, name: str) -> dict[str, tupl
 
 def _read_classes(given: Inputs, name: str) -> Probes:
     found = _class_texts(given.run, given.labelled, name)
-    return train_probes(
-        *(
-            {one: given.bags(texts[part]) for one, texts in found.items()}
-            for part in _parts(len(next(iter(found.values()))))
-        ),
-        None,
-    )
+    n = len(next(iter(found.values())))
+    train, test = ({one: given.bags(texts[part]) for one, texts in found.items()} for part in _parts(n))
+    return train_probes(train, test, None)
 
 
 def _read_pair(given: Inputs, name: str) -> Probes:
@@ -153,7 +149,7 @@ def _read_pair(given: Inputs, name: str) -> Probes:
         places = {which: range(*cut[which].indices(len(one))) for which, one in bags.items()}
         chosen = spurious({which: [(which, i) for i in some] for which, some in places.items()})
         sides.append({one: gathered(bags, some) for one, some in chosen.items()})
-    return train_probes(*sides, OTHER)
+    return train_probes(sides[0], sides[1], OTHER)
 
 
 def gathered(bags: Mapping[tuple[int, int], Bags], places: Sequence[tuple[tuple[int, int], int]]) -> Bags:
