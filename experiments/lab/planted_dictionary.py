@@ -111,7 +111,7 @@ def run(at: At[Sizes], seed: int, name: str) -> dict[str, Any]:
     n, cut = sizes.texts, sizes.texts * 5 // 7
     h = {str(f): texts(world, lambda acts, f=f: acts[:, f] > 0, n, seed + f) for f in range(CLASSES)}
     sides = [{f: bags(one[part]) for f, one in h.items()} for part in (slice(0, cut), slice(cut, n))]
-    found |= tpp(sae, train_probes(*sides, None), NS)
+    found |= tpp(sae, train_probes(sides[0], sides[1], None), NS)
     found |= _scr(world, sae, n, cut, seed)
     pairs = {f: (bags(one[:20]), bags(h[str((int(f) + 1) % CLASSES)][20:40])) for f, one in h.items()}
     return found | contrast(sae, pairs)
@@ -124,9 +124,9 @@ def _scr(world: Planted, sae: SAE, n: int, cut: int, seed: int) -> dict[str, flo
         h = {(i, j): texts(world, partial(fires, a, b, i, j), n, seed + 50) for i in (1, 0) for j in (1, 0)}
         sides = []
         for part in (range(cut), range(cut, n)):
-            chosen = spurious({which: [(which, i) for i in part] for which in h})  # type: ignore[dict-item]
-            sides.append({name: bags(torch.stack([h[w][i] for w, i in some])) for name, some in chosen.items()})  # type: ignore[misc]
-        found.append(scr(sae, train_probes(*sides, OTHER), NS))
+            chosen = spurious({which: [(which, i) for i in part] for which in h})
+            sides.append({name: bags(torch.stack([h[w][i] for w, i in some])) for name, some in chosen.items()})
+        found.append(scr(sae, train_probes(sides[0], sides[1], OTHER), NS))
     return {name: float(np.mean([one[name] for one in found])) for name in found[0]}
 
 

@@ -5,7 +5,7 @@
 set -euo pipefail
 root=$(cd "$(dirname "$0")/../.." && pwd)
 work=$(mktemp -d); trap 'rm -rf "$work"' EXIT
-bash "$root/tests/wheel/build.sh" "$work/dist" --resolve
+bash "$root/tests/wheel/build.sh" "$work/dist"
 python3 -m venv "$work/venv"
 extras=$(grep -oE '\bmake (explorer|posttrain|datasets|fast|gguf|gpu|track|spread)\b' "$root/README.md" | cut -d' ' -f2 | sort -u | paste -sd,)
 "$work/venv/bin/python" -m pip install -q -c "$root/constraints.txt" "$(echo "$work"/dist/*.whl)[$extras]"

@@ -12,7 +12,7 @@ import warnings
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import numpy as np
 from jaxtyping import Float64, Int
@@ -72,7 +72,8 @@ def directions(rows: Any, seed: int) -> Float64[np.ndarray, "items directions"]:
     from sklearn.preprocessing import normalize
 
     n = min(DIRECTIONS, *(side - 1 for side in rows.shape))
-    return normalize(TruncatedSVD(max(1, n), random_state=seed).fit_transform(rows)).astype(np.float64)
+    found = TruncatedSVD(max(1, n), random_state=seed).fit_transform(rows)
+    return np.asarray(normalize(found), np.float64)
 
 
 def grouping(x: Float64[np.ndarray, "items directions"], n: int, seed: int) -> Grouping:
@@ -83,9 +84,10 @@ def grouping(x: Float64[np.ndarray, "items directions"], n: int, seed: int) -> G
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
-        found = KMeans(n, n_init=BEGINNINGS, random_state=seed).fit(x)
-    by_size = np.argsort(-np.bincount(found.labels_, minlength=n), kind="stable")
-    group = np.argsort(by_size, kind="stable")[found.labels_]
+        found = KMeans(n, n_init=cast(Any, BEGINNINGS), random_state=seed).fit(x)
+    labels = np.asarray(found.labels_)
+    by_size = np.argsort(-np.bincount(labels, minlength=n), kind="stable")
+    group = np.argsort(by_size, kind="stable")[labels]
     centres = found.cluster_centers_[by_size]
     centres /= np.maximum(np.linalg.norm(centres, axis=1, keepdims=True), 1e-12)
     some = sample_of(len(x), seed)

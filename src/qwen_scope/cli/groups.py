@@ -44,11 +44,6 @@ class Group:
 OPTIONS: dict[type, dict[str, Any]] = {
     CorpusOptions: {
         "column": Annotated[str, typer.Option("--column", help="The column with the text or the messages.")],
-        "template": Annotated[
-            str | None,
-            typer.Option("--template", help="Join columns into the text instead, such as '{question}\\n{answer}'."),
-            Read(options.parse_template),
-        ],
         "unit": Annotated[str, typer.Option("--unit", help="A document of a .txt: paragraph, line or file.")],
         "sample": Annotated[
             int | None, typer.Option("--sample", help="Number of documents, drawn evenly. Default: all.", min=1)
@@ -60,6 +55,11 @@ OPTIONS: dict[type, dict[str, Any]] = {
             str | None,
             typer.Option("--chat", help="Wrap texts in the chat template: default, thinking or non_thinking."),
             Read(options.check_chat),
+        ],
+        "template": Annotated[
+            str | None,
+            typer.Option("--template", help="Join columns into the text instead, such as '{question}\\n{answer}'."),
+            Read(options.parse_template),
         ],
     },
     WorkerOptions: {

@@ -67,9 +67,8 @@ def matched_random(
         rates = stats[one.layer].firing_rate
         if rates is None or one.feature is None:
             raise InputError("matching a feature needs the firing rates of its layer")
-        taken = {other.feature for other in interventions if other.layer == one.layer} | set(
-            (avoid or {}).get(one.layer, ())
-        )
+        of_layer = [other.feature for other in interventions if other.layer == one.layer]
+        taken = {f for f in of_layer if f is not None} | set((avoid or {}).get(one.layer, ()))
         W_dec = saes[one.layer].W_dec
         fitting = fire_alike(one.feature, rates, W_dec, taken)
         if not fitting:

@@ -27,7 +27,7 @@ from qwen_scope.errors import (
     check_count,
     foreign,
 )
-from qwen_scope.files import Fields, append_lines, read_lines, write_text
+from qwen_scope.files import Fields, Remote, append_lines, read_lines, write_text
 from qwen_scope.stats import Interval
 from qwen_scope.store import FeatureStore
 
@@ -110,7 +110,7 @@ class Note:
     @property
     def label(self) -> Label:
         """The label of an entry of that kind."""
-        parts = {name: Interval(**self.body[name]) for name in SCORES if name in self.body}
+        parts = {name: Interval(**self.body[name]) for name in SCORES if self.body.get(name) is not None}
         return Label(**{**self.body, **parts})
 
     def to_json(self) -> dict[str, Any]:
@@ -307,7 +307,7 @@ class Notes:
             )
 
 
-def read_notes(path: Path) -> list[Note]:
+def read_notes(path: Path | Remote) -> list[Note]:
     """The entries of a store's file, none where there is no file.
 
     A last line that was cut off when its writer died is left out, with a warning.
@@ -342,7 +342,7 @@ def _worth(label: Label) -> tuple[bool, bool, float]:
     return not label.at_chance, label.by_model, label.score
 
 
-def _parsed(path: Path, lines: list[str]) -> list[Note]:
+def _parsed(path: Path | Remote, lines: list[str]) -> list[Note]:
     out = []
     for number, line in enumerate(lines, 1):
         try:
@@ -352,8 +352,10 @@ def _parsed(path: Path, lines: list[str]) -> list[Note]:
     return out
 
 
-def _entries_of(path: Path) -> dict[str, Note]:
+def _entries_of(path: Path | Remote) -> dict[str, Note]:
     """The entries by id, none where there is no file. Parsed once while the file stays the same."""
+    if isinstance(path, Remote):
+        return {note.id: note for note in read_notes(path)}
     try:
         found = path.stat()
     except OSError:
@@ -379,6 +381,8 @@ def _check_body(kind: str, body: Mapping[str, Any]) -> None:
     for name in set(body) - set(SCORES):
         one.text(name)
     for name in set(body) & set(SCORES):
+        if name == "random" and body[name] is None:  # not measured
+            continue
         score = Fields(body[name], f"{name} of a label", [f.name for f in fields(Interval)])
         for end in ("estimate", "low", "high", "level"):
             score.number(end, 0, 1)

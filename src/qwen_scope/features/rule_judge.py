@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
+from heapq import nlargest
+from operator import itemgetter
 from typing import final
 
 import numpy as np
@@ -136,13 +138,13 @@ class _Weighed:
 
     def _list(self, words: Sequence[Sequence[str]], chosen: Sequence[int]) -> list[str]:
         """The few tokens (or those before) that best tell the feature in some contexts, as long as each helps."""
-        firing: Counter[str] = Counter()
+        firing: defaultdict[str, float] = defaultdict(float)
         for i in chosen:
             for word, value in zip(words[i], self.contexts[i].values, strict=True):
                 firing[word] += value * bool(value > 0 and word.strip())
         kept: list[str] = []
         best = 0.0
-        for word, weight in firing.most_common(3 * LISTED):
+        for word, weight in nlargest(3 * LISTED, firing.items(), key=itemgetter(1)):
             if len(kept) == LISTED or not weight:
                 break
             told = self.tells(self._among(words, [*kept, word]), chosen) - PER_TOKEN * (len(kept) + 1)

@@ -112,6 +112,10 @@ class Remote:
         """Itself."""
         return self
 
+    def resolve(self) -> Remote:
+        """Itself: a URI is whole."""
+        return self
+
     @property
     def filesystem(self) -> Any:
         """The fsspec file system that reads it; raises as `answering`."""

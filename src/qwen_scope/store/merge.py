@@ -281,5 +281,7 @@ def together(name: str, found: Sequence[pa.Table]) -> pa.Table:
 def layer_rows(found: Sequence[pa.Table], tokens: int) -> LayerRows:
     """The activations of one layer."""
     table = together("activations", found)
-    columns = (table[name].to_numpy() for name in ("document", "position", "feature", "value"))
-    return LayerRows(*columns, tokens)
+    document, position, feature, value = (
+        table[name].to_numpy() for name in ("document", "position", "feature", "value")
+    )
+    return LayerRows(document, position, feature, value, tokens)

@@ -114,8 +114,7 @@ def source_of(manifest: Manifest, folder: Path | Remote, what: str) -> str | Non
     place = manifest.sources.get(what)
     if place is None or "name" in place:
         return (place or {}).get("name")
-    near = isinstance(folder, Path) and "relative" in place
-    beside = folder.resolve() / place["relative"] if near else None
+    beside = folder.resolve() / place["relative"] if isinstance(folder, Path) and "relative" in place else None
     known = [Path(os.path.realpath(path)) for path in (beside, place.get("path")) if path and os.path.exists(path)]
     if not known:
         said, option = ("SAEs", "--sae") if what == "saes" else ("model", "--model")
