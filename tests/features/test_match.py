@@ -244,15 +244,19 @@ def test_the_lab_s_layers(store: FeatureStore) -> None:
     assert {len(row) for row in found.rows()} == {6}
 
 
-def trained(seed: int, k: int) -> TopK:
-    """A short training on the lab's residuals."""
-    from qwen_scope.train import ResidualTable, TrainConfig, train
-
+def residuals() -> torch.Tensor:
+    """Of the lab's layer 3 on some texts, `(tokens, d_model)`."""
     texts = [document.text for document in documents(seed=7, n=24, kinds=["talk"])]
     scope = lab_store.scope()
     tokens = scope.tokenize(texts, truncate=True)
     h = scope.capture(tokens, [3])[3]
-    x = h[tokens.attention_mask.bool()].float()
+    return h[tokens.attention_mask.bool()].float()
+
+
+def trained(x: torch.Tensor, seed: int, k: int) -> TopK:
+    """A short training."""
+    from qwen_scope.train import ResidualTable, TrainConfig, train
+
     config = TrainConfig(d_sae=256, k=k, tokens=30 * 512, batch=512, seed=seed)
     (sae,) = train(config, ResidualTable({"layers.3.resid_post": x}, 512)).values()
     assert isinstance(sae, TopK)
@@ -261,14 +265,29 @@ def trained(seed: int, k: int) -> TopK:
 
 @pytest.mark.parametrize("other", [(1, 20), (0, 40)])
 def test_two_trainings_share_what_brute_force_says(other: tuple[int, int]) -> None:
-    """Two seeds, and k 20 against k 40, on the lab; a shuffle of the second is chance."""
-    a, b = trained(0, 20), trained(*other)
-    found = match(a, b, options=dataclasses.replace(SMALL, sample=256)).cosine
+    """Two seeds, and k 20 against k 40, on the lab; a shuffle of the second, or of its tokens, is chance."""
+    x = residuals()
+    a, b = trained(x, 0, 20), trained(x, *other)
+    seen = a.encode(x), b.encode(x)
+    options = dataclasses.replace(SMALL, sample=256, jaccard=0.3)
+    found = match(a, b, seen, options)
     every = brute(a.W_dec.double().numpy(), b.W_dec.double().numpy())
-    assert found.share == pytest.approx((every.max(1) >= 0.7).mean())
-    assert found.mean == pytest.approx(every.max(1).mean(), abs=1e-6)
-    assert found.at_chance is False
-    columns = np.random.default_rng(0).permuted(b.W_dec.float().numpy(), axis=0)
-    mixed = torch.from_numpy(columns)
+    assert found.cosine.share == pytest.approx((every.max(1) >= 0.7).mean())
+    assert found.cosine.mean == pytest.approx(every.max(1).mean(), abs=1e-6)
+    assert found.cosine.at_chance is False
+
+    dense = [one.to_dense().numpy() > 0 for one in seen]
+    together = brute_jaccard(*dense)[dense[0].any(0)].max(1)
+    assert found.jaccard is not None
+    assert found.jaccard.share == pytest.approx((together >= 0.3).mean())
+    assert found.jaccard.mean == pytest.approx(together.mean())
+    assert found.jaccard.at_chance is False
+    assert (found.cosine.share, found.jaccard.share) != (0.0, 0.0)
+
+    mixed = torch.from_numpy(np.random.default_rng(0).permuted(b.W_dec.float().numpy(), axis=0))
     shuffled = TopK(mixed.T.contiguous(), mixed, b.b_enc, b.b_dec, k=b.k)
-    assert match(a, shuffled, options=dataclasses.replace(SMALL, sample=256)).cosine.at_chance is True
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(1))
+    chance = match(a, shuffled, (seen[0], seen[1][order]), options)
+    assert chance.cosine.at_chance is True
+    assert chance.jaccard is not None
+    assert chance.jaccard.at_chance is True

@@ -46,7 +46,7 @@ class CorpusOptions:
         if self.template is not None:
             template_columns(self.template)
             if self.column != "text":
-                raise InputError(f"a template names the columns itself; leave column={self.column!r} out")
+                raise InputError("a template names the columns itself; leave column= out")
         if self.unit not in UNITS:
             raise InputError(f"a document of a text file is one of {', '.join(UNITS)}, not {self.unit!r}")
         if self.sample is not None:
