@@ -44,3 +44,11 @@ with contextlib.redirect_stdout(io.StringIO()):
     assert main(["{option}"]) == 0
 """
     assert loaded_after(code) == set()
+
+
+def test_reading_labels_loads_no_scipy_statistics() -> None:
+    """Names stand beside the numbers of short commands, and SciPy's statistics take a third of a second to import."""
+    code = "import qwen_scope.features as f; f.Notes, f.labels_from"
+    program = f"{code}\nimport sys\nsys.stderr.write(str('scipy.stats' in sys.modules))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stderr.endswith("False")

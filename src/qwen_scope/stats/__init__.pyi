@@ -1,6 +1,4 @@
-from .bootstrap import LEVEL as LEVEL
 from .bootstrap import RESAMPLES as RESAMPLES
-from .bootstrap import Interval as Interval
 from .bootstrap import bootstrap as bootstrap
 from .bootstrap import difference as difference
 from .bootstrap import resample as resample
@@ -11,6 +9,8 @@ from .correlations import correlation as correlation
 from .correlations import kendall as kendall
 from .correlations import pair_correlation as pair_correlation
 from .correlations import partial as partial
+from .interval import LEVEL as LEVEL
+from .interval import Interval as Interval
 from .multiple_testing import auroc as auroc
 from .multiple_testing import benjamini_hochberg as benjamini_hochberg
 from .multiple_testing import rank_test as rank_test

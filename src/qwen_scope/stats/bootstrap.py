@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Float
@@ -11,21 +10,9 @@ from scipy import stats
 
 from qwen_scope.errors import InputError, check_share
 
-LEVEL, RESAMPLES, FEWEST = 0.95, 2000, 2
+from .interval import LEVEL, Interval
 
-
-@dataclass(frozen=True)
-class Interval:
-    """An estimate with the interval that `level` of its resamples fall into, from `n` samples."""
-
-    estimate: float
-    low: float
-    high: float
-    n: int
-    level: float = LEVEL
-
-    def __str__(self) -> str:
-        return f"{self.estimate:.3g} [{self.low:.3g}, {self.high:.3g}]"
+RESAMPLES, FEWEST = 2000, 2
 
 
 def bootstrap(values: Sequence[float] | Float[np.ndarray, " n"], *, level: float = LEVEL, seed: int = 0) -> Interval:

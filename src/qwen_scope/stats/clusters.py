@@ -10,7 +10,8 @@ from scipy import stats
 
 from qwen_scope.errors import InputError, check_share
 
-from .bootstrap import FEWEST, LEVEL, RESAMPLES, Interval
+from .bootstrap import FEWEST, RESAMPLES
+from .interval import LEVEL, Interval
 
 
 class ClusterSums:

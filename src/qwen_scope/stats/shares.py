@@ -10,7 +10,8 @@ from scipy import stats
 
 from qwen_scope.errors import InputError, check_count, check_share
 
-from .bootstrap import LEVEL, RESAMPLES, Interval
+from .bootstrap import RESAMPLES
+from .interval import LEVEL, Interval
 
 Count = int | Int[np.ndarray, "..."]
 
