@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from qwen_scope.errors import InputError, check_count
-from qwen_scope.model import input_device
+from qwen_scope.model import input_device, last_logits
 from qwen_scope.scope import Scope
 
 Kind = Literal["logit", "log_prob", "difference", "feature"]
@@ -155,7 +155,7 @@ def next_logits(scope: Scope, ids: Sequence[int]) -> Float[Tensor, " vocab"]:
     """The logits of the token behind a prompt, of the tokens that the tokenizer has."""
     with torch.no_grad():
         place = input_device(scope.model)
-        logits = scope.model(torch.tensor([list(ids)], device=place), use_cache=False).logits[0, -1]
+        logits = last_logits(scope.model, input_ids=torch.tensor([list(ids)], device=place))[0]
     return logits[: len(scope.tokenizer)]
 
 

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from qwen_scope.errors import InputError, brief
-from qwen_scope.model import PASS_TOKENS, HookPoint, changing, input_device
+from qwen_scope.model import PASS_TOKENS, HookPoint, changing, input_device, last_logits
 from qwen_scope.scope import Scope
 from qwen_scope.text import REASONS
 
@@ -173,12 +171,9 @@ def forward(
         return new.detach()  # what is above a feature plays no part, and keeps nothing for a gradient
 
     at = {*changes, *([] if quantity.layer is None else [quantity.layer])}
-    kept: dict[str, Any] = {}
-    if "logits_to_keep" in inspect.signature(model.forward).parameters:
-        kept["logits_to_keep"] = 1  # the position asked about is the last
     hooks = changing(model, {HookPoint(layer): change for layer in at}) if at else ExitStack()
     with hooks:
-        logits = model(inputs_embeds=embeddings, use_cache=False, **kept).logits[:, -1]
+        logits = last_logits(model, inputs_embeds=embeddings)  # the position asked about is the last
     if quantity.layer is not None:
         return quantity.of_residual(scope, taken["h"]), None
     return quantity.of_logits(logits), logits

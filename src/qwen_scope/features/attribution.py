@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from qwen_scope.errors import InputError
-from qwen_scope.model import HookPoint, changing, input_device
+from qwen_scope.model import HookPoint, changing, input_device, last_logits
 from qwen_scope.sae import FeatureActs
 from qwen_scope.scope import Scope
 
@@ -48,7 +48,7 @@ def attribute(
             return h + (decoded - decoded.detach()).to(h.dtype)  # h to the bit, and a way for gradients
 
         with torch.enable_grad(), changing(scope.model, dict.fromkeys(points, through_features)):
-            logits = scope.model(torch.tensor([ids[:-1]], device=place), use_cache=False).logits[0, -1]
+            logits = last_logits(scope.model, input_ids=torch.tensor([ids[:-1]], device=place))[0]
         said = logits.float().log_softmax(-1)[ids[-1]]
         gradients = torch.autograd.grad(said, [active[point].values for point in points])
         for point, gradient in zip(points, gradients, strict=True):

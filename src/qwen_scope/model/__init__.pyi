@@ -30,6 +30,7 @@ from .load import live_model as live_model
 from .load import load_config as load_config
 from .load import load_model as load_model
 from .load import load_tokenizer as load_tokenizer
+from .logits import last_logits as last_logits
 from .model_sizes import GRAPH_TOKENS as GRAPH_TOKENS
 from .model_sizes import KEPT_BLOCKS as KEPT_BLOCKS
 from .model_sizes import PASS_TOKENS as PASS_TOKENS
