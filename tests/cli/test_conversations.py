@@ -68,6 +68,10 @@ def test_without_chat_they_are_counted(files: dict[str, str], tmp_path: Path, ca
     assert "--chat default" in capsys.readouterr().err
     assert main(["find", "--positive", files["east"], "--negative", files["west"], *WHERE]) == 2
     assert "8 a conversation, not a text" in capsys.readouterr().err
+    assert main(["extract", files["east"], "-o", str(tmp_path / "store"), *WHERE]) == 2
+    said = capsys.readouterr().err
+    assert "8 a conversation, not a text" in said
+    assert "pass --chat default to read conversations" in said
 
 
 def test_find_tells_conversations_apart(files: dict[str, str], capsys) -> None:

@@ -17,7 +17,7 @@ from qwen_scope.model import HookPoint, LoadedModel, context_length, counted_of,
 from qwen_scope.report import Progress as Told
 from qwen_scope.sae import SAE
 from qwen_scope.store import MERGED, FeatureStore, LayerInfo, StoreWriter, kept_counted, place_of
-from qwen_scope.text import LEAST, Chat, Corpus, Counted, phase_numbers, start_ids
+from qwen_scope.text import LEAST, NO_CHAT, Chat, Corpus, Counted, phase_numbers, start_ids
 
 from .encoding import HOLD_BYTES, elsewhere, encode_window, points_of
 from .engine import Engine, ModelEngine
@@ -367,6 +367,7 @@ def finish(run: Extraction, writer: StoreWriter, tell: Tell) -> None:
     if not counts["tokens"] and corpus.world == 1:  # a share may be empty: the others have the documents
         said = ", ".join(f"{n} {reason}" for reason, n in writer.unreadable.items())
         unreadable = f" (unreadable rows: {said})" if said else ""
+        unreadable += "; pass chat='default' to read conversations" if NO_CHAT in writer.unreadable else ""
         raise InputError(f"there is no document to extract in {corpus.name}{unreadable}{corpus.other_columns()}")
     tell("indexing", counts["documents"], counts["tokens"], sum(writer.unreadable.values()))
     writer.finish()

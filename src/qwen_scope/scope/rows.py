@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from qwen_scope.errors import InputError
-from qwen_scope.text import PHASES, Chat, Chunk, Corpus, Document, Unreadable, chunks, meta_json, start_ids
+from qwen_scope.text import NO_CHAT, PHASES, Chat, Chunk, Corpus, Document, Unreadable, chunks, meta_json, start_ids
 
 
 @dataclass(frozen=True)
@@ -152,7 +152,9 @@ class Reader:
         try:
             made = self._tokenised(document)
         except InputError as error:
-            self.unreadable.append(Unreadable(document.source, document.row, "no tokens", str(error)[:500]))
+            unasked = self.chat is None and not isinstance(document.text, str)
+            reason = NO_CHAT if unasked else "no tokens"
+            self.unreadable.append(Unreadable(document.source, document.row, reason, str(error)[:500]))
             return
         ids, texts, total, phases = made.ids, made.texts, made.total, made.phases
         skip, self.skip = self.skip, 0
