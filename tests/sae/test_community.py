@@ -314,7 +314,7 @@ class Evil:
     """Something that runs code when it is unpickled."""
 
     def __reduce__(self) -> tuple:
-        return (print, ("ran",))
+        return (exec, ("raise SystemExit",))
 
 
 BAD = {
@@ -340,7 +340,7 @@ BAD = {
     "another type": ("layer3.pt", with_state(W_enc=weights()["W_enc"].double()), "W_enc is stored as torch.float64"),
     "transposed": ("layer3.pt", with_state(W_enc=weights(torch.bfloat16)["W_enc"].T), "W_enc"),
     "b_enc not finite": ("layer3.pt", with_state(b_enc=torch.full((D_SAE,), float("nan"))), "b_enc holds NaN"),
-    "a surprise": ("layer3.pt", checkpoint() | {"tokens": Evil()}, "asks to import __builtin__.print"),
+    "a surprise": ("layer3.pt", checkpoint() | {"tokens": Evil()}, "asks to import __builtin__.exec"),
     "a state in a list": ("layer3.pt", {"state": list(checkpoint()["state"].values()), "scale": 1.0}, "no dict of ten"),
     "a flat file": ("layer3.pt", weights(), "holds no dict of tensors 'state', but 'W_enc'"),
     "under the official name": ("layer3.sae.pt", checkpoint(), "'state' of type dict; only named tensors are read"),
