@@ -8,9 +8,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-# Below this many rows the product reads weights rather than computes, and packing them would cost more.
-FEWEST_ROWS = 16
-
 
 @torch.no_grad()
 def linear_fp32(
@@ -19,10 +16,11 @@ def linear_fp32(
     """`x @ W.T + b` of fp32 tensors, without a gradient; `torch.nn.functional.linear` is its reference.
 
     PyTorch's own choice for fp32 on x86 is Intel's MKL, which computes at less than half of what other makers' CPUs
-    can do. There it goes to oneDNN, by the operator that `torch.compile` uses for linear layers.
+    can do, and reads the weights for one row at less than half of what their memory gives. There it goes to oneDNN, by
+    the operator that `torch.compile` uses for linear layers.
     """
     single = x.dtype == W.dtype == b.dtype == torch.float32
-    if single and x.device.type == "cpu" and len(x) >= FEWEST_ROWS and W.is_contiguous() and mkl_is_slow():
+    if single and x.device.type == "cpu" and len(x) and W.is_contiguous() and mkl_is_slow():
         return torch.ops.mkldnn._linear_pointwise(x, W.detach(), b.detach(), "none", [], "")
     return torch.nn.functional.linear(x, W, b)
 
