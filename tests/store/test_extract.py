@@ -309,7 +309,7 @@ def test_chats_are_rendered(tmp_path) -> None:
     store = stores.make(tmp_path / "s", rows, chat="non_thinking")
     text = "".join(store.sql("SELECT text FROM tokens ORDER BY position")["text"].to_pylist())
     assert text.startswith("<|im_start|>user\nhello<|im_end|>")
-    with pytest.raises(InputError, match=r"no document to extract .* 1 no tokens"):
+    with pytest.raises(InputError, match=r"no document to extract .* 1 a conversation, not a text.*chat='default'"):
         stores.make(tmp_path / "t", rows)
 
 
