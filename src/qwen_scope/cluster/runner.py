@@ -141,11 +141,11 @@ def windows(job: Job, asked: ScopeOptions, options: WorkerOptions) -> Iterator[t
             num_gpus=options.worker_gpus or None,
         )
         for row in written.iter_rows():
-            written = json.loads(row["written"])
-            if REFUSED in written:
-                kind, sentence = written[REFUSED]
+            found = json.loads(row["written"])
+            if REFUSED in found:
+                kind, sentence = found[REFUSED]
                 raise getattr(errors, kind)(sentence)
-            yield row["number"], written
+            yield row["number"], found
 
 
 def placed(asked: ScopeOptions) -> ScopeOptions:

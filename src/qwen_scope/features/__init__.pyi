@@ -52,8 +52,10 @@ from .judges import one_line as one_line
 from .judges import typical_tokens as typical_tokens
 from .label import label_features as label_features
 from .label import scored_label as scored_label
+from .label_control import beside_others as beside_others
 from .label_control import random_detection as random_detection
 from .label_control import with_random as with_random
+from .label_entry import Label as Label
 from .label_options import JudgeOptions as JudgeOptions
 from .label_options import LabelOptions as LabelOptions
 from .languages import LanguageFeature as LanguageFeature
@@ -85,7 +87,6 @@ from .neighbours import elsewhere as elsewhere
 from .neighbours import similar as similar
 from .neuronpedia import Creator as Creator
 from .neuronpedia import export_neuronpedia as export_neuronpedia
-from .notes import Label as Label
 from .notes import Note as Note
 from .notes import Notes as Notes
 from .notes import labels_from as labels_from

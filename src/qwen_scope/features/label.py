@@ -16,9 +16,10 @@ from qwen_scope.store import FeatureStore
 from .completion import BadAnswer
 from .endpoint import BudgetSpent
 from .judges import Informed, Judge
+from .label_entry import Label
 from .label_options import LabelOptions
 from .material import Material, material
-from .notes import Label, Notes, make_label
+from .notes import Notes, make_label
 from .threads import Threads
 
 

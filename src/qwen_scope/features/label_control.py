@@ -12,9 +12,9 @@ from qwen_scope.store import FeatureStore
 
 from .judges import Judge
 from .label import mean_of_means
+from .label_entry import Label
 from .label_options import LabelOptions
 from .material import Material, material
-from .notes import Label
 
 OTHERS = 10
 """Labels of other features that stand for random ones."""
@@ -33,6 +33,14 @@ def random_detection(given: Material, judge: Judge, others: Sequence[str]) -> In
     return resample(said[:n], 1 - said[n:], mean_of_means)
 
 
+def beside_others(
+    label: Label, given: Material, judge: Judge, others: Sequence[str], n: int, rng: np.random.Generator
+) -> Label:
+    """A label with the detection of `n` drawn labels of other features beside its own, on the contexts that test it."""
+    drawn: list[int] = rng.permutation(len(others))[:n].tolist()
+    return replace(label, random=random_detection(given, judge, [others[i] for i in drawn]))
+
+
 def with_random(
     store: FeatureStore,
     labels: Mapping[tuple[int, int], Label],
@@ -49,9 +57,8 @@ def with_random(
     for place, label in labels.items():
         others = [one.text for at, one in labels.items() if at[0] == place[0] and one.text != label.text]
         if len(others) >= n:
-            drawn = np.random.default_rng((options or LabelOptions()).seed + place[1]).permutation(len(others))[:n]
-            given = material(store, *place, options)
-            out[place] = replace(label, random=random_detection(given, judge, [others[i] for i in drawn]))
+            rng = np.random.default_rng((options or LabelOptions()).seed + place[1])
+            out[place] = beside_others(label, material(store, *place, options), judge, others, n, rng)
         else:
             out[place] = label
     return out

@@ -11,7 +11,8 @@ from qwen_scope.errors import MismatchError
 from qwen_scope.sae import catalog
 from qwen_scope.scope import Scope
 
-from .notes import Label, labels_from
+from .label_entry import Label
+from .notes import labels_from
 
 BESIDE = "labels.jsonl"
 """The file of a folder of SAEs that holds their labels, as `label --export` writes it."""

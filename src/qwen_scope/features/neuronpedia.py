@@ -26,7 +26,8 @@ from qwen_scope.scope import Scope
 from qwen_scope.store import Context, FeatureStore
 
 from .effects import TokenEffect, token_effects
-from .notes import Label, Notes
+from .label_entry import Label
+from .notes import Notes
 
 # The limits of Neuronpedia's upload, and the strata that activations are drawn from.
 BATCH, EXPLANATION, STRATA = 128, 512, 5

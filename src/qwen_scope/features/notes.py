@@ -31,55 +31,13 @@ from qwen_scope.files import Fields, Remote, append_lines, read_lines, write_tex
 from qwen_scope.stats import Interval
 from qwen_scope.store import FeatureStore
 
+from .label_entry import SCORES, Label
+
 FILE = "notes.jsonl"
-CHANCE = 0.5  # the balanced accuracy of guessing
 SETTLED = 2_000_000_000  # nanoseconds; a file written just now may change again and keep its time and size
-SCORES = ("detection", "fuzzing", "random")
 KINDS = ("label", "note", "verdict", "measure")
 ON = "on"
 """Under which key a measurement says on which model's documents it was made."""
-
-
-@dataclass(frozen=True)
-class Label:
-    """A name for a feature with how well it holds; there is no label without its scores.
-
-    Attributes:
-        text: the name.
-        detection: balanced accuracy of telling from the name in which contexts the feature fires.
-        fuzzing: the same of telling whether the right tokens are marked.
-        source: the model that wrote it, or `summary` where no model did, but rules or a list of typical tokens.
-        random: the detection of labels of other features on the same contexts, where it was measured: the control.
-        scorer: who judged: a model, `rules`, or `tokens` for the rule that looks for the typical tokens.
-    """
-
-    text: str
-    detection: Interval
-    fuzzing: Interval
-    source: str
-    scorer: str
-    random: Interval | None = None
-
-    @property
-    def by_model(self) -> bool:
-        """Whether a language model wrote it."""
-        return self.source != "summary"
-
-    @property
-    def at_chance(self) -> bool:
-        """Whether the interval of its detection reaches chance, or that of labels of other features: then nothing says
-        that the name fits the feature."""
-        return self.detection.low <= (CHANCE if self.random is None else max(CHANCE, self.random.high))
-
-    @property
-    def shown(self) -> str:
-        """The name as it is shown everywhere; one at chance says so."""
-        return f"[at chance] {self.text}" if self.at_chance else self.text
-
-    @property
-    def score(self) -> float:
-        """The mean of both balanced accuracies: 0.5 is chance."""
-        return (self.detection.estimate + self.fuzzing.estimate) / 2
 
 
 @dataclass(frozen=True)
@@ -110,8 +68,7 @@ class Note:
     @property
     def label(self) -> Label:
         """The label of an entry of that kind."""
-        parts = {name: Interval(**self.body[name]) for name in SCORES if self.body.get(name) is not None}
-        return Label(**{**self.body, **parts})
+        return Label.from_json(self.body)
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, id first."""
@@ -142,8 +99,7 @@ class Note:
 
 def make_label(layer: int, feature: int, fingerprint: str, label: Label, author: str = "") -> Note:
     """A label as an entry."""
-    body = {name: value for name, value in asdict(label).items() if name != "random" or value is not None}
-    return Note("label", layer, feature, fingerprint, body, author or label.source)
+    return Note("label", layer, feature, fingerprint, label.to_json(), author or label.source)
 
 
 @final

@@ -26,9 +26,10 @@ from qwen_scope.store import Context, FeatureSummary, Histogram
 
 from .effects import TokenEffect
 from .explanations import Explanation
+from .label_entry import Label
 from .lens import LensReading
 from .neighbours import Neighbour
-from .notes import Label, Note
+from .notes import Note
 
 
 @dataclass(frozen=True, eq=False, repr=False)

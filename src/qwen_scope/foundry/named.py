@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
 
 from qwen_scope.errors import InputError
-from qwen_scope.features import Label, LabelOptions, RuleJudge, make_label, material, random_detection, scored_label
+from qwen_scope.features import (
+    Label,
+    LabelOptions,
+    Material,
+    RuleJudge,
+    beside_others,
+    make_label,
+    material,
+    scored_label,
+)
 from qwen_scope.files import append_lines
 from qwen_scope.lab import documents
 from qwen_scope.model import LoadedModel
@@ -62,12 +71,11 @@ def name_features(scope: Scope, out: Path, config: NamingConfig | None = None) -
             panel: list[str] = []
             for layer in sorted(scope.layers, key=lambda one: one != config.panel):
                 made = _labels(store, layer, judge, config)
-                panel = panel or [one.text for one in made.values()]
-                kept = {
-                    feature: named
-                    for feature, label in made.items()
-                    if not (named := _beside(store, layer, feature, label, judge, panel, config)).at_chance
+                panel = panel or [label.text for label, _ in made.values()]
+                named = {
+                    feature: _beside(label, given, judge, panel, config) for feature, (label, given) in made.items()
                 }
+                kept = {feature: label for feature, label in named.items() if not label.at_chance}
                 fingerprint = store.layer(layer).fingerprint
                 entries = [make_label(layer, feature, fingerprint, one, "qwen-scope") for feature, one in kept.items()]
                 append_lines(out, (one.to_line() for one in entries))
@@ -75,32 +83,26 @@ def name_features(scope: Scope, out: Path, config: NamingConfig | None = None) -
     return found
 
 
-def _labels(store: FeatureStore, layer: int, judge: RuleJudge, config: NamingConfig) -> dict[int, Label]:
-    """The labels of some features of a layer that a wording tells."""
+def _labels(
+    store: FeatureStore, layer: int, judge: RuleJudge, config: NamingConfig
+) -> dict[int, tuple[Label, Material]]:
+    """The labels of some features of a layer that a wording tells, each with its contexts."""
     enough = np.flatnonzero(store.stats(layer)["documents"].to_numpy() >= config.fires_in)
     chosen = np.random.default_rng(layer).permutation(enough)[: config.features].tolist()
     made = {}
     for feature in chosen:
         try:
-            label = scored_label(material(store, layer, feature, config.label), judge)
+            given = material(store, layer, feature, config.label)
+            label = scored_label(given, judge)
         except InputError:  # it fires nearly everywhere, so nothing is left to test a name with
             continue
         if not judge.is_unclear(label.text):
-            made[feature] = label
+            made[feature] = label, given
     return made
 
 
-def _beside(
-    store: FeatureStore,
-    layer: int,
-    feature: int,
-    label: Label,
-    judge: RuleJudge,
-    panel: list[str],
-    config: NamingConfig,
-) -> Label:
+def _beside(label: Label, given: Material, judge: RuleJudge, panel: list[str], config: NamingConfig) -> Label:
     """The label with what others tell of the same contexts."""
     others = [text for text in panel if text != label.text]
-    drawn = np.random.default_rng((config.seed, layer, feature)).permutation(len(others))[: config.others]
-    given = material(store, layer, feature, config.label)
-    return replace(label, random=random_detection(given, judge, [others[i] for i in drawn]))
+    rng = np.random.default_rng((config.seed, given.layer, given.feature))
+    return beside_others(label, given, judge, others, config.others, rng)

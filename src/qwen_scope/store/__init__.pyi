@@ -2,10 +2,10 @@ from .contexts import Context as Context
 from .contexts import FeatureSummary as FeatureSummary
 from .contexts import Histogram as Histogram
 from .firings import Firings as Firings
+from .layout import MERGED as MERGED
 from .layout import TABLES as TABLES
 from .layout import LayerInfo as LayerInfo
 from .layout import Manifest as Manifest
-from .merge import MERGED as MERGED
 from .merge import merge as merge
 from .opening import is_store as is_store
 from .request import kept_counted as kept_counted

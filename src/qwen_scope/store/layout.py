@@ -19,6 +19,7 @@ from qwen_scope.text import Counted
 FORMAT, VERSION = "qwen-scope-store", 2
 MANIFEST = "manifest.json"
 WORK = "work"  # present only while a store is being written
+MERGED = "merged"  # the key in a writer's state that says how many documents of shares are in the store
 
 # A reader of one feature or one document decodes whole row groups, so they are small.
 ROW_GROUP = 2**16

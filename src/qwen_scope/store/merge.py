@@ -17,13 +17,10 @@ import pyarrow.compute as pc
 from qwen_scope.errors import InputError, NotFoundError
 from qwen_scope.report import Progress
 
-from .layout import TABLES, Manifest
+from .layout import MERGED, TABLES, Manifest
 from .request import differences, place_of
 from .store import FeatureStore
 from .writer import LayerRows, StoreWriter, Window
-
-MERGED = "merged"
-"""The key in a writer's state that says how many documents of the shares are in the store."""
 
 # Activations of a window: what is in memory at once, several times over, and what a stop loses at most.
 WINDOW = 2**21

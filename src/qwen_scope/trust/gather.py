@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, Self, TypeVar
 
 import numpy as np
@@ -23,7 +23,6 @@ from qwen_scope.features import (
 )
 from qwen_scope.sae import SAE
 from qwen_scope.scope import Scope
-from qwen_scope.stats import Interval
 from qwen_scope.store import FeatureStore
 
 from .concept import Concept
@@ -72,14 +71,12 @@ class Control:
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
-        return {"of": self.of, "label": asdict(self.label)}
+        return {"of": self.of, "label": self.label.to_json()}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Control:
         """What `to_json` wrote."""
-        parts = ("detection", "fuzzing", "random")
-        scores = {part: Interval(**data["label"][part]) for part in parts if data["label"].get(part) is not None}
-        return cls(data["of"], Label(**{**data["label"], **scores}))
+        return cls(data["of"], Label.from_json(data["label"]))
 
 
 @dataclass(frozen=True)

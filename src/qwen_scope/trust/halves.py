@@ -94,12 +94,17 @@ def halves(store: FeatureStore, layer: int, feature: int, sae: SAE | None = None
     )  # fmt: skip
 
 
+def _is_later(seed: int) -> str:
+    """`second_half` of the column `document`, in SQL."""
+    return f"(document + {seed}) * {GOLDEN} % {WORD} >= {WORD // 2}"
+
+
 def _tokens_of(
     store: FeatureStore, layer: int, features: list[int], seed: int
 ) -> dict[int, tuple[dict[int, int], dict[int, int]]]:
     """Per feature and half how often it fires on which token id."""
     query = f"""
-        SELECT feature, (document + {seed}) * {GOLDEN} % {WORD} >= {WORD // 2} AS later, token, count(*) AS n
+        SELECT feature, {_is_later(seed)} AS later, token, count(*) AS n
         FROM features JOIN tokens USING (document, position)
         WHERE layer = ? AND feature IN ({", ".join(map(str, features))}) GROUP BY ALL"""
     out: dict[int, tuple[dict[int, int], dict[int, int]]] = {one: ({}, {}) for one in features}
@@ -119,10 +124,9 @@ def _company(
     store: FeatureStore, layer: int, feature: int, seed: int
 ) -> tuple[tuple[int | None, int | None], tuple[float, float]]:
     """The feature of the same layer with the highest Jaccard index of tokens on each half."""
-    half = f"(document + {seed}) * {GOLDEN} % {WORD} >= {WORD // 2}"
     query = f"""
         WITH mine AS (SELECT document, position FROM features WHERE layer = $layer AND feature = $feature),
-        here AS (SELECT feature, document, position, {half} AS later FROM activations WHERE layer = $layer),
+        here AS (SELECT feature, document, position, {_is_later(seed)} AS later FROM activations WHERE layer = $layer),
         shared AS (
           SELECT feature, later, count(*) AS n FROM here SEMI JOIN mine USING (document, position) GROUP BY ALL),
         total AS (SELECT feature, later, count(*) AS n FROM here GROUP BY ALL),
