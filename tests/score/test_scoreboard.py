@@ -44,7 +44,7 @@ def board(texts: Path, tmp_path_factory: pytest.TempPathFactory) -> Scoreboard:
 
 
 def held_out(texts: Path) -> list[torch.Tensor]:
-    corpus = Corpus.of(str(texts), CorpusOptions(), hold_out=4, held_out=True)
+    corpus = Corpus.of(str(texts), CorpusOptions(), hold_out=4, held_out=True, shuffle=0)
     loaded = load_model(str(tiny.folder() / "model"), device="cpu")
     return list(TokenRows(corpus, loaded.tokenizer, context_length=16, batch_size=4))[:2]
 
@@ -165,6 +165,40 @@ def test_a_stopped_run_goes_on_and_does_nothing_twice(
     assert score(run).cells == board.cells
     with pytest.raises(MismatchError, match="holds a scoreboard with tokens 128, not 256"):
         score(replace(run, tokens=256))
+
+
+def test_text_is_of_every_source_from_the_first_rows_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    for name, word in (("a", "north"), ("b", "south")):
+        rows = [{"text": f"{word} {i} " * 8} for i in range(200)]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    module, read = sys.modules["qwen_scope.score.scoreboard"], []
+    measure, make = module.evaluate_saes, module.control
+    monkeypatch.setattr(
+        module, "evaluate_saes", lambda m, s, rows, **o: (read.append(rows), measure(m, s, rows, **o))[1]
+    )
+    monkeypatch.setattr(
+        module,
+        "control",
+        lambda a, s, k, m, rows, *o, **n: (read.append(rows.take(256)), make(a, s, k, m, rows, *o, **n))[1],
+    )
+    score(asked(folder, tmp_path / "out"))
+    tokenizer = load_model(str(tiny.folder() / "model"), device="cpu").tokenizer
+    assert len(read) == 2 * len(ARMS) + len(ARMS) - 1
+    for rows in read:
+        text = "".join(tokenizer.batch_decode(torch.cat(rows)))
+        assert "north" in text
+        assert "south" in text
+
+
+def test_a_folder_that_was_measured_in_the_order_of_the_files_is_refused(texts: Path, tmp_path: Path) -> None:
+    run = asked(texts, tmp_path / "out")
+    before = {name: value for name, value in run.to_json().items() if name != "order"}
+    run.out.mkdir()
+    (run.out / "score.json").write_text(json.dumps(before))
+    with pytest.raises(MismatchError, match="holds a scoreboard with order None, not 'shuffled'; name another folder"):
+        score(run)
 
 
 def test_a_refused_pair_leaves_no_scoreboard_behind(texts: Path, tmp_path: Path) -> None:

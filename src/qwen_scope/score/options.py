@@ -87,4 +87,6 @@ class ScoreRun:
             "sae", "data", "model", "tokens", "train_tokens", "context_length", "batch_size", "batch", "hold_out",
             "dtype", "seed", "rows", "columns",
         )  # fmt: skip
-        return {**{name: getattr(self, name) for name in names}, "corpus": dict(vars(self.corpus))}
+        # Folders begun before documents were read shuffled have no order, and can't go on.
+        own = {name: getattr(self, name) for name in names}
+        return {**own, "corpus": dict(vars(self.corpus)), "order": "shuffled"}

@@ -215,7 +215,7 @@ def _measured(
 def _labelled(run: ScoreRun) -> LabelledData | None:
     data: LabelledData | None = ProbeData(run.probes) if run.probes else None
     if run.columns:
-        corpus = Corpus.of(run.data, run.corpus, quiet=True)
+        corpus = Corpus.of(run.data, run.corpus, shuffle=0, quiet=True)
         data = ColumnData(islice(corpus, LABELLED_DOCUMENTS), run.columns)
     for name in run.datasets or () if data else ():
         check_dataset(data, name)  # pyright: ignore[reportArgumentType]
@@ -261,7 +261,7 @@ def _arm(
         return sae
     place = _saved(run, layer, arm)
     if not place.is_dir():
-        corpus = Corpus.of(run.data, run.corpus, hold_out=run.hold_out, repeat=True, quiet=True)
+        corpus = _documents(run, shuffle=run.seed, repeat=True, quiet=True)
         rows = TokenRows(corpus, loaded.tokenizer, context_length=run.context_length, batch_size=run.batch_size)
         k = sae.k or max(1, round(found[layer, TRAINED][WITHOUT]["l0"]))
         sizes = {"tokens": run.train_tokens, "batch": run.batch, "budget": run.budget, "seed": run.seed}
@@ -269,9 +269,14 @@ def _arm(
     return load_sae(place, layer, device=loaded.model.device)
 
 
+def _documents(run: ScoreRun, shuffle: int = 0, **share: bool) -> Corpus:
+    """Shuffled, as SAEs are trained: a few thousand tokens in the order of the files would be one source's."""
+    return Corpus.of(run.data, run.corpus, hold_out=run.hold_out, shuffle=shuffle, **share)
+
+
 def _held_out(run: ScoreRun, loaded: LoadedModel) -> list[Tensor]:
     """Rows of the documents that no control is trained on."""
-    corpus = Corpus.of(run.data, run.corpus, hold_out=run.hold_out, held_out=True)
+    corpus = _documents(run, held_out=True)
     rows = TokenRows(corpus, loaded.tokenizer, context_length=run.context_length, batch_size=run.batch_size)
     found = rows.take(run.tokens)
     if not found:
