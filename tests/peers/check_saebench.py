@@ -20,19 +20,24 @@ warnings.simplefilter("ignore")
 import sae_bench.evals.core.main as core  # noqa: E402
 import sae_bench.evals.scr_and_tpp.main as theirs_scr  # noqa: E402
 from datasets import Dataset  # noqa: E402
+from sae_bench.evals.absorption.feature_absorption_calculator import FeatureAbsorptionCalculator  # noqa: E402
+from sae_bench.evals.absorption.k_sparse_probing import train_k_sparse_probes  # noqa: E402
+from sae_bench.evals.absorption.probing import train_multi_probe  # noqa: E402
 from sae_bench.evals.sparse_probing.probe_training import train_probe_on_activations  # noqa: E402
 from sae_bench.sae_bench_utils.activation_collection import create_meaned_model_activations  # noqa: E402
 from sae_lens import ActivationsStore  # noqa: E402
 from sae_probes.run_sae_evals import get_sorted_indices, mean_act_normalization  # noqa: E402
 from sae_probes.utils_training import find_best_reg  # noqa: E402
+from sklearn.metrics import f1_score  # noqa: E402
 from transformer_lens import HookedTransformer, HookedTransformerConfig  # noqa: E402
 from transformer_lens.pretrained.weight_conversions import convert_qwen3_weights  # noqa: E402
 
 from qwen_scope import load_sae  # noqa: E402
 from qwen_scope.model import HookPoint, capture, load_model  # noqa: E402
-from qwen_scope.sae import SAE, JumpReLU  # noqa: E402
+from qwen_scope.sae import SAE, Identity, JumpReLU, TopK, fingerprint  # noqa: E402
 from qwen_scope.scope import model_source  # noqa: E402
 from qwen_scope.score import ProbeData, probe, read_split, scope_sae  # noqa: E402
+from qwen_scope.score.absorb import absorption, with_probes  # noqa: E402
 from qwen_scope.score.bags import Bags  # noqa: E402
 from qwen_scope.score.labelled import ColumnData  # noqa: E402
 from qwen_scope.score.perturb import BOTH, OTHER, SPURIOUS, WANTED, scr, spurious, tpp, train_probes  # noqa: E402
@@ -205,8 +210,77 @@ def check_perturbed(sae: SAE, loaded: Any) -> None:
         check(f"scr {n}", mine[f"scr {n}"], found[f"scr_metric_threshold_{n}"], 0.01)
 
 
+def planted_letters() -> tuple[SAE, torch.Tensor, torch.Tensor]:
+    """26 letters as directions, a feature for each and another that takes over on some words; residuals and letters."""
+    g = torch.Generator().manual_seed(0)
+    d_model, d_sae, n = 64, 96, 1300
+    y = torch.randint(0, 26, (n,), generator=g)
+    own = torch.nn.functional.normalize(torch.randn(d_sae, d_model, generator=g), dim=1)
+    decoder = own.clone()
+    decoder[26:52] = torch.nn.functional.normalize(0.9 * own[:26] + 0.5 * own[26:52], dim=1)
+    x = own[y] * (1 + 2 * torch.rand(n, 1, generator=g)) + 0.1 * torch.randn(n, d_model, generator=g)
+    taken = torch.rand(n, generator=g) < 0.3
+    x[taken] += 2.5 * decoder[26 + y[taken]] - own[y[taken]]
+    weights = {"W_enc": decoder.clone(), "W_dec": decoder.T.contiguous(), "b_enc": torch.full((d_sae,), -0.2)}
+    weights["b_dec"] = torch.zeros(d_model)
+    identity = Identity("planted", 0, fingerprint(**weights))
+    return TopK(**weights, k=4, hook_point="layers.0.resid_post", identity=identity), x, y
+
+
+class Words:
+    """What SAEBench's calculator asks of a model: the residuals of the words that it names, in their order."""
+
+    def __init__(self, x: torch.Tensor) -> None:
+        self.x, self.at = x, 0
+
+    def to_tokens(self, _: str) -> torch.Tensor:
+        return torch.zeros(1, 1)
+
+    def run_with_cache(self, prompts: list[str], names_filter: list[str]) -> tuple[None, dict[str, torch.Tensor]]:
+        some = self.x[self.at : self.at + len(prompts)]
+        self.at += len(prompts)
+        return None, {names_filter[0]: some[:, None]}
+
+
+def check_absorption(train: int = 1000) -> None:
+    """Its probes, its choice of main features by k-sparse probes, and its calculator, on the same residuals."""
+    sae, x, y = planted_letters()
+    given = with_probes(tuple(map(str, range(len(y)))), x, y, train)
+    mine, made, batch = absorption(sae, given), scope_sae(sae, "lab"), -(-train // 8)
+    with contextlib.redirect_stderr(io.StringIO()):
+        torch.manual_seed(42)
+        probe = train_multi_probe(
+            x[:train].clone(), torch.nn.functional.one_hot(y[:train], 26).float(), num_probes=26, batch_size=batch,
+            num_epochs=50, weight_decay=1e-4, device=torch.device("cpu"), show_progress=False,
+        )  # fmt: skip
+        torch.manual_seed(42)
+        labels, ks = [("", letter) for letter in y[:train].tolist()], range(1, 11)
+        sparse = train_k_sparse_probes(made, labels, x[:train], ks, batch_size=batch, precalc_sae_acts=True)
+    acts, said, found = made.encode(x[train:]).float(), probe(x[train:]).detach(), []
+    for letter in range(26):
+        is_it, knows = (y[train:] == letter).numpy(), (said[:, letter] > 0).numpy()
+        if f1_score(is_it, knows) <= 0.6:
+            continue
+        best, main = -100.0, []
+        for k in ks:
+            f1 = f1_score(is_it, (sparse[k][letter](acts) > 0).numpy())
+            if f1 <= best + 0.03:
+                break
+            best, main = f1, sparse[k][letter].feature_ids.tolist()
+        asked = np.flatnonzero(is_it & knows)
+        calculator = FeatureAbsorptionCalculator(Words(x[train:][asked]), ["apple", "bear"], 1, word_token_pos=-1)
+        direction = probe.weights[letter].detach()
+        words = calculator.calculate_absorption(made, [f"w{i}" for i in asked], direction, main, 0, False).word_results
+        found.append([np.mean([w.absorption_fraction for w in words]), np.mean([w.is_full_absorption for w in words])])
+        found[-1].append(len(main))
+    check("absorption: letters with a probe", 23, len(found), 0)
+    for name, theirs in zip(("absorbed share", "full absorption", "main features"), np.mean(found, 0), strict=True):
+        check(f"absorption: {name}", mine[name], theirs, 0.001)
+
+
 def main(place: Path) -> None:
     """Every check; exit code 1 if one fails."""
+    check_absorption()
     torch.manual_seed(0)
     loaded = load_model(model_source("lab"), device="cpu")
     sae = load_sae("lab", LAYER)
