@@ -133,7 +133,7 @@ def stability_tables(card: Card) -> list[tuple[str, tuple[str, ...], list[tuple[
         rows = [
             (
                 one.name, ", ".join(one.differs) or "nothing", one.partner, one.cosine, one.chance, one.cofires_with,
-                one.jaccard, one.chance_jaccard, HELD[one.found],
+                one.jaccard, one.chance_jaccard, HELD[one.found] + (", as chance" if one.at_chance else ""),
             )
             for one in card.siblings
         ]  # fmt: skip

@@ -55,6 +55,12 @@ class Sibling:
         return by_cosine or by_firing
 
     @property
+    def at_chance(self) -> bool:
+        """Whether by no measure the partner is better than what 99 of 100 features have in a shuffled dictionary."""
+        by_firing = None not in (self.jaccard, self.chance_jaccard) and self.jaccard > self.chance_jaccard  # type: ignore[operator]
+        return self.cosine <= self.chance and not by_firing
+
+    @property
     def comparable(self) -> bool:
         """Whether a feature has to be in it to be trusted: one of another layer may well lack it, and the same weights
         on the same model say nothing."""
@@ -65,7 +71,7 @@ class Sibling:
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
-        return {**asdict(self), "found": self.found, "comparable": self.comparable}
+        return {**asdict(self), "found": self.found, "at_chance": self.at_chance, "comparable": self.comparable}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Sibling:
