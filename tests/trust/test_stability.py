@@ -120,7 +120,7 @@ def test_the_card_s_partners_are_those_of_brute_force(
     mine, other = fires(stores["base"]), fires(stores[name])
     cosines = unit(saes["base"]).T @ unit(saes[name])
     there = Other(name, saes[name], stores[name], LAYER)
-    held = {"found": 0, "beyond chance": 0}
+    told, held = {}, {"found": 0, "beyond chance": 0}
     for feature in (features := some(mine, cosines)):
         plain: dict[str, Any] = json.loads(
             json.dumps(card(LAYER, feature, store=stores["base"], scope=scope, others=[there]).to_json())
