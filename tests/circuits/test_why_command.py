@@ -152,7 +152,7 @@ def test_nodes_have_their_labels_in_text_page_and_file(capsys: pytest.CaptureFix
     assert "articles (0.90)" in out
     assert "articles (0.90)" in page.read_text(encoding="utf-8")
     said = {one["clerp"] for one in json.loads(graph.read_text())["nodes"] if one["node_id"].startswith("4_283_")}
-    assert said == {"articles (0.90)"}
+    assert said == {"4/283 articles (0.90)"}
     file.write_text(json.dumps(make_label(4, 283, "0" * 64, good).to_json()) + "\n")
     with pytest.raises(MismatchError, match=r"no label in .* is about an SAE of"):
         names_from(scope, file)

@@ -177,7 +177,10 @@ def _node(graph: Graph, i: int, name: str, influence: float | None, text_of: Cal
 
 
 def _clerp(node: Node) -> str:
-    return node.label or (f"{node.name} promotes {' '.join(map(repr, node.promotes))}" if node.promotes else node.name)
+    """A feature's number with its label, or with the tokens that it promotes."""
+    if node.label:
+        return f"{node.name} {node.label}"
+    return f"{node.name} promotes {' '.join(map(repr, node.promotes))}" if node.promotes else node.name
 
 
 def _influence(graph: Graph) -> dict[int, float]:

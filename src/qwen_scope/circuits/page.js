@@ -143,6 +143,9 @@ function title(i) {
   return `${node.layer}/${node.feature}${last} at ${node.position} "${token(node.position)}"`;
 }
 
+// A feature's number with its label, where it has one.
+const named = i => graph.nodes[i].label ? `${title(i)} ${graph.nodes[i].label}` : title(i);
+
 // Where layers between were not taken apart, any of their blocks may have written it.
 function writtenBy(ladder) {
   if (ladder.written === null) return "the token";
@@ -164,7 +167,7 @@ function edgesOf(i, inward) {
   return edges
     .filter(edge => mine.has(inward ? edge.target : edge.source) && !mine.has(inward ? edge.source : edge.target))
     .sort((a, b) => Math.abs(b.weight) - Math.abs(a.weight)).slice(0, 25)
-    .map(edge => [title(inward ? edge.source : edge.target), shown(edge.weight), shown(edge.passed),
+    .map(edge => [named(inward ? edge.source : edge.target), shown(edge.weight), shown(edge.passed),
                   shown(edge.weight - edge.passed), `${(100 * edge.share).toFixed(0)}%`]);
 }
 
