@@ -31,7 +31,9 @@ OPTIONS[Question] = {
 }
 OPTIONS[WhyOptions] = {
     "method": Annotated[str, typer.Option("--method", help="Of the effects: gradient, relp, ig, joint or exact.")],
-    "steps": Annotated[int, typer.Option("--steps", help="Points of the way: of joint, and of ig on each piece of its.", min=1)],
+    "steps": Annotated[
+        int, typer.Option("--steps", help="Points of the way of joint, and of a piece of that of ig.", min=1)
+    ],
     "nodes": Annotated[int, typer.Option("--nodes", help="At most as many features in the graph.", min=1)],
     "node_share": Annotated[
         float, typer.Option("--node-share", help="Of each layer's effects, the share that is enough.")
