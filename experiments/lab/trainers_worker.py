@@ -1,15 +1,16 @@
-"""Train one SAE with one trainer, in the trainer's own environment; started by trainers.py.
+"""Train one SAE with one trainer, in the trainer's own environment; started by trainers.py and real/saes.py.
 
-Reads `residuals.safetensors` and writes `weights.safetensors`, weights that read the raw residual. It imports nothing
-of the experiments, since a peer's environment holds the peer alone.
+Reads `residuals.safetensors`, or numbers in bfloat16 that `--residuals` names, and writes `weights.safetensors`,
+weights that read the raw residual. It imports nothing of the experiments, since a peer's environment holds the peer
+alone.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
 import sys
 import types
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -26,8 +27,14 @@ def main() -> None:
     ask.add_argument("--lr", type=float, required=True)
     for name in ("tokens", "batch", "d-sae", "k"):
         ask.add_argument(f"--{name}", type=int, required=True)
+    ask.add_argument("--residuals", type=Path, help="a file of bfloat16 numbers, (tokens, d-model)")
+    ask.add_argument("--d-model", type=int)
     args = ask.parse_args()
-    x = load_file(args.folder / "residuals.safetensors")["train"]
+    if args.residuals:
+        size = args.tokens * args.d_model
+        x = torch.from_file(str(args.residuals), size=size, dtype=torch.bfloat16).view(args.tokens, args.d_model)
+    else:
+        x = load_file(args.folder / "residuals.safetensors")["train"]
     torch.manual_seed(0)
     weights = TRAINERS[args.trainer](x, args)
     save_file(
@@ -35,11 +42,18 @@ def main() -> None:
     )
 
 
-def with_ours(x: torch.Tensor, args: argparse.Namespace) -> dict[str, torch.Tensor]:
-    from qwen_scope.train import TrainConfig, train
+def batches(x: torch.Tensor, args: argparse.Namespace) -> Iterator[torch.Tensor]:
+    """Whole batches in float32, in order: only one of them is in memory."""
+    for step in range(args.tokens // args.batch):
+        yield x[step * args.batch : (step + 1) * args.batch].float()
 
-    config = TrainConfig(d_sae=args.d_sae, k=args.k, tokens=args.tokens, batch=args.batch)
-    sae = train(config, ({"layers.0": part} for part in x.split(args.batch)))["layers.0"]
+
+def with_ours(x: torch.Tensor, args: argparse.Namespace) -> dict[str, torch.Tensor]:
+    from qwen_scope.train import Checkpoints, TrainConfig, train
+
+    config = TrainConfig(d_sae=args.d_sae, k=args.k, tokens=args.tokens, batch=args.batch, lr=args.lr)
+    saved = Checkpoints(args.folder / "checkpoints", resume=True, keep=1) if args.residuals else None
+    sae = train(config, ({"layers.0": part} for part in batches(x, args)), checkpoints=saved)["layers.0"]
     return {name: getattr(sae, name) for name in ("W_enc", "W_dec", "b_enc", "b_dec")}
 
 
@@ -60,7 +74,7 @@ def with_sae_lens(x: torch.Tensor, args: argparse.Namespace) -> dict[str, torch.
     trainer = SAETrainer(
         SAETrainerConfig(total_training_samples=steps * args.batch, train_batch_size_samples=args.batch, **options),
         sae,
-        itertools.cycle(x.split(args.batch)[:steps]),
+        again(x, args),
     )
     trained = trainer.fit()
     w = {name: getattr(trained, name).detach() for name in ("W_enc", "W_dec", "b_enc", "b_dec")}
@@ -72,6 +86,12 @@ def with_sae_lens(x: torch.Tensor, args: argparse.Namespace) -> dict[str, torch.
     if trained.cfg.apply_b_dec_to_input:
         b_enc = b_enc - W_enc @ w["b_dec"]
     return {"W_enc": W_enc, "W_dec": W_dec, "b_enc": b_enc, "b_dec": w["b_dec"]}
+
+
+def again(x: torch.Tensor, args: argparse.Namespace) -> Iterator[torch.Tensor]:
+    """The batches, from the start again at their end: sae_lens takes some first to estimate the norm."""
+    while True:
+        yield from batches(x, args)
 
 
 def with_dictionary_learning(x: torch.Tensor, args: argparse.Namespace) -> dict[str, torch.Tensor]:
@@ -96,8 +116,8 @@ def with_dictionary_learning(x: torch.Tensor, args: argparse.Namespace) -> dict[
     if args.setting == "ours":
         trainer.dead_feature_threshold = args.tokens // 10
     # As its `trainSAE(normalize_activations=True)`, which its examples use: unit mean squared norm, folded at the end.
-    factor = float(x[: 100 * args.batch].square().sum(1).mean().sqrt())
-    for step, part in enumerate(x.split(args.batch)[:steps]):
+    factor = float(x[: 100 * args.batch].float().square().sum(1).mean().sqrt())
+    for step, part in enumerate(batches(x, args)):
         trainer.update(step, part / factor)
     trainer.ae.scale_biases(factor)
     ae = trainer.ae
@@ -119,7 +139,7 @@ def with_sparsify(x: torch.Tensor, args: argparse.Namespace) -> dict[str, torch.
             self.anchor, self.body = torch.nn.Parameter(torch.zeros(1)), torch.nn.Identity()
 
         def forward(self, input_ids: torch.Tensor, **_: object) -> torch.Tensor:
-            return self.body(x[input_ids])
+            return self.body(x[input_ids].float())
 
     row = 64
     steps = args.tokens // args.batch

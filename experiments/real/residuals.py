@@ -1,8 +1,12 @@
 """Residuals of a real model, read once and kept on disk: the language model is most of what an SAE costs.
 
-A folder of residuals holds, for the training documents and for held-out ones, one file per layer of bfloat16 numbers
-`(tokens, d_model)` without sinks, first and special tokens, in an order that is mixed within pieces of `PIECE` tokens;
-documents are shuffled across sources before. It grows by whole pieces, so what was interrupted goes on from there.
+    python -m experiments.real.residuals FOLDER --model FOLDER --data FOLDER --layers 12 [--tokens N] [--held-out N]
+
+`--data` holds `corpus/LANGUAGE.SOURCE.jsonl`; the documents of one language are taken, each text once. The folder then
+holds, for the training documents and for held-out ones, one file per layer of bfloat16 numbers `(tokens, d_model)`
+without sinks, first and special tokens. Documents are shuffled across sources. Training tokens are mixed within pieces
+of `PASSES` passes; held-out ones stay in the order of the texts, so that an interval can be one over stretches of text.
+It grows by whole pieces, so what was interrupted goes on from there.
 """
 
 from __future__ import annotations
@@ -27,7 +31,6 @@ from qwen_scope.model import HookPoint, LoadedModel, capture, d_model, load_mode
 from qwen_scope.text import Corpus, Counted, TokenRows
 
 ROW, ROWS, PASSES, HOLD_OUT, SHUFFLE = 256, 16, 64, 10, 1
-PIECE = ROW * ROWS * PASSES
 TRAINING, HELD_OUT = "training", "held-out"
 
 
@@ -40,6 +43,7 @@ class Residuals:
         data: a folder of documents, or what else `Corpus` takes.
         layers: from one forward pass, which stops after the deepest.
         sizes: tokens per layer, of `TRAINING` and `HELD_OUT`.
+        passes: of the model in a piece.
     """
 
     folder: Path
@@ -47,6 +51,7 @@ class Residuals:
     data: str
     layers: tuple[int, ...]
     sizes: Mapping[str, int]
+    passes: int = PASSES
 
     @cached_property
     def loaded(self) -> LoadedModel:
@@ -97,11 +102,13 @@ class Residuals:
         return torch.from_file(str(path), shared=False, size=n * width, dtype=torch.bfloat16).view(n, width)
 
     def record(self) -> None:
-        """Read what is missing.
+        """Read what is missing; where nothing is, the folder may meanwhile be another process's to write to.
 
         Raises:
             InputError: the documents hold fewer tokens, or another process writes to the folder.
         """
+        if all(self.have(part) >= wanted for part, wanted in self.sizes.items()):
+            return
         self.folder.mkdir(parents=True, exist_ok=True)
         with lock_folder(self.folder):
             for part, wanted in self.sizes.items():
@@ -121,11 +128,11 @@ class Residuals:
         size = wanted * len(self.layers) * d_model(self.loaded.model) * 2
         while self.have(part) < wanted:
             found: dict[int, list[Tensor]] = {layer: [] for layer in self.layers}
-            for number, ids in enumerate(islice(stream, PASSES)):
+            for number, ids in enumerate(islice(stream, self.passes)):
                 for point, h in capture(self.loaded.model, ids, self.points).items():
                     found[point.layer].append(h[self.counted.keep(h, point, ids)].to(torch.bfloat16))
-                if number == 3 and not held["pieces"]:
-                    left = (time.monotonic() - begun) * wanted / (4 * ROW * ROWS)
+                if number == min(4, self.passes) - 1 and not held["pieces"]:
+                    left = (time.monotonic() - begun) * wanted / ((number + 1) * ROW * ROWS)
                     say(f"{part}: {wanted:,} tokens will take about {left / 3600:.1f} hours and {size / 1e9:.1f} GB")
             if not any(found.values()):
                 raise InputError(f"{self.data} holds {self.have(part):,} {part} tokens; {wanted:,} were asked for")
@@ -138,14 +145,37 @@ class Residuals:
             say(f"{part}: {self.have(part):,} of {wanted:,} tokens, {held['seconds']:.0f} s")
 
     def _append(self, part: str, layer: int, x: Tensor, held: dict[str, Any]) -> None:
-        """One piece of a layer behind those before it, in an order of its own; every layer's is the same.
+        """One piece of a layer behind those before it, that of training mixed, in the same way for every layer.
 
         Sinks differ between layers, so beyond the first one that a layer leaves out the tokens do too.
         """
-        order = torch.randperm(len(x), generator=torch.Generator().manual_seed(1_000_003 + held["pieces"]))
+        if part == TRAINING:
+            x = x[torch.randperm(len(x), generator=torch.Generator().manual_seed(1_000_003 + held["pieces"]))]
         with self.path(part, layer).open("ab") as file:
-            x[order].view(torch.int16).numpy().tofile(file)
+            x.view(torch.int16).numpy().tofile(file)
         held["tokens"][str(layer)] = held["tokens"].get(str(layer), 0) + len(x)
+
+
+def distinct(data: Path, language: str, folder: Path) -> Path:
+    """A folder with the documents of one language, each text once, so that no text is trained on and held out.
+
+    Raises:
+        InputError: there are no documents of this language.
+    """
+    seen, done = set(), folder / "whole"
+    sources = sorted((data / "corpus").glob(f"{language}.*.jsonl"))
+    if not sources:
+        raise InputError(f"--data needs a folder corpus with documents; {data / 'corpus'} has no {language}.*.jsonl")
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in [] if done.is_file() else sources:
+        kept = []
+        for text in (json.loads(line)["text"] for line in path.read_text(encoding="utf-8").split("\n") if line):
+            if text not in seen:
+                seen.add(text)
+                kept.append(json.dumps({"text": text}, ensure_ascii=False) + "\n")
+        write_text(folder / path.name, "".join(kept))
+    write_text(done, "")
+    return folder
 
 
 def say(text: str) -> None:
@@ -158,20 +188,22 @@ def numbers(text: str) -> tuple[int, ...]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """`python -m experiments.real.residuals FOLDER --model M --data D --layers 12`: the capture alone."""
+    """The capture alone."""
     import argparse
 
     ask = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     ask.add_argument("folder", type=Path)
     ask.add_argument("--model", required=True)
-    ask.add_argument("--data", required=True)
+    ask.add_argument("--data", required=True, type=Path, help="a folder that holds corpus/LANGUAGE.SOURCE.jsonl")
+    ask.add_argument("--language", default="en")
     ask.add_argument("--layers", type=numbers, required=True)
     ask.add_argument("--tokens", type=int, default=10_000_000)
     ask.add_argument("--held-out", type=int, default=1_000_000)
     given = ask.parse_args(arguments)
     sizes = {HELD_OUT: given.held_out, TRAINING: given.tokens}
     torch.set_num_threads(1)
-    Residuals(given.folder, given.model, given.data, given.layers, sizes).record()
+    documents = distinct(given.data, given.language, given.folder / "documents")
+    Residuals(given.folder, given.model, str(documents), given.layers, sizes).record()
 
 
 if __name__ == "__main__":
