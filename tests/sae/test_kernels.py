@@ -188,3 +188,21 @@ def test_the_fp32_product_is_the_same_by_either_library(monkeypatch: pytest.Monk
     x = rows(n, 50)
     assert torch.equal(kernels.linear_fp32(x, W, b), torch.nn.functional.linear(x, W, b))
     assert torch.equal(kernels.linear_fp32(x.double(), W.double(), b.double()).float(), kernels.linear_fp32(x, W, b))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("n", [1, 5])
+def test_weights_of_a_smaller_type_are_widened_in_pieces(
+    monkeypatch: pytest.MonkeyPatch, n: int, dtype: torch.dtype
+) -> None:
+    """More at once does not stay in the cache, and one row took ten times as long."""
+    widened, d_model, d_sae = [], 50, 64
+    whole = kernels.linear_fp32
+    monkeypatch.setattr(product, "WIDENED_BYTES", 10 * 4 * d_model)
+    monkeypatch.setattr(product, "linear_fp32", lambda x, W, b: widened.append(len(W)) or whole(x, W, b))
+    W_enc, _, b_enc, _ = weights(d_model, d_sae, dtype)
+    x, threshold = rows(n, d_model), torch.zeros(d_sae)
+    assert same(kernels.encode_topk(x, W_enc, b_enc, 7), kernels.encode_topk_reference(x, W_enc, b_enc, 7))
+    jump = kernels.encode_threshold(x, W_enc, b_enc, threshold)
+    assert same(jump, kernels.encode_threshold_reference(x, W_enc, b_enc, threshold))
+    assert widened == [10, 10, 10, 10, 10, 10, 4] * 2

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..acts import FeatureActs
-from .product import linear_fp32
+from .product import linear_fp32, linear_widened
 from .unchanged import Twins
 
 # The largest working tensor of one tile: pre-activations, or weights widened to fp32.
@@ -24,10 +24,10 @@ def encode_topk(
     best: FeatureActs | None = None
     with torch.no_grad():
         for features in feature_tiles(W_enc, tile_bytes):
-            W, b = W_enc[features].float(), b_enc[features].float()
+            W, b = W_enc[features], b_enc[features].float()
             found = []
             for tile in rows.split(rows_per_tile(widest, tile_bytes)):
-                pre = linear_fp32(tile.float(), W, b)
+                pre = linear_widened(tile.float(), W, b)
                 if twins is not None:
                     level(pre, tile.float(), W_enc, b_enc, features, twins, widest)
                 found.append(largest(pre.relu_(), min(k, len(W))))
@@ -68,10 +68,10 @@ def encode_threshold(
     best: FeatureActs | None = None
     with torch.no_grad():
         for features in feature_tiles(W_enc, tile_bytes):
-            W, b, t = W_enc[features].float(), b_enc[features].float(), threshold[features].float()
+            W, b, t = W_enc[features], b_enc[features].float(), threshold[features].float()
             parts = []
             for tile in rows.split(rows_per_tile(widest, tile_bytes)):
-                pre = linear_fp32(tile.float(), W, b)
+                pre = linear_widened(tile.float(), W, b)
                 if twins is not None:
                     level(pre, tile.float(), W_enc, b_enc, features, twins, widest)
                 # `~(<=)` lets NaN through, where the check on the result finds it.
