@@ -10,6 +10,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import fsspec
+import loopback
 import pytest
 import stores
 import tiny
@@ -34,9 +36,16 @@ def asked(sae: Path | None = None) -> ScopeOptions:
     return ScopeOptions(model=str(tiny.folder() / "model"), sae=str(sae or tiny.folder() / "sae"), device="cpu")
 
 
+@pytest.fixture(scope="module")
+def bucket() -> Iterator[str]:
+    """A bucket of a server on this machine."""
+    with loopback.s3() as found:
+        yield found
+
+
 @pytest.fixture(scope="module", autouse=True)
-def cluster() -> Iterator[None]:
-    """One cluster for all tests: it takes seconds to start."""
+def cluster(bucket: str) -> Iterator[None]:
+    """One cluster for all tests: it takes seconds to start. Its workers have the environment of its beginning."""
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=100 * 2**20)
     yield
     ray.shutdown()
@@ -59,6 +68,18 @@ def test_workers_that_die_leave_the_store_of_one_process(tmp_path) -> None:
     killed = equal_although_killed(tmp_path, times)
     assert len(killed) == times
     assert not set(killed) & set(workers())
+
+
+def test_workers_write_their_parts_to_a_bucket(bucket: str, tmp_path: Path) -> None:
+    rows, scope = stores.ROWS * 2, asked().open()
+    scope.extract(Corpus(rows), tmp_path / "one", OPTIONS).close()
+    scope.extract(Corpus(rows), f"{bucket}/s", OPTIONS, runner=RayRunner(asked(), HALF)).close()
+    fsspec.filesystem("s3").get(f"{bucket}/s/", str(tmp_path / "there"), recursive=True)
+    same(tmp_path / "there", tmp_path / "one")
+    assert not (tmp_path / "there" / "work").exists()
+    with pytest.raises(InputError, match="can't write to memory://s, which is in the memory of this process alone"):
+        scope.extract(Corpus(rows), "memory://s", OPTIONS, runner=RayRunner(asked(), HALF))
+    assert not fsspec.filesystem("memory").exists("/s")
 
 
 def test_a_cluster_without_a_free_slot_ends_in_a_sentence(tmp_path) -> None:

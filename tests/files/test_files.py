@@ -65,6 +65,15 @@ def test_links_stay_links_and_permissions_stay(tmp_path: Path) -> None:
     assert real.stat().st_mode & 0o777 == 0o600
 
 
+def test_an_output_at_a_uri_is_held_against_inputs_there() -> None:
+    for out in ("s3://bucket/corpus", "s3://bucket/corpus/store", Path("s3://bucket/corpus/store")):
+        with pytest.raises(
+            InputError, match=r"is or lies in s3://bucket/corpus, which is read; name an output outside"
+        ):
+            not_onto_itself(out, "lab", "s3://bucket/corpus/")
+    not_onto_itself("s3://bucket/corpus-2", "s3://bucket/corpus", "corpus")
+
+
 def test_a_device_is_written_straight(tmp_path: Path) -> None:
     with write_whole("/dev/null") as part:
         assert part == Path("/dev/null")

@@ -135,7 +135,7 @@ def test_commands_take_uris(store, capsys) -> None:
     assert json.loads(capsys.readouterr().out) == [{"n": 17}]
     assert main(["label", there, "--features", "0/3", "--summary"]) == 2
     assert "memory://bucket/s can be read but not written" in capsys.readouterr().err
-    assert main(["extract", "lab", "-o", "memory://bucket/t", "--sample", "2"]) == 2
+    assert main(["train", "lab", "-o", "memory://bucket/t", "--d-sae", "64", "--k", "4", "--tokens", "4096"]) == 2
     assert "memory://bucket/t can be read but not written" in capsys.readouterr().err
 
 

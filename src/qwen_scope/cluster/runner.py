@@ -13,6 +13,7 @@ from typing import Any
 
 from qwen_scope import errors
 from qwen_scope.errors import InputError, QwenScopeError, foreign, need, reason
+from qwen_scope.files import Remote
 from qwen_scope.sae import SAE
 from qwen_scope.scope import Job, ModelEngine, ScopeOptions
 
@@ -54,9 +55,14 @@ class RayRunner:
         """As `scope.Runner`.
 
         Raises:
-            InputError: no cluster, or one without a free slot for each worker.
+            InputError: no cluster, or one without a free slot for each worker, or a store in this process's memory.
             QwenScopeError: what a worker ran into.
         """
+        if isinstance(job.folder, Remote) and job.folder.protocol == "memory":
+            raise InputError(
+                f"workers can't write to {job.folder}, which is in the memory of this process alone; name a folder or"
+                " a bucket that all of them reach"
+            )
         with cluster(self.options):
             check_slots(self.options)
             yield from windows(job, self.asked, self.options)

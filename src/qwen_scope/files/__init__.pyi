@@ -7,14 +7,16 @@ from .folder import write_folder as write_folder
 from .lines import append_lines as append_lines
 from .lines import read_lines as read_lines
 from .lines import text_lines as text_lines
+from .lock import claim_folder as claim_folder
 from .lock import lock_folder as lock_folder
 from .remote import Remote as Remote
 from .remote import place as place
+from .texts import remove_folder as remove_folder
+from .texts import write_text as write_text
 from .whole import check_folder as check_folder
 from .whole import check_output as check_output
 from .whole import digest_of as digest_of
 from .whole import not_onto_itself as not_onto_itself
 from .whole import room as room
 from .whole import temporary_folder as temporary_folder
-from .whole import write_text as write_text
 from .whole import write_whole as write_whole

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Hashable
-from pathlib import Path
 from typing import Any, Literal
 
 from qwen_scope.errors import FormatError, brief, foreign
@@ -46,8 +45,11 @@ def parse_value(text: str | bytes, what: str, form: Form = "JSON") -> Any:
     return _json(text, what) if form == "JSON" else _yaml(text, what)
 
 
-def first_bytes(path: Path) -> bytes:
+def first_bytes(path: Any) -> bytes:
     """The bytes of a file, or of one without end more than `parse_value` takes.
+
+    Args:
+        path: a `Path`, or a `Remote`.
 
     Raises:
         OSError: it can't be read.

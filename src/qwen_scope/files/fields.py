@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
 from typing import Any, TypeVar, final
 
 from qwen_scope.errors import FormatError, NotFoundError, brief, check_count, check_number, foreign, nearest
 
 from .bounded import first_bytes, parse_value
+from .remote import Remote, place
 
 T = TypeVar("T")
 
@@ -119,8 +119,8 @@ def parse_object(text: str | bytes, what: str) -> dict[str, Any]:
     return data
 
 
-def read_object(path: str | os.PathLike[str], hint: str = "") -> dict[str, Any]:
-    """The JSON object in a file.
+def read_object(path: str | os.PathLike[str] | Remote, hint: str = "") -> dict[str, Any]:
+    """The JSON object in a file, of this machine or at a URI.
 
     Args:
         hint: what to do where there is no such file; the end of the sentence.
@@ -128,9 +128,9 @@ def read_object(path: str | os.PathLike[str], hint: str = "") -> dict[str, Any]:
     Raises:
         NotFoundError: there is no such file.   FormatError: as `parse_object`, or it can't be read.
     """
-    place = Path(path)
+    file = place(path)
     with foreign(f"{path} can't be read"):
-        if not place.exists():
+        if not file.exists():
             raise NotFoundError(f"there is no file {str(path)!r}" + (f"; {hint}" if hint else ""))
-        data = first_bytes(place)
+        data = first_bytes(file)
     return parse_object(data, str(path))

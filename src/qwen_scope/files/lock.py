@@ -1,18 +1,58 @@
-"""One writer for an output folder. The system holds the lock, so it ends with the process that took it."""
+"""One writer for an output folder. The system holds the lock, so it ends with the process that took it.
+
+At a URI nothing holds a lock. There the last one who comes is the writer, and the one before finds that out and stops.
+"""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import uuid
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from qwen_scope.errors import InputError
+from qwen_scope.errors import InputError, NotFoundError, QwenScopeError
 
+from .remote import Remote
 from .uri import check_here
 from .whole import make_folder, remove_stale, take, told
 
 NAME = ".lock"
+
+
+@contextmanager
+def claim_folder(folder: Path | Remote) -> Iterator[Callable[[], None]]:
+    """Be a folder's only writer while the block runs, wherever it is.
+
+    What it gives is to be called before anything is taken for finished: at a URI it raises InputError where another
+    process has come for the folder since; under `lock_folder` none can.
+
+    Raises:
+        InputError: as `lock_folder`.   NotFoundError, InputError: the place can't be written.
+    """
+    if not isinstance(folder, Remote):
+        with lock_folder(folder):
+            yield lambda: None
+        return
+    claim, mine = folder / NAME, uuid.uuid4().hex
+
+    def still() -> None:
+        try:
+            theirs = claim.read_text()
+        except NotFoundError:  # they have come and gone
+            theirs = ""
+        if theirs != mine:
+            raise InputError(
+                f"another process has begun to write to {folder}, so this one stops; what both have finished is kept"
+            )
+
+    claim.write_text(mine)
+    try:
+        yield still
+    finally:
+        with suppress(QwenScopeError):
+            still()
+            claim.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -6,8 +6,9 @@ import hashlib
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, final
 from urllib.parse import unquote, urlsplit
@@ -23,6 +24,9 @@ CREDENTIALS = {
     "gs": "GOOGLE_APPLICATION_CREDENTIALS",
     "hf": "HF_TOKEN",
 }
+
+# Where a folder is no more than the beginning of names.
+BUCKETS = ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "adl", "oci", "oss", "r2", "hf", "memory")
 
 
 def place(source: str | os.PathLike[str] | Remote) -> Path | Remote:
@@ -187,6 +191,68 @@ class Remote:
         """All of it as a text; raises as `answering`, and UnicodeDecodeError."""
         return self.read_bytes().decode(encoding)
 
+    def absolute(self) -> Remote:
+        """Itself."""
+        return self
+
+    def refresh(self) -> None:
+        """Forget what was listed: other processes write there."""
+        self.filesystem.invalidate_cache()
+
+    def mkdir(self, **_: Any) -> None:
+        """Nothing: a folder is the beginning of names, and where it is more it is made for its first file."""
+
+    def glob(self, pattern: str) -> list[Remote]:
+        """What lies directly below it under a name of this pattern, as it is now; raises as `answering`."""
+        with answering(self):
+            filesystem, key = self._located()
+            filesystem.invalidate_cache()
+            try:
+                found = filesystem.ls(key, detail=False)
+            except FileNotFoundError:
+                return []
+        names = sorted({one.rstrip("/").rpartition("/")[2] for one in found if one.rstrip("/") != key})
+        return [self / name for name in names if fnmatchcase(name, pattern)]
+
+    def iterdir(self) -> list[Remote]:
+        """What lies directly below it; raises as `answering`."""
+        return self.glob("*")
+
+    def write_bytes(self, content: bytes) -> None:
+        """Put all of it there at once: readers see the file before, or this one; raises as `answering`."""
+        with answering(self, "written"):
+            self._begun().pipe_file(self._located()[1], content)
+
+    def write_text(self, text: str) -> None:
+        """As `write_bytes`, in UTF-8."""
+        self.write_bytes(text.encode("utf-8"))
+
+    def put(self, file: Path) -> None:
+        """The content of a file of this machine, as `write_bytes`."""
+        with answering(self, "written"):
+            self._begun().put_file(str(file), self._located()[1])
+
+    def _begun(self) -> Any:
+        """The file system, with the folders above that it keeps; a bucket is never made."""
+        filesystem, key = self._located()
+        if self.protocol not in BUCKETS:
+            filesystem.makedirs(filesystem._parent(key), exist_ok=True)
+        return filesystem
+
+    def unlink(self, missing_ok: bool = False) -> None:
+        """Remove a file; raises as `answering`."""
+        with answering(self, "written"), suppress(*([FileNotFoundError] if missing_ok else [])):
+            filesystem, key = self._located()
+            filesystem.rm_file(key)
+
+    def rmtree(self) -> None:
+        """Remove everything below it, where anything is; raises as `answering`."""
+        with answering(self, "written"):
+            filesystem, key = self._located()
+            filesystem.invalidate_cache()
+            if filesystem.exists(key):
+                filesystem.rm(key, recursive=True)
+
     def fetched(self) -> Path:
         """A copy on this machine, for a file that has to be memory-mapped; one that is there is taken again.
 
@@ -210,23 +276,33 @@ class Remote:
 
 
 @contextmanager
-def answering(at: Remote) -> Iterator[None]:
+def answering(at: Remote, done: str = "reached") -> Iterator[None]:
     """A boundary around a call to a place elsewhere: whatever it answers instead becomes one sentence.
 
+    Args:
+        done: what is being done with it: it is `reached` or `written`.
+
     Raises:
-        NotFoundError: nothing is there, or the place can't be reached.   InputError: it wants other credentials.
+        NotFoundError: nothing is there, or the place can't be reached.
+        InputError: it wants other credentials, or it can't be written.
     """
     try:
         yield
     except (QwenScopeError, BrokenPipeError):
         raise
     except FileNotFoundError as error:
+        if done == "written":
+            raise NotFoundError(
+                f"{at} can't be written: there is no bucket or folder above it; make that first"
+            ) from error
         raise NotFoundError(f"there is no file, folder or bucket {at}") from error
+    except NotImplementedError as error:
+        raise InputError(f"{at} can't be {done}: what lies at {at.protocol}:// is only read") from error
     except ImportError as error:  # fsspec says which package is missing
-        raise NotFoundError(f"{at} can't be reached: {reason(error)}") from error
+        raise NotFoundError(f"{at} can't be {done}: {reason(error)}") from error
     except Exception as error:
         said, kind = reason(error), type(error).__name__
         if isinstance(error, PermissionError) or "Credentials" in kind or "Forbidden" in said:
             names = CREDENTIALS.get(at.protocol, "those of its protocol")
             raise InputError(f"{at} asks for credentials ({said}); set {names}") from error
-        raise NotFoundError(f"{at} can't be reached: {said}; check the address and the network") from error
+        raise NotFoundError(f"{at} can't be {done}: {said}; check the address and the network") from error

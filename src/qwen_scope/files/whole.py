@@ -19,7 +19,7 @@ from typing import Any
 
 from qwen_scope.errors import InputError, brief, reason
 
-from .uri import check_here
+from .uri import check_here, remote_uri
 
 UNFINISHED = ".unfinished-"
 PART = re.compile(re.escape(UNFINISHED) + r"([0-9]+-[0-9a-f]{8}|[0-9a-f]{32})(\..*)?")
@@ -187,16 +187,6 @@ def _added(stream: int, target: Path) -> Iterator[Path]:
         os.unlink(name)
 
 
-def write_text(path: str | os.PathLike[str], text: str) -> None:
-    """Write a text file whole, UTF-8, lines ending as they do in `text`.
-
-    Raises:
-        InputError: as `write_whole`.
-    """
-    with write_whole(path) as part:
-        part.write_text(text, encoding="utf-8", newline="")
-
-
 def not_onto_itself(output: str | os.PathLike[str], *inputs: str | os.PathLike[str]) -> None:
     """Refuse an output that is one of the inputs, under whatever name, or lies inside a folder that is read.
 
@@ -205,6 +195,9 @@ def not_onto_itself(output: str | os.PathLike[str], *inputs: str | os.PathLike[s
     """
     target = Path(os.path.realpath(output))
     for given in inputs:
+        there, to = remote_uri(given), remote_uri(output)
+        if there is not None and to is not None and f"{to}/".startswith(f"{there}/"):
+            raise InputError(f"{to} is or lies in {there}, which is read; name an output outside of it")
         source = Path(os.path.realpath(given))
         if not source.exists():
             continue
@@ -286,11 +279,11 @@ def told(named: str) -> Iterator[None]:
 
 
 @contextmanager
-def room(folder: str | os.PathLike[str], kept: str = "everything up to here") -> Iterator[None]:
+def room(folder: object, kept: str = "everything up to here") -> Iterator[None]:
     """Say of a full disk what to do, around work in a folder that goes on when it is repeated.
 
     Args:
-        kept: what is not lost.
+        folder: its path, or what stands for one elsewhere.   kept: what is not lost.
 
     Raises:
         InputError: the disk is full, or the folder can't be written.

@@ -7,7 +7,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -129,7 +128,7 @@ def extract(
 
     Args:
         saes: the layers to read, each with its SAE.
-        folder: where the store goes.
+        folder: where the store goes; also a URI, such as `s3://bucket/store`.
         progress: called after every forward pass.
         sae_device: where encoding happens. Each SAE comes there for its turn and the next one is on its way meanwhile,
             so memory-mapped SAEs of all layers can be swept with at most two of them there; None leaves them where
@@ -158,16 +157,16 @@ def extract(
     run = Extraction(
         corpus, loaded, saes, options, row_tokens, engine or ModelEngine(loaded.model, options.batch_tokens)
     )
-    counted, by = run.which_count(Path(folder))
+    counted, by = run.which_count(folder)
     if options.phases is not None:
         counted = replace(counted, phases=frozenset(options.phases))
     request = {**asdict(replace(options, counted=None)), "counted": counted.to_json(), "counted_by": by}
     request |= {"row_tokens": row_tokens, "corpus": corpus.description}
     request["dtype"] = str(loaded.model.dtype).removeprefix("torch.")
     request["sae_dtypes"] = sorted({str(sae.dtype).removeprefix("torch.") for sae in saes.values()})
-    sources = {"model": place_of(loaded.name, Path(folder))}
+    sources = {"model": place_of(loaded.name, folder)}
     if sae_source is not None:
-        sources["saes"] = place_of(sae_source, Path(folder))
+        sources["saes"] = place_of(sae_source, folder)
     with StoreWriter(folder, loaded.name, request, infos, sources) as writer:
         if not writer.finished:
             tell = telling_of(run, writer, progress)
@@ -197,7 +196,7 @@ class Extraction:
         self.reader: Reader | None = None
         self.held: deque[tuple[int, Pieces]] = deque()
 
-    def which_count(self, folder: Path) -> tuple[Counted, str]:
+    def which_count(self, folder: str | os.PathLike[str]) -> tuple[Counted, str]:
         """Which tokens count, and whether that was `given`, is what the `saes` say, or is `measured`.
 
         A folder that was begun with a measured one keeps it.

@@ -10,6 +10,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 
 from qwen_scope.errors import MismatchError
+from qwen_scope.files import Remote
 from qwen_scope.sae import SAE
 from qwen_scope.store import write_window
 from qwen_scope.text import Chat, Corpus, Counted
@@ -51,7 +52,7 @@ class Job:
     pool: tuple[str, ...]
     batch_tokens: int
     fingerprints: Mapping[int, str]
-    folder: Path
+    folder: Path | Remote
     hold_bytes: int = HOLD_BYTES
 
     def windows(self) -> Iterator[tuple[int, str]]:

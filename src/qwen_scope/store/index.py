@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import shutil
+import tempfile
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import duckdb
@@ -12,9 +14,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from qwen_scope.errors import InputError
+from qwen_scope.files import Remote, temporary_folder
 
 from .layout import PART_ROWS, ROW_GROUP, TABLES, WORK, LayerInfo, Part, in_utf8
 from .part_file import write_part
+from .queries import named
 
 FEATURE_BYTES, SPILL_BYTES = 6, 14
 """What an activation takes on the disk in `features`, and while its layer is sorted, in bytes; both a little more than
@@ -24,8 +28,10 @@ IN_MEMORY = 2**25
 """A layer with fewer activations is sorted in memory."""
 
 
-def check_disk(folder: Path, activations: Sequence[int]) -> None:
+def check_disk(folder: Path | Remote, activations: Sequence[int]) -> None:
     """Refuse an index for which the disk has no room, before the work.
+
+    For a store at a URI that is the disk of temporary files, which holds the layer that is sorted and one part.
 
     Args:
         activations: of each layer that is still to be sorted.
@@ -34,38 +40,55 @@ def check_disk(folder: Path, activations: Sequence[int]) -> None:
         InputError: it says what the index takes and what is free.
     """
     largest = max(activations, default=0)
-    needed = FEATURE_BYTES * sum(activations) + (SPILL_BYTES * largest if largest >= IN_MEMORY else 0)
-    free = shutil.disk_usage(folder).free
+    here = Path(tempfile.gettempdir()) if isinstance(folder, Remote) else folder
+    kept = min(largest, PART_ROWS) if isinstance(folder, Remote) else sum(activations)
+    needed = FEATURE_BYTES * kept + (SPILL_BYTES * largest if largest >= IN_MEMORY else 0)
+    free = shutil.disk_usage(here).free
     if needed > free:
         raise InputError(
-            f"the index of {sum(activations):,} activations takes about {needed / 1e9:.1f} GB in {folder} and"
+            f"the index of {sum(activations):,} activations takes about {needed / 1e9:.1f} GB in {here} and"
             f" {free / 1e9:.1f} GB are free; make room and run the same command again, what is extracted is kept"
         )
 
 
-def index_layer(folder: Path, info: LayerInfo, number: int, first_row: int, first_part: int, memory: str) -> list[Part]:
+def index_layer(
+    folder: Path | Remote, info: LayerInfo, number: int, first_row: int, first_part: int, memory: str
+) -> list[Part]:
     """Write the `features` and `stats` parts of one layer.
 
     Args:
         number: of the `stats` part.   first_row, first_part: rows and parts of `features` before this layer.
         memory: how much the sort may take before it goes to disk.
     """
-    files = [in_utf8(path) for path in sorted((folder / "activations").glob("*.parquet"))]
+    files = sorted((folder / "activations").glob("*.parquet"))
     parts: list[Part] = []
-    stream = sorted_rows(files, info.layer, folder / WORK / "spill", memory) if files else iter(())
-    for pieces in in_parts(stream):
-        parts.append(write_part(folder, "features", first_part + len(parts), pieces))
+    with spill_of(folder) as spill:
+        for pieces in in_parts(sorted_rows(files, info.layer, spill, memory) if files else iter(())):
+            parts.append(write_part(folder, "features", first_part + len(parts), pieces))
     parts = [part for part in parts if part.rows]
     return [*parts, write_part(folder, "stats", number, [layer_stats(files, info, first_row)])]
 
 
-def sorted_rows(files: list[str], layer: int, spill: Path, memory: str) -> Iterator[pa.Table]:
+@contextmanager
+def spill_of(folder: Path | Remote) -> Iterator[Path]:
+    """Where a sort goes that is larger than its memory: beside the store, or for one at a URI among temporary files."""
+    if isinstance(folder, Remote):
+        with temporary_folder() as place:
+            yield place
+        return
+    yield folder / WORK / "spill"
+    shutil.rmtree(folder / WORK / "spill", ignore_errors=True)
+
+
+def sorted_rows(files: Sequence[Path | Remote], layer: int, spill: Path, memory: str) -> Iterator[pa.Table]:
     """The rows of a layer by feature, then falling value, then document and position; whole row groups but the last."""
     with duckdb.connect(config={"memory_limit": memory, "temp_directory": in_utf8(spill)}) as connection:
+        if isinstance(files[0], Remote):
+            connection.register_filesystem(files[0].filesystem)
         rows = connection.sql(
             "SELECT layer, document, position, feature, value FROM read_parquet($files) WHERE layer = $layer"
             " ORDER BY feature, value DESC, document, position",
-            params={"files": files, "layer": layer},
+            params={"files": [named(file) for file in files], "layer": layer},
         )
         try:
             held: list[pa.Table] = []
@@ -83,7 +106,6 @@ def sorted_rows(files: list[str], layer: int, spill: Path, memory: str) -> Itera
                 f"the activations of layer {layer} could not be sorted ({said:.200}); make room on the disk and run the"
                 " same command again, nothing is lost"
             ) from error
-    shutil.rmtree(spill, ignore_errors=True)
 
 
 def in_parts(tables: Iterator[pa.Table]) -> Iterator[Iterator[pa.Table]]:
@@ -100,7 +122,7 @@ def in_parts(tables: Iterator[pa.Table]) -> Iterator[Iterator[pa.Table]]:
         yield part()
 
 
-def layer_stats(files: list[str], info: LayerInfo, first_row: int) -> pa.Table:
+def layer_stats(files: Sequence[Path | Remote], info: LayerInfo, first_row: int) -> pa.Table:
     """One row per feature, from one pass over the activations in document order."""
     tokens, documents = np.zeros(info.d_sae, np.int64), np.zeros(info.d_sae, np.int64)
     total = np.zeros(info.d_sae, np.float64)
@@ -124,10 +146,10 @@ def layer_stats(files: list[str], info: LayerInfo, first_row: int) -> pa.Table:
     return pa.Table.from_arrays([pa.array(column) for column in columns], schema=TABLES["stats"])
 
 
-def layer_batches(files: list[str], layer: int) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+def layer_batches(files: Sequence[Path | Remote], layer: int) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """Document, feature and value of a layer's activations, a row group at a time, in document order."""
-    for name in files:
-        with pq.ParquetFile(name) as file:
+    for path in files:
+        with pq.ParquetFile(path.open("rb") if isinstance(path, Remote) else named(path)) as file:
             for group in range(file.num_row_groups):
                 if file.metadata.row_group(group).column(0).statistics.min == layer:
                     table = file.read_row_group(group, columns=["document", "feature", "value"])

@@ -7,7 +7,6 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -56,7 +55,7 @@ def merge(
         first = stores[0].manifest
         infos = [replace(info, tokens=0, activations=0) for info in first.layers.values()]
         parts = Shares(stores)
-        with StoreWriter(folder, first.model, whole_request(first), infos, sources_of(stores[0], Path(folder))) as out:
+        with StoreWriter(folder, first.model, whole_request(first), infos, sources_of(stores[0], folder)) as out:
             if out.state is not None and MERGED not in out.state:
                 raise InputError(f"{folder} was begun by an extraction; name a new folder")
             done = 0 if out.state is None else int(out.state[MERGED])
@@ -155,7 +154,7 @@ def _near(a: float | None, b: float | None) -> bool:
     return a == b if a is None or b is None else abs(a - b) <= SAME_NORM * abs(a)
 
 
-def sources_of(store: FeatureStore, folder: Path) -> dict[str, dict[str, str]]:
+def sources_of(store: FeatureStore, folder: str | os.PathLike[str]) -> dict[str, dict[str, str]]:
     """Where the model and the SAEs of a share lie, seen from another folder."""
     found: dict[str, dict[str, str]] = {}
     for what in ("model", "saes"):

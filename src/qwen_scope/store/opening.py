@@ -25,8 +25,10 @@ def read_manifest(folder: Path | Remote) -> Manifest:
     Raises:
         NotFoundError: there is no store.   FormatError: it is damaged, or not what the format says.
     """
-    if isinstance(folder, Remote) and not (folder / MANIFEST).is_file():
-        raise NotFoundError(_absent(folder))
+    if isinstance(folder, Remote):
+        folder.refresh()
+        if not (folder / MANIFEST).is_file():
+            raise NotFoundError(_absent(folder))
     try:
         text = (folder / MANIFEST).read_text(encoding="utf-8")
     except UnicodeDecodeError as error:

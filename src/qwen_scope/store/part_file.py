@@ -7,14 +7,20 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from qwen_scope.files import digest_of
+from qwen_scope.files import Remote, digest_of, temporary_folder
 
 from .layout import ROW_GROUP, TOKEN_GROUP, Part, part_name, part_writer
 
 
-def write_part(folder: Path, table: str, number: int, pieces: Iterator[pa.Table] | Sequence[pa.Table]) -> Part:
-    """Write one part, to the disk itself; no row group holds rows of two pieces."""
+def write_part(folder: Path | Remote, table: str, number: int, pieces: Iterator[pa.Table] | Sequence[pa.Table]) -> Part:
+    """Write one part, to the disk itself, or at a URI as one whole object; no row group holds rows of two pieces."""
     name = part_name(table, number)
+    if isinstance(folder, Remote):
+        with temporary_folder() as here:
+            part = write_part(here, table, number, pieces)
+            if part.rows:
+                (folder / name).put(here / name)
+        return part
     path = folder / name
     path.parent.mkdir(exist_ok=True)
     path.unlink(missing_ok=True)  # a worker that was given up may still write to the file it opened, and to no other

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen_scope.errors import InputError, NotFoundError, QwenScopeError, brief
-from qwen_scope.files import Remote, read_object
+from qwen_scope.files import Remote, place, read_object
 from qwen_scope.sae import catalog, load_sae
 from qwen_scope.text import Counted
 
@@ -22,11 +22,11 @@ def kept_counted(folder: str | os.PathLike[str]) -> Counted | None:
 
     A run that goes on, or asks for a store that is there, takes it from here instead of measuring it again.
     """
-    folder = Path(folder)
-    path = folder / MANIFEST
+    there = place(folder)
+    path = there / MANIFEST
     if not path.is_file():
-        path = folder / WORK / "request.json"
-        windows = (folder / WORK).glob("window-*.json")
+        path = there / WORK / "request.json"
+        windows = (there / WORK).glob("window-*.json")
         if not path.is_file() or not any(read_object(one).get("tokens") for one in windows):
             return None
     request = read_object(path).get("request")
@@ -35,7 +35,7 @@ def kept_counted(folder: str | os.PathLike[str]) -> Counted | None:
     return Counted.from_json(request.get("counted"), f"'counted' in {path}")
 
 
-def check_same(old: Any, new: Mapping[str, Any], folder: Path) -> None:
+def check_same(old: Any, new: Mapping[str, Any], folder: Path | Remote) -> None:
     """Refuse to go on with another request than a folder was begun with.
 
     Raises:
@@ -91,15 +91,18 @@ def _is_folder(source: str) -> bool:
     return catalog.lookup(source) is None and os.path.exists(os.path.expanduser(source))
 
 
-def place_of(source: str, store: Path) -> dict[str, str]:
+def place_of(source: str, store: str | os.PathLike[str]) -> dict[str, str]:
     """Where a model or SAEs lie, so that they are found again from anywhere: `name` (of the catalog or the Hub), or
-    `path` and `relative`, the way there from the store."""
+    `path` and `relative`, the way there from the store, if that is on this machine."""
     if not _is_folder(source):
         return {"name": source}
     path = os.path.realpath(os.path.expanduser(source))
     out = {"path": path}
-    if os.path.splitdrive(path)[0] == os.path.splitdrive(os.path.realpath(store))[0]:
-        out["relative"] = Path(os.path.relpath(path, os.path.realpath(store))).as_posix()
+    here = place(store)
+    if isinstance(here, Remote):
+        return out
+    if os.path.splitdrive(path)[0] == os.path.splitdrive(os.path.realpath(here))[0]:
+        out["relative"] = Path(os.path.relpath(path, os.path.realpath(here))).as_posix()
     return out
 
 
@@ -111,15 +114,15 @@ def source_of(manifest: Manifest, folder: Path | Remote, what: str) -> str | Non
     Raises:
         NotFoundError: it has moved.
     """
-    place = manifest.sources.get(what)
-    if place is None or "name" in place:
-        return (place or {}).get("name")
-    beside = folder.resolve() / place["relative"] if isinstance(folder, Path) and "relative" in place else None
-    known = [Path(os.path.realpath(path)) for path in (beside, place.get("path")) if path and os.path.exists(path)]
+    lay = manifest.sources.get(what)
+    if lay is None or "name" in lay:
+        return (lay or {}).get("name")
+    beside = folder.resolve() / lay["relative"] if isinstance(folder, Path) and "relative" in lay else None
+    known = [Path(os.path.realpath(path)) for path in (beside, lay.get("path")) if path and os.path.exists(path)]
     if not known:
         said, option = ("SAEs", "--sae") if what == "saes" else ("model", "--model")
         raise NotFoundError(
-            f"the {said} of {folder} lay in {place.get('path')}, where nothing is now; say where with {option} FOLDER"
+            f"the {said} of {folder} lay in {lay.get('path')}, where nothing is now; say where with {option} FOLDER"
         )
     if what == "saes" and len(set(known)) > 1:
         info = next(iter(manifest.layers.values()))

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
@@ -18,7 +17,7 @@ import pyarrow as pa
 from jaxtyping import Float32, Int32
 
 from qwen_scope.errors import InputError, foreign
-from qwen_scope.files import lock_folder, read_object, room, write_text
+from qwen_scope.files import Remote, claim_folder, place, read_object, remove_folder, room, write_text
 
 from .index import check_disk, index_layer
 from .layout import (
@@ -69,7 +68,8 @@ class StoreWriter:
     """Writes one store. A window is in the store once its marker is; whatever a killed run left beyond is taken away.
 
     Args:
-        folder: made where it does not exist; it may hold an unfinished store of the same request.
+        folder: made where it does not exist; it may hold an unfinished store of the same request. At a URI parts and
+            markers are whole objects, the manifest the last of them, and nothing is renamed.
         model: the source of the language model.
         request: plain data that decides the content of the store.
         layers: the layers and their SAEs, counts still 0.
@@ -93,13 +93,16 @@ class StoreWriter:
         layers: Sequence[LayerInfo],
         sources: Mapping[str, Mapping[str, str]] | None = None,
     ) -> None:
-        in_utf8(folder)  # refused before the work, not after it
-        self.folder, self.work = Path(folder), Path(folder) / WORK
+        self.folder = place(folder)
+        self.work = self.folder / WORK
+        if isinstance(self.folder, Path):
+            in_utf8(self.folder)  # refused before the work, not after it
         self.layers = {info.layer: info for info in sorted(layers, key=lambda info: info.layer)}
         self.model, self.request, self.sources = model, json.loads(json.dumps(request)), dict(sources or {})
         self.markers: list[dict[str, Any]] = []
         asked = {"model": model, "request": self.request, "layers": [asdict(info) for info in self.layers.values()]}
         self._held: ExitStack | None = None
+        self._still: Callable[[], None] = lambda: None
         self.finished = (self.folder / MANIFEST).is_file()
         if self.finished:
             with foreign(f"{self.folder / MANIFEST} can't be read"):
@@ -112,7 +115,7 @@ class StoreWriter:
         if self.folder.exists() and not (self.folder.is_dir() and (self.work.is_dir() or not _content(self.folder))):
             raise InputError(f"{self.folder} exists and is no unfinished store; name a new folder")
         with room(self.folder), ExitStack() as stack:
-            stack.enter_context(lock_folder(self.folder))
+            self._still = stack.enter_context(claim_folder(self.folder))
             self._held = stack.pop_all()
             try:
                 self._begin(asked)
@@ -122,7 +125,8 @@ class StoreWriter:
 
     def _begin(self, asked: dict[str, Any]) -> None:
         request = self.work / "request.json"
-        while (marker := self._marker(len(self.markers))).is_file():
+        there = {path.name for path in self.work.glob("window-*.json")}
+        while (marker := self._marker(len(self.markers))).name in there:
             self.markers.append(read_object(marker))
         if self.counts["tokens"] and request.is_file():
             check_same(read_object(request), asked, self.folder)
@@ -140,14 +144,14 @@ class StoreWriter:
     def _tidy(self) -> None:
         """Remove what a run left that was killed between its last file and its end, if nobody is still at work."""
         if self.work.exists() or (self.folder / ".lock").exists():
-            with suppress(InputError), lock_folder(self.folder):
-                shutil.rmtree(self.work, ignore_errors=True)
+            with suppress(InputError), claim_folder(self.folder):
+                remove_folder(self.work)
 
     def _empty(self) -> None:
         """Take away everything that was begun."""
         self.markers.clear()
         for name in (WORK, *TABLES):
-            shutil.rmtree(self.folder / name, ignore_errors=True)
+            remove_folder(self.folder / name)
 
     def __enter__(self) -> StoreWriter:
         return self
@@ -164,7 +168,7 @@ class StoreWriter:
             self._empty()
         held.close()
 
-    def _marker(self, window: int) -> Path:
+    def _marker(self, window: int) -> Path | Remote:
         return self.work / f"window-{window:06d}.json"
 
     @property
@@ -203,6 +207,7 @@ class StoreWriter:
         """Take what `write_window` wrote, perhaps elsewhere, as the next window; raises as `add`."""
         text = json.dumps({**written, "state": dict(state)})
         with room(self.folder):
+            self._still()
             write_text(self._marker(self.windows), text)
         self.markers.append(json.loads(text))
 
@@ -227,8 +232,9 @@ class StoreWriter:
                 activations = sum(m["layers"][str(layer)][1] for m in self.markers)
                 if not marker.is_file():
                     made = index_layer(self.folder, info, number, first_row, first_part, memory)
+                    self._still()
                     write_text(marker, json.dumps({"parts": [asdict(part) for part in made]}))
-                made = [Part(**part) for part in json.loads(marker.read_text(encoding="utf-8"))["parts"]]
+                made = [Part(**part) for part in read_object(marker)["parts"]]
                 parts += made
                 first_row += activations
                 first_part += sum(part.table == "features" for part in made)
@@ -248,13 +254,14 @@ class StoreWriter:
                 versions={name: version(name) for name in PACKAGES},
                 sources={name: dict(place) for name, place in self.sources.items()},
             )
+            self._still()
             write_text(self.folder / MANIFEST, manifest.to_json())
         self.finished = True
-        shutil.rmtree(self.work)
+        remove_folder(self.work)
         self.close()
 
 
-def write_window(folder: Path, number: int, window: Window) -> dict[str, Any]:
+def write_window(folder: Path | Remote, number: int, window: Window) -> dict[str, Any]:
     """Write the parts of a window, which are of the store once a writer keeps what this returns: plain data.
 
     Raises:
@@ -274,7 +281,7 @@ def write_window(folder: Path, number: int, window: Window) -> dict[str, Any]:
     }
 
 
-def _content(folder: Path) -> bool:
+def _content(folder: Path | Remote) -> bool:
     """Whether a folder holds anything but what a killed writer leaves."""
     return any(path.name != ".lock" and not path.name.startswith(".unfinished-") for path in folder.iterdir())
 
