@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from explored import ENGLISH, GERMAN, LAYER
+from filled import CONTROLS, fill
 from playwright.sync_api import Page, expect
 
 from qwen_scope.analysis import Rule, RuleFeature
@@ -77,7 +78,7 @@ def test_positions_are_previewed_and_bad_ones_refused(visit: Visit, state: AppSt
     page = visit()
     tab(page, "Steer")
     page.locator("#steer-where input, #steer-where textarea").fill("1,3-4")
-    expect(page.locator("#steer-preview .qs-amber")).to_have_count(3)
+    expect(page.locator("#steer-preview .qs-changed")).to_have_count(3)
     page.locator("#steer-where input, #steer-where textarea").fill("first three")
     expect(page.locator("#steer-preview [role=alert]")).to_contain_text("is not a position")
     page.locator("#steer-run").click()
@@ -225,41 +226,6 @@ def test_an_analysis_shows_progress_and_can_be_stopped(
     expect(result).to_contain_text("The analysis was stopped before its end")
     page.locator("#datasets-go").click()
     expect(result.locator("svg").first).to_be_visible()
-
-
-CONTROLS = {
-    "explore": ("#explore-text textarea", "#explore-read", "#explore-chat input", "#explore-layer input[type=range]"),
-    "compare": ("#compare-text-a textarea", "#compare-text-b textarea", "#compare-go"),
-    "steer": ("#steer-prompt textarea", "#steer-feature input", "#steer-amount input", "#steer-run", "#steer-stop"),
-    "why": ("#why-prompt textarea", "#why-position input", "#why-nodes input", "#why-go", "#why-stop", "#why-steer"),
-    "feature": ("#feature-number input", "#feature-open"),
-    "datasets": ("#datasets-analysis input", "#datasets-go", "#datasets-stop"),
-}
-
-
-def fill(page: Page, name: str, state: AppState) -> None:
-    """Something to look at on a tab."""
-    if name == "explore":
-        page.locator("#explore-text textarea").fill(" ".join(GERMAN))
-        page.locator("#explore-read").click()
-        expect(page.locator("#explore-heat table")).to_be_visible()
-    elif name == "compare":
-        for side, text in zip("ab", (GERMAN[1], ENGLISH[1]), strict=True):
-            page.locator(f"#compare-text-{side} textarea").fill(text)
-        page.locator("#compare-go").click()
-        expect(page.locator("#compare-ranking tr[data-shade]").first).to_be_visible()
-    elif name == "why":
-        page.locator("#why-prompt textarea").fill("Guten Morgen, wo ist")
-        page.locator("#why-go").click()
-        expect(page.frame_locator("#why-graph iframe").locator("[data-node]").first).to_be_visible()
-    elif name == "feature":
-        best = state.scope.features([GERMAN[0]], [LAYER]).strongest(0, LAYER, 1)[0]
-        page.locator("#feature-number input").fill(str(best.feature))
-        page.locator("#feature-open").click()
-        expect(page.locator("#feature-contexts li").first).to_be_visible()
-    elif name == "datasets":
-        page.locator("#datasets-go").click()
-        expect(page.locator("#datasets-result svg").first).to_be_visible()
 
 
 @pytest.mark.parametrize("name", CONTROLS)

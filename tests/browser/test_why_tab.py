@@ -12,7 +12,8 @@ import pytest
 from playwright.sync_api import FrameLocator, Page, expect
 
 from qwen_scope.circuits import Reading
-from qwen_scope.explorer import AppState, why
+from qwen_scope.explorer import AppState
+from qwen_scope.explorer.tabs import why
 
 Visit = Callable[..., Page]
 PATIENCE_S = 60

@@ -17,12 +17,12 @@ from qwen_scope import load_scope
 from qwen_scope.cli.sweep import read_prompts
 from qwen_scope.errors import InputError, MismatchError, NotFoundError, QwenScopeError
 from qwen_scope.explorer import AppState, Limits, steering
-from qwen_scope.explorer.datasets import analysed
-from qwen_scope.explorer.explore_view import Reading, address
-from qwen_scope.explorer.feature_view import passage
+from qwen_scope.explorer.access.limits import whole_number
 from qwen_scope.explorer.jobs import Jobs, Stopped, Told, watched
-from qwen_scope.explorer.limits import whole_number
+from qwen_scope.explorer.look.explore import Reading, address
+from qwen_scope.explorer.look.feature import passage
 from qwen_scope.explorer.store_pool import StorePool
+from qwen_scope.explorer.tabs.datasets import analysed
 from qwen_scope.features import Label, Notes, make_label
 from qwen_scope.files import text_lines
 from qwen_scope.scope import model_source

@@ -22,12 +22,15 @@ from explored import GERMAN, HOSTILE, LAYER, served
 
 from qwen_scope import load_scope
 from qwen_scope.errors import InputError, QwenScopeError
-from qwen_scope.explorer import Api, AppState, Limits, explore_view, feature_view, steer_view, steering
-from qwen_scope.explorer.components import Named, notice
-from qwen_scope.explorer.datasets import analysed, result_panel, trace_panel
-from qwen_scope.explorer.discreet import discreet
-from qwen_scope.explorer.explore import layer_choice
+from qwen_scope.explorer import Api, AppState, Limits, steering
+from qwen_scope.explorer.access.discreet import discreet
+from qwen_scope.explorer.look import explore as explore_view
+from qwen_scope.explorer.look import feature as feature_view
+from qwen_scope.explorer.look import steer as steer_view
+from qwen_scope.explorer.look.components import Named, notice
 from qwen_scope.explorer.page import build, header
+from qwen_scope.explorer.tabs.datasets import analysed, result_panel, trace_panel
+from qwen_scope.explorer.tabs.explore import layer_choice
 from qwen_scope.features import Label, Notes, make_label
 from qwen_scope.scope import model_source
 from qwen_scope.stats import Interval
@@ -402,7 +405,7 @@ def test_hostile_names_labels_and_files_are_shown_inertly(state: AppState) -> No
     inert(explore_view.tokens_panel(seen, reading, label))
     inert(explore_view.token_features_panel(seen, reading, label))
     inert(explore_view.text_features_panel(seen, reading, label))
-    inert(explore_view.heat_panel(seen, reading, label, own_scale=True, only_counted=False))
+    inert(explore_view.heat_panel(seen, replace(reading, only_counted=False), label))
     inert(explore_view.token_depth_panel({LAYER: seen}, reading, label))
 
     good = Interval(0.9, 0.8, 1.0, 20)
@@ -422,6 +425,6 @@ def test_hostile_names_labels_and_files_are_shown_inertly(state: AppState) -> No
 def test_hostile_names_in_analyses_and_rules_are_shown_inertly(state: AppState, stores: dict[str, Path]) -> None:
     own = AppState(state.scope, {HOSTILE.replace("/", "|"): stores["german"], "<img src=y>": stores["english"]})
     for name in ("overlap", "redundancy", "drift", "subset"):
-        inert(result_panel(HOSTILE, analysed(own, list(own.stores), name, LAYER), 1.0))
+        inert(result_panel(HOSTILE, analysed(own, list(own.stores), name, LAYER), 1.0, own))
     rule = type("Rule", (), {"name": HOSTILE})()
     inert(trace_panel(own, rule, [HOSTILE], []))  # pyright: ignore[reportArgumentType]

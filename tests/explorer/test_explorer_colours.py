@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from itertools import combinations
+
 import numpy as np
 import pytest
 
-from qwen_scope.explorer.theme import COLOURS
+from qwen_scope.explorer.look.theme import COLOURS
 
 # Machado, Oliveira and Fernandes 2009, severity 1, on linear RGB.
 SEEN = {
@@ -53,7 +55,8 @@ def apart(one: str, other: str, scheme: int, kind: str) -> float:
 @pytest.mark.parametrize("kind", SEEN)
 @pytest.mark.parametrize("scheme", [LIGHT, DARK])
 def test_what_colour_tells_apart_everybody_can(kind: str, scheme: int) -> None:
-    for one, other in (("side-a", "side-b"), ("heat", "sunken"), ("amber", "sunken"), ("accent", "quiet")):
+    meanings = ("heat", "prob", "changed", "sunken")
+    for one, other in (("side-a", "side-b"), ("accent", "quiet"), *combinations(meanings, 2)):
         assert apart(one, other, scheme, kind) > 15, (one, other)
 
 
@@ -69,16 +72,19 @@ def test_the_measure_can_fail() -> None:
 def test_strength_is_lightness(kind: str, scheme: int) -> None:
     """A stronger shade is darker than a weaker one in the light theme and lighter in the dark one."""
     seen = np.array(SEEN[kind])
-    weak, strong = (lab(seen @ linear(name, scheme))[0] for name in ("sunken", "heat"))
-    assert abs(strong - weak) > 15
-    assert (strong < weak) == (scheme == LIGHT)
+    for meaning in ("heat", "prob", "changed"):
+        weak, strong = (lab(seen @ linear(name, scheme))[0] for name in ("sunken", meaning))
+        assert abs(strong - weak) > 15
+        assert (strong < weak) == (scheme == LIGHT)
 
 
 @pytest.mark.parametrize("scheme", [LIGHT, DARK])
 def test_text_can_be_read(scheme: int) -> None:
     """WCAG 2: text has a contrast of 4.5 with what it stands on."""
     pairs = [("ink", "paper"), ("ink", "surface"), ("ink", "sunken"), ("quiet", "paper"), ("quiet", "surface")]
-    pairs += [("on-accent", "accent"), ("wrong", "surface"), ("accent", "surface")]
+    pairs += [("on-accent", "accent"), ("wrong", "surface"), ("accent", "surface"), ("quiet", "sunken")]
+    pairs += [("surface", side) for side in ("side-a", "side-b")]
+    pairs += [("ink", shade) for shade in ("heat", "prob", "changed")]
     for text, ground in pairs:
         bright = sorted(float(XYZ[1] @ linear(name, scheme)) for name in (text, ground))
         assert (bright[1] + 0.05) / (bright[0] + 0.05) >= 4.5, (text, ground)

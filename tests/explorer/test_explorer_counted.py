@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import pytest
 from explored import LAYER
@@ -10,8 +11,8 @@ from explored import LAYER
 from qwen_scope import load_scope
 from qwen_scope.explorer import AppState
 from qwen_scope.explorer.api import Api
-from qwen_scope.explorer.compare_view import compared, left_out_at, shading
-from qwen_scope.explorer.explore_view import (
+from qwen_scope.explorer.look.compare import compared, left_out_at, shading
+from qwen_scope.explorer.look.explore import (
     Reading,
     heat_panel,
     text_features_panel,
@@ -79,14 +80,14 @@ def test_the_heat_map_shows_those_that_count_or_all(counted: AppState) -> None:
     reading = Reading(TEXT, "plain", LAYER).with_default_choice(seen)
     tokens, left = len(seen.tokens[0]), 1 + SINKS
     for only, shown in ((True, tokens - left), (False, tokens)):
-        markup = heat_panel(seen, reading, nobody, own_scale=True, only_counted=only)
+        markup = heat_panel(seen, replace(reading, only_counted=only), nobody)
         head, _, body = markup.partition("<tbody>")
         assert head.count("<th ") == 1 + shown
         assert head.count("left out: ") == (0 if only else left)
         assert body.partition("</tr>")[0].count("<td") == shown
     alone = counted.seen("a", LAYER)
     one = Reading("a", "plain", LAYER).with_default_choice(alone)
-    assert "No token of this text counts" in heat_panel(alone, one, nobody, own_scale=True, only_counted=True)
+    assert "No token of this text counts" in heat_panel(alone, one, nobody)
     assert one.token == 0
 
 

@@ -13,7 +13,7 @@ import gradio as gr
 import pytest
 
 from qwen_scope.errors import MismatchError
-from qwen_scope.explorer import fits
+from qwen_scope.explorer.access import fits
 
 pytestmark = pytest.mark.usefixtures("left_behind")
 

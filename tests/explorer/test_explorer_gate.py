@@ -15,8 +15,8 @@ from explored import LAYER, served
 
 from qwen_scope.errors import InputError
 from qwen_scope.explorer import AppState, Limits
-from qwen_scope.explorer.fair_queue import Turns
-from qwen_scope.explorer.gate import Gate, Logins, address_of, check_host, host_name
+from qwen_scope.explorer.access.fair_queue import Turns
+from qwen_scope.explorer.access.gate import Gate, Logins, address_of, check_host, host_name
 
 PORT = 7860
 

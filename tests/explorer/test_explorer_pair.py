@@ -15,9 +15,9 @@ from qwen_scope import Intervention, Scope, load_scope
 from qwen_scope.errors import FormatError, MismatchError
 from qwen_scope.explorer import AppState, steering
 from qwen_scope.explorer.api import Api
-from qwen_scope.explorer.explore import ExploreTab
-from qwen_scope.explorer.explore_view import Reading
+from qwen_scope.explorer.look.explore import Reading
 from qwen_scope.explorer.page import pair_lines
+from qwen_scope.explorer.tabs.explore import ExploreTab
 from qwen_scope.model import load_model, weights_fingerprint
 from qwen_scope.sae import load_sae, save_sae
 from qwen_scope.scope import DO_NOT_USE, FITS, Verdict, remember
@@ -71,7 +71,7 @@ def test_a_layer_that_is_not_to_be_used_says_so_where_it_is_read(measured: None)
         with gr.Blocks():
             tab = ExploreTab(state)
         gc.collect()
-    said = {layer: str(tab.show(Reading("Hello there", "plain", layer), True, True)[tab.notice]) for layer in WORDS}
+    said = {layer: str(tab.show(Reading("Hello there", "plain", layer))[tab.notice]) for layer in WORDS}
     assert said[0] == ""
     assert "These SAEs on this model: do not use at layer 2" in said[2]
 

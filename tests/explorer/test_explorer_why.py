@@ -15,11 +15,11 @@ from explored import LAYER
 from qwen_scope.circuits import Graph, Question, WhyOptions, ask, explain, read
 from qwen_scope.errors import QwenScopeError
 from qwen_scope.explorer import AppState, Limits
-from qwen_scope.explorer.feature_view import effects_panel
 from qwen_scope.explorer.jobs import Told, watched
-from qwen_scope.explorer.why import explained, recipe_rows
-from qwen_scope.explorer.why_view import graph_panel
-from qwen_scope.features import Label, Lens, Notes, make_label
+from qwen_scope.explorer.look.feature import effects_panel
+from qwen_scope.explorer.look.why import graph_panel
+from qwen_scope.explorer.tabs.why import explained, recipe_rows
+from qwen_scope.features import Label, Lens, Notes, make_label, names_of
 from qwen_scope.stats import Interval
 
 PROMPT = "Guten Morgen, wo ist"
@@ -33,7 +33,8 @@ def graph(state: AppState) -> Graph:
 
 def test_the_graph_is_that_of_the_library_under_the_pages_own_names(state: AppState, graph: Graph) -> None:
     found = ask(state.scope, PROMPT, Question(" der", " the"))
-    plain = explain(read(state.scope, found.ids, found.quantity, tokens=found.tokens), WhyOptions(nodes=12, exact=12))
+    reading = read(state.scope, found.ids, found.quantity, tokens=found.tokens)
+    plain = explain(reading, WhyOptions(nodes=12, exact=12), labels=names_of(state.scope))
     assert graph == replace(plain, model=state.model_name, group=state.sae_name)
     assert str(state.scope.name) not in json.dumps(graph.to_json())
 

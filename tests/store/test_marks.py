@@ -11,7 +11,7 @@ import pytest
 import stores
 
 from qwen_scope.cli import main
-from qwen_scope.explorer.feature_view import contexts_panel
+from qwen_scope.explorer.look.feature import contexts_panel
 from qwen_scope.features import feature_html, feature_page
 from qwen_scope.model import HookPoint, capture
 from qwen_scope.report import marks_note, shaded

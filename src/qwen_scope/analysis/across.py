@@ -167,7 +167,7 @@ def across(languages: Mapping[str, Language], *, top: int = 2, shared: int = 10,
         ),
         (
             *(
-                Heatmap(f"F1 from row to column: {said}", names, names, f1)
+                Heatmap(f"F1 from row to column: {said}", names, names, f1, 0.0, 1.0)
                 for said, f1 in tables.items()
                 if said != EVERYTHING
             ),

@@ -124,8 +124,8 @@ def overlap_of(
     }
     grid = np.ix_(order, order)
     figures: list[Figure] = [
-        Heatmap("Share of the row's footprint that the column covers", shown, shown, covered[grid]),
-        Heatmap("Overlap over the smaller footprint", shown, shown, smaller[grid]),
+        Heatmap("Share of the row's footprint that the column covers", shown, shown, covered[grid], 0.0, 1.0),
+        Heatmap("Overlap over the smaller footprint", shown, shown, smaller[grid], 0.0, 1.0),
     ]
     notes = [f"{name} shares little with the others: a newcomer to this suite" for name in alone]
     scored = all(d.scores is not None for d in datasets)

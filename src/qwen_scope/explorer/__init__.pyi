@@ -1,6 +1,6 @@
+from .access.gate import check_host as check_host
+from .access.limits import Limits as Limits
 from .api import Api as Api
 from .app_state import AppState as AppState
-from .gate import check_host as check_host
-from .limits import Limits as Limits
 from .page import build as build
 from .page import launch as launch

@@ -18,11 +18,11 @@ from qwen_scope.report import escaped
 from qwen_scope.steer import Generation
 
 from . import steering
+from .access.discreet import discreet_value
+from .access.limits import listed, whole_number
 from .app_state import AppState
-from .datasets import ANALYSIS, analysed
-from .discreet import discreet_value
-from .limits import listed, whole_number
-from .steer import STEER, SWEEP
+from .tabs.datasets import ANALYSIS, analysed
+from .tabs.steer import STEER, SWEEP
 from .wiring import LOOK, MODEL, SETS
 
 PAIRS = 200_000

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import threading
 from collections import OrderedDict
-from collections.abc import Hashable, Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any
 
-from qwen_scope.errors import InputError, brief
+from qwen_scope.errors import InputError, QwenScopeError, brief
 from qwen_scope.features import (
     FeaturePage,
     Label,
@@ -22,24 +22,33 @@ from qwen_scope.features import (
     similar,
     with_neighbours,
 )
-from qwen_scope.sae import SAE, catalog, layers_of, load_sae
+from qwen_scope.sae import SAE
 from qwen_scope.scope import DO_NOT_USE, Comparison, Scope, TokenFeatures, compare_seen, model_source
 from qwen_scope.steer import Generation
-from qwen_scope.store import FeatureStore
-from qwen_scope.text import Chat, Corpus, Unreadable
+from qwen_scope.store import Context, FeatureStore
+from qwen_scope.text import Chat, Corpus, Unreadable, render
 from qwen_scope.trust import Card, CardOptions, card
 
-from .components import Named
-from .discreet import discreet
+from .access.discreet import discreet
+from .access.limits import Limits, listed, one_of
 from .jobs import Jobs
-from .limits import Limits, listed, one_of
+from .lately import Lately, size_of
+from .look.components import Named
+from .names import Names
+from .presets import PROMPT, USUAL, intervention, known_features, presets_of
+from .stages import stage
 from .store_pool import StorePool, stamp
 
-T = TypeVar("T")
-
-
-CHATS: dict[str, Chat | None] = {"plain": None, "thinking": "thinking", "non_thinking": "non_thinking"}
+CHATS: dict[str, Chat | None] = {
+    "plain": None,
+    "thinking": "thinking",
+    "non_thinking": "non_thinking",
+    "default": "default",
+}
 """How a text is put to the model, by the name the page and the API use."""
+
+WHOLE = 1000
+"""Tokens of a document that are shown on each side of the place where a feature is strongest in it."""
 
 COMPANY = 10
 """Features that fire with another, as many as a page shows of each kind."""
@@ -76,7 +85,8 @@ class AppState:
         self.jobs, self.unsteered, self.store_pool = Jobs(), Lately[Generation](32), StorePool()
         self._seen: OrderedDict[tuple[str, str, int], TokenFeatures] = OrderedDict()
         self._lock = threading.Lock()
-        self._known_labels: tuple[tuple[tuple[int, int], ...], dict[tuple[int, int], Label]] | None = None
+        self._known_labels: tuple[tuple[tuple[int, int], ...], dict[tuple[str, int], Label]] | None = None
+        self.names = Names(scope, self._labels)
 
     @cached_property
     def places(self) -> dict[str, str]:
@@ -121,6 +131,9 @@ class AppState:
             if key in self._seen:
                 self._seen.move_to_end(key)
                 return self._seen[key]
+        stage(f"loading the SAE of layer {layer}")
+        self.scope.saes[self.scope.check_layers([layer])[0]]
+        stage(f"reading the text at layer {layer}")
         found = self.scope.features([text], [layer], chat=mode)
         with self._lock:
             self._seen[key] = found
@@ -130,19 +143,29 @@ class AppState:
 
     @cached_property
     def known(self) -> list[dict[str, Any]]:
-        """Features of the lab that detect a factor of its texts, best first; none of another model or SAE."""
-        if self.scope.name != model_source("lab"):
-            return []
-        measured = json.loads((Path(model_source("lab")).parent / "metrics.json").read_text(encoding="utf-8"))
-        ours = {layer for layer in self.layers if self.of_the_lab(layer)}
-        return sorted((one for one in measured["detectors"] if one["layer"] in ours), key=lambda one: -one["f1"])
+        """Features of the lab that detect a factor of its texts, best first; see `known_features`."""
+        return known_features(self.scope)
 
-    def of_the_lab(self, layer: int) -> bool:
-        """Whether the SAE of a layer is the lab's own, wherever it lies; in any other its numbers mean nothing."""
-        group = catalog.find("lab").name
-        return layer in layers_of(group) and (
-            load_sae(group, layer).identity.fingerprint == self.scope.saes[layer].identity.fingerprint
-        )
+    @cached_property
+    def presets(self) -> dict[str, dict[str, Any]]:
+        """By name the fields of an intervention that works at once."""
+        return presets_of(self.known)
+
+    @cached_property
+    def chats(self) -> list[tuple[str, str]]:
+        """How a text can be put to this model: the words for it and the name, as far as its chat template goes."""
+        found = [("Plain text", "plain")]
+        for words, name in (
+            ("Chat, thinking", "thinking"),
+            ("Chat, not thinking", "non_thinking"),
+            ("Chat", "default"),
+        ):
+            if name == "default" and len(found) > 1:
+                break  # the template has a switch for thinking, so its default is one of the two
+            with suppress(QwenScopeError):
+                render(self.scope.tokenizer, "Hello", CHATS[name])
+                found.append((words, name))
+        return found
 
     @cached_property
     def store_layer(self) -> int:
@@ -153,15 +176,22 @@ class AppState:
                     return here[-1]
         return self.layers[-1]
 
+    def common_layers(self, stores: Sequence[str]) -> list[int]:
+        """The layers that all of these stores have; raises InputError for one that the page was not started with."""
+        found: set[int] | None = None
+        for name in stores:
+            with self.store(name) as store:
+                found = set(store.layers) if found is None else found & set(store.layers)
+        return sorted(found or ())
+
     def default_intervention(self) -> dict[str, Any]:
-        """What the Steer tab begins with: the lab's German, or an empty field."""
-        german = next((one for one in self.known if one["factor"] == "de"), {"layer": self.layers[0], "feature": None})
-        chosen = {"layer": german["layer"], "feature": german["feature"]}
-        return {**chosen, "op": "add", "amount": 0.3, "unit": "resid_norm", "where": "all"}
+        """What the Steer tab begins with: the first preset, or an empty field."""
+        first = next(iter(self.presets.values()), None)
+        return dict(first) if first is not None else intervention(self.layers[0], None, USUAL)
 
     def default_prompt(self) -> str:
         """What the Steer tab begins with."""
-        return "[12:30] Anna: " if self.known else ""
+        return PROMPT if self.known else ""
 
     def side(self, text: str, file: str | None, which: str) -> list[str]:
         """One side of a comparison: the texts of the uploaded file if there is one, else the single text.
@@ -205,7 +235,11 @@ class AppState:
         for option in listed(options, "tokens to leave out", 3):
             if option not in ("first", "common", "prefix"):
                 raise InputError(f"tokens are left out by first, common or prefix, not {brief(option)}")
+        for layer in layers:
+            stage(f"loading the SAE of layer {layer}")
+            self.scope.saes[layer]
         self.check_set([*a, *b], layers, chat)
+        stage("reading both sides")
         seen = self.scope.features([*a, *b], layers, chat=self.chat(chat), truncate=len(a) + len(b) > 2)
         first, common, prefix = (name in options for name in ("first", "common", "prefix"))
         return compare_seen(seen, len(a), n=n, drop_first=first, drop_common=common, drop_prefix=prefix), seen
@@ -232,29 +266,24 @@ class AppState:
         return sum(size_of(found) for found in self._seen.values())
 
     def label(self, layer: int, feature: int) -> Named | None:
-        """The label of a feature with its score, where a store knows one for this SAE."""
-        found = self._labels().get((layer, feature))
-        return None if found is None else Named(found.shown, found.score)
+        """What to call a feature: its label with its score, else what it promotes as far as `names` has learnt it."""
+        return self.names(layer, feature)
 
-    def _labels(self) -> dict[tuple[int, int], Label]:
-        """The labels of all stores that fit the SAEs; read again when a file of notes has changed."""
+    def _labels(self) -> dict[tuple[str, int], Label]:
+        """The labels of all stores by SAE and feature; read again when a file of notes has changed."""
         stamps = tuple(stamp(folder / "notes.jsonl") for folder in self.stores.values())
         with self._lock:
             if self._known_labels is not None and self._known_labels[0] == stamps:
                 return self._known_labels[1]
-        found: dict[tuple[int, int], Label] = {}
+        found: dict[tuple[str, int], Label] = {}
         for name in self.stores:
             with self.store(name) as store:
-                fits = {layer for layer in store.layers if layer in self.layers and self.fits(store, layer)}
-                labels = Notes(store).labels() if fits else {}
-                found = {**{place: one for place, one in labels.items() if place[0] in fits}, **found}
+                prints = {layer: store.layer(layer).fingerprint for layer in store.layers}
+                labels = Notes(store).labels()
+                found = {**{(prints[at], i): one for (at, i), one in labels.items() if at in prints}, **found}
         with self._lock:
             self._known_labels = (stamps, found)
         return found
-
-    def fits(self, store: FeatureStore, layer: int) -> bool:
-        """Whether a store was made with this scope's SAE of the layer."""
-        return store.layer(layer).fingerprint == self.scope.saes[layer].identity.fingerprint
 
     def store(self, name: str) -> FeatureStore:
         """A store that the page was started with, opened; each thread opens its own.
@@ -281,7 +310,9 @@ class AppState:
         Raises:
             InputError, NotFoundError: no such layer, feature or store.   MismatchError: the store is of another SAE.
         """
+        stage(f"loading the SAE of layer {layer}")
         self.check_feature(layer, feature)
+        stage("gathering what is known of the feature")
         lens = self.lens if self.lens is not None and layer in self.lens.layers else None
         if store is None:
             page = feature_page(layer, feature, scope=self.scope, layers=self.layers, lens=lens)
@@ -290,10 +321,23 @@ class AppState:
                 page = feature_page(
                     layer, feature, store=opened, scope=self.scope, with_cofiring=with_cofiring, lens=lens
                 )
-        return replace(page, store=store, model=self.discreet(page.model), group=self.discreet(page.group))
+        told = {"store": store, "model": self.discreet(page.model), "group": self.discreet(page.group)}
+        return replace(page, label=page.label or self.names.label(layer, feature), **told)
+
+    def whole_contexts(self, layer: int, feature: int, store: str, n: int = COMPANY) -> list[Context]:
+        """The documents in which a feature is strongest, each up to `WHOLE` tokens around its strongest place.
+
+        Raises:
+            InputError, NotFoundError, MismatchError: as `feature_page`.
+        """
+        sae = self.check_feature(layer, feature)
+        with self.store_pool.lent(self.folder(store)) as opened:
+            opened.require(layer, sae)
+            return opened.contexts(layer, feature, n, before=WHOLE, after=WHOLE, per_document=True)
 
     def with_cofiring(self, page: FeaturePage, store: str) -> FeaturePage:
         """The page with the features that fire on the same tokens, in its own layer and in the others."""
+        stage("counting what fires on the same tokens")
         with self.store_pool.lent(self.folder(store)) as opened:
             return with_neighbours(page, opened, self.scope, COMPANY)
 
@@ -304,6 +348,7 @@ class AppState:
             InputError, NotFoundError, MismatchError: as `feature_page`.
         """
         self.check_feature(layer, feature)
+        stage("measuring how far to trust it")
         with self.store_pool.lent(self.folder(store)) as opened:
             found = card(layer, feature, store=opened, scope=self.scope, options=CardOptions(n=COMPANY))
         return replace(found, missing=tuple(map(self.discreet, found.missing)))
@@ -343,28 +388,3 @@ class AppState:
                 f"there is no feature {feature} in layer {layer}: its SAE has features 0 to {sae.d_sae - 1}"
             )
         return sae
-
-
-class Lately(Generic[T]):
-    """The last few values by key; safe to share between threads."""
-
-    def __init__(self, most: int) -> None:
-        self._most, self._held, self._lock = most, OrderedDict[Hashable, T](), threading.Lock()
-
-    def get(self, key: Hashable) -> T | None:
-        """The value, or None if it is no longer known."""
-        with self._lock:
-            return self._held.get(key)
-
-    def put(self, key: Hashable, value: T) -> None:
-        """Remember a value; the oldest leaves where there are too many."""
-        with self._lock:
-            self._held[key] = value
-            while len(self._held) > self._most:
-                self._held.popitem(last=False)
-
-
-def size_of(found: TokenFeatures) -> int:
-    """Bytes of the tensors of what was seen."""
-    tensors = [t for acts in found.acts.values() for t in (acts.indices, acts.values)]
-    return sum(t.numel() * t.element_size() for t in [*tensors, *found.reasons.values(), found.input_ids, found.mask])

@@ -16,22 +16,26 @@ from starlette.middleware import Middleware
 from qwen_scope.errors import InputError, printable
 from qwen_scope.report import Markup, element, join
 
-from . import theme
+from .access.fair_queue import take_turns, waiting
+from .access.fits import check_gradio
+from .access.gate import Gate, check_host
 from .api import Api
 from .app_state import AppState
-from .compare import CompareTab
-from .datasets import DatasetsTab
-from .explore import ExploreTab
-from .fair_queue import take_turns, waiting
-from .feature import NO_STORE, FeatureTab
-from .fits import check_gradio
-from .gate import Gate, check_host
-from .steer import SteerTab
-from .why import WhyTab
-from .wiring import LOOK, panel, told
+from .look import theme
+from .tabs.chat import ChatTab
+from .tabs.compare import CompareTab
+from .tabs.datasets import DatasetsTab
+from .tabs.explore import READING, ExploreTab
+from .tabs.feature import NO_STORE, OPENING, FeatureTab
+from .tabs.steer import SteerTab
+from .tabs.why import WhyTab
+from .wiring import LOOK, panel, router, told
 
-TABS = ("explore", "compare", "steer", "why", "feature", "datasets")
 TITLE = "qwen-scope explorer"
+WHAT = (
+    "A feature is a direction that the SAE has learnt at one layer; its activation says how much of it a token's"
+    " residual holds."
+)
 EVERYWHERE = ("0.0.0.0", "::", "")
 SLICE = 0.0005
 """Seconds that a thread of pure Python, such as a recipe being read, keeps the others waiting. At Python's own 5 ms a
@@ -69,46 +73,49 @@ def build(state: AppState) -> gr.Blocks:
         page.load(
             lambda: pair_lines(state), None, [pair], api_visibility="private", queue=False, show_progress="hidden"
         )  # of layers that were opened since the page was built, too
-        with gr.Tabs(elem_id="qs-tabs") as tabs:
+        with gr.Tabs(elem_id="qs-tabs"):
             with gr.Tab("Explore", id="explore"):
                 explore = ExploreTab(state)
             with gr.Tab("Compare", id="compare"):
                 CompareTab(state)
             with gr.Tab("Steer", id="steer"):
                 steer = SteerTab(state)
+            with gr.Tab("Chat", id="chat"):
+                ChatTab(state, steer)
             with gr.Tab("Why", id="why"):
                 why = WhyTab(state)
             with gr.Tab("Feature", id="feature"):
                 feature = FeatureTab(state)
             with gr.Tab("Datasets", id="datasets"):
                 DatasetsTab(state)
-        why.join(tabs, steer)
-        arrive(page, tabs, explore, feature)
+        why.join(steer)
+        feature.join(router(), steer, why)
+        arrive(page, explore, feature)
     return page
 
 
-def arrive(page: gr.Blocks, tabs: gr.Tabs, explore: ExploreTab, feature: FeatureTab) -> None:
-    """What a link opens: `?layer=3&feature=42` a feature's page, `?layer=3&text=Hello` a text, `?tab=steer` a tab."""
+def arrive(page: gr.Blocks, explore: ExploreTab, feature: FeatureTab) -> None:
+    """What a link shows: `?layer=3&feature=42` a feature's page, `?layer=3&text=Hello` a text.
+
+    The browser opens the tab (`page.js`), at once; an answer never does, since the visitor may be elsewhere by then.
+    """
 
     def opened(request: gr.Request) -> Iterator[dict[Any, Any]]:
         asked = request.query_params
         if "text" in asked:
-            read = told(explore.arrive, explore.notice, explore.state)
+            read = told(explore.arrive, explore.notice, explore.state, READING)
             layer = asked.get("layer", explore.state.layers[len(explore.state.layers) // 2])
-            yield {tabs: gr.Tabs(selected="explore"), **read(asked["text"], asked.get("chat", "plain"), layer)}
+            yield from read(asked["text"], asked.get("chat", "plain"), layer)
         elif "feature" in asked or "layer" in asked:
             store = next(iter(feature.state.stores), NO_STORE)
-            look = told(feature.show, feature.notice, feature.state)
-            for update in look(asked.get("layer", ""), asked.get("feature", ""), store):
-                yield {tabs: gr.Tabs(selected="feature"), **update}
-        elif asked.get("tab") in TABS:
-            yield {tabs: gr.Tabs(selected=asked.get("tab"))}
+            look = told(feature.show, feature.notice, feature.state, OPENING)
+            yield from look(asked.get("layer", ""), asked.get("feature", ""), store)
         else:
-            yield {tabs: gr.skip()}
+            yield {explore.notice: gr.skip()}
 
     shown = [*explore.fields, explore.notice, *explore.shown, feature.notice, *feature.shown]
     page.load(
-        opened, None, [tabs, *shown], api_visibility="private", show_progress="hidden",
+        opened, None, shown, api_visibility="private", show_progress="hidden",
         concurrency_id=LOOK, concurrency_limit=2,
     )  # fmt: skip
 
@@ -168,7 +175,7 @@ def forget_events(page: gr.Blocks) -> None:
 
 def served(state: AppState) -> dict[str, Any]:
     """How the page looks and what it lets through, for `Blocks.launch`."""
-    here = files("qwen_scope.explorer")
+    here = files("qwen_scope.explorer.look")
     css = theme.variables() + here.joinpath("page.css").read_text(encoding="utf-8")
     script = here.joinpath("page.js").read_text(encoding="utf-8")
     return {
@@ -206,8 +213,25 @@ def header(state: AppState) -> Markup:
     switch = element(
         "button", "◐", type="button", id="qs-theme", title="Light or dark", aria_label="Switch between light and dark"
     )
-    return element(
+    top = element(
         "div",
         join(element("h1", "qwen-scope", element("em", "explorer")), element("div", *shown, class_="qs-facts"), switch),
         class_="qs-header",
     )
+    return join(top, element("div", element("p", WHAT), legend(), class_="qs-what"))
+
+
+def legend() -> Markup:
+    """What the colours of tokens mean, on every tab."""
+    shades = [
+        element("span", element("i", class_=f"qs-legend qs-legend-{kind}", aria_hidden="true"), " ", words)
+        for kind, words in (
+            ("heat", "activation"), ("prob", "probability"), ("changed", "changed by an intervention"),
+            ("left-out", "does not count"),
+        )
+    ]  # fmt: skip
+    names = [
+        element("span", element("b", "123"), " a label ", element("span", "0.85", class_="qs-score"), " its score"),
+        element("span", element("b", "123"), " → tokens it promotes, where there is no label"),
+    ]
+    return element("div", *shades, *names, class_="qs-key", role="note", aria_label="What colours and names mean")

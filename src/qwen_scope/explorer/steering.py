@@ -31,8 +31,9 @@ from qwen_scope.steer import (
     stream,
 )
 
+from .access.limits import whole_number
 from .app_state import AppState
-from .limits import whole_number
+from .stages import stage
 
 CANDIDATES = 10
 SWEEP_PROMPTS = 8
@@ -88,6 +89,7 @@ def interventions(state: AppState, rows: Sequence[Mapping[str, Any]]) -> list[In
     """The interventions of all rows, each checked against its SAE."""
     made = [intervention(row) for row in state.limits.check_rows(rows)]
     for one in made:
+        stage(f"loading the SAE of layer {one.layer}")
         state.check_feature(one.layer, int(one.feature or 0))
     return [one.at(state.scope.hook_point(one.layer)) for one in made]
 
@@ -165,6 +167,8 @@ def both(
 
     The unsteered one is remembered while prompt and decoding stay the same. Where `stop` is set, both end.
     """
+    measure(state, chosen)
+    stage("reading the prompt, then writing")
     key = (prompt, chat, how)
     done: dict[str, Generation] = {}
     if (known := state.unsteered.get(key)) is not None:
@@ -192,6 +196,13 @@ def both(
                 growing.close()  # pyright: ignore[reportAttributeAccessIssue]
     state.unsteered.put(key, done["plain"])
     yield done["plain"].text, done["steered"].text, done["plain"], done["steered"]
+
+
+def measure(state: AppState, chosen: Sequence[Intervention]) -> None:
+    """Measure what the units of interventions stand for, which the first one at a layer waits for."""
+    for layer in sorted({one.layer for one in chosen if one.unit != "raw"}):
+        stage(f"measuring typical residuals of layer {layer}, which is done once")
+        state.scope.stats[layer]
 
 
 def sweep_target(state: AppState, kind: str, value: str, first: Intervention) -> Target | Continuations:

@@ -12,8 +12,9 @@ import gradio as gr
 from qwen_scope.errors import QwenScopeError
 
 from .app_state import AppState
-from .components import notice
 from .jobs import Jobs
+from .look.components import notice, waiting_panel
+from .stages import Waiting, patiently
 
 MODEL = "model"
 """The queue of what runs the model on one text: one at a time, each visitor in turn."""
@@ -23,6 +24,8 @@ LOOK = "look"
 
 SETS = "sets"
 """The queue of what runs the model for long: many texts, or many layers. Nobody waits for it to read a text."""
+
+ROUTE = "window.qwenScope.route((data) => trigger('pick', data));"
 
 ATTACH = "window.qwenScope.attach(element, (data) => trigger('pick', data), watch);"
 
@@ -39,18 +42,43 @@ def picked(event: gr.EventData, kind: str) -> int:
     return int(value) if name == kind and value.isdecimal() and len(value) < 10 else -1
 
 
-def told(handler: Callable[..., Any], place: gr.HTML, state: AppState) -> Callable[..., Any]:
+def router() -> Any:
+    """What hears of a click on a link to a feature, anywhere on the page: its event `pick`, see `picked_feature`."""
+    return gr.HTML("", apply_default_css=False, js_on_load=ROUTE, elem_id="qs-router")
+
+
+def picked_feature(event: gr.EventData) -> tuple[int, int] | None:
+    """The layer and the feature in what was picked, such as 5 and 678 of `open:5/678`; None for anything else."""
+    data = event._data if isinstance(event._data, dict) else {}
+    kind, _, place = str(data.get("pick", "")).partition(":")
+    parts = place.split("/")
+    if kind != "open" or len(parts) != 2 or not all(one.isdecimal() and len(one) < 10 for one in parts):
+        return None
+    return int(parts[0]), int(parts[1])
+
+
+def told(
+    handler: Callable[..., Any], place: gr.HTML, state: AppState, waiting: str | None = None
+) -> Callable[..., Any]:
     """The handler, with its purposeful errors shown as sentences at `place`.
 
     It returns (or yields) a dict of components and values; where it fails, everything else on the page stays.
+
+    Args:
+        waiting: what to show at `place`, with a spinner, while it takes long; the handler tells stages by `stage`.
     """
-    if inspect.isgeneratorfunction(inspect.unwrap(handler)):
+    streams = inspect.isgeneratorfunction(inspect.unwrap(handler))
+    if streams or waiting is not None:
 
         @functools.wraps(handler)
         def stream(*args: Any, **kwargs: Any) -> Iterator[dict[Any, Any]]:
+            steps = handler(*args, **kwargs) if streams else (handler(*args, **kwargs) for _ in range(1))
             try:
-                for update in handler(*args, **kwargs):
-                    yield {place: "", **update}
+                for update in steps if waiting is None else patiently(steps, waiting):
+                    if isinstance(update, Waiting):
+                        yield {place: waiting_panel(update)}
+                    else:
+                        yield {place: "", **update}
             except QwenScopeError as error:
                 yield {place: notice(state.discreet(str(error)))}
 
@@ -73,14 +101,16 @@ def on(
     outputs: Sequence[Any],
     place: gr.HTML,
     state: AppState,
+    *,
+    waiting: str | None = None,
     **options: Any,
 ) -> Any:
-    """Join events to a handler of the page, which is no part of the HTTP API; the last of the joints."""
+    """Join events to a handler of the page, which is no part of the HTTP API; the last of the joints; see `told`."""
     kept = {"queue": True, "show_progress": "hidden", "api_visibility": "private", **options}
     if kept["queue"]:
         kept.setdefault("concurrency_id", MODEL)
         kept.setdefault("concurrency_limit", 1)
-    made = told(handler, place, state)
+    made = told(handler, place, state, waiting)
     listeners = [events] if callable(events) else events
     return [event(made, list(inputs), [*outputs, place], **kept) for event in listeners][-1]
 

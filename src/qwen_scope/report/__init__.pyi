@@ -30,3 +30,4 @@ from .tokens import legend as legend
 from .tokens import marks_note as marks_note
 from .tokens import shaded as shaded
 from .tokens import visible as visible
+from .tokens import word_start as word_start

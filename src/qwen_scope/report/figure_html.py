@@ -135,8 +135,7 @@ def heatmap(figure: Heatmap) -> Markup:
     left = 20 + 7 * max((len(name) for name in figure.rows), default=0)
     top = 20 + 5 * max((len(name) for name in figure.columns), default=0)
     size, height = 46, 26
-    known = [float(v) for v in figure.values.ravel() if v == v]
-    low, high = min(known, default=0.0), max(known, default=1.0)
+    low, high = figure.ends
     parts = []
     for j, name in enumerate(figure.columns):
         x = left + size * j + size / 2
@@ -147,7 +146,7 @@ def heatmap(figure: Heatmap) -> Markup:
         for j, value in enumerate(figure.values[i]):
             if value != value:
                 continue
-            level = (float(value) - low) / (high - low or 1.0)
+            level = min(1.0, max(0.0, (float(value) - low) / (high - low or 1.0)))
             red, green, blue = (round(a + (b - a) * level) for a, b in ((255, 8), (247, 48), (236, 107)))
             said = element("title", f"{name}, {figure.columns[j]}: {value:.4g}")
             x, y = left + size * j, top + height * i

@@ -54,7 +54,8 @@ def draw_points(axes: Any, figure: Points) -> None:
 
 def draw_heatmap(canvas: Any, axes: Any, figure: Heatmap) -> None:
     """Shades with their numbers."""
-    image = axes.imshow(figure.values, cmap="cividis", aspect="auto")
+    low, high = figure.ends
+    image = axes.imshow(figure.values, cmap="cividis", aspect="auto", vmin=low, vmax=high)
     axes.set_xticks(range(len(figure.columns)), figure.columns, rotation=45, ha="right", fontsize=8, parse_math=False)
     axes.set_yticks(range(len(figure.rows)), figure.rows, fontsize=8, parse_math=False)
     middle = (image.norm.vmin + image.norm.vmax) / 2

@@ -47,12 +47,26 @@ class Points:
 
 @dataclass(frozen=True, eq=False)
 class Heatmap:
-    """A table of numbers as shades; NaN is left blank."""
+    """A table of numbers as shades; NaN is left blank.
+
+    Attributes:
+        low, high: the values of the lightest and the darkest shade, so that maps of one kind compare; None for the
+            smallest or the largest value of this map.
+    """
 
     title: str
     rows: Sequence[str]
     columns: Sequence[str]
     values: Float[np.ndarray, "rows columns"]
+    low: float | None = None
+    high: float | None = None
+
+    @property
+    def ends(self) -> tuple[float, float]:
+        """The values of the lightest and the darkest shade."""
+        known = self.values[~np.isnan(self.values)]
+        low, high = (float(known.min()), float(known.max())) if known.size else (0.0, 1.0)
+        return low if self.low is None else self.low, high if self.high is None else self.high
 
 
 Figure = Curves | Points | Heatmap

@@ -15,6 +15,9 @@ SHADES = ("#fff1e0", "#ffd9ad", "#ffb870", "#f08a2c", "#b85a00")
 MARK = "⟨⟩"
 """What stands around a token that does not count."""
 
+UNSPACED = ("CJK", "HIRAGANA", "KATAKANA", "THAI", "LAO", "KHMER", "MYANMAR")
+"""How the names of letters begin whose scripts put no spaces between words."""
+
 LONGEST = 200
 
 HIDDEN = {"Cc", "Cf", "Cs", "Co", "Zl", "Zp"}
@@ -65,6 +68,21 @@ def visible(token: str) -> str:
 def _joins(token: str, i: int) -> bool:
     near = token[i - 1 : i], token[i + 1 : i + 2]
     return token[i] in JOINERS and all(c > "\x7f" and unicodedata.category(c) not in HIDDEN for c in near)
+
+
+def word_start(tokens: Sequence[str], at: int, *, at_start: bool = False) -> int:
+    """The first token, up to the one at `at`, with which a word begins, so that no passage begins inside of one.
+
+    A token begins a word if it is the first of the text (`at_start`), begins with white space or follows some, or is of
+    a script without spaces.
+    """
+    for i in range(at):
+        first, before = tokens[i][:1], tokens[i - 1][-1:] if i else ""
+        if (i == 0 and at_start) or first.isspace() or before.isspace():
+            return i
+        if first and unicodedata.name(first, "").startswith(UNSPACED):
+            return i
+    return at
 
 
 def level(value: float, top: float) -> int | None:

@@ -1,6 +1,7 @@
 from .chat import Message as Message
 from .chat import Rendered as Rendered
 from .chat import render as render
+from .chat import thinking_marks as thinking_marks
 from .chunks import Chunk as Chunk
 from .chunks import chunks as chunks
 from .corpus import Corpus as Corpus

@@ -156,6 +156,15 @@ def template_of(
     return Template(source, specials, {"thinking": True, "non_thinking": False}.get(chat), tokenizer)
 
 
+def thinking_marks(tokenizer: PreTrainedTokenizerBase, chat: Chat) -> tuple[str, str] | None:
+    """What opens and closes a thinking block, such as `<think>` and `</think>`; None where the template has none.
+
+    Raises:
+        InputError: as `template_of`.
+    """
+    return learn(template_of(tokenizer, chat)).think
+
+
 def _messages(document: Any, where: str) -> list[dict[str, Any]]:
     """Messages with contents in one string and reasoning under one name; other keys as they are."""
     out: list[dict[str, Any]] = []

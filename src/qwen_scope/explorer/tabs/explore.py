@@ -10,20 +10,22 @@ import gradio as gr
 
 from qwen_scope.report import join
 
-from . import explore_view as view
-from .app_state import AppState
-from .components import empty, examples, notice, progress_panel
-from .explore_view import Reading
-from .jobs import Told
-from .limits import whole_number
-from .wiring import MODEL, SETS, on, panel, picked, stops, told
+from ..access.limits import whole_number
+from ..app_state import AppState
+from ..jobs import Told
+from ..look import explore as view
+from ..look.components import empty, examples, notice, progress_panel
+from ..look.explore import Reading
+from ..stages import stage
+from ..wiring import MODEL, SETS, on, panel, picked, stops, told
 
 EXAMPLES = (
     "Could you wait, please? Shut up, you fool!",
     "Where is the station? Wo ist der Bahnhof? 车站在哪里？",
     "def mean(values):\n    return sum(values) / len(values)\n",
 )
-CHAT_CHOICES = [("Plain text", "plain"), ("Chat, thinking", "thinking"), ("Chat, not thinking", "non_thinking")]
+
+READING = "reading the text"
 
 START = "Write or paste a text above and press Read: its tokens appear here, shaded by the feature you pick."
 
@@ -40,18 +42,15 @@ class ExploreTab:
                 max_length=state.limits.characters, scale=4,
             )  # fmt: skip
             with gr.Column(scale=1, min_width=240):
-                self.chat = gr.Dropdown(CHAT_CHOICES, value="plain", label="Read as", elem_id="explore-chat")
+                self.chat = gr.Dropdown(state.chats, value="plain", label="Read as", elem_id="explore-chat")
                 self.read = gr.Button("Read", variant="primary", elem_id="explore-read")
         self.examples = panel(examples(EXAMPLES), elem_id="explore-examples")
         self.notice = panel(elem_id="explore-notice")
         self.layer = layer_choice(state.layers)
-        with gr.Row(equal_height=False):
+        with gr.Row(equal_height=False, elem_classes="qs-pair"):
             with gr.Column(scale=3, min_width=420):
                 self.tokens = panel(empty(START), elem_id="explore-tokens")
                 self.heat = panel(elem_id="explore-heat")
-                with gr.Row(elem_classes="qs-options", visible=False) as self.heat_options:
-                    self.own_scale = gr.Checkbox(True, label="Scale each row by its own maximum")
-                    self.only_counted = gr.Checkbox(True, label="Only tokens that count")
             with gr.Column(scale=2, min_width=320):
                 self.of_token = panel(elem_id="explore-token-features")
                 self.of_text = panel(elem_id="explore-text-features")
@@ -60,40 +59,28 @@ class ExploreTab:
             self.stop_button = gr.Button("Stop", size="sm", elem_id="explore-stop", scale=0, min_width=90)
         self.depth = panel(elem_id="explore-depth")
         self.shown = [
-            self.reading, self.tokens, self.of_token, self.of_text, self.heat, self.heat_options, self.depth_options,
-            self.depth,
+            self.reading, self.tokens, self.of_token, self.of_text, self.heat, self.depth_options, self.depth,
         ]  # fmt: skip
         self.fields = [self.text, self.chat, self.layer]
         self.join()
 
     def join(self) -> None:
         """Which event calls what."""
-        shown = self.shown
-        heat = [self.own_scale, self.only_counted]
-        on(
-            [self.read.click, self.text.submit],
-            self.start, [self.text, self.chat, self.layer, *heat], shown, self.notice, self.state,
-            show_progress="minimal", show_progress_on=self.tokens,
-        )  # fmt: skip
+        shown, started = self.shown, [self.text, self.chat, self.layer, self.reading]
+        on([self.read.click, self.text.submit], self.start, started, shown, self.notice, self.state, waiting=READING)
         on(self.examples.pick, self.example, [], [self.text], self.notice, self.state, concurrency_id="edit").then(
-            told(self.start, self.notice, self.state), [self.text, self.chat, self.layer, *heat], [*shown, self.notice],
+            told(self.start, self.notice, self.state, READING), started, [*shown, self.notice],
             show_progress="hidden", api_visibility="private", concurrency_id=MODEL, concurrency_limit=1,
         )  # fmt: skip
         on(
-            self.layer.input,
-            self.move,
-            [self.reading, self.layer, *heat],
-            shown,
-            self.notice,
-            self.state,
-            trigger_mode="always_last",
-        )
-        on([box.input for box in heat], self.move, [self.reading, self.layer, *heat], shown, self.notice, self.state)
+            self.layer.input, self.move, [self.reading, self.layer], shown, self.notice, self.state,
+            trigger_mode="always_last", waiting=READING,
+        )  # fmt: skip
         on(self.through.click, self.descend, [self.reading], [self.depth], self.notice, self.state, concurrency_id=SETS)
         stops(self.stop_button, self.state.jobs)
         on(
             [part.pick for part in (self.tokens, self.of_token, self.of_text, self.heat)],
-            self.choose, [self.reading, *heat], shown, self.notice, self.state,
+            self.choose, [self.reading], shown, self.notice, self.state, waiting=READING,
         )  # fmt: skip
 
     def descend(self, request: gr.Request, reading: Reading | None) -> Iterator[dict[Any, Any]]:
@@ -108,35 +95,36 @@ class ExploreTab:
                     return
                 yield {self.depth: progress_panel(Told("reading", i / len(layers), f"layer {layer}"))}
                 seen[layer] = self.state.seen(reading.text, layer, reading.chat)
+                self.state.names.learn(layer, view.depth_features(seen[layer], layer, reading.token))
                 if reading.feature >= 0:
-                    near[layer] = self.state.nearest(reading.layer, reading.feature, layer)
+                    near[layer] = found = self.state.nearest(reading.layer, reading.feature, layer)
+                    self.state.names.learn(layer, [found.feature] if found is not None else [])
         shown = view.token_depth_panel(seen, reading, self.state.label)
         yield {self.depth: join(view.feature_depth_panel(seen, near, reading, self.state.label), shown)}
 
-    def start(self, text: str, chat: str, layer: int, own_scale: bool, only_counted: bool) -> dict[Any, Any]:
-        """A new text."""
-        return self.show(Reading(text, chat, int(layer)), own_scale, only_counted)
+    def start(self, text: str, chat: str, layer: int, before: Reading | None = None) -> dict[Any, Any]:
+        """A new text; the heat map is drawn as before."""
+        drawn = before if before is not None else Reading("", "plain", 0)
+        return self.show(Reading(text, chat, int(layer), -1, -1, drawn.own_scale, drawn.only_counted))
 
     def arrive(self, text: str, chat: str, layer: Any) -> dict[Any, Any]:
         """The text of a link, or of the address when the page is loaded again."""
         layer = whole_number(layer, "layer")
-        return {**dict(zip(self.fields, (text, chat, layer), strict=True)), **self.start(text, chat, layer, True, True)}
+        return {**dict(zip(self.fields, (text, chat, layer), strict=True)), **self.start(text, chat, layer)}
 
     def example(self, event: gr.EventData) -> dict[Any, Any]:
         """An example was clicked."""
         return {self.text: EXAMPLES[picked(event, "example") % len(EXAMPLES)]}
 
-    def move(self, reading: Reading | None, layer: int, own_scale: bool, only_counted: bool) -> dict[Any, Any]:
-        """Another layer, or another way to draw."""
+    def move(self, reading: Reading | None, layer: int) -> dict[Any, Any]:
+        """Another layer."""
         if reading is None:
             return {}
         feature = reading.feature if int(layer) == reading.layer else -1
-        return self.show(replace(reading, layer=int(layer), feature=feature), own_scale, only_counted)
+        return self.show(replace(reading, layer=int(layer), feature=feature))
 
-    def choose(
-        self, reading: Reading | None, own_scale: bool, only_counted: bool, event: gr.EventData
-    ) -> dict[Any, Any]:
-        """A token or a feature was clicked."""
+    def choose(self, reading: Reading | None, event: gr.EventData) -> dict[Any, Any]:
+        """A token, a feature or a switch of the heat map was clicked."""
         if reading is None:
             return {}
         if (token := picked(event, "token")) >= 0:
@@ -144,13 +132,19 @@ class ExploreTab:
         if (feature := picked(event, "feature")) >= 0:
             self.state.check_feature(reading.layer, feature)
             reading = replace(reading, feature=feature)
-        return self.show(reading, own_scale, only_counted)
+        if picked(event, "own") >= 0:
+            reading = replace(reading, own_scale=not reading.own_scale)
+        if picked(event, "counted") >= 0:
+            reading = replace(reading, only_counted=not reading.only_counted)
+        return self.show(reading)
 
-    def show(self, reading: Reading, own_scale: bool, only_counted: bool) -> dict[Any, Any]:
+    def show(self, reading: Reading) -> dict[Any, Any]:
         """Every panel for what is being looked at."""
         state = self.state
         seen = state.seen(reading.text, reading.layer, reading.chat)
         reading = reading.with_default_choice(seen)
+        stage("looking up names")
+        state.names.learn(reading.layer, view.shown_features(seen, reading))
         label, doubt = state.label, state.doubt(reading.layer)
         return {
             self.notice: "" if doubt is None else notice(doubt),
@@ -158,8 +152,7 @@ class ExploreTab:
             self.tokens: view.tokens_panel(seen, reading, label),
             self.of_token: view.token_features_panel(seen, reading, label),
             self.of_text: view.text_features_panel(seen, reading, label),
-            self.heat: view.heat_panel(seen, reading, label, own_scale=own_scale, only_counted=only_counted),
-            self.heat_options: gr.Row(visible=True),
+            self.heat: view.heat_panel(seen, reading, label),
             self.depth_options: gr.Row(visible=True),
             self.depth: "",
         }

@@ -16,5 +16,6 @@ def graph_panel(graph: Graph) -> Markup:
 
 
 def label_of(named: Named | None) -> str:
-    """A feature's label with its score, as text; a label is never shown without it."""
-    return "" if named is None else f"{named.text} ({named.score:.2f})"
+    """A feature's label with its score, as text; a label is never shown without it, and the graph tells what a feature
+    promotes by itself."""
+    return "" if named is None or named.score is None else f"{named.text} ({named.score:.2f})"

@@ -13,15 +13,14 @@ from qwen_scope.errors import InputError, brief
 from qwen_scope.report import Progress
 from qwen_scope.sae import parse_feature
 
-from . import why_view as view
-from .app_state import AppState
-from .components import empty, examples, notice, progress_panel
-from .explore import CHAT_CHOICES
-from .jobs import Told, watched
-from .limits import one_of, whole_number
+from ..access.limits import one_of, whole_number
+from ..app_state import AppState
+from ..jobs import Told, watched
+from ..look import why as view
+from ..look.components import empty, examples, go, notice, progress_panel
+from ..steering import rows_of
+from ..wiring import SETS, on, panel, picked, stops
 from .steer import SteerTab
-from .steering import rows_of
-from .wiring import SETS, on, panel, picked, stops
 
 METHODS = [
     ("gradient", "gradient"),
@@ -51,7 +50,7 @@ class WhyTab:
                 label="Prompt", lines=2, max_lines=6, scale=4, min_width=320, elem_id="why-prompt",
                 placeholder="Write or paste a text; its next token is explained", max_length=state.limits.characters,
             )  # fmt: skip
-            self.chat = gr.Dropdown(CHAT_CHOICES, value="plain", label="Read as", scale=1, min_width=150)
+            self.chat = gr.Dropdown(state.chats, value="plain", label="Read as", scale=1, min_width=150)
         with gr.Row(elem_classes="qs-fields"):
             word: dict[str, Any] = {"max_lines": 1, "max_length": CHARACTERS, "min_width": 130}
             self.token = gr.Textbox(
@@ -87,18 +86,19 @@ class WhyTab:
         stops(self.stop_button, state.jobs)
         self.save_button.click(None, None, None, api_visibility="private", js="() => window.qwenScope.savePage()")
 
-    def join(self, tabs: gr.Tabs, steer: SteerTab) -> None:
+    def join(self, steer: SteerTab) -> None:
         """One click makes a recipe of the graph's features, or of those that are pinned in it, and goes to Steer."""
         pinned = gr.Textbox(visible=False)
 
         def take(pins: str, graph: Graph | None, text: str, prompt: str, chat: str) -> dict[Any, Any]:
             name, rows = recipe_rows(self.state, graph, pins)
             prompt = prompt if prompt.strip() else text
-            return {tabs: gr.Tabs(selected="steer"), steer.prompt: prompt, **steer.loaded(name, rows, prompt, chat)}
+            loaded = steer.loaded(name, rows, prompt, chat)
+            return {self.notice: go("steer", "why"), steer.prompt: prompt, **loaded}
 
         on(
             self.steer_button.click, take, [pinned, self.graph, self.prompt, steer.prompt, steer.chat],
-            [tabs, steer.prompt, *steer.loads], self.notice, self.state, concurrency_id="edit",
+            [steer.prompt, *steer.loads], self.notice, self.state, concurrency_id="edit",
             js="(pins, ...others) => [window.qwenScope.pinned(), ...others]",
         )  # fmt: skip
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -9,15 +10,24 @@ from qwen_scope.report import Markup, element, join, visible
 from qwen_scope.scope import TokenFeatures
 from qwen_scope.text import summaries
 
-from .jobs import Told
+from ..jobs import Told
+from ..stages import Waiting
+
+PIECE = 100
+"""Characters of a text that are made inert at a time; of a longer token `visible` shows the beginning alone."""
 
 
 @dataclass(frozen=True)
 class Named:
-    """A feature's label and how well it scored; a label is never shown without its score."""
+    """What a feature is called.
+
+    Attributes:
+        text: its label, or the tokens that it promotes.
+        score: how well the label scored, which is never shown without; None where there is no label.
+    """
 
     text: str
-    score: float
+    score: float | None
 
 
 def number(value: float) -> str:
@@ -45,13 +55,17 @@ def chip(
     title: str | None = None,
     left_out: str = "",
     class_: str = "",
+    kind: str = "heat",
 ) -> Markup:
     """One token, shaded by its value; a button where it can be picked.
 
     Args:
+        kind: what the value is: `heat` for an activation, `prob` for a probability.
         left_out: why the token does not count, such as `first` or `sink`; it is marked with a dashed frame.
     """
     shown = visible(token) or "·"
+    if kind != "heat":
+        class_ = f"qs-{kind} {class_}".strip()
     if left_out:
         class_, title = f"{class_} qs-left-out".strip(), " · ".join(filter(None, [title, f"left out: {left_out}"]))
     attributes = {
@@ -81,22 +95,36 @@ def quoted(token: str) -> Markup:
     return element("span", visible(token) or "·", class_="qs-token", dir="auto")
 
 
+def lines(text: str) -> list[Markup | str]:
+    """A text of any length with its line breaks, inert."""
+    made: list[Markup | str] = []
+    for line in text.split("\n"):
+        made += [element("br"), *(visible(line[i : i + PIECE]) for i in range(0, len(line), PIECE))]
+    return made[1:]
+
+
 def chips(made: Sequence[Markup], label: str) -> Markup:
     """Tokens in the direction their text is read; arrow keys move among those that are buttons."""
     return element("div", *made, class_="qs-tokens", dir="auto", role="group", aria_label=label, data_roving=True)
 
 
-def bar(value: float, top: float) -> Markup:
-    """A bar as long as `value / top`."""
-    return element("span", element("span", style=strength(value, top)), class_="qs-bar", aria_hidden="true")
+def bar(value: float, top: float, kind: str = "heat") -> Markup:
+    """A bar as long as `value / top`; `kind` as of a chip, or `less` for an effect below zero: it grows leftwards."""
+    name = "qs-bar" if kind == "heat" else f"qs-bar qs-bar-{kind}"
+    return element("span", element("span", style=strength(value, top)), class_=name, aria_hidden="true")
 
 
 def name_of(named: Named | None) -> Markup:
-    """A label with its score, or nothing."""
+    """A label with its score, or the tokens a feature promotes, or nothing."""
     if named is None:
         return Markup("")
-    score = element("span", number(named.score), class_="qs-score", title="score of the label")
-    return element("span", named.text, " ", score, class_="qs-label")
+    if named.score is None:
+        said = f"no label; it promotes {named.text}"
+        return element("span", "→ ", element("bdi", visible(named.text)), class_="qs-hint", title=visible(said))
+    score = element("span", number(named.score), class_="qs-score", title="score of the label; 0.5 is chance")
+    return element(
+        "span", element("span", named.text, class_="qs-called", title=named.text), " ", score, class_="qs-label"
+    )
 
 
 def feature_link(layer: int, feature: int) -> Markup:
@@ -134,6 +162,36 @@ def examples(texts: Sequence[str]) -> Markup:
         for i, text in enumerate(texts)
     ]
     return element("div", element("span", "Try", class_="qs-note"), *made, class_="qs-examples")
+
+
+def scale(top: str, kind: str = "heat") -> Markup:
+    """What the shades of a kind stand for, from 0 to the top; `kind` is `heat` for activations or `prob`."""
+    legend = element("span", class_=f"qs-legend qs-legend-{kind}", aria_hidden="true")
+    return element("span", "0 ", legend, " ", top, class_="qs-scale")
+
+
+def switch(text: str, pick: str, on: bool) -> Markup:
+    """A switch inside a card; a click picks it."""
+    return element(
+        "button", text, type="button", role="switch", aria_checked=str(on).lower(), class_="qs-switch", data_pick=pick
+    )
+
+
+def act(text: str, pick: str, title: str | None = None) -> Markup:
+    """A button inside a card; a click picks it."""
+    return element("button", text, type="button", class_="qs-act", data_pick=pick, title=title)
+
+
+def go(tab: str, origin: str) -> Markup:
+    """Has the browser open a tab, unless the visitor has left the one it was asked from meanwhile."""
+    return element("span", hidden=True, data_go=tab, data_from=origin, data_at=time.monotonic_ns())
+
+
+def waiting_panel(now: Waiting) -> Markup:
+    """What takes so long; announced to screen readers."""
+    took = f" … {now.seconds} s" if now.seconds else " …"
+    spin = element("span", class_="qs-spin", aria_hidden="true")
+    return element("div", spin, now.words + took, class_="qs-waiting", role="status")
 
 
 def notice(sentence: str) -> Markup:

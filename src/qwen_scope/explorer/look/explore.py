@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float
 
 from qwen_scope.features import Neighbour
 from qwen_scope.report import Markup, element, join, visible
-from qwen_scope.scope import TokenFeatures
+from qwen_scope.scope import Strongest, TokenFeatures
 
 from .components import (
     Named,
@@ -26,7 +26,9 @@ from .components import (
     number,
     percent,
     quoted,
+    scale,
     strength,
+    switch,
 )
 
 RANKED = 12
@@ -41,13 +43,20 @@ Label = Callable[[int, int], Named | None]
 
 @dataclass(frozen=True)
 class Reading:
-    """What one visitor looks at: a text, how it is put to the model, a layer, a token and a feature (-1: none)."""
+    """What one visitor looks at: a text, how it is put to the model, a layer, a token and a feature (-1: none).
+
+    Attributes:
+        own_scale: each row of the heat map is shaded by its own maximum instead of the whole map's.
+        only_counted: the heat map leaves out the columns of tokens that do not count.
+    """
 
     text: str
     chat: str
     layer: int
     token: int = -1
     feature: int = -1
+    own_scale: bool = True
+    only_counted: bool = True
 
     def with_default_choice(self, seen: TokenFeatures) -> Reading:
         """The same with a token and a feature that exist: the strongest feature, and the token where it peaks."""
@@ -97,11 +106,10 @@ def tokens_panel(seen: TokenFeatures, reading: Reading, label: Label) -> Markup:
         note: Markup = element("span", "pick a feature to see where it fires")
     else:
         named = name_of(label(reading.layer, reading.feature))
-        legend = element("span", class_="qs-legend", aria_hidden="true")
-        scale = element("span", "0 ", legend, " ", number(top), class_="qs-scale")
         where = f"fires on {int((values[counts] > 0).sum())} of {int(counts.sum())} tokens"
+        number_of = element("b", f"feature {reading.feature}", class_="qs-id")
         note = join(
-            element("b", f"feature {reading.feature}", class_="qs-id"), " ", named, " ", where, " ", scale, " ",
+            number_of, " ", named, " ", where, " ", scale(number(top)), " ",
             feature_link(reading.layer, reading.feature),
         )  # fmt: skip
     link = element("span", hidden=True, data_address=address(reading))
@@ -132,11 +140,29 @@ def ranked_row(
     return element("li", button, feature_link(layer, feature))
 
 
+def token_pairs(seen: TokenFeatures, layer: int, token: int, n: int) -> list[tuple[int, float]]:
+    """The strongest features of a token with their activations."""
+    acts = seen.of(0, layer)[token]
+    pairs = zip(acts.indices.tolist(), acts.values.float().tolist(), strict=True)
+    return [(feature, value) for feature, value in pairs if value > 0][:n]
+
+
+def depth_features(seen: TokenFeatures, layer: int, token: int) -> list[int]:
+    """The features of a token that are shown at each layer."""
+    return [feature for feature, _ in token_pairs(seen, layer, token, DEPTH_FEATURES)]
+
+
+def shown_features(seen: TokenFeatures, reading: Reading) -> list[int]:
+    """All features that the panels of a reading name."""
+    of_token = [feature for feature, _ in token_pairs(seen, reading.layer, reading.token, RANKED)]
+    of_text = [one.feature for one in seen.strongest(0, reading.layer, RANKED)]
+    rows = [one.feature for one in heat_features(seen, reading.layer)]
+    return [*of_token, *of_text, *rows, *([reading.feature] if reading.feature >= 0 else [])]
+
+
 def token_features_panel(seen: TokenFeatures, reading: Reading, label: Label) -> Markup:
     """The strongest features of the chosen token."""
-    acts = seen.of(0, reading.layer)[reading.token]
-    values, features = acts.values.float().tolist(), acts.indices.tolist()
-    pairs = [(f, v) for f, v in zip(features, values, strict=True) if v > 0][:RANKED]
+    pairs = token_pairs(seen, reading.layer, reading.token, RANKED)
     top = max((v for _, v in pairs), default=0.0)
     rows = [ranked_row(reading.layer, f, v, top, f == reading.feature, label) for f, v in pairs]
     said = (why := seen.left_out(0, reading.layer)[reading.token]) and f" · left out: {why}"
@@ -158,39 +184,40 @@ def text_features_panel(seen: TokenFeatures, reading: Reading, label: Label) -> 
     return card(title, element("ol", *rows, class_="qs-ranking", data_roving=True))
 
 
-def heat_panel(seen: TokenFeatures, reading: Reading, label: Label, *, own_scale: bool, only_counted: bool) -> Markup:
-    """Features by tokens. Rows are the features of the largest mean activation on tokens that count.
+def heat_features(seen: TokenFeatures, layer: int) -> list[Strongest]:
+    """The rows of the heat map: the features of the largest mean activation on tokens that count."""
+    return sorted(seen.strongest(0, layer), key=lambda one: (-one.mean, one.feature))[:HEAT_ROWS]
 
-    Args:
-        own_scale: shade each row by its own maximum instead of the whole map's.
-        only_counted: leave out the columns of tokens that do not count.
-    """
+
+def heat_panel(seen: TokenFeatures, reading: Reading, label: Label) -> Markup:
+    """Features by tokens, with the switches that say how."""
     left_out, counts = seen.left_out(0, reading.layer), seen.counts(0, reading.layer).numpy()
-    shown = np.flatnonzero(counts) if only_counted else np.arange(len(counts))
-    best = seen.strongest(0, reading.layer)
-    best = sorted(best, key=lambda one: (-one.mean, one.feature))[:HEAT_ROWS]
+    shown = np.flatnonzero(counts) if reading.only_counted else np.arange(len(counts))
+    best = heat_features(seen, reading.layer)
+    switches = element(
+        "div",
+        switch("each row by its own maximum", "own:0", reading.own_scale),
+        switch("only tokens that count", "counted:0", reading.only_counted),
+        class_="qs-switches",
+    )
     if not best:
         why = "No feature is active here." if counts.any() else "No token of this text counts."
-        return card(heading("Heat map"), element("p", why, class_="qs-note"))
+        return card(heading("Heat map"), switches, element("p", why, class_="qs-note"))
     values = seen.of(0, reading.layer).select([one.feature for one in best]).float().numpy()
     highest = float(values[counts].max())
-    head = element(
-        "tr",
-        element("th", "feature", scope="col"),
-        *(
-            element(
-                "th",
-                element("span", visible(seen.tokens[0][i]) or "·", dir="auto"),
-                scope="col",
-                title=f"token {i}" + (f" · left out: {left_out[i]}" if left_out[i] else ""),
-                class_="qs-left-out" if left_out[i] else None,
-            )
-            for i in shown.tolist()
-        ),
-    )
+    tokens = [
+        element(
+            "th",
+            element("span", visible(seen.tokens[0][i]) or "·", dir="auto"),
+            scope="col",
+            title=f"token {i}" + (f" · left out: {left_out[i]}" if left_out[i] else ""),
+            class_="qs-left-out" if left_out[i] else None,
+        )
+        for i in shown.tolist()
+    ]
     rows = []
     for j, one in enumerate(best):
-        top = one.maximum if own_scale else highest
+        top = one.maximum if reading.own_scale else highest
         button = element(
             "button", one.feature, type="button", data_pick=f"feature:{one.feature}", class_="qs-id",
             aria_pressed=str(one.feature == reading.feature).lower(),
@@ -199,30 +226,35 @@ def heat_panel(seen: TokenFeatures, reading: Reading, label: Label, *, own_scale
             element("td", style=strength(v, top), title=f"{number(v)} at token {i}" if v else None)
             for i, v in zip(shown.tolist(), values[shown, j].tolist(), strict=True)
         ]
-        rows.append(
-            element("tr", element("th", button, name_of(label(reading.layer, one.feature)), scope="row"), *cells)
-        )
-    note = "rows by mean activation; " + ("each scaled by its own maximum" if own_scale else "one scale for all")
-    table = element("table", element("thead", head), element("tbody", *rows), class_="qs-heat")
-    return card(heading("Heat map", note), element("div", table, class_="qs-scroll", tabindex=0, data_roving=True))
+        inside = element("div", button, name_of(label(reading.layer, one.feature)), class_="qs-beside")
+        rows.append(element("tr", element("th", inside, scope="row"), *cells))
+    top = "each row's maximum" if reading.own_scale else number(highest)
+    note = join("rows by mean activation ", scale(top))
+    head = element("tr", element("th", "feature", scope="col"), *tokens)
+    table = element(
+        "table", element("thead", head), element("tbody", *rows), class_="qs-heat", style=f"--n:{len(shown)}"
+    )
+    region = element(
+        "div", table, class_="qs-scroll", tabindex=0, data_roving=True, role="group", aria_label="Heat map"
+    )
+    return card(heading("Heat map", note), switches, region)
 
 
 def token_depth_panel(seen: Mapping[int, TokenFeatures], reading: Reading, label: Label) -> Markup:
     """The chosen token through depth: its strongest features at every layer."""
     rows = []
     for layer, found in sorted(seen.items()):
-        acts = found.of(0, layer)[reading.token]
-        pairs = list(zip(acts.indices.tolist(), acts.values.float().tolist(), strict=True))[:DEPTH_FEATURES]
+        pairs = token_pairs(found, layer, reading.token, DEPTH_FEATURES)
         top = max((v for _, v in pairs), default=0.0)
         cells = [
             element(
                 "td",
                 element(
-                    "a", f, " ", name_of(label(layer, f)), element("span", number(v), class_="qs-value"),
+                    "a", element("b", f), name_of(label(layer, f)), element("span", number(v), class_="qs-value"),
                     href=f"?layer={layer}&feature={f}", class_="qs-depth", style=strength(v, top),
                 ),
             )
-            for f, v in pairs if v > 0
+            for f, v in pairs
         ]  # fmt: skip
         here = "qs-here" if layer == reading.layer else None
         rows.append(element("tr", element("th", f"layer {layer}", scope="row"), *cells, class_=here))
@@ -231,7 +263,7 @@ def token_depth_panel(seen: Mapping[int, TokenFeatures], reading: Reading, label
     )
     return card(
         heading("This token through depth", join("token ", reading.token, " ", token)),
-        element("div", element("table", element("tbody", *rows), class_="qs-table"), class_="qs-scroll"),
+        element("div", element("table", element("tbody", *rows), class_="qs-table qs-fixed"), class_="qs-scroll"),
     )
 
 
@@ -247,14 +279,14 @@ def feature_depth_panel(
         link = element("a", one.feature, href=f"?layer={layer}&feature={one.feature}", class_="qs-near qs-id")
         cells = (
             element("th", f"layer {layer}", scope="row"),
-            element("td", link, " ", name_of(label(layer, one.feature))),
+            element("td", element("div", link, name_of(label(layer, one.feature)), class_="qs-beside")),
             element("td", number(one.cosine or 0.0), class_="qs-figure qs-value"),
             element("td", strip(seen[layer].tokens[0], values), class_="qs-wide"),
             element("td", number(float(values.max())), class_="qs-figure qs-value"),
         )
         rows.append(element("tr", *cells, class_="qs-here" if layer == reading.layer else None))
     note = "per layer the feature of the nearest direction, its cosine, and where it fires in this text"
-    table = element("table", element("tbody", *rows), class_="qs-table")
+    table = element("table", element("tbody", *rows), class_="qs-table qs-fixed qs-around")
     return (
         card(heading(f"Around feature {reading.feature} of layer {reading.layer}", note), table) if rows else Markup("")
     )

@@ -6,11 +6,11 @@ from typing import Any
 
 import gradio as gr
 
-from . import compare_view as view
-from .app_state import AppState
-from .components import empty, examples
-from .explore import CHAT_CHOICES
-from .wiring import SETS, on, panel, picked
+from ..app_state import AppState
+from ..look import compare as view
+from ..look.components import empty, examples
+from ..stages import stage
+from ..wiring import SETS, on, panel, picked
 
 PAIRS = (
     ("Please come at nine, dear colleague.", "Come at nine, you idiot."),
@@ -50,7 +50,7 @@ class CompareTab:
             self.options = gr.CheckboxGroup(
                 OPTIONS, value=[], label="Also leave out", scale=4, elem_id="compare-options"
             )
-            self.chat = gr.Dropdown(CHAT_CHOICES, value="plain", label="Read as", min_width=150, scale=1)
+            self.chat = gr.Dropdown(state.chats, value="plain", label="Read as", min_width=150, scale=1)
             self.first = gr.Dropdown(state.layers, value=state.layers[0], label="From layer", min_width=90, scale=1)
             self.last = gr.Dropdown(state.layers, value=state.layers[-1], label="to layer", min_width=90, scale=1)
             self.n = gr.Number(
@@ -58,7 +58,7 @@ class CompareTab:
             )
         self.go = gr.Button("Compare", variant="primary", elem_id="compare-go", elem_classes="qs-go")
         self.notice = panel(elem_id="compare-notice")
-        with gr.Row(equal_height=False):
+        with gr.Row(equal_height=False, elem_classes="qs-pair"):
             with gr.Column(scale=2, min_width=340, elem_classes="qs-sticky"):
                 self.side_a = panel(elem_id="compare-side-a")
                 self.side_b = panel(elem_id="compare-side-b")
@@ -69,7 +69,7 @@ class CompareTab:
         on(
             [self.go.click, *(text.submit for text in self.texts)],
             self.compare, inputs, [self.side_a, self.side_b, self.ranking], self.notice, self.state,
-            concurrency_id=SETS, show_progress="minimal", show_progress_on=self.ranking,
+            concurrency_id=SETS, waiting="reading both sides",
         )  # fmt: skip
 
     def example(self, event: gr.EventData) -> dict[Any, Any]:
@@ -94,5 +94,8 @@ class CompareTab:
         first_side, second_side = state.side(text_a, file_a, "first"), state.side(text_b, file_b, "second")
         layers, n = state.layer_range(first, last), state.limits.check_features(n or 5)
         found, seen = state.compare(first_side, second_side, layers, n, options, chat)
+        stage("looking up names")
+        for layer, ranked in found.items():
+            state.names.learn(layer, [one.feature for one in ranked])
         a, b, ranking = view.compared(found, seen, len(first_side), state.label)
         return {self.side_a: a, self.side_b: b, self.ranking: ranking}

@@ -14,12 +14,11 @@ from qwen_scope.errors import InputError, NotFoundError, brief
 from qwen_scope.report import Markup, Progress, draw, element, join
 from qwen_scope.scope import TokenFeatures
 
-from .app_state import AppState
-from .components import card, chip, empty, feature_link, heading, name_of, notice, number, progress_panel
-from .explore import CHAT_CHOICES
-from .jobs import watched
-from .limits import listed
-from .wiring import on, panel, stops
+from ..access.limits import listed
+from ..app_state import AppState
+from ..jobs import watched
+from ..look.components import card, chip, empty, feature_link, heading, name_of, notice, number, progress_panel
+from ..wiring import on, panel, stops
 
 ANALYSIS = "analysis"
 """The queue of analyses, which need no model."""
@@ -52,7 +51,11 @@ class DatasetsTab:
                 [(NAMES.get(name, name), name) for name in ANALYSES], value="overlap", label="Analysis", scale=2,
                 min_width=260, elem_id="datasets-analysis",
             )  # fmt: skip
-            self.layer = gr.Dropdown(state.layers, value=state.store_layer, label="Layer", scale=1, min_width=90)
+            common = state.common_layers(names[:8])
+            self.layer = gr.Dropdown(
+                common, value=common[-1] if common else None, label="Layer", scale=1, min_width=90,
+                elem_id="datasets-layer",
+            )  # fmt: skip
             self.go = gr.Button("Analyse", variant="primary", scale=1, min_width=120, elem_id="datasets-go")
             self.stop_button = gr.Button("Stop", scale=0, min_width=90, elem_id="datasets-stop")
         self.notice = panel(elem_id="datasets-notice")
@@ -62,7 +65,7 @@ class DatasetsTab:
             with gr.Column(scale=2, min_width=320):
                 self.rule = gr.File(label="Rule (.json)", file_types=[".json"], height=110, elem_id="trace-rule")
                 self.text = gr.Textbox(label="Text", lines=3, elem_id="trace-text", max_length=state.limits.characters)
-                self.chat = gr.Dropdown(CHAT_CHOICES, value="plain", label="Read as")
+                self.chat = gr.Dropdown(state.chats, value="plain", label="Read as")
                 self.trace_button = gr.Button("Trace", elem_id="trace-go")
             with gr.Column(scale=3, min_width=420):
                 self.trace_notice = panel(elem_id="trace-notice")
@@ -72,20 +75,35 @@ class DatasetsTab:
             self.notice, self.state,
             concurrency_id=ANALYSIS,
         )  # fmt: skip
+        on(
+            self.stores.input, self.choose, [self.stores, self.layer], [self.layer], self.notice, self.state,
+            trigger_mode="always_last", concurrency_id="edit",
+        )  # fmt: skip
         stops(self.stop_button, state.jobs)
         on(
             self.trace_button.click, self.trace, [self.rule, self.text, self.chat], [self.traced],
-            self.trace_notice, self.state
+            self.trace_notice, self.state, waiting="reading the text",
         )  # fmt: skip
 
-    def analyse(self, request: gr.Request, stores: list[str], analysis: str, layer: int) -> Iterator[dict[Any, Any]]:
+    def choose(self, stores: list[str], layer: int | None) -> dict[Any, Any]:
+        """Stores were chosen: the layers that all of them have."""
+        common = self.state.common_layers(stores)
+        value = layer if layer in common else common[-1] if common else None
+        said = "" if common or not stores else notice(f"the stores {', '.join(stores)} have no layer in common")
+        return {self.layer: gr.Dropdown(common, value=value), self.notice: said}
+
+    def analyse(
+        self, request: gr.Request, stores: list[str], analysis: str, layer: int | None
+    ) -> Iterator[dict[Any, Any]]:
         """One analysis of the chosen stores."""
         started = time.monotonic()
+        if layer is None:
+            raise InputError("these stores have no layer in common; choose stores that share one")
         with self.state.jobs.at_work(str(request.session_hash)) as stop:
             for told in watched(lambda progress: analysed(self.state, stores, analysis, int(layer), progress), stop):
                 if isinstance(told, Result):
                     title, took = NAMES.get(analysis, analysis), time.monotonic() - started
-                    yield {self.result: result_panel(title, told, took)}
+                    yield {self.result: result_panel(title, told, took, self.state)}
                     return
                 yield {self.result: progress_panel(told)}
         yield {self.result: notice("the analysis was stopped before its end")}
@@ -99,6 +117,8 @@ class DatasetsTab:
         seen = self.state.scope.features([text], loaded.layers, chat=mode, counted=loaded.counted)
         evidence = loaded.trace({layer: one_item(self.state, seen, layer) for layer in loaded.layers}, 0)
         tokens = seen.tokens[0]
+        for layer in loaded.layers:
+            self.state.names.learn(layer, [one.feature for one in evidence if one.layer == layer])
         return {self.traced: trace_panel(self.state, loaded, tokens, evidence)}
 
 
@@ -141,27 +161,28 @@ def one_item(state: AppState, seen: TokenFeatures, layer: int) -> Dataset:
     )  # fmt: skip
 
 
-def result_panel(title: str, found: Result, seconds: float) -> Markup:
-    """Notes, figures and tables of a result."""
+def result_panel(title: str, found: Result, seconds: float, state: AppState) -> Markup:
+    """Notes, figures and tables of a result, without any path of this machine."""
     shown = [heading(title, f"{seconds:.1f} s")]
-    shown += [element("p", note, class_="qs-remarkable") for note in found.notes]
-    for figure in found.figures:
-        shown.append(
-            element("figure", element("figcaption", figure.title), element("div", draw(figure), class_="qs-scroll"))
-        )
+    shown += [element("p", state.discreet(note), class_="qs-remarkable") for note in found.notes]
+    drawn = [
+        element("figure", element("figcaption", figure.title), element("div", draw(figure), class_="qs-scroll"))
+        for figure in found.figures
+    ]
+    shown.append(element("div", *drawn, class_="qs-figures"))
     for table in found.tables:
-        shown.append(table_of(table))
+        shown.append(table_of(table, state))
     return card(element("div", *shown, class_="qs-result"))
 
 
-def table_of(table: Table) -> Markup:
+def table_of(table: Table, state: AppState) -> Markup:
     """The first rows of a table."""
     right = [all(numeric(row[i]) for row in table.rows) for i in range(len(table.columns))]
     names = zip(table.columns, right, strict=True)
     head = element("tr", *(element("th", n, scope="col", class_="qs-figure" if r else None) for n, r in names))
     rows = []
     for row in list(table.rows)[:ROWS]:
-        cells = [element("td", cell_of(cell), class_="qs-figure" if numeric(cell) else None) for cell in row]
+        cells = [element("td", cell_of(cell, state), class_="qs-figure" if numeric(cell) else None) for cell in row]
         rows.append(element("tr", *cells))
     more = len(table.rows) - ROWS
     words = f"and {more:,} rows more: qwen-scope analyze shows all"
@@ -175,9 +196,9 @@ def numeric(cell: Any) -> bool:
     return isinstance(cell, int | float)
 
 
-def cell_of(cell: Any) -> str | None:
+def cell_of(cell: Any, state: AppState) -> str | None:
     """A cell as text."""
-    return number(cell) if isinstance(cell, float) else None if cell is None else str(cell)
+    return number(cell) if isinstance(cell, float) else None if cell is None else state.discreet(str(cell))
 
 
 def trace_panel(state: AppState, rule: Rule, tokens: list[str], evidence: list[Evidence]) -> Markup:

@@ -9,7 +9,8 @@ from qwen_scope.features import Sweep
 from qwen_scope.report import Markup, element, join, visible
 from qwen_scope.steer import Generation, Where
 
-from .components import bar, card, chip, heading, number, percent
+from .components import bar, card, chip, heading, lines, name_of, number, percent, scale
+from .explore import Label
 
 OPS = {
     "add": "add",
@@ -22,20 +23,23 @@ OPS = {
 UNITS = {"resid_norm": "× typical residual", "max_act": "× largest activation", "raw": "raw"}
 
 
-def sentence(one: Mapping[str, Any]) -> str:
-    """An intervention in words."""
+def sentence(one: Mapping[str, Any], label: Label = lambda layer, feature: None) -> Markup:
+    """An intervention in words, with what the feature is called."""
     feature = "?" if one["feature"] in (None, "") else one["feature"]
     amount = "" if one["op"] == "ablate" else f" {one['amount']}"
     unit = f" {UNITS[one['unit']]}" if one["op"] in ("add", "clamp", "floor", "cap") else ""
-    return f"{OPS[one['op']]}{amount}{unit} of feature {feature}, layer {one['layer']}, at {one['where']}"
+    named = label(int(one["layer"]), int(feature)) if str(feature).isdecimal() else None
+    called = join(" ", name_of(named)) if named is not None else None
+    words = f"{OPS[one['op']]}{amount}{unit} of feature {feature}, layer {one['layer']}, at {one['where']}"
+    return join(words, called)
 
 
-def list_panel(rows: Sequence[Mapping[str, Any]], selected: int) -> Markup:
+def list_panel(rows: Sequence[Mapping[str, Any]], selected: int, label: Label = lambda layer, feature: None) -> Markup:
     """The interventions; each can be chosen for editing or dropped."""
     made = []
     for i, one in enumerate(rows):
         choose = element(
-            "button", sentence(one), type="button", class_="qs-choice", data_pick=f"row:{i}",
+            "button", sentence(one, label), type="button", class_="qs-choice", data_pick=f"row:{i}",
             aria_pressed=str(i == selected).lower(),
         )  # fmt: skip
         drop = element("button", "×", type="button", class_="qs-drop", data_pick=f"drop:{i}",
@@ -46,9 +50,9 @@ def list_panel(rows: Sequence[Mapping[str, Any]], selected: int) -> Markup:
 
 
 def preview_panel(tokens: Sequence[str], touched: Sequence[bool], where: Sequence[Where]) -> Markup:
-    """The prompt as tokens, those that are changed in amber."""
+    """The prompt as tokens, those that are changed in a colour of their own."""
     made = [
-        chip(token, class_="qs-amber" if on else "", title=f"position {i}{', changed' if on else ''}")
+        chip(token, class_="qs-changed" if on else "", title=f"position {i}{', changed' if on else ''}")
         for i, (token, on) in enumerate(zip(tokens, touched, strict=True))
     ]
     beyond = max((one.reach for one in where), default=-1) >= len(tokens)
@@ -63,21 +67,20 @@ def preview_panel(tokens: Sequence[str], touched: Sequence[bool], where: Sequenc
 
 def growing_panel(title: str, text: str, remark: str) -> Markup:
     """A continuation while it is written."""
-    lines = [part for line in text.split("\n") for part in (element("br"), visible(line))][1:]
-    return card(heading(title, remark), element("div", *lines, class_="qs-prose", dir="auto", aria_live="off"))
+    return card(heading(title, remark), element("div", *lines(text), class_="qs-prose", dir="auto", aria_live="off"))
 
 
 def side_panel(title: str, side: Generation, picked: int, remark: str = "") -> Markup:
     """A finished continuation: tokens shaded by the probability the model gave them."""
     made = [
         chip(
-            token.text, token.probability or 0.0, 1.0, pick=f"token:{i}", pressed=i == picked,
+            token.text, token.probability or 0.0, 1.0, pick=f"token:{i}", pressed=i == picked, kind="prob",
             title=f"probability {percent(token.probability or 0.0)}",
         )
         for i, token in enumerate(side.tokens)
     ]  # fmt: skip
     end = "ended by itself" if side.finished else "ran to its limit"
-    note = f"{len(side.tokens)} tokens, {end}{'; ' + remark if remark else ''}"
+    note = join(f"{len(side.tokens)} tokens, {end}{'; ' + remark if remark else ''} · probability ", scale("1", "prob"))
     body = element("div", *made, class_="qs-tokens", dir="auto", role="group", aria_label=title, data_roving=True)
     return card(heading(title, note), body)
 
@@ -89,7 +92,7 @@ def candidates_panel(title: str, side: Generation, at: int) -> Markup:
         element(
             "tr",
             element("td", chip(one.text)),
-            element("td", bar(one.probability, 1.0)),
+            element("td", bar(one.probability, 1.0, "prob")),
             element("td", f"{100 * one.probability:.2f}%", class_="qs-figure qs-value"),
             class_="qs-chosen" if one.token_id == token.token_id else None,
         )

@@ -7,20 +7,22 @@ from gradio.themes import Base, sizes
 SANS = ("Inter", "ui-sans-serif", "system-ui", "Segoe UI", "Noto Sans", "sans-serif")
 MONO = ("ui-monospace", "SFMono-Regular", "Menlo", "Noto Sans Mono", "DejaVu Sans Mono", "monospace")
 
-# name: (light, dark). Orange and blue differ for every common kind of colour blindness, and lightness carries strength.
+# name: (light, dark). Activation (`heat`), probability (`prob`) and changed positions (`changed`) differ for every
+# common kind of colour blindness, as do the two sides, and lightness carries strength.
 COLOURS = {
     "paper": ("#faf9f7", "#151413"),
     "surface": ("#ffffff", "#1d1c1a"),
     "sunken": ("#f3f1ed", "#262422"),
     "line": ("#e6e2db", "#34312d"),
     "ink": ("#1c1a17", "#eeeae3"),
-    "quiet": ("#6b655c", "#a39c91"),
+    "quiet": ("#625c53", "#a39c91"),
     "accent": ("#1f5fa8", "#8ebcf2"),
     "on-accent": ("#ffffff", "#10233a"),
-    "heat": ("#f29233", "#c2620c"),
-    "side-a": ("#3f7fc4", "#5d9ce0"),
-    "side-b": ("#e07f1c", "#e8923a"),
-    "amber": ("#f6c544", "#a9780a"),
+    "heat": ("#f29233", "#a3530b"),
+    "prob": ("#62b39b", "#25705f"),
+    "changed": ("#b9a1ee", "#6a4fb0"),
+    "side-a": ("#2f6fb4", "#5d9ce0"),
+    "side-b": ("#a8326e", "#e07bb0"),
     "wrong": ("#8a3b12", "#f0b48a"),
 }
 

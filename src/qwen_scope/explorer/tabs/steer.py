@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
 import gradio as gr
@@ -13,14 +14,14 @@ from qwen_scope.features import Sweep
 from qwen_scope.report import Markup
 from qwen_scope.steer import Decoding, Generation
 
-from . import steer_view as view
-from . import steering
-from .app_state import AppState
-from .components import empty, notice, progress_panel
-from .explore import CHAT_CHOICES
-from .jobs import Told, watched
-from .steering import DECODING, FIELDS
-from .wiring import on, panel, picked, stops
+from .. import steering
+from ..access.limits import whole_number
+from ..app_state import AppState
+from ..jobs import Told, watched
+from ..look import steer as view
+from ..look.components import empty, examples, notice, progress_panel
+from ..steering import DECODING, FIELDS
+from ..wiring import on, panel, picked, stops
 
 STEER = "steer"
 """The queue of generations: apart from the model's, so that nobody waits for somebody's long text to read theirs."""
@@ -68,7 +69,7 @@ class SteerTab:
                     self.stop_button = gr.Button("Stop", elem_id="steer-stop")
             with gr.Column(scale=3, min_width=420):
                 self.notice = panel(elem_id="steer-notice")
-                with gr.Row(equal_height=True):
+                with gr.Row(equal_height=True, elem_classes="qs-pair"):
                     self.plain = panel(empty(START), elem_id="steer-plain", min_width=240)
                     self.steered = panel(elem_id="steer-steered", min_width=240)
                 self.candidates = panel(elem_id="steer-candidates")
@@ -81,17 +82,19 @@ class SteerTab:
             self.state.default_prompt(), label="Prompt", lines=2, max_lines=8, elem_id="steer-prompt",
             max_length=self.state.limits.characters,
         )  # fmt: skip
-        self.chat = gr.Dropdown(CHAT_CHOICES, value="plain", label="Read as")
+        self.chat = gr.Dropdown(self.state.chats, value="plain", label="Read as")
         shown: Markup | str = ""
         if prompt := self.state.default_prompt():
             rows = [self.state.default_intervention()]
             shown = view.preview_panel(*steering.preview(self.state, prompt, "plain", rows))
         self.preview = panel(shown, elem_id="steer-preview")
+        names = list(self.state.presets)
+        self.examples = panel(examples(names) if names else "", elem_id="steer-presets")
 
     def build_editor(self) -> None:
         """The list of interventions, and fields for the chosen one."""
         first = self.state.default_intervention()
-        self.listed = panel(view.list_panel([first], 0), elem_id="steer-list")
+        self.listed = panel(self.list_of([first], 0), elem_id="steer-list")
         with gr.Row(elem_classes="qs-fields"):
             self.layer = gr.Dropdown(self.state.layers, value=first["layer"], label="Layer", min_width=80)
             self.feature = gr.Number(
@@ -159,6 +162,11 @@ class SteerTab:
             self.listed.pick, self.choose, [*edited, self.prompt, self.chat],
             [*listed, self.selected, *self.editor], self.notice, self.state, concurrency_id="edit",
         )  # fmt: skip
+        self.loads = [*listed, self.selected, self.recipe_name, *self.editor]
+        on(
+            self.examples.pick, self.preset, [self.prompt, self.chat], self.loads, self.notice, self.state,
+            concurrency_id="edit",
+        )  # fmt: skip
         for name, button in self.strengths.items():
             on(
                 button.click, self.strength(name), [*edited, self.prompt, self.chat, self.presets],
@@ -169,7 +177,7 @@ class SteerTab:
         on(
             [self.run_button.click, self.prompt.submit], self.run, run,
             [self.rows, self.listed, self.plain, self.steered, self.candidates, self.sides],
-            self.notice, self.state, **work,
+            self.notice, self.state, waiting="preparing", **work,
         )  # fmt: skip
         stops(self.stop_button, self.state.jobs)
         for side in ("plain", "steered"):
@@ -182,7 +190,6 @@ class SteerTab:
         )  # fmt: skip
         on(self.save.click, self.save_recipe, [*edited, self.recipe_name], [self.saved], self.notice, self.state)
         self.saved.change(None, [self.saved, self.recipe_name], None, api_visibility="private", js=SAVE)
-        self.loads = [*listed, self.selected, self.recipe_name, *self.editor]
         on(self.load.upload, self.load_recipe, [self.load, self.prompt, self.chat], self.loads,
            self.notice, self.state, concurrency_id="edit")  # fmt: skip
 
@@ -194,6 +201,15 @@ class SteerTab:
         made[min(selected, len(made) - 1)] = dict(zip(FIELDS, fields, strict=True))
         return made
 
+    def list_of(self, rows: list[dict], selected: int) -> Markup:
+        """The list of interventions with the names of their features."""
+        for row in rows:
+            with suppress(QwenScopeError):  # a field that is not filled in yet
+                layer, feature = whole_number(row["layer"], "layer"), whole_number(row["feature"], "feature")
+                self.state.check_feature(layer, feature)
+                self.state.names.learn(layer, [feature])
+        return view.list_panel(rows, selected, self.state.label)
+
     def drawn(self, rows: list[dict], selected: int, prompt: str, chat: str) -> dict[Any, Any]:
         """The list, and the prompt's tokens with those that are changed."""
         shown: Markup | str = ""
@@ -202,7 +218,7 @@ class SteerTab:
                 shown = view.preview_panel(*steering.preview(self.state, prompt, chat, rows))
             except QwenScopeError as error:
                 shown = notice(self.state.discreet(str(error)))
-        return {self.rows: rows, self.listed: view.list_panel(rows, selected), self.preview: shown}
+        return {self.rows: rows, self.listed: self.list_of(rows, selected), self.preview: shown}
 
     def edited(self, rows: list[dict], selected: int, *values: Any) -> dict[Any, Any]:
         """A field has changed."""
@@ -226,6 +242,11 @@ class SteerTab:
         """The fields for one intervention."""
         return {field: row[name] for name, field in zip(FIELDS, self.editor, strict=True)}
 
+    def preset(self, event: gr.EventData, prompt: str, chat: str) -> dict[Any, Any]:
+        """An intervention that works at once."""
+        name = list(self.state.presets)[picked(event, "example") % len(self.state.presets)]
+        return self.loaded(name, [dict(self.state.presets[name])], prompt, chat)
+
     def strength(self, name: str) -> Any:
         """What the button Light, Medium or Strong does: the amount the sweep found, else a usual one."""
 
@@ -233,13 +254,18 @@ class SteerTab:
             *fields, prompt, chat, presets = values
             rows = self.current(rows, selected, tuple(fields))
             row = rows[min(selected, len(rows) - 1)]
-            found = presets.get(f"{row['layer']}:{row['feature']}")
+            found = presets.get(f"{row['layer']}:{row['feature']}", self.measured(row))
             row["amount"] = round(found * SHARES[name], 4) if found is not None else GENERIC[name]
             row["unit"] = "resid_norm"
             shown = {self.amount: row["amount"], self.unit: row["unit"]}
             return {**shown, **self.drawn(rows, selected, prompt, chat)}
 
         return press
+
+    def measured(self, row: dict) -> float | None:
+        """The amount that a sweep proposed before the page was made; None where there was none."""
+        same = (one for one in self.state.presets.values() if all(one[k] == row[k] for k in ("layer", "feature")))
+        return next((one["amount"] for one in same), None)
 
     # --- work --------------------------------------------------------------------------------------------------------
 
@@ -249,7 +275,7 @@ class SteerTab:
         rows = self.current(rows, selected, tuple(fields))
         chosen = steering.interventions(self.state, rows)
         decoding = steering.decoding(self.state, dict(zip(DECODING, how, strict=True)))
-        shown = {self.rows: rows, self.listed: view.list_panel(rows, selected), self.candidates: "", self.sides: None}
+        shown = {self.rows: rows, self.listed: self.list_of(rows, selected), self.candidates: "", self.sides: None}
         texts, finished, last = ("", ""), False, 0.0
         with self.state.jobs.at_work(str(request.session_hash)) as stop:
             for left, right, plain, steered in steering.both(self.state, prompt, chat, chosen, decoding, stop):

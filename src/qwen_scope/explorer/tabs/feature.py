@@ -9,13 +9,17 @@ import gradio as gr
 
 from qwen_scope.errors import InputError
 from qwen_scope.features import FeaturePage
-from qwen_scope.report import join
+from qwen_scope.report import Markup, element, join
 
-from . import feature_view as view
-from .app_state import AppState
-from .components import card, empty, examples
-from .limits import whole_number
-from .wiring import LOOK, on, panel, picked
+from ..access.limits import whole_number
+from ..app_state import AppState
+from ..look import feature as view
+from ..look.components import card, empty, examples, go, switch
+from ..presets import USUAL, intervention
+from ..stages import stage
+from ..wiring import LOOK, on, panel, picked, picked_feature
+from .steer import SteerTab
+from .why import WhyTab
 
 NO_STORE = "no store"
 NO_STORES_NOTE = (
@@ -23,6 +27,10 @@ NO_STORES_NOTE = (
     " qwen-scope extract has written) to see where it fires, and to keep notes."
 )
 START = "Give a layer and a feature and press Open, or follow an arrow ↗ anywhere on this page."
+OPENING = "opening the feature"
+
+Opened = tuple[int, int, str | None]
+"""The layer, the feature and the store of the page that is shown."""
 
 
 class FeatureTab:
@@ -42,7 +50,8 @@ class FeatureTab:
         names = [f"{one['factor']}: {one['layer']} / {one['feature']}" for one in self.known]
         self.examples = panel(examples(names) if names else "", elem_id="feature-examples")
         self.notice = panel(elem_id="feature-notice")
-        with gr.Row(equal_height=False):
+        self.opened = gr.State(None)
+        with gr.Row(equal_height=False, elem_classes="qs-pair"):
             with gr.Column(scale=3, min_width=420):
                 self.title = panel(empty(START), elem_id="feature-title")
                 self.trust = panel(elem_id="feature-trust")
@@ -59,17 +68,64 @@ class FeatureTab:
                         self.write = gr.Button("Keep the note", size="sm", min_width=120, elem_id="feature-write")
         self.shown = [
             self.title, self.trust, self.contexts, self.facts, self.effects, self.near, self.note_box, self.notes,
-            self.layer, self.feature,
+            self.layer, self.feature, self.opened,
         ]  # fmt: skip
         fields = [self.layer, self.feature, self.store]
-        newest = {"trigger_mode": "always_last", "concurrency_id": LOOK, "concurrency_limit": 2}
+        newest = {
+            "trigger_mode": "always_last", "concurrency_id": LOOK, "concurrency_limit": 2, "waiting": OPENING,
+        }  # fmt: skip
         on([self.open.click, self.feature.submit], self.show, fields, self.shown, self.notice, self.state, **newest)
         on(self.examples.pick, self.example, [self.store], self.shown, self.notice, self.state, **newest)
         on(
             self.write.click, self.keep, [*fields, self.note, self.author], [*self.shown, self.note],
             self.notice, self.state,
-            concurrency_id=LOOK, concurrency_limit=2,
+            concurrency_id=LOOK, concurrency_limit=2, waiting="writing the note",
         )  # fmt: skip
+        on(self.contexts.pick, self.switch, [self.opened], [self.contexts], self.notice, self.state, **newest)
+
+    def join(self, router: gr.HTML, steer: SteerTab, why: WhyTab) -> None:
+        """What leads here and away: a link to a feature anywhere on the page, *Steer with this*, and *Why*."""
+        on(
+            router.pick, self.follow, [self.store], self.shown, self.notice, self.state,
+            trigger_mode="always_last", concurrency_id=LOOK, concurrency_limit=2, waiting=OPENING,
+        )  # fmt: skip
+
+        def leave(event: gr.EventData, opened: Opened | None, prompt: str, chat: str, text: str) -> dict[Any, Any]:
+            if opened is None:
+                return {}
+            layer, feature, _ = opened
+            if picked(event, "steer") >= 0:
+                row = next(
+                    (dict(one) for one in self.state.presets.values() if (one["layer"], one["feature"]) == opened[:2]),
+                    intervention(layer, feature, USUAL),
+                )
+                name = f"feature {layer}-{feature}"
+                return {self.notice: go("steer", "feature"), **steer.loaded(name, [row], prompt, chat)}
+            asked = {why.token: "", why.against: "", why.feature: f"{layer}/{feature}"}
+            return {self.notice: go("why", "feature"), **asked, why.prompt: text if text.strip() else prompt}
+
+        on(
+            self.title.pick, leave, [self.opened, steer.prompt, steer.chat, why.prompt],
+            [*steer.loads, why.token, why.against, why.feature, why.prompt], self.notice, self.state,
+            concurrency_id="edit",
+        )  # fmt: skip
+
+    def follow(self, event: gr.EventData, store: str) -> Iterator[dict[Any, Any]]:
+        """A link to a feature was clicked, somewhere on the page."""
+        if (place := picked_feature(event)) is not None:
+            yield from self.show(*place, store)
+
+    def switch(self, event: gr.EventData, opened: Opened | None) -> dict[Any, Any]:
+        """Passages or whole documents."""
+        if opened is None or opened[2] is None:
+            return {}
+        layer, feature, store = opened[0], opened[1], opened[2]
+        page = self.state.feature_page(layer, feature, store, with_cofiring=False)
+        if picked(event, "whole") == 0:
+            return {self.contexts: self.passages(page, store)}
+        stage("reading whole documents")
+        found = self.state.whole_contexts(layer, feature, store)
+        return {self.contexts: view.whole_panel(found, page.maximum, whole_switch(True))}
 
     def example(self, event: gr.EventData, store: str) -> Iterator[dict[Any, Any]]:
         """A known feature was clicked."""
@@ -82,38 +138,48 @@ class FeatureTab:
         layer, feature = whole_number(layer, "layer"), whole_number(feature, "feature")
         name = None if store == NO_STORE else store
         page = self.state.feature_page(layer, feature, name, with_cofiring=False)
+        self.learn(page)
         yield self.drawn(page, name)
         if name is not None:
             page = self.state.with_cofiring(page, name)
+            self.learn(page)
             yield {self.near: view.neighbours_panel(page, self.state.label)}
             yield {self.trust: view.trust_panel(self.state.card(layer, feature, name))}
 
     def drawn(self, page: FeaturePage, name: str | None) -> dict[Any, Any]:
         """Every panel for a feature; `name` is that of the store."""
-        contexts = [
-            view.contexts_panel(title, note, some, page.maximum)
-            for title, note, some in (
-                ("Strongest contexts", "one per document", page.strongest),
-                ("From strong to weak", "spread over its activations", page.spread),
-            )
-            if some
-        ]
-        if name is None:
-            contexts = [card(view.element("p", NO_STORES_NOTE, class_="qs-note"))]
-        elif not contexts:
-            contexts = [card(view.element("p", f"It never fires in the store {name}.", class_="qs-note"))]
         return {
             self.layer: page.layer,
             self.feature: page.feature,
+            self.opened: (page.layer, page.feature, name),
             self.title: view.title_panel(page, f"?layer={page.layer}&feature={page.feature}"),
             self.trust: "" if name is None else view.weighing_panel(),
-            self.contexts: join(*contexts),
+            self.contexts: self.passages(page, name),
             self.facts: view.facts_panel(page) if page.summary is not None else "",
             self.effects: view.effects_panel(page) if page.promoted else "",
             self.near: view.neighbours_panel(page, self.state.label, searching=name is not None),
             self.note_box: gr.Column(visible=name is not None),
             self.notes: view.notes_panel(page),
         }
+
+    def passages(self, page: FeaturePage, name: str | None) -> Markup:
+        """Where it fires, in passages; `name` is that of the store."""
+        if name is None:
+            return card(element("p", NO_STORES_NOTE, class_="qs-note"))
+        if not page.strongest:
+            return card(element("p", f"It never fires in the store {name}.", class_="qs-note"))
+        first = view.contexts_panel(
+            "Strongest contexts", "one per document", page.strongest, page.maximum, switched=whole_switch(False)
+        )
+        spread = "spread over its activations"
+        return join(first, view.contexts_panel("From strong to weak", spread, page.spread, page.maximum))
+
+    def learn(self, page: FeaturePage) -> None:
+        """Look up the names of its neighbours."""
+        stage("looking up names")
+        near = [*page.similar, *page.cofiring, *page.elsewhere]
+        for layer in {one.layer for one in near}:
+            self.state.names.learn(layer, [one.feature for one in near if one.layer == layer])
 
     def keep(self, layer: Any, feature: Any, store: str, text: str, author: str) -> Iterator[dict[Any, Any]]:
         """A note is written into the store."""
@@ -123,3 +189,8 @@ class FeatureTab:
         self.state.write_note(whole_number(layer, "layer"), number, store, text, author)
         for update in self.show(layer, feature, store):
             yield {self.note: "", **update}
+
+
+def whole_switch(on: bool) -> Markup:
+    """The switch between passages and whole documents."""
+    return element("div", switch("whole documents", f"whole:{0 if on else 1}", on), class_="qs-switches")

@@ -13,7 +13,7 @@ from gradio.queueing import EventQueue
 from qwen_scope.errors import MismatchError, install_line
 
 INSIDE = {
-    "page": (  # of a `Blocks` whose queue is set up: turns.py, api.py, page.py
+    "page": (  # of a `Blocks` whose queue is set up: access/fair_queue.py, api.py, page.py
         "fns",
         "validate_inputs",
         "_queue.create_event_queue_for_fn",
@@ -23,7 +23,7 @@ INSIDE = {
         "_queue.ANALYTICS_MAX_EVENTS",
         "_queue.ANAYLTICS_CACHE_FREQUENCY",
     ),
-    "a queue": ("queue",),  # turns.py
+    "a queue": ("queue",),  # access/fair_queue.py
     "the context of a call": ("request.get",),  # api.py
     "an event": ("_data",),  # wiring.py
 }

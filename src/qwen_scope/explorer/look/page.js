@@ -24,8 +24,48 @@ window.qwenScope = (() => {
       for (const button of buttons) button.tabIndex = button === current ? 0 : -1;
     }
     const address = element.querySelector("[data-address]");
-    if (address) history.replaceState(null, "", address.dataset.address);
+    if (address && element.offsetParent) history.replaceState(null, "", address.dataset.address);
+    const goes = element.querySelector("[data-go]");
+    if (goes && openTab() === goes.dataset.from) show(goes.dataset.go);
+    for (const peak of element.querySelectorAll(".qs-whole .qs-peak")) {
+      const box = peak.closest(".qs-whole");
+      box.scrollTop = peak.offsetTop - box.offsetTop - box.clientHeight / 2;
+    }
   }
+
+  // Only the browser opens tabs: at once, on the visitor's click or for the address. An answer that comes late has at
+  // most a `data-go`, which is followed while the visitor still is where they asked.
+  const buttons = () => [...document.querySelectorAll("#qs-tabs button[role='tab']")];
+  const named = (button) => button.textContent.trim().toLowerCase();
+  const openTab = () => buttons().filter((b) => b.getAttribute("aria-selected") === "true").map(named)[0];
+  const show = (tab) => buttons().find((b) => named(b) === tab)?.click();
+
+  function arrive() {
+    const asked = new URLSearchParams(location.search);
+    const tab = asked.has("text") ? "explore" : asked.has("feature") || asked.has("layer") ? "feature" : asked.get("tab");
+    if (!tab || tab === "explore") return;
+    const watching = new MutationObserver(() => {
+      if (!buttons().some((b) => named(b) === tab)) return;
+      watching.disconnect();
+      show(tab);
+    });
+    watching.observe(document.documentElement, { childList: true, subtree: true });
+  }
+  arrive();
+
+  // A link to a feature opens in this page, so that nothing of the other tabs is lost; Back reads the address again.
+  let follow = null;
+  const route = (report) => (follow = report);
+  document.addEventListener("click", (event) => {
+    const link = event.target.closest?.("a[href^='?layer=']");
+    if (!link || !follow || event.button || event.ctrlKey || event.metaKey || event.shiftKey || event.altKey) return;
+    event.preventDefault();
+    const asked = new URLSearchParams(link.getAttribute("href"));
+    history.pushState(null, "", link.getAttribute("href"));
+    show("feature");
+    follow({ pick: `open:${asked.get("layer")}/${asked.get("feature")}` });
+  });
+  window.addEventListener("popstate", () => location.reload());
 
   function rove(event) {
     const group = event.target.closest("[data-roving]");
@@ -107,5 +147,5 @@ window.qwenScope = (() => {
   const pinned = () => JSON.stringify(pins);
   const savePage = () => frame() && save("why.html", frame().srcdoc, "text/html");
 
-  return { attach, save, pinned, savePage };
+  return { attach, route, save, pinned, savePage };
 })();

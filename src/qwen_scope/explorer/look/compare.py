@@ -9,7 +9,7 @@ from qwen_scope.report import Markup, element, join
 from qwen_scope.scope import Comparison, TokenFeatures
 
 from .components import card, chip, feature_link, heading, left_out_note, name_of, percent, strength
-from .explore_view import Label
+from .explore import Label
 
 SHOWN_TEXTS = 12
 
@@ -83,8 +83,8 @@ def ranking_panel(
             data = json.dumps(shading(seen, sides, layer, one.feature), separators=(",", ":"))
             side = "A" if one.difference > 0 else "B"
             cells = (
-                element("td", element("button", one.feature, type="button", class_="qs-id qs-plain"), " ",
-                        name_of(label(layer, one.feature))),
+                element("td", element("div", element("button", one.feature, type="button", class_="qs-id qs-plain"),
+                                      name_of(label(layer, one.feature)), class_="qs-beside")),
                 element("td", percent(one.rate_a), class_="qs-figure"),
                 element("td", difference_bar(one, top)),
                 element("td", percent(one.rate_b), class_="qs-figure"),

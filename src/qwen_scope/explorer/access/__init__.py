@@ -1,0 +1,1 @@
+"""Who may ask for what: hosts, logins, turns, limits, and what nobody is told."""

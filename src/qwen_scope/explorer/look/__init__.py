@@ -1,0 +1,1 @@
+"""How things look: values in, markup out; the style sheet and the browser's script."""
