@@ -27,7 +27,7 @@ import torch
 torch.set_num_threads(1)
 from qwen_scope.text import Counted
 from qwen_scope.train import Checkpoints, Ranks, TrainConfig, join, train
-from qwen_scope.train.parallel import leave
+from qwen_scope.sae import leave_group as leave
 out, world = Path(sys.argv[1]), int(sys.argv[2])
 g = torch.Generator().manual_seed(0)
 directions = torch.nn.functional.normalize(torch.randn(40, 16, generator=g), dim=1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -17,6 +18,7 @@ from . import options, output
 from .groups import PARAGRAPHS, grouped
 
 if TYPE_CHECKING:
+    from qwen_scope.cluster import Torchrun
     from qwen_scope.scope import Engine, ExtractOptions, Runner, Scope
     from qwen_scope.store import FeatureStore
 
@@ -83,8 +85,9 @@ def extract(
         pool=tuple(part.strip() for part in pool.split(",")) if pool else (),
     )
     not_onto_itself(out, *options.files(source), *options.folders_of(asked))
+    ranks = ranks_of(spread)
     runner = runner_of(spread, asked)
-    if runner is not None and engine is not Reads.transformers:
+    if spread.on is not None and engine is not Reads.transformers:
         raise InputError("workers read with transformers; leave --engine out, or --on")
     corpus = options.read(source, reading, LAB_DOCUMENTS, options.parse_share(share))
     if engine is Reads.vllm:
@@ -94,19 +97,31 @@ def extract(
     scope = options.open_asked(asked)
     reads = engine_of(engine, scope, chosen)
     wanted = options.parse_layers(layers)
-    with output.progress() as bar:
-        store = scope.extract(corpus, out, chosen, layers=wanted, engine=reads, runner=runner, progress=bar)
+    if ranks is not None and ranks.rank:
+        ranks.follow(scope, corpus)
+        return
+    with nullcontext(runner) if ranks is None else ranks.reading(scope) as runs, output.progress() as bar:
+        store = scope.extract(corpus, out, chosen, layers=wanted, engine=reads, runner=runs, progress=bar)
     with store:
         show_store(store, as_json)
 
 
 def runner_of(spread: WorkerOptions, asked: ScopeOptions) -> Runner | None:
     """What reads the windows of an extraction elsewhere; None for this process."""
-    if spread.on is None:
+    if spread.on != "ray":
         return None
     from qwen_scope.cluster import RayRunner
 
     return RayRunner(asked, spread)
+
+
+def ranks_of(spread: WorkerOptions) -> Torchrun | None:
+    """This process's part among those that torchrun started; None where it is not asked for."""
+    if spread.on != "torchrun":
+        return None
+    from qwen_scope.cluster import Torchrun
+
+    return Torchrun()
 
 
 def engine_of(named: Reads, scope: Scope, chosen: ExtractOptions) -> Engine | None:

@@ -19,5 +19,9 @@ from .load import layers_of as layers_of
 from .load import load_sae as load_sae
 from .save import folder_name as folder_name
 from .save import save_sae as save_sae
+from .slices import SliceOfSAE as SliceOfSAE
+from .slices import join_group as join_group
+from .slices import leave_group as leave_group
+from .slices import slice_sae as slice_sae
 from .terms import terms_of as terms_of
 from .topk import TopK as TopK

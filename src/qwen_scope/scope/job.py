@@ -10,7 +10,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 
 from qwen_scope.errors import MismatchError
-from qwen_scope.files import Remote
+from qwen_scope.files import Remote, place
 from qwen_scope.sae import SAE
 from qwen_scope.store import write_window
 from qwen_scope.text import Chat, Corpus, Counted
@@ -54,6 +54,24 @@ class Job:
     fingerprints: Mapping[int, str]
     folder: Path | Remote
     hold_bytes: int = HOLD_BYTES
+
+    def plain(self) -> dict[str, Any]:
+        """All but corpus and tokenizer, as JSON has it."""
+        kept = {name: value for name, value in vars(self).items() if name not in ("corpus", "tokenizer")}
+        kept |= {"state": asdict(self.state), "counted": self.counted.to_json(), "folder": str(self.folder)}
+        return {**kept, "fingerprints": {str(layer): name for layer, name in self.fingerprints.items()}}
+
+    @classmethod
+    def from_plain(cls, data: Mapping[str, Any], corpus: Corpus, tokenizer: Any) -> Job:
+        """The job that `plain` gave, on another process's corpus and tokenizer."""
+        made = {
+            "state": State(**data["state"]),
+            "counted": Counted.from_json(data["counted"], "which tokens count"),
+            "pool": tuple(data["pool"]),
+            "fingerprints": {int(layer): name for layer, name in data["fingerprints"].items()},
+            "folder": place(data["folder"]),
+        }
+        return cls(corpus, tokenizer, **{**data, **made})
 
     def windows(self) -> Iterator[tuple[int, str]]:
         """Each window with its number, in order, as `Pieces.to_json` writes it."""

@@ -34,6 +34,7 @@ def load_scope(
     quantization: str | None = None,
     cache_bytes: int = CACHE_BYTES,
     counted: Counted | None = None,
+    sliced: bool = False,
 ) -> Scope:
     """Open a language model and its SAEs.
 
@@ -49,6 +50,9 @@ def load_scope(
         k: only for SAEs whose files do not say it.
         device_map, quantization: as in `load_model`.
         cache_bytes: how much memory the SAEs may take before the least recently used leave.
+        sliced: cut each SAE by width among the processes that `torchrun` started. All of them ask the scope the same
+            questions in the same order and get the answers of one process; for reading (`features`, `extract`), not
+            for steering.
         counted: which tokens count, `Counted.everything()` for all; by default as the SAEs' files say, else measured.
 
     Raises:
@@ -75,5 +79,6 @@ def load_scope(
         device=where,
         dtype=SAE_DTYPES[sae_dtype] if sae_dtype else None,
         cache_bytes=cache_bytes,
+        sliced=sliced,
     )
     return Scope(loaded, saes, counted)

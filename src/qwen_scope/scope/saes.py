@@ -10,7 +10,7 @@ import torch
 
 from qwen_scope.errors import MismatchError, NotFoundError
 from qwen_scope.model import HookPoint
-from qwen_scope.sae import SAE, layers_of, load_sae
+from qwen_scope.sae import SAE, join_group, layers_of, load_sae, slice_sae
 
 CACHE_BYTES = 8 * 10**9
 
@@ -30,12 +30,17 @@ class SAEs:
         device: torch.device | str = "cpu",
         dtype: torch.dtype | None = None,
         cache_bytes: int = CACHE_BYTES,
+        sliced: bool = False,
     ) -> None:
         """Name the SAEs; nothing but the list of layers is read yet.
 
+        Args:
+            sliced: each process of `torchrun` holds its slice of the features.
+
         Raises:
-            NotFoundError: the source does not exist or holds no SAE.
+            NotFoundError: the source does not exist or holds no SAE.   InputError: not started by `torchrun`.
         """
+        self.group = join_group() if sliced else None
         self.source, self.d_model, self.k, self.device, self.dtype = source, d_model, k, device, dtype
         self.cache_bytes = cache_bytes
         self.layers = list(layers_of(source))
@@ -69,6 +74,7 @@ class SAEs:
         """The same SAEs in their memory-mapped files, for passes over many layers: each comes to a device for its
         turn. They meet the same model and stores when they are opened."""
         out = SAEs(self.source, d_model=self.d_model, k=self.k, dtype=self.dtype, cache_bytes=self.cache_bytes)
+        out.group = self.group
         out._joins = list(self._joins)
         return out
 
@@ -102,6 +108,9 @@ class SAEs:
         return sum(sae.nbytes for sae in self._held.values())
 
     def _read(self, layer: int) -> SAE:
+        if self.group is not None:
+            part = slice_sae(load_sae(self.source, layer, k=self.k), *self.group)
+            return self._opened(layer, part.to(self.device, self.dtype))
         return self._opened(layer, load_sae(self.source, layer, k=self.k, device=self.device, dtype=self.dtype))
 
     def _opened(self, layer: int, sae: SAE) -> SAE:

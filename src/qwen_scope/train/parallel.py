@@ -12,7 +12,6 @@ The arithmetic asks `Ranks` for sums; in a single process each of them is the id
 
 from __future__ import annotations
 
-import atexit
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from qwen_scope.errors import InputError
+from qwen_scope.sae import join_group
 
 Mode = Literal["alone", "data", "layers", "features"]
 MODES: tuple[Mode, ...] = ("alone", "data", "layers", "features")
@@ -147,22 +147,8 @@ def join(mode: Mode, backend: str | None = None) -> Ranks:
             f"to train in parallel over {mode}, start it with: torchrun --nproc-per-node N -m qwen_scope.cli train"
         )
     ranks = Ranks(mode, int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
-    if not dist.is_initialized():
-        import torch.distributed.nn
-
-        if torch.cuda.is_available():
-            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-        dist.init_process_group(backend or ("nccl" if torch.cuda.is_available() else "gloo"))
-        # A process that ends with gloo's threads still running is aborted now and then, its work done. They end with
-        # the group, if nothing else holds it: default arguments of torch.distributed.nn do when it comes after.
-        atexit.register(leave)
+    join_group(backend)
     return ranks
-
-
-def leave() -> None:
-    """Leave the processes that `join` joined, if that has not been done."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 def summed(tensor: Tensor) -> Tensor:
