@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import fsspec
 import loopback
@@ -22,7 +25,8 @@ from test_merge import same
 from qwen_scope.cluster import RayRunner, WorkerOptions
 from qwen_scope.errors import InputError, MismatchError
 from qwen_scope.sae import Identity, TopK, save_sae
-from qwen_scope.scope import ExtractOptions, ScopeOptions
+from qwen_scope.scope import ExtractOptions, Job, ScopeOptions
+from qwen_scope.store import is_store
 from qwen_scope.text import Corpus
 
 ray = pytest.importorskip("ray")
@@ -85,6 +89,35 @@ def test_workers_write_their_parts_to_a_bucket(bucket: str, tmp_path: Path) -> N
     with pytest.raises(InputError, match="can't write to memory://s, which is in the memory of this process alone"):
         scope.extract(Corpus(rows), "memory://s", OPTIONS, runner=RayRunner(asked(), HALF))
     assert not fsspec.filesystem("memory").exists("/s")
+
+
+class Poisoned(Job):
+    """An extraction whose workers die over one text, as they do where a document needs more memory than there is."""
+
+    def write(self, number: int, window: str, *rest: Any) -> dict[str, Any]:
+        if "Poison" in window:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().write(number, window, *rest)
+
+
+class Poisoning(RayRunner):
+    def run(self, job: Job) -> Iterator[tuple[int, dict[str, Any]]]:
+        return super().run(Poisoned(**vars(job)))
+
+
+def test_a_document_that_kills_every_worker_ends_in_a_sentence(tmp_path: Path) -> None:
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    rows, scope = [*stores.ROWS, {"text": "Poison."}, *stores.ROWS], asked().open()
+    said = (
+        r"5 workers have died over .*documents from row \d+ of list to row \d+ of list; leave what is wrong there out"
+    )
+    with pytest.raises(InputError, match=said):
+        scope.extract(Corpus(rows), tmp_path / "s", OPTIONS, runner=Poisoning(asked(), HALF))
+    assert not is_store(tmp_path / "s")
+    # What was written is kept, and workers that do not die finish it.
+    scope.extract(Corpus(rows), tmp_path / "s", OPTIONS, runner=RayRunner(asked(), HALF)).close()
+    scope.extract(Corpus(rows), tmp_path / "one", OPTIONS).close()
+    same(tmp_path / "s", tmp_path / "one")
 
 
 def test_a_cluster_without_a_free_slot_ends_in_a_sentence(tmp_path) -> None:

@@ -15,7 +15,8 @@ from qwen_scope import errors
 from qwen_scope.errors import InputError, QwenScopeError, foreign, need, reason
 from qwen_scope.files import Remote
 from qwen_scope.sae import SAE
-from qwen_scope.scope import Job, ModelEngine, ScopeOptions
+from qwen_scope.scope import Job, ModelEngine, Pieces, ScopeOptions
+from qwen_scope.store import begun, ended
 
 from .options import WorkerOptions
 
@@ -26,6 +27,10 @@ SLOT_SECONDS = 20.0
 """How long a slot that is counted as free may take to be given."""
 
 KNOCK_SECONDS = 10.0
+
+TRIES = 5
+"""Workers that may die over one window before the run ends."""
+
 REFUSED = "refused"  # what a worker tells in place of a window: the kind and the sentence of an error
 
 # A window is a block of its own, so that one worker can take it while another takes the next.
@@ -217,11 +222,29 @@ class Worker:
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[Any]]:
         """Write the one window of a batch."""
         number = int(batch["number"][0])
+        window = str(batch["window"][0])
         try:
-            written = self.job.write(number, str(batch["window"][0]), *self.opened())
+            written = self.once(number, window)
         except QwenScopeError as error:  # pickled by Ray it would lose its kind
             written = {REFUSED: [type(error).__name__, str(error)]}
         return {"number": [number], "written": [json.dumps(written)]}
+
+    def once(self, number: int, window: str) -> dict[str, Any]:
+        """As `Job.write`, but for a window over which too many workers have died.
+
+        Raises:
+            QwenScopeError: as `Job.write`, or that one.
+        """
+        if begun(self.job.folder, number) >= TRIES:
+            ended(self.job.folder, number)
+            raise InputError(
+                f"{TRIES} workers have died over {Pieces.from_json(window).named}; leave what is wrong there out of the"
+                " corpus, or give workers more memory, and run the same command again"
+            )
+        try:
+            return self.job.write(number, window, *self.opened())
+        finally:
+            ended(self.job.folder, number)
 
     def opened(self) -> tuple[ModelEngine, dict[int, SAE], Any]:
         """The model, the SAEs and the device they come to for their turn; opened for the first window."""

@@ -32,6 +32,7 @@ from .plan import config_of as config_of
 from .plan import plan as plan
 from .plan import plan_folder as plan_folder
 from .plan import plan_group as plan_group
+from .rows import Pieces as Pieces
 from .saes import SAEs as SAEs
 from .scope import Scope as Scope
 from .seen import Strongest as Strongest

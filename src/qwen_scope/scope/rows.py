@@ -63,6 +63,14 @@ class Pieces:
     unreadable: list[Unreadable]
     after: State
 
+    @property
+    def named(self) -> str:
+        """Its documents in a few words, by their rows of the corpus."""
+        if not self.documents:
+            return f"a window of document {self.rows[0].document}" if self.rows else "rows that can't be read"
+        first, last = (f"row {entry['row']} of {entry['source']}" for entry in (self.documents[0], self.documents[-1]))
+        return first if first == last else f"{len(self.documents)} documents from {first} to {last}"
+
     def to_json(self) -> str:
         """As a text, for another process."""
         return json.dumps(asdict(self))

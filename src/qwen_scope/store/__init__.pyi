@@ -1,3 +1,5 @@
+from .attempts import begun as begun
+from .attempts import ended as ended
 from .contexts import Context as Context
 from .contexts import FeatureSummary as FeatureSummary
 from .contexts import Histogram as Histogram

@@ -19,6 +19,7 @@ from jaxtyping import Float32, Int32
 from qwen_scope.errors import InputError, foreign
 from qwen_scope.files import Remote, claim_folder, place, read_object, remove_folder, room, write_text
 
+from .attempts import forget
 from .index import check_disk, index_layer
 from .layout import (
     MANIFEST,
@@ -134,6 +135,7 @@ class StoreWriter:
             self._empty()
             self.work.mkdir(parents=True)
             write_text(request, json.dumps(asked, ensure_ascii=False))
+        forget(self.folder)
         kept = {part["file"] for marker in self.markers for part in marker["parts"]}
         kept |= {part["file"] for path in self.work.glob("layer-*.json") for part in read_object(path)["parts"]}
         for table in TABLES:
