@@ -126,7 +126,7 @@ def test_commands_write_to_a_bucket(bucket: str, tmp_path: Path, capsys) -> None
     assert answers[:3] == answers[3:]
 
 
-def test_where_a_store_can_t_be_written_is_one_sentence(bucket: str, tmp_path: Path, capsys, monkeypatch) -> None:
+def test_where_a_store_can_t_be_written_is_one_sentence(bucket: str, tmp_path: Path, capsys) -> None:
     (tmp_path / "c.txt").write_text("hello hello\n\nhello friend\n")
     for out, said in (
         ("s3://missing/s", "s3://missing/s/.lock can't be written: there is no bucket or folder above it"),
@@ -137,3 +137,44 @@ def test_where_a_store_can_t_be_written_is_one_sentence(bucket: str, tmp_path: P
         err = capsys.readouterr().err
         assert said in err
         assert err.count("\n") == 1
+
+
+def test_what_an_object_store_refuses_is_one_sentence(bucket: str, tmp_path: Path, capsys, monkeypatch) -> None:
+    """The same for reading and writing: no credentials, no bucket, nobody at the address."""
+    import s3fs
+
+    (tmp_path / "c.txt").write_text("hello hello\n\nhello friend\n")
+    corpus = str(tmp_path / "c.txt")
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    for name, value in (
+        ("AWS_EC2_METADATA_DISABLED", "true"),
+        ("AWS_CONFIG_FILE", "/x"),
+        ("AWS_SHARED_CREDENTIALS_FILE", "/x"),
+    ):
+        monkeypatch.setenv(name, value)
+    s3fs.S3FileSystem.clear_instance_cache()
+    try:
+        for words in (["store", f"{bucket}/t"], ["extract", corpus, "-o", f"{bucket}/u", *WHERE]):
+            assert main(words) == 2
+            err = capsys.readouterr().err
+            assert "asks for credentials" in err
+            assert "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY" in err
+            assert err.count("\n") == 1
+        monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
+        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
+        monkeypatch.setitem(fsspec.config.conf["s3"], "endpoint_url", "http://127.0.0.1:9")
+        monkeypatch.setitem(fsspec.config.conf["s3"], "config_kwargs", {"retries": {"total_max_attempts": 1}})
+        s3fs.S3FileSystem.clear_instance_cache()
+        assert main(["extract", corpus, "-o", f"{bucket}/u", *WHERE]) == 2
+        err = capsys.readouterr().err
+        assert "Could not connect to the endpoint URL" in err
+        assert "; check the address and the network" in err
+        assert err.count("\n") == 1
+    finally:
+        s3fs.S3FileSystem.clear_instance_cache()
+    monkeypatch.undo()
+    assert main(["store", "s3://missing/s"]) == 2
+    err = capsys.readouterr().err
+    assert "there is no store 's3://missing/s'" in err
+    assert err.count("\n") == 1
