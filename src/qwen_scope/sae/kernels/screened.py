@@ -15,8 +15,8 @@ from qwen_scope.errors import InputError
 
 from ..acts import FeatureActs
 from . import numba, triton
-from .bound import ROUND_OUT, Rows, Screen, bound, keep_massive, lower_rows, massive_dimensions
-from .candidates import PER_ROW, PER_SLOT, Candidates
+from .bound import ROUND_OUT, Screen, bound, keep_massive, lower_rows, massive_dimensions
+from .candidates import PER_ROW, PER_SLOT, Candidates, Tiles
 from .tiled import encode_topk, rows_per_tile
 from .unchanged import Twins
 
@@ -83,12 +83,13 @@ def encode_topk_screened(
         step = min(rows_per_tile(len(screen.low), 2 * tile_bytes), max(1, len(rows)))
         # One tile for all products: fresh pages would cost a tenth of them.
         room = torch.empty(step, len(screen.low), dtype=torch.bfloat16, device=device)
-        for start in range(0, len(rows), step):
-            part = slice(start, start + step)
-            tile = rows[part].float().contiguous()
-            lowered = lower_rows(tile, screen)
-            low = product(lowered.low, screen.low.T, out=room[: len(tile)])
-            found = choose(low, lowered, tile, W_enc, b_enc, k, screen)
+        block = step * max(1, numba.rows_at_once(W_enc) // step) if choose is numba.choose else step
+        for start in range(0, len(rows), block):
+            part = slice(start, start + block)
+            x_part = rows[part].float().contiguous()
+            lowered = (lower_rows(tile, screen) for tile in x_part.split(step))
+            tiles = ((product(tile.low, screen.low.T, out=room[: len(tile.low)]), tile) for tile in lowered)
+            found = choose(tiles, x_part, W_enc, b_enc, k, screen)
             values[part], features[part], certified[part] = found.values, found.features, found.certified
             candidates += found.candidates
     left = (~certified).nonzero().flatten()
@@ -121,14 +122,13 @@ def low_is_fast(W_enc: Tensor) -> bool:
     return W_enc.dtype in (torch.float32, torch.bfloat16) and triton.multiplies_bf16(W_enc.device)
 
 
-def choose_candidates(
-    low: Tensor, rows: Rows, x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, screen: Screen
-) -> Candidates:
+def choose_candidates(tiles: Tiles, x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, screen: Screen) -> Candidates:
     """The k largest of each row of a tile, from its bf16 product `low (n, groups * MEMBERS)`.
 
     The k-th largest lower bound of any k features is a floor under the k-th largest pre-activation, and group maxima
     provide k of them; whatever cannot reach the floor is out.
     """
+    ((low, rows),) = tiles
     n, groups = len(low), screen.groups
     grouped = low.view(n, -1, groups)
     # As integers, positive bf16 numbers keep their order and negative ones stay below; there is no NaN in covered rows.

@@ -8,8 +8,8 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from .bound import MEMBERS, ROUND_OUT, Rows, Screen
-from .candidates import PER_ROW, PER_SLOT, Candidates
+from .bound import MEMBERS, ROUND_OUT, Screen
+from .candidates import PER_ROW, PER_SLOT, Candidates, Tiles
 from .tiled import in_order
 
 GROUPS_AT_ONCE, FEATURES_AT_ONCE, SLOTS_AT_ONCE, DIMENSIONS_AT_ONCE = 64, 2048, 16, 128
@@ -44,10 +44,11 @@ def product(x: Tensor, W: Tensor, out: Tensor | None = None) -> Tensor:
         flags.allow_bf16_reduced_precision_reduction = before
 
 
-def choose(low: Tensor, rows: Rows, x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, screen: Screen) -> Candidates:
+def choose(tiles: Tiles, x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, screen: Screen) -> Candidates:
     """What `screened.choose_candidates` does, a program per row."""
     from . import rows_triton
 
+    ((low, rows),) = tiles
     n, groups, d_sae = len(low), screen.groups, screen.d_sae
     budget = min(PER_SLOT * k + PER_ROW, d_sae)
     if not n:
