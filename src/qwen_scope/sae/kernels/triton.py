@@ -10,7 +10,6 @@ from torch import Tensor
 
 from .bound import MEMBERS, ROUND_OUT, Screen
 from .candidates import PER_ROW, PER_SLOT, Candidates, Tiles
-from .tiled import in_order
 
 GROUPS_AT_ONCE, FEATURES_AT_ONCE, SLOTS_AT_ONCE, DIMENSIONS_AT_ONCE = 64, 2048, 16, 128
 
@@ -60,34 +59,47 @@ def choose(tiles: Tiles, x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, screen
         low, rows.terms, screen.per_group, lower, groups, low.stride(0), ROUND_OUT, MEMBERS, GROUPS_AT_ONCE
     )
     floor = lower.topk(k, dim=1).values[:, -1].clamp_(min=0).contiguous()
-    features = torch.zeros(n, budget, dtype=torch.int32, device=low.device)
+    features = torch.empty(n, budget, dtype=torch.int32, device=low.device)
+    approx, reach = torch.empty(2, n, budget, device=low.device)
     counts = torch.empty(n, dtype=torch.int32, device=low.device)
     rows_triton.candidates[(n,)](
-        low, rows.terms, screen.per_feature, floor, features, counts, d_sae, low.stride(0), budget, ROUND_OUT,
-        FEATURES_AT_ONCE,
+        low, rows.terms, screen.per_feature, screen.per_group, floor, features, approx, reach, counts, d_sae, groups,
+        low.stride(0), budget, ROUND_OUT, FEATURES_AT_ONCE,
     )  # fmt: skip
     certified = rows.covered & (counts <= budget)
     counts = torch.where(certified, counts, 0)
-    exact = torch.zeros(n, budget, device=low.device)
-    sampled_rows(x, W_enc, features, counts, exact)
-    exact += b_enc.float()[features.long()]
-    # Slots beyond the last candidate hold the bias of feature 0, and must not win.
-    exact = torch.where(torch.arange(budget, device=low.device) < counts[:, None], exact.relu_(), 0)
     width = max(k, int(counts.max()))
-    values, indices = in_order(exact[:, :width], features[:, :width].long())
-    values, indices = values[:, :k], indices[:, :k].int()
-    return Candidates(values, torch.where(values > 0, indices, 0), certified, int(counts.sum()))
+    features, approx, reach = (part[:, :width].contiguous() for part in (features, approx, reach))
+    there = torch.arange(width, device=low.device) < counts[:, None]
+    approx = torch.where(there, approx, -torch.inf)
+    # The most probable first: their k-th largest value is the floor for the rest.
+    wanted = there & (approx >= approx.topk(k, dim=1).values[:, -1:])
+    exact = sampled_rows(x, W_enc, features, wanted, bias=b_enc)
+    rest = there & ~wanted & (reach >= exact.topk(k, dim=1).values[:, -1:])
+    sampled_rows(x, W_enc, features, rest, exact, b_enc)
+    # Candidates stand in order of their features, so equal values keep the lower one first.
+    values, order = exact.sort(dim=1, descending=True, stable=True)
+    values, features = values[:, :k], features.gather(1, order[:, :k])
+    return Candidates(values, torch.where(values > 0, features, 0), certified, int((wanted | rest).sum()))
 
 
-def sampled_rows(left: Tensor, right: Tensor, index: Tensor, counts: Tensor, out: Tensor) -> None:
-    """`out[row, slot] = left[row] . right[index[row, slot]]` for the first `counts[row]` slots of each row."""
+def sampled_rows(
+    left: Tensor, right: Tensor, index: Tensor, wanted: Tensor, out: Tensor | None = None, bias: Tensor | None = None
+) -> Tensor:
+    """`left[row] . right[index[row, slot]]` where it is wanted; other slots stay as they are, by default 0.
+
+    With a bias, `relu` of that and of `bias[index[row, slot]]`.
+    """
     from . import rows_triton
 
     n, slots = index.shape
+    out = torch.zeros(n, slots, device=left.device) if out is None else out
     grid = n, rows_triton.blocks(slots, SLOTS_AT_ONCE)
     rows_triton.dots[grid](
-        left, right, index, counts, out, left.shape[1], slots, SLOTS_AT_ONCE, DIMENSIONS_AT_ONCE
+        left, right, left if bias is None else bias, index, wanted, out, left.shape[1], slots, bias is not None,
+        SLOTS_AT_ONCE, DIMENSIONS_AT_ONCE,
     )  # fmt: skip
+    return out
 
 
 def bags(values: Tensor, index: Tensor, table: Tensor) -> Tensor:
@@ -103,7 +115,4 @@ def bags(values: Tensor, index: Tensor, table: Tensor) -> Tensor:
 
 def bags_gradient(grad: Tensor, index: Tensor, table: Tensor) -> Tensor:
     """The gradient of `bags` in its values: each row's gradient times each of its rows of the table."""
-    n, slots = index.shape
-    out = torch.zeros(n, slots, device=table.device)
-    sampled_rows(grad, table, index, index.new_full((n,), slots), out)
-    return out
+    return sampled_rows(grad, table, index, torch.ones_like(index, dtype=torch.bool))
