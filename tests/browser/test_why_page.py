@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from playwright.sync_api import Browser, Page
@@ -24,7 +25,7 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def opened(browser: Browser, file: Path, scheme: str) -> tuple[Page, list[str]]:
+def opened(browser: Browser, file: Path, scheme: Any) -> tuple[Page, list[str]]:
     page = browser.new_page(color_scheme=scheme, viewport={"width": 1400, "height": 900})
     wrong: list[str] = []
     page.on("console", lambda one: wrong.append(one.text) if one.type in ("error", "warning") else None)
@@ -63,5 +64,20 @@ def test_a_node_tells_what_it_is_and_can_be_pinned_and_unfolded(browser: Browser
     assert page.locator("[data-node]").count() > folded
     page.get_by_role("button", name="unpin all").click()
     assert page.locator(".node.pinned").count() == 0
+    assert wrong == []
+    page.close()
+
+
+def test_a_long_prompt_wraps_and_names_of_layers_stay_in_sight(browser: Browser, file: Path) -> None:
+    page, wrong = opened(browser, file, "light")
+    page.locator("[data-node][aria-label*='to layer']").last.hover()
+    assert page.locator("#details").evaluate("one => one.scrollWidth <= one.clientWidth"), "the prompt is cut off"
+    left = page.locator("#picture").evaluate("one => one.scrollLeft")
+    assert left > 0, "the answer stands at the right end"
+    for name in (page.locator(".names text").first, page.locator(".names text").last):
+        box, home = name.bounding_box(), page.locator("#picture").bounding_box()
+        assert box, "drawn"
+        assert home, "drawn"
+        assert home["x"] <= box["x"] < home["x"] + 70
     assert wrong == []
     page.close()

@@ -175,6 +175,8 @@ BAD = [
     (["--log-prob", "--against", " der"], "leave out --log-prob"),
     (["--node-share", "2"], r"the node share must be a finite number between 0 and 1"),
     (["--recipe", "why.txt"], "ends in .json or .yaml"),
+    (["--position", "0"], r"no feature of this prompt can be a node: no token counts for the SAEs \(first\); give a"),
+    (["--positions", "0"], r"no feature of this prompt can be a node: no token counts for the SAEs \(first, not"),
 ]
 
 

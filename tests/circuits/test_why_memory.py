@@ -19,6 +19,7 @@ from qwen_scope.circuits import (
     Place,
     Quantity,
     WhyOptions,
+    ablated,
     effects,
     explain,
     faithfulness,
@@ -27,6 +28,7 @@ from qwen_scope.circuits import (
     memory,
     read,
 )
+from qwen_scope.circuits.tail import moved, tail
 from qwen_scope.cli import main
 from qwen_scope.errors import InputError
 from qwen_scope.model import KEPT_BLOCKS, model_sizes
@@ -200,3 +202,25 @@ def test_positions_are_typed_like_layers(capsys: pytest.CaptureFixture[str]) -> 
         err = capsys.readouterr().err
         assert says in err
         assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(("family", "begins"), [("qwen3", 6), ("qwen3_moe", 6), ("qwen3_5_text", 0), ("gemma2", 0)])
+def test_of_nodes_near_the_end_the_end_alone_runs_again(family: str, begins: int) -> None:
+    reading = read(scope_of(family), IDS, Quantity.logit(5), positions=range(6, len(IDS)))
+    short, start = tail(reading)
+    assert start == begins, "blocks that keep more than keys and values of all tokens read the whole prompt"
+    assert len(short.ids) == len(IDS) - start
+    assert short.length == len(IDS)
+    assert short.value == pytest.approx(reading.value, rel=1e-6)
+    active = reading.active[1]
+    places = [Place(1, int(p), int(f)) for p, f in zip(active.positions[-4:], active.features[-4:], strict=True)]
+    ends = [[moved(one, start)] for one in places]
+    torch.testing.assert_close(ablated(short, ends), ablated(reading, [[one] for one in places]), rtol=1e-4, atol=1e-6)
+    whole, part = effects(reading, "joint").features, effects(short, "joint").features
+    for layer in LAYERS:
+        torch.testing.assert_close(part[layer], whole[layer], rtol=1e-4, atol=1e-6)
+
+
+def test_nodes_from_the_first_half_on_need_the_whole_prompt() -> None:
+    reading = read(scope_of("qwen3"), IDS, Quantity.logit(5), positions=[2, 9])
+    assert tail(reading) == (reading, 0)

@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from qwen_scope.errors import InputError
 from qwen_scope.features import promoted_tokens
 from qwen_scope.report import Progress
 from qwen_scope.stats import coefficient
@@ -22,6 +23,7 @@ from .jointly import jointly
 from .options import WhyOptions, check_method
 from .reading import Reading
 from .scores import tracer_scores
+from .tail import moved, tail
 
 PROMOTED = 3
 CHOOSING = 5
@@ -47,13 +49,15 @@ def explain(
         labels: what a feature is called, by layer and index; "" where it has no name.
 
     Raises:
-        InputError: a method that does not fit the model.
+        InputError: a method that does not fit the model, or a prompt in which no feature can be a node.
     """
     options = options or WhyOptions()
+    check_nodes(reading)
     method, tell = check_method(options.method), progress or (lambda *_: None)
     tell("effects", 0.0, method)
     found = effects(reading, method, steps=options.steps, most=2 * options.nodes, progress=progress)
-    shares = found.features if method == "joint" else jointly(reading, CHOOSING, progress)[0]
+    short, start = tail(reading)
+    shares = found.features if method == "joint" else jointly(short, CHOOSING, progress)[0]
     chosen = choose(reading, found, shares, options)
     places = [one.place for one in chosen]
     exact = [found.exact.get(place) for place in places]
@@ -61,15 +65,32 @@ def explain(
         checked = [n for n, value in enumerate(exact) if value is None]
     else:
         checked = sorted(range(len(chosen)), key=lambda n: -abs(chosen[n].effect))[: options.exact]
-    measured = ablated(reading, [[places[n]] for n in checked], progress=progress).tolist()
+    measured = ablated(short, [[moved(places[n], start)] for n in checked], progress=progress).tolist()
     agreement = None if method == "exact" else agree([chosen[n].effect for n in checked], measured)
     for n, value in zip(checked, measured, strict=True):
         exact[n] = value
     if method == "exact":
         chosen = [replace(one, effect=value or 0.0) for one, value in zip(chosen, exact, strict=True)]
+    del short  # with the keys and values that it keeps
     edges = incoming(reading, places, method, progress=progress)
     tell("graph", 0.0, "")
     return _Assembly(reading, found, chosen, exact, edges, options, labels or (lambda *_: "")).graph(agreement)
+
+
+def check_nodes(reading: Reading) -> None:
+    """Refuse a prompt without a single feature to explain anything with, such as one of the first token alone.
+
+    Raises:
+        InputError: it is one; why its tokens have no features as nodes is said.
+    """
+    if reading.n_nodes:
+        return
+    reasons = dict.fromkeys(reason for said in reading.left_out.values() for reason in said if reason)
+    why = f" ({', '.join(reasons)})" if reasons else ""
+    raise InputError(
+        f"no feature of this prompt can be a node: no token counts for the SAEs{why}; give a longer prompt, or other"
+        " positions"
+    )
 
 
 def brief_name(source: str) -> str:

@@ -31,13 +31,13 @@ def jointly(
     sums = {layer: _Sums(reading, layer, steps) for layer in reading.layers}
     points = (np.arange(steps) + 0.5) / steps
     blocks = reading.last_block + 1
-    rows = min(rows_with_gradient(len(reading.ids), blocks), steps)
+    rows = min(rows_with_gradient(reading.length, blocks), steps)
     for start in range(0, steps, rows):
         if progress is not None:
             progress("effects", start / steps, f"{steps} points")
         some = torch.tensor(points[start : start + rows], dtype=torch.float32)
         changes = {layer: _grown(sums[layer], some) for layer in reading.layers}
-        with torch.enable_grad(), keeping(reading.scope.model, len(some) * len(reading.ids), blocks):
+        with torch.enable_grad(), keeping(reading.scope.model, len(some) * reading.length, blocks):
             begin = reading.copies(len(some)).clone().requires_grad_()
             gradients(reading.run(begin, changes), [begin])
     return {layer: one.features for layer, one in sums.items()}, {layer: one.errors for layer, one in sums.items()}

@@ -32,7 +32,8 @@ def graph_bytes(
     """Bytes of a graph's largest step beside the model and its SAEs, an estimate from shapes.
 
     A pass keeps what blocks compute for `KEPT_BLOCKS` tokens times blocks at most; of longer prompts it keeps the
-    blocks' inputs and computes one block at a time again. Beside it stand the streams, errors and gradients of each
+    blocks' inputs and computes one block at a time again. Where nodes are at chosen positions, keys and values of the
+    tokens before are kept instead for runs that need no more. Beside it stand the streams, errors and gradients of each
     layer taken apart, and what each feature of the graph is sent. Attention is taken to be fused, without a matrix of
     tokens by tokens, as it is by default.
 
@@ -54,7 +55,8 @@ def graph_bytes(
         again = tokens_held * blocks > KEPT_BLOCKS  # then what a block computes stands beside its gradients
         return tokens_held * (blocks * FLOAT * sizes.d_model + 3 * block if again else (blocks + 1) * block)
 
-    of_blocks = max(held(whole), held(longest_segment(sorted(layers), whole)))
+    before = 0 if positions is None else sizes.cache_bytes(1, tokens, dtype)
+    of_blocks = max(held(whole), held(longest_segment(sorted(layers), whole)), before)
     of_layers = len(layers) * FLOAT * sizes.d_model * 4 * tokens
     of_features = FLOAT * nodes * k * (tokens if positions is None else positions)
     return of_blocks + of_layers + of_features + AROUND

@@ -93,10 +93,6 @@ function draw() {
   const picture = svg("svg", {width, height, viewBox: `0 0 ${width} ${height}`, role: "group", "aria-label": "graph"});
   graph.tokens.forEach((word, position) => picture.append(
     svg("text", {x: starts[position] + 12, y: height - 8, class: "word"}, `${position} ${word}`)));
-  for (let row = 0; row < rows; row++) {
-    const name = row === 0 ? "tokens" : row === rows - 1 ? "answer" : `layer ${graph.layers[row - 1]}`;
-    picture.append(svg("text", {x: 6, y: TOP + (rows - 1 - row) * ROW + 4}, name));
-  }
   const active = new Set([...pinned, ...(hovered === null ? [] : [hovered])]);
   for (const edge of edges) {
     const source = drawnAt(edge.source), target = drawnAt(edge.target);
@@ -127,11 +123,25 @@ function draw() {
     }, shape(node));
     picture.append(drawn);
   }
+  const names = svg("g", {class: "names"}, svg("rect", {width: LEFT - 8, height}));
+  for (let row = 0; row < rows; row++) {
+    const name = row === 0 ? "tokens" : row === rows - 1 ? "answer" : `layer ${graph.layers[row - 1]}`;
+    names.append(svg("text", {x: 6, y: TOP + (rows - 1 - row) * ROW + 4}, name));
+  }
+  picture.append(names);
   document.getElementById("picture").replaceChildren(picture);
+  keepNames();
   if (focused !== null && focused !== undefined) {
     const again = picture.querySelector(`[data-node="${focused}"]`);
     if (again) again.focus({preventScroll: true});
   }
+}
+
+// Names of rows stay in sight where a long prompt is scrolled.
+function keepNames() {
+  const home = document.getElementById("picture");
+  const names = home.querySelector(".names");
+  if (names) names.setAttribute("transform", `translate(${home.scrollLeft},0)`);
 }
 
 function title(i) {
@@ -222,6 +232,7 @@ function nodeAt(event) {
 }
 
 const picture = document.getElementById("picture");
+picture.addEventListener("scroll", keepNames);
 picture.addEventListener("mouseover", event => {
   const i = nodeAt(event);
   if (i === null || i === hovered) return;

@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from qwen_scope.errors import InputError, brief
-from qwen_scope.model import PASS_TOKENS, HookPoint, changing, input_device, last_logits
+from qwen_scope.model import PASS_TOKENS, HookPoint, Past, changing, input_device, last_logits
 from qwen_scope.scope import Scope
 from qwen_scope.text import REASONS
 
@@ -51,6 +51,7 @@ class Reading:
         left_out: by layer, why a token has no nodes: it does not count, or was not chosen; "" where it has.
         value: of the quantity.
         logits: at the position; None for a feature.
+        past: what attention keeps of tokens before these, where these are the end of a prompt alone (see `tail`).
     """
 
     scope: Scope
@@ -65,6 +66,7 @@ class Reading:
     left_out: Mapping[int, tuple[str, ...]]
     value: float
     logits: Tensor | None
+    past: Past | None = None
 
     @property
     def n_nodes(self) -> int:
@@ -79,7 +81,12 @@ class Reading:
     @property
     def rows(self) -> int:
         """How many copies of the prompt one forward pass without gradients takes."""
-        return max(1, PASS_TOKENS // len(self.ids))
+        return max(1, PASS_TOKENS // self.length)
+
+    @property
+    def length(self) -> int:
+        """Tokens that attention reads, those before included."""
+        return len(self.ids) + (0 if self.past is None else self.past.get_seq_length())
 
     def decoder(self, layer: int) -> Float[Tensor, "n d_model"]:
         """The direction of every active feature of a layer, times its activation."""
@@ -92,7 +99,7 @@ class Reading:
         changes: Mapping[int, Callable[[Tensor], Tensor]] | None = None,
     ) -> Float[Tensor, " batch"]:
         """The quantity on every row of embeddings, with the streams of layers changed on the way."""
-        return forward(self.scope, self.quantity, embeddings, changes or {})[0]
+        return forward(self.scope, self.quantity, embeddings, changes or {}, self.past)[0]
 
     def copies(self, n: int) -> Float[Tensor, "n seq d_model"]:
         """The embeddings of the prompt, `n` times."""
@@ -157,7 +164,11 @@ def read(
 
 
 def forward(
-    scope: Scope, quantity: Quantity, embeddings: Tensor, changes: Mapping[int, Callable[[Tensor], Tensor]]
+    scope: Scope,
+    quantity: Quantity,
+    embeddings: Tensor,
+    changes: Mapping[int, Callable[[Tensor], Tensor]],
+    past: Past | None = None,
 ) -> tuple[Float[Tensor, " batch"], Tensor | None]:
     """The quantity at its position for every row, and the logits there; gradients flow where they are enabled."""
     model = scope.model
@@ -173,7 +184,8 @@ def forward(
     at = {*changes, *([] if quantity.layer is None else [quantity.layer])}
     hooks = changing(model, {HookPoint(layer): change for layer in at}) if at else ExitStack()
     with hooks:
-        logits = last_logits(model, inputs_embeds=embeddings)  # the position asked about is the last
+        before = {} if past is None else {"past_key_values": past}
+        logits = last_logits(model, inputs_embeds=embeddings, **before)  # the position asked about is the last
     if quantity.layer is not None:
         return quantity.of_residual(scope, taken["h"]), None
     return quantity.of_logits(logits), logits

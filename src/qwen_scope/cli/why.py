@@ -131,7 +131,7 @@ def print_graph(graph: Graph, n: int) -> None:
         rows.append((name_of(graph, i), place_of(graph, i), f"{node.effect:+.3g}", exact, written, says(graph, i)))
         if len(rows) == 2 * n:
             break
-    columns = ("feature", "token", "effect", "ablated", "written by", "promotes")
+    columns = ("feature", "token", "effect", "ablated", "written by", "label or promotes")
     output.show(f"Features with the largest effects ({graph.method})", columns, rows)
     if found := graph.paths(n):
         rows = [(f"{path.weight:+.3g}", way(graph, path)) for path in found]

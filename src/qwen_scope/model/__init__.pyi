@@ -36,6 +36,8 @@ from .model_sizes import KEPT_BLOCKS as KEPT_BLOCKS
 from .model_sizes import PASS_TOKENS as PASS_TOKENS
 from .model_sizes import ModelSizes as ModelSizes
 from .model_sizes import model_sizes as model_sizes
+from .past import Past as Past
+from .past import past_of as past_of
 from .pieces import capture_pieces as capture_pieces
 from .quantized import Quantised as Quantised
 from .quantized import quantised as quantised
