@@ -84,7 +84,8 @@ def plot(figure: Curves | Points) -> Markup:
             shown = element("title", f"{name}: {x:.4g}, {y:.4g}")
             parts.append(element("circle", shown, cx=cx, cy=cy, r=4, fill=COLOURS[0]))
             parts.append(label(name, cx + 6, cy - 4, "start"))
-    return element("svg", *parts, viewBox=f"0 0 {WIDTH} {height}", width=WIDTH, role="img")
+    said = {"role": "img", "aria_label": figure.title}
+    return element("svg", *parts, viewBox=f"0 0 {WIDTH} {height}", width=WIDTH, **said)
 
 
 def span(values: Sequence[float], room: bool) -> tuple[float, float]:
@@ -157,7 +158,8 @@ def heatmap(figure: Heatmap) -> Markup:
             text = f"{value:.2f}"
             parts.append(element("text", text, x=x + size / 2, y=y + 17, text_anchor="middle", style=f"fill:{ink}"))
     box = (left + size * len(figure.columns) + 10 + 4 * top // 5, top + height * len(figure.rows) + 10)
-    return element("svg", *parts, viewBox=f"0 0 {box[0]} {box[1]}", width=box[0], role="img")
+    said = {"role": "img", "aria_label": figure.title}
+    return element("svg", *parts, viewBox=f"0 0 {box[0]} {box[1]}", width=box[0], **said)
 
 
 def label(text: str, x: float, y: float, anchor: str) -> Markup:
