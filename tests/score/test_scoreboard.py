@@ -144,7 +144,7 @@ def test_a_stopped_run_goes_on_and_does_nothing_twice(
 ) -> None:
     run = asked(texts, tmp_path / "out")
     assert cost(run).done == 0
-    assert cost(run).trained == 3 * 256
+    assert cost(run).trained == 2 * 256 + 64  # random directions are fitted by one batch
     module = sys.modules["qwen_scope.score.scoreboard"]
     whole, seen = module._figures, []
 
@@ -158,7 +158,7 @@ def test_a_stopped_run_goes_on_and_does_nothing_twice(
     with pytest.raises(KeyboardInterrupt):
         score(run)
     left = cost(run)
-    assert (left.cells, left.done, left.trained) == (4, 1, 2 * 256)
+    assert (left.cells, left.done, left.trained) == (4, 1, 256 + 64)
     monkeypatch.setattr(module, "_figures", whole)
     assert score(run).cells == board.cells
     monkeypatch.setattr(module, "load_model", lambda *_, **__: pytest.fail("nothing is left to measure"))
@@ -213,6 +213,54 @@ def test_without_controls(texts: Path, tmp_path: Path) -> None:
     assert list(found.cells[0]) == ["trained"]
     assert not (tmp_path / "controls").exists()
     assert found.not_better() == []
+
+
+def test_the_cost_is_what_goes_through_the_model(texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tokens at the first block and at the head, counted while it runs."""
+    seen = {"first": 0, "head": 0}
+    module = sys.modules["qwen_scope.score.scoreboard"]
+    load = module.load_model
+
+    def counting(*args: Any, **kwargs: Any) -> Any:
+        loaded = load(*args, **kwargs)
+        for name, part in (("first", loaded.model.model.layers[0]), ("head", loaded.model.lm_head)):
+            part.register_forward_hook(
+                lambda _, given, __, name=name: seen.update({name: seen[name] + given[0].shape[:2].numel()})
+            )
+        return loaded
+
+    monkeypatch.setattr(module, "load_model", counting)
+    run = asked(texts, tmp_path / "out", suites=("steering",), train_tokens=300)
+    told = cost(run)
+    found = score(run)
+    assert (told.cells, told.read, told.measured) == (4, 4 * 4 * 128, 4 * 6 * 128)
+    assert told.trained == 2 * 256 + 64  # whole batches
+    assert found.unmeasured["steering"]  # too little text, so nothing of it was read
+    assert seen["head"] == told.measured
+    # Beside that, which tokens count was measured twice, and each control's buffer took up to three batches more.
+    more = seen["first"] - told.measured - told.read - told.trained
+    assert 2 * 128 <= more <= 2 * 128 + 3 * 3 * 64
+    assert cost(run).measured == cost(run).trained == 0
+
+
+def test_time_is_told_for_every_stage(texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = cost(asked(texts, tmp_path / "out"), timed=True)
+    assert found.minutes is not None
+    assert set(found.minutes) == {"reconstruction", "controls", "absorption", "steering"}
+    assert all(minutes > 0 for minutes in found.minutes.values())
+    assert found.minutes["reconstruction"] < 1
+    alone = cost(asked(texts, tmp_path / "out", controls=False, suites=("absorption",)), timed=True).minutes
+    assert alone is not None
+    assert set(alone) == {"reconstruction", "absorption"}
+    model, sae = (str(tiny.folder() / name) for name in ("model", "sae"))
+    words = ["score", sae, str(texts), "--model", model, "-o", str(tmp_path / "o"), "--layers", "0", "--hold-out", "4"]
+    words += ["--context-length", "16", "--batch-size", "4", "--train-tokens", "64", "--batch", "64", "--device", "cpu"]
+    assert main([*words, "--dry-run"]) == 0
+    assert "minutes" not in (said := capsys.readouterr().out)
+    assert "steering" in said
+    assert main([*words, "--time"]) == 0
+    assert "minutes as fast as now" in capsys.readouterr().out
+    assert not (tmp_path / "o").exists()
 
 
 def test_a_control_has_a_name() -> None:

@@ -15,7 +15,7 @@ from .evaluate import seeded
 from .groups import OPTIONS, Read, grouped
 
 if TYPE_CHECKING:
-    from qwen_scope.score import Scoreboard
+    from qwen_scope.score import Cost, Scoreboard
 
 OPTIONS[ScoreRun] = {
     "sae": Annotated[str, typer.Argument(metavar="SAE", help="SAEs: a group's name or Hub id, or a folder.")],
@@ -63,7 +63,10 @@ OPTIONS[ScoreRun] = {
 def score(
     run: ScoreRun,
     html: Annotated[Path | None, typer.Option("--html", help="Write one HTML file that opens by itself.")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what it takes, and stop.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say how many tokens it takes, and stop.")] = False,
+    time: Annotated[
+        bool, typer.Option("--time", help="Time a few rows, say how long it would take, and stop.")
+    ] = False,
     as_json: options.Json = False,
 ) -> None:
     """Measure SAEs with and without sinks, each figure as a gain over controls that learnt less.
@@ -80,17 +83,15 @@ def score(
     if html is not None:
         check_output(html, *options.folders(run.sae, run.model))
     run = seeded(run, run.seed)
-    found = cost(run)
-    if dry_run:
+    if dry_run or time:
+        with output.status("timing a few rows" if time else "counting"):
+            found = cost(run, time)
         if as_json:
             output.print_json(found)
-            return
-        out = output.console()
-        out.print(f"{found.layers} layers, {found.cells} rows of figures, {found.done} of them done.")
-        out.print(f"{found.measured:,} tokens go through the model to measure, {found.trained:,} to train controls.")
-        for suite, tokens in found.suites.items():
-            out.print(f"{suite} reads about {tokens:,} tokens.")
+        else:
+            print_cost(found)
         return
+    cost(run)
     whose.say_whose()
     with output.progress() as bar:
         board = run_score(run, progress=bar)
@@ -100,6 +101,26 @@ def score(
         output.print_json(board.to_json())
     else:
         print_board(board)
+
+
+def print_cost(found: Cost) -> None:
+    """Tokens by stage, and minutes where they were measured."""
+    out = output.console()
+    out.print(f"{found.layers} layers, {found.cells} rows of figures, {found.done} of them done.")
+    stages = {
+        "reconstruction": f"{found.read:,} to the SAE's layer, {found.measured:,} through the model",
+        "controls": f"{found.trained:,} to train on",
+        **{suite: f"about {tokens:,}" for suite, tokens in found.suites.items()},
+    }
+    minutes = found.minutes or {}
+    rows = [
+        (stage, tokens, *([round(minutes.get(stage, 0.0), 1)] if minutes else [])) for stage, tokens in stages.items()
+    ]
+    output.show("What is left to do", ("stage", "tokens", *(["minutes"] if minutes else [])), rows)
+    if minutes:
+        out.print(
+            f"About {sum(minutes.values()):.0f} minutes as fast as now; fits and ablations of suites come on top."
+        )
 
 
 def print_board(board: Scoreboard) -> None:

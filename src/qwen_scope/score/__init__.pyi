@@ -6,6 +6,8 @@ from .board import Scoreboard as Scoreboard
 from .contrast import contrast as contrast
 from .controls import ARMS as ARMS
 from .controls import control as control
+from .cost import Cost as Cost
+from .cost import cost as cost
 from .html import not_measured as not_measured
 from .html import score_table as score_table
 from .html import scoreboard_html as scoreboard_html
@@ -28,8 +30,6 @@ from .probing import probe as probe
 from .probing import ranking as ranking
 from .probing import read_split as read_split
 from .sae_bench import scope_sae as scope_sae
-from .scoreboard import Cost as Cost
-from .scoreboard import cost as cost
 from .scoreboard import score as score
 from .steered import steering_loss as steering_loss
 from .suites import SUITES as SUITES

@@ -12,16 +12,21 @@ from qwen_scope.sae import SAE, Identity
 from qwen_scope.text import Counted, TokenRows
 from qwen_scope.train import ResidualBuffer, TrainConfig, train
 
-TRAINED = "trained"
+TRAINED, RANDOM = "trained", "random directions"
 FROZEN = {
     "frozen decoder": ("W_dec",),
     "frozen encoder": ("W_enc", "b_enc"),
-    "random directions": ("W_enc", "W_dec", "b_enc", "b_dec"),
+    RANDOM: ("W_enc", "W_dec", "b_enc", "b_dec"),
 }
 """By control what stays as it was drawn (arXiv 2602.14111 has the first two). A decoder is drawn as random unit
 directions, an encoder as its transpose times the number with which k features reconstruct a batch best, and `b_dec` is
 the batch's geometric median; so the last one is fitted by one batch, and nothing of it is learnt."""
 ARMS = (TRAINED, *FROZEN)
+
+
+def tokens_to_train(name: str, tokens: int, batch: int) -> int:
+    """How many tokens a control is trained on: whole batches; random directions are fitted by one."""
+    return batch if name == RANDOM else tokens // batch * batch
 
 
 def control(
@@ -48,7 +53,7 @@ def control(
     """
     if name not in FROZEN:
         raise InputError(f"a control is one of {', '.join(FROZEN)}, not {name!r}")
-    wanted = batch if name == "random directions" else tokens
+    wanted = tokens_to_train(name, tokens, batch)
     config = TrainConfig(d_sae=sae.d_sae, k=k, tokens=wanted, batch=batch, seed=seed, frozen=FROZEN[name])
     source = ResidualBuffer(
         model, rows, [point], batch=batch, budget=budget, most=config.steps * batch, seed=seed, counted=counted

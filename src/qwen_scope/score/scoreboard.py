@@ -5,72 +5,39 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from functools import cache
-from itertools import islice
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from qwen_scope.errors import InputError, MismatchError, NotFoundError
-from qwen_scope.files import append_lines, lock_folder, read_lines, read_object, write_text
+from qwen_scope.errors import InputError
+from qwen_scope.files import append_lines, lock_folder, write_text
 from qwen_scope.model import HookPoint, LoadedModel, counted_of, load_model, measure_counted
 from qwen_scope.report import Progress
-from qwen_scope.sae import SAE, layers_of, load_sae, save_sae
+from qwen_scope.sae import SAE, load_sae, save_sae
 from qwen_scope.scope import Joined, model_source, resolve
-from qwen_scope.text import Corpus, Counted, TokenRows
+from qwen_scope.text import Counted, TokenRows
 from qwen_scope.train import evaluate_saes
 
 from .board import FIGURES, WITH, WITHOUT, Scoreboard
-from .controls import ARMS, TRAINED, control
-from .labelled import ColumnData, LabelledData, check_dataset
+from .controls import TRAINED, control
+from .folder import (
+    CELLS,
+    CONFIG,
+    arms_of,
+    documents,
+    held_out,
+    kept,
+    labelled_data,
+    layers_of_run,
+    saved,
+    suites_of,
+    wanted,
+)
+from .labelled import LabelledData
 from .options import ScoreRun
-from .probe_data import ProbeData
-from .suites import SUITES, Inputs, tokens_of
-
-CONFIG, CELLS = "score.json", "cells.jsonl"
-LABELLED_DOCUMENTS = 20_000  # of a corpus whose columns are labels
-
-
-@dataclass(frozen=True)
-class Cost:
-    """What a scoreboard takes, before it runs.
-
-    Attributes:
-        layers: how many.   done: how many of its `cells` the folder holds.
-        measured: tokens that go through the whole model to measure.   trained: tokens that are trained on, whose
-            residuals are read once per control.
-        suites: by suite about how many tokens are read, most of them up to the SAE's layer.
-    """
-
-    layers: int
-    cells: int
-    done: int
-    measured: int
-    trained: int
-    suites: Mapping[str, int] = field(default_factory=dict)
-
-
-def cost(run: ScoreRun) -> Cost:
-    """What a run takes; nothing is loaded but lists of layers, and what the folder holds is taken off.
-
-    Raises:
-        NotFoundError: no such SAEs or layer.   MismatchError: the folder holds another scoreboard.
-    """
-    layers = _layers(run, resolve(run.model, run.sae)[1])
-    found = _kept(run) if (run.out / CONFIG).is_file() else {}
-    wanted = _wanted(run, layers)
-    left = [one for one in wanted if one not in found]
-    # Two passes for means and reconstructions, then clean, spliced and zeroed; with and without sinks.
-    measured = len(left) * 2 * 5 * run.tokens
-    trained = sum(arm != TRAINED and not _saved(run, layer, arm).is_dir() for layer, arm in left) * run.train_tokens
-    data = _labelled(run)
-    suites = {
-        suite: sum(tokens_of(suite, run, data, item, len(_arms(run))) for _, item in todo)
-        for suite, (_, _, todo) in _suites(run, data, layers).items()
-    }
-    return Cost(len(layers), len(wanted), len(wanted) - len(left), measured, trained, suites)
+from .suites import SUITES, Inputs
 
 
 def score(run: ScoreRun, progress: Progress | None = None) -> Scoreboard:
@@ -87,17 +54,17 @@ def score(run: ScoreRun, progress: Progress | None = None) -> Scoreboard:
     """
     tell = progress or (lambda stage, share, text: None)
     source = resolve(run.model, run.sae)[1]
-    layers = _layers(run, source)
-    data = _labelled(run)
+    layers = layers_of_run(run, source)
+    data = labelled_data(run)
     with lock_folder(run.out):
-        found = _kept(run) if (run.out / CONFIG).is_file() else {}
+        found = kept(run) if (run.out / CONFIG).is_file() else {}
         opened = cache(lambda: load_model(model_source(run.model), device=run.device, dtype=run.dtype))
-        todo = [one for one in _wanted(run, layers) if one not in found]
+        todo = [one for one in wanted(run, layers) if one not in found]
         if todo:
             _measure(run, opened(), source, todo, found, tell)
         cells: dict[int, dict[str, Any]] = {}
         seconds: dict[int, dict[str, float]] = {}
-        for layer, arm in _wanted(run, layers):
+        for layer, arm in wanted(run, layers):
             one = found[layer, arm]
             cells.setdefault(layer, {})[arm] = {sinks: one[sinks] for sinks in (WITHOUT, WITH)}
             seconds.setdefault(layer, {})[arm] = one["seconds"]
@@ -116,7 +83,7 @@ def _measure(
     joined, saes = Joined(loaded, source), {}
     for layer in sorted({layer for layer, _ in todo}):
         saes[layer] = joined.meet(layer, load_sae(source, layer, device=loaded.model.device))
-    rows = _held_out(run, loaded)
+    rows = held_out(run, loaded)
     points = {layer: HookPoint.read_by(sae.hook_point, layer) for layer, sae in saes.items()}
     counted = _counted(run, loaded, saes.values(), points.values(), rows)
     if not (run.out / CONFIG).is_file():  # not before it is known that SAEs and text fit the model
@@ -133,22 +100,6 @@ def _measure(
         append_lines(run.out / CELLS, [json.dumps(one)])
         found[layer, arm] = one
     tell("score", 1.0, "")
-
-
-def _suites(
-    run: ScoreRun, data: LabelledData | None, layers: list[int]
-) -> dict[str, tuple[dict[tuple[int, str, str], Any], list[str], list[tuple[int, str]]]]:
-    """By suite what the folder holds by layer, item and arm, the items, and the layers and items that are left."""
-    out = {}
-    for suite in run.suites or SUITES:
-        items = SUITES[suite].items(run, data)
-        lines = map(json.loads, read_lines(run.out / f"{suite}.jsonl"))
-        known = {(one["layer"], one["item"], one["arm"]): one for one in lines}
-        pairs = [(layer, item) for layer in layers for item in items]
-        left = [(layer, item) for layer, item in pairs if any((layer, item, arm) not in known for arm in _arms(run))]
-        if items:
-            out[suite] = (known, items, left)
-    return out
 
 
 def _measure_suites(
@@ -168,20 +119,20 @@ def _measure_suites(
     unmeasured: dict[str, Any] = {}
     saes: dict[tuple[int, str], SAE] = {}
     inputs: dict[int, Inputs] = {}
-    for suite, (known, items, todo) in _suites(run, data, layers).items():
+    for suite, (known, items, todo) in suites_of(run, data, layers).items():
         for number, (layer, item) in enumerate(todo):
             tell(suite, number / len(todo), f"layer {layer}, {item}")
             if layer not in inputs:
-                for arm in _arms(run):
-                    place = source if arm == TRAINED else _saved(run, layer, arm)
+                for arm in arms_of(run):
+                    place = source if arm == TRAINED else saved(run, layer, arm)
                     saes[layer, arm] = load_sae(place, layer, device=opened().model.device)
                 inputs[layer] = _inputs(run, opened(), saes[layer, TRAINED], layer, data)
-            for one in _measured(suite, inputs[layer], item, {arm: saes[layer, arm] for arm in _arms(run)}, known):
+            for one in _measured(suite, inputs[layer], item, {arm: saes[layer, arm] for arm in arms_of(run)}, known):
                 line = {"layer": layer, "item": item, **one}
                 append_lines(run.out / f"{suite}.jsonl", [json.dumps(line)])
                 known[layer, item, one["arm"]] = line
         for layer in layers:
-            for arm in _arms(run):
+            for arm in arms_of(run):
                 for item in items:
                     one = known[layer, item, arm]
                     if "why" in one:
@@ -212,18 +163,8 @@ def _measured(
         yield {"arm": arm, "figures": figures, "seconds": round(time.monotonic() - begun, 2)}
 
 
-def _labelled(run: ScoreRun) -> LabelledData | None:
-    data: LabelledData | None = ProbeData(run.probes) if run.probes else None
-    if run.columns:
-        corpus = Corpus.of(run.data, run.corpus, shuffle=0, quiet=True)
-        data = ColumnData(islice(corpus, LABELLED_DOCUMENTS), run.columns)
-    for name in run.datasets or () if data else ():
-        check_dataset(data, name)  # pyright: ignore[reportArgumentType]
-    return data
-
-
 def _inputs(run: ScoreRun, loaded: LoadedModel, sae: SAE, layer: int, data: LabelledData | None) -> Inputs:
-    rows, point = _held_out(run, loaded), HookPoint.read_by(sae.hook_point, layer)
+    rows, point = held_out(run, loaded), HookPoint.read_by(sae.hook_point, layer)
     return Inputs(run, loaded, point, _counted(run, loaded, [sae], [point], rows), rows, data)
 
 
@@ -233,10 +174,6 @@ def _counted(
     """Which tokens count: as the SAEs' files say, or as it is measured."""
     known = counted_of(saes)
     return known or measure_counted(loaded.model, loaded.tokenizer, rows, points, sample=run.data)
-
-
-def _arms(run: ScoreRun) -> tuple[str, ...]:
-    return ARMS if run.controls else (TRAINED,)
 
 
 def _figures(loaded: LoadedModel, point: HookPoint, sae: SAE, rows: list[Tensor], counted: Counted) -> dict[str, float]:
@@ -259,54 +196,11 @@ def _arm(
     """The SAE itself, or a control: read where it was trained before."""
     if arm == TRAINED:
         return sae
-    place = _saved(run, layer, arm)
+    place = saved(run, layer, arm)
     if not place.is_dir():
-        corpus = _documents(run, shuffle=run.seed, repeat=True, quiet=True)
+        corpus = documents(run, shuffle=run.seed, repeat=True, quiet=True)
         rows = TokenRows(corpus, loaded.tokenizer, context_length=run.context_length, batch_size=run.batch_size)
         k = sae.k or max(1, round(found[layer, TRAINED][WITHOUT]["l0"]))
         sizes = {"tokens": run.train_tokens, "batch": run.batch, "budget": run.budget, "seed": run.seed}
         save_sae(control(arm, sae, k, loaded.model, rows, point, counted, **sizes), place, layout="safetensors")
     return load_sae(place, layer, device=loaded.model.device)
-
-
-def _documents(run: ScoreRun, shuffle: int = 0, **share: bool) -> Corpus:
-    """Shuffled, as SAEs are trained: a few thousand tokens in the order of the files would be one source's."""
-    return Corpus.of(run.data, run.corpus, hold_out=run.hold_out, shuffle=shuffle, **share)
-
-
-def _held_out(run: ScoreRun, loaded: LoadedModel) -> list[Tensor]:
-    """Rows of the documents that no control is trained on."""
-    corpus = _documents(run, held_out=True)
-    rows = TokenRows(corpus, loaded.tokenizer, context_length=run.context_length, batch_size=run.batch_size)
-    found = rows.take(run.tokens)
-    if not found:
-        raise InputError(
-            f"the held-out text of {corpus.name} does not fill one row of {run.context_length} tokens; lower"
-            " context_length or hold_out"
-        )
-    return found
-
-
-def _layers(run: ScoreRun, source: str) -> list[int]:
-    there = layers_of(source)
-    if bad := [layer for layer in run.layers or () if layer not in there]:
-        raise NotFoundError(f"{source} has no layer {bad[0]}; it has layers {', '.join(map(str, there))}")
-    return sorted(run.layers or there)
-
-
-def _wanted(run: ScoreRun, layers: list[int]) -> list[tuple[int, str]]:
-    return [(layer, arm) for layer in layers for arm in _arms(run)]
-
-
-def _saved(run: ScoreRun, layer: int, arm: str) -> Path:
-    return run.out / "controls" / arm.replace(" ", "-") / f"layer{layer}"
-
-
-def _kept(run: ScoreRun) -> dict[tuple[int, str], Any]:
-    known, mine = read_object(run.out / CONFIG), json.loads(json.dumps(run.to_json()))
-    if other := [name for name in mine if known.get(name) != mine[name]]:
-        raise MismatchError(
-            f"{run.out} holds a scoreboard with {other[0]} {known.get(other[0])!r:.80}, not {mine[other[0]]!r:.80};"
-            " name another folder with out="
-        )
-    return {(one["layer"], one["arm"]): one for one in map(json.loads, read_lines(run.out / CELLS))}
