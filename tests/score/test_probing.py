@@ -6,6 +6,7 @@ import io
 import json
 import warnings
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,9 @@ from qwen_scope.cli import main
 from qwen_scope.errors import FormatError, InputError, NotFoundError
 from qwen_scope.model import HookPoint, capture, load_model
 from qwen_scope.sae import TopK
-from qwen_scope.score import ProbeData, Split, balanced_split, probe, ranking, read_split
+from qwen_scope.score import ColumnData, ProbeData, ScoreRun, Split, balanced_split, cost, probe, ranking, read_split
 from qwen_scope.score.probing import last_residuals
+from qwen_scope.text import Corpus, CorpusOptions
 
 LIST = "probing_datasets_MASTER.csv.zst"
 
@@ -172,6 +174,24 @@ def test_texts_that_datasets_share_are_read_once(wheel: Path, monkeypatch: pytes
     again = read_split(loaded, HookPoint(1), east, rows=48, known=known)
     assert torch.equal(first.x, again.x)
     torch.testing.assert_close(first.x, alone.x)
+
+
+def test_the_cost_counts_a_text_that_datasets_share_once(tmp_path: Path) -> None:
+    """And of a dataset those texts that are drawn, not its first ones."""
+    texts = tmp_path / "c.jsonl"
+    rows = [{"text": "word " * (i + 1), "n": str(i % 2)} for i in range(48)]
+    texts.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    model, sae = (str(tiny.folder() / name) for name in ("model", "sae"))
+    run = ScoreRun(sae, str(texts), tmp_path / "out", model, layers=(0,), controls=False, suites=("probes",),
+                   columns=("n",), datasets=("n=0",))  # fmt: skip
+    alone = cost(run).suites["probes"]
+    assert alone == sum(min(len(row["text"]) // 4 + 1, 256) for row in rows)
+    assert cost(replace(run, datasets=("n=0", "n=1"))).suites["probes"] == alone
+    assert cost(replace(run, layers=(0, 2))).suites["probes"] == 2 * alone
+    read = ColumnData(Corpus.of(str(texts), CorpusOptions(), shuffle=0, quiet=True), ("n",)).read("n=0")
+    drawn = balanced_split(read.y, 28, 12)
+    lengths = [len(read.texts[i]) // 4 + 1 for part in drawn for i in part.tolist()]
+    assert cost(replace(run, rows=40)).suites["probes"] == sum(lengths)
 
 
 def test_a_dataset_is_balanced_and_cut(wheel: Path) -> None:

@@ -67,8 +67,9 @@ def cost(run: ScoreRun, timed: bool = False) -> Cost:
     read, measured = (len(left) * 2 * passes * run.tokens for passes in (2, 3))
     trained = sum(tokens_to_train(arm, run.train_tokens, run.batch) for arm in missing)
     data = labelled_data(run)
+    known: dict[int, set[str]] = {layer: set() for layer in layers}
     suites = {
-        suite: sum(tokens_of(suite, run, data, item, len(arms_of(run))) for _, item in todo)
+        suite: sum(tokens_of(suite, run, data, item, len(arms_of(run)), known[layer]) for layer, item in todo)
         for suite, (_, _, todo) in suites_of(run, data, layers).items()
     }
     minutes = None

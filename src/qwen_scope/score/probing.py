@@ -83,6 +83,19 @@ def balanced_split(
     return train.astype(np.int64), test.astype(np.int64)
 
 
+def drawn(data: Labelled, rows: int) -> tuple[Int64[np.ndarray, " train"], Int64[np.ndarray, " test"]]:
+    """Which texts of a dataset train and test: at most `rows` in all, five of seven to train, half of each class.
+
+    Raises:
+        InputError: fewer than `FEWEST` texts that can be balanced.
+    """
+    most = min(rows, 2 * int(np.bincount(data.y, minlength=2)[:2].min()))
+    if most < FEWEST:
+        raise InputError(f"{data.name} has {most} texts in classes of one size; {FEWEST} are the least")
+    n_train = most * 5 // 7 // 2 * 2
+    return balanced_split(data.y, n_train, (most - n_train) // 2 * 2)
+
+
 def read_split(
     loaded: LoadedModel,
     point: HookPoint,
@@ -102,11 +115,7 @@ def read_split(
     Raises:
         InputError: fewer than `FEWEST` texts that can be balanced.
     """
-    most = min(rows, 2 * int(np.bincount(data.y, minlength=2)[:2].min()))
-    if most < FEWEST:
-        raise InputError(f"{data.name} has {most} texts in classes of one size; {FEWEST} are the least")
-    n_train = most * 5 // 7 // 2 * 2
-    train, test = balanced_split(data.y, n_train, (most - n_train) // 2 * 2)
+    train, test = drawn(data, rows)
     used = np.concatenate([train, test])
     ids = [loaded.tokenizer(data.texts[i])["input_ids"][-tokens:] or [0] for i in used.tolist()]
     known = {} if known is None else known

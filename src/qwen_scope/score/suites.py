@@ -20,7 +20,7 @@ from .contrast import contrast
 from .labelled import Labelled, LabelledData, halves
 from .options import ScoreRun
 from .perturb import OTHER, Probes, scr, spurious, tpp, train_probes
-from .probing import Known, probe, read_split
+from .probing import Known, drawn, probe, read_split
 from .steered import FEATURES, LENGTH, ROWS, TEXTS, Reading, read_rows, steering_loss
 
 TOKENS = 128
@@ -96,9 +96,9 @@ def _pairs(run: ScoreRun, data: LabelledData | None) -> list[str]:
     return data.pairs if data else []
 
 
-def _first(one: Labelled, n: int) -> list[str]:
-    """As many texts of either class, `n` at most."""
-    return [text for side in halves(one) for text in side[: n // 2]]
+def _probing_texts(one: Labelled, rows: int) -> list[str]:
+    """The texts of a dataset that probing reads."""
+    return [one.texts[i] for part in drawn(one, rows) for i in part.tolist()]
 
 
 def _read_split(given: Inputs, name: str) -> Any:
@@ -191,7 +191,7 @@ PROBES = "probes"
 SUITES = {
     PROBES: Suite(
         "sparse probing: mean AUROC by number of features", _datasets, _read_split, _probed,
-        lambda run, data, name: (_first(data.read(name), run.rows), 256),
+        lambda run, data, name: (_probing_texts(data.read(name), run.rows), 256),
     ),
     "tpp": Suite(
         "targeted probe perturbation by features ablated", _sets, _read_classes, lambda sae, given, _: tpp(sae, given),
@@ -219,8 +219,12 @@ SUITES = {
 PER_WORD = 7 * EXAMPLES + 6  # tokens of a prompt, about
 
 
-def tokens_of(suite: str, run: ScoreRun, data: LabelledData | None, item: str, arms: int) -> int:
-    """About how many tokens an item takes: four characters are one token."""
+def tokens_of(suite: str, run: ScoreRun, data: LabelledData | None, item: str, arms: int, known: set[str]) -> int:
+    """About how many tokens an item takes: four characters are one token.
+
+    Args:
+        known: texts that probing has read before at the layer, and does not read again; those of the item are added.
+    """
     if suite == "absorption":
         return WORDS * PER_WORD
     if suite == "steering":
@@ -232,4 +236,7 @@ def tokens_of(suite: str, run: ScoreRun, data: LabelledData | None, item: str, a
         texts, most = how(run, data, item)
     except InputError:
         return 0  # there is too little of it, which the scoreboard says
+    if suite == PROBES:
+        texts = [text for text in dict.fromkeys(texts) if text not in known]
+        known.update(texts)
     return int(sum(np.minimum([len(text) // 4 + 1 for text in texts], most)))
