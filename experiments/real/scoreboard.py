@@ -11,6 +11,7 @@ layer, too.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,7 +72,9 @@ def run(at: At[Sizes], layer: int) -> dict[str, Any]:
 def tell(at: At[Sizes], rows: list[Row]) -> str:
     """The section of docs/results.md."""
     sizes = at.sizes
-    how = f"""`python -m experiments.real.scoreboard --model FOLDER --sae FOLDER --data FOLDER --probes WHEEL --write`:
+    behind = "; ".join(f"layer {row['layer']}: {not_ahead(row['tables']) or 'none'}" for row in rows)
+    how = f"""Figures in which a control does as well as the SAE or better: {behind}. Made by `python -m
+        experiments.real.scoreboard --model FOLDER --sae FOLDER --data FOLDER --probes WHEEL --write`:
         {Path(at.options["model"]).name} with {Path(at.options["sae"]).name}; {sizes.tokens:,} tokens of every tenth
         document of {rows[0]["files"]} files of English, controls of {sizes.train_tokens:,} tokens of the others. The
         SAE was trained on 1.5 million tokens of this corpus without such a split: it may have seen the documents that
@@ -84,6 +87,17 @@ def tell(at: At[Sizes], rows: list[Row]) -> str:
     for row in rows:
         parts += [f"### Layer {row['layer']}", told(row["tables"], row["unmeasured"])]
     return "\n\n".join(parts)
+
+
+def not_ahead(tables: Mapping[str, list[Any]]) -> str:
+    """The figures, each with the controls that do as well or better."""
+    found = []
+    for name, figures in tables.items():
+        for figure, _, others in figures:
+            arms = [arm for arm, _, gain in others if gain is not None and gain <= 0]
+            if arms:
+                found.append(f"{figure} {name if name.endswith('sinks') else f'of {name}'} ({', '.join(arms)})")
+    return ", ".join(found)
 
 
 experiment = Experiment(

@@ -235,6 +235,7 @@ def test_the_cost_is_what_goes_through_the_model(texts: Path, tmp_path: Path, mo
     found = score(run)
     assert (told.cells, told.read, told.measured) == (4, 4 * 4 * 128, 4 * 6 * 128)
     assert told.trained == 2 * 256 + 64  # whole batches
+    assert [cost(replace(run, tokens=n, out=tmp_path / "x")).measured for n in (2, 100)] == [4 * 6 * 64] * 2
     assert found.unmeasured["steering"]  # too little text, so nothing of it was read
     assert seen["head"] == told.measured
     # Beside that, which tokens count was measured twice, and each control's buffer took up to three batches more.

@@ -63,8 +63,9 @@ def cost(run: ScoreRun, timed: bool = False) -> Cost:
     every = wanted(run, layers)
     left = [one for one in every if one not in found]
     missing = [arm for layer, arm in left if arm != TRAINED and not saved(run, layer, arm).is_dir()]
-    # With and without sinks: means and reconstructions, then clean, spliced and zeroed.
-    read, measured = (len(left) * 2 * passes * run.tokens for passes in (2, 3))
+    batch = run.batch_size * run.context_length
+    each = len(left) * 2 * max(1, run.tokens // batch) * batch  # whole batches, with and without sinks
+    read, measured = 2 * each, 3 * each  # means and reconstructions; clean, spliced and zeroed
     trained = sum(tokens_to_train(arm, run.train_tokens, run.batch) for arm in missing)
     data = labelled_data(run)
     known: dict[int, set[str]] = {layer: set() for layer in layers}
@@ -75,7 +76,7 @@ def cost(run: ScoreRun, timed: bool = False) -> Cost:
     minutes = None
     if timed:
         speed = _speeds(run, max(layers), bool(missing))
-        minutes = {"reconstruction": len(left) * 2 * run.tokens / speed["measured"] / 60}
+        minutes = {"reconstruction": each / speed["measured"] / 60}
         minutes |= {"controls": trained / speed["trained"] / 60} if missing else {}
         # Measuring a token takes about the time of four that go through the whole model.
         minutes |= {s: n / (4 * speed["measured"] if s in WHOLE else speed["read"]) / 60 for s, n in suites.items()}
