@@ -76,7 +76,7 @@ def test_workers_that_die_leave_the_store_of_one_process(tmp_path) -> None:
 
 
 def test_workers_write_their_parts_to_a_bucket(bucket: str, tmp_path: Path) -> None:
-    rows, scope = stores.ROWS * 2, asked().open()
+    rows, scope = [*stores.ROWS, {"other": 1}], asked().open()
     scope.extract(Corpus(rows), tmp_path / "one", OPTIONS).close()
     scope.extract(Corpus(rows), f"{bucket}/s", OPTIONS, runner=RayRunner(asked(), HALF)).close()
     fsspec.filesystem("s3").get(f"{bucket}/s/", str(tmp_path / "there"), recursive=True)
@@ -107,7 +107,7 @@ class Poisoning(RayRunner):
 
 def test_a_document_that_kills_every_worker_ends_in_a_sentence(tmp_path: Path) -> None:
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
-    rows, scope = [*stores.ROWS, {"text": "Poison."}, *stores.ROWS], asked().open()
+    rows, scope = [*stores.ROWS, {"text": "Poison."}, {"other": 1}], asked().open()
     said = (
         r"5 workers have died over .*documents from row \d+ of list to row \d+ of list; leave what is wrong there out"
     )
