@@ -70,7 +70,7 @@ def test_a_file_about_other_saes_is_refused(folder: Path, tmp_path: Path) -> Non
 
 def test_the_lab_ships_names_that_beat_those_of_other_features() -> None:
     scope = load_scope("lab", device="cpu")
-    file = beside(scope)
+    file = beside(scope.saes.source)
     assert file is not None
     known = labels_from(file)
     assert len(known) >= 300

@@ -14,7 +14,7 @@ import typer
 
 from qwen_scope.errors import InputError
 
-from . import options, output, tables
+from . import names, options, output, tables
 from .commands import App, Group
 
 if TYPE_CHECKING:
@@ -152,18 +152,17 @@ def open_dataset(
 ) -> Dataset:
     """One store as a dataset."""
     from qwen_scope.analysis import Dataset
-    from qwen_scope.features import Notes
-    from qwen_scope.store import FeatureStore
+    from qwen_scope.features import labels_of_store
 
     from .store import the_layer
 
     way = cast("Literal['any', 'last', 'mean', 'max']", reduction)
-    with FeatureStore(folder) as opened:
+    with names.of_store(folder) as opened:
         where = the_layer(opened, layer)
         found = Dataset.from_store(opened, where, way, name=name, scores=scores, texts=texts, phases=phases)
         if not texts:
             return found
-        labels = {feature: one.shown for (at, feature), one in Notes(opened).labels().items() if at == where}
+        labels = {feature: one.shown for (at, feature), one in labels_of_store(opened).items() if at == where}
         return replace(found, labels=labels)
 
 

@@ -13,7 +13,7 @@ from qwen_scope.errors import InputError, printable
 from qwen_scope.scope import ScopeOptions
 from qwen_scope.trust import CardOptions
 
-from . import options, output, show
+from . import names, options, output, show
 from .groups import OPTIONS, grouped
 
 if TYPE_CHECKING:
@@ -68,7 +68,6 @@ def card(
     from qwen_scope.features import JudgeOptions, judge_of, load_lens
     from qwen_scope.files import check_output, write_text
     from qwen_scope.sae import parse_feature
-    from qwen_scope.store import FeatureStore
     from qwen_scope.trust import card as make
     from qwen_scope.trust import card_html, interp_card
 
@@ -76,7 +75,7 @@ def card(
         if path is not None:
             check_output(path, *options.folders(folder, model, sae))
     layer, feature = parse_feature(name)
-    store = FeatureStore(folder)
+    store = names.of_store(folder)
     store.check_feature(layer, feature)
     asked = None if concept is None else concept_of(concept)
     others = [other_of(text, layer) for text in other or ()]
@@ -144,7 +143,7 @@ def print_card(found: Card) -> None:
         out.print(Text(printable(f"  known failure: {failure}")))
     out.print()
     for title, columns, rows in card_tables(found):
-        output.show(title, columns, rows)
+        output.show(title, columns, rows, layer=found.page.layer)
     show.print_page(replace(found.page, elsewhere=()))  # partners in other layers stand beside chance, above
     out.print("Not measured", style="bold")
     for one in found.missing:

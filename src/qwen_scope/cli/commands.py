@@ -14,7 +14,7 @@ from typer.core import TyperCommand, TyperGroup
 
 from qwen_scope.errors import InputError, QwenScopeError
 
-from . import output, tables
+from . import names, output, tables
 from .examples import EXAMPLES, broken
 
 LATE = "qwen_scope.late"
@@ -62,12 +62,15 @@ class Command(TyperCommand):
         table: Path | None = ctx.params.pop(TABLE) if self.writes_table else None
         token = _RUNNING.set(ctx)
         try:
-            if table is None:
-                return super().invoke(ctx)
-            if ctx.params.get("as_json"):
-                raise InputError(f"--json prints instead of tables; for a file as well, leave it out of --out {table}")
-            with output.table_file(table):
-                return super().invoke(ctx)
+            with names.fresh():
+                if table is None:
+                    return super().invoke(ctx)
+                if ctx.params.get("as_json"):
+                    raise InputError(
+                        f"--json prints instead of tables; for a file as well, leave it out of --out {table}"
+                    )
+                with output.table_file(table):
+                    return super().invoke(ctx)
         except QwenScopeError as error:
             flags = {str(one.name): one.opts[0] for one in self.params if one.param_type_name == "option"}
             error.args = (in_options(str(error), flags),)

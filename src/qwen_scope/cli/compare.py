@@ -35,7 +35,6 @@ def compare(
     By the difference of their activation rates, layer by layer.
     A feature's activation rate is the share of a text's tokens on which it is active.
     """
-    from qwen_scope.features import names_of
     from qwen_scope.report import Table
     from qwen_scope.scope import compare_seen
     from qwen_scope.text import summaries
@@ -61,15 +60,13 @@ def compare(
         output.show("", COLUMNS, [], everything)
         output.console().print(f"No feature of layers {layers_said} is more active on one of the two texts.")
         return
-    name = names_of(scope)
     rows = [
-        (layer if i == 0 else None, c.feature, f"{c.rate_a:.0%}", f"{c.rate_b:.0%}", f"{c.difference:+.0%}",
-         name(layer, c.feature))
+        (layer if i == 0 else None, c.feature, f"{c.rate_a:.0%}", f"{c.rate_b:.0%}", f"{c.difference:+.0%}")
         for layer, features in told.items()
         for i, c in enumerate(features)
-    ]  # fmt: skip
-    columns = ("layer", "feature", "in the first", "in the second", "difference", "name")
+    ]
+    columns = ("layer", "feature", "in the first", "in the second", "difference")
     title = "Activation rates of two texts: the share of tokens on which a feature is active"
-    output.show(title, *output.named(columns, rows), everything)
+    output.show(title, columns, rows, everything)
     for sentence in summaries(left_out):
         output.console().print(sentence)

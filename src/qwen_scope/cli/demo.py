@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from . import options, output
+from . import names, options, output
 
 if TYPE_CHECKING:
     from qwen_scope.scope import Scope, TokenFeatures
@@ -28,7 +27,6 @@ def demo(
 
     Features of a sentence token by token, what single features fire on, and two texts compared.
     """
-    from qwen_scope.features import names_of
     from qwen_scope.sae import catalog
     from qwen_scope.scope import ScopeOptions
 
@@ -44,10 +42,9 @@ def demo(
         f" factors, and one SAE per layer: {sae.d_sae} features, {sae.k} active per token.\n"
     )
     seen = scope.features([text, *OTHERS])
-    name = names_of(scope)
-    show_tokens(seen, layer, name)
+    show_tokens(seen, layer)
     show_features(out, seen, metrics["detectors"])
-    show_comparison(scope, layer, name)
+    show_comparison(scope, layer)
     out.print("Next, on your own words:", style="bold")
     for command in (
         'qwen-scope features "Guten Morgen, du Esel!" --layers 2,4',
@@ -57,18 +54,18 @@ def demo(
         out.print(f"  {command}")
 
 
-def show_tokens(seen: TokenFeatures, layer: int, name: Callable[[int, int], str]) -> None:
+def show_tokens(seen: TokenFeatures, layer: int) -> None:
     from qwen_scope.report import visible
 
     acts = seen.of(0, layer)
-    rows, named = [], dict[int, str]()
+    rows, shown = [], list[int]()
     for i, token in enumerate(seen.tokens[0]):
         pairs = zip(acts.indices[i, :4].tolist(), acts.values[i, :4].tolist(), strict=True)
         rows.append((visible(token), "   ".join(f"{f}:{v:.2f}" for f, v in pairs if v > 0)))
-        named |= {f: said for f, v in pairs if v > 0 and (said := name(layer, f))}
+        shown += [f for f, v in pairs if v > 0]
     title = f"1. Token by token, layer {layer}: the strongest features (feature:activation)"
     output.show(title, ("token", "features"), rows)
-    output.show_names(named)
+    output.show_names(layer, shown)
 
 
 def show_features(out: output.Terminal, seen: TokenFeatures, detectors: list[dict[str, Any]]) -> None:
@@ -81,9 +78,10 @@ def show_features(out: output.Terminal, seen: TokenFeatures, detectors: list[dic
     best = {d["factor"]: d for d in detectors}
     for factor, name in FACTORS.items():
         d = best[factor]
+        called = names.name(d["layer"], d["feature"])
         out.print(
-            f"  Feature {d['feature']} of layer {d['layer']}, which tells {name} from the rest"
-            f" (F1 {d['f1']:.2f} on held-out texts):"
+            f"  Feature {d['feature']} of layer {d['layer']}{f', {called},' if called else ','} which tells {name} from"
+            f" the rest (F1 {d['f1']:.2f} on held-out texts):"
         )
         columns = [seen.of(i, d["layer"]).select([d["feature"]])[:, 0] for i in range(len(seen.texts))]
         top = max(float(column.max()) for column in columns)
@@ -93,9 +91,8 @@ def show_features(out: output.Terminal, seen: TokenFeatures, detectors: list[dic
     out.print()
 
 
-def show_comparison(scope: Scope, layer: int, name: Callable[[int, int], str]) -> None:
+def show_comparison(scope: Scope, layer: int) -> None:
     found = scope.compare(*PAIR, [layer], n=5, drop_first=True)[layer]
-    rows = [(c.feature, f"{c.rate_a:.0%}", f"{c.rate_b:.0%}", f"{c.difference:+.0%}", name(layer, c.feature))
-            for c in found]  # fmt: skip
+    rows = [(c.feature, f"{c.rate_a:.0%}", f"{c.rate_b:.0%}", f"{c.difference:+.0%}") for c in found]
     title = f"3. Two texts compared, layer {layer}: {PAIR[0]!r} and {PAIR[1]!r}"
-    output.show(title, *output.named(("feature", "active in the first", "in the second", "difference", "name"), rows))
+    output.show(title, ("feature", "active in the first", "in the second", "difference"), rows, layer=layer)

@@ -10,7 +10,7 @@ import typer
 from qwen_scope.text import CorpusOptions
 from qwen_scope.train import EvalRun
 
-from . import commands, options, output, whose
+from . import commands, names, options, output, whose
 from .groups import OPTIONS, Read, grouped
 
 if TYPE_CHECKING:
@@ -82,6 +82,7 @@ def evaluate(run: EvalRun, as_json: options.Json = False) -> None:
         whose.say_whose()
     with output.progress() as report:
         result = run_eval(seeded(run, run.seed), progress=report)
+    names.know(run.sae or str(result.sae))
     data = plain(result)
     if as_json:
         output.print_json(data)
@@ -208,14 +209,14 @@ def show_moves(fits: dict[str, Any]) -> None:
     moves = {point: one["moves"] for point, one in fits.items() if one["moves"] is not None}
     rows = [
         (
-            f"{point}: {one['feature']}", one["rate_base"], one["rate_post"], one["mean_base"], one["mean_post"],
+            point, one["feature"], one["rate_base"], one["rate_post"], one["mean_base"], one["mean_post"],
             min(one["q_rate"], one["q_mean"]),
         )
         for point, found in moves.items()
         for one in found["features"][:SHOWN]
     ]  # fmt: skip
     if rows:
-        columns = ("feature", "rate base", "rate here", "mean base", "mean here", "q")
+        columns = ("hook point", "feature", "rate base", "rate here", "mean base", "mean here", "q")
         output.show("Features that move most", columns, rows)
     for point, found in moves.items():
         output.console().print(

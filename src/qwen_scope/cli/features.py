@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -46,8 +46,6 @@ def features(
     With --response the text is the prompt and the features of the whole answer are ranked by strength: the way to see
     which feature drives a bad answer.
     """
-    from qwen_scope.features import names_of
-
     mode, phases = options.check_chat(chat), options.check_phases(phase)
     if phases is not None and response is not None:
         raise InputError("--phase tells the parts of one conversation apart; leave it out with --response")
@@ -73,12 +71,10 @@ def features(
     if as_json:
         print_tokens_json(seen, chosen, told, top)
     else:
-        print_tokens(seen, chosen, told, top, names_of(scope))
+        print_tokens(seen, chosen, told, top)
 
 
-def print_tokens(
-    seen: TokenFeatures, chosen: list[int], phases: list[Phase] | None, top: int, name: Callable[[int, int], str]
-) -> None:
+def print_tokens(seen: TokenFeatures, chosen: list[int], phases: list[Phase] | None, top: int) -> None:
     """A table per layer: token, its phase if that was asked for, then its strongest features with their activations.
 
     Below it stands what the features are called that have a name.
@@ -98,7 +94,7 @@ def print_tokens(
         title = f"Layer {layer}: the strongest features of each token (feature:activation)"
         columns = ("#", "token", *(["phase"] if phases else []), *(["left out"] if marked else []), "features")
         output.show(title, columns, rows, token_table(seen, layer, chosen, phases, top))
-        output.show_names({f: said for f in shown_features if (said := name(layer, f))})
+        output.show_names(layer, shown_features)
         if len(first) < len(chosen):
             output.console().print(f"Shown are {len(first):,} of {len(chosen):,} tokens; --json has them all.")
             strongest(seen, layer, phases, chosen, top)
@@ -133,7 +129,8 @@ def strongest(seen: TokenFeatures, layer: int, phases: list[Phase] | None, chose
     rows = [
         (one.feature, one.maximum, one.position, f"{one.rate:.0%}") for one in seen.strongest(0, layer, top, phases=of)
     ]
-    output.show(f"Layer {layer}: the strongest of the whole text", ("feature", "max", "at #", "tokens"), rows)
+    title = f"Layer {layer}: the strongest of the whole text"
+    output.show(title, ("feature", "max", "at #", "tokens"), rows, layer=layer)
 
 
 def print_tokens_json(seen: TokenFeatures, chosen: list[int], phases: list[Phase] | None, top: int) -> None:
@@ -179,7 +176,8 @@ def print_ranking(seen: TokenFeatures, start: int, top: int, as_json: bool) -> N
             rows.append((f.feature, f.maximum, f"{f.rate:.0%}", where))
         title = f"Layer {layer}: the features of the response, strongest first"
         data = Table.of("Features of the response", [{"layer": layer, **vars(one)} for one in found])
-        output.show(title, ("feature", "max", "tokens", "where it fires"), rows, data)
+        columns = ("feature", "max", "tokens", "where it fires")
+        output.show(title, columns, rows, data, layer=layer)
         say_left_out(seen, layer, "prompt", slice(0, start))
         say_left_out(seen, layer, "response", answer)
         if note := marks_note(left_out):

@@ -16,7 +16,7 @@ from qwen_scope.features import FindOptions, PromoteOptions
 from qwen_scope.scope import ScopeOptions
 from qwen_scope.text import CorpusOptions
 
-from . import changes, documents, options, output, show
+from . import changes, documents, names, options, output, show
 from .groups import LINES, OPTIONS, grouped
 
 if TYPE_CHECKING:
@@ -67,8 +67,6 @@ def find(
     of a store's conversations. Half of each set chooses, the other half measures; q is adjusted for the number of
     features that were looked at.
     """
-    from qwen_scope.store import FeatureStore
-
     promotes, lens = promoted.promotes, promoted.lens
     questions = [positive, groups, repetition, promotes, near, words]
     asked_of = sum(one is not None for one in questions)
@@ -79,7 +77,7 @@ def find(
         )
     if search.phases is not None and (folder is None or (asked_of and positive is None)):
         raise InputError("--phase compares documents of a STORE: with --positive, or alone with --against")
-    store = FeatureStore(folder) if folder is not None else None
+    store = names.of_store(folder) if folder is not None else None
     wanted, n, level = options.parse_layers(layers), search.n, search.level
 
     def scope() -> Scope:
@@ -108,8 +106,7 @@ def find(
     elif store is not None:
         print_findings(sets_in_store(store, positive, negative, wanted, search), as_json)
     else:
-        found, name = sets_of_texts(scope, str(positive), negative, wanted, each, reading, search)
-        print_findings(found, as_json, name)
+        print_findings(sets_of_texts(scope, str(positive), negative, wanted, each, reading, search), as_json)
 
 
 def sets_in_store(
@@ -134,10 +131,9 @@ def sets_in_store(
 def sets_of_texts(
     scope: Any, positive: str, negative: str | None, layers: list[int] | None, each: int, reading: CorpusOptions,
     search: FindOptions,
-) -> tuple[Findings, Callable[[int, int], str]]:  # fmt: skip
-    """What tells two sets of texts apart, and what features are called; the model is opened once they are read."""
+) -> Findings:  # fmt: skip
+    """What tells two sets of texts apart; the model is opened once they are read."""
     from qwen_scope.features import find as run
-    from qwen_scope.features import names_of
 
     if negative is None:
         raise InputError("name documents without the property with --negative")
@@ -146,11 +142,10 @@ def sets_of_texts(
     texts = [documents.texts_of(p, each, how) for p, how in zip((positive, negative), asked, strict=True)]
     opened = scope()
     with output.progress() as progress:
-        found = run(opened, texts[0], texts[1], layers, search, chat=reading.chat, progress=progress)
-    return found, names_of(opened)
+        return run(opened, texts[0], texts[1], layers, search, chat=reading.chat, progress=progress)
 
 
-def print_findings(found: Findings, as_json: bool, name: Callable[[int, int], str] = lambda *_: "") -> None:
+def print_findings(found: Findings, as_json: bool) -> None:
     """A table of findings, and how many there are in all."""
     from rich.text import Text
 
@@ -169,7 +164,6 @@ def print_findings(found: Findings, as_json: bool, name: Callable[[int, int], st
             str(one.auroc),
             str(one.difference),
             one.q,
-            name(one.layer, one.feature),
         )
         for one in found.found
         if one.significant
@@ -177,8 +171,8 @@ def print_findings(found: Findings, as_json: bool, name: Callable[[int, int], st
     title = f"{found.positives} documents against {found.negatives}, ranked by {found.by}; measured on the other half"
     said = f"{found.significant} features pass a false discovery rate of {found.level:g} among {found.tests:,} tests."
     data = Table.of("Features that tell the documents apart", found.found, FOUND)
-    columns = ("layer", "feature", "is above", "F1", "AUROC", "difference", "q", "name")
-    output.show(title, *output.named(columns, rows), data)
+    columns = ("layer", "feature", "is above", "F1", "AUROC", "difference", "q")
+    output.show(title, columns, rows, data)
     if rows and len(rows) < len(found.found):
         said += f" Of the first {len(found.found)}, {len(found.found) - len(rows)} do not and are left out."
     elif not rows and found.significant:
@@ -249,29 +243,26 @@ def print_top_logits(
     as_json: bool,
 ) -> None:
     """Features that promote words directly, or through a lens beside that."""
-    from qwen_scope.features import lens_logits, load_lens, names_of, token_ids, top_logits
+    from qwen_scope.features import lens_logits, load_lens, token_ids, top_logits
 
     through = None if lens is None else load_lens(lens)
     opened = scope()
-    tokens, name = token_ids(opened, words.split()), names_of(opened)
+    tokens = token_ids(opened, words.split())
     if through is not None:
         read = lens_logits(opened, through, tokens, layers, n)
-        rows = [(one.layer, one.feature, one.score, one.direct, f"{one.beaten:.1%}", name(one.layer, one.feature))
-                for one in read]  # fmt: skip
-        columns = ("layer", "feature", "through the lens, sd", "directly, sd", "random below", "name")
+        rows = [(one.layer, one.feature, one.score, one.direct, f"{one.beaten:.1%}") for one in read]
+        columns = ("layer", "feature", "through the lens, sd", "directly, sd", "random below")
         if as_json:
             output.print_json(read)
         else:
-            output.show(f"Features that dispose the model to say {words}", *output.named(columns, rows))
+            output.show(f"Features that dispose the model to say {words}", columns, rows)
         return
     found = top_logits(opened, tokens, layers, n)
     if as_json:
         output.print_json(found)
         return
-    rows = [(one.layer, one.feature, one.score, name(one.layer, one.feature)) for one in found]
-    output.show(
-        f"Features that promote {words}", *output.named(("layer", "feature", "standard deviations", "name"), rows)
-    )
+    rows = [(one.layer, one.feature, one.score) for one in found]
+    output.show(f"Features that promote {words}", ("layer", "feature", "standard deviations"), rows)
 
 
 def print_near(spec: str, store: FeatureStore | None, scope: Scope | None, n: int, as_json: bool) -> None:
@@ -303,7 +294,7 @@ def print_labels(store: FeatureStore, words: str, n: int, as_json: bool) -> None
         (note.layer, note.feature, label_text(note.label) if note.kind == "label" else note.body["text"])
         for note in found
     ]
-    output.show(f"Labels and notes with {words}", ("layer", "feature", "text"), rows)
+    output.show(f"Labels and notes with {words}", ("layer", "feature", "name or note"), rows)
 
 
 def need(store: FeatureStore | None, option: str) -> FeatureStore:

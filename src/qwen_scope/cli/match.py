@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from qwen_scope.errors import InputError, NotFoundError
 from qwen_scope.features import MatchOptions
 
-from . import options, output
+from . import names, options, output
 from .groups import OPTIONS, grouped
 
 if TYPE_CHECKING:
@@ -63,19 +64,23 @@ def match(
             seen = common_firings(stores[0], mine, stores[1], other, how.tokens)
     with output.progress() as bar:
         found = run_match(first, second, seen, how, progress=bar)
+    called = [
+        Called(names.opened(store or source), place)
+        for store, source, place in zip(stores, (a, b), (mine, other), strict=True)
+    ]
     if pairs is not None:
-        write_text(pairs, "".join(json.dumps(row) + "\n" for row in found.rows()))
+        write_text(pairs, "".join(json.dumps(named_row(row, *called)) + "\n" for row in found.rows()))
     if as_json:
-        output.print_json(found.to_json())
+        output.print_json(found.to_json() | {"names": names_of(found, *called)}, named=False)
     else:
-        print_matching(found, n)
+        print_matching(found, n, called[0])
 
 
 def opened(source: str) -> FeatureStore | None:
     """The store that a side is, or None where it is SAEs."""
-    from qwen_scope.store import FeatureStore, is_store
+    from qwen_scope.store import is_store
 
-    return FeatureStore(source) if is_store(source) else None
+    return names.of_store(source) if is_store(source) else None
 
 
 def sae_of(
@@ -104,7 +109,35 @@ def sae_of(
     return sae, layer
 
 
-def print_matching(found: Matching, n: int) -> None:
+@dataclass(frozen=True)
+class Called:
+    """What features of a side are called."""
+
+    names: names.Names
+    layer: int | None
+
+    def of(self, feature: int | None) -> str:
+        """ "" where it has no name, or there is none."""
+        return "" if feature is None or self.layer is None else self.names(self.layer, feature)
+
+
+def named_row(row: dict[str, Any], a: Called, b: Called) -> dict[str, Any]:
+    """A row of pairs with the names of both where they have some."""
+    more = {"name": a.of(row["feature"]), "partner_name": b.of(row["partner"])}
+    return row | {key: said for key, said in more.items() if said}
+
+
+def names_of(found: Matching, a: Called, b: Called) -> dict[str, dict[int, str]]:
+    """What the features without a partner are called on each side, those that have a name."""
+    some = [one for one in (found.cosine, found.jaccard) if one is not None]
+    left = [f for one in some for f in one.unmatched], [f for one in some for f in one.unmatched_back or ()]
+    return {
+        side: {f: said for f in dict.fromkeys(every) if (said := one.of(f))}
+        for side, one, every in zip("ab", (a, b), left, strict=True)
+    }
+
+
+def print_matching(found: Matching, n: int, called: Called) -> None:
     """Both measures beside chance, and features without a partner."""
     out = output.console()
     out.print(f"{found.a} beside {found.b}", soft_wrap=True)
@@ -119,7 +152,8 @@ def print_matching(found: Matching, n: int) -> None:
             out.print(f"By {one.measure} this is chance: a shuffled dictionary does as well.", style="bold")
         if left := one.unmatched:
             more = f", and {len(left) - n} more" if len(left) > n else ""
-            out.print(f"Without a partner by {one.measure}: {', '.join(map(str, left[:n]))}{more}", soft_wrap=True)
+            shown = ", ".join(f"{f} ({said})" if (said := called.of(f)) else str(f) for f in left[:n])
+            out.print(f"Without a partner by {one.measure}: {shown}{more}", soft_wrap=True)
     if found.agree is not None:
         out.print(f"Of those with a partner by cosine, {found.agree:.1%} fire most with that same one.")
 

@@ -15,7 +15,7 @@ import typer
 
 from qwen_scope.errors import InputError, brief, foreign
 
-from . import output, whose
+from . import names, output, whose
 
 OneOf = TypeVar("OneOf", bound=str)
 
@@ -175,6 +175,7 @@ def open_scope(asked: ScopeOptions) -> Scope:
     scope = asked.open()
     whose.say_whose()
     whose.say_terms(scope.saes.source)
+    names.know(scope)
     return scope
 
 

@@ -10,7 +10,7 @@ import functools
 import json
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import asdict, is_dataclass
@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, final
 
 from qwen_scope.errors import InputError, printable
 
-from . import tables
+from . import names, tables
 from .lines import lines
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from rich.text import Text
 
     from qwen_scope.report import Table
+    from qwen_scope.steer import Intervention
     from qwen_scope.store import Context
 
 Report = Callable[[str, float, str], None]
@@ -136,21 +137,30 @@ def save(some: Sequence[Table], out: Path) -> None:
         say(f"qwen-scope: {sentence}")
 
 
-def named(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> tuple[Sequence[str], Sequence[Sequence[Any]]]:
-    """A table whose last column are names, without that column where nothing has one."""
-    if any(row[-1] for row in rows):
-        return columns, rows
-    return columns[:-1], [row[:-1] for row in rows]
-
-
-def show_names(names: Mapping[int, str]) -> None:
+def show_names(layer: int, features: Iterable[int]) -> None:
     """What features of a table above are called, if any has a name; no table of its own in a file (`--out`)."""
     from qwen_scope.report import table
 
-    if names:
+    called = {feature: said for feature in dict.fromkeys(features) if (said := names.name(layer, feature))}
+    if called:
         out = console()
         out.print("What of these has a name (and how well it is told from it)", style="bold")
-        out.print(table(("feature", "name"), [(str(feature), name) for feature, name in names.items()], out.width))
+        out.print(table(("feature", "name"), [(str(feature), said) for feature, said in called.items()], out.width))
+
+
+def keep(table: Table, *, layer: int | None = None, named: bool = True) -> None:
+    """Keep a table for the file of a command that writes one (`--out`); see `show`."""
+    from qwen_scope.report import Table
+
+    if named:
+        table = Table(table.title, *names.beside(table.columns, table.rows, layer, always=True))
+    tables.keep(table)
+
+
+def show_changes(interventions: Iterable[Intervention]) -> None:
+    """A line for each feature with a name that is changed."""
+    for feature, said in names.of_changes(interventions).items():
+        console().print(f"{feature}: {said}", style="dim")
 
 
 @contextmanager
@@ -168,19 +178,31 @@ def table_file(out: Path) -> Iterator[None]:
     save(found, out)
 
 
-def show(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]], data: Table | None = None) -> None:
-    """A heading and a table.
+def show(
+    title: str,
+    columns: Sequence[str],
+    rows: Iterable[Sequence[Any]],
+    data: Table | None = None,
+    *,
+    layer: int | None = None,
+    named: bool = True,
+) -> None:
+    """A heading and a table; beside the number of a feature stands what it is called.
 
     Args:
         data: all of it for a file (`--out`), where what is printed is a part, or joins several figures in a cell; then
             nothing is printed where there is no row.
+        layer: of the features in the column `feature`, where there is no column `layer`.
+        named: without it nothing is added, as to rows that somebody asked for in so many words.
     """
     from qwen_scope.report import Table, table
 
     rows = [tuple(row) for row in rows]
-    tables.keep(data or Table(title, columns, rows))
+    keep(data or Table(title, columns, rows), layer=layer, named=named)
     if data is not None and not rows:
         return
+    if named:
+        columns, rows = names.beside(columns, rows, layer)
     out = console()
     out.print(printable(title), style="bold")
     out.print(table(columns, rows, out.width))
@@ -201,9 +223,13 @@ def print_contexts(some: Sequence[Context], maximum: float) -> None:
         out.print(note, style="dim")
 
 
-def print_json(data: Any) -> None:
-    """One JSON document on standard output."""
-    sys.stdout.write(json_text(data, indent=2) + "\n")
+def print_json(data: Any, *, layer: int | None = None, named: bool = True) -> None:
+    """One JSON document on standard output; beside the number of a feature stands what it is called.
+
+    Args:
+        layer: of features that say none.   named: without it nothing is added, as to a format that others read.
+    """
+    sys.stdout.write(json_text(names.within(data, layer) if named else data, indent=2) + "\n")
 
 
 def print_json_list(head: dict[str, Any], name: str, items: Iterable[Any]) -> None:
@@ -211,14 +237,14 @@ def print_json_list(head: dict[str, Any], name: str, items: Iterable[Any]) -> No
     opening = json_text(head, indent=2).removesuffix("\n}")
     sys.stdout.write(f"{opening},\n  {json_text(name)}: [")
     for number, item in enumerate(items):
-        text = json_text(item, indent=2).replace("\n", "\n    ")
+        text = json_text(names.within(item), indent=2).replace("\n", "\n    ")
         sys.stdout.write(("," if number else "") + "\n    " + text)
     sys.stdout.write("\n  ]\n}\n")
 
 
 def print_json_line(data: Any) -> None:
     """One JSON document in one line, which a reader of a pipe gets at once."""
-    sys.stdout.write(json_text(data) + "\n")
+    sys.stdout.write(json_text(names.within(data)) + "\n")
     sys.stdout.flush()
 
 

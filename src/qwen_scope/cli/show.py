@@ -12,7 +12,7 @@ import typer
 from qwen_scope.errors import InputError, NotFoundError, QwenScopeWarning, printable
 from qwen_scope.scope import ScopeOptions
 
-from . import options, output
+from . import names, options, output
 from .store import the_layer
 
 if TYPE_CHECKING:
@@ -47,7 +47,6 @@ def show(
     """
     from qwen_scope.features import feature_html, feature_page, load_lens, with_neighbours
     from qwen_scope.files import check_output, write_text
-    from qwen_scope.store import FeatureStore
 
     if html is not None:
         check_output(html, *options.folders(folder, model, sae))
@@ -62,7 +61,7 @@ def show(
         raise InputError(
             f"--no-model opens no model and no SAE, so {given[0]} would change nothing; leave one of them out"
         )
-    store = FeatureStore(folder) if folder is not None else None
+    store = names.of_store(folder) if folder is not None else None
     with output.status("opening the model"):
         scope = None if no_model else scope_of(store, model, ScopeOptions(sae=sae, device=device, dtype=dtype, k=k))
     if store is not None:
@@ -155,7 +154,9 @@ def print_page(page: FeaturePage) -> None:
     from qwen_scope.report import visible
 
     out = output.console()
-    out.print(f"Layer {page.layer}, feature {page.feature}", style="bold")
+    here = page.layer, page.feature
+    heading = names.called(*here) if page.label is None else "Layer {}, feature {}".format(*here)
+    out.print(printable(heading), style="bold")
     out.print(printable(f"{page.group}, {page.model}"), style="dim")
     out.print(label_text(page.label))
     for one in page.explanations:

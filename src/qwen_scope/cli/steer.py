@@ -12,7 +12,7 @@ from qwen_scope.features import ChangeOptions
 from qwen_scope.scope import ScopeOptions
 from qwen_scope.steer import Decoding
 
-from . import changes, options, output, tables
+from . import changes, names, options, output, tables
 from .groups import grouped
 
 if TYPE_CHECKING:
@@ -79,7 +79,9 @@ def show_sides(
         plain = scope.generate(prompt, decoding=decoding, chat=mode, candidates=kept)
     if as_json:
         applied = [i.to_json() for i in interventions]
-        output.print_json({"interventions": applied, "unsteered": plain, "steered": steered})
+        called = names.of_changes(interventions)
+        more = {"names": called} if called else {}
+        output.print_json({"interventions": applied, **more, "unsteered": plain, "steered": steered})
         return
     from rich.text import Text
 
@@ -93,6 +95,7 @@ def show_sides(
     ]
     tables.keep(Table.of("Continuations", tokens, ("run", "position", "token", "probability")))
     out = output.console()
+    output.show_changes(interventions)
     for title, side in (("Unsteered", plain), ("Steered", steered)):
         out.print(Text(f"{title} (shaded by the probability of each token)", style="bold"))
         out.print(shaded_tokens(side))

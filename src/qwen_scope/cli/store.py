@@ -10,7 +10,7 @@ import typer
 
 from qwen_scope.errors import InputError, foreign
 
-from . import options, output
+from . import names, options, output
 from .commands import App, Shown
 from .extract import show_store
 
@@ -44,20 +44,18 @@ def store(
     as_json: options.Json = False,
 ) -> None:
     """Show what a store holds; with --feature its statistics and contexts, with --layer the most frequent features."""
-    from qwen_scope.store import FeatureStore
-
     layer, feature = options.place_of(layer, name)
-    with FeatureStore(folder) as opened:
+    with names.of_store(folder) as opened:
         if verify:
             opened.verify()
         if query is not None:
-            show_rows("", opened.answer(query), as_json)
+            show_rows("", opened.answer(query), as_json, named=False)
         elif feature is not None:
             show_feature(opened, the_layer(opened, layer), feature, n, how, seed, options.check_phases(phase), as_json)
         elif layer is not None:
             rows = opened.stats(layer).sort_by([("tokens", "descending"), ("feature", "ascending")]).slice(0, n)
-            names = ["feature", "frequency", "documents", "mean", "maximum"]
-            show_rows(f"Layer {layer}: the most frequent features", rows.select(names), as_json)
+            columns = ["feature", "frequency", "documents", "mean", "maximum"]
+            show_rows(f"Layer {layer}: the most frequent features", rows.select(columns), as_json, layer)
         else:
             show_store(opened, as_json)
 
@@ -91,17 +89,18 @@ def the_layer(opened: FeatureStore, layer: int | None) -> int:
     return layer
 
 
-def show_rows(title: str, table: Any, as_json: bool) -> None:
-    """An arrow table as JSON or as a table."""
+def show_rows(title: str, table: Any, as_json: bool, layer: int | None = None, *, named: bool = True) -> None:
+    """An arrow table as JSON or as a table; `layer` and `named` as for `output.show`."""
     with foreign("the answer can't be shown", InputError, "cast the column to a text"):
         columns = [column.to_pylist() for column in table.columns]
     if as_json:
-        output.print_json([dict(zip(table.column_names, row, strict=True)) for row in zip(*columns, strict=True)])
+        rows = [dict(zip(table.column_names, row, strict=True)) for row in zip(*columns, strict=True)]
+        output.print_json(rows, layer=layer, named=named)
         return
     rows = [
         [v if isinstance(v, str | int | float | None) else str(v) for v in row] for row in zip(*columns, strict=True)
     ]
-    output.show(title, table.column_names, rows)
+    output.show(title, table.column_names, rows, layer=layer, named=named)
 
 
 def show_feature(
@@ -132,5 +131,5 @@ def show_feature(
         return
     shown = [(name, value) for name, value in asdict(stats).items() if name not in ("layer", "feature")]
     shown += [(f"{share:.0%} of its tokens at most", value) for share, value in zip(SHARES, quantiles, strict=False)]
-    output.show(f"Layer {layer}, feature {feature}", ("statistic", "value"), shown)
+    output.show(names.called(layer, feature), ("statistic", "value"), shown)
     output.print_contexts(found, stats.maximum)

@@ -15,7 +15,7 @@ from qwen_scope.scope import ScopeOptions
 from qwen_scope.steer import Decoding
 from qwen_scope.text import CorpusOptions
 
-from . import changes, documents, options, output
+from . import changes, documents, names, options, output
 from .groups import LINES, grouped
 
 if TYPE_CHECKING:
@@ -101,8 +101,11 @@ def sweep(
         proposal(scope, save_recipe.stem, found[shown], provenance="qwen-scope sweep").save(save_recipe)
     if as_json:
         several = {"best": best, "candidates": {name: each.to_json() for name, each in found.items()}}
-        output.print_json((several if len(found) > 1 else found[shown].to_json()) | {"n_prompts": len(lines)})
+        called = names.of_changes(one for some in candidates.values() for one in some)
+        more = {"n_prompts": len(lines)} | ({"names": called} if called else {})
+        output.print_json((several if len(found) > 1 else found[shown].to_json()) | more)
     else:
+        output.show_changes(one for some in candidates.values() for one in some)
         print_sweeps(found, best)
 
 

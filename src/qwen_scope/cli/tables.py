@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING
 
 from qwen_scope.errors import InputError
 
+from . import names
+
 if TYPE_CHECKING:
     from qwen_scope.report import Table
 
@@ -68,15 +70,15 @@ def save(tables: Sequence[Table], out: Path) -> Iterator[str]:
     from qwen_scope.files import write_whole
     from qwen_scope.report import file_of, joined
 
-    found = joined(tables)
-    for table, path in zip(found, names(out, found), strict=True):
+    found = [names.dropped(table) for table in joined(tables)]
+    for table, path in zip(found, files_of(out, found), strict=True):
         with write_whole(path) as part:
             part.write_bytes(file_of(table, path.suffix.lower().removeprefix(".")))
         rows = f"{len(table.rows):,} row{'s' * (len(table.rows) != 1)}"
         yield f"{rows} written to {path}"
 
 
-def names(out: Path, tables: Sequence[Table]) -> list[Path]:
+def files_of(out: Path, tables: Sequence[Table]) -> list[Path]:
     """A file for each table: the first one's is the one that was asked for."""
     found = [out]
     for table in tables[1:]:

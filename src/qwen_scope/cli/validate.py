@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,12 +16,13 @@ from qwen_scope.scope import ScopeOptions
 from qwen_scope.steer import Decoding
 from qwen_scope.text import CorpusOptions
 
-from . import changes, options, output, sweep
+from . import changes, names, options, output, sweep
 from .groups import LINES, OPTIONS, grouped
 
 if TYPE_CHECKING:
     from qwen_scope.features import Notes, Selectivity, Verdict
     from qwen_scope.scope import Scope
+    from qwen_scope.steer import Intervention
 
 
 @dataclass(frozen=True)
@@ -113,7 +115,7 @@ def validate(
     if kept is not None:
         notes, place = kept
         notes.verdict(*place, verdict.to_json())
-    print_found(verdict, removed, as_json)
+    print_found(verdict, removed, interventions, as_json)
 
 
 def kept_in(folder: Path, scope: Scope, change: ChangeOptions) -> tuple[Notes, tuple[int, int]]:
@@ -131,11 +133,16 @@ def kept_in(folder: Path, scope: Scope, change: ChangeOptions) -> tuple[Notes, t
     return Notes(store), place
 
 
-def print_found(verdict: Verdict, removed: Selectivity | None, as_json: bool) -> None:
+def print_found(
+    verdict: Verdict, removed: Selectivity | None, interventions: Sequence[Intervention], as_json: bool
+) -> None:
     """The verdict, and beside it the comparison of removals where it was asked for."""
     if as_json:
-        output.print_json(verdict.to_json() | ({"selectivity": removed.to_json()} if removed else {}))
+        called = names.of_changes(interventions)
+        more = ({"selectivity": removed.to_json()} if removed else {}) | ({"names": called} if called else {})
+        output.print_json(verdict.to_json() | more)
         return
+    output.show_changes(interventions)
     print_verdict(verdict)
     if removed is not None:
         print_selectivity(removed)

@@ -105,7 +105,7 @@ def why(
     if recipe is not None:
         graph_recipe(graph, scope).save(recipe)
     if as_json:
-        output.print_json(graph_document(graph, text_by(scope)))
+        output.print_json(graph_document(graph, text_by(scope)), named=False)  # names are its `clerp`
     else:
         print_graph(graph, paths)
     for file in (html, graph_file, recipe):

@@ -80,7 +80,10 @@ from .match_options import MatchOptions as MatchOptions
 from .material import Material as Material
 from .material import material as material
 from .naming import labels_of as labels_of
+from .naming import labels_of_store as labels_of_store
 from .naming import names_of as names_of
+from .naming import names_of_saes as names_of_saes
+from .naming import names_of_store as names_of_store
 from .neighbours import Neighbour as Neighbour
 from .neighbours import cofiring as cofiring
 from .neighbours import elsewhere as elsewhere
