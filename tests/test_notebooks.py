@@ -21,6 +21,8 @@ def cells(path: Path) -> list[str]:
 @pytest.mark.slow
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_every_cell_runs_and_shows_something(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if "transformer_lens" in path.stem:
+        pytest.importorskip("transformer_lens", reason="tests/peers/run.sh hooks runs this one, where the packages are")
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {"__name__": path.stem}
     for code in cells(path):

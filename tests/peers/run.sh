@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
-# Files of ours in a peer's own hands, and its files in ours: `run.sh sae_lens | sparsify | dictionary_learning | delphi | quantised | saebench`.
+# Files of ours in a peer's own hands, and its files in ours: `run.sh sae_lens | sparsify | dictionary_learning | delphi | quantised | saebench | hooks`.
 # The peer lives in an environment of its own, made on the first run; one line per check, exit code 1 if one fails.
 set -euo pipefail
-peer="${1:?name a peer: sae_lens, sparsify, dictionary_learning, delphi, quantised or saebench}"
+peer="${1:?name a peer: sae_lens, sparsify, dictionary_learning, delphi, quantised, saebench or hooks}"
 cd "$(dirname "$0")/../.."
 venv=".venv-$peer"
+if [ "$peer" = hooks ]; then venv=".venv-saebench"; fi # where TransformerLens is already
 bin="$venv/bin"
 torch="$(grep -h '^torch==' constraints.txt 2>/dev/null || echo torch==2.13.0)"
 
@@ -34,7 +35,7 @@ if [ ! -f "$venv/.ready" ]; then
       pip -c constraints.txt auto-round==0.16.1 compressed-tensors==0.20.1 torchao==0.18.0 bitsandbytes==0.50.2 \
         "mlx[cpu]==0.32.4" mlx-lm==0.32.2 accelerate gguf
       ;;
-    saebench) # with sae-probes and its data; our source runs there, too, beside an older numpy
+    saebench | hooks) # with sae-probes and its data; our source runs there, too, beside an older numpy
       pip sae-bench==0.6.0 sae-probes==0.4.2 transformer-lens==3.9.0 sae_lens==6.54.12 lazy_loader "$torch"
       ;;
     *) rm -rf "$venv"; echo "unknown peer $peer" >&2; exit 2 ;;
@@ -50,6 +51,11 @@ export HF_HUB_OFFLINE=1 SPARSIFY_DISABLE_TRITON=1 TOKENIZERS_PARALLELISM=false
 if [ "$peer" = quantised ]; then
   said="$work/said" # what the packages write on the way: shown where a check breaks off
   PYTHONPATH=src:. "$bin/python" -W ignore tests/peers/check_quantised.py "$work" 2>"$said" || { tail -n 5 "$said" >&2; exit 1; }
+  exit
+fi
+if [ "$peer" = hooks ]; then
+  "$bin/python" -c "import nnsight" 2>/dev/null || "$bin/python" -m pip --disable-pip-version-check install -q nnsight==0.8.0 "$torch"
+  OMP_NUM_THREADS=1 PYTHONPATH=src "$bin/python" -W ignore tests/peers/check_hooks.py
   exit
 fi
 if [ "$peer" = saebench ]; then

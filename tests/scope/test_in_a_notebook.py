@@ -13,9 +13,27 @@ import pytest
 
 from qwen_scope import FeatureStore, Intervention, Scope, load_scope
 from qwen_scope.errors import InputError, NotFoundError
-from qwen_scope.features import feature_page, find
-from qwen_scope.report import Table
+from qwen_scope.features import (
+    Budget,
+    Condition,
+    Dose,
+    Evidence,
+    FeaturePage,
+    Rules,
+    SideEffects,
+    Sweep,
+    Verdict,
+    feature_page,
+    find,
+    match,
+)
+from qwen_scope.report import HasFrames, Table
+from qwen_scope.score import FIGURES, Scoreboard, ScoreRun
+from qwen_scope.score.board import WITH, WITHOUT
+from qwen_scope.score.controls import TRAINED
+from qwen_scope.stats import Interval
 from qwen_scope.steer import Decoding
+from qwen_scope.trust import Card, Trust
 
 HOSTILE = "<script>alert(1)</script> & Wie geht es?"
 
@@ -101,6 +119,43 @@ def test_frames_are_one_table_three_times(scope: Scope, store: FeatureStore) -> 
     assert float(seen.of(text, layer).select([feature])[position, 0]) == pytest.approx(frame.iloc[-1]["activation"])
     found = find(scope, ["a b", "c d", "e f", "g h"], ["1 2", "3 4", "5 6", "7 8"], 5).to_arrow()
     assert {"f1", "f1_low", "f1_high"} <= set(found.column_names)
+
+
+def test_what_was_measured_is_a_frame_too(scope: Scope, tmp_path: Path) -> None:
+    some = Interval(0.5, 0.25, 0.75, 4)
+    doses = (Dose(0.0, some, 9.0, 0.1, 0.0, True, "a"), Dose(0.5, some, 10.0, 0.2, 0.3, False, "<b>"))
+    sweep = Sweep(doses, 0.5, 9.0, Budget(), False, ())
+    found = pl(sweep)
+    assert found["amount"].to_list() == [0.0, 0.5]
+    assert found["proposed"].to_list() == [False, True]
+    assert found["effect_low"].to_list() == [0.25, 0.25]
+    assert "proposed: 0.5" in shown(sweep).text
+    conditions = (Condition("the feature", some, None, 0.0, "x"), Condition("unsteered", some, 3.0, 0.0, "y"))
+    evidence = Evidence(some, some, 1, some, some, some, some, some, some)
+    verdict = Verdict("causal", (), conditions, (), SideEffects(some, some, some, ()), evidence, Rules(), ())
+    assert pl(verdict)["name"].to_list() == ["the feature", "unsteered"]
+    assert "Verdict: causal" in shown(verdict).text
+    card = Card(
+        FeaturePage(4, 3, "g", "m"), {}, {}, None, None, None, None, None, (), None, (), (), (), (), (), (),
+        Trust("shaky", (("it fires", True), ("it has a name", None))),
+    )  # fmt: skip
+    assert pl(card)["held"].to_list() == [True, None]
+    assert "shaky: layer 4, feature 3" in shown(card).text
+    both = match(scope.saes[4], scope.saes[5], features=[1, 2, 3])
+    assert pl(both)["feature"].to_list() == [1, 2, 3]
+    assert pl(both)["cosine"].to_list() == both.cosine.score.tolist()
+    figures = dict.fromkeys(FIGURES, 0.5)
+    cells = {4: {arm: {s: {**figures, "kl": kl} for s in (WITH, WITHOUT)} for arm, kl in ((TRAINED, 0.1), ("x", 0.4))}}
+    board = pl(Scoreboard(ScoreRun("lab", "lab", tmp_path), cells))
+    assert len(board) == 2 * len(FIGURES)
+    row = board.row(by_predicate=(polars.col("figure") == "kl") & (polars.col("read") == WITH), named=True)
+    assert (row["value"], row["control_value"], row["gain"]) == (0.1, 0.4, pytest.approx(0.3))
+
+
+def pl(value: HasFrames) -> polars.DataFrame:
+    """A frame of polars, equal to that of Arrow."""
+    assert value.to_polars().equals(polars.from_arrow(value.to_arrow()))
+    return value.to_polars()
 
 
 @pytest.mark.parametrize("name", ["pandas", "polars"])

@@ -88,9 +88,6 @@ class Findings(HasFrames):
         first = ", ".join(f"{one.layer}/{one.feature}" for one in self.found[:5])
         return f"Findings({self.significant} significant of {self.tests:,}; first {first or 'none'})"
 
-    def _repr_html_(self) -> str:
-        return self.sheet()._repr_html_()
-
 
 def find(
     scope: Scope,

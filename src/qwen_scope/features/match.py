@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int64
 
 from qwen_scope.errors import MismatchError, NotFoundError
-from qwen_scope.report import Progress
+from qwen_scope.report import HasFrames, Progress, Table
 from qwen_scope.sae import SAE, FeatureActs, Identity
 from qwen_scope.stats import Interval, bootstrap
 
@@ -123,8 +123,8 @@ class Partners:
         return {**found, "features": len(self.features), "chance": asdict(self.chance), "corrected": corrected}
 
 
-@dataclass(frozen=True, eq=False)
-class Matching:
+@dataclass(frozen=True, eq=False, repr=False)
+class Matching(HasFrames):
     """Two dictionaries beside each other.
 
     Attributes:
@@ -158,6 +158,11 @@ class Matching:
         for f, p, s, _ in _columns(self.jaccard) if self.jaccard is not None else ():
             found[f] |= {"cofires_with": _named(p), "jaccard": s}
         return list(found.values())
+
+    def sheet(self) -> Table:
+        """`rows` as a table."""
+        columns = ("feature", "partner", "cosine", "mutual", "cofires_with", "jaccard")
+        return Table.of(f"{self.a} beside {self.b}", self.rows(), columns)
 
     def to_json(self) -> dict[str, Any]:
         """The figures as plain values."""

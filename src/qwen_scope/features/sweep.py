@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from qwen_scope.errors import InputError
-from qwen_scope.report import Progress
+from qwen_scope.report import HasFrames, Progress, Table, flat
 from qwen_scope.scope import Scope, Texts, as_texts
 from qwen_scope.stats import Interval, bootstrap
 from qwen_scope.steer import (
@@ -71,8 +71,8 @@ class Dose:
     example: str
 
 
-@dataclass(frozen=True)
-class Sweep:
+@dataclass(frozen=True, repr=False)
+class Sweep(HasFrames):
     """Dose and response.
 
     Attributes:
@@ -94,6 +94,12 @@ class Sweep:
     def best(self) -> Dose | None:
         """The proposed dose."""
         return next((dose for dose in self.doses if dose.amount == self.proposed), None)
+
+    def sheet(self) -> Table:
+        """A row per dose, the proposed one marked."""
+        proposed = "none beats the unsteered run" if self.proposed is None else f"proposed: {self.proposed:g}"
+        rows = [{**flat(dose), "proposed": dose.amount == self.proposed} for dose in self.doses]
+        return Table.of(f"Dose and response; {proposed}", rows)
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from qwen_scope.errors import InputError
 from qwen_scope.model import LayerStats, capture
-from qwen_scope.report import Progress
+from qwen_scope.report import HasFrames, Progress, Table
 from qwen_scope.scope import Scope, Texts, as_texts
 from qwen_scope.stats import Interval, bootstrap, difference
 from qwen_scope.steer import (
@@ -84,8 +84,8 @@ class SideEffects:
     moved: tuple[Moved, ...]
 
 
-@dataclass(frozen=True)
-class Verdict:
+@dataclass(frozen=True, repr=False)
+class Verdict(HasFrames):
     """The outcome, the rules with what was found, and every figure.
 
     `conditions` holds the shuffles of the labels as one condition, whose effect is the mean over them with an interval
@@ -100,6 +100,10 @@ class Verdict:
     evidence: Evidence
     rules: Rules
     interventions: tuple[dict[str, Any], ...]
+
+    def sheet(self) -> Table:
+        """A row per condition: the target under it, and what it costs in fluency."""
+        return Table.of(f"Verdict: {self.outcome}", self.conditions)
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""

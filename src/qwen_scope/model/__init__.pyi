@@ -46,6 +46,8 @@ from .rules import has_routers as has_routers
 from .rules import plain_kernels as plain_kernels
 from .rules import recomputed as recomputed
 from .rules import relevance as relevance
+from .unwrap import tokenizer_of as tokenizer_of
+from .unwrap import unwrapped as unwrapped
 from .writers import Writer as Writer
 from .writers import embedding_writer as embedding_writer
 from .writers import part_writers as part_writers

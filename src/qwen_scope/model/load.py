@@ -19,6 +19,7 @@ from . import adapter as adapters
 from .gguf import Gguf, gguf_file
 from .place import folder_of, known_type, read_config, sentence
 from .quantized import quantised
+from .unwrap import tokenizer_of, unwrapped
 from .weights import load_weights
 
 DTYPES = ("float32", "bfloat16", "float16", "auto")
@@ -103,11 +104,14 @@ def load_model(
 def live_model(model: Any, tokenizer: PreTrainedTokenizerBase | None) -> LoadedModel:
     """A model that is in memory already, such as one of transformers or PEFT, as `load_model` would give it.
 
-    Nothing of it is changed; its name is the one that its config remembers.
+    Nothing of it is changed; its name is the one that its config remembers. Of a bridge of TransformerLens or a model
+    of nnsight it is the model inside, and their tokenizer where none is given.
 
     Raises:
         InputError: it is no transformers model, it comes without a tokenizer, or it is in training mode.
     """
+    tokenizer = tokenizer or tokenizer_of(model)
+    model = unwrapped(model)
     config = getattr(model, "config", None)
     if not isinstance(model, torch.nn.Module) or not isinstance(config, PreTrainedConfig):
         raise InputError(f"a model is a name, a folder or a model of transformers or PEFT, not {brief(model)}")

@@ -24,6 +24,7 @@ from .tabular import Framed as Framed
 from .tabular import HasFrames as HasFrames
 from .tabular import Table as Table
 from .tabular import file_of as file_of
+from .tabular import flat as flat
 from .tabular import joined as joined
 from .tokens import inert as inert
 from .tokens import legend as legend

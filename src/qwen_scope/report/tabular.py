@@ -35,6 +35,13 @@ class HasFrames:
         """All of it as one table, one row per thing."""
         raise NotImplementedError
 
+    def _repr_html_(self) -> str:
+        return self.sheet()._repr_html_()
+
+    def __repr__(self) -> str:
+        table = self.sheet()
+        return f"{type(self).__name__}({table.title[:SHOWN]!r}, {len(table.rows):,} rows)"
+
     def to_arrow(self) -> pa.Table:
         """Its `sheet` as an Arrow table."""
         return arrow(self.sheet())

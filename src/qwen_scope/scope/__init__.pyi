@@ -12,6 +12,7 @@ from .given import Texts as Texts
 from .given import as_layers as as_layers
 from .given import as_texts as as_texts
 from .given import parse_layers as parse_layers
+from .hooked import HookedFeatures as HookedFeatures
 from .job import Job as Job
 from .job import Runner as Runner
 from .joined import Joined as Joined

@@ -48,9 +48,6 @@ class Comparisons(dict[int, list[Comparison]], HasFrames):
     def __repr__(self) -> str:
         return f"Comparisons({sum(map(len, self.values())):,} features of layers {', '.join(map(str, self))})"
 
-    def _repr_html_(self) -> str:
-        return self.sheet()._repr_html_()
-
 
 def compare_seen(
     seen: TokenFeatures,

@@ -21,7 +21,7 @@ SAE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": t
 
 
 def load_scope(
-    model: str | os.PathLike[str] | nn.Module = "lab",
+    model: str | os.PathLike[str] | nn.Module | Any = "lab",
     sae: str | os.PathLike[str] | None = None,
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
@@ -40,9 +40,9 @@ def load_scope(
 
     Args:
         model: `lab` for the bundled one, a hub id, a folder (also of a PEFT adapter), a GGUF, or a model of
-            transformers or PEFT that is in memory; it stays where and as it is.
+            transformers, PEFT, TransformerLens (a bridge) or nnsight that is in memory; it stays where and as it is.
         sae: a group (hub id, catalog alias or folder); it may be left out where the catalog knows exactly one.
-        tokenizer: of a model in memory.
+        tokenizer: of a model in memory; a bridge and a model of nnsight have their own.
         adapter: a folder with a PEFT adapter to be merged into the model.
         device: where the model runs, and the SAEs; by default CUDA, else MPS, else the CPU.
         dtype: of the model's weights: `auto`, `float32`, `bfloat16` or `float16`.

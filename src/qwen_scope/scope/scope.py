@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any, overload
 
@@ -33,6 +34,7 @@ from .compare import Comparisons, compare_seen
 from .engine import Engine, ModelEngine
 from .extract import ExtractOptions, extract, telling
 from .given import Layers, Texts, as_layers, as_texts, is_one
+from .hooked import HookedFeatures, hooked
 from .job import Runner
 from .joined import Joined, ScopeVerdicts
 from .measured import ScopeCounted, ScopeStats
@@ -360,11 +362,23 @@ class Scope:
         """
         interventions = [interventions] if isinstance(interventions, Intervention) else interventions
         prompts = as_texts(prompt)
-        out = generate(
-            self.model, self.tokenizer, prompts, interventions, saes=self.saes, stats=self.stats, decoding=decoding,
-            chat=chat, candidates=candidates,
-        )  # fmt: skip
+        tools: Any = {"saes": self.saes, "stats": self.stats, "decoding": decoding, "chat": chat}
+        out = generate(self.model, self.tokenizer, prompts, interventions, candidates=candidates, **tools)
         return out[0] if is_one(prompt) else out
+
+    def hooks(
+        self, model: Any = None, interventions: Intervention | Sequence[Intervention] = (), layers: Layers = None
+    ) -> AbstractContextManager[HookedFeatures]:
+        """Features out of, and interventions into, a model that somebody else's code runs inside of the block.
+
+        Args:
+            model: of transformers, a bridge of TransformerLens or a model of nnsight; by default the scope's own.
+            layers: where features are read, under the interventions; by default all that have an SAE.
+
+        Raises:
+            MismatchError: a model of another size.   NotFoundError, InputError: as for `generate` and `check_layers`.
+        """
+        return hooked(self, model, interventions, layers)
 
     def check_layers(self, layers: Layers) -> list[int]:
         """The layers asked for, each with an SAE; all of them for None. One may stand for itself, as number or text.

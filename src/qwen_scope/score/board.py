@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from qwen_scope.report import HasFrames, Table
+
 from .controls import TRAINED
 from .options import ScoreRun
 from .suites import better
@@ -23,8 +25,8 @@ FIGURES: dict[str, int] = {
 Row = tuple[str, float, list[tuple[str, float, float]]]
 
 
-@dataclass(frozen=True, eq=False)
-class Scoreboard:
+@dataclass(frozen=True, eq=False, repr=False)
+class Scoreboard(HasFrames):
     """The figures.
 
     Attributes:
@@ -91,6 +93,19 @@ class Scoreboard:
             gains = [sign * (value - other) + 0.0 if sign else math.nan for _, other in others]
             rows.append((name, value, [(arm, other, gain) for (arm, other), gain in zip(others, gains, strict=True)]))
         return rows
+
+    def sheet(self) -> Table:
+        """A row per layer, reading (sinks or suite), figure and control: both values and the gain."""
+        columns = ("layer", "read", "figure", "value", "control", "control_value", "gain")
+        every = [(layer, sinks, self.rows(layer, sinks)) for layer in self.cells for sinks in (WITHOUT, WITH)]
+        every += [(layer, suite, self.suite_rows(suite, layer)) for suite, one in self.suites.items() for layer in one]
+        rows = [
+            (layer, read, name, _plain(value), arm, _plain(other), _plain(gain))
+            for layer, read, figures in every
+            for name, value, others in figures
+            for arm, other, gain in others
+        ]
+        return Table("Scoreboard", columns, rows)
 
     def to_json(self) -> dict[str, Any]:
         """Plain values; NaN is null."""

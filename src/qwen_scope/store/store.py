@@ -78,9 +78,6 @@ class FeatureStore(HasFrames):
         rows = [[getattr(self.layer(one), name, one) for name in names] for one in self.layers]
         return Table(repr(self), names, rows)
 
-    def _repr_html_(self) -> str:
-        return self.sheet()._repr_html_()
-
     def __enter__(self) -> FeatureStore:
         return self
 

@@ -16,6 +16,7 @@ from qwen_scope.features import (
     remembered_findings,
     with_neighbours,
 )
+from qwen_scope.report import HasFrames, Table
 from qwen_scope.scope import Scope
 from qwen_scope.store import FeatureStore
 
@@ -31,8 +32,8 @@ from .rules import Trust, TrustEvidence, TrustRules, trust
 from .siblings import Sibling
 
 
-@dataclass(frozen=True, eq=False)
-class Card:
+@dataclass(frozen=True, eq=False, repr=False)
+class Card(HasFrames):
     """One feature, with a word on how far to trust it.
 
     Attributes:
@@ -72,6 +73,11 @@ class Card:
     failures: tuple[str, ...]
     missing: tuple[str, ...]
     trust: Trust
+
+    def sheet(self) -> Table:
+        """The rules behind the word, each with whether it held: True, False, or None where it was not measured."""
+        title = f"{self.trust.word}: layer {self.page.layer}, feature {self.page.feature}"
+        return Table(title, ("rule", "held"), [(rule, held) for rule, held in self.trust.reasons])
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
