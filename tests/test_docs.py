@@ -16,11 +16,15 @@ import pytest
 from typed import context, typed
 
 from qwen_scope.analysis import ANALYSES
+from qwen_scope.cli import main
 from qwen_scope.cli.examples import EXAMPLES
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+
+FIGURE = r"\d+\.\d+|\w+|[^\w\s]"
+"""A figure, a word or a sign."""
 
 # Examples of help that run for minutes or until they are stopped; vLLM is not here.
 LONG = ("explore", "serve", "lab build", "lab panel", "posttrain repetition", "posttrain rl")
@@ -53,6 +57,21 @@ def test_python_runs(code: str, capsys, tmp_path, monkeypatch) -> None:
     exec(compile(code, "block", "exec"), {"__name__": "block"})
     ANALYSES.clear()  # a page that adds one adds it to itself
     ANALYSES.update(known)
+
+
+def test_what_the_readme_shows_is_printed(capsys, tmp_path, monkeypatch) -> None:
+    """Word by word, figures within a hundredth; spaces at the end of lines aside."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "80")
+    for block in blocks(ROOT / "README.md", "console"):
+        for part in block.split("$ qwen-scope ")[1:]:
+            line, _, expected = part.partition("\n")
+            assert main(shlex.split(line)) == 0
+            words, said = re.findall(FIGURE, capsys.readouterr().out), re.findall(FIGURE, expected)
+            assert len(words) == len(said), line
+            for one, other in zip(words, said, strict=True):
+                if one != other:
+                    assert float(one) == pytest.approx(float(other), rel=0.01), line
 
 
 @pytest.fixture

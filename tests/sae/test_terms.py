@@ -9,6 +9,7 @@ import pytest
 
 from qwen_scope import catalog, load_sae, save_sae
 from qwen_scope.cli import whose
+from qwen_scope.cli.entry import told_notes
 from qwen_scope.sae import LAYOUTS, Identity, terms_of
 
 GROUP = "SAE-Res-Qwen3-1.7B-Base-W32K-L0_50"
@@ -31,8 +32,19 @@ def test_an_export_says_them_and_is_read_as_before(layout: str, tmp_path: Path) 
     assert not list((tmp_path / "lab").rglob("USAGE.txt"))
 
 
-def test_they_are_said_once(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(whose, "_said", set())
+def test_they_are_said_once(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("qwen_scope.sae.terms._TOLD", set())
+    lab = load_sae("lab", layer=4)
+    save_sae(replace(lab, identity=Identity(GROUP, 4, lab.identity.fingerprint)), tmp_path / "q")
+    with told_notes():
+        load_sae(tmp_path / "q")
+        tell(capsys)
+
+
+def tell(capsys: pytest.CaptureFixture[str]) -> None:
+    """Once, whatever was loaded and named since."""
     for source in (GROUP, f"Qwen/{GROUP}", f"/data/{GROUP}/", "SAE-Res-Lab-W2K-L0_40"):
         whose.say_terms(source)
     out, err = capsys.readouterr()

@@ -144,7 +144,7 @@ def show_names(layer: int, features: Iterable[int]) -> None:
     called = {feature: said for feature in dict.fromkeys(features) if (said := names.name(layer, feature))}
     if called:
         out = console()
-        out.print("What of these has a name (and how well it is told from it)", style="bold")
+        out.print("Names of these features, each with its score", style="bold")
         out.print(table(("feature", "name"), [(str(feature), said) for feature, said in called.items()], out.width))
 
 

@@ -17,8 +17,6 @@ NOTE = (
     " name yours with --model, or write --model lab"
 )
 
-_said: set[str] = set()
-
 
 def refuse_other_saes(sae: str | None) -> None:
     """Refuse SAEs of another model where the lab would be taken because none was named.
@@ -40,12 +38,9 @@ def say_whose() -> None:
 
 def say_terms(source: str) -> None:
     """Say on standard error, once in a process, what the owner of released SAEs asks of those who use them."""
-    from qwen_scope.sae import terms_of
+    from qwen_scope.sae import tell_terms
 
-    terms = terms_of(source.rstrip("/").rpartition("/")[2])
-    if terms is not None and terms not in _said:
-        _said.add(terms)
-        output.say(f"qwen-scope: {terms}")
+    tell_terms(source.rstrip("/").rpartition("/")[2])
 
 
 def lab_by_default(whatever: bool = False) -> bool:

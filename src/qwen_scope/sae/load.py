@@ -19,6 +19,7 @@ from .formats.hooks import layer_in
 from .formats.layout import STORED_DTYPES, kept_meta
 from .kinds import KINDS
 from .source import Source, resolve
+from .terms import tell_terms
 
 
 def load_sae(
@@ -59,6 +60,7 @@ def load_sae(
     place = resolve(source, revision, cache_dir)
     entry = choose(place, entries_of(place), layer)
     sae = read_entry(place, entry, k)
+    tell_terms(sae.identity.group)
     if d_model is not None and sae.d_model != d_model:
         raise MismatchError(f"{sae.identity} reads residuals of {sae.d_model} dimensions, but the model has {d_model}")
     return sae if dtype is None and torch.device(device).type == "cpu" else sae.to(device, dtype)

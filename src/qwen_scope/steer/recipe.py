@@ -12,8 +12,9 @@ from typing import Any, Protocol, runtime_checkable
 from torch import nn
 
 from qwen_scope.errors import FormatError, InputError, MismatchError, NotFoundError, foreign
-from qwen_scope.files import Fields, Remote, parse_value, place, write_text
+from qwen_scope.files import Fields, Remote, card_text, parse_value, place, push_folder, temporary_folder, write_text
 from qwen_scope.model import HookPoint, text_config
+from qwen_scope.sae import terms_of
 from qwen_scope.text import Counted
 
 from .intervention import Intervention
@@ -150,6 +151,23 @@ class Recipe:
 
             text = yaml.safe_dump(data, allow_unicode=True, sort_keys=False)
         write_text(target, text)
+
+    def push_to_hub(self, repo: str, *, private: bool = False) -> str:
+        """Send it as `recipe.yaml` to a repository of the Hub, with a card; the commit's address.
+
+        Raises:
+            InputError: no right to write there, or no token.
+        """
+        rows = [f"| {one.layer} | {one.feature} | {one.op} | {one.amount:g} {one.unit} |" for one in self.interventions]
+        table = "\n".join(["| layer | feature | operation | amount |", "|---|---|---|---|", *rows])
+        parts = [f"Interventions on `{self.model}`, on SAEs of the group `{self.group}`.", table]
+        parts += [self.provenance] if self.provenance else []
+        parts += [f"Terms of use of the SAEs: {terms}."] if (terms := terms_of(self.group or "")) else []
+        parts.append("```sh\nqwen-scope steer PROMPT --recipe recipe.yaml\n```")
+        with temporary_folder() as folder:
+            self.save(folder / "recipe.yaml")
+            card = card_text(self.name, ["steering", "interpretability"], parts)
+            return push_folder(folder, repo, "model", f"Recipe {self.name} by qwen-scope", private=private, card=card)
 
 
 def load_recipe(path: str | os.PathLike[str], most_bytes: int = MAX_BYTES) -> Recipe:

@@ -22,6 +22,7 @@ from .contexts import Context, FeatureSummary, Histogram
 from .documents import Condition, meeting
 from .layout import LayerInfo
 from .opening import Places, open_tables, read_manifest
+from .push import push_store
 from .queries import connect, read_bounded, refusals, select
 from .request import source_of
 from .spans import Spans, check_phases
@@ -126,6 +127,14 @@ class FeatureStore(HasFrames):
             NotFoundError: the folder has moved.
         """
         return source_of(self.manifest, self.folder, what)
+
+    def push_to_hub(self, repo: str, *, private: bool = False) -> str:
+        """Send it, with its labels and notes, to a dataset repository of the Hub, with a card; the commit's address.
+
+        Raises:
+            InputError: a store at a URI, no right to write there, or no token.
+        """
+        return push_store(self, repo, private)
 
     def verify(self) -> None:
         """Read every part once and compare it with its checksum in the manifest.

@@ -1,0 +1,32 @@
+"""A store on the Hub."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qwen_scope.errors import InputError
+from qwen_scope.files import card_text, push_folder
+
+if TYPE_CHECKING:
+    from .store import FeatureStore
+
+
+def push_store(store: FeatureStore, repo: str, private: bool) -> str:
+    """See `FeatureStore.push_to_hub`."""
+    if not isinstance(store.folder, Path):
+        raise InputError(f"{store.folder} is not on this disk; download the store first")
+    held = store.manifest
+    rows = [
+        f"| {layer} | {info.group} | {info.d_sae} | {info.tokens} | {info.activations} |"
+        for layer, info in ((layer, store.layer(layer)) for layer in store.layers)
+    ]
+    table = "\n".join(["| layer | SAEs | features | tokens that count | activations |", "|---|---|---|---|---|", *rows])
+    parts = [
+        f"Activations of SAE features over {held.documents:,} documents with {held.tokens:,} tokens, read by"
+        f" `{held.model}`: Parquet files with a manifest.",
+        table,
+        f"```sh\nhf download {repo} --repo-type dataset --local-dir store\nqwen-scope store store\n```",
+    ]
+    card = card_text("A feature store", ["interpretability", "sparse-autoencoder"], parts)
+    return push_folder(store.folder, repo, "dataset", "A feature store by qwen-scope", private=private, card=card)
