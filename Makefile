@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 
-EXTRAS := explorer posttrain ray s3 datasets fast gguf gpu track spread serve docs
+EXTRAS := explorer mcp posttrain ray s3 datasets fast gguf gpu track spread serve docs
 
 .PHONY: demo test test-fast lint bench bench-gpu site clean $(EXTRAS)
 

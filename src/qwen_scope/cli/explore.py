@@ -37,6 +37,9 @@ def explore(
         typer.Option("--limit", help="What a visitor may ask for, as NAME=NUMBER; may be repeated. docs/explorer.md"),
     ] = None,
     browser: Annotated[bool, typer.Option("--browser/--no-browser", help="Open the page in a browser.")] = False,
+    mcp: Annotated[
+        bool, typer.Option("--mcp", help="Also serve the HTTP API as tools of the Model Context Protocol.")
+    ] = False,
     sae_cache: Annotated[str, typer.Option("--sae-cache", help="Memory for SAEs, such as 8GB.")] = "8GB",
     device: options.Device = None,
     dtype: options.Dtype = "auto",
@@ -50,6 +53,8 @@ def explore(
     pairs = [name_and_password(text) for text in auth or []]
     cache_bytes = options.parse_size(sae_cache)
     need_gradio()
+    if mcp:
+        need("--mcp", "mcp")
     from qwen_scope.explorer import AppState, Limits, check_host, launch
     from qwen_scope.features import load_lens
     from qwen_scope.scope import load_scope
@@ -63,8 +68,12 @@ def explore(
         state = AppState(scope, named, bounds, lens=through)
         state.warm()
     whose.say_whose()
-    page, url = launch(state, host=host, port=port, auth=pairs, allow_hosts=allowed, open_browser=browser, block=False)
+    page, url = launch(
+        state, host=host, port=port, auth=pairs, allow_hosts=allowed, open_browser=browser, block=False, mcp=mcp
+    )
     output.console().print(f"The explorer is at {url} (stop it with Ctrl-C)", soft_wrap=True)
+    if mcp:
+        output.console().print(f"Its tools for MCP clients are at {url.rstrip('/')}/gradio_api/mcp/", soft_wrap=True)
     page.block_thread()
 
 

@@ -129,6 +129,7 @@ def launch(
     allow_hosts: Sequence[str] = (),
     open_browser: bool = False,
     block: bool = True,
+    mcp: bool = False,
 ) -> tuple[gr.Blocks, str]:
     """Serve the page, and say where.
 
@@ -138,6 +139,7 @@ def launch(
         auth: pairs of name and password; without them everybody who reaches the page may use it.
         allow_hosts: names under which the page is served too; see `Gate`.
         block: return only when the page is stopped.
+        mcp: also serve the endpoints of the HTTP API as tools of the Model Context Protocol, below `/gradio_api/mcp/`.
 
     Raises:
         InputError: the address is taken, or none of this machine's; or a host that is none.
@@ -159,6 +161,7 @@ def launch(
             inbrowser=open_browser,
             prevent_thread_lock=not block,
             app_kwargs={"middleware": [gate]},
+            mcp_server=mcp,
             **served(state),
         )
     except OSError as error:
@@ -185,7 +188,6 @@ def served(state: AppState) -> dict[str, Any]:
         "quiet": True,
         "share": False,
         "ssr_mode": False,
-        "mcp_server": False,
         "footer_links": [],
         "enable_monitoring": False,
         "state_session_capacity": state.limits.sessions,
