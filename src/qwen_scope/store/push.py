@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from qwen_scope.errors import InputError
-from qwen_scope.files import card_text, push_folder
+from qwen_scope.files import Remote, card_text, push_folder
 
-if TYPE_CHECKING:
-    from .store import FeatureStore
+from .layout import Manifest
 
 
-def push_store(store: FeatureStore, repo: str, private: bool) -> str:
+def push_store(folder: Path | Remote, held: Manifest, repo: str, private: bool) -> str:
     """See `FeatureStore.push_to_hub`."""
-    if not isinstance(store.folder, Path):
-        raise InputError(f"{store.folder} is not on this disk; download the store first")
-    held = store.manifest
+    if not isinstance(folder, Path):
+        raise InputError(f"{folder} is not on this disk; download the store first")
     rows = [
         f"| {layer} | {info.group} | {info.d_sae} | {info.tokens} | {info.activations} |"
-        for layer, info in ((layer, store.layer(layer)) for layer in store.layers)
+        for layer, info in sorted(held.layers.items())
     ]
     table = "\n".join(["| layer | SAEs | features | tokens that count | activations |", "|---|---|---|---|---|", *rows])
     parts = [
@@ -29,4 +26,4 @@ def push_store(store: FeatureStore, repo: str, private: bool) -> str:
         f"```sh\nhf download {repo} --repo-type dataset --local-dir store\nqwen-scope store store\n```",
     ]
     card = card_text("A feature store", ["interpretability", "sparse-autoencoder"], parts)
-    return push_folder(store.folder, repo, "dataset", "A feature store by qwen-scope", private=private, card=card)
+    return push_folder(folder, repo, "dataset", "A feature store by qwen-scope", private=private, card=card)

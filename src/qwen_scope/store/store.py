@@ -134,7 +134,7 @@ class FeatureStore(HasFrames):
         Raises:
             InputError: a store at a URI, no right to write there, or no token.
         """
-        return push_store(self, repo, private)
+        return push_store(self.folder, self.manifest, repo, private)
 
     def verify(self) -> None:
         """Read every part once and compare it with its checksum in the manifest.
