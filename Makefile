@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 
 EXTRAS := explorer mcp posttrain ray s3 datasets fast gguf gpu track spread serve docs
 
-.PHONY: demo test test-fast lint bench bench-gpu site clean $(EXTRAS)
+.PHONY: demo test test-fast lint bench bench-gpu site notebooks clean $(EXTRAS)
 
 demo: $(VENV)/.core
 	$(BIN)/qwen-scope demo
@@ -53,6 +53,10 @@ bench-gpu:
 # The documentation as a site in out/site; a warning, such as of a dead link, is an error.
 site: docs
 	$(BIN)/mkdocs build
+
+# The notebooks as .ipynb files in out/notebooks, for Jupyter and Colab (File, Upload notebook).
+notebooks: $(BIN)/python
+	$(BIN)/python docs/site/notebooks.py -o out/notebooks
 
 clean:
 	rm -rf $(VENV) .venv-* build dist

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import ast
+import importlib.util
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "docs" / "site"))
+from notebooks import notebook
 
 NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.py"))
 
@@ -43,3 +48,16 @@ def test_it_opens_as_a_notebook(path: Path) -> None:
     assert text.startswith("# ---\n# jupyter:\n#   jupytext:")
     assert re.search(r"^# %% \[markdown\]\n# # \S", text, re.MULTILINE)
     assert len(cells(path)) >= 3
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_it_is_written_as_an_ipynb(path: Path) -> None:
+    """The same cells, behind one that installs the package; checked by nbformat where that is installed."""
+    made = notebook(path.read_text(encoding="utf-8"))
+    code = ["".join(one["source"]) for one in made["cells"] if one["cell_type"] == "code"]
+    assert "pip install" in code[0]
+    assert code[1:] == [one.strip() for one in cells(path)]
+    assert "".join(made["cells"][0]["source"]).startswith("# ")
+    assert all(one["outputs"] == [] for one in made["cells"] if one["cell_type"] == "code")
+    if importlib.util.find_spec("nbformat"):
+        importlib.import_module("nbformat").validate(made)
