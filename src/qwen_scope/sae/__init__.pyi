@@ -20,13 +20,10 @@ from .load import load_sae as load_sae
 from .push import push_saes as push_saes
 from .save import folder_name as folder_name
 from .save import save_sae as save_sae
-<<<<<<< HEAD
 from .slices import SliceOfSAE as SliceOfSAE
 from .slices import join_group as join_group
 from .slices import leave_group as leave_group
 from .slices import slice_sae as slice_sae
-=======
 from .terms import tell_terms as tell_terms
->>>>>>> 7beece1 (SAEs, stores and recipes go to the Hub with a card that says what they are and whose terms they carry; Qwen's terms are noted wherever its SAEs are loaded; the README begins with what two commands print, which is tested)
 from .terms import terms_of as terms_of
 from .topk import TopK as TopK
