@@ -26,7 +26,7 @@ from .tabs.chat import ChatTab
 from .tabs.compare import CompareTab
 from .tabs.datasets import DatasetsTab
 from .tabs.explore import READING, ExploreTab
-from .tabs.feature import NO_STORE, OPENING, FeatureTab
+from .tabs.feature import OPENING, FeatureTab
 from .tabs.steer import SteerTab
 from .tabs.why import WhyTab
 from .wiring import LOOK, panel, router, told
@@ -107,9 +107,8 @@ def arrive(page: gr.Blocks, explore: ExploreTab, feature: FeatureTab) -> None:
             layer = asked.get("layer", explore.state.layers[len(explore.state.layers) // 2])
             yield from read(asked["text"], asked.get("chat", "plain"), layer)
         elif "feature" in asked or "layer" in asked:
-            store = next(iter(feature.state.stores), NO_STORE)
-            look = told(feature.show, feature.notice, feature.state, OPENING)
-            yield from look(asked.get("layer", ""), asked.get("feature", ""), store)
+            look = told(feature.arrive, feature.notice, feature.state, OPENING)
+            yield from look(asked.get("layer", ""), asked.get("feature", ""))
         else:
             yield {explore.notice: gr.skip()}
 

@@ -26,6 +26,7 @@ NO_STORES_NOTE = (
     "Without a store this page knows the feature's direction only. Start the page with --store FOLDER (a folder that"
     " qwen-scope extract has written) to see where it fires, and to keep notes."
 )
+NO_LAYER_NOTE = "No store here has layer {layer}, so this page knows the feature's direction only."
 START = "Give a layer and a feature and press Open, or follow an arrow ↗ anywhere on this page."
 OPENING = "opening the feature"
 
@@ -90,7 +91,9 @@ class FeatureTab:
             trigger_mode="always_last", concurrency_id=LOOK, concurrency_limit=2, waiting=OPENING,
         )  # fmt: skip
 
-        def leave(event: gr.EventData, opened: Opened | None, prompt: str, chat: str, text: str) -> dict[Any, Any]:
+        def leave(
+            event: gr.EventData, opened: Opened | None, prompt: str, chat: str, text: str | None
+        ) -> dict[Any, Any]:
             if opened is None:
                 return {}
             layer, feature, _ = opened
@@ -102,7 +105,7 @@ class FeatureTab:
                 name = f"feature {layer}-{feature}"
                 return {self.notice: go("steer", "feature"), **steer.loaded(name, [row], prompt, chat)}
             asked = {why.token: "", why.against: "", why.feature: f"{layer}/{feature}"}
-            return {self.notice: go("why", "feature"), **asked, why.prompt: text if text.strip() else prompt}
+            return {self.notice: go("why", "feature"), **asked, why.prompt: text if (text or "").strip() else prompt}
 
         on(
             self.title.pick, leave, [self.opened, steer.prompt, steer.chat, why.prompt],
@@ -113,7 +116,18 @@ class FeatureTab:
     def follow(self, event: gr.EventData, store: str) -> Iterator[dict[Any, Any]]:
         """A link to a feature was clicked, somewhere on the page."""
         if (place := picked_feature(event)) is not None:
-            yield from self.show(*place, store)
+            yield from self.show(*place, self.store_with(place[0], store))
+
+    def arrive(self, layer: Any, feature: Any) -> Iterator[dict[Any, Any]]:
+        """The feature of a link, or of the address when the page is loaded again."""
+        whole_number(feature, "feature")
+        yield from self.show(layer, feature, self.store_with(layer, next(iter(self.state.stores), NO_STORE)))
+
+    def store_with(self, layer: Any, store: str) -> str:
+        """The store, or another one, that has a layer which a link names; `NO_STORE` where none has."""
+        layer = whole_number(layer, "layer")
+        names = [name for name in (store, *self.state.stores) if name in self.state.stores]
+        return next((name for name in names if layer in self.state.common_layers([name])), NO_STORE)
 
     def switch(self, event: gr.EventData, opened: Opened | None) -> dict[Any, Any]:
         """Passages or whole documents."""
@@ -165,7 +179,8 @@ class FeatureTab:
     def passages(self, page: FeaturePage, name: str | None) -> Markup:
         """Where it fires, in passages; `name` is that of the store."""
         if name is None:
-            return card(element("p", NO_STORES_NOTE, class_="qs-note"))
+            note = NO_LAYER_NOTE.format(layer=page.layer) if self.state.stores else NO_STORES_NOTE
+            return card(element("p", note, class_="qs-note"))
         if not page.strongest:
             return card(element("p", f"It never fires in the store {name}.", class_="qs-note"))
         first = view.contexts_panel(
