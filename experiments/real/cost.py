@@ -169,8 +169,8 @@ def tell(at: At[Sizes], rows: list[Row]) -> str:
         figure of this."""
     kind = "SAEs of random weights" if at.options["sae"] is None else at.options["sae"].name
     also = " --trained FOLDER" if at.options["trained"] is not None else ""
-    how = f"""`python -m experiments.real.cost --model FOLDER{also} --write`: {at.options["model"].name} in bfloat16 with
-        {kind} ({sae.d_sae:,} features, k {sae.k}, bfloat16) at {rows[0]["layers"]} layers, batch 1, one thread,
+    how = f"""`python -m experiments.real.cost --model FOLDER{also} --write`: {at.options["model"].name} in bfloat16
+        with {kind} ({sae.d_sae:,} features, k {sae.k}, bfloat16) at {rows[0]["layers"]} layers, batch 1, one thread,
         {len(rows)} rounds of {at.sizes.tokens} tokens in rotating order. Medians of milliseconds per token; shares are
         of the plain token's {1000 * plain:.0f} ms of processor time, with 95% intervals over rounds. "Plain again" is
         the control: what differs there is the machine."""
