@@ -89,7 +89,7 @@ class Session:
         self.calls = config["dependencies"]
 
     def call(self, part: str, event: str, values: dict[str, Any], picked: str | None = None) -> str:
-        """Everything the server says when an event of a part happens; `values` are those of the parts by name."""
+        """What the server has said when an event of a part is done; `values` are those of the parts by name."""
         asked = next(one for one in self.calls if [self.parts[part], event] in one["targets"])
         by_id = {self.parts[name]: value for name, value in values.items()}
         body = {
@@ -103,8 +103,8 @@ class Session:
         told = ""
         with self.client.stream("GET", f"{self.url}gradio_api/queue/data?session_hash={self.name}") as stream:
             for line in stream.iter_lines():
-                told += line
-                if "process_completed" in line:
+                if "process_completed" in line:  # what is shown while it works comes in messages of their own
+                    told = line
                     assert json.loads(line.removeprefix("data: "))["success"], line[:500]
                 if "close_stream" in line:
                     break

@@ -30,7 +30,7 @@ TABLE = {
     "features": "features hello --json",
     "compare": "compare hello,friend where-is-it --layers 0 --json",
     "find": "find --positive EAST --negative WEST --layers 0 --json",
-    "why": "why hello --json",
+    "why": "why where-is-it --json",
     "show": "show --feature 0/3 --json",
     "card": "card STORE FIRES -n 2 --json",
     "score": "score SAES LONG -o OUT --layers 0 --tokens 192 --train-tokens 128 --batch 64 --context-length 16 --json",
