@@ -28,9 +28,6 @@ SLOT_SECONDS = 20.0
 
 KNOCK_SECONDS = 10.0
 
-TRIES = 5
-"""Workers that may die over one window before the run ends."""
-
 REFUSED = "refused"  # what a worker tells in place of a window: the kind and the sentence of an error
 
 # A window is a block of its own, so that one worker can take it while another takes the next.
@@ -47,14 +44,15 @@ class RayRunner:
     Args:
         asked: how each worker opens the model and the SAEs.
         options: how many workers, and where.
+        tries: workers that may die over one window before the run ends.
 
     Raises:
         NotFoundError: Ray is not installed.
     """
 
-    def __init__(self, asked: ScopeOptions, options: WorkerOptions | None = None) -> None:
+    def __init__(self, asked: ScopeOptions, options: WorkerOptions | None = None, tries: int = 5) -> None:
         need("--on ray", "ray")
-        self.asked, self.options = asked, options or WorkerOptions("ray")
+        self.asked, self.options, self.tries = asked, options or WorkerOptions("ray"), tries
 
     def run(self, job: Job) -> Iterator[tuple[int, dict[str, Any]]]:
         """As `scope.Runner`.
@@ -70,7 +68,7 @@ class RayRunner:
             )
         with cluster(self.options):
             check_slots(self.options)
-            yield from windows(job, self.asked, self.options)
+            yield from windows(job, self.asked, self.options, self.tries)
 
 
 @contextmanager
@@ -130,7 +128,7 @@ def check_slots(options: WorkerOptions) -> None:
     )
 
 
-def windows(job: Job, asked: ScopeOptions, options: WorkerOptions) -> Iterator[tuple[int, dict[str, Any]]]:
+def windows(job: Job, asked: ScopeOptions, options: WorkerOptions, tries: int) -> Iterator[tuple[int, dict[str, Any]]]:
     """What workers tell of the windows they have written, in any order.
 
     Raises:
@@ -145,7 +143,7 @@ def windows(job: Job, asked: ScopeOptions, options: WorkerOptions) -> Iterator[t
     with told(), bounded():
         written = ray.data.read_datasource(Windows(job, here), override_num_blocks=1, num_cpus=0).map_batches(
             Worker,
-            fn_constructor_args=(job, placed(asked), here),
+            fn_constructor_args=(job, placed(asked), here, tries),
             batch_size=1,
             compute=ActorPoolStrategy(size=options.workers, max_tasks_in_flight_per_actor=2),
             num_cpus=options.worker_cpus,
@@ -211,12 +209,13 @@ class Worker:
 
     Args:
         folder: the driver's working directory.
+        tries: workers that may die over one window.
     """
 
-    def __init__(self, job: Job, asked: ScopeOptions, folder: str) -> None:
+    def __init__(self, job: Job, asked: ScopeOptions, folder: str, tries: int) -> None:
         with suppress(OSError):  # on another machine it may not be there
             os.chdir(folder)
-        self.job, self.asked = job, asked
+        self.job, self.asked, self.tries = job, asked, tries
         self._opened: tuple[ModelEngine, dict[int, SAE], Any] | None = None
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[Any]]:
@@ -235,11 +234,11 @@ class Worker:
         Raises:
             QwenScopeError: as `Job.write`, or that one.
         """
-        if begun(self.job.folder, number) >= TRIES:
+        if begun(self.job.folder, number) >= self.tries:
             ended(self.job.folder, number)
             raise InputError(
-                f"{TRIES} workers have died over {Pieces.from_json(window).named}; leave what is wrong there out of the"
-                " corpus, or give workers more memory, and run the same command again"
+                f"{self.tries} workers have died over {Pieces.from_json(window).named}; leave what is wrong there out of"
+                " the corpus, or give workers more memory, and run the same command again"
             )
         try:
             return self.job.write(number, window, *self.opened())
