@@ -237,8 +237,8 @@ class Worker:
         if begun(self.job.folder, number) >= self.tries:
             ended(self.job.folder, number)
             raise InputError(
-                f"{self.tries} workers have died over {Pieces.from_json(window).named}; leave what is wrong there out of"
-                " the corpus, or give workers more memory, and run the same command again"
+                f"{self.tries} workers have died over {Pieces.from_json(window).named}; leave what is wrong there out"
+                " of the corpus, or give workers more memory, and run the same command again"
             )
         try:
             return self.job.write(number, window, *self.opened())
