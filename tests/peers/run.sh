@@ -54,7 +54,9 @@ if [ "$peer" = quantised ]; then
   exit
 fi
 if [ "$peer" = hooks ]; then
-  "$bin/python" -c "import nnsight" 2>/dev/null || "$bin/python" -m pip --disable-pip-version-check install -q nnsight==0.8.0 "$torch"
+  # TransformerLens 3.9 generates other tokens with a cache than without under transformers 5.24, hooks or none.
+  "$bin/python" -c "import duckdb, nnsight" 2>/dev/null || "$bin/python" -m pip --disable-pip-version-check install -q \
+    nnsight==0.8.0 "$torch" $(grep -hE '^(duckdb|transformers)==' constraints.txt)
   OMP_NUM_THREADS=1 PYTHONPATH=src "$bin/python" -W ignore tests/peers/check_hooks.py
   exit
 fi
