@@ -31,24 +31,29 @@ def at_most(steps: int, what: str) -> Iterator[None]:
     Raises:
         TooManySteps: there were more.
     """
-    left = steps
-
-    def line(frame: FrameType, event: str, arg: Any) -> Any:
-        nonlocal left
-        left -= 1
-        if left < 0:
-            raise TooManySteps(
-                f"{what} in {steps:,} steps: a loop in it may not end; read the texts without a chat template, or give"
-                " the tokenizer another one"
-            )
-        return line
-
-    def call(frame: FrameType, event: str, arg: Any) -> Any:
-        return line if frame.f_code.co_filename == TEMPLATE else None
-
+    lines = _Lines(steps, what)
     before = sys.gettrace()
-    sys.settrace(call)
+    sys.settrace(lines.call)
     try:
         yield
     finally:
         sys.settrace(before)
+
+
+class _Lines:
+    """Counts the lines that templates run."""
+
+    def __init__(self, steps: int, what: str) -> None:
+        self.steps, self.left, self.what = steps, steps, what
+
+    def call(self, frame: FrameType, event: str, arg: Any) -> Any:
+        return self.line if frame.f_code.co_filename == TEMPLATE else None
+
+    def line(self, frame: FrameType, event: str, arg: Any) -> Any:
+        self.left -= 1
+        if self.left < 0:
+            raise TooManySteps(
+                f"{self.what} in {self.steps:,} steps: a loop in it may not end; read the texts without a chat"
+                " template, or give the tokenizer another one"
+            )
+        return self.line
