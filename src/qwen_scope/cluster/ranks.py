@@ -10,13 +10,11 @@ from datetime import timedelta
 from itertools import count
 from typing import Any
 
-from qwen_scope import errors
 from qwen_scope.errors import InputError, QwenScopeError
-from qwen_scope.files import Remote
-from qwen_scope.scope import Job, ModelEngine, Scope
+from qwen_scope.scope import Job, Scope
 from qwen_scope.text import Corpus
 
-from .runner import REFUSED
+from .share import accepted, check_shared, opened, refusal
 
 LONGEST = timedelta(days=30)
 """How long a process waits for another; where one dies, `torchrun` ends all of them."""
@@ -75,11 +73,7 @@ class Torchrun:
             InputError: a store in this process's memory.
             QwenScopeError: what a process ran into.
         """
-        if isinstance(job.folder, Remote) and job.folder.protocol == "memory":
-            raise InputError(
-                f"other processes can't write to {job.folder}, which is in the memory of this one; name a folder or a"
-                " bucket that all of them reach"
-            )
+        check_shared(job)
         self._tell(json.dumps(job.plain()))
         after = job.first
         for _ in self._written(job):
@@ -112,18 +106,12 @@ class Torchrun:
         """
         found = json.loads(self.store.get(str(number)))
         self.store.delete_key(str(number))
-        if REFUSED in found:
-            kind, sentence = found[REFUSED]
-            raise getattr(errors, kind)(sentence)
-        return found
+        return accepted(found)
 
     def _written(self, job: Job) -> Iterator[int]:
         """The windows that this process takes, each told of in the store of keys before it comes."""
         assert self.scope is not None
-        saes = self.scope.saes.mapped()
-        mine = {layer: saes[layer] for layer in job.fingerprints}
-        device = None if str(self.scope.saes.device).startswith("cpu") else self.scope.saes.device
-        engine = ModelEngine(self.scope.model, job.batch_tokens)
+        engine, mine, device = opened(self.scope, job)
         number, wanted = job.first - 1, self._next(job)
         for number, window in job.windows():
             if number != wanted:
@@ -132,7 +120,7 @@ class Torchrun:
                 job.check(mine)
                 said = job.write(number, window, engine, mine, device)
             except QwenScopeError as error:
-                said = {REFUSED: [type(error).__name__, str(error)]}
+                said = refusal(error)
             self.store.set(str(number), json.dumps(said))
             yield number
             wanted = self._next(job)

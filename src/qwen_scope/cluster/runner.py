@@ -11,14 +11,13 @@ from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import Any
 
-from qwen_scope import errors
 from qwen_scope.errors import InputError, QwenScopeError, foreign, need, reason
-from qwen_scope.files import Remote
 from qwen_scope.sae import SAE
 from qwen_scope.scope import Job, ModelEngine, Pieces, ScopeOptions
 from qwen_scope.store import begun, ended
 
 from .options import WorkerOptions
+from .share import accepted, check_shared, opened, refusal
 
 OBJECT_STORE = 2**28
 """Of windows that wait for a worker and of what workers have told, in the object stores of the cluster, in bytes."""
@@ -27,8 +26,6 @@ SLOT_SECONDS = 20.0
 """How long a slot that is counted as free may take to be given."""
 
 KNOCK_SECONDS = 10.0
-
-REFUSED = "refused"  # what a worker tells in place of a window: the kind and the sentence of an error
 
 # A window is a block of its own, so that one worker can take it while another takes the next.
 BLOCK_BYTES = 1
@@ -61,11 +58,7 @@ class RayRunner:
             InputError: no cluster, or one without a free slot for each worker, or a store in this process's memory.
             QwenScopeError: what a worker ran into.
         """
-        if isinstance(job.folder, Remote) and job.folder.protocol == "memory":
-            raise InputError(
-                f"workers can't write to {job.folder}, which is in the memory of this process alone; name a folder or"
-                " a bucket that all of them reach"
-            )
+        check_shared(job)
         with cluster(self.options):
             check_slots(self.options)
             yield from windows(job, self.asked, self.options, self.tries)
@@ -150,11 +143,7 @@ def windows(job: Job, asked: ScopeOptions, options: WorkerOptions, tries: int) -
             num_gpus=options.worker_gpus or None,
         )
         for row in written.iter_rows():
-            found = json.loads(row["written"])
-            if REFUSED in found:
-                kind, sentence = found[REFUSED]
-                raise getattr(errors, kind)(sentence)
-            yield row["number"], found
+            yield row["number"], accepted(json.loads(row["written"]))
 
 
 def placed(asked: ScopeOptions) -> ScopeOptions:
@@ -224,8 +213,8 @@ class Worker:
         window = str(batch["window"][0])
         try:
             written = self.once(number, window)
-        except QwenScopeError as error:  # pickled by Ray it would lose its kind
-            written = {REFUSED: [type(error).__name__, str(error)]}
+        except QwenScopeError as error:
+            written = refusal(error)
         return {"number": [number], "written": [json.dumps(written)]}
 
     def once(self, number: int, window: str) -> dict[str, Any]:
@@ -248,10 +237,7 @@ class Worker:
     def opened(self) -> tuple[ModelEngine, dict[int, SAE], Any]:
         """The model, the SAEs and the device they come to for their turn; opened for the first window."""
         if self._opened is None:
-            scope = self.asked.open()
-            saes = scope.saes.mapped()
-            mine = {layer: saes[layer] for layer in self.job.fingerprints}
+            engine, mine, device = opened(self.asked.open(), self.job)
             self.job.check(mine)
-            device = None if str(scope.saes.device).startswith("cpu") else scope.saes.device
-            self._opened = ModelEngine(scope.model, self.job.batch_tokens), mine, device
+            self._opened = engine, mine, device
         return self._opened
