@@ -67,7 +67,7 @@ def encode_topk_screened(
     Raises:
         InputError: the weights or k can't be screened (`can_screen` tells).
     """
-    name, choose = way_of(W_enc, use_numba, use_triton)
+    name, choose, together = way_of(W_enc, use_numba, use_triton)
     if not can_screen(W_enc, k, screen) or (name == "screened" and W_enc.dtype != torch.float32):
         raise InputError(f"an encoder of shape {tuple(W_enc.shape)} in {W_enc.dtype} with k {k} can't be screened")
     device, d_sae = W_enc.device, len(W_enc)
@@ -83,7 +83,7 @@ def encode_topk_screened(
         step = min(rows_per_tile(len(screen.low), 2 * tile_bytes), max(1, len(rows)))
         # One tile for all products: fresh pages would cost a tenth of them.
         room = torch.empty(step, len(screen.low), dtype=torch.bfloat16, device=device)
-        block = step * max(1, numba.rows_at_once(W_enc) // step) if choose is numba.choose else step
+        block = step * max(1, together // step)
         for start in range(0, len(rows), block):
             part = slice(start, start + block)
             x_part = rows[part].float().contiguous()
@@ -100,13 +100,15 @@ def encode_topk_screened(
     return acts, EncodeStats(name, len(rows), len(left), candidates)
 
 
-def way_of(W_enc: Tensor, use_numba: bool | None, use_triton: bool | None) -> tuple[str, Callable[..., Candidates]]:
-    """What chooses and recomputes, with its name."""
+def way_of(
+    W_enc: Tensor, use_numba: bool | None, use_triton: bool | None
+) -> tuple[str, Callable[..., Candidates], int]:
+    """What chooses and recomputes, with its name and how many rows it recomputes together; 0 for those of a tile."""
     if W_enc.is_cuda if use_triton is None else use_triton:
-        return "screened+triton", triton.choose
+        return "screened+triton", triton.choose, 0
     if numba.reads(W_enc) if use_numba is None else use_numba:
-        return "screened+numba", numba.choose
-    return "screened", choose_candidates
+        return "screened+numba", numba.choose, numba.rows_at_once(W_enc)
+    return "screened", choose_candidates, 0
 
 
 def can_screen(W_enc: Tensor, k: int, screen: Screen) -> bool:
