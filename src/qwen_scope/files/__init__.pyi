@@ -4,6 +4,7 @@ from .fields import Fields as Fields
 from .fields import parse_object as parse_object
 from .fields import read_object as read_object
 from .folder import write_folder as write_folder
+from .hub import card_table as card_table
 from .hub import card_text as card_text
 from .hub import push_folder as push_folder
 from .lines import append_lines as append_lines

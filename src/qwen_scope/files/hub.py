@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -50,3 +51,9 @@ def card_text(title: str, tags: list[str], parts: list[str], base_model: str | N
     if base_model is not None and base_model.count("/") == 1 and not base_model.startswith(("/", ".")):
         head.append(f"base_model: {base_model}")
     return "\n".join([*head, "---", "", f"# {title}", "", "\n\n".join(parts), ""])
+
+
+def card_table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """A table for a card."""
+    head, *lines = (f"| {' | '.join(map(str, line))} |" for line in (columns, *rows))
+    return "\n".join([head, f"|{'---|' * len(columns)}", *lines])

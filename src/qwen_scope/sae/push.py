@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from qwen_scope.files import card_text, push_folder, temporary_folder
+from qwen_scope.files import card_table, card_text, push_folder, temporary_folder
 
 from . import catalog
 from .base import SAE
@@ -39,16 +39,17 @@ def card_of(saes: Sequence[SAE], repo: str) -> str:
     listed = catalog.lookup(group)
     said = saes[0].meta.get("model")
     model = listed.model if listed is not None and listed.folder is None else said if isinstance(said, str) else None
-    rows = ["| layer | reads | kind | features | active | d_model | fingerprint |", "|---|---|---|---|---|---|---|"]
-    for one in sorted(saes, key=lambda sae: sae.identity.layer or 0):
-        told = (
-            one.identity.layer, one.hook_point, one.architecture, one.d_sae, one.k, one.d_model,
-            f"`{one.identity.fingerprint[:12]}`",
-        )  # fmt: skip
-        rows.append(f"| {' | '.join(map(str, told))} |")
+    table = card_table(
+        ("layer", "reads", "kind", "features", "active", "d_model", "fingerprint"),
+        [
+            (one.identity.layer, one.hook_point, one.architecture, one.d_sae, one.k, one.d_model,
+             f"`{one.identity.fingerprint[:12]}`")
+            for one in sorted(saes, key=lambda sae: sae.identity.layer or 0)
+        ],
+    )  # fmt: skip
     first = saes[0].identity.layer
     call = f"```python\nfrom qwen_scope import load_sae\n\nsae = load_sae({repo!r}, layer={first})\n```"
-    parts = [f"Sparse autoencoders of the group `{group}`.", "\n".join(rows), call]
+    parts = [f"Sparse autoencoders of the group `{group}`.", table, call]
     if model is not None:
         parts.insert(1, f"Trained on residuals of `{model}`.")
     if (terms := terms_of(group)) is not None:

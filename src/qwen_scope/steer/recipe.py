@@ -12,7 +12,17 @@ from typing import Any, Protocol, runtime_checkable
 from torch import nn
 
 from qwen_scope.errors import FormatError, InputError, MismatchError, NotFoundError, foreign
-from qwen_scope.files import Fields, Remote, card_text, parse_value, place, push_folder, temporary_folder, write_text
+from qwen_scope.files import (
+    Fields,
+    Remote,
+    card_table,
+    card_text,
+    parse_value,
+    place,
+    push_folder,
+    temporary_folder,
+    write_text,
+)
 from qwen_scope.model import HookPoint, text_config
 from qwen_scope.sae import terms_of
 from qwen_scope.text import Counted
@@ -158,8 +168,10 @@ class Recipe:
         Raises:
             InputError: no right to write there, or no token.
         """
-        rows = [f"| {one.layer} | {one.feature} | {one.op} | {one.amount:g} {one.unit} |" for one in self.interventions]
-        table = "\n".join(["| layer | feature | operation | amount |", "|---|---|---|---|", *rows])
+        table = card_table(
+            ("layer", "feature", "operation", "amount"),
+            [(one.layer, one.feature, one.op, f"{one.amount:g} {one.unit}") for one in self.interventions],
+        )
         parts = [f"Interventions on `{self.model}`, on SAEs of the group `{self.group}`.", table]
         parts += [self.provenance] if self.provenance else []
         parts += [f"Terms of use of the SAEs: {terms}."] if (terms := terms_of(self.group or "")) else []
