@@ -165,7 +165,7 @@ def _resolve(experiment: Experiment[Any], given: argparse.Namespace) -> At[Any]:
         text = getattr(given, f"{factor}s")
         chosen = experiment.quick.get(factor, default) if given.quick else default
         levels[factor] = tuple(chosen) if text is None else _levels(factor, text, default)
-    options = {name: getattr(given, name) for name in experiment.options}
+    options = {name: getattr(given, name.replace("-", "_")) for name in experiment.options}
     sizes = experiment.quick_sizes if given.quick else experiment.sizes
     variant = experiment.variant(At(sizes, levels, options, Path()))
     name = "-".join([_module(experiment).rpartition(".")[2], *variant.split(), *(["quick"] if given.quick else [])])

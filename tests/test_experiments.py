@@ -17,8 +17,11 @@ from typing import Any
 import pytest
 
 from experiments.harness import At, Experiment, Row, main
+from experiments.real import depth
+from experiments.real.quality import figures
 from experiments.sections import BY_HAND, write_section
 from qwen_scope.errors import QwenScopeWarning
+from qwen_scope.lab import documents
 
 ROOT = Path(__file__).parents[1]
 STEPS = (1, 2)  # a constant that the settings of the toy below hold
@@ -201,3 +204,32 @@ def test_a_killed_experiment_resumes(tmp_path: Path) -> None:
     cells = [json.loads(line)["cell"]["language"] for line in path.read_text().splitlines()]
     assert cells == ["de", "zh"]
     assert [len(re.findall(rf"^\| {language}/rude \|", out, re.MULTILINE)) for language in cells] == [2, 2]
+
+
+@pytest.mark.slow
+def test_saes_of_several_layers_by_the_command(tmp_path: Path) -> None:
+    """The bundled model in the place of a real one: trains, measures held-out documents, and uses a finished run."""
+    (tmp_path / "corpus").mkdir()
+    for name, seed in (("en.one", 1), ("en.two", 2), ("de.one", 3)):
+        lines = [json.dumps({"text": one.text}) for one in documents(seed=seed, n=300)]
+        (tmp_path / "corpus" / f"{name}.jsonl").write_text("\n".join(lines))
+    keep, model = tmp_path / "kept", ROOT / "src/qwen_scope/assets/lab/model"
+    words = ["--model", model, "--data", tmp_path, "--keep", keep, "--quick", "--language", "en"]
+    words += ["--d-sae", "256", "--k", "8", "--tokens", "16384"]
+    main(depth.experiment, [str(word) for word in words])
+    rows = [json.loads(line)["result"] for line in (keep / "runs.jsonl").read_text().splitlines()]
+    assert len(rows) == 2
+    for row in rows:
+        found = {name: one.estimate for name, one in figures(row).items()}
+        assert found["ev"] > figures({**row, "sums": row["components"]})["ev"].estimate
+        assert 0.5 < found["recovered"] <= 1
+        assert sum(row["left_out"].values()) == 8192
+        assert row["curve"][-1] > row["curve"][0]
+    kept, held = ((keep / "documents" / part / "en.one.jsonl").read_text() for part in ("training", "held-out"))
+    assert 0.02 < len(held) / len(kept + held) < 0.2
+    assert not set(kept.splitlines()) & set(held.splitlines())
+    (keep / "runs.jsonl").unlink()  # the run stays, and measuring it again gives the same
+    main(depth.experiment, [str(word) for word in words])
+    assert [json.loads(line)["result"] for line in (keep / "runs.jsonl").read_text().splitlines()] == rows
+    with pytest.raises(SystemExit):
+        main(depth.experiment, [str(word) for word in [*words, "--k", "4"]])

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from itertools import islice
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 
 from experiments.real.residuals import HELD_OUT, Residuals
-from qwen_scope.model import HookPoint
+from qwen_scope.model import HookPoint, changing
 from qwen_scope.sae import SAE, TopK
 from qwen_scope.stats import ClusterSums, Interval
-from qwen_scope.train.splice import spliced_losses
+from qwen_scope.text import Counted
 
 STRETCH = 4096  # held-out tokens, one text after the other, that an interval draws together
 ROWS = 4  # rows of tokens whose loss is one draw of an interval
@@ -54,21 +55,54 @@ def fvu(found: Mapping[str, Any]) -> float:
     return float(gap / spread)
 
 
-def measured(kept: Residuals, layer: int, sae: SAE, rows: int) -> dict[str, Any]:
-    """`errors` of the held-out residuals of a layer, and by `ROWS` held-out rows of tokens the next-token loss: of the
-    model as it is, with the reconstruction, and with zeros in the place of every residual that counts."""
-    found = errors(sae, kept.of(HELD_OUT, layer))
-    point, losses = HookPoint(layer), []
+@torch.no_grad()
+def losses(
+    model: nn.Module,
+    rows: Iterable[Tensor],
+    counted: Counted,
+    point: HookPoint,
+    put: Callable[[Tensor], Tensor] | None = None,
+) -> list[float]:
+    """The next-token loss of every `ROWS` rows of tokens, with `put` of the residuals in the place of those that
+    count; None leaves the model as it is."""
+    found = []
+    for ids in (some for batch in rows for some in batch.split(ROWS)):
 
-    def keep(point: HookPoint, ids: Tensor, h: Tensor) -> Tensor:
-        return kept.counted.keep(h, point, ids)
+        def replaced(h: Tensor, _: Any, ids: Tensor = ids) -> Tensor:
+            assert put is not None
+            return torch.where(counted.keep(h, point, ids)[..., None], put(h).to(h), h)
 
+        with changing(model, {} if put is None else {point: replaced}):
+            logits = model(input_ids=ids, use_cache=False).logits
+        found.append(float(cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten())))
+    return found
+
+
+def bounds(kept: Residuals, layer: int, rows: int) -> dict[str, list[float]]:
+    """The losses that a reconstruction lies between: of the model as it is, and with zeros for its residuals."""
+    of = kept.loaded.model, rows_of(kept, rows), kept.counted, HookPoint(layer)
+    return {"clean": losses(*of), "zero": losses(*of, torch.zeros_like)}
+
+
+def rows_of(kept: Residuals, rows: int) -> list[Tensor]:
+    """The first so many held-out rows of tokens."""
     tokens = kept.rows(HELD_OUT)
-    some = torch.cat(list(islice(tokens, -(-rows // tokens.batch_size))))[:rows]
-    for ids in some.split(ROWS):
-        loss = spliced_losses(kept.loaded.model, {point: sae}, [ids], kept=keep)[point]
-        losses.append([loss.ce_clean, loss.ce_spliced, loss.ce_zero])
-    return {**found, "losses": losses}
+    return [torch.cat(list(islice(tokens, -(-rows // tokens.batch_size))))[:rows]]
+
+
+def measured(
+    kept: Residuals, layer: int, sae: SAE, rows: int, known: Mapping[str, list[float]] | None = None
+) -> dict[str, Any]:
+    """`errors` of the held-out residuals of a layer, and by `ROWS` held-out rows of tokens the next-token loss: of the
+    model as it is, with the reconstruction, and with zeros in the place of every residual that counts.
+
+    Args:
+        known: what `bounds` gives, which is the same for every SAE.
+    """
+    found, known = errors(sae, kept.of(HELD_OUT, layer)), known or bounds(kept, layer, rows)
+    of = kept.loaded.model, rows_of(kept, rows), kept.counted, HookPoint(layer)
+    spliced = losses(*of, lambda h: sae.decode(sae.encode(h)))
+    return {**found, "losses": list(zip(known["clean"], spliced, known["zero"], strict=True))}
 
 
 def figures(row: Mapping[str, Any]) -> dict[str, Interval]:

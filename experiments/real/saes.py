@@ -1,6 +1,6 @@
 """SAEs of a real model by our trainer and by its peers, on the same residuals.
 
-    python -m experiments.real.saes --model FOLDER --data FOLDER [--layer 12] [--budgets 1024000,3072000] [--write]
+    python -m experiments.real.saes --model FOLDER --data FOLDER [--layer 12] [--budgets 1024000,10240000] [--write]
 
 Residuals of one layer are read once (`experiments.real.residuals`; `--residuals` names a folder of them), without first
 and special tokens and sinks. On as many of them, in the same order, each of qwen-scope, sae_lens, sparsify and
@@ -35,7 +35,7 @@ from safetensors.torch import load_file
 
 from experiments.harness import ROOT, At, Experiment, Row, main
 from experiments.lab.trainers import PEERS, QUIET
-from experiments.real.quality import ROWS, STRETCH, ahead, components, errors, figures, fvu, measured
+from experiments.real.quality import ROWS, STRETCH, ahead, bounds, components, errors, figures, fvu, measured
 from experiments.real.residuals import HELD_OUT, PASSES, TRAINING, Residuals, distinct
 from experiments.sections import paragraph, table
 from qwen_scope.errors import InputError
@@ -150,7 +150,13 @@ def run(at: At[Sizes], trainer: str, budget: int) -> Mapping[str, Any]:
     if trainer == OURS and not (folder := at.folder / f"official-{budget}").exists():
         save_sae(sae, folder, dtype=torch.bfloat16)
     about = {"rates": rates, "rate": rate, "seconds": made["seconds"], "fingerprint": sae.identity.fingerprint}
-    return {**about, **measured(kept, at.options["layer"], sae, sizes.rows)}
+    return {**about, **held_out(at, kept, sae)}
+
+
+def held_out(at: At[Sizes], kept: Residuals, sae: SAE) -> dict[str, Any]:
+    """`measured`, the losses that are the same for every SAE once."""
+    layer, rows = at.options["layer"], at.sizes.rows
+    return measured(kept, layer, sae, rows, at.kept("bounds", lambda: bounds(kept, layer, rows)))
 
 
 def shown(found: Interval, sign: str = "") -> str:
@@ -164,7 +170,7 @@ def tell(at: At[Sizes], rows: list[Row]) -> str:
     most = max((row["budget"] for row in rows if row["trainer"] == OURS), default=budgets[-1])
     kept = residuals(at, max(*budgets, sizes.tune + sizes.judge), sizes.held_out)
     x = kept.of(TRAINING, at.options["layer"], sizes.tune)
-    plain = at.kept(COMPONENTS, lambda: measured(kept, at.options["layer"], components(x, at.options["k"]), sizes.rows))
+    plain = at.kept(COMPONENTS, lambda: held_out(at, kept, components(x, at.options["k"])))
     command = f"python -m experiments.real.saes --model FOLDER --data FOLDER --budgets {','.join(map(str, budgets))}"
     how = f"""`{command} --write`: {at.options["model"].name}, layer {at.options["layer"]}, {at.options["features"]:,}
         features, k {at.options["k"]}, batch {sizes.batch:,}, seed 0 of every trainer, on the same residuals in the same
@@ -235,7 +241,7 @@ def verdict(at: At[Sizes], rows: list[Row], most: int) -> str:
 
 experiment = Experiment(
     title=TITLE,
-    varies={"trainer": TRAINERS, "budget": (1_024_000, 3_072_000)},
+    varies={"trainer": TRAINERS, "budget": (1_024_000, 10_240_000)},
     run=run,
     tell=tell,
     sizes=Sizes(),
