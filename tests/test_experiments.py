@@ -211,7 +211,7 @@ def test_saes_of_several_layers_by_the_command(tmp_path: Path) -> None:
     """The bundled model in the place of a real one: trains, measures held-out documents, and uses a finished run."""
     (tmp_path / "corpus").mkdir()
     for name, seed in (("en.one", 1), ("en.two", 2), ("de.one", 3)):
-        lines = [json.dumps({"text": one.text}) for one in documents(seed=seed, n=300)]
+        lines = [json.dumps({"text": one.text}) for one in documents(seed=seed, n=400)]
         (tmp_path / "corpus" / f"{name}.jsonl").write_text("\n".join(lines))
     keep, model = tmp_path / "kept", ROOT / "src/qwen_scope/assets/lab/model"
     words = ["--model", model, "--data", tmp_path, "--keep", keep, "--quick", "--language", "en"]

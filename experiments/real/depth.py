@@ -273,9 +273,7 @@ def verdict(rows: list[Row]) -> str:
     """Where the SAEs are better than the control, and where they are worst."""
     pairs = [(row["layer"], figures(row), figures({**row, "sums": row["components"]})["ev"]) for row in rows]
     behind = [str(layer) for layer, found, plain in pairs if found["ev"].low <= plain.high]
-    apart = [
-        str(layer) for layer, found, _ in pairs if abs(found["ev"].estimate - found["per_token"].estimate) > 0.05
-    ]
+    apart = [str(layer) for layer, found, _ in pairs if abs(found["ev"].estimate - found["per_token"].estimate) > 0.05]
     low = min(pairs, key=lambda pair: pair[1]["per_token"].estimate)
     lost = min(pairs, key=lambda pair: pair[1]["recovered"].estimate)
     first = (
