@@ -19,6 +19,7 @@ from .gguf import gguf_file as gguf_file
 from .hookpoint import HookPoint as HookPoint
 from .hooks import capture as capture
 from .hooks import changing as changing
+from .hooks import packed_head as packed_head
 from .hooks import positions_from_mask as positions_from_mask
 from .hooks import reading as reading
 from .hooks import token_positions as token_positions

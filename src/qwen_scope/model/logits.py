@@ -8,6 +8,8 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from .hooks import packed_head
+
 
 def last_logits(model: nn.Module, **inputs: Any) -> Float[Tensor, "batch vocab"]:
     """What a language model says behind the last token of every row.
@@ -20,4 +22,5 @@ def last_logits(model: nn.Module, **inputs: Any) -> Float[Tensor, "batch vocab"]
     """
     if "logits_to_keep" in inspect.signature(model.forward).parameters:
         inputs["logits_to_keep"] = 1
-    return model(use_cache=False, **inputs).logits[:, -1]
+    with packed_head(model):
+        return model(use_cache=False, **inputs).logits[:, -1]

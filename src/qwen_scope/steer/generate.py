@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from qwen_scope.errors import FormatError, InputError, check_count
-from qwen_scope.model import context_length, input_device
+from qwen_scope.model import context_length, input_device, packed_head
 from qwen_scope.report import element, html_tokens, join, styled
 from qwen_scope.text import Chat, Message, Tokens, tokenize
 
@@ -151,7 +151,8 @@ def generate(
         place = input_device(model)
         lengths = [tokens.lengths[i] for i in rows]
         try:
-            with steering(model, interventions, saes, stats, prompt_lengths=lengths, phases=growing):
+            steered = steering(model, interventions, saes, stats, prompt_lengths=lengths, phases=growing)
+            with packed_head(model), steered:
                 run.generate(
                     tokens.input_ids[rows, -seq:].to(place),
                     attention_mask=tokens.attention_mask[rows, -seq:].to(place),
