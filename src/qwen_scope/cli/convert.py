@@ -25,8 +25,9 @@ def convert(
         str | None,
         typer.Option(
             "--dtype",
-            help="float32, bfloat16 or float16. Default: bfloat16 in our own layouts, whose arithmetic is fp32 either "
-            "way; float32 in the others, whose tools compute in the stored type.",
+            help="float32, bfloat16, float16 or, in the layout safetensors, int8: half of bfloat16, and another SAE "
+            "by fingerprint. Default: bfloat16 in our own layouts, whose arithmetic is fp32 either way; float32 in the "
+            "others, whose tools compute in the stored type.",
         ),
     ] = None,
     layers: options.Layers = None,
@@ -39,7 +40,7 @@ def convert(
 ) -> None:
     """Write SAEs in another layout or number type.
 
-    Reports their size and how far their features still agree.
+    Reports their size in memory and on the disk, and how far their features still agree.
     Agreement is against the original weights: the mean Jaccard index of the sets of active features, and the
     relative error of all activations.
     """
@@ -67,6 +68,7 @@ def convert(
             where = out / folder_name(sae) if len(chosen) > 1 and not LAYOUTS[layout].shared else out
             save_sae(sae, where, layout=layout, dtype=dtype)
             again = load_sae(out, layer)
+            file = where / LAYOUTS[layout].weights_name(sae.identity.layer)
             x = None if residuals is None else residuals[layer]
             agreement = compare_saes(sae, again, x)
         rows.append(
@@ -74,6 +76,7 @@ def convert(
                 "layer": layer,
                 "bytes_before": sae.nbytes,
                 "bytes_after": again.nbytes,
+                "file_bytes": file.stat().st_size,
                 "jaccard": agreement.jaccard,
                 "value_error": agreement.value_error,
             }
@@ -81,9 +84,8 @@ def convert(
     if as_json:
         output.print_json({"source": source, "layout": layout, "residuals": model or "random", "layers": rows})
         return
-    shown = [
-        (r["layer"], size(r["bytes_before"]), size(r["bytes_after"]), r["jaccard"], r["value_error"]) for r in rows
-    ]
+    sizes = ("bytes_before", "bytes_after", "file_bytes")
+    shown = [(r["layer"], *(size(r[name]) for name in sizes), r["jaccard"], r["value_error"]) for r in rows]
     measured = f"on residuals of {model}" if model else "on random residuals; name --model for real ones"
-    columns = ("layer", "before", "after", "mean Jaccard", "value error")
+    columns = ("layer", "before", "after", "file", "mean Jaccard", "value error")
     output.show(f"{source} to {out}, agreement {measured}", columns, shown)

@@ -270,7 +270,7 @@ def weight_type(name: str | None) -> torch.dtype | None:
     """
     import torch
 
-    types = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    types = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "int8": torch.int8}
     if name is not None and name not in types:
         raise InputError(f"--dtype is one of {', '.join(types)}, not {name!r}")
     return types[name] if name else None

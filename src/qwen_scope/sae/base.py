@@ -173,7 +173,9 @@ class SAE(ABC):
 
     def __str__(self) -> str:
         kind = f"{self.architecture}, k={self.k}" if self.k else self.architecture
-        return f"{self.identity}: {kind}, {self.d_sae} features of {self.d_model} dimensions, {self.dtype}"
+        rounded = self.meta.get("rounded", {}).get(self.hook_point or "")
+        said = f", rounded to 8 bits from {rounded[:12]}" if isinstance(rounded, str) else ""
+        return f"{self.identity}: {kind}, {self.d_sae} features of {self.d_model} dimensions, {self.dtype}{said}"
 
 
 def check_weights(W_enc: Tensor, W_dec: Tensor, b_enc: Tensor, b_dec: Tensor) -> None:

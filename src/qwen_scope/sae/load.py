@@ -33,7 +33,8 @@ def load_sae(
     cache_dir: str | Path | None = None,
     d_model: int | None = None,
 ) -> SAE:
-    """One SAE. Its matrices stay memory-mapped on the CPU unless another device or type is asked for.
+    """One SAE. Its matrices stay memory-mapped on the CPU unless another device or type is asked for; those stored in
+    int8 become bfloat16.
 
     Args:
         source: a group of the catalog by Hub id, name or alias (`"lab"` is the bundled one), another repository

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,9 @@ from qwen_scope.errors import FormatError, InputError, MismatchError, reason
 from qwen_scope.files import write_whole
 
 from .base import SAE
-from .formats import READABLE, Layout, Written, find_entries, layout_named
+from .formats import LAYOUTS, READABLE, Layout, Written, find_entries, layout_named
 from .formats.container import read_config, write_weights
+from .formats.eight_bits import ROUNDED, in_eight_bits, packed
 from .formats.hooks import module_name, of_sae
 from .formats.layout import KEPT, STORED_DTYPES, need_layer
 from .load import load_sae
@@ -44,9 +45,11 @@ def save_sae(
 
     Args:
         layout: one of `LAYOUTS`.
-        dtype: how the matrices are stored, fp32, bf16 or fp16. None keeps their type in our own layouts (`official`,
-            `safetensors`), and means fp32 in those of tools that compute in the stored type (`sae_lens`, `sparsify`,
-            `dictionary_learning`): there a smaller type changes the features. Vectors stay fp32.
+        dtype: how the matrices are stored, fp32, bf16, fp16 or, in the layout `safetensors`, int8 with a scale per
+            feature: that is another SAE, with its own fingerprint, and is opened in bf16. None keeps their type in our
+            own layouts (`official`, `safetensors`), and means fp32 in those of tools that compute in the stored type
+            (`sae_lens`, `sparsify`, `dictionary_learning`): there a smaller type changes the features. Vectors stay
+            fp32.
 
     Raises:
         InputError: no SAE, an unknown layout or dtype, an SAE without a layer or with weights that are not finite (also
@@ -59,8 +62,11 @@ def save_sae(
     assert chosen.write is not None, "a layout that can be named is one that is written"
     if not saes:
         raise InputError("there is no SAE to save")
-    if dtype is not None and dtype not in STORED_DTYPES:
-        raise InputError(f"weights are stored as float32, bfloat16 or float16, not {dtype}")
+    if dtype is not None and dtype not in (*STORED_DTYPES, torch.int8):
+        raise InputError(f"weights are stored as float32, bfloat16, float16 or int8, not {dtype}")
+    if dtype is torch.int8 and not chosen.eight_bits:
+        able = " and ".join(name for name, one in LAYOUTS.items() if one.eight_bits)
+        raise InputError(f"weights in int8 are stored in the layout {able} alone, not in {layout}")
     dtype = dtype or (torch.float32 if chosen.computes_as_stored else None)
     layers = [need_layer(one) for one in saes]
     for one in saes:
@@ -75,11 +81,14 @@ def save_sae(
     jobs = []
     for one, layer in zip(saes, layers, strict=True):
         at = folder / folder_name(one) if spread else folder
-        check_same(at / chosen.weights_name(layer), one)
-        stored = one.to(dtype=dtype)
+        stored = in_eight_bits(one) if dtype is torch.int8 else one.to(dtype=dtype)
+        check_same(at / chosen.weights_name(layer), stored)
         for name in ("W_enc", "W_dec"):
             stored.check_finite(name)
-        jobs.append(_Job(at, chosen.weights_name(layer), chosen.write(stored)))
+        written = chosen.write(stored)
+        if dtype is torch.int8:
+            written = replace(written, tensors=packed(written.tensors))
+        jobs.append(_Job(at, chosen.weights_name(layer), written))
     configs, terms = {}, terms_of(saes[0].identity.group)
     for job in jobs:
         path = job.folder / chosen.config_name
@@ -147,6 +156,8 @@ def _joined(key: str, old: Any, config: Mapping[str, Any], folder: Path) -> dict
     new = config.get(key)
     if old == new:
         return new
+    if key == ROUNDED:
+        return {**(old or {}), **(new or {})}
     if not isinstance(old, dict) or not isinstance(new, dict) or key not in ("counted", "history"):
         return None
     if key == "history":

@@ -96,6 +96,7 @@ class Layout:
             smaller type changes its features; such a layout is written in fp32 unless another type is asked for.
         hook_of: the hook point that a config mentions, for folders whose name does not say it.
         kinds: the architectures it can hold; None where it names each by `SAE.architecture` and keeps its own tensors.
+        eight_bits: whether it can keep matrices in 8 bits.
         read: tensors, config, metadata and what the place says in, `Parsed` out.
         write: an SAE in, `Written` out; None for a layout that is only read.
         open_file: a weights file in, its tensors and metadata out.
@@ -114,6 +115,7 @@ class Layout:
     write: Callable[[SAE], Written] | None = None
     computes_as_stored: bool = False
     kinds: tuple[str, ...] | None = None
+    eight_bits: bool = False
     open_file: Callable[[Path], tuple[dict[str, Tensor], dict[str, str]]] = read_weights
 
     def check_kind(self, sae: SAE) -> None:
@@ -142,9 +144,10 @@ class Layout:
         return found
 
 
-KEPT = ("counted", "held_out", "history", "base")
+KEPT = ("counted", "held_out", "history", "base", "rounded")
 """Parts of an SAE's `meta` that its files carry: which tokens counted in training, what was kept out of it, by hook
-point what it was trained on and began as, and the fingerprint of the model's weights."""
+point what it was trained on and began as, the fingerprint of the model's weights, and by hook point that of the SAE it
+was rounded from."""
 
 
 def identity_metadata(sae: SAE) -> dict[str, str]:

@@ -13,6 +13,7 @@ from qwen_scope.errors import FormatError
 
 from ..base import SAE
 from . import hooks
+from .eight_bits import open_packed
 from .layout import (
     KEPT,
     Layout,
@@ -105,4 +106,6 @@ SAFETENSORS = replace(
     weights=re.compile(r"(?P<folder>)layer(?P<layer>[0-9]+)\.sae\.safetensors"),
     weights_name=lambda layer: f"layer{layer}.sae.safetensors",
     container="safetensors",
+    eight_bits=True,
+    open_file=open_packed,
 )
