@@ -2,10 +2,10 @@
 
     python -m experiments.real.datasets --model FOLDER --sae FOLDER --probes WHEEL [--parts 0-9] [--write]
 
-The binary datasets of sae-probes (Kantamneni et al. 2025), read from its wheel without its code (`pip download --no-deps
-sae-probes`). Of each dataset as many texts of one class as of the other, drawn once, none twice, each cut to `tokens`
-tokens. `DRAWS` times, three eighths of them are held out to test on and classifiers are fitted on `SEEDS` labelled texts
-of each class from the others:
+The binary datasets of sae-probes (Kantamneni et al. 2025), read from its wheel without its code (`pip download
+--no-deps sae-probes`). Of each dataset as many texts of one class as of the other, drawn once, none twice, each cut to
+`tokens` tokens. `DRAWS` times, three eighths of them are held out to test on and classifiers are fitted on `SEEDS`
+labelled texts of each class from the others:
 
 - rule: the features with the largest `Delta_f` joined by OR, as `qwen-scope classify` makes it (the wheel's second
   class, by the order of its names, is the positive one); of either class: the same, or the rule of the other class,
@@ -26,6 +26,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -293,7 +294,7 @@ def verdict(rows: Sequence[Row]) -> str:
             said.append(f"{way} against {other}: {wins} wins, {ties} ties, {losses} losses, {shown(gap, '+')}")
     steps = [
         f"{after} less {before} {shown(counts(rows, named(after, FIRST), named(before, FIRST), n)[3], '+')}"
-        for before, after in zip(LADDER, LADDER[1:], strict=False)
+        for before, after in pairwise(LADDER)
     ]
     rule = counts(rows, named("rule", FIRST), named("logistic", FIRST), n)[3]
     features = counts(rows, named("features, mean", FIRST), named("logistic", FIRST), n)[3]
