@@ -1,0 +1,380 @@
+"""How often does a real model fall into endless repetition by itself, and what do features have to do with it?
+
+    python -m experiments.real.repetition --model FOLDER --sae FOLDER --data FOLDER [--language en] [--write]
+
+Prompts are questions (of XQuAD, and in English of GSM8K in turn; with the chat template, where there is one) and
+openings: the first `OPENING` tokens of a paragraph of XQuAD, or of a document of `corpus/LANGUAGE.*.jsonl` where XQuAD
+has no such language. Of each kind the first half of the prompts is for finding and the second is held back. A loop is
+what `qwen_scope.posttrain.Detector` calls one: an answer that was not ended and whose last tokens are one block, at
+least four times in a row.
+
+- T=0, T=0.7, T=1: answers of the model as it is, to all prompts;
+- features: `qwen-scope posttrain repetition`'s own finder ranks features by their effect on the token with which a turn
+  of a loop begins, on loops of the first half at T = 0. Amounts are chosen on the first half, too: to amplify, the
+  smallest of `UP` under which half of the prompts that did not loop do, or that with most; to suppress, that of `DOWN`
+  with the fewest loops on prompts that did loop, among those that leave the perplexity of what is not looping below
+  `DEARER` times the unsteered one;
+- amplified, suppressed: the features added, or taken away, at every token while answers to held-back prompts are
+  written at T = 0; random: as many other features of the same layers that fire about as often, the change of the same
+  length.
+
+Quality beside it: the perplexity under the unsteered model of the answer before its loop and the loop's first turn.
+
+The model runs in bfloat16 with attention written out (`eager`), which on a CPU takes half as long as the fused kernel
+where one token is asked at a time. Without `--sae` only the first three arms can be run (`--arms T=0,T=0.7,T=1`).
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from experiments.harness import At, Experiment, Row, main
+from experiments.sections import paragraph, table
+from qwen_scope import load_scope
+from qwen_scope.errors import InputError
+from qwen_scope.features import matched_random
+from qwen_scope.model import LoadedModel, load_model
+from qwen_scope.posttrain import Detector
+from qwen_scope.posttrain.repetition import Driver, amplifying, beginning
+from qwen_scope.posttrain.sampling import Loop
+from qwen_scope.scope import Scope
+from qwen_scope.stats import ClusterSums, Interval, bootstrap, wilson
+from qwen_scope.steer import Decoding, Intervention, generate, log_probabilities
+from qwen_scope.steer import Row as Scored
+
+SAMPLED = {"T=0": 0.0, "T=0.7": 0.7, "T=1": 1.0}
+STEERED = ("amplified", "amplified random", "suppressed", "suppressed random")
+KINDS = ("questions", "openings")
+FEATURES, UP, DOWN, DEARER, TRIED = 8, (0.1, 0.2, 0.35), (0.05, 0.1, 0.2), 1.5, 24
+OPENING, BATCH_TOKENS, SEED, FEWEST = 32, 24_576, 0, 5
+DETECTOR = Detector()
+TITLE = "Endless repetition on a real model"
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Prompts of each kind, and new tokens of an answer."""
+
+    each: int = 128
+    tokens: int = 128
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Prompts as the model reads them, their kinds, and which are held back."""
+
+    texts: tuple[str, ...]
+    kinds: tuple[str, ...]
+    held: tuple[bool, ...]
+
+    def some(self, held: bool) -> list[int]:
+        return [i for i, one in enumerate(self.held) if one is held]
+
+
+@cache
+def opened(model: Path) -> LoadedModel:
+    loaded = load_model(str(model), device="cpu", dtype="bfloat16")
+    loaded.model.set_attn_implementation("eager")
+    return loaded
+
+
+@cache
+def scope_of(model: Path, sae: Path | None) -> Scope:
+    if sae is None:
+        raise InputError("features need --sae; without it give --arms T=0,T=0.7,T=1")
+    scope = load_scope(str(model), str(sae), dtype="bfloat16")
+    scope.model.set_attn_implementation("eager")
+    return scope
+
+
+def rows_of(path: Path) -> list[dict[str, Any]]:
+    with gzip.open(path, "rt", encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
+
+
+def prompts_of(at: At[Sizes]) -> Prompts:
+    """Questions and openings, drawn once; of each kind the second half is held back."""
+    data, language, rng = at.options["data"], at.options["language"], random.Random(SEED)
+    tokenizer = opened(at.options["model"]).tokenizer
+    read = [row for row in rows_of(data / "xquad.jsonl.gz") if row["language"] == language]
+    asked = list(dict.fromkeys(question.strip() for row in read for question in row["questions"]))
+    asked = rng.sample(asked, len(asked))
+    if language == "en":
+        other = [row["question"].strip() for row in rows_of(data / "gsm8k_test.jsonl.gz")]
+        asked = [one for both in zip(asked, rng.sample(other, len(other)), strict=False) for one in both]
+    if tokenizer.chat_template:
+        asked = [
+            tokenizer.apply_chat_template(
+                [{"role": "user", "content": one}], tokenize=False, add_generation_prompt=True
+            )
+            for one in asked[: at.sizes.each]
+        ]
+    texts = [row["text"].strip() for row in read] or [
+        json.loads(line)["text"].strip()
+        for path in sorted((data / "corpus").glob(f"{language}.*.jsonl"))
+        for line in path.read_text(encoding="utf-8").splitlines()
+    ]
+    begun = []
+    for text in rng.sample(texts, len(texts)):
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        if len(ids) > 2 * OPENING and len(begun) < at.sizes.each:
+            begun.append(str(tokenizer.decode(ids[:OPENING])))
+    found = {"questions": asked[: at.sizes.each], "openings": begun}
+    return Prompts(
+        tuple(text for kind in KINDS for text in found[kind]),
+        tuple(kind for kind in KINDS for _ in found[kind]),
+        tuple(i >= len(found[kind]) // 2 for kind in KINDS for i in range(len(found[kind]))),
+    )
+
+
+def answers(
+    loaded: LoadedModel | Scope,
+    prompts: Sequence[str],
+    at: At[Sizes],
+    temperature: float = 0.0,
+    interventions: Sequence[Intervention] = (),
+) -> list[dict[str, Any]]:
+    """Answers as ids, whether the model ended them, and where and how they loop."""
+    sampled = Decoding(at.sizes.tokens, True, temperature, 1.0, 0, 1.0, SEED) if temperature else None
+    saes = loaded.saes if isinstance(loaded, Scope) else None
+    decoding = sampled or Decoding(at.sizes.tokens)
+    found = generate(
+        loaded.model, loaded.tokenizer, prompts, interventions, saes=saes, decoding=decoding, batch_tokens=BATCH_TOKENS
+    )
+    out = []
+    for one in found:
+        ids = [token.token_id for token in one.tokens]
+        loop = None if one.finished else DETECTOR.find(ids)
+        at_loop = None if loop is None else [loop.start, loop.period, loop.turns]
+        out.append({"ids": ids, "finished": one.finished, "loop": at_loop})
+    return out
+
+
+def judged(
+    loaded: LoadedModel | Scope, prompts: Sequence[str], found: Sequence[Mapping[str, Any]]
+) -> list[list[float]]:
+    """Per answer how many tokens stand before its loop, its first turn included, and their loss under the model."""
+    rows, which = [], []
+    for i, (prompt, one) in enumerate(zip(prompts, found, strict=True)):
+        asked = loaded.tokenizer(prompt)["input_ids"]
+        kept = one["ids"] if one["loop"] is None else one["ids"][: one["loop"][0] + one["loop"][1]]
+        if kept:
+            which.append(i)
+            rows.append(Scored((*asked, *kept), len(asked)))
+    out = [[0.0, 0.0] for _ in prompts]
+    for i, values in zip(which, log_probabilities(loaded.model, rows), strict=True):
+        out[i] = [float(len(values)), float(-values.sum())]
+    return out
+
+
+def plain(at: At[Sizes]) -> list[dict[str, Any]]:
+    """Answers at T = 0 of the model as it is, kept for every arm."""
+    loaded = opened(at.options["model"])
+    return at.kept("plain", lambda: answers(loaded, prompts_of(at).texts, at))
+
+
+def recipe(at: At[Sizes]) -> dict[str, Any]:
+    """Features and amounts, found on the first half of the prompts."""
+    scope, prompts, before = scope_of(at.options["model"], at.options["sae"]), prompts_of(at), plain(at)
+    first = prompts.some(held=False)
+    looping = [i for i in first if before[i]["loop"]]
+    others = [i for i in first if not before[i]["loop"]]
+    known = []
+    for i in looping:
+        asked = scope.tokenizer(prompts.texts[i])["input_ids"]
+        start, period, turns = before[i]["loop"]
+        known.append(([*asked, *before[i]["ids"]], Loop(start + len(asked), period, turns)))
+    if len(known) < FEWEST:
+        raise InputError(f"{len(known)} of {len(first)} answers loop; {FEWEST} are the least that say what features do")
+    drivers = beginning(scope, known, scope.check_layers(None), FEATURES)
+    tried: dict[str, list[Any]] = {"up": [], "down": []}
+    for amount in UP:
+        some = [prompts.texts[i] for i in others[:TRIED]]
+        found = answers(scope, some, at, interventions=changes(scope, drivers, amount))
+        tried["up"].append([amount, float(np.mean([one["loop"] is not None for one in found]))])
+    some = [prompts.texts[i] for i in looping[:TRIED]]
+    own = perplexity(judged(scope, some, [before[i] for i in looping[:TRIED]]))
+    for amount in DOWN:
+        found = answers(scope, some, at, interventions=changes(scope, drivers, -amount))
+        share = float(np.mean([one["loop"] is not None for one in found]))
+        tried["down"].append([amount, share, perplexity(judged(scope, some, found)) / own])
+    enough = [one for one in tried["up"] if one[1] >= 0.5] or [max(tried["up"], key=lambda one: one[1])]
+    cheap = [one for one in tried["down"] if one[2] <= DEARER] or tried["down"][:1]
+    return {
+        "loops": len(known),
+        "drivers": [[one.layer, one.feature, one.effect] for one in drivers],
+        "up": enough[0][0],
+        "down": min(cheap, key=lambda one: one[1])[0],
+        "tried": tried,
+    }
+
+
+def changes(scope: Scope, drivers: Sequence[Driver], amount: float) -> list[Intervention]:
+    return [amplifying(scope, one, amount) for one in drivers]
+
+
+def perplexity(found: Sequence[Sequence[float]]) -> float:
+    n, loss = np.array(found).sum(0)
+    return float(np.exp(loss / max(n, 1)))
+
+
+def run(at: At[Sizes], arm: str) -> dict[str, Any]:
+    """The answers of one arm: whether each loops, was ended, and the quality of what comes before a loop."""
+    torch.set_num_threads(1)
+    prompts = prompts_of(at)
+    if arm in SAMPLED:
+        loaded, which = opened(at.options["model"]), list(range(len(prompts.texts)))
+        texts = list(prompts.texts)
+        found = answers(loaded, texts, at, SAMPLED[arm]) if SAMPLED[arm] else plain(at)
+        more: dict[str, Any] = {}
+    else:
+        loaded, which = scope_of(at.options["model"], at.options["sae"]), prompts.some(held=True)
+        more = at.kept("recipe", lambda: recipe(at))
+        drivers = [Driver(*one) for one in more["drivers"]]
+        own = changes(loaded, drivers, more["up"] if arm.startswith("amplified") else -more["down"])
+        if arm.endswith("random"):
+            own = matched_random(own, loaded.saes, loaded.stats, np.random.default_rng(SEED))
+        texts = [prompts.texts[i] for i in which]
+        found = answers(loaded, texts, at, interventions=own)
+        more = {**more, "features": [[one.layer, one.feature] for one in own]}
+    return {
+        "which": which,
+        "kinds": [prompts.kinds[i] for i in which],
+        "loops": [one["loop"] for one in found],
+        "finished": [one["finished"] for one in found],
+        "tokens": [len(one["ids"]) for one in found],
+        "quality": judged(loaded, texts, found),
+        "example": next((loaded.tokenizer.decode(one["ids"])[-200:] for one in found if one["loop"]), ""),
+        **more,
+    }
+
+
+def looping(row: Row, kind: str | None = None) -> np.ndarray:
+    kinds = zip(row["loops"], row["kinds"], strict=True)
+    return np.array([loop is not None for loop, one in kinds if kind in (None, one)], float)
+
+
+def share(values: np.ndarray) -> str:
+    if not len(values):
+        return ""
+    low, high = (float(end) for end in wilson(int(values.sum()), len(values)))
+    return f"{values.mean():.1%} [{low:.1%}, {high:.1%}] of {len(values)}"
+
+
+def held(row: Row, like: Row) -> Row:
+    """The row of all prompts, cut to those of another."""
+    names = ("which", "kinds", "loops", "finished", "tokens", "quality")
+    return {**row, **{name: [row[name][i] for i in like["which"]] for name in names}}
+
+
+def dearer(row: Row, before: Row) -> Interval:
+    """Perplexity of what does not loop, as a multiple of the unsteered model's on the same prompts."""
+    (n, loss), (m, other) = np.array(row["quality"]).T, np.array(before["quality"]).T
+    sums = ClusterSums({"n": n, "loss": loss, "m": m, "other": other})
+    return sums.interval(lambda s: np.exp(s["loss"] / s["n"] - s["other"] / s["m"]))
+
+
+def tell(at: At[Sizes], rows: list[Row]) -> str:
+    """The section of docs/results.md."""
+    arms = {row["arm"]: row for row in rows}
+    how = f"""`python -m experiments.real.repetition --model FOLDER --sae FOLDER --data FOLDER --write`:
+        {Path(at.options["model"]).name}, {at.options["language"]}; {at.sizes.each} questions and as many openings of
+        {OPENING} tokens, answers of at most {at.sizes.tokens} tokens, one a prompt, so a figure is of
+        {len(next(iter(arms.values()))["which"])} answers; loops need {DETECTOR.times} turns of at most
+        {DETECTOR.longest} tokens. Shares with Wilson's 95% intervals, differences with those over prompts."""
+    own = [
+        [arm, *(share(looping(row, kind)) for kind in KINDS), share(looping(row)), f"{np.mean(row['finished']):.0%}"]
+        for arm, row in arms.items()
+        if arm in SAMPLED
+    ]
+    parts = [paragraph(verdict(arms)), paragraph(how), table(("sampled", *KINDS, "both", "ended"), own)]
+    steered = [row for arm, row in arms.items() if arm in STEERED]
+    if steered and "T=0" in arms:
+        base = held(arms["T=0"], steered[0])
+        cells = [["unsteered", share(looping(base)), "", f"{np.mean(base['finished']):.0%}", "1"]]
+        for row in steered:
+            more = bootstrap(looping(row) - looping(base))
+            cells.append(
+                [
+                    row["arm"], share(looping(row)), f"{more.estimate:+.1%} [{more.low:+.1%}, {more.high:+.1%}]",
+                    f"{np.mean(row['finished']):.0%}", f"{dearer(row, base)}",
+                ]
+            )  # fmt: skip
+        parts += [
+            paragraph(told(steered[0])),
+            table(("held-back prompts", "loop", "more", "ended", "perplexity, times"), cells),
+        ]
+    return "\n\n".join([*parts, paragraph(NOT_RUN)])
+
+
+NOT_RUN = """RL from here was not run: a step of GRPO on this model with 32 answers of 192 tokens takes about 25 s of
+    one core, so 60 steps of three conditions and three seeds take four core-hours without their measurements. The
+    commands are `qwen-scope posttrain repetition PROMPTS --model MODEL --sae SAES -o recipe.json` and `qwen-scope
+    posttrain rl PROMPTS --model MODEL --sae SAES --recipe recipe.json --held-out OTHERS -o out/rl`, with `--method
+    vanilla` and `--method random` for the controls."""
+
+
+def told(row: Row) -> str:
+    """Which features and amounts were found."""
+    names = ", ".join(f"{layer}/{feature} ({effect:.2f} nats)" for layer, feature, effect in row["drivers"])
+    up = ", ".join(f"{amount:g}: {found:.0%}" for amount, found in row["tried"]["up"])
+    down = ", ".join(f"{amount:g}: {found:.0%} at {times:.2f} times" for amount, found, times in row["tried"]["down"])
+    return f"""Features whose activation makes the turns of {row["loops"]} loops of the other half begin: {names}.
+        Looping by the amount of each in median residual norms, on at most {TRIED} prompts of that half: amplified where
+        nothing looped, {up}; suppressed where all looped, with the perplexity of what does not loop, {down}. Taken:
+        {row["up"]:g} and {row["down"]:g}."""
+
+
+def verdict(arms: Mapping[str, Row]) -> str:
+    """What holds of the report's causal check, and how often the model loops by itself."""
+    often = "; ".join(f"{share(looping(row))} at {arm}" for arm, row in arms.items() if arm in SAMPLED)
+    said = f"The model loops by itself in {often}."
+    if "T=0" in arms and set(STEERED) <= set(arms):
+        base = held(arms["T=0"], arms[STEERED[0]])
+        sides = ("amplified", "suppressed")
+        gaps = {arm: bootstrap(looping(arms[arm]) - looping(base)) for arm in sides}
+        against = {arm: bootstrap(looping(arms[arm]) - looping(arms[f"{arm} random"])) for arm in sides}
+        raises = gaps["amplified"].low > 0 and against["amplified"].low > 0
+        lowers = gaps["suppressed"].high < 0 and against["suppressed"].high < 0
+        words = [
+            f"amplified, the features found {'make' if raises else 'do not make'} held-back answers loop more often"
+            " than unsteered and random features do",
+            f"suppressed, they {'make' if lowers else 'do not make'} them loop less often than both",
+        ]
+        more = ", ".join(
+            f"{arm} less random {one.estimate:+.1%} [{one.low:+.1%}, {one.high:+.1%}]" for arm, one in against.items()
+        )
+        shown = "This shows" if raises and lowers else "This does not show"
+        said = f"{shown} the report's causal check on both sides: {'; '.join(words)} ({more}). {said}"
+    return said
+
+
+experiment = Experiment(
+    title=TITLE,
+    varies={"arm": (*SAMPLED, *STEERED)},
+    run=run,
+    tell=tell,
+    sizes=Sizes(),
+    quick={},
+    quick_sizes=Sizes(each=16, tokens=96),
+    options={
+        "model": {"type": Path, "required": True, "help": "the folder of the model"},
+        "sae": {"type": Path, "help": "the folder of its SAEs; not for --arms T=0,T=0.7,T=1"},
+        "data": {"type": Path, "required": True, "help": "the folder with xquad.jsonl.gz and gsm8k_test.jsonl.gz"},
+        "language": {"default": "en", "help": "of the prompts (default: en)"},
+    },
+    variant=lambda at: "" if at.options["language"] == "en" else str(at.options["language"]),
+)
+
+if __name__ == "__main__":
+    main(experiment)
