@@ -40,14 +40,13 @@ from experiments.harness import At, Experiment, Row, main
 from experiments.sections import paragraph, table
 from qwen_scope import load_scope
 from qwen_scope.analysis import Dataset, Labelled, Student, datasets_of, fit_rule, layer_differences, logistic
-from qwen_scope.scope import ExtractOptions, Scope
+from qwen_scope.scope import ExtractOptions, Scope, parse_layers
 from qwen_scope.score.probe_data import ProbeData
 from qwen_scope.stats import ClusterSums, Interval, auroc
 from qwen_scope.store import FeatureStore, Firings
 
-PARTS, LAYERS, SEEDS, DRAWS = 113, (6, 18), (10, 50), 3
+PARTS, SEEDS, DRAWS = 113, (10, 50), 3
 TOP, SPARSE, HELD = 2, 16, 3 / 8
-FIRST = 18  # the layer that the first sentence speaks of
 OTHERS = {"rule of 1": 1, "rule of 5": 5, "rule of 10": 10}
 RULES = ("rule", "either class", *OTHERS)
 ON_FEATURES = ("two weighted", "sixteen weighted", "features, most", "features, mean")
@@ -79,6 +78,11 @@ class Texts:
     counted: tuple[str, ...]
 
 
+def layers_of(at: At[Sizes]) -> list[int]:
+    """The layers asked for; the first sentence speaks of the last of them."""
+    return parse_layers(at.options["layers"]) or []
+
+
 @cache
 def scope_of(model: Path, sae: Path) -> Scope:
     return load_scope(str(model), str(sae), dtype="bfloat16")
@@ -100,7 +104,7 @@ def family(name: str) -> str:
 
 def read(at: At[Sizes], name: str, folder: Path) -> Texts:
     """The drawn texts of a dataset through the model."""
-    given, data = at.options, data_of(at.options["probes"]).read(name)
+    given, layers, data = at.options, layers_of(at), data_of(at.options["probes"]).read(name)
     first = {text: i for i, text in reversed(list(enumerate(data.texts))) if text.strip()}
     unique, rng = np.array(sorted(first.values())), np.random.default_rng(0)
     sides = [rng.permutation(unique[data.y[unique] == label])[: at.sizes.each] for label in (1, 0)]
@@ -109,13 +113,13 @@ def read(at: At[Sizes], name: str, folder: Path) -> Texts:
     if not (folder / "manifest.json").is_file():
         shutil.rmtree(folder, ignore_errors=True)
         scope = scope_of(given["model"], given["sae"])
-        counted = [scope.counted[layer] for layer in LAYERS][-1]  # measured once, the same for every dataset
+        counted = [scope.counted[layer] for layer in layers][-1]  # measured once, the same for every dataset
         options = ExtractOptions(max_tokens=at.sizes.tokens, pool=("mean",), counted=counted)
-        scope.extract(rows, folder, options, layers=LAYERS).close()
+        scope.extract(rows, folder, options, layers=layers).close()
     with FeatureStore(folder) as store:
         found = Firings.of(store, name)
         kept = [row - 1 for row in found.rows]
-        means = {layer: Dataset.from_store(store, layer, "mean").take(kept) for layer in LAYERS}
+        means = {layer: Dataset.from_store(store, layer, "mean").take(kept) for layer in layers}
     labels = np.array([meta["label"] == 1 for meta in found.metas])
     counted = tuple("".join(tokens[found.counted.first :]) for tokens in found.tokens)
     return Texts(Labelled(datasets_of(found), labels), means, found.residuals, counted)
@@ -147,8 +151,8 @@ def scored(texts: Texts, some: np.ndarray, test: np.ndarray) -> dict[str, np.nda
     labels = texts.labelled.labels
     words = Student.fit([texts.counted[i] for i in some], labels[some])
     out = {"TF-IDF": words.scores([texts.counted[i] for i in test])}
-    for layer in LAYERS:
-        data, y = texts.labelled.layers[layer], labels[some]
+    for layer, data in texts.labelled.layers.items():
+        y = labels[some]
         seeds, opposite = (Labelled({layer: data.take(some)}, side) for side in (y, ~y))
         held = {layer: data.take(test)}
         rules = {"rule": TOP, **OTHERS}
@@ -241,21 +245,22 @@ def counts(rows: Sequence[Row], first: str, second: str, n: int) -> tuple[int, i
 
 def tell(at: At[Sizes], rows: list[Row]) -> str:
     """The section of docs/results.md."""
-    most = SEEDS[-1]
+    most, layers = SEEDS[-1], layers_of(at)
+    columns = [(layer, n) for layer in layers for n in SEEDS]
     cells = [
-        [way, *(shown(over_sets(rows, [accuracy(r, named(way, layer), n) for r in rows])) for layer, n in columns())]
+        [way, *(shown(over_sets(rows, [accuracy(r, named(way, layer), n) for r in rows])) for layer, n in columns)]
         for way in (*RULES, *ON_FEATURES, *PLAIN)
     ]
     areas = [
-        [way, *(over_sets(rows, [area(r, named(way, layer), n) for r in rows]).estimate for layer, n in columns())]
+        [way, *(over_sets(rows, [area(r, named(way, layer), n) for r in rows]).estimate for layer, n in columns)]
         for way in (*RULES, *ON_FEATURES, *PLAIN)
     ]
     pairs = []
     for first, second in PAIRS:
-        for layer, n in columns():
+        for layer, n in columns:
             wins, ties, losses, gap = counts(rows, named(first, layer), named(second, layer), n)
             pairs.append([f"{first} less {second}", layer, n, wins, ties, losses, shown(gap, "+")])
-    heads = [f"layer {layer}, {n} of each" for layer, n in columns()]
+    heads = [f"layer {layer}, {n} of each" for layer, n in columns]
     how = f"""`python -m experiments.real.datasets --model FOLDER --sae FOLDER --probes WHEEL --write`:
         {Path(at.options["model"]).name} with {Path(at.options["sae"]).name}; {len(rows)} of the {PARTS} binary datasets
         of sae-probes, at most {at.sizes.each} texts of each class of the first {at.sizes.tokens} tokens, of which
@@ -268,57 +273,53 @@ def tell(at: At[Sizes], rows: list[Row]) -> str:
         mean difference over datasets."""
     return "\n\n".join(
         [
-            paragraph(verdict(rows)),
+            paragraph(verdict(rows, layers[-1])),
             paragraph(how),
             table(("way", *heads), cells),
             paragraph(about),
             table(("ways", "layer", "labelled", "wins", "ties", "losses", "accuracy"), pairs),
-            paragraph(extremes(rows)),
+            paragraph(extremes(rows, layers[-1])),
             paragraph("The area under the ROC curve, the mean over datasets, which does not depend on thresholds:"),
             table(("way", *heads), areas),
         ]
     )
 
 
-def columns() -> list[tuple[int, int]]:
-    return [(layer, n) for layer in LAYERS for n in SEEDS]
-
-
 def families(rows: Sequence[Row]) -> int:
     return len({family(row["name"]) for row in rows})
 
 
-def verdict(rows: Sequence[Row]) -> str:
+def verdict(rows: Sequence[Row], layer: int) -> str:
     """Whether the rule is useful here, and what its loss is of."""
     n, said = SEEDS[-1], []
     for way in ("rule", "features, mean"):
         for other in PLAIN:
-            wins, ties, losses, gap = counts(rows, named(way, FIRST), named(other, FIRST), n)
+            wins, ties, losses, gap = counts(rows, named(way, layer), named(other, layer), n)
             said.append(f"{way} against {other}: {wins} wins, {ties} ties, {losses} losses, {shown(gap, '+')}")
     steps = [
-        f"{after} less {before} {shown(counts(rows, named(after, FIRST), named(before, FIRST), n)[3], '+')}"
+        f"{after} less {before} {shown(counts(rows, named(after, layer), named(before, layer), n)[3], '+')}"
         for before, after in pairwise(LADDER)
     ]
-    rule = counts(rows, named("rule", FIRST), named("logistic", FIRST), n)[3]
-    features = counts(rows, named("features, mean", FIRST), named("logistic", FIRST), n)[3]
+    rule = counts(rows, named("rule", layer), named("logistic", layer), n)[3]
+    features = counts(rows, named("features, mean", layer), named("logistic", layer), n)[3]
     useful = "are as accurate as" if rule.high >= 0 else "are less accurate than"
     whose = "of the rule, not of the features" if features.high >= 0 else "of the rule and of the features"
     loss = "" if rule.high >= 0 else f" The loss is {whose}."
-    return f"""Rules of features {useful} logistic regression on residuals (layer {FIRST}, {n} labelled texts of each
+    return f"""Rules of features {useful} logistic regression on residuals (layer {layer}, {n} labelled texts of each
         class; accuracy): {"; ".join(said)}.{loss} From the rule to the residual, one change at a time:
         {"; ".join(steps)}."""
 
 
-def extremes(rows: Sequence[Row]) -> str:
+def extremes(rows: Sequence[Row], layer: int) -> str:
     """The datasets on which the rule, and all features, do best and worst beside the residual."""
     n, parts = SEEDS[-1], []
     for way in ("rule", "features, mean"):
-        gaps = {r["name"]: apart(r, named(way, FIRST), named("logistic", FIRST), n).estimate for r in rows}
+        gaps = {r["name"]: apart(r, named(way, layer), named("logistic", layer), n).estimate for r in rows}
         order = sorted(gaps, key=lambda name: -gaps[name])
         best, worst = (
             ", ".join(f"{name} {gaps[name]:+.2f}" for name in some) for some in (order[:EXTREME], order[-EXTREME:])
         )
-        parts.append(f"{way} less logistic (layer {FIRST}, {n} of each) is largest on {best}; smallest on {worst}.")
+        parts.append(f"{way} less logistic (layer {layer}, {n} of each) is largest on {best}; smallest on {worst}.")
     return " ".join(parts)
 
 
@@ -333,6 +334,7 @@ experiment = Experiment(
     options={
         "model": {"type": Path, "required": True, "help": "the folder of the model"},
         "sae": {"type": Path, "required": True, "help": "the folder of its SAEs"},
+        "layers": {"default": "6,18", "help": "with SAEs; the first sentence is of the last (default: 6,18)"},
         "probes": {"type": Path, "required": True, "help": "the wheel or folder of sae-probes"},
     },
 )
