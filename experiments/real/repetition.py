@@ -14,9 +14,9 @@ least four times in a row.
   smallest of `UP` under which half of the prompts that did not loop do, or that with most; to suppress, that of `DOWN`
   with the fewest loops on prompts that did loop, among those that leave the perplexity of what is not looping below
   `DEARER` times the unsteered one;
-- amplified, suppressed: the features added, or taken away, at every token while answers to held-back prompts are
-  written at T = 0; random: as many other features of the same layers that fire about as often, the change of the same
-  length.
+- amplified: the features added at every token while answers to held-back prompts that did not loop are written at T = 0
+  (`MOST` of them); suppressed: taken away, on held-back prompts that did loop and, up to `MOST` in all, some that did
+  not; random: as many other features of the same layers that fire about as often, the change of the same length.
 
 Quality beside it: the perplexity under the unsteered model of the answer before its loop and the loop's first turn.
 
@@ -55,7 +55,7 @@ from qwen_scope.steer import Row as Scored
 SAMPLED = {"T=0": 0.0, "T=0.7": 0.7, "T=1": 1.0}
 STEERED = ("amplified", "amplified random", "suppressed", "suppressed random")
 KINDS = ("questions", "openings")
-FEATURES, UP, DOWN, DEARER, TRIED = 8, (0.1, 0.2, 0.35), (0.05, 0.1, 0.2), 1.5, 24
+FEATURES, UP, DOWN, DEARER, TRIED, MOST = 8, (0.1, 0.2, 0.35), (0.05, 0.1, 0.2), 1.5, 16, 64
 OPENING, BATCH_TOKENS, SEED, FEWEST = 32, 24_576, 0, 5
 DETECTOR = Detector()
 Opened = TypeVar("Opened", LoadedModel, Scope)
@@ -223,6 +223,15 @@ def recipe(at: At[Sizes]) -> dict[str, Any]:
     }
 
 
+def steered_on(prompts: Prompts, before: Sequence[Mapping[str, Any]], arm: str) -> list[int]:
+    """The held-back prompts of an arm: those that did not loop, or first those that did."""
+    back = prompts.some(held=True)
+    others = [i for i in back if not before[i]["loop"]]
+    order = random.Random(SEED).sample(others, len(others))
+    loops = [] if arm.startswith("amplified") else [i for i in back if before[i]["loop"]]
+    return sorted([*loops, *order[: max(0, MOST - len(loops))]])
+
+
 def changes(scope: Scope, drivers: Sequence[Driver], amount: float) -> list[Intervention]:
     return [amplifying(scope, one, amount) for one in drivers]
 
@@ -242,7 +251,7 @@ def run(at: At[Sizes], arm: str) -> dict[str, Any]:
         found = answers(loaded, texts, at, SAMPLED[arm]) if SAMPLED[arm] else plain(at)
         more: dict[str, Any] = {}
     else:
-        loaded, which = scope_of(at.options["model"], at.options["sae"]), prompts.some(held=True)
+        loaded, which = scope_of(at.options["model"], at.options["sae"]), steered_on(prompts, plain(at), arm)
         more = at.kept("recipe", lambda: recipe(at))
         drivers = [Driver(*one) for one in more["drivers"]]
         own = changes(loaded, drivers, more["up"] if arm.startswith("amplified") else -more["down"])
@@ -304,20 +313,19 @@ def tell(at: At[Sizes], rows: list[Row]) -> str:
     parts = [paragraph(verdict(arms)), paragraph(how), table(("sampled", *KINDS, "both", "ended"), own)]
     steered = [row for arm, row in arms.items() if arm in STEERED]
     if steered and "T=0" in arms:
-        base = held(arms["T=0"], steered[0])
-        cells = [["unsteered", share(looping(base)), "", f"{np.mean(base['finished']):.0%}", "1"]]
+        cells = []
         for row in steered:
-            more = bootstrap(looping(row) - looping(base))
+            base = held(arms["T=0"], row)
+            did = looping(base) > 0
             cells.append(
                 [
-                    row["arm"], share(looping(row)), f"{more.estimate:+.1%} [{more.low:+.1%}, {more.high:+.1%}]",
+                    row["arm"], share(looping(row)[did]), share(looping(row)[~did]), f"{np.mean(base['finished']):.0%}",
                     f"{np.mean(row['finished']):.0%}", f"{dearer(row, base)}",
                 ]
             )  # fmt: skip
-        parts += [
-            paragraph(told(steered[0])),
-            table(("held-back prompts", "loop", "more", "ended", "perplexity, times"), cells),
-        ]
+        heads = ("at T=0, held back", "loop, of those that did", "of those that did not", "ended before", "ended",
+                 "perplexity, times")  # fmt: skip
+        parts += [paragraph(told(steered[0])), table(heads, cells)]
     return "\n\n".join([*parts, paragraph(NOT_RUN)])
 
 
@@ -343,24 +351,27 @@ def verdict(arms: Mapping[str, Row]) -> str:
     """What holds of the report's causal check, and how often the model loops by itself."""
     often = "; ".join(f"{share(looping(row))} at {arm}" for arm, row in arms.items() if arm in SAMPLED)
     said = f"The model loops by itself in {often}."
-    if "T=0" in arms and set(STEERED) <= set(arms):
-        base = held(arms["T=0"], arms[STEERED[0]])
-        sides = ("amplified", "suppressed")
-        gaps = {arm: bootstrap(looping(arms[arm]) - looping(base)) for arm in sides}
-        against = {arm: bootstrap(looping(arms[arm]) - looping(arms[f"{arm} random"])) for arm in sides}
-        raises = gaps["amplified"].low > 0 and against["amplified"].low > 0
-        lowers = gaps["suppressed"].high < 0 and against["suppressed"].high < 0
-        words = [
-            f"amplified, the features found {'make' if raises else 'do not make'} held-back answers loop more often"
-            " than unsteered and random features do",
-            f"suppressed, they {'make' if lowers else 'do not make'} them loop less often than both",
-        ]
-        more = ", ".join(
-            f"{arm} less random {one.estimate:+.1%} [{one.low:+.1%}, {one.high:+.1%}]" for arm, one in against.items()
-        )
-        shown = "This shows" if raises and lowers else "This does not show"
-        said = f"{shown} the report's causal check on both sides: {'; '.join(words)} ({more}). {said}"
-    return said
+    if "T=0" not in arms or not set(STEERED) <= set(arms):
+        return said
+    did, gaps = looping(held(arms["T=0"], arms["suppressed"])) > 0, {}
+    for arm in ("amplified", "suppressed"):
+        some = did if arm == "suppressed" else np.full(len(arms[arm]["which"]), True)
+        if some.sum() < 2:
+            return f"{said} Too few held-back prompts loop to say what suppressing does."
+        gaps[arm] = bootstrap(looping(arms[arm])[some] - looping(arms[f"{arm} random"])[some])
+    raises, lowers = gaps["amplified"].low > 0, gaps["suppressed"].high < 0
+    shown = "This shows" if raises and lowers else "This does not show"
+    words = [
+        f"amplified on prompts that do not loop, the features {'do' if raises else 'do not'} make more answers loop"
+        f" than random ones ({points(gaps['amplified'])})",
+        f"suppressed where the model loops, they {'do' if lowers else 'do not'} leave fewer loops than random ones"
+        f" ({points(gaps['suppressed'])})",
+    ]
+    return f"{shown} the report's causal check on both sides: {'; '.join(words)}. {said}"
+
+
+def points(one: Interval) -> str:
+    return f"{one.estimate:+.1%} [{one.low:+.1%}, {one.high:+.1%}]"
 
 
 experiment = Experiment(
