@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from qwen_scope import load_scope
+from qwen_scope import FeatureStore, load_scope
 from qwen_scope.cli import main
 from qwen_scope.errors import InputError, MismatchError
-from qwen_scope.features import Label, LabelOptions, labels_from, labels_of, make_label, names_of
+from qwen_scope.features import Label, LabelOptions, Notes, feature_page, labels_from, labels_of, make_label, names_of
 from qwen_scope.features.naming import beside
 from qwen_scope.features.wording import _parsed
 from qwen_scope.foundry import NamingConfig, name_features
@@ -57,6 +57,31 @@ def test_labels_beside_the_saes_name_features_everywhere(folder: Path, tmp_path:
     assert "German text (0.90)" in capsys.readouterr().out
     assert main(["why", "Guten Morgen, wo ist", "--layers", "4", "--exact", "0", "--json", *sae]) == 0
     assert '"clerp": "' in capsys.readouterr().out
+
+
+def test_the_page_of_a_feature_has_the_label_that_lies_beside_the_saes(folder: Path, tmp_path: Path, capsys) -> None:
+    scope = load_scope("lab", sae=str(folder), device="cpu")
+    assert feature_page(2, 7, scope=scope).label is None, "no file, no label"
+    fingerprint = scope.saes[2].identity.fingerprint
+    label, better = (Label(text, SURE, SURE, "summary", "rules") for text in ("beside the SAEs", "of the store"))
+    written(folder / "labels.jsonl", (2, 7, fingerprint, label))
+    assert feature_page(2, 7, scope=scope).label == label
+    assert labels_of(load_scope("lab", sae=str(folder / "layer2.sae.pt"), device="cpu"))(2, 7) == label, "of one file"
+    store = tmp_path / "store"
+    assert main(["extract", "lab", "-o", str(store), "--layers", "2", "--sample", "20", "--sae", str(folder)]) == 0
+    with FeatureStore(store) as opened:
+        assert feature_page(2, 7, store=opened, scope=scope).label == label
+        assert feature_page(2, 7, store=opened).label == label
+        assert feature_page(2, 8, store=opened).label is None
+        Notes(opened).add(make_label(2, 7, fingerprint, better))
+        assert feature_page(2, 7, store=opened).label == feature_page(2, 7, store=opened, scope=scope).label == better
+    capsys.readouterr()
+    assert main(["show", "--feature", "2/7", "--sae", str(folder)]) == 0
+    printed = capsys.readouterr().out
+    assert "feature 7: beside the SAEs (0.90)" in printed
+    assert "detection 0.9" in printed
+    assert main(["card", str(store), "2/7", "--json"]) == 0
+    assert '"of the store"' in capsys.readouterr().out
 
 
 def test_a_file_about_other_saes_is_refused(folder: Path, tmp_path: Path) -> None:

@@ -154,9 +154,7 @@ def print_page(page: FeaturePage) -> None:
     from qwen_scope.report import visible
 
     out = output.console()
-    here = page.layer, page.feature
-    heading = names.called(*here) if page.label is None else "Layer {}, feature {}".format(*here)
-    out.print(printable(heading), style="bold")
+    out.print(printable(names.called(page.layer, page.feature)), style="bold")
     out.print(printable(f"{page.group}, {page.model}"), style="dim")
     out.print(label_text(page.label))
     for one in page.explanations:

@@ -67,6 +67,17 @@ def labels_of_store(store: FeatureStore) -> dict[tuple[int, int], Label]:
     return {(layers[sae], feature): one for (sae, feature), one in known.items() if sae in layers} | own
 
 
+def label_of(
+    layer: int, feature: int, *, scope: Scope | None = None, store: FeatureStore | None = None
+) -> Label | None:
+    """The label of one feature: the store's own, else that which lies beside the SAEs; None where there is neither."""
+    own = None if store is None else Notes(store).label(layer, feature)
+    if own is not None:
+        return own
+    found = None if scope is None else labels_of(scope)(layer, feature)
+    return found if found is not None or store is None else labels_of_store(store).get((layer, feature))
+
+
 def names_of_store(store: FeatureStore) -> Callable[[int, int], str]:
     """What features of a store are called; see `labels_of_store`."""
     known = labels_of_store(store)
@@ -97,8 +108,10 @@ def said(label: Label | None) -> str:
 
 
 def beside(source: str) -> Path | None:
-    """The file of labels in a folder of SAEs, where that is on this disk and has one."""
+    """The file of labels in a folder of SAEs or beside the file of one, where that is on this disk and has one."""
     listed = catalog.lookup(source)
     folder = Path(source) if listed is None else listed.folder
+    if folder is not None and folder.is_file():
+        folder = folder.parent
     file = None if folder is None else folder / BESIDE
     return file if file is not None and file.is_file() else None

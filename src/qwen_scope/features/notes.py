@@ -10,11 +10,12 @@ import os
 import re
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from datetime import UTC, datetime
 from functools import lru_cache
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, final
 
 from qwen_scope.errors import (
@@ -274,7 +275,7 @@ def read_notes(path: Path | Remote) -> list[Note]:
     return _parsed(path, read_lines(path))
 
 
-def labels_from(path: str | os.PathLike[str]) -> dict[tuple[str, int], Label]:
+def labels_from(path: str | os.PathLike[str]) -> Mapping[tuple[str, int], Label]:
     """The labels to show of a store, or of a file that `label --export` wrote, by fingerprint of the SAE and feature.
 
     Of several of one feature the one that `Notes.label` shows.
@@ -286,8 +287,22 @@ def labels_from(path: str | os.PathLike[str]) -> dict[tuple[str, int], Label]:
     file = place / FILE if place.is_dir() else place
     if not file.is_file():
         raise NotFoundError(f"there are no labels in {path}; qwen-scope label STORE writes some, and --export a file")
+    found = file.stat()
+    if time.time_ns() - found.st_mtime_ns < SETTLED:
+        return _shown(read_notes(file))
+    return _settled_labels(file, found.st_mtime_ns, found.st_size)
+
+
+@lru_cache(maxsize=4)
+def _settled_labels(path: Path, written: int, size: int) -> Mapping[tuple[str, int], Label]:
+    """The labels to show of a file of this age and size, which every page of a feature asks for."""
+    return MappingProxyType(_shown(read_notes(path)))
+
+
+def _shown(notes: Iterable[Note]) -> dict[tuple[str, int], Label]:
+    """By fingerprint of the SAE and feature, of several labels the one to show."""
     found: dict[tuple[str, int], list[Label]] = {}
-    for note in read_notes(file):
+    for note in notes:
         if note.kind == "label":
             found.setdefault((note.fingerprint, note.feature), []).append(note.label)
     return {place: max(some, key=_worth) for place, some in found.items()}

@@ -12,6 +12,7 @@ from qwen_scope.store import FeatureStore
 from .effects import token_effects
 from .explanations import explanations_of
 from .lens import Lens, lens_effects
+from .naming import label_of
 from .neighbours import cofiring, elsewhere, similar
 from .notes import Notes
 from .page import FeaturePage
@@ -38,7 +39,8 @@ def feature_page(
     """Gather all about one feature.
 
     Args:
-        store: where it fires, its label and what fires with it come from here.
+        store: where it fires, its notes and what fires with it come from here, and its label, where it has one; else
+            that lies beside the SAEs.
         scope: its direction comes from here: tokens it promotes, features of like direction. With both, the store must
             have been made with the scope's SAE.
         n: how many tokens and neighbours of each kind.
@@ -80,7 +82,8 @@ def feature_page(
         found["elsewhere"] = elsewhere(layer, feature, others, scope=scope, store=store)
     group = store.layer(layer).group if store is not None else scope.saes[layer].identity.group if scope else ""
     model = store.manifest.model if store is not None else scope.name if scope else ""
-    return FeaturePage(layer, feature, group, model, **found)
+    label = label_of(layer, feature, scope=scope, store=store)
+    return FeaturePage(layer, feature, group, model, label=label, **found)
 
 
 def _from_store(
@@ -100,7 +103,6 @@ def _from_store(
         "spread": tuple(
             store.contexts(layer, feature, contexts, how="quantiles", before=before, after=after, seed=seed)
         ),
-        "label": notes.label(layer, feature),
         "explanations": explanations_of(store, layer, feature),
         "notes": tuple(note for note in notes.of(layer, feature) if note.kind != "measure"),
         "verdict": dict(verdicts[-1].body) if verdicts else None,

@@ -19,13 +19,13 @@ def interp_card(card: Card) -> dict[str, Any]:
     or `none`; it is left out where none was looked at.
 
     Raises:
-        InputError: the feature has no label, which the schema asks for.
+        InputError: the feature has no label in the store, which the schema asks for.
     """
     page = card.page
     made = [note for note in page.notes if note.kind == "label" and note.label == page.label]
     if page.label is None or not made:
         raise InputError(
-            f"layer {page.layer}, feature {page.feature} has no label, and an interpretation card needs one:"
+            f"layer {page.layer}, feature {page.feature} has no label in the store, and an interpretation card needs one:"
             f" qwen-scope label STORE --features {page.layer}/{page.feature}"
         )
     out: dict[str, Any] = {
