@@ -25,8 +25,8 @@ def interp_card(card: Card) -> dict[str, Any]:
     made = [note for note in page.notes if note.kind == "label" and note.label == page.label]
     if page.label is None or not made:
         raise InputError(
-            f"layer {page.layer}, feature {page.feature} has no label in the store, and an interpretation card needs one:"
-            f" qwen-scope label STORE --features {page.layer}/{page.feature}"
+            f"layer {page.layer}, feature {page.feature} has no label in the store, and an interpretation card needs"
+            f" one: qwen-scope label STORE --features {page.layer}/{page.feature}"
         )
     out: dict[str, Any] = {
         "schema_version": VERSION,
