@@ -83,6 +83,15 @@ def tabs(page: Page, scheme: str, german: dict) -> None:
     expect(page.locator("#steer-candidates table")).to_be_visible()
     take(page, "steer", scheme)
 
+    tab("Chat")
+    for turns, (message, on) in enumerate((("Wo ist der Bahnhof?", True), ("Thanks!", False)), 1):
+        page.locator("#chat-on input").set_checked(on)
+        page.locator("#chat-message textarea").fill(message)
+        page.locator("#chat-send").click()
+        expect(page.locator("#chat-talk article")).to_have_count(2 * turns)
+        expect(page.locator("#chat-talk .qs-act").first).to_be_visible()
+    take(page, "chat", scheme)
+
     page.goto(f"{page.url.split('?')[0]}?layer={german['layer']}&feature={german['feature']}")
     expect(page.locator("#feature-contexts li").first).to_be_visible()
     take(page, "feature", scheme)

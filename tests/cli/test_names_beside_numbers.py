@@ -8,7 +8,9 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Iterator
+from html import escape
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lab_store
@@ -16,7 +18,10 @@ import pytest
 from typed import COMMANDS, LEAVES
 
 from qwen_scope.cli import main, names
+from qwen_scope.cli.evaluate import show_moves
+from qwen_scope.cli.validate import print_verdict
 from qwen_scope.features import names_of, names_of_saes
+from qwen_scope.lab import documents
 from qwen_scope.report import Table
 
 CHOSEN = "4/283"
@@ -53,10 +58,12 @@ NONE = {
     "store merge", "train", "score", "synthesize", "export", "posttrain sft", "posttrain eval", "posttrain rl",
     "classify distil", "analyze redundancy", "analyze overlap", "analyze subset",
 }  # fmt: skip
+# Those whose output has another form, which have tests of their own below.
+OTHERS = {"eval", "validate", "classify fit", "classify predict", "posttrain prepare"}
 # Those whose tables have columns of names themselves, or pass through the same functions after minutes of work.
 OWN = {
-    "label", "analyze clusters", "analyze drift", "classify fit", "classify predict", "classify transfer", "demo",
-    "eval", "validate", "lab card", "posttrain prepare", "posttrain repetition", "explore", "serve",
+    "label", "analyze clusters", "analyze drift", "classify transfer", "demo", "lab card", "posttrain repetition",
+    "explore", "serve",
 }  # fmt: skip
 
 
@@ -71,7 +78,12 @@ def argv(line: str, tmp_path: Path, called: names.Names) -> list[str]:
     german.write_text("Wo ist der Markt?\nWie geht es dir?\nIch bin sehr klug.\n", encoding="utf-8")
     others.write_text("Where is the market?\nHow are you?\nI am very clever.\n", encoding="utf-8")
     feature = next(str(f) for f in range(2048) if called(2, f))
-    known = {"STORE": str(lab_store.folder()), "PROMPTS": str(german), "OTHERS": str(others), "2/NAMED": f"2/{feature}"}
+    known = {
+        "STORE": str(lab_store.folder()),
+        "PROMPTS": str(german),
+        "OTHERS": str(others),
+        "2/NAMED": f"2/{feature}",
+    }
     return [known.get(word, word) for word in shlex.split(line)]
 
 
@@ -120,9 +132,77 @@ def test_a_name_stands_beside_every_number(line: str, tmp_path: Path, called, ca
         assert called(4, 283) in text
 
 
+def test_what_takes_minutes_prints_its_features_with_names(capsys, monkeypatch) -> None:
+    """Features that move on another checkpoint (`eval --post`) or on unrelated text (`validate`)."""
+    monkeypatch.setenv("COLUMNS", "300")
+    figures = dict.fromkeys(("rate_base", "rate_post", "mean_base", "mean_post", "q_rate", "q_mean"), 0.5)
+    moves = {"moved": 1, "tested": 2, "features": [{"feature": 8, **figures}]}
+    fits = {"layers.5.resid_post": {"moves": moves}}
+    other = SimpleNamespace(layer=5, feature=8, before=0, after=1)
+    side = SimpleNamespace(kl=0, kl_of_direction=0, loss=0, moved=[other])
+    verdict: Any = SimpleNamespace(outcome="causal", reasons=(), conditions=(), shuffled=(), side=side)
+    with names.fresh():
+        names.know(lambda layer, feature: "eight" if (layer, feature) == (5, 8) else "")
+        show_moves(fits)
+        moved = capsys.readouterr().out
+        print_verdict(verdict)
+        tested = capsys.readouterr().out
+        assert names.within(fits)["layers.5.resid_post"]["moves"]["features"][0]["name"] == "eight"
+    assert "eight" in next(line for line in moved.splitlines() if "layers.5.resid_post" in line)
+    assert "eight" in tested
+
+
+def test_a_classifier_says_what_its_features_are_called(tmp_path: Path, called, capsys, monkeypatch) -> None:
+    monkeypatch.setenv("COLUMNS", "300")
+    codes = ("de", "en", "fr", "es")
+    rows = [{"text": one.text, "language": one.language} for one in documents(n=40, seed=3, languages=codes)]
+    table, rule, judged = tmp_path / "table.jsonl", tmp_path / "rule.json", tmp_path / "judged.json"
+    table.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    fit = ["classify", "fit", str(table), "--label", "language=de", "--layers", "4", "--top", "60"]
+    assert main([*fit, "--rule", str(rule), "--out", str(judged), "--json"]) == 0, capsys.readouterr().err
+    found = json.loads(capsys.readouterr().out)["rule"]["features"]
+    assert any(called(4, one["feature"]) for one in found), "the rule has a feature with a name"
+    for one in found:
+        assert one.get("name", "") == called(4, one["feature"])
+    because = "".join(row["de_because"] or "" for row in json.loads(judged.read_text(encoding="utf-8")))
+    assert any(f"4/{one['feature']} {one['name']} on " in because for one in found if "name" in one)
+    assert main([*fit, "--out", str(tmp_path / "report")]) == 0
+    printed, page = capsys.readouterr().out, (tmp_path / "report" / "report.html").read_text(encoding="utf-8")
+    for one in found:
+        assert one.get("name", "") in printed
+        assert escape(one.get("name", "")) in page
+
+    out = tmp_path / "answers.jsonl"
+    assert main(["classify", "predict", str(rule), str(table), "--out", str(out)]) == 0
+    assert main(["classify", "predict", str(rule), str(table)]) == 0
+    written, told = out.read_text(encoding="utf-8").splitlines(), capsys.readouterr().out.splitlines()
+    assert list(map(json.loads, written)) == list(map(json.loads, told))
+    evidence = [one for line in told for one in json.loads(line)["because"]]
+    assert any("name" in one for one in evidence)
+    for one in evidence:
+        assert one.get("name", "") == called(4, one["feature"])
+
+
+def test_an_alpha_table_is_shown_with_names(tmp_path: Path, called, capsys, monkeypatch) -> None:
+    monkeypatch.setenv("COLUMNS", "300")
+    pytest.importorskip("trl")
+    table = tmp_path / "groups.jsonl"
+    rows = [{"text": one.text, "group": one.language} for one in documents(n=12, seed=3, languages=("de", "en"))]
+    table.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    line = ["posttrain", "prepare", str(table), "--target", "de", "--layers", "4", "--features", "60"]
+    assert main([*line, "-o", str(tmp_path / "a.json"), "--json"]) == 0, capsys.readouterr().err
+    (layer,) = json.loads(capsys.readouterr().out)["layers"]
+    said = [called(4, feature) for feature in layer["features"]]
+    assert any(said)
+    assert layer["names"] == [one or None for one in said]
+    assert main([*line, "-o", str(tmp_path / "b.json")]) == 0
+    printed = capsys.readouterr().out
+    assert all(one in printed for one in said)
+
+
 def test_every_command_is_named_here() -> None:
-    assert LINES.keys() | NONE | OWN == set(LEAVES), "say of a new command whether it prints features"
-    assert not LINES.keys() & (NONE | OWN)
+    assert LINES.keys() | NONE | OTHERS | OWN == set(LEAVES), "say of a new command whether it prints features"
+    assert not LINES.keys() & (NONE | OTHERS | OWN)
     assert all(path in COMMANDS for path in LINES)
 
 

@@ -16,7 +16,7 @@ import torch
 from qwen_scope import load_sae, load_scope
 from qwen_scope.cli import main
 from qwen_scope.errors import InputError, QwenScopeWarning
-from qwen_scope.model import measure_counted
+from qwen_scope.model import blocks, measure_counted
 from qwen_scope.sae import save_sae
 from qwen_scope.scope import Scope
 from qwen_scope.steer.calibrate import SAMPLE, SAMPLE_NAME
@@ -40,12 +40,32 @@ def test_it_is_measured_once_on_the_built_in_sample(monkeypatch: pytest.MonkeyPa
     counted = scope.counted[0]
     rows = [scope.tokenize([text], truncate=True).input_ids for text in SAMPLE]
     again = measure_counted(scope.model, scope.tokenizer, rows, sample=SAMPLE_NAME)
-    assert counted == again
+    assert replace(counted, norms=again.norms) == again
+    assert counted.norms.keys() == again.norms.keys()
+    for point, norm in again.norms.items():  # padding changes nothing but the last bits
+        assert (norm is None and counted.norms[point] is None) or counted.norms[point] == pytest.approx(norm, rel=1e-5)
     assert list(counted.norms) == [f"layers.{layer}.resid_post" for layer in range(scope.n_layers)]
     assert counted.first == 1
     assert counted.special == frozenset(scope.tokenizer.all_special_ids)
     monkeypatch.setattr(scope.model, "forward", None)
     assert scope.counted[2] is counted, "one measurement serves every layer"
+
+
+def test_thresholds_norms_and_features_are_measured_in_one_pass(tmp_path: Path) -> None:
+    """The first steered token waits for it."""
+    scope = opened()
+    read: list[int] = []
+    blocks(scope.model)[0].register_forward_pre_hook(lambda *_: read.append(1))
+    assert scope.stats[2].feature_max is not None
+    assert len(read) == 1
+    assert scope.stats[0].tokens
+    assert scope.stats[1].norm_median > 0
+    assert len(read) == 1, "thresholds need every layer, so every layer has been read"
+    again: list[int] = []
+    other = opened(carrying(tmp_path, replace(scope.counted[0], sample="a corpus")))
+    blocks(other.model)[0].register_forward_pre_hook(lambda *_: again.append(1))
+    assert other.stats[2].feature_max is not None
+    assert len(again) == 1, "carried thresholds are checked on the same pass"
 
 
 def test_what_the_saes_carry_comes_before_a_measurement(tmp_path: Path) -> None:

@@ -196,7 +196,7 @@ def write_report(title: str, result: Result, out: Path) -> None:
     from qwen_scope.files import write_whole
     from qwen_scope.report import figure_page, file_of, save_png
 
-    shown = [(t.title, t.columns, t.rows) for t in result.tables]
+    shown = [(t.title, *names.beside(t.columns, t.rows)) for t in result.tables]
     notes = (*([result.verdict] if result.verdict else []), *result.notes)
     earlier = (out / "report.html").is_file()
     with ExitStack() as stack:

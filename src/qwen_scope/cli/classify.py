@@ -16,7 +16,7 @@ from qwen_scope.errors import InputError, MismatchError
 from qwen_scope.scope import ScopeOptions
 from qwen_scope.text import CorpusOptions
 
-from . import labelled, options, output, tables, transfer
+from . import labelled, names, options, output, tables, transfer
 from .analyze import show_result
 from .commands import App
 from .groups import LINES, OPTIONS, grouped
@@ -161,7 +161,7 @@ def predict(
         else:
             with write_whole(out) as part, part.open("w", encoding="utf-8", newline="") as file:
                 for _, line in lines:
-                    file.write(json.dumps(line, ensure_ascii=False) + "\n")
+                    file.write(json.dumps(names.within(line), ensure_ascii=False) + "\n")
 
 
 def load_classifier(path: Path) -> Rule | Student:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from qwen_scope.errors import InputError
 
-from . import options
+from . import names, options
 
 if TYPE_CHECKING:
     from qwen_scope.report import Table
@@ -67,12 +67,17 @@ def added(rows: Iterable[tuple[Document, Mapping[str, Any]]], name: str, reading
     for document, said in rows:
         more = {"predicted": said["label"], "score": said["score"]}
         if "because" in said:
-            more["because"] = "; ".join(
-                f"{one['layer']}/{one['feature']} on {one['token']!r}" for one in said["because"]
-            )
+            more["because"] = "; ".join(map(because, said["because"]))
         mine = {f"{name}_{key}": value for key, value in more.items()}
         row = row_of(document, reading)
         if taken := row.keys() & mine.keys():
             raise InputError(f"the rows have a column {min(taken)!r} already; rename it, or the rule with --name")
         out.append({**row, **mine})
     return Table.of(f"Rows with {name}", out)
+
+
+def because(evidence: Mapping[str, Any]) -> str:
+    """A feature, by its name too where it has one, and the token it fired on."""
+    layer, feature = evidence["layer"], evidence["feature"]
+    called = names.name(layer, feature)
+    return f"{layer}/{feature}{f' {called}' if called else ''} on {evidence['token']!r}"

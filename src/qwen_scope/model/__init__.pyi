@@ -2,6 +2,9 @@ from .adapter import base_of as base_of
 from .adapter import is_adapter as is_adapter
 from .counted import counted_of as counted_of
 from .counted import measure_counted as measure_counted
+from .counted import points_of_thresholds as points_of_thresholds
+from .counted import too_few as too_few
+from .counted import with_thresholds as with_thresholds
 from .families import block_path as block_path
 from .families import blocks as blocks
 from .families import context_length as context_length
@@ -24,6 +27,7 @@ from .hooks import positions_from_mask as positions_from_mask
 from .hooks import reading as reading
 from .hooks import token_positions as token_positions
 from .layer_stats import LayerStats as LayerStats
+from .layer_stats import norms_of as norms_of
 from .layer_stats import residual_norms as residual_norms
 from .load import LoadedModel as LoadedModel
 from .load import default_device as default_device

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -22,6 +22,9 @@ from .hooks import capture
 
 SAMPLE_TOKENS = 6000
 """Enough for steady thresholds on real models; a second or two on a small one."""
+
+Read = tuple[Tensor, Tensor | None, Mapping[HookPoint, Tensor]]
+"""A batch as a model reads it: token ids and mask, and the residuals by hook point."""
 
 PASS_TOKENS = 1024  # per forward pass: the residuals of every layer are held together
 
@@ -55,30 +58,61 @@ def measure_counted(
     taken = list(_taken(rows, tokens))
     if not taken:
         raise InputError("there are no tokens to measure thresholds for sinks on")
-    ids = torch.cat([row.flatten() for row in taken])
-    if int(sum(counted.at(row).sum() for row in taken)) < LEAST:
-        warnings.warn(
-            f"sinks at later places are not left out: {sample or 'the sample'} has only {len(ids)} tokens, and"
-            f" thresholds need {LEAST} ordinary ones",
-            QwenScopeWarning,
-            2,
-        )
+    if too_few(counted, [(row, None) for row in taken], sample):
         return counted
-    # Those that were asked for come first, so that an error names one of them.
-    asked = dict.fromkeys([*(hook_points or ()), *(HookPoint(layer) for layer in range(n_layers(model)))])
-    sizes: dict[HookPoint, list[np.ndarray]] = {point: [] for point in asked}
-    for row in taken:
-        for point, h in capture(model, row, sizes).items():
-            norms = torch.linalg.vector_norm(h, dim=-1, dtype=torch.float32)
-            sizes[point].append(norms.flatten().cpu().numpy())
+    points = points_of_thresholds(model, hook_points)
+    return with_thresholds(counted, ((row, None, capture(model, row, points)) for row in taken), points, sample)
+
+
+def too_few(counted: Counted, batches: Iterable[tuple[Tensor, Tensor | None]], sample: str) -> bool:
+    """Whether token ids, `(batch, seq)` with their masks, hold too few ordinary tokens for thresholds; said in a
+    warning."""
+    there = [
+        (ids, counted.at(ids, mask=mask), ids.numel() if mask is None else int(mask.sum())) for ids, mask in batches
+    ]
+    if sum(int(ordinary.sum()) for _, ordinary, _ in there) >= LEAST:
+        return False
+    warnings.warn(
+        f"sinks at later places are not left out: {sample or 'the sample'} has only {sum(n for _, n in there)} tokens,"
+        f" and thresholds need {LEAST} ordinary ones",
+        QwenScopeWarning,
+        3,
+    )
+    return True
+
+
+def points_of_thresholds(model: nn.Module, hook_points: Iterable[HookPoint] | None = None) -> list[HookPoint]:
+    """Where norms are needed for thresholds: those asked for, first so that an error names one of them, and the
+    residual after every layer."""
+    return list(dict.fromkeys([*(hook_points or ()), *(HookPoint(layer) for layer in range(n_layers(model)))]))
+
+
+def with_thresholds(counted: Counted, read: Iterable[Read], points: Sequence[HookPoint], sample: str) -> Counted:
+    """The same with thresholds for sinks, measured on what `points_of_thresholds` gave on some batches.
+
+    Args:
+        read: of each batch the token ids and the mask, `(batch, seq)` each or None, and the residuals by hook point.
+
+    Raises:
+        FormatError: a residual is NaN.
+    """
+    sizes: dict[HookPoint, list[np.ndarray]] = {point: [] for point in points}
+    ids, positions = [], []
+    for row, mask, found in read:
+        real = torch.ones_like(row, dtype=torch.bool) if mask is None else mask.cpu().bool()
+        ids.append(row.cpu()[real].numpy())
+        positions.append((real.long().cumsum(-1) - 1)[real].numpy())
+        for point in points:
+            norms = torch.linalg.vector_norm(found[point], dim=-1, dtype=torch.float32).cpu()
+            sizes[point].append(norms[real].numpy())
     norms = {point: np.concatenate(parts) for point, parts in sizes.items()}
-    positions = np.concatenate([np.tile(np.arange(row.shape[1]), len(row)) for row in taken])
-    said = f"the first {len(ids):,} tokens of {sample}" if sample else f"{len(ids):,} tokens"
+    tokens, places = np.concatenate(ids), np.concatenate(positions)
+    said = f"the first {len(tokens):,} tokens of {sample}" if sample else f"{len(tokens):,} tokens"
     # What a block adds is large where it writes a sink, and not at the next block: no neighbour can confirm it.
     alone = [{point: norms.pop(point)} for point in list(norms) if point.stream != "resid_post"]
-    found = [counted.measure(some, positions, ids=ids.numpy(), sample=said) for some in (norms, *alone)]
+    found = [counted.measure(some, places, ids=tokens, sample=said) for some in (norms, *alone)]
     limits = {at: norm for one in found for at, norm in one.norms.items()}
-    return replace(found[0], norms={str(point): limits[str(point)] for point in sorted(asked)})
+    return replace(found[0], norms={str(point): limits[str(point)] for point in sorted(points)})
 
 
 def counted_of(saes: Iterable[SAE]) -> Counted | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from qwen_scope.errors import FormatError, InputError
+from qwen_scope.model.counted import Read
 from qwen_scope.model.hookpoint import HookPoint
 from qwen_scope.model.hooks import capture
 from qwen_scope.text import Counted
@@ -118,12 +119,29 @@ def residual_norms(
         NotFoundError: a hook point names a layer the model does not have.
         FormatError: a residual is not finite.
     """
-    points, which = list(dict.fromkeys(hook_points)), counted or Counted.everything()
+    points = list(dict.fromkeys(hook_points))
+    read = ((ids, mask, capture(model, ids, points, mask)) for ids, mask in batches)
+    return norms_of(read, points, sample=sample, counted=counted)
+
+
+def norms_of(
+    read: Iterable[Read], points: Sequence[HookPoint], *, sample: str, counted: Counted | None = None
+) -> dict[HookPoint, LayerStats]:
+    """The same of residuals that have been read already.
+
+    Args:
+        read: of each batch the token ids and the mask, `(batch, seq)` each or None, and the residuals by hook point.
+
+    Raises:
+        InputError, FormatError: as `residual_norms`.
+    """
+    which = counted or Counted.everything()
     norms: dict[HookPoint, list[np.ndarray]] = {point: [] for point in points}
     documents = 0
-    for input_ids, attention_mask in batches:
+    for input_ids, attention_mask, found in read:
         documents += len(input_ids)
-        for point, h in capture(model, input_ids, points, attention_mask).items():
+        for point in points:
+            h = found[point]
             size = torch.linalg.vector_norm(h.float(), dim=-1).cpu()
             real = torch.ones_like(size, dtype=torch.bool) if attention_mask is None else attention_mask.cpu().bool()
             if not bool(size[real].isfinite().all()):

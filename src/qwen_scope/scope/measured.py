@@ -5,10 +5,11 @@ from __future__ import annotations
 import threading
 import warnings
 from collections.abc import Iterable, Mapping
+from functools import cached_property
 
 from qwen_scope.errors import QwenScopeWarning
 from qwen_scope.model import HookPoint, LayerStats, LoadedModel, counted_of
-from qwen_scope.steer import calibrate, counted_on_sample, norms_on_sample
+from qwen_scope.steer import Sample
 from qwen_scope.text import Counted
 
 from .saes import SAEs
@@ -33,6 +34,11 @@ class ScopeCounted:
         self._checked: set[HookPoint] = set()  # whose carried threshold was held against a sample
         self._said: set[str] = set()
         self._lock = threading.Lock()
+
+    @cached_property
+    def sample(self) -> Sample:
+        """The built-in texts, whose residuals all figures of the scope share."""
+        return Sample(self._loaded.model, self._loaded.tokenizer)
 
     def __getitem__(self, layer: int) -> Counted:
         with self._lock:
@@ -72,7 +78,7 @@ class ScopeCounted:
         point = self._point(layer)
         if self._measured is None or (self._measured.norms and str(point) not in self._measured.norms):
             points = {point, *(HookPoint.parse(name) for name in (self._measured.norms if self._measured else ()))}
-            self._measured = counted_on_sample(self._loaded.model, self._loaded.tokenizer, sorted(points))
+            self._measured = self.sample.counted(sorted(points))
         return self._measured
 
     def _point(self, layer: int) -> HookPoint:
@@ -92,7 +98,7 @@ class ScopeCounted:
         if not asked:
             return
         self._checked.update(asked)
-        for point, found in norms_on_sample(self._loaded.model, self._loaded.tokenizer, asked).items():
+        for point, found in self.sample.norms(asked).items():
             norm, median = carried[point], found.norm_median
             edge = median * max(2.0, (found.norm_quantiles[0.95] / median) ** 4) if median else 0.0
             if norm is not None and not median <= norm <= _FAR * edge:
@@ -127,8 +133,8 @@ class ScopeStats:
     Measured over the tokens that count of the built-in sample of texts, unless `set` brings figures of a better one.
     """
 
-    def __init__(self, loaded: LoadedModel, saes: SAEs, counted: ScopeCounted) -> None:
-        self._loaded, self._saes, self._counted = loaded, saes, counted
+    def __init__(self, saes: SAEs, counted: ScopeCounted) -> None:
+        self._saes, self._counted = saes, counted
         self._given: dict[int, LayerStats] = {}
         self._held: dict[int, tuple[Counted, LayerStats]] = {}
         self._lock = threading.Lock()
@@ -141,8 +147,7 @@ class ScopeStats:
             counted = self._counted[layer]
             if layer not in self._held or self._held[layer][0] != counted:
                 self._counted.check_sample([layer])
-                stats = calibrate(self._loaded.model, self._loaded.tokenizer, layer, sae, counted=counted)
-                self._held[layer] = counted, stats
+                self._held[layer] = counted, self._counted.sample.sizes(layer, sae, counted)
             return self._held[layer][1]
 
     def set(self, stats: LayerStats) -> None:

@@ -64,7 +64,7 @@ class Scope:
         self.loaded, self.saes = loaded, saes
         self.model, self.tokenizer, self.name = loaded.model, loaded.tokenizer, loaded.name
         self.counted = ScopeCounted(loaded, saes, counted)
-        self.stats = ScopeStats(loaded, saes, self.counted)
+        self.stats = ScopeStats(saes, self.counted)
         self.d_model, self.n_layers = d_model(self.model), n_layers(self.model)
         if saes.d_model != self.d_model:
             raise MismatchError(f"the SAEs are for {saes.d_model} dimensions, {self.name} has {self.d_model}")

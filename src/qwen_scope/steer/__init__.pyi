@@ -3,9 +3,8 @@ from .ablated import check_ablated as check_ablated
 from .activation import activations as activations
 from .activation import activations_reference as activations_reference
 from .calibrate import SAMPLE as SAMPLE
+from .calibrate import Sample as Sample
 from .calibrate import calibrate as calibrate
-from .calibrate import counted_on_sample as counted_on_sample
-from .calibrate import norms_on_sample as norms_on_sample
 from .change import Change as Change
 from .change import change_reference as change_reference
 from .change import changed as changed
