@@ -149,7 +149,7 @@ class AppState:
     @cached_property
     def presets(self) -> dict[str, dict[str, Any]]:
         """By name the fields of an intervention that works at once."""
-        return presets_of(self.known)
+        return presets_of(self.scope)
 
     @cached_property
     def chats(self) -> list[tuple[str, str]]:

@@ -9,8 +9,15 @@ from typing import Any
 from qwen_scope.sae import catalog, layers_of, load_sae
 from qwen_scope.scope import Scope, model_source
 
-AMOUNTS = {"de": ("German", 0.49)}
-"""By factor its name and the amount that a sweep with the page's own settings proposes, in typical residuals."""
+PRESETS = {
+    "German": ("de", 5, 678, 0.49),
+    "Russian": ("ru", 4, 750, 0.4),
+    "Spanish": ("es", 3, 348, 0.4),
+    "Arabic": ("ar", 5, 1530, 0.4),
+}
+"""By name the language, the layer, the feature, and the amount that a sweep with the page's own settings proposes, in
+typical residuals. Of the features that fire most on a language alone, these are the ones that at this amount turn most
+texts into it, those of the first click among them; French, Japanese, Chinese, Korean and English have none."""
 
 USUAL = 0.3
 """An amount to begin with where none was measured, in typical residuals."""
@@ -35,13 +42,15 @@ def of_the_lab(scope: Scope, layer: int) -> bool:
     )
 
 
-def presets_of(known: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Interventions that work at once, by their name."""
-    by_factor = {one["factor"]: one for one in known}
+def presets_of(scope: Scope) -> dict[str, dict[str, Any]]:
+    """Interventions that work at once, by their name; none of another model or SAE than the lab's."""
+    if scope.name != model_source("lab"):
+        return {}
+    ours = {layer for layer in scope.layers if of_the_lab(scope, layer)}
     return {
-        name: intervention(by_factor[factor]["layer"], by_factor[factor]["feature"], amount)
-        for factor, (name, amount) in AMOUNTS.items()
-        if factor in by_factor
+        name: intervention(layer, feature, amount)
+        for name, (_, layer, feature, amount) in PRESETS.items()
+        if layer in ours
     }
 
 

@@ -68,9 +68,10 @@ def too_few(counted: Counted, batches: Iterable[tuple[Tensor, Tensor | None]], s
     """Whether token ids, `(batch, seq)` with their masks, hold too few ordinary tokens for thresholds; said in a
     warning."""
     there = [
-        (ids, counted.at(ids, mask=mask), ids.numel() if mask is None else int(mask.sum())) for ids, mask in batches
+        (int(counted.at(ids, mask=mask).sum()), ids.numel() if mask is None else int(mask.sum()))
+        for ids, mask in batches
     ]
-    if sum(int(ordinary.sum()) for _, ordinary, _ in there) >= LEAST:
+    if sum(ordinary for ordinary, _ in there) >= LEAST:
         return False
     warnings.warn(
         f"sinks at later places are not left out: {sample or 'the sample'} has only {sum(n for _, n in there)} tokens,"
