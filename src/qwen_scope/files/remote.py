@@ -25,6 +25,12 @@ CREDENTIALS = {
     "hf": "HF_TOKEN",
 }
 
+# How a bucket on S3 is asked for the first time: its client would try an address that nobody answers at for half a
+# minute. Once it has answered, the client's own patience holds.
+FIRST_ASKED = {"retries": {"total_max_attempts": 2}, "connect_timeout": 3}
+ANSWERED: set[tuple[str | None, str]] = set()
+"""Endpoints and buckets that have."""
+
 # Where a folder is no more than the beginning of names.
 BUCKETS = ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "adl", "oci", "oss", "r2", "hf", "memory")
 
@@ -136,7 +142,13 @@ class Remote:
         from fsspec.core import url_to_fs
 
         with answering(self):
-            return url_to_fs(self.uri)
+            filesystem, key = url_to_fs(self.uri)
+            if self.protocol in ("s3", "s3a"):
+                asked = (filesystem.endpoint_url, self.path.parts[0])
+                if asked not in ANSWERED:
+                    knock(filesystem, asked[1])
+                    ANSWERED.add(asked)
+            return filesystem, key
 
     def exists(self) -> bool:
         """Whether anything is there; raises as `answering`."""
@@ -273,6 +285,20 @@ class Remote:
             with write_whole(copy) as part, self.open() as source, part.open("wb") as out:
                 shutil.copyfileobj(source, out, 2**22)
         return copy
+
+
+def knock(filesystem: Any, bucket: str) -> None:
+    """Raise what botocore does where nobody answers for a bucket, after two tries; any answer will do."""
+    from botocore.exceptions import ConnectionError as Unreachable
+
+    own = {**(filesystem.config_kwargs or {}), **FIRST_ASKED}
+    impatient = type(filesystem)(**{**filesystem.storage_options, "config_kwargs": own})
+    try:
+        impatient.info(bucket)
+    except Unreachable:
+        raise
+    except Exception:  # a refusal is an answer, and told by whoever asks for more
+        return
 
 
 @contextmanager
