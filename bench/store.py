@@ -25,13 +25,14 @@ import numpy as np
 import pyarrow as pa
 
 from qwen_scope.store import FeatureStore, LayerInfo, LayerRows, StoreWriter, Window
+from qwen_scope.store.index import SPILL_BYTES
 from qwen_scope.store.layout import TABLES, WORK
 
 D_SAE, K, WINDOW, VOCABULARY = 32768, 50, 2**15, 50_000
 INFO = LayerInfo(14, "layers.14.resid_post", "made-up", "0" * 64, D_SAE, K, "topk")
 STEPS = ("write", "index", "ask")
-STORE_BYTES, SPILL_BYTES = 11, 14
-"""What an activation takes on the disk in the end, and while they are sorted beside that."""
+STORE_BYTES = 11
+"""What an activation takes on the disk in the end; `SPILL_BYTES` are beside that while they are sorted."""
 INDEX_SECONDS, INDEX_BYTES, CONTEXTS_MS = 1800, 8e9, 100
 """Goals: for the sort and the statistics of a billion, and for the 20 strongest contexts of a feature."""
 
