@@ -289,6 +289,7 @@ class Remote:
 
 def knock(filesystem: Any, bucket: str) -> None:
     """Raise what botocore does where nobody answers for a bucket, after two tries; any answer will do."""
+    from botocore.exceptions import BotoCoreError
     from botocore.exceptions import ConnectionError as Unreachable
 
     own = {**(filesystem.config_kwargs or {}), **FIRST_ASKED}
@@ -297,7 +298,7 @@ def knock(filesystem: Any, bucket: str) -> None:
         impatient.info(bucket)
     except Unreachable:
         raise
-    except Exception:  # a refusal is an answer, and told by whoever asks for more
+    except (OSError, BotoCoreError):  # a refusal is an answer, and told by whoever asks for more
         return
 
 
