@@ -111,6 +111,10 @@ def test_languages_are_told_by_letters_and_common_words() -> None:
     assert language_of("これは日本語の文です") == "Japanese"
     assert language_of("Это не так, как вы думаете") == "Cyrillic"
     assert language_of("le chat est sur la table et il dort") == "French"
+    assert (
+        language_of("La paz de la región, en el árbol de la ciudad de París") == "Spanish"
+    )  # "la" and "de" tell nothing
+    assert language_of("A estrutura da cidade é grande e não tem muitas casas") == "Portuguese"
     assert language_of("xyz qqq") == ""
     assert language_of("12 + 7 = 19") == ""
 

@@ -8,28 +8,46 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
 
 LANGUAGE, AFTER, NEXT = " in {} text", "after ", "; makes likely "
 TYPICAL = "typical tokens: "
 UNCLEAR = f"unclear; {TYPICAL}"
-FEWEST_LETTERS, CLEARLY = 8, 2
+FEWEST_LETTERS, CLEARLY, APART = 8, 1.5, 0.5
 
-# The commonest words that hardly stand in another of these languages.
+# The commonest words: a word counts as one divided by the languages here that use it.
 WORDS = {
-    "English": "the of and to is that it was for you with this are be have not what from they but",
-    "German": "der die das und ist nicht ein eine ich sie wir mit auf für den dem zu wie auch es",
-    "French": "le la les des et est une pas que vous nous dans pour qui sur ce il elle du au",
-    "Spanish": "el los las y es una que no por con para como pero su lo del está muy usted al",
-    "Italian": "il che di è non per una sono gli della come ma anche più questo nel si le con lo",
-    "Portuguese": "o os as e não uma que do da em para com por mas como você são ao na se",
-    "Dutch": "de het een en van is niet dat ik je op te zijn met voor wij ook maar aan deze",
-    "Polish": "nie się na jest to że jak z do co ale tak dla czy już od być po są przez",
-    "Turkish": "bir ve bu için ne çok daha ile de da gibi ama var değil olan ben sen mi her en",
-    "Vietnamese": "và là của không có được cho một này các với những người trong tôi đã khi từ ở đó",
+    "English": "the of and to is that it was for you with this are be have not what from they but"
+    " in a as on by or at an were which he his has had their",
+    "German": "der die das und ist nicht ein eine ich sie wir mit auf für den dem zu wie auch es"
+    " von im am an sich wird werden dass sind war bei oder als in hat aus nach einem einer",
+    "French": "le la les des et est une pas que vous nous dans pour qui sur ce il elle du au"
+    " de en se un ou cette par plus son sa ses avec aux était",
+    "Spanish": "el los las y es una que no por con para como pero su lo del está muy usted al"
+    " de la en se un más o a e fue entre este esta sus cuando",
+    "Italian": "il che di è non per una sono gli della come ma anche più questo nel si le con lo"
+    " la un in a e i se dei delle alla da",
+    "Portuguese": "o os as e não uma que do da em para com por mas como você são ao na se"
+    " de a um dos das ou mais pela pelo este no",
+    "Dutch": "de het een en van is niet dat ik je op te zijn met voor wij ook maar aan deze"
+    " in was er over naar door uit bij worden of",
+    "Polish": "nie się na jest to że jak z do co ale tak dla czy już od być po są przez w i a oraz które który",
+    "Turkish": "bir ve bu için ne çok daha ile de da gibi ama var değil olan ben sen mi her en o olarak sonra kadar",
+    "Vietnamese": "và là của không có được cho một này các với những người trong tôi đã khi từ ở đó năm ra vào",
+}
+# Letters that hardly any other of these languages has, each as much as half a word of its own.
+LETTERS = {
+    "Spanish": "ñ¿¡",
+    "German": "ßäöü",
+    "French": "çœèêàùû",
+    "Portuguese": "ãõ",
+    "Polish": "łżśćńęąź",
+    "Turkish": "şğı",
 }
 _WORDS = {language: frozenset(words.split()) for language, words in WORDS.items()}
+_USES = Counter(word for words in _WORDS.values() for word in words)
 # A language or a group of them that a script tells, by its letters.
 SCRIPTS = {
     "Japanese": r"[\u3040-\u30ff]",
@@ -136,10 +154,12 @@ def language_of(text: str) -> str:
     if latin < FEWEST_LETTERS:
         return ""
     words = re.findall(r"[^\W\d_]+", text.casefold())
-    counts = {language: sum(word in known for word in words) for language, known in _WORDS.items()}
+    counts = {language: sum(1 / _USES[word] for word in words if word in known) for language, known in _WORDS.items()}
+    for language, letters in LETTERS.items():
+        counts[language] += sum(text.casefold().count(letter) for letter in letters) / 2
     first, second = sorted(counts.values(), reverse=True)[:2]
     best = max(counts, key=lambda one: counts[one])
-    return best if first >= CLEARLY and first > second else ""
+    return best if first >= CLEARLY and first - second >= APART else ""
 
 
 def tokens_in_words(tokens: Iterable[str]) -> str:
