@@ -86,7 +86,7 @@ def rows_of(at: At[Sizes], language: str) -> list[dict[str, Any]]:
         rows = [row for row in map(json.loads, file) if row["language"] == language and row["text"].strip()]
     rng, some = np.random.default_rng(0), []
     sides = [[row for row in rows if bool(row["hateful"]) is label] for label in (True, False)]
-    n = min(at.sizes.each, *map(len, sides))
+    n = min(at.options.get("each") or at.sizes.each, *map(len, sides))
     for side in sides:
         some += [side[i] for i in np.sort(rng.permutation(len(side))[:n])]
     return some
@@ -263,7 +263,10 @@ experiment = Experiment(
         "model": {"type": Path, "required": True, "help": "the folder of the model"},
         "sae": {"type": Path, "required": True, "help": "the folder of its SAEs"},
         "data": {"type": Path, "required": True, "help": "the folder with hatecheck.jsonl.gz"},
+        "each": {"type": int, "help": "texts of a class and language that are used at most"},
+        "apart": {"metavar": "NAME", "help": "a section of its own, such as of another model"},
     },
+    variant=lambda at: at.options["apart"] or "",
 )
 
 if __name__ == "__main__":

@@ -5,9 +5,9 @@
 Features come from XQuAD's parallel paragraphs (`xquad.jsonl.gz` in `--data`), which say the same in every language: the
 language score of SASFT (mean activation on a language less the mean over the others of their means), with its interval
 over documents. One feature is added to every token, the first in its score at its layer; which layer and which amount
-is chosen on the prompts `FIT`: the largest share of answers in the language among those that keep the budget. All
-figures are of the prompts `TEST` (or those of `--prompts`), greedily continued, through the chat template where the
-model has one:
+is chosen on the prompts `FIT`: the largest share of answers in the language among those that keep the budget, or where
+none does, among all, and then the language counts as not reached. All figures are of the prompts `TEST` (or those of
+`--prompts`), greedily continued, through the chat template where the model has one:
 
 - unsteered; the feature; the difference of mean residuals (the language less the other languages of the same
   paragraphs) at the same layer with the same length of change; asked to ("Answer in Spanish." before the prompt);
@@ -41,7 +41,7 @@ from experiments.sections import paragraph, table
 from qwen_scope import Intervention, Scope, load_scope
 from qwen_scope.features import language_features, matched_random, of_concept, perplexity_ratio, pool_store
 from qwen_scope.features.wording import language_of
-from qwen_scope.model import HookPoint, LayerStats, changing
+from qwen_scope.model import HookPoint, changing
 from qwen_scope.scope import ExtractOptions
 from qwen_scope.stats import Interval, bootstrap, share
 from qwen_scope.steer import Decoding, generate, log_probabilities, repetition, rows_of
@@ -217,8 +217,9 @@ def chosen(at: At[Sizes], language: str, features: Mapping[str, Any]) -> tuple[l
             cost = perplexity_ratio(made.scored, asked.scored, paired=True).estimate
             fits = cost <= BUDGET and made.repeated.mean() <= asked.repeated.mean() + REPEATED
             tried.append({"layer": layer, "amount": amount, "share": made.share(language), "cost": cost, "fits": fits})
-    good = [i for i, dose in enumerate(tried) if dose["fits"] and dose["share"] > 0]
-    return tried, max(good, key=lambda i: (tried[i]["share"], -tried[i]["cost"]), default=None)
+    good = [i for i, dose in enumerate(tried) if dose["share"] > 0]
+    kept = [i for i in good if tried[i]["fits"]]
+    return tried, max(kept or good, key=lambda i: (tried[i]["share"], -tried[i]["cost"]), default=None)
 
 
 def detected(at: At[Sizes], language: str) -> Interval:
@@ -274,9 +275,7 @@ def run(at: At[Sizes], language: str) -> Mapping[str, Any]:
 def alike(at: At[Sizes], layer: int, mine: Mapping[str, Any]) -> list[int]:
     """Random features that fire about as often as the chosen one, none of the language itself."""
     scope, rates, others = scope_of(at), np.array(mine["rate"]), np.array(mine["others"])
-    stats: dict[int, LayerStats] = {
-        layer: replace(scope.stats[layer], firing_rate=((rates + others) / 2).astype(np.float32))
-    }
+    stats = {layer: replace(scope.stats[layer], firing_rate=((rates + others) / 2).astype(np.float32))}
     own = {layer: set(np.flatnonzero(of_concept(rates, others)).tolist())}
     one, out = Intervention.add(layer=scope.hook_point(layer), feature=mine["feature"], amount=1.0), []
     for i in range(at.sizes.random):
@@ -308,7 +307,9 @@ def shown(interval: Mapping[str, Any]) -> str:
 
 def reached(row: Row, way: str) -> bool:
     found = row["ways"].get(way)
-    return found is not None and found["share"]["estimate"] >= REACHED and found["cost"]["estimate"] <= BUDGET
+    if found is None or (way == "feature" and not row["tried"][row["best"]]["fits"]):
+        return False
+    return found["share"]["estimate"] >= REACHED and found["cost"]["estimate"] <= BUDGET
 
 
 def few(row: Row) -> bool:
@@ -360,7 +361,8 @@ def tell(at: At[Sizes], rows: list[Row]) -> str:
         dose = {} if row["best"] is None else row["tried"][row["best"]]
         scores = "; ".join(f"{layer}/{one['feature']} {shown(one['score'])}" for layer, one in row["scores"].items())
         beyond = shown(row["random_beyond"]) if dose else ""
-        chose = f"layer {dose['layer']}, {dose['amount']}" if dose else "none keeps the budget"
+        chose = f"layer {dose['layer']}, {dose['amount']}" if dose else "none has a share"
+        chose += "" if not dose or dose["fits"] else ", beyond the budget"
         picked.append((row["language"], scores, chose, beyond, shown(row["detected"])))
     about = "Features with their language scores, what was chosen, and random features less unsteered:"
     columns = ("language", "feature, score", "chosen", "random less unsteered", "found")
