@@ -3,10 +3,9 @@
     python -m experiments.real.repetition --model FOLDER --sae FOLDER --data FOLDER [--language en] [--write]
 
 Prompts are questions (of XQuAD, and in English of GSM8K in turn; with the chat template, where there is one) and
-openings: the first `OPENING` tokens of a paragraph of XQuAD, or of a document of `corpus/LANGUAGE.*.jsonl` where XQuAD
-has no such language. Of each kind the first half of the prompts is for finding and the second is held back. A loop is
-what `qwen_scope.posttrain.Detector` calls one: an answer that was not ended and whose last tokens are one block, at
-least four times in a row.
+openings: the first `OPENING` tokens of documents of `corpus/LANGUAGE.*.jsonl`, of each file in turn. Of each kind the
+first half of the prompts is for finding and the second is held back. A loop is what `qwen_scope.posttrain.Detector`
+calls one: an answer that was not ended and whose last tokens are one block, at least four times in a row.
 
 - T=0, T=0.7, T=1: answers of the model as it is, to all prompts;
 - features: `qwen-scope posttrain repetition`'s own finder ranks features by their effect on the token with which a turn
@@ -55,7 +54,7 @@ from qwen_scope.steer import Row as Scored
 SAMPLED = {"T=0": 0.0, "T=0.7": 0.7, "T=1": 1.0}
 STEERED = ("amplified", "amplified random", "suppressed", "suppressed random")
 KINDS = ("questions", "openings")
-FEATURES, UP, DOWN, DEARER, TRIED, MOST = 8, (0.1, 0.2, 0.35), (0.05, 0.1, 0.2), 1.5, 16, 64
+FEATURES, UP, DOWN, DEARER, TRIED, MOST = 8, (0.1, 0.2, 0.35), (0.05, 0.1, 0.2), 1.5, 8, 32
 OPENING, BATCH_TOKENS, SEED, FEWEST = 32, 24_576, 0, 5
 DETECTOR = Detector()
 Opened = TypeVar("Opened", LoadedModel, Scope)
@@ -64,10 +63,10 @@ TITLE = "Endless repetition on a real model"
 
 @dataclass(frozen=True)
 class Sizes:
-    """Prompts of each kind, and new tokens of an answer."""
+    """New tokens of an answer, and prompts of a kind at most."""
 
-    each: int = 128
-    tokens: int = 128
+    tokens: int = 112
+    most: int = 10_000
 
 
 @dataclass(frozen=True)
@@ -107,7 +106,13 @@ def rows_of(path: Path) -> list[dict[str, Any]]:
 
 
 def prompts_of(at: At[Sizes]) -> Prompts:
-    """Questions and openings, drawn once; of each kind the second half is held back."""
+    """The prompts, drawn once and kept."""
+    kept = at.kept("prompts", lambda: drawn(at))
+    return Prompts(*(tuple(kept[name]) for name in ("texts", "kinds", "held")))
+
+
+def drawn(at: At[Sizes]) -> Prompts:
+    """Questions and openings; of each kind the second half is held back."""
     data, language, rng = at.options["data"], at.options["language"], random.Random(SEED)
     tokenizer = opened(at.options["model"]).tokenizer
     read = [row for row in rows_of(data / "xquad.jsonl.gz") if row["language"] == language]
@@ -116,29 +121,36 @@ def prompts_of(at: At[Sizes]) -> Prompts:
     if language == "en":
         other = [row["question"].strip() for row in rows_of(data / "gsm8k_test.jsonl.gz")]
         asked = [one for both in zip(asked, rng.sample(other, len(other)), strict=False) for one in both]
+    asked = asked[: min(at.options["questions"], at.sizes.most)]
     if tokenizer.chat_template:
-        asked = [
-            tokenizer.apply_chat_template(
-                [{"role": "user", "content": one}], tokenize=False, add_generation_prompt=True
-            )
-            for one in asked[: at.sizes.each]
-        ]
-    texts = [row["text"].strip() for row in read] or [
-        json.loads(line)["text"].strip()
-        for path in sorted((data / "corpus").glob(f"{language}.*.jsonl"))
-        for line in path.read_text(encoding="utf-8").splitlines()
-    ]
-    begun = []
-    for text in rng.sample(texts, len(texts)):
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-        if len(ids) > 2 * OPENING and len(begun) < at.sizes.each:
-            begun.append(str(tokenizer.decode(ids[:OPENING])))
-    found = {"questions": asked[: at.sizes.each], "openings": begun}
+        chats = [[{"role": "user", "content": one}] for one in asked]
+        asked = [tokenizer.apply_chat_template(one, tokenize=False, add_generation_prompt=True) for one in chats]
+    begun = openings(at, tokenizer, min(at.options["openings"], at.sizes.most))
+    found = {"questions": asked, "openings": begun}
     return Prompts(
         tuple(text for kind in KINDS for text in found[kind]),
         tuple(kind for kind in KINDS for _ in found[kind]),
         tuple(i >= len(found[kind]) // 2 for kind in KINDS for i in range(len(found[kind]))),
     )
+
+
+def openings(at: At[Sizes], tokenizer: Any, n: int) -> list[str]:
+    """The first tokens of documents that are at least twice as long, of each file of the language in turn."""
+    files = sorted((at.options["data"] / "corpus").glob(f"{at.options['language']}.*.jsonl"))
+    if not files:
+        raise InputError(f"{at.options['data']} has no files corpus/{at.options['language']}.*.jsonl")
+    out: list[str] = []
+    for i, path in enumerate(files):
+        lines, rng = path.read_text(encoding="utf-8").splitlines(), random.Random(SEED)
+        wanted = len(range(i, n, len(files)))
+        for line in rng.sample(lines, len(lines)):
+            ids = tokenizer(json.loads(line)["text"].strip()[:2000], add_special_tokens=False)["input_ids"]
+            if wanted and len(ids) > 2 * OPENING:
+                out.append(str(tokenizer.decode(ids[:OPENING])))
+                wanted -= 1
+            if not wanted:
+                break
+    return random.Random(SEED).sample(out, len(out))
 
 
 def answers(
@@ -301,10 +313,10 @@ def tell(at: At[Sizes], rows: list[Row]) -> str:
     """The section of docs/results.md."""
     arms = {row["arm"]: row for row in rows}
     how = f"""`python -m experiments.real.repetition --model FOLDER --sae FOLDER --data FOLDER --write`:
-        {Path(at.options["model"]).name}, {at.options["language"]}; {at.sizes.each} questions and as many openings of
-        {OPENING} tokens, answers of at most {at.sizes.tokens} tokens, one a prompt, so a figure is of
-        {len(next(iter(arms.values()))["which"])} answers; loops need {DETECTOR.times} turns of at most
-        {DETECTOR.longest} tokens. Shares with Wilson's 95% intervals, differences with those over prompts."""
+        {Path(at.options["model"]).name}, {at.options["language"]}; {at.options["questions"]} questions and
+        {at.options["openings"]} openings of {OPENING} tokens, one answer of at most {at.sizes.tokens} tokens each;
+        a loop is {DETECTOR.times} turns or more of at most {DETECTOR.longest} tokens. Shares with Wilson's 95%
+        intervals, differences with those over prompts."""
     own = [
         [arm, *(share(looping(row, kind)) for kind in KINDS), share(looping(row)), f"{np.mean(row['finished']):.0%}"]
         for arm, row in arms.items()
@@ -376,16 +388,22 @@ def points(one: Interval) -> str:
 
 experiment = Experiment(
     title=TITLE,
-    varies={"arm": (*SAMPLED, *STEERED)},
+    varies={"arm": ("T=0", *STEERED, "T=0.7", "T=1")},
     run=run,
     tell=tell,
     sizes=Sizes(),
     quick={},
-    quick_sizes=Sizes(each=16, tokens=96),
+    quick_sizes=Sizes(tokens=64, most=12),
     options={
         "model": {"type": Path, "required": True, "help": "the folder of the model"},
         "sae": {"type": Path, "help": "the folder of its SAEs; not for --arms T=0,T=0.7,T=1"},
-        "data": {"type": Path, "required": True, "help": "the folder with xquad.jsonl.gz and gsm8k_test.jsonl.gz"},
+        "data": {
+            "type": Path,
+            "required": True,
+            "help": "the folder with xquad.jsonl.gz, gsm8k_test.jsonl.gz, corpus/",
+        },
+        "questions": {"type": int, "default": 24, "help": "how many of them (default: 24)"},
+        "openings": {"type": int, "default": 64, "help": "how many of them (default: 64)"},
         "language": {"default": "en", "help": "of the prompts (default: en)"},
     },
     variant=lambda at: "" if at.options["language"] == "en" else str(at.options["language"]),
