@@ -32,7 +32,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -57,7 +57,6 @@ KINDS = ("questions", "openings")
 FEATURES, UP, DOWN, DEARER, TRIED, MOST = 8, (0.1, 0.2, 0.35), (0.05, 0.1, 0.2), 1.5, 8, 32
 OPENING, BATCH_TOKENS, SEED, FEWEST = 32, 24_576, 0, 5
 DETECTOR = Detector()
-Opened = TypeVar("Opened", LoadedModel, Scope)
 TITLE = "Endless repetition on a real model"
 
 
@@ -82,33 +81,28 @@ class Prompts:
 
 
 @cache
-def opened(model: Path) -> LoadedModel:
-    return written_out(load_model(str(model), dtype="bfloat16"))
-
-
-@cache
-def scope_of(model: Path, sae: Path | None) -> Scope:
-    if sae is None:
-        raise InputError("features need --sae; without it give --arms T=0,T=0.7,T=1")
-    return written_out(load_scope(str(model), str(sae), dtype="bfloat16"))
-
-
-def written_out(found: Opened) -> Opened:
-    """The same with attention written out on a CPU."""
+def opened(model: Path, sae: Path | None = None) -> Any:
+    """The model in bfloat16, and with SAEs a scope; on a CPU with attention written out."""
+    found: Any = load_scope(str(model), str(sae), dtype="bfloat16") if sae else load_model(str(model), dtype="bfloat16")
     if next(found.model.parameters()).device.type == "cpu":
         found.model.set_attn_implementation("eager")
     return found
 
 
-def rows_of(path: Path) -> list[dict[str, Any]]:
-    with gzip.open(path, "rt", encoding="utf-8") as file:
-        return [json.loads(line) for line in file]
+def scope_of(at: At[Sizes]) -> Scope:
+    if at.options["sae"] is None:
+        raise InputError("features need --sae; without it give --arms T=0,T=0.7,T=1")
+    return opened(at.options["model"], at.options["sae"])
 
 
 def prompts_of(at: At[Sizes]) -> Prompts:
     """The prompts, drawn once and kept."""
     kept = at.kept("prompts", lambda: drawn(at))
     return Prompts(*(tuple(kept[name]) for name in ("texts", "kinds", "held")))
+
+
+def rows_of(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in gzip.decompress(path.read_bytes()).splitlines()]
 
 
 def drawn(at: At[Sizes]) -> Prompts:
@@ -162,11 +156,9 @@ def answers(
 ) -> list[dict[str, Any]]:
     """Answers as ids, whether the model ended them, and where and how they loop."""
     sampled = Decoding(at.sizes.tokens, True, temperature, 1.0, 0, 1.0, SEED) if temperature else None
-    saes = loaded.saes if isinstance(loaded, Scope) else None
-    decoding = sampled or Decoding(at.sizes.tokens)
-    found = generate(
-        loaded.model, loaded.tokenizer, prompts, interventions, saes=saes, decoding=decoding, batch_tokens=BATCH_TOKENS
-    )
+    more: dict[str, Any] = {"saes": loaded.saes} if isinstance(loaded, Scope) else {}
+    more |= {"decoding": sampled or Decoding(at.sizes.tokens), "batch_tokens": BATCH_TOKENS}
+    found = generate(loaded.model, loaded.tokenizer, prompts, interventions, **more)
     out = []
     for one in found:
         ids = [token.token_id for token in one.tokens]
@@ -201,10 +193,9 @@ def plain(at: At[Sizes]) -> list[dict[str, Any]]:
 
 def recipe(at: At[Sizes]) -> dict[str, Any]:
     """Features and amounts, found on the first half of the prompts."""
-    scope, prompts, before = scope_of(at.options["model"], at.options["sae"]), prompts_of(at), plain(at)
+    scope, prompts, before = scope_of(at), prompts_of(at), plain(at)
     first = prompts.some(held=False)
-    looping = [i for i in first if before[i]["loop"]]
-    others = [i for i in first if not before[i]["loop"]]
+    looping, others = ([i for i in first if bool(before[i]["loop"]) is side] for side in (True, False))
     known = []
     for i in looping:
         asked = scope.tokenizer(prompts.texts[i])["input_ids"]
@@ -219,11 +210,11 @@ def recipe(at: At[Sizes]) -> dict[str, Any]:
         found = answers(scope, some, at, interventions=changes(scope, drivers, amount))
         tried["up"].append([amount, float(np.mean([one["loop"] is not None for one in found]))])
     some = [prompts.texts[i] for i in looping[:TRIED]]
-    own = perplexity(judged(scope, some, [before[i] for i in looping[:TRIED]]))
+    own = loss_of(judged(scope, some, [before[i] for i in looping[:TRIED]]))
     for amount in DOWN:
         found = answers(scope, some, at, interventions=changes(scope, drivers, -amount))
         share = float(np.mean([one["loop"] is not None for one in found]))
-        tried["down"].append([amount, share, perplexity(judged(scope, some, found)) / own])
+        tried["down"].append([amount, share, float(np.exp(loss_of(judged(scope, some, found)) - own))])
     enough = [one for one in tried["up"] if one[1] >= 0.5] or [max(tried["up"], key=lambda one: one[1])]
     cheap = [one for one in tried["down"] if one[2] <= DEARER] or tried["down"][:1]
     return {
@@ -244,13 +235,12 @@ def steered_on(prompts: Prompts, before: Sequence[Mapping[str, Any]], arm: str) 
     return sorted([*loops, *order[: max(0, MOST - len(loops))]])
 
 
+def loss_of(found: Sequence[Sequence[float]]) -> float:
+    return float(np.divide(*np.array(found).sum(0)[::-1]))
+
+
 def changes(scope: Scope, drivers: Sequence[Driver], amount: float) -> list[Intervention]:
     return [amplifying(scope, one, amount) for one in drivers]
-
-
-def perplexity(found: Sequence[Sequence[float]]) -> float:
-    n, loss = np.array(found).sum(0)
-    return float(np.exp(loss / max(n, 1)))
 
 
 def run(at: At[Sizes], arm: str) -> dict[str, Any]:
@@ -263,7 +253,7 @@ def run(at: At[Sizes], arm: str) -> dict[str, Any]:
         found = answers(loaded, texts, at, SAMPLED[arm]) if SAMPLED[arm] else plain(at)
         more: dict[str, Any] = {}
     else:
-        loaded, which = scope_of(at.options["model"], at.options["sae"]), steered_on(prompts, plain(at), arm)
+        loaded, which = scope_of(at), steered_on(prompts, plain(at), arm)
         more = at.kept("recipe", lambda: recipe(at))
         drivers = [Driver(*one) for one in more["drivers"]]
         own = changes(loaded, drivers, more["up"] if arm.startswith("amplified") else -more["down"])
@@ -290,10 +280,8 @@ def looping(row: Row, kind: str | None = None) -> np.ndarray:
 
 
 def share(values: np.ndarray) -> str:
-    if not len(values):
-        return ""
     low, high = (float(end) for end in wilson(int(values.sum()), len(values)))
-    return f"{values.mean():.1%} [{low:.1%}, {high:.1%}] of {len(values)}"
+    return f"{values.mean():.1%} [{low:.1%}, {high:.1%}] of {len(values)}" if len(values) else ""
 
 
 def held(row: Row, like: Row) -> Row:
@@ -372,18 +360,15 @@ def verdict(arms: Mapping[str, Row]) -> str:
             return f"{said} Too few held-back prompts loop to say what suppressing does."
         gaps[arm] = bootstrap(looping(arms[arm])[some] - looping(arms[f"{arm} random"])[some])
     raises, lowers = gaps["amplified"].low > 0, gaps["suppressed"].high < 0
+    more, fewer = (f"{one.estimate:+.1%} [{one.low:+.1%}, {one.high:+.1%}]" for one in gaps.values())
     shown = "This shows" if raises and lowers else "This does not show"
     words = [
         f"amplified on prompts that do not loop, the features {'do' if raises else 'do not'} make more answers loop"
-        f" than random ones ({points(gaps['amplified'])})",
+        f" than random ones ({more})",
         f"suppressed where the model loops, they {'do' if lowers else 'do not'} leave fewer loops than random ones"
-        f" ({points(gaps['suppressed'])})",
+        f" ({fewer})",
     ]
     return f"{shown} the report's causal check on both sides: {'; '.join(words)}. {said}"
-
-
-def points(one: Interval) -> str:
-    return f"{one.estimate:+.1%} [{one.low:+.1%}, {one.high:+.1%}]"
 
 
 experiment = Experiment(
