@@ -268,9 +268,8 @@ def tell(at: At[Sizes], rows: list[Row]) -> str:
         texts (chance is 0.5), the mean over datasets with its 95% interval over {families(rows)} families of them.
         `rule` is the top {TOP} features joined by OR, of either class: of the class that the labelled texts part
         better."""
-    about = f"""Wins, ties and losses by the 95% interval of each dataset; where there is no difference about
-        {round(0.025 * len(rows))} of {len(rows)} would be wins and as many losses by chance. The last column is the
-        mean difference over datasets."""
+    about = """Wins, ties and losses by the 95% interval of each dataset: where there is no difference, one dataset in
+        forty is a win and one a loss by chance. The last column is the mean difference over datasets."""
     return "\n\n".join(
         [
             paragraph(verdict(rows, layers[-1])),
