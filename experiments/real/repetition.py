@@ -218,7 +218,7 @@ def recipe(at: At[Sizes]) -> dict[str, Any]:
     enough = [one for one in tried["up"] if one[1] >= 0.5] or [max(tried["up"], key=lambda one: one[1])]
     cheap = [one for one in tried["down"] if one[2] <= DEARER] or tried["down"][:1]
     return {
-        "loops": len(known),
+        "known": len(known),
         "drivers": [[one.layer, one.feature, one.effect] for one in drivers],
         "up": enough[0][0],
         "down": min(cheap, key=lambda one: one[1])[0],
@@ -265,7 +265,7 @@ def run(at: At[Sizes], arm: str) -> dict[str, Any]:
     return {
         "which": which,
         "kinds": [prompts.kinds[i] for i in which],
-        "loops": [one["loop"] for one in found],
+        "loops": [one["loop"] is not None for one in found],
         "finished": [one["finished"] for one in found],
         "tokens": [len(one["ids"]) for one in found],
         "quality": judged(loaded, texts, found),
@@ -276,7 +276,7 @@ def run(at: At[Sizes], arm: str) -> dict[str, Any]:
 
 def looping(row: Row, kind: str | None = None) -> np.ndarray:
     kinds = zip(row["loops"], row["kinds"], strict=True)
-    return np.array([loop is not None for loop, one in kinds if kind in (None, one)], float)
+    return np.array([loop for loop, one in kinds if kind in (None, one)], float)
 
 
 def share(values: np.ndarray) -> str:
@@ -341,7 +341,7 @@ def told(row: Row) -> str:
     names = ", ".join(f"{layer}/{feature} ({effect:.2f} nats)" for layer, feature, effect in row["drivers"])
     up = ", ".join(f"{amount:g}: {found:.0%}" for amount, found in row["tried"]["up"])
     down = ", ".join(f"{amount:g}: {found:.0%} at {times:.2f} times" for amount, found, times in row["tried"]["down"])
-    return f"""Features whose activation makes the turns of {row["loops"]} loops of the other half begin: {names}.
+    return f"""Features whose activation makes the turns of {row["known"]} loops of the other half begin: {names}.
         Looping by the amount of each in median residual norms, on at most {TRIED} prompts of that half: amplified where
         nothing looped, {up}; suppressed where all looped, with the perplexity of what does not loop, {down}. Taken:
         {row["up"]:g} and {row["down"]:g}."""
