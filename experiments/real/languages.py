@@ -10,7 +10,8 @@ none does, among all, and then the language counts as not reached. All figures a
 `--prompts`), greedily continued, through the chat template where the model has one:
 
 - unsteered; the feature; the difference of mean residuals (the language less the other languages of the same
-  paragraphs) at the same layer with the same length of change; asked to ("Answer in Spanish." before the prompt);
+  paragraphs, as in the score, and less English alone, which the prompts are in) at the same layer with the same length
+  of change; asked to ("Answer in Spanish." before the prompt);
 - random features, matched as `qwen-scope validate` matches: they fire about as often and change the stream as much;
   features that fire over twice as often in the language as in the others are of the language and never drawn.
 
@@ -272,6 +273,19 @@ def run(at: At[Sizes], language: str) -> Mapping[str, Any]:
     }
 
 
+def from_english(at: At[Sizes], row: Row) -> Mapping[str, Any]:
+    """The difference of means of a language and English, at the layer and amount that its feature was given."""
+    scope, language, dose = scope_of(at), row["language"], row["tried"][row["best"]]
+    groups = np.array([one["group"] for one in paragraphs(at)])
+    with FeatureStore(stored(at)) as store:
+        means = store.residuals(dose["layer"], "mean")
+    vector = torch.tensor(means[groups == language].mean(0) - means[groups == "en"].mean(0))
+    cases: list[Case] = [(asking(language), torch.zeros(scope.d_model))]
+    cases.append(("", as_long(scope, dose["layer"], vector, dose["amount"])))
+    asked, made = answered(scope, given(at), cases, scope.hook_point(dose["layer"]))
+    return told(made, asked, language)
+
+
 def alike(at: At[Sizes], layer: int, mine: Mapping[str, Any]) -> list[int]:
     """Random features that fire about as often as the chosen one, none of the language itself."""
     scope, rates, others = scope_of(at), np.array(mine["rate"]), np.array(mine["others"])
@@ -326,6 +340,10 @@ def listed(rows: list[Row]) -> str:
 
 def tell(at: At[Sizes], rows: list[Row]) -> str:
     """The section of docs/results.md."""
+    for row in rows:
+        if row["best"] is not None:
+            name = f"from English to {row['language']}"
+            row["ways"]["direction from English"] = at.kept(name, lambda row=row: from_english(at, row))
     good = [row for row in rows if reached(row, "feature")]
     both = [row for row in good if few(row) and no_more(row)]
     verdict = f"""A single feature steers the answers into the language, at the quality asked for and beyond random
@@ -333,7 +351,9 @@ def tell(at: At[Sizes], rows: list[Row]) -> str:
         than {BUDGET:g} times the perplexity of answers of the model that was asked: {listed(good)}; random features
         end in the language in at most {MOST_RANDOM} of the answers: {listed([row for row in rows if few(row)])}; and no
         more often than unsteered: {listed([row for row in rows if no_more(row)])}. The difference of means with the
-        same length of change reaches the same aim in {listed([row for row in rows if reached(row, "direction")])}."""
+        same length of change reaches the same aim in {listed([row for row in rows if reached(row, "direction")])}
+        against the other eleven languages, and in
+        {listed([row for row in rows if reached(row, "direction from English")])} against English alone."""
     sizes = at.sizes
     how = f"""`python -m experiments.real.languages --model FOLDER --sae FOLDER --data FOLDER --write`:
         {Path(at.options["model"]).name} with {Path(at.options["sae"]).name}. Features by language score on
@@ -345,7 +365,7 @@ def tell(at: At[Sizes], rows: list[Row]) -> str:
         prompt, over that of the answers of the model that was asked; 3-grams: the share that repeat. "Found": how
         often the detector finds the language of XQuAD's own text of {NEW} tokens, an upper end for the shares."""
     parts = [paragraph(verdict), paragraph(how)]
-    names = ("unsteered", "asked", "feature", "direction")
+    names = ("unsteered", "asked", "feature", "direction", "direction from English")
     cells = []
     for row in rows:
         for way in names:
