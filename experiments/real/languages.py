@@ -44,7 +44,7 @@ from qwen_scope.features import language_features, matched_random, of_concept, p
 from qwen_scope.features.wording import language_of
 from qwen_scope.model import HookPoint, changing
 from qwen_scope.scope import ExtractOptions
-from qwen_scope.stats import Interval, bootstrap, share
+from qwen_scope.stats import Interval, bootstrap, rate_difference, share
 from qwen_scope.steer import Decoding, generate, log_probabilities, repetition, rows_of
 from qwen_scope.steer.generate import batches
 from qwen_scope.store import FeatureStore
@@ -334,6 +334,18 @@ def no_more(row: Row) -> bool:
     return row["best"] is not None and row["random_beyond"]["estimate"] <= 0
 
 
+def of_random(row: Row) -> tuple[int, int]:
+    """Answers of random features in the language, and all of them; ten features that never do it have no spread."""
+    n = row["ways"]["unsteered"]["share"]["n"]
+    return round(sum(one["share"] for one in row["random"]) * n), n * len(row["random"])
+
+
+def less_unsteered(row: Row) -> str:
+    plain = row["ways"]["unsteered"]["share"]
+    found = rate_difference(*of_random(row), round(plain["estimate"] * plain["n"]), plain["n"])
+    return shown(dict(zip(("estimate", "low", "high"), map(float, found), strict=True)))
+
+
 def listed(rows: list[Row]) -> str:
     return f"{len(rows)} ({', '.join(row['language'] for row in rows) or 'none'})"
 
@@ -360,8 +372,9 @@ def tell(at: At[Sizes], rows: list[Row]) -> str:
         {sizes.paragraphs} parallel paragraphs of XQuAD in its twelve languages, the first {TOKENS} tokens of each;
         layer (of {", ".join(rows[0]["scores"])}) and amount (of {", ".join(map(str, AMOUNTS))} median residuals,
         added to every token) chosen on {sizes.fit} prompts. Figures are of {len(given(at))} other prompts, {NEW}
-        tokens, greedy, seed {at.options["seed"]}, with 95% intervals over prompts; of random features over
-        {sizes.random} of them, each on all prompts. "Times": perplexity under the unsteered model behind the plain
+        tokens, greedy, seed {at.options["seed"]}, with 95% intervals over prompts; of
+        random features over all answers of {sizes.random} of them, drawn one by one, so that one may come
+        twice. "Times": perplexity under the unsteered model behind the plain
         prompt, over that of the answers of the model that was asked; 3-grams: the share that repeat. "Found": how
         often the detector finds the language of XQuAD's own text of {NEW} tokens, an upper end for the shares."""
     parts = [paragraph(verdict), paragraph(how)]
@@ -374,13 +387,15 @@ def tell(at: At[Sizes], rows: list[Row]) -> str:
                 cells.append((row["language"], way, shown(one["share"]), shown(one["cost"]), shown(one["repeated"])))
         if row["best"] is not None:
             repeated = bootstrap([one["repeated"] for one in row["random"]])
-            cells.append((row["language"], "random", shown(row["random_share"]), "", shown(asdict(repeated))))
+            cells.append(
+                (row["language"], "random", shown(asdict(share(*of_random(row)))), "", shown(asdict(repeated)))
+            )
     parts.append(table(("language", "way", "share in the language", "times", "3-grams"), cells))
     picked = []
     for row in rows:
         dose = {} if row["best"] is None else row["tried"][row["best"]]
         scores = "; ".join(f"{layer}/{one['feature']} {shown(one['score'])}" for layer, one in row["scores"].items())
-        beyond = shown(row["random_beyond"]) if dose else ""
+        beyond = less_unsteered(row) if dose else ""
         chose = f"layer {dose['layer']}, {dose['amount']}" if dose else "none has a share"
         chose += "" if not dose or dose["fits"] else ", beyond the budget"
         picked.append((row["language"], scores, chose, beyond, shown(row["detected"])))
