@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import gc
+import json
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
+
+import httpx
+from gradio_client import Client
 
 from qwen_scope.explorer import AppState, launch
 from qwen_scope.model import LoadedModel
@@ -39,3 +44,22 @@ def served(state: AppState, **options: Any) -> Iterator[str]:
         finally:
             page.close(verbose=False)
             gc.collect()  # sockets and loops that the server's packages left, while nobody minds
+
+
+def answer(url: str, endpoint: str, data: Any, timeout: float = 120) -> tuple[str, Any]:
+    """The event, `complete` or `error`, and the data that an endpoint answers with."""
+    route = f"{url}gradio_api/call/{endpoint}"
+    event = httpx.post(route, json={"data": data}, timeout=timeout).raise_for_status().json()["event_id"]
+    told = httpx.get(f"{route}/{event}", timeout=timeout).text.splitlines()
+    kind, said = next(pair for pair in pairwise(told) if pair[0] in ("event: complete", "event: error"))
+    return kind.removeprefix("event: "), json.loads(said.removeprefix("data: "))
+
+
+@contextmanager
+def client_of(url: str, **options: Any) -> Iterator[Client]:
+    """Gradio's own client, whose threads and sockets end with the block."""
+    made = Client(url, verbose=False, **options)
+    try:
+        yield made
+    finally:
+        made.close()

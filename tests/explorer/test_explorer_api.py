@@ -5,12 +5,13 @@ from __future__ import annotations
 import gc
 import json
 import os
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
 import pytest
-from explored import ENGLISH, GERMAN, HOSTILE, LAYER, served
+from explored import ENGLISH, GERMAN, HOSTILE, LAYER, client_of, served
 from gradio_client import Client
 from gradio_client.exceptions import AppError, AuthenticationError
 
@@ -23,8 +24,9 @@ CHANGE = {"layer": LAYER, "feature": 7, "amount": 0.5}
 
 
 @pytest.fixture(scope="module")
-def client(url: str) -> Client:
-    return Client(url, verbose=False)
+def client(url: str) -> Iterator[Client]:
+    with client_of(url) as made:
+        yield made
 
 
 def test_the_api_has_these_endpoints_and_no_other(client: Client) -> None:
@@ -167,9 +169,8 @@ def test_bursts_are_answered_in_order_without_growth(state: AppState, monkeypatc
 
 def test_visitors_at_once_get_their_own_answers(url: str) -> None:
     def ask(name: str) -> str:
-        return "".join(
-            one["token"] for one in Client(url, verbose=False).predict(name, LAYER, api_name="/features")["tokens"]
-        )
+        with client_of(url) as own:
+            return "".join(one["token"] for one in own.predict(name, LAYER, api_name="/features")["tokens"])
 
     names = ["Anna speaks", "Boris speaks", "Chen speaks"]
     with ThreadPoolExecutor(3) as pool:
@@ -187,8 +188,8 @@ def test_no_file_of_the_machine_can_be_read(url: str, stores: dict[str, Path], s
 
 def test_a_path_is_no_upload(url: str) -> None:
     """Handlers of the page that take a file accept what was uploaded, not a path that a client names."""
-    client = Client(url, verbose=False)
-    config = client.config
+    with client_of(url) as client:
+        config = client.config
     files = {part["id"] for part in config["components"] if part["type"] in ("file", "uploadbutton")}
     asked = [d for d in config["dependencies"] if files & set(d["inputs"])]
     assert len(asked) >= 3
@@ -257,7 +258,8 @@ def test_with_a_password_nobody_else_enters(state: AppState) -> None:
             Client(url, verbose=False)
         assert httpx.get(url + "config").status_code == 401
         assert httpx.get(url + "gradio_api/info").status_code == 401
-        assert Client(url, auth=("ada", "secret"), verbose=False).predict(api_name="/info")["model"] == "lab"
+        with client_of(url, auth=("ada", "secret")) as client:
+            assert client.predict(api_name="/info")["model"] == "lab"
 
 
 def test_it_listens_on_this_machine_only(url: str, state: AppState) -> None:

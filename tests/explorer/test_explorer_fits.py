@@ -15,8 +15,6 @@ import pytest
 from qwen_scope.errors import MismatchError
 from qwen_scope.explorer.access import fits
 
-pytestmark = pytest.mark.usefixtures("left_behind")
-
 EXPLORER = Path(fits.__file__).parent
 
 

@@ -27,7 +27,6 @@ from qwen_scope.text import Counted
 # The command line prints them; here they would be errors.
 pytestmark = [
     pytest.mark.filterwarnings("ignore::qwen_scope.errors.QwenScopeWarning"),
-    pytest.mark.usefixtures("left_behind"),
 ]
 
 MODEL, SAES = str(tiny.folder() / "model"), str(tiny.folder() / "sae")

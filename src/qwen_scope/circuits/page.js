@@ -2,7 +2,7 @@
 // Draws the graph that stands in the element #graph. Text goes into the page as text only.
 const graph = JSON.parse(document.getElementById("graph").textContent);
 const SVG = "http://www.w3.org/2000/svg";
-const COLUMN = 120, ROW = 74, LEFT = 70, TOP = 40, STRONGEST = 150;
+const COLUMN = 90, LETTER = 7.5, ROW = 74, LEFT = 70, TOP = 40, STRONGEST = 150;
 const pinned = new Set(), unfolded = new Set();
 let hovered = null, withErrors = true;
 
@@ -33,6 +33,7 @@ function html(name, className, ...children) {
 
 const shown = number => number === null || number === undefined ? "" : (number > 0 ? "+" : "") + number.toPrecision(3);
 const token = position => graph.tokens[position];
+const labelOf = position => `${position} ${token(position)}`;
 
 // A folded ladder is drawn at its first node; the others are hidden.
 function drawnAt(i) {
@@ -57,13 +58,15 @@ function places() {
     if (!cells.has(key)) cells.set(key, []);
     cells.get(key).push(i);
   });
-  const widest = new Array(graph.tokens.length).fill(1);
+  const widest = new Array(graph.tokens.length).fill(0);
   for (const [key, inside] of cells) {
     const position = Number(key.split("/")[1]);
     widest[position] = Math.max(widest[position], Math.min(inside.length, 10));
   }
   const starts = [LEFT];
-  widest.forEach((n, position) => starts.push(starts[position] + Math.max(COLUMN, 26 * n + 20)));
+  // A column without nodes is as wide as its token, so that the answer is not far from what leads to it.
+  widest.forEach((n, position) => starts.push(
+    starts[position] + Math.max(n ? COLUMN : 0, LETTER * labelOf(position).length + 24, 26 * n + 20)));
   for (const [key, inside] of cells) {
     const [row, position] = key.split("/").map(Number);
     inside.forEach((i, n) => found.set(i, {
@@ -91,8 +94,8 @@ function draw() {
   const focused = document.activeElement && document.activeElement.dataset ? document.activeElement.dataset.node : null;
   const {found, starts, width, height} = places();
   const picture = svg("svg", {width, height, viewBox: `0 0 ${width} ${height}`, role: "group", "aria-label": "graph"});
-  graph.tokens.forEach((word, position) => picture.append(
-    svg("text", {x: starts[position] + 12, y: height - 8, class: "word"}, `${position} ${word}`)));
+  graph.tokens.forEach((_, position) => picture.append(
+    svg("text", {x: starts[position] + 12, y: height - 8, class: "word"}, labelOf(position))));
   const active = new Set([...pinned, ...(hovered === null ? [] : [hovered])]);
   for (const edge of edges) {
     const source = drawnAt(edge.source), target = drawnAt(edge.target);
@@ -279,5 +282,10 @@ document.getElementById("unfold").addEventListener("change", event => {
 document.getElementById("unpin").addEventListener("click", () => { pinned.clear(); draw(); tell(); });
 draw();
 details(graph.nodes.length - 1);
-picture.scrollLeft = picture.scrollWidth;  // the answer stands at the right end
+// The answer stands at the right end, which stays in sight as the page takes its size, until somebody scrolls.
+let scrolled = false;
+for (const by of ["wheel", "pointerdown", "keydown", "touchmove"]) {
+  picture.addEventListener(by, () => { scrolled = true; }, {passive: true});
+}
+new ResizeObserver(() => { if (!scrolled) picture.scrollLeft = picture.scrollWidth; }).observe(picture);
 tell();

@@ -34,15 +34,15 @@ class ChatTab:
             panel(empty(NO_TEMPLATE), elem_id="chat-talk")
             return
         self.turns = gr.State([], time_to_live=3600)
+        self.notice = panel(elem_id="chat-notice")
         with gr.Row(equal_height=False):
             with gr.Column(scale=3, min_width=420):
-                self.notice = panel(elem_id="chat-notice")
                 self.talk = panel(view.chat_panel([]), elem_id="chat-talk")
                 self.message = gr.Textbox(
                     label="Message", lines=2, max_lines=8, elem_id="chat-message", placeholder="Say something",
                     max_length=state.limits.characters,
                 )  # fmt: skip
-                with gr.Row(elem_classes="qs-fields"):
+                with gr.Row(elem_classes="qs-fields qs-send"):
                     self.on = gr.Checkbox(True, label="With the recipe", elem_id="chat-on", min_width=150)
                     self.send = gr.Button("Send", variant="primary", elem_id="chat-send", min_width=110)
                     self.stop_button = gr.Button("Stop", elem_id="chat-stop", min_width=90)

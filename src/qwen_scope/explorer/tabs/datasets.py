@@ -56,8 +56,11 @@ class DatasetsTab:
                 common, value=common[-1] if common else None, label="Layer", scale=1, min_width=90,
                 elem_id="datasets-layer",
             )  # fmt: skip
-            self.go = gr.Button("Analyse", variant="primary", scale=1, min_width=120, elem_id="datasets-go")
-            self.stop_button = gr.Button("Stop", scale=0, min_width=90, elem_id="datasets-stop")
+        with gr.Row(elem_classes="qs-fields"):
+            self.go = gr.Button(
+                "Analyse", variant="primary", scale=0, min_width=180, elem_classes="qs-go", elem_id="datasets-go"
+            )
+            self.stop_button = gr.Button("Stop", scale=0, min_width=110, elem_id="datasets-stop")
         self.notice = panel(elem_id="datasets-notice")
         self.result = panel(empty(START if names else NO_STORES), elem_id="datasets-result")
         fold = gr.Accordion("Trace a classifier's decision", open=False, elem_id="datasets-trace-fold")

@@ -52,7 +52,7 @@ class WhyTab:
             )  # fmt: skip
             self.chat = gr.Dropdown(state.chats, value="plain", label="Read as", scale=1, min_width=150)
         with gr.Row(elem_classes="qs-fields"):
-            word: dict[str, Any] = {"max_lines": 1, "max_length": CHARACTERS, "min_width": 130}
+            word: dict[str, Any] = {"max_lines": 1, "max_length": CHARACTERS, "min_width": 160}
             self.token = gr.Textbox(
                 label="Token, with its space", placeholder="the most likely", elem_id="why-token", **word
             )
@@ -60,6 +60,7 @@ class WhyTab:
             self.feature = gr.Textbox(
                 label="Or a feature's activation", placeholder="LAYER/FEATURE", elem_id="why-feature", **word
             )
+        with gr.Row(elem_classes="qs-fields"):
             self.position = gr.Number(-1, label="Position", precision=0, min_width=90, elem_id="why-position")
             self.method = gr.Dropdown(METHODS, value=DEFAULT, label="Effects by", min_width=150)
             self.nodes = gr.Number(
@@ -70,7 +71,7 @@ class WhyTab:
         with gr.Row(elem_classes="qs-fields"):
             self.go = gr.Button("Explain", variant="primary", min_width=110, elem_id="why-go")
             self.stop_button = gr.Button("Stop", min_width=90, elem_id="why-stop")
-            self.steer_button = gr.Button("Steer with its features", min_width=180, elem_id="why-steer")
+            self.steer_button = gr.Button("Steer with its features", min_width=230, elem_id="why-steer")
             self.save_button = gr.Button("Save the page", min_width=120, elem_id="why-save")
         self.notice = panel(elem_id="why-notice")
         self.picture = panel(empty(START), elem_id="why-graph")
