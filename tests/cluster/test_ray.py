@@ -11,17 +11,22 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import fsspec
 import loopback
+import numpy as np
+import pyarrow.compute as pc
 import pytest
 import stores
 import tiny
 from killing import killing, workers
 from test_merge import same
 
+from qwen_scope.analysis import Rule, RuleFeature
+from qwen_scope.cli import main
 from qwen_scope.cluster import RayRunner, WorkerOptions
 from qwen_scope.errors import InputError, MismatchError
 from qwen_scope.sae import Identity, TopK, save_sae
@@ -89,6 +94,41 @@ def test_workers_write_their_parts_to_a_bucket(bucket: str, tmp_path: Path) -> N
     with pytest.raises(InputError, match="can't write to memory://s, which is in the memory of this process alone"):
         scope.extract(Corpus(rows), "memory://s", OPTIONS, runner=RayRunner(asked(), HALF))
     assert not fsspec.filesystem("memory").exists("/s")
+
+
+def test_what_fires_on_documents_is_that_of_one_process(tmp_path: Path, capsys) -> None:
+    """What `classify fit` and `predict` ask for, with pooled residuals; and `predict` itself."""
+    rows, scope, how = [*stores.ROWS * 2, {"other": 1}], asked().open(), replace(OPTIONS, pool=())
+    here = scope.firings(Corpus(rows), None, how)
+    there = scope.firings(Corpus(rows), None, how, runner=RayRunner(asked(), HALF))
+    assert (there.rows, there.texts, there.left_out) == (here.rows, here.texts, here.left_out)
+    assert there.table.drop(["value"]).equals(here.table.drop(["value"]))
+    np.testing.assert_allclose(there.table["value"], here.table["value"], rtol=1e-5)
+    for layer, mean in here.residuals.items():
+        np.testing.assert_allclose(there.residuals[layer], mean, rtol=1e-4, atol=1e-5)
+    info, feature = here.layers[2], here.table.filter(pc.field("layer") == 2)["feature"][0].as_py()
+    rule, corpus = tmp_path / "rule.json", tmp_path / "c.jsonl"
+    Rule("r", (RuleFeature(2, feature, 0.0, 1.0, 1.0, info.fingerprint),), {}).save(rule)
+    corpus.write_text("".join(json.dumps(row) + "\n" for row in stores.ROWS))
+    command = [
+        "classify",
+        "predict",
+        str(rule),
+        str(corpus),
+        "--model",
+        str(tiny.folder() / "model"),
+        "--device",
+        "cpu",
+    ]
+    command += ["--sae", str(tiny.folder() / "sae")]
+    said = []
+    for more in ([], ["--on", "ray", "--workers", "2", "--worker-cpus", "0.5"]):
+        assert main([*command, *more]) == 0
+        said.append([json.loads(line) for line in capsys.readouterr().out.splitlines()])
+    one, other = ([(row["row"], row["label"], row["because"][:1] != []) for row in lines] for lines in said)
+    assert one == other
+    assert any(label for _, label, _ in one)
+    np.testing.assert_allclose([row["score"] for row in said[1]], [row["score"] for row in said[0]], rtol=1e-5)
 
 
 # The row after the others', counted from 1.

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from qwen_scope.analysis import FitOptions
+from qwen_scope.cluster import WorkerOptions
 from qwen_scope.errors import InputError, MismatchError
 from qwen_scope.scope import ScopeOptions
 from qwen_scope.text import CorpusOptions
@@ -20,10 +21,11 @@ from . import labelled, names, options, output, tables, transfer
 from .analyze import show_result
 from .commands import App
 from .groups import LINES, OPTIONS, grouped
+from .workers import WORKERS, reading_on
 
 if TYPE_CHECKING:
     from qwen_scope.analysis import Answer, Rule, Student
-    from qwen_scope.scope import Scope
+    from qwen_scope.scope import Runner, Scope
     from qwen_scope.store import Firings
     from qwen_scope.text import Chat, Corpus, Document
 
@@ -35,6 +37,8 @@ app.command("transfer")(transfer.transfer)
 OUT = "Folder for report.html and PNG figures; with --label also a .csv, .parquet or .json file: its rows, judged."
 PREDICTED = "A .jsonl file; or your rows with columns added: .csv, .parquet or .json. Default: standard output."
 SCOPE, FIT = ScopeOptions(), FitOptions()
+SPREAD = 2**13
+"""Documents that workers are given together: they open the model for each such set."""
 OPTIONS[FitOptions] = {
     "top": Annotated[int, typer.Option("--top", help="How many features of one layer, joined by OR.", min=1)],
     "several": Annotated[
@@ -72,6 +76,7 @@ def fit(
     asked: ScopeOptions = SCOPE,
     layers: options.Layers = None,
     phase: options.Phase = None,
+    spread: WorkerOptions = WORKERS,
     as_json: options.Json = False,
 ) -> None:
     """Find the features that tell two sets of documents apart, and test the rule beside the usual classifiers.
@@ -105,7 +110,7 @@ def fit(
     counted, phases = asked.counted, options.check_phases(phase)
     scope = options.open_asked(asked)
     where = scope.check_layers(options.parse_layers(layers))
-    with output.progress() as bar:
+    with reading_on(spread, asked) as runner, output.progress() as bar:
         # Each with a seed of its own, so that parts of the lab with the same factors share no document.
         read: list[Firings] = []
         for i, (one, called) in enumerate(corpora):
@@ -113,7 +118,7 @@ def fit(
             seeded = replace(reading, seed=reading.seed + i)
             corpus = options.read(one, seeded if isinstance(one, str) else replace(seeded, sample=None))
             how = ExtractOptions(counted=counted, phases=phases, chat=reading.chat)
-            read.append(scope.firings(corpus, where, how, name=called, progress=bar))
+            read.append(scope.firings(corpus, where, how, name=called, runner=runner, progress=bar))
             tell_unused(read[-1].left_out, len(read[-1]) + sum(read[-1].left_out.values()), corpus.name)
             counted = read[0].counted
     with output.status("comparing classifiers"):
@@ -137,6 +142,7 @@ def predict(
     out: Annotated[Path | None, typer.Option("--out", "-o", help=PREDICTED)] = None,
     reading: CorpusOptions = LINES,
     asked: ScopeOptions = SCOPE,
+    spread: WorkerOptions = WORKERS,
 ) -> None:
     """Label a stream of documents, one JSON line each; a rule says which feature fired where. A student needs no model.
 
@@ -149,9 +155,11 @@ def predict(
     loaded = load_classifier(classifier)
     corpus = options.read(source, reading)
     scope = None if not hasattr(loaded, "features") else options.open_asked(asked)
-    with output.progress() as bar:
+    if scope is None and spread.on is not None:
+        raise InputError(f"{classifier} is a student, which needs no model and no workers; leave --on out")
+    with reading_on(spread, asked) as runner, output.progress() as bar:
         report = lambda n: bar("labelling", corpus.progress or 0.0, f"{n:,} documents")  # noqa: E731
-        lines = answered(loaded, scope, corpus, reading.chat, report)
+        lines = answered(loaded, scope, corpus, reading.chat, report, runner)
         if out is None:
             for _, line in lines:
                 output.print_json_line(line)
@@ -173,13 +181,18 @@ def load_classifier(path: Path) -> Rule | Student:
 
 
 def answered(
-    loaded: Any, scope: Scope | None, corpus: Corpus, chat: Chat | None, report: Any
+    loaded: Any,
+    scope: Scope | None,
+    corpus: Corpus,
+    chat: Chat | None,
+    report: Any,
+    runner: Runner | None = None,
 ) -> Iterator[tuple[Document, dict[str, Any]]]:
     """Each document with its answer, in order; a rule has none for a conversation without `chat`."""
     from qwen_scope.text import windows
 
-    done = 0
-    for documents in windows(corpus, any_kind=scope is None or chat is not None):
+    done, together = 0, {} if runner is None else {"n": SPREAD}
+    for documents in windows(corpus, **together, any_kind=scope is None or chat is not None):
         where = [
             {"source": d.source, "row": d.row, **({"id": d.meta["id"]} if "id" in d.meta else {})} for d in documents
         ]
@@ -188,7 +201,7 @@ def answered(
             said = ({**w, "label": bool(s > 0), "score": float(s)} for w, s in zip(where, scores, strict=True))
             yield from zip(documents, said, strict=True)
         else:
-            yield from zip(documents, label_window(loaded, scope, documents, where, chat), strict=True)
+            yield from zip(documents, label_window(loaded, scope, documents, where, chat, runner), strict=True)
         done += len(documents)
         report(done)
     if not done:
@@ -196,10 +209,15 @@ def answered(
 
 
 def label_window(
-    rule: Rule, scope: Scope, documents: list[Document], where: list[dict[str, Any]], chat: Chat | None = None
+    rule: Rule,
+    scope: Scope,
+    documents: list[Document],
+    where: list[dict[str, Any]],
+    chat: Chat | None = None,
+    runner: Runner | None = None,
 ) -> Iterator[dict[str, Any]]:
     """The answers of a rule, each with its evidence: feature, layer, position and token."""
-    for place, answer in zip(where, answers_of(rule, scope, documents, chat), strict=True):
+    for place, answer in zip(where, answers_of(rule, scope, documents, chat, runner), strict=True):
         because = [
             {**asdict(evidence), "token": token} for evidence, token in zip(answer.because, answer.tokens, strict=True)
         ]
@@ -220,7 +238,9 @@ def check_rule(rule: Rule, scope: Scope) -> None:
             raise MismatchError(f"{error}; name its model and SAEs with --model and --sae") from error
 
 
-def answers_of(rule: Rule, scope: Scope, documents: list[Document], chat: Chat | None) -> list[Answer]:
+def answers_of(
+    rule: Rule, scope: Scope, documents: list[Document], chat: Chat | None, runner: Runner | None = None
+) -> list[Answer]:
     """An answer per document, on the tokens that counted when the rule was fitted; negative where none does."""
     from qwen_scope.analysis import Answer, counted_by, features_of
     from qwen_scope.analysis import predict as run
@@ -232,7 +252,7 @@ def answers_of(rule: Rule, scope: Scope, documents: list[Document], chat: Chat |
     rows = [{**one.meta, "text": one.text} for one in documents]
     # A document is read up to the end of the model's context.
     how = ExtractOptions(counted=counted_by(rule), max_tokens=context_length(scope.model), chat=chat)
-    read = scope.firings(Corpus(rows), rule.layers, how, features=features_of(rule))
+    read = scope.firings(Corpus(rows), rule.layers, how, features=features_of(rule), runner=runner)
     found = {answer.row: answer for answer in run(rule, read)}
     return [found.get(i) or Answer(i, False, 0.0, (), ()) for i in range(1, len(documents) + 1)]
 

@@ -16,10 +16,11 @@ from qwen_scope.text import CorpusOptions
 
 from . import options, output
 from .groups import PARAGRAPHS, grouped
+from .workers import WORKERS, runner_of
 
 if TYPE_CHECKING:
     from qwen_scope.cluster import Torchrun
-    from qwen_scope.scope import Engine, ExtractOptions, Runner, Scope
+    from qwen_scope.scope import Engine, ExtractOptions, Scope
     from qwen_scope.store import FeatureStore
 
 LAB_DOCUMENTS = 1000
@@ -32,7 +33,7 @@ class Reads(StrEnum):
     vllm = "vllm"
 
 
-SCOPE, WORKERS = ScopeOptions(), WorkerOptions()
+SCOPE = ScopeOptions()
 
 
 @grouped
@@ -104,15 +105,6 @@ def extract(
         store = scope.extract(corpus, out, chosen, layers=wanted, engine=reads, runner=runs, progress=bar)
     with store:
         show_store(store, as_json)
-
-
-def runner_of(spread: WorkerOptions, asked: ScopeOptions) -> Runner | None:
-    """What reads the windows of an extraction elsewhere; None for this process."""
-    if spread.on != "ray":
-        return None
-    from qwen_scope.cluster import RayRunner
-
-    return RayRunner(asked, spread)
 
 
 def ranks_of(spread: WorkerOptions) -> Torchrun | None:

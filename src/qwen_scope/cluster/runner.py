@@ -51,6 +51,16 @@ class RayRunner:
         need("--on ray", "ray")
         self.asked, self.options, self.tries = asked, options or WorkerOptions("ray"), tries
 
+    @contextmanager
+    def connected(self) -> Iterator[RayRunner]:
+        """Several extractions on one connection to the cluster: one that is begun here ends with the block.
+
+        Raises:
+            InputError: there is no cluster.
+        """
+        with cluster(self.options):
+            yield self
+
     def run(self, job: Job) -> Iterator[tuple[int, dict[str, Any]]]:
         """As `scope.Runner`.
 

@@ -276,11 +276,12 @@ class Scope:
         features: Mapping[int, Sequence[int]] | None = None,
         reading: CorpusOptions | None = None,
         engine: Engine | None = None,
+        runner: Runner | None = None,
         progress: Progress | None = None,
     ) -> Firings:
         """What fires on each document, and mean residuals, for `analysis.fit`, `.predict` and `.by_language`.
 
-        It goes by way of a store in a temporary folder.
+        It goes by way of a store in a temporary folder, which the workers of a `runner` must see.
 
         Args:
             options: as `extract`; residuals are pooled by `mean` in any case.
@@ -291,10 +292,8 @@ class Scope:
         """
         corpus = source if isinstance(source, Corpus) else Corpus.of(source, reading or CorpusOptions())
         options = replace(options or ExtractOptions(chat=reading.chat if reading else None), pool=("mean",))
-        with (
-            temporary_folder() as folder,
-            self.extract(corpus, folder / "s", options, layers=layers, engine=engine, progress=progress) as store,
-        ):
+        how: Any = {"layers": layers, "engine": engine, "runner": runner, "progress": progress}
+        with temporary_folder() as folder, self.extract(corpus, folder / "s", options, **how) as store:
             return Firings.of(store, name or corpus.name, features)
 
     def feature_target(self, layer: int, feature: int) -> Target:
