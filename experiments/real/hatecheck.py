@@ -188,7 +188,8 @@ def tell(at: At[Sizes], rows: list[Row]) -> str:
     here = {language: [row for row in rows if row["language"] == language] for language in languages}
     how = f"""`python -m experiments.real.hatecheck --model FOLDER --sae FOLDER --data FOLDER --write`:
         {Path(at.options["model"]).name} with {Path(at.options["sae"]).name}, layers
-        {", ".join(rows[0]["layers"])}. F1 on held-out texts, as many hateful ones as others (calling all hateful gives
+        {", ".join(rows[0]["layers"])}; at most {at.options.get("each") or at.sizes.each} texts of a class and language,
+        half of them labelled. F1 on held-out texts, as many hateful ones as others (calling all hateful gives
         0.667), the mean over {len(seeds)} splits with its 95% interval over them. K: features of one layer joined by
         OR; "layers": the best of each of several. The student learnt from the labels of the rule {SHOWN} from all
         labelled texts. Labelled texts and test texts share HateCheck's templates."""
