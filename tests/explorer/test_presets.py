@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 
+from qwen_scope import load_scope
 from qwen_scope.explorer import AppState, steering
 from qwen_scope.explorer.presets import PRESETS, PROMPT
 from qwen_scope.lab import language_of_text
+from qwen_scope.model import blocks
 from qwen_scope.steer import Decoding
 
 
@@ -31,3 +33,13 @@ def test_a_preset_turns_texts_into_its_language(state: AppState, name: str) -> N
 def test_presets_go_with_the_layers_there_are(state: AppState) -> None:
     assert state.default_intervention() == next(iter(state.presets.values()))
     assert list(state.presets) == list(PRESETS)
+
+
+def test_a_warm_page_has_measured_what_the_first_click_counts_in() -> None:
+    """On a large model the first steered token would wait for it, and for the kernels that read many tokens."""
+    own = AppState(load_scope("lab", device="cpu"))
+    own.warm()
+    read: list[int] = []
+    blocks(own.scope.model)[0].register_forward_pre_hook(lambda *_: read.append(1))
+    steering.measure(own, steering.interventions(own, [own.default_intervention()]))
+    assert read == []

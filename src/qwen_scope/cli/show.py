@@ -152,10 +152,12 @@ def print_page(page: FeaturePage) -> None:
     """The page in the terminal."""
     from qwen_scope.features import label_text, page_facts
     from qwen_scope.report import visible
+    from qwen_scope.scope import model_source
 
     out = output.console()
     out.print(printable(names.called(page.layer, page.feature)), style="bold")
-    out.print(printable(f"{page.group}, {page.model}"), style="dim")
+    model = "lab" if page.model == model_source("lab") else page.model
+    out.print(printable(f"{page.group}, {model}"), style="dim")
     out.print(label_text(page.label))
     for one in page.explanations:
         out.print(printable(one.said))

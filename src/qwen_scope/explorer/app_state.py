@@ -360,8 +360,10 @@ class AppState:
         return next(iter(similar(self.scope, layer, feature, 1, other_layer=other)), None)
 
     def warm(self) -> None:
-        """Do once what the first visitor would wait for: load what is loaded lazily, and compile what is compiled."""
+        """Do once what the first visitor would wait for: load what is loaded lazily, compile what is compiled, and
+        measure what the amount that Steer begins with is counted in."""
         self.scope.features(["Hello."], [self.layers[len(self.layers) // 2]])
+        self.scope.stats[self.default_intervention()["layer"]]
         self.known  # noqa: B018
 
     def write_note(self, layer: int, feature: int, store: str, text: str, author: str) -> None:
