@@ -22,18 +22,32 @@ def parents() -> dict[int, tuple[int, str]]:
     return found
 
 
-def workers() -> list[int]:
-    """The processes below this one in which Ray Data runs our worker."""
+def below(ancestor: int) -> dict[int, str]:
+    """The processes below one, with their titles."""
     known = parents()
 
     def ours(process: int) -> bool:
         while process in known:
             process = known[process][0]
-            if process == os.getpid():
+            if process == ancestor:
                 return True
         return False
 
-    return [process for process, (_, title) in known.items() if title.startswith("ray::MapWorker") and ours(process)]
+    return {process: title for process, (_, title) in known.items() if ours(process)}
+
+
+def workers() -> list[int]:
+    """The processes below this one in which Ray Data runs our worker."""
+    return [process for process, title in below(os.getpid()).items() if title.startswith("ray::MapWorker")]
+
+
+def of_rank(ancestor: int, rank: int) -> int | None:
+    """The process below one that `torchrun` has given a rank."""
+    for process in below(ancestor):
+        with suppress(OSError):
+            if f"RANK={rank}".encode() in (Path("/proc") / str(process) / "environ").read_bytes().split(b"\0"):
+                return process
+    return None
 
 
 @contextmanager
