@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import sys
@@ -51,3 +52,9 @@ ROOMS = (
 # Not what counts the steps of a template: it is called for each, and most of the time of tests of chats was that.
 TEXT = [path.stem for path in (Path(__file__).parents[1] / "src/qwen_scope/text").glob("*.py") if path.stem != "steps"]
 install_import_hook([f"qwen_scope.{name}" for name in (*ROOMS, *(f"text.{module}" for module in TEXT))], "shapes.check")
+
+
+def pytest_collection_finish() -> None:
+    """What is imported by now stays: Trainer collects garbage in every run, and would walk all of it each time."""
+    gc.collect()
+    gc.freeze()
