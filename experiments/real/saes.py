@@ -10,8 +10,8 @@ with their own defaults, which are behind).
 
 Learning rates are tuned for each trainer: runs of `tune` tokens at `RATES`, and outwards by factors of three while the
 best is at an edge; the lowest FVU on the `judge` training tokens after those wins. A longer run takes that rate times
-the change of our own default between the two lengths, whoever the trainer is. Beyond three million tokens sparsify alone
-of the peers stands beside ours.
+the change of our own default between the two lengths, whoever the trainer is. Beyond three million tokens sparsify is
+the only peer beside ours.
 
 Measured on held-out documents, of which no text is among the training documents: explained variance (`1 - FVU`, and its
 mean over tokens), how much of the next-token loss is recovered when the reconstruction takes the residual's place, and
