@@ -38,21 +38,19 @@ import numpy as np
 import torch
 
 from experiments.harness import At, Experiment, Row, main
+from experiments.real.answers import Case, Made, answered
 from experiments.sections import paragraph, table
 from qwen_scope import Intervention, Scope, load_scope
 from qwen_scope.features import language_features, matched_random, of_concept, perplexity_ratio, pool_store
 from qwen_scope.features.wording import language_of
-from qwen_scope.model import HookPoint, changing
 from qwen_scope.scope import ExtractOptions
 from qwen_scope.stats import Interval, bootstrap, rate_difference, share
-from qwen_scope.steer import Decoding, generate, log_probabilities, repetition, rows_of
-from qwen_scope.steer.generate import batches
 from qwen_scope.store import FeatureStore
 
 LANGUAGES = {"es": ("Spanish", "Spanish"), "de": ("German", "German"), "ru": ("Russian", "Cyrillic"),
              "zh": ("Chinese", "Chinese")}  # its name, and what the detector calls it  # fmt: skip
 AMOUNTS = (0.3, 0.5, 0.8)  # lengths of the change, in median residuals of the layer
-TOKENS, NEW, TOGETHER = 48, 32, 10**6
+TOKENS, NEW = 48, 32
 BUDGET, REPEATED = 2.0, 0.1  # times the perplexity, and more repeated 3-grams, than when asked
 REACHED, MOST_RANDOM = 0.8, 0.05
 FIT = (
@@ -79,9 +77,6 @@ TEST = (
 TITLE = "Steering a real model into a language"
 
 
-Case = tuple[str, torch.Tensor]
-
-
 @dataclass(frozen=True)
 class Sizes:
     """Paragraphs of each language; prompts that choose and that are reported on; random features."""
@@ -90,19 +85,6 @@ class Sizes:
     fit: int = 4
     test: int = 10
     random: int = 10
-
-
-@dataclass(frozen=True, eq=False)
-class Made:
-    """Answers to some prompts: their languages, log-probabilities behind the plain prompt, and repeated 3-grams."""
-
-    said: list[str]
-    scored: list[np.ndarray]
-    repeated: np.ndarray
-    example: str
-
-    def share(self, language: str) -> float:
-        return float(np.mean([said == LANGUAGES[language][1] for said in self.said]))
 
 
 @cache
@@ -161,36 +143,9 @@ def rate(pooled: Mapping[str, Any], layer: int, names: Sequence[str]) -> list[fl
     return np.asarray(fires / sum(int(one.tokens.sum()) for one in some)).tolist()
 
 
-def answered(
-    scope: Scope, prompts: Sequence[str], cases: Sequence[Case], point: HookPoint, scored: int | None = None
-) -> list[Made]:
-    """Continue the prompts in every case, all in one batch; the answers of the first `scored` cases are scored.
-
-    A case is what stands before the prompts and a vector that is added to every token at the hook point.
-    """
-    chat = "default" if scope.tokenizer.chat_template else None
-    asked = [f"{before}{prompt}" for before, _ in cases for prompt in prompts]
-    (rows,) = batches(scope.tokenize(asked, chat=chat).lengths, NEW, TOGETHER)
-    added = torch.stack([cases[row // len(prompts)][1] for row in rows])[:, None]
-    with changing(scope.model, {point: lambda h, _: h + added.to(h.dtype)}):
-        made = generate(
-            scope.model,
-            scope.tokenizer,
-            asked,
-            decoding=Decoding(max_new_tokens=NEW),
-            chat=chat,
-            batch_tokens=TOGETHER,
-        )
-    tokens = scope.tokenize(list(prompts), chat=chat)
-    ids = [row[:n].tolist() for row, n in zip(tokens.input_ids, tokens.lengths, strict=True)]
-    out = []
-    for i in range(len(cases)):
-        some = made[i * len(prompts) : (i + 1) * len(prompts)]
-        score = scored is None or i < scored
-        repeated = np.array([repetition([token.token_id for token in one.tokens]) for one in some])
-        costs = log_probabilities(scope.model, rows_of(ids, some)) if score else []
-        out.append(Made([language_of(one.text) for one in some], costs, repeated, some[0].text))
-    return out
+def called(language: str) -> str:
+    """What the detector calls it."""
+    return LANGUAGES[language][1]
 
 
 def asking(language: str) -> str:
@@ -210,14 +165,16 @@ def chosen(at: At[Sizes], language: str, features: Mapping[str, Any]) -> tuple[l
     """Every layer and amount on the prompts that choose, and which one it is."""
     scope, prompts, tried = scope_of(at), FIT[: at.sizes.fit], []
     nothing = torch.zeros(scope.d_model)
-    (asked,) = answered(scope, prompts, [(asking(language), nothing)], scope.hook_point(scope.layers[0]))
+    (asked,) = answered(scope, prompts, [(asking(language), nothing)], scope.hook_point(scope.layers[0]), NEW)
     for layer in scope.layers:
         vector = column(scope, layer, features[f"{language} {layer}"]["feature"])
         cases = [("", as_long(scope, layer, vector, amount)) for amount in AMOUNTS]
-        for amount, made in zip(AMOUNTS, answered(scope, prompts, cases, scope.hook_point(layer)), strict=True):
+        for amount, made in zip(AMOUNTS, answered(scope, prompts, cases, scope.hook_point(layer), NEW), strict=True):
             cost = perplexity_ratio(made.scored, asked.scored, paired=True).estimate
             fits = cost <= BUDGET and made.repeated.mean() <= asked.repeated.mean() + REPEATED
-            tried.append({"layer": layer, "amount": amount, "share": made.share(language), "cost": cost, "fits": fits})
+            tried.append(
+                {"layer": layer, "amount": amount, "share": made.share(called(language)), "cost": cost, "fits": fits}
+            )
     good = [i for i, dose in enumerate(tried) if dose["share"] > 0]
     kept = [i for i in good if tried[i]["fits"]]
     return tried, max(kept or good, key=lambda i: (tried[i]["share"], -tried[i]["cost"]), default=None)
@@ -229,7 +186,7 @@ def detected(at: At[Sizes], language: str) -> Interval:
     with gzip.open(at.options["data"] / "xquad.jsonl.gz", "rt", encoding="utf-8") as file:
         texts = [row["text"].strip() for row in map(json.loads, file) if row["language"] == language]
     cut = [tokenizer.decode(tokenizer(text, add_special_tokens=False)["input_ids"][:NEW]) for text in texts]
-    return share(sum(language_of(str(text)) == LANGUAGES[language][1] for text in cut), len(cut))
+    return share(sum(language_of(str(text)) == called(language) for text in cut), len(cut))
 
 
 def run(at: At[Sizes], language: str) -> Mapping[str, Any]:
@@ -248,9 +205,9 @@ def run(at: At[Sizes], language: str) -> Mapping[str, Any]:
         drawn = alike(at, layer, mine)
     others = [("", as_long(scope, layer, column(scope, layer, feature), amount)) for feature in drawn]
     point = scope.hook_point(layer)
-    made = answered(scope, given(at), [*cases.values(), *others], point, len(cases))
+    made = answered(scope, given(at), [*cases.values(), *others], point, NEW, len(cases))
     ways = dict(zip(cases, made[: len(cases)], strict=True))
-    shares = [one.share(language) for one in made[len(cases) :]]
+    shares = [one.share(called(language)) for one in made[len(cases) :]]
     out = {
         "scores": {
             str(one): {key: features[f"{language} {one}"][key] for key in ("feature", "score")} for one in scope.layers
@@ -265,11 +222,11 @@ def run(at: At[Sizes], language: str) -> Mapping[str, Any]:
     return {
         **out,
         "random": [
-            {"feature": feature, "share": one.share(language), "repeated": float(one.repeated.mean())}
+            {"feature": feature, "share": one.share(called(language)), "repeated": float(one.repeated.mean())}
             for feature, one in zip(drawn, made[len(cases) :], strict=True)
         ],
         "random_share": bootstrap(shares),
-        "random_beyond": bootstrap([one - ways["unsteered"].share(language) for one in shares]),
+        "random_beyond": bootstrap([one - ways["unsteered"].share(called(language)) for one in shares]),
     }
 
 
@@ -282,7 +239,7 @@ def from_english(at: At[Sizes], row: Row) -> Mapping[str, Any]:
     vector = torch.tensor(means[groups == language].mean(0) - means[groups == "en"].mean(0))
     cases: list[Case] = [(asking(language), torch.zeros(scope.d_model))]
     cases.append(("", as_long(scope, dose["layer"], vector, dose["amount"])))
-    asked, made = answered(scope, given(at), cases, scope.hook_point(dose["layer"]))
+    asked, made = answered(scope, given(at), cases, scope.hook_point(dose["layer"]), NEW)
     return told(made, asked, language)
 
 
@@ -308,7 +265,7 @@ def given(at: At[Sizes]) -> list[str]:
 def told(made: Made, asked: Made, language: str) -> dict[str, Any]:
     n = len(made.said)
     return {
-        "share": share(round(made.share(language) * n), n),
+        "share": share(round(made.share(called(language)) * n), n),
         "cost": perplexity_ratio(made.scored, asked.scored, paired=True),
         "repeated": bootstrap(made.repeated),
         "example": made.example,
