@@ -37,8 +37,8 @@ def large_store(scope: Scope, folder: Path, activations: int) -> None:
     hook_point = f"layers.{LAYER}.resid_post"
     made_up.INFO = LayerInfo(LAYER, hook_point, group, fingerprint, sae.d_sae, sae.k, "topk")
     with StoreWriter(folder, "lab", {"activations": activations}, [made_up.INFO]) as writer:
-        for window, done in made_up.windows(activations // made_up.K, seed=0):
-            writer.add(window, {"done": done})
+        for number, window in enumerate(made_up.windows(activations // made_up.K, 0, 0)):
+            writer.add(window, {"windows": number + 1})
         writer.finish()
 
 

@@ -17,6 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -37,7 +38,12 @@ INDEX_SECONDS, INDEX_BYTES, CONTEXTS_MS = 1800, 8e9, 100
 """Goals: for the sort and the statistics of a billion, and for the 20 strongest contexts of a feature."""
 
 WORDS = np.cumsum(1 / np.arange(1, VOCABULARY + 1))
-RATES = np.cumsum(np.random.default_rng(0).lognormal(0, 1.5, D_SAE))
+
+
+@cache
+def rates(width: int) -> np.ndarray:
+    """How often each of `width` features fires, added up."""
+    return np.cumsum(np.random.default_rng(0).lognormal(0, 1.5, width))
 
 
 def windows(tokens: int, first: int, documents: int) -> Iterator[Window]:
@@ -56,7 +62,7 @@ def windows(tokens: int, first: int, documents: int) -> Iterator[Window]:
         lengths = np.diff(ends, prepend=0)
         document = np.repeat(np.arange(documents, documents + len(lengths), dtype=np.int32), lengths)
         position = (np.arange(n) - np.repeat(ends - lengths, lengths)).astype(np.int32)
-        feature = draw(dice, RATES, n)
+        feature = draw(dice, rates(D_SAE), n)
         value = dice.lognormal(0, 0.7, n * K).astype(np.float32)
         rows = LayerRows(np.repeat(document, K), np.repeat(position, K), feature.ravel(), value, n)
         ids = np.searchsorted(WORDS, dice.random(n) * WORDS[-1]).astype(np.int32)
