@@ -58,7 +58,7 @@ class Sizes:
     batch: int = 1024
     every: int = 100
     held_out: int = 65_536
-    rows: int = 64
+    rows: int = 40
 
 
 def divided(at: At[Sizes]) -> Path:
