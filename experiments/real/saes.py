@@ -173,6 +173,8 @@ def tell(at: At[Sizes], rows: list[Row]) -> str:
     x = kept.of(TRAINING, at.options["layer"], sizes.tune)
     plain = at.kept(COMPONENTS, lambda: held_out(at, kept, components(x, at.options["k"])))
     command = f"python -m experiments.real.saes --model FOLDER --data FOLDER --budgets {','.join(map(str, budgets))}"
+    if set(at.levels["trainer"]) != set(TRAINERS):
+        command += f" --trainers {','.join(at.levels['trainer'])}"
     how = f"""`{command} --write`: {at.options["model"].name}, layer {at.options["layer"]}, {at.options["features"]:,}
         features, k {at.options["k"]}, batch {sizes.batch:,}, seed 0 of every trainer, on the same residuals in the same
         order, without first and special tokens and sinks. Rates tuned on {sizes.tune:,} tokens. Measured on
