@@ -245,6 +245,7 @@ def tell(at: At[Sizes], rows: list[Row]) -> str:
     levels = ",".join(map(str, at.levels["layer"]))
     command = f"python -m experiments.real.depth --model FOLDER --data FOLDER --layers {levels}"
     command += f" --language {options['language']}" if options["language"] else ""
+    command += f" --tokens {options['tokens']}"
     how = f"""`{command} --write`: {options["model"].name}, {options["d-sae"]:,} features, k {k}, {options["tokens"]:,}
         tokens of {"all languages" if not options["language"] else options["language"]} of the corpus, seed 0, one run
         for all layers. Measured on {sum(rows[0]["left_out"].values()):,} tokens of held-out documents (by a hash of
