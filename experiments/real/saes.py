@@ -31,6 +31,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_file
 
@@ -207,10 +208,34 @@ def tell(at: At[Sizes], rows: list[Row]) -> str:
     hashes = "; ".join(f"{row['budget']:,} tokens {row['fingerprint'][:16]}" for row in rows if row["trainer"] == OURS)
     weights = f"Fingerprints of our SAEs, which are not kept here but made again by the command: {hashes}."
     parts = [paragraph(verdict(at, rows, most)), paragraph(how), table(columns, cells)]
+    mine = [row for row in rows if row["trainer"] == OURS and row["budget"] == most]
+    parts += [paragraph(where_it_misses(at, kept, row)) for row in mine]
     if gaps:
         parts += ["Ours less a peer, at equal tokens and on the same text:"]
         parts += [table(("tokens", "peer", "explained", "loss recovered"), gaps)]
     return "\n\n".join([*parts, "FVU by learning rate of the short runs:", table(("trainer", "rates"), rates), weights])
+
+
+def where_it_misses(at: At[Sizes], kept: Residuals, row: Row) -> str:
+    """What an SAE explains of its own training tokens, of others mixed like them, and of held-out text by quarters."""
+    layer, budget, n = at.options["layer"], row["budget"], at.sizes.judge
+    gap, spread = np.array(row["sums"]).T[:2]
+    quarters = [
+        f"{1 - a.sum() / b.sum():.3f}" for a, b in zip(np.array_split(gap, 4), np.array_split(spread, 4), strict=True)
+    ]
+    said = f"By quarters of the held-out text, ours from {budget:,} tokens explains {', '.join(quarters)}."
+    if kept.have(TRAINING) < budget + n:
+        return said
+
+    def both() -> list[float]:
+        sae = sae_of(at, trained(at, kept, OURS, budget, row["rate"])["weights"])
+        x = kept.of(TRAINING, layer, budget + n)
+        return [1 - fvu(errors(sae, part)) for part in (x[budget - n : budget], x[budget:])]
+
+    last, fresh = at.kept(f"own-{budget}", both)
+    return f"""{said} Of the last {n:,} tokens that it was trained on it explains {last:.3f}, of as many after them,
+        mixed like them and never seen, {fresh:.3f}: the first difference is what it learnt of its own tokens alone, the rest
+        of the way to the held-out figure is which documents were held out."""
 
 
 def verdict(at: At[Sizes], rows: list[Row], most: int) -> str:
