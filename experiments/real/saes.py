@@ -234,8 +234,8 @@ def where_it_misses(at: At[Sizes], kept: Residuals, row: Row) -> str:
 
     last, fresh = at.kept(f"own-{budget}", both)
     return f"""{said} Of the last {n:,} tokens that it was trained on it explains {last:.3f}, of as many after them,
-        mixed like them and never seen, {fresh:.3f}: the first difference is what it learnt of its own tokens alone, the rest
-        of the way to the held-out figure is which documents were held out."""
+        mixed like them and never seen, {fresh:.3f}. The first of these differences is what it learnt of its own tokens
+        alone; the rest of the way to the held-out figure is which documents were held out."""
 
 
 def verdict(at: At[Sizes], rows: list[Row], most: int) -> str:
