@@ -26,14 +26,14 @@ import numpy as np
 import pyarrow as pa
 
 from qwen_scope.store import FeatureStore, LayerInfo, LayerRows, StoreWriter, Window
-from qwen_scope.store.index import SPILL_BYTES
+from qwen_scope.store.index import spilled
 from qwen_scope.store.layout import TABLES, WORK
 
 D_SAE, K, WINDOW, VOCABULARY = 32768, 50, 2**15, 50_000
 INFO = LayerInfo(14, "layers.14.resid_post", "made-up", "0" * 64, D_SAE, K, "topk")
 STEPS = ("write", "index", "ask")
 STORE_BYTES = 11
-"""What an activation takes on the disk in the end; `SPILL_BYTES` are beside that while they are sorted."""
+"""What an activation takes on the disk in the end; the spill of the sort is beside that."""
 INDEX_SECONDS, INDEX_BYTES, CONTEXTS_MS = 1800, 8e9, 100
 """Goals: for the sort and the statistics of a billion, and for the 20 strongest contexts of a feature."""
 
@@ -111,7 +111,7 @@ def peak() -> int:
 
 def check_disk(folder: Path, activations: int) -> None:
     """Say what the store takes on the disk, and end where that is not free."""
-    kept, while_sorting = STORE_BYTES * activations, SPILL_BYTES * activations
+    kept, while_sorting = STORE_BYTES * activations, spilled(activations)
     there = folder if folder.exists() else folder.resolve().parent
     free = shutil.disk_usage(there).free + sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     said = f"{activations:,} activations take {kept / 1e9:.1f} GB, and {while_sorting / 1e9:.1f} GB more while they are"
@@ -166,9 +166,9 @@ def largest(folder: Path) -> Iterator[list[int]]:
 
 
 def index_step(writer: StoreWriter) -> dict[str, Any]:
-    with largest(writer.folder / WORK / "spill") as spilled:  # pyright: ignore[reportArgumentType]  # a folder here
+    with largest(writer.folder / WORK / "spill") as most:  # pyright: ignore[reportArgumentType]  # a folder here
         seconds, processor = timed("index: sort by feature, statistics", writer.finish)
-    return {"seconds": seconds, "processor": processor, "peak": peak(), "spilled": spilled[0]}
+    return {"seconds": seconds, "processor": processor, "peak": peak(), "spilled": most[0]}
 
 
 def ask_step(folder: Path, features: int) -> dict[str, Any]:

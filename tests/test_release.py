@@ -52,7 +52,8 @@ def test_a_dockerfile_names_what_is_there(path: Path) -> None:
         if line.startswith("ENTRYPOINT "):
             context(shlex.join(json.loads(line.removeprefix("ENTRYPOINT "))))
         elif line.startswith("CMD "):  # with the variables that the file sets
-            typed = re.sub(r"\$\{\w+:\+[^}]*\}", "", line.removeprefix("CMD ")).replace('"$MODEL"', "lab")
+            line = line.removeprefix("CMD ").removeprefix("exec ")
+            typed = re.sub(r"\$\{\w+:\+[^}]*\}", "", line).replace('"$MODEL"', "lab")
             context(typed)
     at = [i for i, line in enumerate(text.splitlines()) if line.startswith(("FROM", "USER", "ENTRYPOINT", "CMD"))]
     words = [text.splitlines()[i].split()[0] for i in at]

@@ -21,6 +21,7 @@ from qwen_scope.explorer.access.limits import whole_number
 from qwen_scope.explorer.jobs import Jobs, Stopped, Told, watched
 from qwen_scope.explorer.look.explore import Reading, address
 from qwen_scope.explorer.look.feature import passage
+from qwen_scope.explorer.presets import PRESETS
 from qwen_scope.explorer.store_pool import StorePool
 from qwen_scope.explorer.tabs.datasets import analysed
 from qwen_scope.features import Label, Notes, make_label
@@ -77,7 +78,8 @@ def test_the_lab_s_features_are_known_in_the_lab_s_saes_alone(
     assert {(one["layer"], one["feature"], one["factor"]) for one in found.known} == {x for x in every if x[0] in ours}
     assert {one["layer"] for one in found.known} <= ours
     begins = found.default_intervention()
-    assert (begins["feature"] is not None) == any(one["factor"] == "de" for one in found.known)
+    presets = {layer for _, layer, _, _ in PRESETS.values()}
+    assert (begins["feature"] is not None) == bool(presets & ours)
     assert begins["layer"] in layers
 
 

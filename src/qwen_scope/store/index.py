@@ -21,11 +21,12 @@ from .part_file import write_part
 from .queries import named
 
 FEATURE_BYTES, SPILL_BYTES = 6, 21
-"""What an activation takes on the disk in `features`, and while its layer is sorted, in bytes; both a little more than
+"""What an activation takes on the disk in `features`, and while it is sorted, in bytes; both a little more than
 `bench/store.py` has measured."""
 
-IN_MEMORY = 2**25
-"""A layer with fewer activations is sorted in memory."""
+IN_MEMORY, AT_ONCE = 2**25, 2**27
+"""So many activations are sorted in memory, and so many at once: a sort of a billion takes twice the disk for each that
+one of a tenth does, so a larger layer is sorted in ranges of features."""
 
 
 def check_disk(folder: Path | Remote, activations: Sequence[int]) -> None:
@@ -42,13 +43,18 @@ def check_disk(folder: Path | Remote, activations: Sequence[int]) -> None:
     largest = max(activations, default=0)
     here = Path(tempfile.gettempdir()) if isinstance(folder, Remote) else folder
     kept = min(largest, PART_ROWS) if isinstance(folder, Remote) else sum(activations)
-    needed = FEATURE_BYTES * kept + (SPILL_BYTES * largest if largest >= IN_MEMORY else 0)
+    needed = FEATURE_BYTES * kept + spilled(largest)
     free = shutil.disk_usage(here).free
     if needed > free:
         raise InputError(
             f"the index of {sum(activations):,} activations takes about {needed / 1e9:.1f} GB in {here} and"
             f" {free / 1e9:.1f} GB are free; make room and run the same command again, what is extracted is kept"
         )
+
+
+def spilled(activations: int) -> int:
+    """Bytes that the sort of a layer takes on the disk beside what it writes, unless one feature has most of it."""
+    return SPILL_BYTES * min(activations, AT_ONCE) if activations >= IN_MEMORY else 0
 
 
 def index_layer(
@@ -61,12 +67,27 @@ def index_layer(
         memory: how much the sort may take before it goes to disk.
     """
     files = sorted((folder / "activations").glob("*.parquet"))
-    parts: list[Part] = []
+    stats, parts = layer_stats(files, info, first_row), list[Part]()
+    ranges = in_ranges(stats["tokens"].to_numpy())
     with spill_of(folder) as spill:
-        for pieces in in_parts(sorted_rows(files, info.layer, spill, memory) if files else iter(())):
+        for pieces in in_parts(sorted_rows(files, info.layer, ranges, spill, memory) if files else iter(())):
             parts.append(write_part(folder, "features", first_part + len(parts), pieces))
     parts = [part for part in parts if part.rows]
-    return [*parts, write_part(folder, "stats", number, [layer_stats(files, info, first_row)])]
+    return [*parts, write_part(folder, "stats", number, [stats])]
+
+
+def in_ranges(tokens: np.ndarray) -> list[tuple[int, int]]:
+    """First and last feature of each range that is sorted at once, from how many tokens each of them fires on.
+
+    A range holds at most `AT_ONCE` activations, or one feature. The last one reaches beyond every feature.
+    """
+    firsts, held = [0], 0
+    for feature, n in enumerate(tokens.tolist()):
+        if held and held + n > AT_ONCE:
+            firsts.append(feature)
+            held = 0
+        held += n
+    return list(zip(firsts, [first - 1 for first in firsts[1:]] + [2**31 - 1], strict=True))
 
 
 @contextmanager
@@ -80,32 +101,40 @@ def spill_of(folder: Path | Remote) -> Iterator[Path]:
     shutil.rmtree(folder / WORK / "spill", ignore_errors=True)
 
 
-def sorted_rows(files: Sequence[Path | Remote], layer: int, spill: Path, memory: str) -> Iterator[pa.Table]:
-    """The rows of a layer by feature, then falling value, then document and position; whole row groups but the last."""
+def sorted_rows(
+    files: Sequence[Path | Remote], layer: int, ranges: Sequence[tuple[int, int]], spill: Path, memory: str
+) -> Iterator[pa.Table]:
+    """The rows of a layer by feature, then falling value, then document and position; whole row groups but the last.
+
+    Args:
+        ranges: of features, ascending; every file is read once for each.
+    """
     with duckdb.connect(config={"memory_limit": memory, "temp_directory": in_utf8(spill)}) as connection:
         if isinstance(files[0], Remote):
             connection.register_filesystem(files[0].filesystem)
-        rows = connection.sql(
-            "SELECT layer, document, position, feature, value FROM read_parquet($files) WHERE layer = $layer"
-            " ORDER BY feature, value DESC, document, position",
-            params={"files": [named(file) for file in files], "layer": layer},
-        )
-        try:
-            held: list[pa.Table] = []
-            for batch in rows.to_arrow_reader(ROW_GROUP):
-                held.append(pa.Table.from_batches([batch]).cast(TABLES["features"]))
-                while sum(map(len, held)) >= ROW_GROUP:
-                    whole = pa.concat_tables(held)
-                    yield whole.slice(0, ROW_GROUP)
-                    held = [whole.slice(ROW_GROUP)]
-            if rest := [table for table in held if len(table)]:
-                yield pa.concat_tables(rest)
-        except (duckdb.IOException, duckdb.OutOfMemoryException, pa.ArrowException) as error:
-            said = " ".join(str(error).split())
-            raise InputError(
-                f"the activations of layer {layer} could not be sorted ({said:.200}); make room on the disk and run the"
-                " same command again, nothing is lost"
-            ) from error
+        held: list[pa.Table] = []
+        for first, last in ranges:
+            rows = connection.sql(
+                "SELECT layer, document, position, feature, value FROM read_parquet($files)"
+                " WHERE layer = $layer AND feature BETWEEN $first AND $last"
+                " ORDER BY feature, value DESC, document, position",
+                params={"files": [named(file) for file in files], "layer": layer, "first": first, "last": last},
+            )
+            try:
+                for batch in rows.to_arrow_reader(ROW_GROUP):
+                    held.append(pa.Table.from_batches([batch]).cast(TABLES["features"]))
+                    while sum(map(len, held)) >= ROW_GROUP:
+                        whole = pa.concat_tables(held)
+                        yield whole.slice(0, ROW_GROUP)
+                        held = [whole.slice(ROW_GROUP)]
+            except (duckdb.IOException, duckdb.OutOfMemoryException, pa.ArrowException) as error:
+                said = " ".join(str(error).split())
+                raise InputError(
+                    f"the activations of layer {layer} could not be sorted ({said:.200}); make room on the disk and"
+                    " run the same command again, nothing is lost"
+                ) from error
+        if rest := [table for table in held if len(table)]:
+            yield pa.concat_tables(rest)
 
 
 def in_parts(tables: Iterator[pa.Table]) -> Iterator[Iterator[pa.Table]]:
