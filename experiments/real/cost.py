@@ -161,11 +161,11 @@ def tell(at: At[Sizes], rows: list[Row]) -> str:
     cells = []
     for name in WAYS:
         processor, clock = (1000 * float(np.median([row[name][i] for row in rows])) / at.sizes.tokens for i in (0, 1))
-        more = "" if name == "plain" else shown(share(name))
+        more = "" if name == "plain" else f"{share(name):+.1%}"
         cells.append([name, f"{processor:.1f}", f"{clock:.0f}", more])
     one, every, steer = (share(name) for name in ("read one", "read all", "steered one"))
-    verdict = f"""Reading one layer's features as tokens are made costs {shown(one)} of a generated token, all
-        {rows[0]["layers"]} layers {shown(every)}, steering with one feature {shown(steer)}. The report publishes no
+    verdict = f"""Reading one layer's features as tokens are made costs {one:+.1%} of a generated token, all
+        {rows[0]["layers"]} layers {every:+.1%}, steering with one feature {steer:+.1%}. The report publishes no
         figure of this."""
     kind = "SAEs of random weights" if at.options["sae"] is None else at.options["sae"].name
     also = " --trained FOLDER" if at.options["trained"] is not None else ""
@@ -183,10 +183,6 @@ def tell(at: At[Sizes], rows: list[Row]) -> str:
             one vector at a time."""
         parts.append(paragraph(text))
     return "\n\n".join(parts)
-
-
-def shown(found: Interval) -> str:
-    return f"{found.estimate:+.1%} [{found.low:+.1%}, {found.high:+.1%}]"
 
 
 experiment = Experiment(

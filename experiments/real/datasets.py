@@ -232,10 +232,6 @@ def area(row: Row, way: str, n: int) -> float:
     return float(np.mean([draw["found"][f"{way}/{n}"][1] for draw in row["draws"]]))
 
 
-def shown(found: Interval, sign: str = "") -> str:
-    return f"{found.estimate:{sign}.3f} [{found.low:{sign}.3f}, {found.high:{sign}.3f}]"
-
-
 def counts(rows: Sequence[Row], first: str, second: str, n: int) -> tuple[int, int, int, Interval]:
     """Wins, ties, losses of the first, and the mean difference over datasets."""
     found = [apart(row, first, second, n) for row in rows]
@@ -248,7 +244,7 @@ def tell(at: At[Sizes], rows: list[Row]) -> str:
     most, layers = SEEDS[-1], layers_of(at)
     columns = [(layer, n) for layer in layers for n in SEEDS]
     cells = [
-        [way, *(shown(over_sets(rows, [accuracy(r, named(way, layer), n) for r in rows])) for layer, n in columns)]
+        [way, *(f"{over_sets(rows, [accuracy(r, named(way, layer), n) for r in rows]):.3f}" for layer, n in columns)]
         for way in (*RULES, *ON_FEATURES, *PLAIN)
     ]
     areas = [
@@ -259,7 +255,7 @@ def tell(at: At[Sizes], rows: list[Row]) -> str:
     for first, second in PAIRS:
         for layer, n in columns:
             wins, ties, losses, gap = counts(rows, named(first, layer), named(second, layer), n)
-            pairs.append([f"{first} less {second}", layer, n, wins, ties, losses, shown(gap, "+")])
+            pairs.append([f"{first} less {second}", layer, n, wins, ties, losses, f"{gap:+.3f}"])
     heads = [f"layer {layer}, {n} of each" for layer, n in columns]
     how = f"""`python -m experiments.real.datasets --model FOLDER --sae FOLDER --probes WHEEL --write`:
         {Path(at.options["model"]).name} with {Path(at.options["sae"]).name}; {len(rows)} of the {PARTS} binary datasets
@@ -294,9 +290,9 @@ def verdict(rows: Sequence[Row], layer: int) -> str:
     for way in ("rule", "features, mean"):
         for other in PLAIN:
             wins, ties, losses, gap = counts(rows, named(way, layer), named(other, layer), n)
-            said.append(f"{way} against {other}: {wins} wins, {ties} ties, {losses} losses, {shown(gap, '+')}")
+            said.append(f"{way} against {other}: {wins} wins, {ties} ties, {losses} losses, {gap:+.3f}")
     steps = [
-        f"{after} less {before} {shown(counts(rows, named(after, layer), named(before, layer), n)[3], '+')}"
+        f"{after} less {before} {counts(rows, named(after, layer), named(before, layer), n)[3]:+.3f}"
         for before, after in pairwise(LADDER)
     ]
     rule = counts(rows, named("rule", layer), named("logistic", layer), n)[3]

@@ -39,7 +39,7 @@ from qwen_scope.errors import InputError
 from qwen_scope.files import read_object, write_text
 from qwen_scope.model import HookPoint, LoadedModel, capture, counted_of, load_model
 from qwen_scope.sae import SAE, layers_of, load_sae
-from qwen_scope.stats import Interval, share
+from qwen_scope.stats import share
 from qwen_scope.text import Corpus, Counted, TokenRows, tally
 from qwen_scope.train.held_out import held_out_of
 from qwen_scope.train.metrics import read_metrics
@@ -220,10 +220,6 @@ def curve(at: At[Sizes], name: str) -> list[float]:
     return found
 
 
-def shown(found: Interval) -> str:
-    return f"{found.estimate:.3f} [{found.low:.3f}, {found.high:.3f}]"
-
-
 def tell(at: At[Sizes], rows: list[Row]) -> str:
     """The section of docs/results.md."""
     options, k = at.options, at.options["k"]
@@ -232,8 +228,8 @@ def tell(at: At[Sizes], rows: list[Row]) -> str:
         found = figures(row)
         of_components = figures({**row, "sums": row["components"]})["ev"]
         dead = share(row["never"], options["d-sae"])
-        cells.append([row["layer"], *(shown(found[name]) for name in ("ev", "per_token")), shown(of_components)])
-        cells[-1] += [shown(found["recovered"]), f"{dead.estimate:.2%} [{dead.low:.2%}, {dead.high:.2%}]"]
+        cells.append([row["layer"], *(f"{found[name]:.3f}" for name in ("ev", "per_token")), f"{of_components:.3f}"])
+        cells[-1] += [f"{found['recovered']:.3f}", f"{dead:.2%}"]
         cells[-1] += [f"{row['l0']:.1f}"]
         curves.append([row["layer"], *(f"{value:.3f}" for value in row["curve"])])
         limit = "none" if row["threshold"] is None else f"{row['threshold']:.4g}"

@@ -177,8 +177,7 @@ def over_seeds(values: Sequence[float]) -> str:
     """The mean with its interval over splits."""
     if len(values) < 2:
         return f"{values[0]:.3f}" if values else ""
-    found = bootstrap(np.array(values))
-    return f"{found.estimate:.3f} [{found.low:.3f}, {found.high:.3f}]"
+    return f"{bootstrap(np.array(values)):.3f}"
 
 
 def tell(at: At[Sizes], rows: list[Row]) -> str:

@@ -272,8 +272,9 @@ def told(made: Made, asked: Made, language: str) -> dict[str, Any]:
     }
 
 
-def shown(interval: Mapping[str, Any]) -> str:
-    return f"{interval['estimate']:.2f} [{interval['low']:.2f}, {interval['high']:.2f}]"
+def shown(kept: Mapping[str, Any]) -> str:
+    """An interval as finished cells hold it."""
+    return f"{Interval(**kept):.2f}"
 
 
 def reached(row: Row, way: str) -> bool:
@@ -299,8 +300,8 @@ def of_random(row: Row) -> tuple[int, int]:
 
 def less_unsteered(row: Row) -> str:
     plain = row["ways"]["unsteered"]["share"]
-    found = rate_difference(*of_random(row), round(plain["estimate"] * plain["n"]), plain["n"])
-    return shown(dict(zip(("estimate", "low", "high"), map(float, found), strict=True)))
+    gap, low, high = rate_difference(*of_random(row), round(plain["estimate"] * plain["n"]), plain["n"])
+    return f"{gap:.2f} [{low:.2f}, {high:.2f}]"
 
 
 def listed(rows: list[Row]) -> str:
@@ -344,9 +345,7 @@ def tell(at: At[Sizes], rows: list[Row]) -> str:
                 cells.append((row["language"], way, shown(one["share"]), shown(one["cost"]), shown(one["repeated"])))
         if row["best"] is not None:
             repeated = bootstrap([one["repeated"] for one in row["random"]])
-            cells.append(
-                (row["language"], "random", shown(asdict(share(*of_random(row)))), "", shown(asdict(repeated)))
-            )
+            cells.append((row["language"], "random", f"{share(*of_random(row)):.2f}", "", f"{repeated:.2f}"))
     parts.append(table(("language", "way", "share in the language", "times", "3-grams"), cells))
     picked = []
     for row in rows:

@@ -31,7 +31,7 @@ from experiments.sections import paragraph, table
 from qwen_scope import load_scope
 from qwen_scope.analysis import Dataset, dealt, expected_coverage
 from qwen_scope.scope import ExtractOptions
-from qwen_scope.stats import Interval, bootstrap
+from qwen_scope.stats import bootstrap
 from qwen_scope.store import FeatureStore
 
 REDUCTIONS = ("last", "any")
@@ -123,25 +123,21 @@ def drawn(x: np.ndarray, share: float, items: int) -> list[float]:
     return out
 
 
-def shown(found: Interval) -> str:
-    return f"{found.estimate:.3f} [{found.low:.3f}, {found.high:.3f}]"
-
-
 def tell(at: At[Sizes], rows: list[Row]) -> str:
     """The section of docs/results.md."""
     cells, compared, rising = [], [], []
     for row in rows:
         for way in WAYS:
             drawn = row["drawn"][way]
-            found = [bootstrap(np.array(drawn[str(share)])) for share in SHARES]
-            cells.append([row["reduction"], row["set"], row["layer"], way, row["footprint"][way], *map(shown, found)])
+            found = [f"{bootstrap(np.array(drawn[str(share)])):.3f}" for share in SHARES]
+            cells.append([row["reduction"], row["set"], row["layer"], way, row["footprint"][way], *found])
         steps = np.diff([row["drawn"]["features"][str(share)] for share in SHARES], axis=0)
         rising.append(float((steps > 0).all(0).mean()))
     for over, layer in dict.fromkeys((row["reduction"], row["layer"]) for row in rows):
         both = {row["set"]: row["drawn"] for row in rows if (row["reduction"], row["layer"]) == (over, layer)}
         if len(both) == len(SETS):
             gaps = [np.subtract(*(both[name][way]["0.0"] for name in SETS)) for way in WAYS]
-            compared.append([over, layer, *(shown(bootstrap(gap)) for gap in gaps)])
+            compared.append([over, layer, *(f"{bootstrap(gap):.3f}" for gap in gaps)])
     far = max(
         abs(float(np.mean(row["drawn"]["features"][share]) / np.mean(row["drawn"]["dealt"][share]) - 1))
         for row in rows

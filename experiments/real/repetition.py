@@ -360,7 +360,7 @@ def verdict(arms: Mapping[str, Row]) -> str:
             return f"{said} Too few held-back prompts loop to say what suppressing does."
         gaps[arm] = bootstrap(looping(arms[arm])[some] - looping(arms[f"{arm} random"])[some])
     raises, lowers = gaps["amplified"].low > 0, gaps["suppressed"].high < 0
-    more, fewer = (f"{one.estimate:+.1%} [{one.low:+.1%}, {one.high:+.1%}]" for one in gaps.values())
+    more, fewer = (f"{one:+.1%}" for one in gaps.values())
     shown = "This shows" if raises and lowers else "This does not show"
     words = [
         f"amplified on prompts that do not loop, the features {'do' if raises else 'do not'} make more answers loop"

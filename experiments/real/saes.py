@@ -43,7 +43,7 @@ from experiments.sections import paragraph, table
 from qwen_scope.errors import InputError
 from qwen_scope.model import HookPoint
 from qwen_scope.sae import SAE, Identity, TopK, fingerprint, save_sae
-from qwen_scope.stats import Interval, share
+from qwen_scope.stats import share
 from qwen_scope.train import TrainConfig
 
 OURS, COMPONENTS = "qwen-scope", "components"
@@ -161,10 +161,6 @@ def held_out(at: At[Sizes], kept: Residuals, sae: SAE) -> dict[str, Any]:
     return measured(kept, layer, sae, rows, at.kept("bounds", lambda: bounds(kept, layer, rows)))
 
 
-def shown(found: Interval, sign: str = "") -> str:
-    return f"{found.estimate:{sign}.4f} [{found.low:{sign}.4f}, {found.high:{sign}.4f}]"
-
-
 def tell(at: At[Sizes], rows: list[Row]) -> str:
     """The section of docs/results.md."""
     sizes = at.sizes
@@ -186,16 +182,15 @@ def tell(at: At[Sizes], rows: list[Row]) -> str:
     cells = []
     for row in sorted(rows, key=lambda row: (row["budget"], TRAINERS.index(row["trainer"]))):
         found, dead = figures(row), share(row["never"], at.options["features"])
-        never = f"{dead.estimate:.2%} [{dead.low:.2%}, {dead.high:.2%}]"
-        three = [shown(found[name]) for name in ("ev", "per_token", "recovered")]
-        cells.append([f"{row['budget']:,}", row["trainer"], f"{row['rate']:.2g}", *three, never])
+        three = [f"{found[name]:.4f}" for name in ("ev", "per_token", "recovered")]
+        cells.append([f"{row['budget']:,}", row["trainer"], f"{row['rate']:.2g}", *three, f"{dead:.2%}"])
         cells[-1] += [f"{row['l0']:.1f}", f"{row['seconds']:.0f}"]
     found = figures(plain)
-    three = [shown(found[name]) for name in ("ev", "per_token", "recovered")]
+    three = [f"{found[name]:.4f}" for name in ("ev", "per_token", "recovered")]
     cells.append(["", COMPONENTS, "", *three, "", "", ""])
     columns = ("tokens", "trainer", "rate", "explained", "per token", "loss recovered", "never fired", "L0", "seconds")
     gaps = [
-        [f"{budget:,}", row["trainer"], *(shown(one, "+") for one in ahead(mine, row).values())]
+        [f"{budget:,}", row["trainer"], *(f"{one:+.4f}" for one in ahead(mine, row).values())]
         for budget in budgets
         for mine in [row for row in rows if row["budget"] == budget and row["trainer"] == OURS]
         for row in rows

@@ -146,10 +146,6 @@ def figures(released: Mapping[str, Any], copy: Mapping[str, Any], tokens: Sequen
     }
 
 
-def told(one: Interval, digits: str) -> str:
-    return f"{one.estimate:{digits}} [{one.low:{digits}}, {one.high:{digits}}]"
-
-
 def tell(at: At[Sizes], rows: Sequence[Row]) -> str:
     by_kind = {row["kind"]: row for row in rows}
     if RELEASED not in by_kind:
@@ -168,9 +164,9 @@ def tell(at: At[Sizes], rows: Sequence[Row]) -> str:
                 missed.append(f"{kind} keeps {found['kept'].low:.3f} at layer {layer}, {KEEPS[kind]} wanted")
             if kind in KEEPS and found["fall"].high > FALL:
                 missed.append(f"explained variance falls by {found['fall'].high:.4f} with {kind} at layer {layer}")
-            values, fall, loss = told(found["values"], ".4f"), told(found["fall"], ".5f"), told(found["loss"], ".4f")
+            values, fall, loss = f"{found['values']:.4f}", f"{found['fall']:.5f}", f"{found['loss']:.4f}"
             ev = f"{found['ev'].estimate:.4f}"
-            body.append((layer, kind, size, told(found["kept"], ".4f"), values, ev, fall, loss))
+            body.append((layer, kind, size, f"{found['kept']:.4f}", values, ev, fall, loss))
     verdict = f"The rule does not hold: {'; '.join(missed)}." if missed else "The rule holds at every layer."
     words = (
         f"{verdict} Made by `python -m experiments.real.stored --model FOLDER --sae FOLDER --data FOLDER --write` from"

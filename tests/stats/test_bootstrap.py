@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from qwen_scope.errors import InputError
-from qwen_scope.stats import bootstrap, difference
+from qwen_scope.stats import Interval, bootstrap, difference
 
 
 @pytest.mark.slow
@@ -37,3 +37,10 @@ def test_the_estimate_is_the_mean_and_the_seed_decides() -> None:
 def test_what_has_no_interval(values) -> None:
     with pytest.raises(InputError):
         bootstrap(np.asarray(values))
+
+
+def test_an_interval_is_told_in_any_format_of_a_number() -> None:
+    found = Interval(0.8125, -0.0421, 1.5, 10)
+    assert f"{found:.3f}" == "0.812 [-0.042, 1.500]"
+    assert f"{found:+.1%}" == "+81.2% [-4.2%, +150.0%]"
+    assert str(found) == f"{found}" == "0.812 [-0.0421, 1.5]"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING
 
 from qwen_scope.cluster import WorkerOptions
@@ -11,12 +11,13 @@ from qwen_scope.errors import InputError
 from qwen_scope.scope import ScopeOptions
 
 if TYPE_CHECKING:
+    from qwen_scope.cluster import RayRunner
     from qwen_scope.scope import Runner
 
 WORKERS = WorkerOptions()
 
 
-def runner_of(spread: WorkerOptions, asked: ScopeOptions) -> Runner | None:
+def runner_of(spread: WorkerOptions, asked: ScopeOptions) -> RayRunner | None:
     """What reads the windows of an extraction elsewhere; None for this process."""
     if spread.on != "ray":
         return None
@@ -34,10 +35,6 @@ def reading_on(spread: WorkerOptions, asked: ScopeOptions) -> Iterator[Runner | 
     """
     if spread.on == "torchrun":
         raise InputError("--on torchrun is for extract; this command reads with workers --on ray, or in one process")
-    if spread.on is None:
-        yield None
-        return
-    from qwen_scope.cluster import RayRunner
-
-    with RayRunner(asked, spread).connected() as runner:
-        yield runner
+    runner = runner_of(spread, asked)
+    with nullcontext() if runner is None else runner.connected() as connected:
+        yield connected

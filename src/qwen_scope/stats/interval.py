@@ -18,4 +18,9 @@ class Interval:
     level: float = LEVEL
 
     def __str__(self) -> str:
-        return f"{self.estimate:.3g} [{self.low:.3g}, {self.high:.3g}]"
+        return f"{self:.3g}"
+
+    def __format__(self, spec: str) -> str:
+        """Each of the three numbers in a format such as `.3f` or `+.1%`: `0.812 [0.790, 0.833]`."""
+        spec = spec or ".3g"
+        return f"{self.estimate:{spec}} [{self.low:{spec}}, {self.high:{spec}}]"
