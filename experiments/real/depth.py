@@ -261,7 +261,7 @@ def tell(at: At[Sizes], rows: list[Row]) -> str:
             table(("layer", *spent), curves),
             "Norms on the held-out tokens, which of these are left out as sinks, and the SAEs that the recipe makes:",
             table(norm, sinks),
-            f"The recipe, whose weights are not kept here:\n\n```sh\nqwen-scope {shlex.join(words)}\n```",
+            f"The recipe, whose weights are not kept here:\n\n```text\nqwen-scope {shlex.join(words)}\n```",
         ]
     )
 
