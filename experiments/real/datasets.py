@@ -11,7 +11,7 @@ labelled texts of each class from the others:
   class, by the order of its names, is the positive one); of either class: the same, or the rule of the other class,
   whichever parts the labelled texts better;
 - two weighted: logistic regression on how strongly the rule's own two features fire;
-- sixteen weighted: the same on the features whose class means differ most;
+- sixteen weighted: the same on the features whose class means differ most (`qwen-scope classify fit --weighted`);
 - features, most and mean: the same on all features, by their largest and by their mean activation in a text;
 - logistic: logistic regression on mean residuals of the same layer; and TF-IDF of character n-grams.
 
@@ -165,11 +165,9 @@ def scored(texts: Texts, some: np.ndarray, test: np.ndarray) -> dict[str, np.nda
             out[f"either class@{layer}"] = out[f"rule@{layer}"]
         most, mean = (one.matrix(values=True).toarray() for one in (data, texts.means[layer]))
         own = [one.feature for one in fitted["rule"].features]
-        apart = np.abs(most[some][y].mean(0) - most[some][~y].mean(0))
-        best = np.lexsort((np.arange(len(apart)), -apart))[:SPARSE]
+        out[f"sixteen weighted@{layer}"] = fit_rule(seeds, SPARSE, weighted=True).scores(held)
         for way, x in {
             "two weighted": most[:, own],
-            "sixteen weighted": most[:, best],
             "features, most": most,
             "features, mean": mean,
         }.items():

@@ -92,9 +92,59 @@ def test_calibration_keeps_to_the_rate_and_is_the_best_common_cut() -> None:
         assert [f.threshold for f in tight.features] == pytest.approx((-np.sort(-values, axis=0))[allowed].tolist())
 
 
-def test_every_decision_has_its_evidence() -> None:
+def test_a_weighted_rule_is_logistic_regression_on_its_features(tmp_path) -> None:
+    """Restated: scikit-learn on the activations themselves, with the scale that `weighted_rule` documents."""
+    from sklearn.linear_model import LogisticRegression
+
+    some = seeds(telling=0.7)
+    rule, data, labels = fit_rule(some, 5, weighted=True), some.layers[1], some.labels
+    x = data.matrix(values=True).toarray().astype(float)
+    apart = np.abs(x[labels].mean(0) - x[~labels].mean(0))
+    assert [f.feature for f in rule.features] == sorted(range(WIDTH), key=lambda f: (-apart[f], f))[:5]
+    x = x[:, [f.feature for f in rule.features]]
+    centred = x - x.mean(0)
+    unit = np.sqrt(5 / np.mean(np.sum(centred**2, 1)))
+    model = LogisticRegression(max_iter=2000).fit(centred * unit, labels)
+    expected = model.decision_function(centred * unit)
+    assert rule.scores(some.layers) == pytest.approx(expected, abs=1e-6)
+    assert rule.decide(some.layers).tolist() == (expected > 0).tolist()
+    assert len(fit_rule(some, weighted=True).features) == min(16, WIDTH)
+
+    rule.save(tmp_path / "r.json")
+    assert Rule.load(tmp_path / "r.json") == rule
+    whole = json.loads((tmp_path / "r.json").read_text())
+    bare = [{key: value for key, value in one.items() if key != "weight"} for one in whole["features"]]
+    for change in ({"intercept": "0"}, {"features": bare}, {"features": [{**whole["features"][0], "weight": None}]}):
+        (tmp_path / "bad.json").write_text(json.dumps(whole | change))
+        with pytest.raises(FormatError):
+            Rule.load(tmp_path / "bad.json")
+    with pytest.raises(InputError, match="intercept and a weight"):
+        replace(rule, intercept=None)
+
+
+def test_a_weighted_rule_tells_where_an_or_can_not() -> None:
+    """Two features that fire on all documents, more strongly on those of one class: only how strongly they do tells."""
+    rng = np.random.default_rng(0)
+    labels = np.array([True] * 60 + [False] * 60)
+    sets = [{0, 1} for _ in labels]
+    data = made.dataset(sets, 2)
+    data = replace(data, value=(rng.uniform(0, 1, len(data.value)) + labels[data.item]).astype(np.float32))
+    some = Labelled({0: data}, labels)
+    assert f1(fit_rule(some, 2), some) == pytest.approx(2 / 3)
+    rule = fit_rule(some, 2, weighted=True)
+    assert f1(rule, some) > 0.95
+    for target in (0.0, 0.1, 0.3):
+        tight = rule.calibrated(some.negatives(), target)
+        assert tight.decide(some.negatives()).mean() <= target
+        assert tight.decide(some.layers)[labels].mean() >= 0.5
+    with pytest.raises(InputError, match="those of several are joined by OR"):
+        fit_rule(Labelled({0: data, 1: replace(data, layer=1)}, labels), several=2, weighted=True)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_every_decision_has_its_evidence(weighted: bool) -> None:
     some = seeds()
-    rule = fit_rule(some, 3).calibrated(some.negatives(), 0.1)
+    rule = fit_rule(some, 3, weighted=weighted).calibrated(some.negatives(), 0.1)
     called = rule.decide(some.layers)
     data = some.layers[1]
     for item in range(len(some)):

@@ -31,12 +31,30 @@ def folder(tmp_path) -> Path:
     return tmp_path
 
 
+def test_a_weighted_rule_is_fitted_and_asked_by_the_same_commands(folder: Path, capsys) -> None:
+    rule, east, west, both = (str(folder / n) for n in ("rule.json", "east.jsonl", "west.jsonl", "both.jsonl"))
+    assert main(["classify", "fit", east, west, "-r", rule, "--weighted", "--top", "4", *WHERE, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert list(found["results"])[:2] == ["4 weighted", "rule of 2"]
+    assert found["results"]["4 weighted"]["f1"]["estimate"] == 1
+    loaded = Rule.load(rule)
+    assert (loaded.weighted, len(loaded.features)) == (True, 4)
+    assert main(["classify", "predict", rule, both, "-o", str(folder / "out.jsonl"), *WHERE]) == 0
+    answers = [json.loads(line) for line in (folder / "out.jsonl").read_text().splitlines()]
+    assert [a["label"] for a in answers] == [a["score"] > 0 for a in answers] == [True] * 12 + [False] * 12
+    weights = {one.feature: one.weight for one in loaded.features}
+    assert all(weights[one["feature"]] > 0 for answer in answers for one in answer["because"])
+    capsys.readouterr()
+    assert main(["classify", "fit", east, west, "--weighted", "--several", "2", *WHERE]) == 2
+    assert "those of several are joined by OR" in capsys.readouterr().err
+
+
 def test_fit_predict_distil(folder: Path, capsys) -> None:
     rule, east, west, both = (str(folder / n) for n in ("rule.json", "east.jsonl", "west.jsonl", "both.jsonl"))
     assert main(["classify", "fit", east, west, "-r", rule, "--top", "1", *WHERE, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["results"]["rule of 1"]["f1"]["estimate"] == 1
-    assert {"TF-IDF", "rule of 1"} < set(found["results"])
+    assert {"TF-IDF", "rule of 1", "16 weighted"} < set(found["results"])
     assert not found["noise_labels"]
     assert main(["classify", "predict", rule, both, "-o", str(folder / "out.jsonl"), *WHERE]) == 0
     capsys.readouterr()

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from qwen_scope.analysis import Rule, RuleFeature
-from qwen_scope.errors import QwenScopeError
+from qwen_scope.errors import InputError, QwenScopeError
 from qwen_scope.model import load_tokenizer
 from qwen_scope.sae import load_sae
 from qwen_scope.scope import load_scope, model_source
@@ -80,6 +80,10 @@ def test_a_rule_of_classify_fit_is_a_watch(admission: Admission, tmp_path: Path)
     (tmp_path / "watch.json").write_text(json.dumps({"version": 1, "watch": [{**body, "then": "stop"}, BODY]}))
     assert [one.then for one in read_watches(tmp_path / "watch.json")] == ["stop", "stop"]
     assert admission.admit(Ask(watch=(alone,)), 10, 20).watch == (alone,)
+    (feature,) = rule().features
+    Rule("rude", (replace(feature, weight=1.0),), intercept=-0.5).save(tmp_path / "rude.json")
+    with pytest.raises(InputError, match="weighs whole documents"):
+        read_watches(tmp_path / "rude.json")
 
 
 @pytest.mark.parametrize(

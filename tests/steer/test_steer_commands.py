@@ -123,6 +123,11 @@ def test_a_classifiers_rule_is_a_target(capsys, where, prompts, tmp_path, scope)
         float(any(seen.of(i, p.layer).to_dense()[:, p.feature].max() > p.threshold for p in parts)) for i in (0, 1)
     ]
     assert json.loads(out)["doses"][0]["effect"]["estimate"] == sum(expected) / 2
+    Rule("tiny", tuple(replace(part, weight=2.0) for part in parts), intercept=-1.0).save(path)
+    code, out, _ = run(capsys, *argv, "--rule", str(path), "--json")
+    assert code == 0
+    sums = [sum(2 * float(seen.of(i, p.layer).to_dense()[:, p.feature].max()) for p in parts) - 1 for i in (0, 1)]
+    assert json.loads(out)["doses"][0]["effect"]["estimate"] == sum(one > 0 for one in sums) / 2
     Rule("tiny", (replace(parts[0], sae="another"),)).save(path)
     code, _, err = run(capsys, *argv, "--rule", str(path))
     assert code == 2

@@ -1,13 +1,15 @@
 """Rules from a few labelled documents, and how far to trust them.
 
 Definitions are those of the Qwen-Scope report (arXiv 2605.11887, section 5): `Delta_f = P(f fires | positive) - P(f
-fires | negative)`, the top K features of a layer joined by OR, the layer with the largest top-1 difference.
+fires | negative)`, the top K features of a layer joined by OR, the layer with the largest top-1 difference. Weighted
+rules, which are not the report's, are logistic regression on the activations of a few features of that layer.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float64, Int
@@ -92,21 +94,38 @@ def layer_differences(seeds: Labelled) -> dict[int, float]:
     return {layer: float(deltas(data, seeds.labels).max()) for layer, data in seeds.layers.items()}
 
 
-def fit_rule(seeds: Labelled, k: int = 2, *, layer: int | None = None, several: int = 1, name: str = "rule") -> Rule:
+def fit_rule(
+    seeds: Labelled,
+    k: int | None = None,
+    *,
+    layer: int | None = None,
+    several: int = 1,
+    weighted: bool = False,
+    name: str = "rule",
+) -> Rule:
     """The rule of the top `k` features of a layer; with `several` layers, of the best feature of each.
 
     Args:
+        k: by default 2, of which an OR seldom calls too much positive, or 16 with weights.
         layer: by default the one with the largest top-1 difference.
         several: above 1, a rule over this many layers, those with the largest top-1 differences; `k` is not used.
+        weighted: weigh the features in place of joining them by OR, the `k` whose mean largest activations differ most
+            between the classes.
 
     Raises:
-        InputError: more features or layers than there are, or a layer that is not among them.
+        InputError: more features or layers than there are, a layer that is not among them, or several with weights.
     """
     ranked = sorted(seeds.layers, key=lambda where: (-layer_differences(seeds)[where], where))
     check_count("the number of layers of a rule", several, 1, len(ranked))
     if layer is not None and layer not in seeds.layers:
         raise InputError(f"the seeds have no layer {layer}; they have {sorted(seeds.layers)}")
-    check_count("the number of features of a rule", k, 1, min(data.width for data in seeds.layers.values()))
+    width = min(data.width for data in seeds.layers.values())
+    k = min(16 if weighted else 2, width) if k is None else k
+    check_count("the number of features of a rule", k, 1, width)
+    if weighted:
+        if several > 1:
+            raise InputError("weights are for the features of one layer, those of several are joined by OR")
+        return weighted_rule(seeds, ranked[0] if layer is None else layer, k, name)
     where = ranked[:several] if several > 1 else [ranked[0] if layer is None else layer]
     features = []
     for one in where:
@@ -114,9 +133,37 @@ def fit_rule(seeds: Labelled, k: int = 2, *, layer: int | None = None, several: 
         delta = deltas(data, seeds.labels)
         top = np.lexsort((np.arange(len(delta)), -delta))[: 1 if several > 1 else k]
         features += [rule_feature(data, seeds.labels, int(f), float(delta[f])) for f in top]
+    return Rule(name, tuple(features), about_seeds(seeds, len(features)))
+
+
+def about_seeds(seeds: Labelled, k: int) -> dict[str, Any]:
+    """What a rule keeps of how it was made."""
     positive = int(seeds.labels.sum())
-    about = {"seeds": {"positive": positive, "negative": len(seeds) - positive}, "k": len(features)}
-    return Rule(name, tuple(features), about)
+    return {"seeds": {"positive": positive, "negative": len(seeds) - positive}, "k": k}
+
+
+def weighted_rule(seeds: Labelled, layer: int, k: int, name: str) -> Rule:
+    """Logistic regression (L2, C = 1) on the largest activations of the `k` features whose class means differ most.
+
+    All activations are divided by one number, which makes the mean squared length of a centred row `k`, as
+    standardising would: dividing each feature by its own spread would make the rarest ones the longest.
+    """
+    from sklearn.linear_model import LogisticRegression
+
+    data, labels = seeds.layers[layer], seeds.labels
+    sides = (np.asarray(data.matrix(values=True)[side].mean(0)).ravel() for side in (labels, ~labels))
+    apart = np.abs(np.subtract(*sides))
+    top = np.lexsort((np.arange(len(apart)), -apart))[:k]
+    x = data.matrix(values=True)[:, top].toarray().astype(np.float64)
+    mean = x.mean(0)
+    unit = np.sqrt(k) / max(float(np.sqrt(((x - mean) ** 2).sum(1).mean())), 1e-12)
+    model = LogisticRegression(max_iter=2000).fit((x - mean) * unit, labels)
+    weights, delta = model.coef_[0] * unit, deltas(data, labels)
+    features = []
+    for f, weight, values in zip(top, weights, x.T, strict=True):
+        scale = float(values.max()) or 1.0
+        features.append(RuleFeature(layer, int(f), 0.0, scale, float(delta[f]), data.sae, float(weight * scale)))
+    return Rule(name, tuple(features), about_seeds(seeds, k), float(model.intercept_[0] - weights @ mean))
 
 
 def rule_feature(data: Dataset, labels: Bool[np.ndarray, " items"], feature: int, delta: float) -> RuleFeature:
@@ -157,9 +204,16 @@ def f1(rule: Rule, test: Labelled) -> float:
 
 
 def data_efficiency(
-    seeds: Labelled, test: Labelled, sizes: Sequence[int], k: int = 2, repeats: int = 10, seed: int = 0
+    seeds: Labelled,
+    test: Labelled,
+    sizes: Sequence[int],
+    k: int | None = None,
+    repeats: int = 10,
+    seed: int = 0,
+    *,
+    weighted: bool = False,
 ) -> Float64[np.ndarray, "sizes repeats"]:
-    """F1 on `test` of rules from random subsets with this many labelled documents of each class.
+    """F1 on `test` of rules (as `fit_rule` takes `k` and `weighted`) from random subsets of so many documents a class.
 
     Raises:
         InputError: a size larger than a class.
@@ -172,7 +226,8 @@ def data_efficiency(
     for i, size in enumerate(sizes):
         for j in range(repeats):
             chosen = [rng.choice(some, size, replace=False) for some in (positive, negative)]
-            out[i, j] = f1(fit_rule(seeds.take(np.sort(np.concatenate(chosen))), k), test)
+            some = seeds.take(np.sort(np.concatenate(chosen)))
+            out[i, j] = f1(fit_rule(some, k, weighted=weighted), test)
     return out
 
 

@@ -111,6 +111,7 @@ def fit(
         vectors,
         held_vectors,
         top=options.top,
+        weighted=options.weighted,
         several=options.several,
         fpr=options.fpr,
         name=options.name or positive.name,

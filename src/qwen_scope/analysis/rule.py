@@ -1,11 +1,14 @@
 """`Rule`: a classifier made of features alone, as a file.
 
-A rule calls a document positive if any of its features exceeds its threshold on any token (OR, no weights). Its file is
-JSON with exactly these keys: `format` ("qwen-scope-rule"), `version` (1), `name`, `features`, and `about` (an object:
-how it was made). An entry of `features` has `layer`, `feature` (its index), `threshold` (0 or more; the activation must
-be above it), `scale` (above 0, the feature's largest activation on the positive seeds: what values are divided by
-to compare features), `delta` (the share of positive seeds on which it fires minus that of negative ones) and `sae` (the
-fingerprint of the SAE whose feature it is).
+A rule calls a document positive if any of its features exceeds its threshold on any token (OR, no weights), as in the
+Qwen-Scope report. Its file is JSON with exactly these keys: `format` ("qwen-scope-rule"), `version` (1), `name`,
+`features`, and `about` (an object: how it was made). An entry of `features` has `layer`, `feature` (its index),
+`threshold` (0 or more; the activation must be above it), `scale` (above 0, the feature's largest activation on the
+positive seeds: what values are divided by to compare features), `delta` (the share of positive seeds on which it fires
+minus that of negative ones) and `sae` (the fingerprint of the SAE whose feature it is).
+
+A weighted rule has `intercept` beside them and `weight` in every entry: positive where `intercept` plus the sum of
+`weight` times a feature's largest activation, over its `scale`, is above 0. Its thresholds are 0 and not asked.
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float64
 
-from qwen_scope.errors import FormatError, MismatchError, NotFoundError, check_share
+from qwen_scope.errors import FormatError, InputError, MismatchError, NotFoundError, check_share
 from qwen_scope.files import Fields, read_object, write_text
 from qwen_scope.text import Counted
 
@@ -30,7 +33,7 @@ FORMAT, VERSION = "qwen-scope-rule", 1
 
 @dataclass(frozen=True)
 class RuleFeature:
-    """One feature of a rule; the fields are those of the file."""
+    """One feature of a rule; the fields are those of the file, `weight` None where the rule has none."""
 
     layer: int
     feature: int
@@ -38,11 +41,12 @@ class RuleFeature:
     scale: float
     delta: float
     sae: str
+    weight: float | None = None
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """Why a document was called positive: which feature exceeded its threshold where, and how strong it was."""
+    """Why a document was called positive: which feature exceeded its threshold (or spoke for it) where, how strong."""
 
     layer: int
     feature: int
@@ -52,15 +56,31 @@ class Evidence:
 
 @dataclass(frozen=True)
 class Rule:
-    """Positive if any feature exceeds its threshold on any token.
+    """Positive if any feature exceeds its threshold on any token, or by the sum of weighted features.
 
     Attributes:
         name: of the property.   features: at least one.   about: how it was made, as plain data.
+        intercept: of a weighted rule; None where the features are joined by OR.
+
+    Raises:
+        InputError: weights without an intercept, an intercept without weights, or a feature without its weight.
     """
 
     name: str
     features: tuple[RuleFeature, ...]
     about: dict[str, Any] = field(default_factory=dict)
+    intercept: float | None = None
+
+    def __post_init__(self) -> None:
+        if any((f.weight is None) != (self.intercept is None) for f in self.features):
+            raise InputError(
+                f"the rule {self.name!r} needs an intercept and a weight for every feature, or none of them"
+            )
+
+    @property
+    def weighted(self) -> bool:
+        """Whether its features have weights; else they are joined by OR."""
+        return self.intercept is not None
 
     @property
     def layers(self) -> list[int]:
@@ -116,41 +136,62 @@ class Rule:
 
     def decide(self, layers: Mapping[int, Dataset]) -> Bool[np.ndarray, " items"]:
         """Which items are positive."""
-        above = self.values(layers) > np.array([f.threshold for f in self.features])
-        return np.asarray(above.any(1))
+        return self.positive(self.values(layers))
+
+    def positive(self, values: Float64[np.ndarray, "items features"]) -> Bool[np.ndarray, " items"]:
+        """Which items are, by the largest activation of each feature."""
+        if self.weighted:
+            return self.strength(values) > 0
+        return np.asarray((values > np.array([f.threshold for f in self.features])).any(1))
 
     def scores(self, layers: Mapping[int, Dataset]) -> Float64[np.ndarray, " items"]:
-        """How strongly: the largest activation in units of its feature's scale; 0 where none fires."""
-        return (self.values(layers) / np.array([f.scale for f in self.features])).max(1)
+        """How strongly: the largest activation in units of its feature's scale, 0 where none fires; or the sum."""
+        return self.strength(self.values(layers))
+
+    def strength(self, values: Float64[np.ndarray, "items features"]) -> Float64[np.ndarray, " items"]:
+        """The scores, by the largest activation of each feature."""
+        scaled = values / np.array([f.scale for f in self.features])
+        if self.intercept is None:
+            return scaled.max(1)
+        return self.intercept + scaled @ np.array([f.weight for f in self.features], np.float64)
 
     def trace(self, layers: Mapping[int, Dataset], item: int) -> list[Evidence]:
-        """The evidence for one item, the strongest in units of scale first; empty where it is called negative."""
+        """The evidence for one item, the strongest first (in units of scale, times the weight); empty where negative.
+
+        Of a weighted rule these are the features that speak for it; others may speak against.
+        """
+        if self.weighted and not self.decide({layer: data.take([item]) for layer, data in layers.items()})[0]:
+            return []
         found = []
         for f in self.features:
-            data = layers[f.layer]
+            data, weight = layers[f.layer], 1.0 if f.weight is None else f.weight
             for row in np.flatnonzero((data.item == item) & (data.feature == f.feature)):
-                if data.value[row] > f.threshold:
+                if data.value[row] > f.threshold and weight > 0:
                     evidence = Evidence(f.layer, f.feature, int(data.position[row]), float(data.value[row]))
-                    found.append((-evidence.value / f.scale, evidence.layer, evidence.feature, evidence))
+                    found.append((-evidence.value * weight / f.scale, evidence.layer, evidence.feature, evidence))
         return [one[-1] for one in sorted(found, key=lambda one: one[:3])]
 
     def calibrated(self, negatives: Mapping[int, Dataset], fpr: float) -> Rule:
         """The rule with thresholds that call at most a share `fpr` of these negative documents positive.
 
         Each feature alone passes the same number of them, the largest for which all features together keep to `fpr`:
-        a feature that fires on many negative documents gets a high threshold and leaves the others alone.
+        a feature that fires on many negative documents gets a high threshold and leaves the others alone. A weighted
+        rule gets a lower intercept instead.
 
         Raises:
             InputError: a rate that is not in [0, 1).
         """
         check_share("a false-positive rate", fpr, zero=True, one=False)
         values = self.values(negatives)
-        ranked = -np.sort(-values, axis=0)
         passing = int(np.floor(fpr * len(values) + 1e-9))
+        about = {**self.about, "calibrated": {"fpr": fpr, "negatives": len(values)}}
+        if self.intercept is not None:
+            scores = np.sort(self.scores(negatives))[::-1]
+            return replace(self, intercept=self.intercept - max(0.0, float(scores[passing])), about=about)
+        ranked = -np.sort(-values, axis=0)
         while passing and (values > ranked[passing]).any(1).mean() > fpr + 1e-12:
             passing -= 1
         features = tuple(replace(f, threshold=float(t)) for f, t in zip(self.features, ranked[passing], strict=True))
-        about = {**self.about, "calibrated": {"fpr": fpr, "negatives": len(values)}}
         return replace(self, features=features, about=about)
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -159,7 +200,13 @@ class Rule:
 
     def to_json(self) -> dict[str, Any]:
         """The object that the file holds."""
-        return {"format": FORMAT, "version": VERSION, **asdict(self)}
+        data = {"format": FORMAT, "version": VERSION, **asdict(self)}
+        if not self.weighted:  # as programs before weights read it
+            del data["intercept"]
+            data["features"] = [
+                {key: value for key, value in one.items() if key != "weight"} for one in data["features"]
+            ]
+        return data
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Rule:
@@ -179,16 +226,18 @@ class Rule:
         """
         found = Fields(data, what)
         found.header(VERSION, FORMAT)
-        found = Fields(found.data, what, ("format", "version", "name", "features", "about"))
-        features = tuple(_feature(what, entry) for entry in found.items("features"))
+        found = Fields(found.data, what, ("format", "version", "name", "features", "about"), ("intercept",))
+        intercept = found.number("intercept") if "intercept" in found.data else None
+        features = tuple(_feature(what, entry, intercept is not None) for entry in found.items("features"))
         if not features:
             raise FormatError(f"{what} has no feature")
-        return cls(found.text("name"), features, found.object("about"))
+        return cls(found.text("name"), features, found.object("about"), intercept)
 
 
-def _feature(rule: str, entry: Any) -> RuleFeature:
+def _feature(rule: str, entry: Any, weighted: bool) -> RuleFeature:
     """One entry of a rule's file, strictly."""
-    one = Fields(entry, f"a feature of {rule}", [f.name for f in fields(RuleFeature)])
+    keys = [f.name for f in fields(RuleFeature) if weighted or f.name != "weight"]
+    one = Fields(entry, f"a feature of {rule}", keys)
     scale = one.number("scale", 0)
     if not scale:
         raise FormatError(f"'scale' of {one.what} is above 0: values are divided by it")
@@ -199,4 +248,5 @@ def _feature(rule: str, entry: Any) -> RuleFeature:
         scale,
         one.number("delta", -1, 1),
         one.text("sae"),
+        one.number("weight") if weighted else None,
     )

@@ -27,7 +27,8 @@ def try_rule(
     pooled: Pooled,
     test_pooled: Pooled,
     *,
-    top: int = 2,
+    top: int | None = None,
+    weighted: bool = False,
     several: int = 1,
     fpr: float | None = None,
     name: str = "rule",
@@ -37,27 +38,29 @@ def try_rule(
 
     Args:
         pooled, test_pooled: the mean residual of every document, by layer.
-        top, several: as `k` and `several` of `fit_rule`.   fpr: calibrate thresholds on the negative seeds.
+        top, weighted, several: as `k`, `weighted` and `several` of `fit_rule`; the other kind of rule is tried beside.
+        fpr: calibrate thresholds on the negative seeds.
 
     Raises:
         InputError: as in `fit_rule`, or documents without texts.
     """
-    rule = fit_rule(seeds, top, several=several, name=name)
+    rule = fit_rule(seeds, top, several=several, weighted=weighted, name=name)
+    other = fit_rule(seeds, weighted=not weighted)
     if fpr is not None:
-        rule = rule.calibrated(seeds.negatives(), fpr)
+        rule, other = (one.calibrated(seeds.negatives(), fpr) for one in (rule, other))
     noise = noise_test(seeds, seed=seed)
     layer = best_layer(pooled, seeds.labels)
     first, held = next(iter(seeds.layers.values())), next(iter(test.layers.values()))
-    results: dict[str, Rates] = {f"rule of {len(rule.features)}": evaluate(rule, test, seed=seed)}
-    for said, (called, scores) in {
+    results: dict[str, Rates] = {called(one): evaluate(one, test, seed=seed) for one in (rule, other)}
+    for said, (positive, scores) in {
         f"logistic, layer {layer}": logistic(pooled[layer], seeds.labels, test_pooled[layer]),
         f"means, layer {layer}": mean_difference(pooled[layer], seeds.labels, test_pooled[layer]),
         "TF-IDF": text_baseline(first.texts or (), seeds.labels, held.texts or ()),
     }.items():
-        results[said] = rates(called, test.labels, scores, seed=seed)
+        results[said] = rates(positive, test.labels, scores, seed=seed)
     most = min(int(seeds.labels.sum()), int((~seeds.labels).sum()))
     sizes = [n for n in SIZES if n < most] + [most]
-    curve = data_efficiency(seeds, test, sizes, top, seed=seed)
+    curve = data_efficiency(seeds, test, sizes, top, seed=seed, weighted=weighted)
     data = {
         "rule": asdict(rule),
         "layers": layer_differences(seeds),
@@ -69,16 +72,21 @@ def try_rule(
     tables = (
         Table(
             "Features",
-            ("layer", "feature", "difference", "above"),
-            [(f.layer, f.feature, f.delta, f.threshold) for f in rule.features],
+            ("layer", "feature", "difference", "weight" if weighted else "above"),
+            [(f.layer, f.feature, f.delta, f.weight if weighted else f.threshold) for f in rule.features],
         ),
         Table("Top-1 difference by layer", ("layer", "difference"), list(layer_differences(seeds).items())),
         *rates_table("On held-out documents", results),
     )
-    line = Line(f"top {top}", sizes, curve.mean(1).tolist(), curve.min(1).tolist(), curve.max(1).tolist())
+    line = Line(called(rule), sizes, curve.mean(1).tolist(), curve.min(1).tolist(), curve.max(1).tolist())
     figure = Curves("Seeds needed", "seeds per class", "F1 on held-out documents", [line], log_x=True)
     notes = (noise_note(noise),) if noise.p > NOISE else ()
     return rule, Result(data, tables, (figure,), notes)
+
+
+def called(rule: Rule) -> str:
+    """What tables and figures call it."""
+    return f"{len(rule.features)} weighted" if rule.weighted else f"rule of {len(rule.features)}"
 
 
 def noise_note(noise: Permuted) -> str:

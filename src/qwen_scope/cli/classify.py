@@ -40,7 +40,16 @@ SCOPE, FIT = ScopeOptions(), FitOptions()
 SPREAD = 2**13
 """Documents that workers are given together: they open the model for each such set."""
 OPTIONS[FitOptions] = {
-    "top": Annotated[int, typer.Option("--top", help="How many features of one layer, joined by OR.", min=1)],
+    "top": Annotated[
+        int | None,
+        typer.Option(
+            "--top", help="How many features of one layer. Default: 2 joined by OR, or 16 with weights.", min=1
+        ),
+    ],
+    "weighted": Annotated[
+        bool,
+        typer.Option("--weighted", help="Weigh the features by logistic regression instead of joining them by OR."),
+    ],
     "several": Annotated[
         int, typer.Option("--several", help="Instead the best feature of each of this many layers.", min=1)
     ],

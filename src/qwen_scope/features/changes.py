@@ -169,13 +169,13 @@ def rule_target(scope: Scope, rule: RuleLike) -> Target:
     counted = replace(rule.counted, phases=None)
 
     def positive(texts: list[str]) -> np.ndarray:
-        out = np.zeros(len(texts), bool)
+        values = np.zeros((len(texts), len(rule.features)))
         seen = scope.features([text or " " for text in texts], rule.layers, truncate=True, counted=counted)
         for i in range(len(texts)):
-            for part in rule.features:
-                acts = seen.of(i, part.layer)[seen.counts(i, part.layer)]
-                out[i] |= bool((acts.select([part.feature]) > part.threshold).any())
-        return out.astype(float)
+            for j, part in enumerate(rule.features):
+                acts = seen.of(i, part.layer)[seen.counts(i, part.layer)].select([part.feature])
+                values[i, j] = float(acts.max()) if acts.numel() else 0.0
+        return rule.positive(values).astype(float)
 
     return positive
 

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args, runtime_chec
 from qwen_scope.errors import InputError, check_count, check_number
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from qwen_scope.text import Counted
 
 By = Literal["f1", "difference", "rate", "auroc"]
@@ -40,7 +42,7 @@ class ChangeOptions:
 
 @runtime_checkable
 class RuleLike(Protocol):
-    """A classifier made of features, such as `analysis.Rule`: positive where any of them exceeds its threshold."""
+    """A classifier made of features, such as `analysis.Rule`; `positive` decides by the largest activation of each."""
 
     @property
     def layers(self) -> list[int]: ...
@@ -49,6 +51,7 @@ class RuleLike(Protocol):
     @property
     def counted(self) -> Counted: ...
     def check_sae(self, layer: int, fingerprint: str, width: int) -> None: ...
+    def positive(self, values: np.ndarray) -> np.ndarray: ...
 
 
 @dataclass(frozen=True)

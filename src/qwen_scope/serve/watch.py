@@ -113,8 +113,11 @@ class Watch:
         """A rule of `classify fit`, asked of the tokens that counted when it was fitted.
 
         Raises:
-            InputError: as the class.   FormatError: the rule says something else than which tokens counted.
+            InputError: as the class, or a weighted rule.   FormatError: the rule says something else than which
+                tokens counted.
         """
+        if rule.weighted:
+            raise InputError(f"the rule {rule.name!r} weighs whole documents; a watch asks every token: fit one by OR")
         features = tuple(sorted((one.layer, one.feature, float(one.threshold)) for one in rule.features))
         saes = tuple(sorted({(one.layer, one.sae) for one in rule.features}))
         return cls(**{"name": rule.name, "features": features, "counted": rule.counted, "saes": saes, **rest})

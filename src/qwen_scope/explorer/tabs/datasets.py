@@ -118,11 +118,13 @@ class DatasetsTab:
         loaded = Rule.load(rule)
         text, mode = self.state.check_text(text), self.state.chat(chat)
         seen = self.state.scope.features([text], loaded.layers, chat=mode, counted=loaded.counted)
-        evidence = loaded.trace({layer: one_item(self.state, seen, layer) for layer in loaded.layers}, 0)
+        items = {layer: one_item(self.state, seen, layer) for layer in loaded.layers}
+        evidence = loaded.trace(items, 0)
         tokens = seen.tokens[0]
         for layer in loaded.layers:
             self.state.names.learn(layer, [one.feature for one in evidence if one.layer == layer])
-        return {self.traced: trace_panel(self.state, loaded, tokens, evidence)}
+        verdict = verdict_of(loaded, items)
+        return {self.traced: trace_panel(self.state, loaded, verdict, tokens, evidence)}
 
 
 def analysed(
@@ -204,7 +206,15 @@ def cell_of(cell: Any, state: AppState) -> str | None:
     return number(cell) if isinstance(cell, float) else None if cell is None else state.discreet(str(cell))
 
 
-def trace_panel(state: AppState, rule: Rule, tokens: list[str], evidence: list[Evidence]) -> Markup:
+def verdict_of(rule: Rule, items: dict[int, Dataset]) -> str:
+    """What a rule says of one text."""
+    if rule.decide(items)[0]:
+        return "positive"
+    said = "the weighted sum of its features" if rule.weighted else "no feature of the rule exceeds its threshold"
+    return f"negative: {said}" + (f" is {number(float(rule.scores(items)[0]))}, not above 0" if rule.weighted else "")
+
+
+def trace_panel(state: AppState, rule: Rule, verdict: str, tokens: list[str], evidence: list[Evidence]) -> Markup:
     """The tokens that decided, and the features that fired there."""
     places = {one.position: one for one in reversed(evidence)}
     top = max((one.value for one in evidence), default=1.0)
@@ -224,7 +234,6 @@ def trace_panel(state: AppState, rule: Rule, tokens: list[str], evidence: list[E
         )
         for one in evidence
     ]
-    verdict = "positive" if evidence else "negative: no feature of the rule exceeds its threshold"
     table = element("table", element("tbody", *rows), class_="qs-table qs-ranked") if rows else None
     return card(
         heading(f"“{rule.name}”", verdict), element("div", *made, class_="qs-tokens", dir="auto"), table or Markup("")
