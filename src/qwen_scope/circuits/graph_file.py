@@ -12,6 +12,7 @@ from typing import Any
 from qwen_scope.features import token_effects
 from qwen_scope.files import write_text
 from qwen_scope.scope import Scope
+from qwen_scope.text import token_text
 
 from .graph import Graph, Node
 
@@ -50,7 +51,7 @@ def save_graph(graph: Graph, scope: Scope, path: str | os.PathLike[str]) -> None
 
 def text_by(scope: Scope) -> Callable[[int], str]:
     """What shows a token's id as text."""
-    return lambda token: str(scope.tokenizer.decode([token]))
+    return lambda token: token_text(scope.tokenizer, token)
 
 
 def graph_document(

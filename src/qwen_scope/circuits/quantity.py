@@ -13,6 +13,7 @@ from torch import Tensor
 from qwen_scope.errors import InputError, check_count
 from qwen_scope.model import input_device, last_logits
 from qwen_scope.scope import Scope
+from qwen_scope.text import token_text
 
 Kind = Literal["logit", "log_prob", "difference", "feature"]
 
@@ -125,7 +126,7 @@ class Quantity:
         if self.kind == "feature":
             return f"activation of {self.layer}/{self.feature}"
         said, other = (
-            " or ".join(repr(tokenizer.decode([token])) for token in side) for side in (self.tokens, self.against)
+            " or ".join(repr(token_text(tokenizer, token)) for token in side) for side in (self.tokens, self.against)
         )
         if self.kind == "difference":
             return f"logit of {said} less {other}"
@@ -144,10 +145,10 @@ def one_token(scope: Scope, text: str) -> int:
         return ids[0]
     if not text or not ids or tokenizer.unk_token_id in ids:
         raise InputError(f"{text!r} is not in the vocabulary of {scope.name}; name a token, such as ' the'")
-    pieces = " ".join(repr(tokenizer.decode([i])) for i in ids[:8])
+    pieces = " ".join(repr(token_text(tokenizer, i)) for i in ids[:8])
     raise InputError(
         f"{text!r} is {len(ids)} tokens to this model ({pieces}); name one token, such as"
-        f" {tokenizer.decode([ids[0]])!r}"
+        f" {token_text(tokenizer, ids[0])!r}"
     )
 
 

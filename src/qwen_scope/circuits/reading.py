@@ -13,7 +13,7 @@ from torch import Tensor
 from qwen_scope.errors import InputError, brief
 from qwen_scope.model import PASS_TOKENS, HookPoint, Past, changing, input_device, last_logits
 from qwen_scope.scope import Scope
-from qwen_scope.text import REASONS
+from qwen_scope.text import REASONS, token_text
 
 from .memory import check_memory
 from .quantity import Quantity
@@ -156,7 +156,7 @@ def read(
         streams[layer] = kept[layer][0].float()
         left_out[layer] = _left_out(scope, ids, layer, streams[layer], nodes)
         active[layer], errors[layer] = _apart(scope, layer, streams[layer], left_out[layer])
-    shown = tuple(tokens[: len(ids)]) if tokens else tuple(str(scope.tokenizer.decode([i])) for i in ids)
+    shown = tuple(tokens[: len(ids)]) if tokens else tuple(token_text(scope.tokenizer, i) for i in ids)
     return Reading(
         scope, quantity, tuple(ids), shown, tuple(chosen), embeddings, streams, errors, active, left_out,
         float(value[0]), None if logits is None else logits[0],

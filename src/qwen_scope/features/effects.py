@@ -15,6 +15,7 @@ from qwen_scope.errors import InputError, check_count
 from qwen_scope.model import final_norm, unembedding
 from qwen_scope.sae import SAE
 from qwen_scope.scope import Scope
+from qwen_scope.text import token_text
 
 # Features of a dictionary that go through the norm at once.
 BLOCK = 4096
@@ -147,12 +148,6 @@ def vocabulary(scope: Scope) -> Float[Tensor, "vocab d_model"]:
     """The unembedding in fp32, without the rows that pad it beyond the tokenizer."""
     with torch.no_grad():
         return unembedding(scope.model)[: len(scope.tokenizer)].float()
-
-
-def token_text(tokenizer: Any, token: int) -> str:
-    """What a token shows; pieces of a character show their name in the vocabulary."""
-    text = tokenizer.decode([token])
-    return text if text and "�" not in text else str(tokenizer.convert_ids_to_tokens(token))
 
 
 def cosines(sae: SAE, direction: Float[Tensor, " d_model"]) -> Float[np.ndarray, " d_sae"]:

@@ -23,8 +23,9 @@ from qwen_scope.model import PASS_TOKENS as BATCH_TOKENS
 from qwen_scope.model import HookPoint, changing, final_norm, input_device, n_layers, reading
 from qwen_scope.report import Progress
 from qwen_scope.scope import Scope
+from qwen_scope.text import token_text
 
-from .effects import TokenEffect, token_text, vocabulary
+from .effects import TokenEffect, vocabulary
 from .lens_options import LensOptions
 
 CLEARLY = 0.95

@@ -1,3 +1,4 @@
+from .by_itself import token_text as token_text
 from .chat import Message as Message
 from .chat import Rendered as Rendered
 from .chat import render as render
