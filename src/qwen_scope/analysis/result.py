@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from qwen_scope.report import Figure, Table
+from qwen_scope.report import Figure, HasFrames, Table, element, join, styled
 
 
-@dataclass(frozen=True)
-class Result:
+@dataclass(frozen=True, repr=False)
+class Result(HasFrames):
     """What an analysis found.
 
     Attributes:
@@ -26,3 +26,16 @@ class Result:
     notes: tuple[str, ...] = field(default=())
     verdict: str = ""
     items: Table | None = None
+
+    def sheet(self) -> Table:
+        """The items where the analysis says something of each, else its first table."""
+        return self.items or next(iter(self.tables), Table(self.verdict, (), ()))
+
+    def __repr__(self) -> str:
+        return f"Result({(self.verdict or self.sheet().title)[:80]!r}, {len(self.tables)} tables)"
+
+    def _repr_html_(self) -> str:
+        """What it comes to, every table, and what a reader must see."""
+        verdict = element("p", element("b", self.verdict)) if self.verdict else None
+        notes = [element("p", note, class_="place") for note in self.notes]
+        return styled(join(verdict, *(table.to_html() for table in self.tables), *notes))

@@ -24,6 +24,7 @@ from jaxtyping import Bool, Float64
 
 from qwen_scope.errors import FormatError, InputError, MismatchError, NotFoundError, check_share
 from qwen_scope.files import Fields, read_object, write_text
+from qwen_scope.report import HasFrames, Table
 from qwen_scope.text import Counted
 
 from .dataset import Dataset
@@ -54,8 +55,8 @@ class Evidence:
     value: float
 
 
-@dataclass(frozen=True)
-class Rule:
+@dataclass(frozen=True, repr=False)
+class Rule(HasFrames):
     """Positive if any feature exceeds its threshold on any token, or by the sum of weighted features.
 
     Attributes:
@@ -85,6 +86,11 @@ class Rule:
     @property
     def layers(self) -> list[int]:
         return sorted({f.layer for f in self.features})
+
+    def sheet(self) -> Table:
+        """A row per feature."""
+        told = "by their weighted sum" if self.weighted else "where any of these exceeds its threshold"
+        return Table.of(f"{self.name}: positive {told}", self.features)
 
     @property
     def counted(self) -> Counted:

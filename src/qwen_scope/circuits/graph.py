@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any, Literal
 
+from qwen_scope.report import HasFrames, Table, visible
+
 Kind = Literal["embedding", "feature", "error", "target"]
 
 
@@ -119,8 +121,8 @@ class Path:
     shares: tuple[float, ...]
 
 
-@dataclass(frozen=True)
-class Graph:
+@dataclass(frozen=True, repr=False)
+class Graph(HasFrames):
     """Why a model says what it says at one position of one prompt.
 
     Attributes:
@@ -224,6 +226,27 @@ class Graph:
                     weight, share = found.get(first, (0.0, 0.0))
                     found[first] = weight + edge.weight, max(share, edge.share)
         return found
+
+    def sheet(self) -> Table:
+        """A row per feature, the largest effect first."""
+        columns = (
+            "layer",
+            "feature",
+            "position",
+            "token",
+            "activation",
+            "effect",
+            "ablated",
+            "written by",
+            "label or promotes",
+        )
+        rows = []
+        for i in self.features:
+            node = self.nodes[i]
+            said = node.label or " ".join(visible(token) for token in node.promotes)
+            here = (node.layer, node.feature, node.position, self.tokens[node.position], node.activation, node.effect)
+            rows.append((*here, node.exact, self.written_by(self.ladder_of[i]), said))
+        return Table(f"{self.quantity} after {self.tokens[-1]!r}: {self.value:.4g}", columns, rows)
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""

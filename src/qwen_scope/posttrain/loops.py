@@ -21,7 +21,7 @@ import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qwen_scope.errors import InputError, check_count
-from qwen_scope.report import Progress
+from qwen_scope.report import HasFrames, Progress, Table
 from qwen_scope.stats import Interval, bootstrap
 from qwen_scope.steer import Intervention, SAEsByLayer, generate
 
@@ -39,8 +39,8 @@ class Answer:
     loop: Loop | None
 
 
-@dataclass(frozen=True)
-class LoopShare:
+@dataclass(frozen=True, repr=False)
+class LoopShare(HasFrames):
     """What was measured.
 
     Attributes:
@@ -52,6 +52,13 @@ class LoopShare:
     share: Interval
     finished: float
     answers: list[Answer]
+
+    def sheet(self) -> Table:
+        """A row per answer."""
+        rows = [(one.prompt, one.text, len(one.ids), one.finished, one.loop is not None) for one in self.answers]
+        return Table(
+            f"{self.share.estimate:.0%} of answers loop", ("prompt", "text", "tokens", "finished", "loops"), rows
+        )
 
     def per_prompt(self) -> np.ndarray:
         """The looping share of every prompt."""

@@ -11,6 +11,7 @@ from typing import Any
 
 from qwen_scope.errors import FormatError, MismatchError, NotFoundError
 from qwen_scope.files import Fields, read_object, write_text
+from qwen_scope.report import HasFrames, Table
 from qwen_scope.sae import SAE, Identity
 
 FORMAT, VERSION = "qwen-scope alpha table", 1
@@ -36,8 +37,8 @@ class LayerTable:
     alpha: Mapping[str, tuple[float, ...]]
 
 
-@dataclass(frozen=True)
-class AlphaTable:
+@dataclass(frozen=True, repr=False)
+class AlphaTable(HasFrames):
     """Features of a target group, and their thresholds on every group.
 
     Attributes:
@@ -56,6 +57,20 @@ class AlphaTable:
     def groups(self) -> tuple[str, ...]:
         """Every group, the target too, by name."""
         return tuple(sorted(self.layers[0].alpha))
+
+    def sheet(self) -> Table:
+        """A row per feature, with its alpha on every group."""
+        rows = [
+            {
+                "layer": here.layer,
+                "feature": feature,
+                "score": score,
+                **{f"alpha_{g}": here.alpha[g][i] for g in self.groups},
+            }
+            for here in self.layers
+            for i, (feature, score) in enumerate(zip(here.features, here.scores, strict=True))
+        ]
+        return Table.of(f"Features of {self.target}", rows)
 
     def layer(self, layer: int) -> LayerTable:
         """The features of one layer.

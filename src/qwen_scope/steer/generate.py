@@ -12,8 +12,8 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from qwen_scope.errors import FormatError, InputError, check_count
 from qwen_scope.model import context_length, input_device, packed_head
-from qwen_scope.report import element, html_tokens, join, styled
-from qwen_scope.text import Chat, Message, Tokens, tokenize
+from qwen_scope.report import HasFrames, Table, element, html_tokens, join, styled
+from qwen_scope.text import Chat, Message, Tokens, token_text, tokenize
 
 from .decoding import Decoding
 from .detokenize import Pieces, shown
@@ -57,7 +57,7 @@ class GeneratedToken:
 
 
 @dataclass(frozen=True, repr=False)
-class Generation:
+class Generation(HasFrames):
     """One continuation.
 
     Attributes:
@@ -77,6 +77,11 @@ class Generation:
     def __repr__(self) -> str:
         shown = self.text if len(self.text) <= 60 else f"{self.text[:59]}…"
         return f"Generation({shown!r}, {len(self.tokens)} tokens)"
+
+    def sheet(self) -> Table:
+        """A row per token of the continuation."""
+        rows = [(i, one.token_id, one.text, one.probability) for i, one in enumerate(self.tokens)]
+        return Table(self.text, ("position", "token_id", "text", "probability"), rows)
 
     def _repr_html_(self) -> str:
         """The prompt, and the continuation with each token as strong as its probability, where those were asked for."""
@@ -324,7 +329,7 @@ def _results(
             best: list[Candidate] = []
             if tops:
                 pairs = zip(tops[step][0][i], tops[step][1][i], strict=True)
-                best = [Candidate(other, str(tokenizer.decode([other])), p) for other, p in pairs]
+                best = [Candidate(other, token_text(tokenizer, other), p) for other, p in pairs]
             made.append(GeneratedToken(token_id, text, probability[i][step] if probability else None, tuple(best)))
         out.append(
             Generation(tokens.texts[row], "".join(texts), tuple(made), end is not None, tuple(tokens.strings[row]))

@@ -24,6 +24,7 @@ from qwen_scope.files import (
     write_text,
 )
 from qwen_scope.model import HookPoint, text_config
+from qwen_scope.report import HasFrames, Table
 from qwen_scope.sae import terms_of
 from qwen_scope.text import Counted
 
@@ -44,8 +45,8 @@ class CountedByLayer(Protocol):
     def __getitem__(self, layer: int, /) -> Counted: ...
 
 
-@dataclass(frozen=True)
-class Recipe:
+@dataclass(frozen=True, repr=False)
+class Recipe(HasFrames):
     """A named list of interventions.
 
     Attributes:
@@ -73,6 +74,10 @@ class Recipe:
     def __post_init__(self) -> None:
         if not self.name.strip() or not self.interventions:
             raise InputError("a recipe has a name and at least one intervention")
+
+    def sheet(self) -> Table:
+        """A row per intervention."""
+        return Table.of(self.name, [one.to_json() for one in self.interventions])
 
     @classmethod
     def of(

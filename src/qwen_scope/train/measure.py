@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from qwen_scope.errors import InputError
 from qwen_scope.model import HookPoint, LoadedModel, counted_of, load_model, measure_counted, weights_fingerprint
-from qwen_scope.report import Progress
+from qwen_scope.report import HasFrames, Progress, Table
 from qwen_scope.sae import SAE, layers_of, load_sae
 from qwen_scope.scope import WORDS, Joined, Verdict, model_source, remember, resolve
 from qwen_scope.text import Chat, Corpus, Counted, TokenRows
@@ -27,8 +28,8 @@ from .transfer import Transfer, transferred
 CONTEXT_LENGTH, BATCH_SIZE, TOKENS = 256, 16, 65536
 
 
-@dataclass(frozen=True)
-class EvalResult:
+@dataclass(frozen=True, repr=False)
+class EvalResult(HasFrames):
     """What was measured.
 
     Attributes:
@@ -50,6 +51,18 @@ class EvalResult:
     fits: dict[HookPoint, Fit] = field(default_factory=dict)
     counted_post: Counted | None = None
     remembered: tuple[Path, ...] = ()
+
+    def sheet(self) -> Table:
+        """A row per SAE: its figures on its own model, and how it carries over to the other checkpoint."""
+        rows = []
+        for point in dict.fromkeys([*self.quality, *self.transfer, *self.fits]):
+            row: dict[str, Any] = {"hook_point": str(point)}
+            row |= self.quality[point].plain() if point in self.quality else {}
+            row |= (
+                {f"transfer_{k}": v for k, v in asdict(self.transfer[point]).items()} if point in self.transfer else {}
+            )
+            rows.append(row | ({"fits": self.fits[point].verdict} if point in self.fits else {}))
+        return Table.of(f"Quality of {self.sae}", rows)
 
 
 @dataclass(frozen=True)

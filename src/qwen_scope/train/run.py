@@ -37,7 +37,7 @@ from qwen_scope.model import (
     n_layers,
     weights_fingerprint,
 )
-from qwen_scope.report import Progress
+from qwen_scope.report import HasFrames, Progress, Table
 from qwen_scope.sae import SAE, save_sae
 from qwen_scope.scope import model_source
 from qwen_scope.text import REASONS, Corpus, Counted, TokenRows
@@ -64,8 +64,8 @@ from .options import RESERVED, RUN, SCRATCH_FOLDER, TrainRun, named
 from .parallel import Ranks, join
 
 
-@dataclass(frozen=True)
-class TrainResult:
+@dataclass(frozen=True, repr=False)
+class TrainResult(HasFrames):
     """What a run leaves.
 
     Attributes:
@@ -79,6 +79,11 @@ class TrainResult:
     saes: Mapping[str, SAE]
     quality: Mapping[str, Quality]
     began: Mapping[str, Began] = field(default_factory=dict)
+
+    def sheet(self) -> Table:
+        """A row per SAE with its figures."""
+        rows = [{"hook_point": point, **one.plain()} for point, one in self.quality.items()]
+        return Table.of(f"{self.folder.name}: quality", rows or [{"hook_point": point} for point in self.saes])
 
 
 def run_train(
