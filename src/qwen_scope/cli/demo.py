@@ -14,8 +14,12 @@ if TYPE_CHECKING:
     from qwen_scope.scope import Scope, TokenFeatures
 
 TEXT = "Could you please tell me where the station is? Shut up, you fool!"
-OTHERS = ("Wo ist der Bahnhof? Halt die Klappe, du Esel!", "请问车站在哪里？", "12 + 30 = 42")
-FACTORS = {"en": "English", "de": "German", "zh": "Chinese", "en/rude": "rude English", "arithmetic": "sums"}
+OTHERS = ("Wo ist der Bahnhof? Halt die Klappe, du Esel!", "请问车站在哪里？", "12 + 30 = 42\n7 + 8 = 15")
+FACTORS = {
+    "en": "English from the rest", "de": "German from the rest", "zh": "Chinese from the rest",
+    "en/rude": "rude English from other English", "arithmetic": "sums from the rest",
+}  # fmt: skip
+REDUCED = {"max": "largest activation", "mean": "mean activation"}
 PAIR = ("Where is the market? I am going to the market.", "Wo ist der Markt? Ich gehe zum Markt.")
 
 
@@ -69,24 +73,26 @@ def show_tokens(seen: TokenFeatures, layer: int) -> None:
 
 
 def show_features(out: output.Terminal, seen: TokenFeatures, detectors: list[dict[str, Any]]) -> None:
-    """For some factors of the corpus, the one feature that detects it best, over all texts."""
+    """For some factors of the corpus, the one feature that detects it best, and what it says of each text."""
     from rich.text import Text
 
     from qwen_scope.report import shaded
 
-    out.print("2. What single features fire on", style="bold")
+    out.print("2. What single features tell, by their activation in a text", style="bold")
     best = {d["factor"]: d for d in detectors}
     for factor, name in FACTORS.items():
         d = best[factor]
         called = names.name(d["layer"], d["feature"])
         out.print(
-            f"  Feature {d['feature']} of layer {d['layer']}{f', {called},' if called else ','} which tells {name} from"
-            f" the rest (F1 {d['f1']:.2f} on held-out texts):"
+            f"  Feature {d['feature']} of layer {d['layer']}{f', {called},' if called else ''} tells {name} where its"
+            f" {REDUCED[d['reduction']]} exceeds {d['threshold']:.2f} (F1 {d['f1']:.2f} on held-out texts):"
         )
         columns = [seen.of(i, d["layer"]).select([d["feature"]])[:, 0] for i in range(len(seen.texts))]
         top = max(float(column.max()) for column in columns)
         for tokens, column in zip(seen.tokens, columns, strict=True):
-            line = Text("    ").append(shaded(tokens, column.tolist(), top, brackets=not out.is_terminal))
+            value = float(column.max() if d["reduction"] == "max" else column.mean())
+            line = Text(f"    {'yes' if value > d['threshold'] else 'no':3}  {value:5.2f}  ")
+            line.append(shaded(tokens, column.tolist(), top, brackets=not out.is_terminal))
             out.print(line, soft_wrap=True)
     out.print()
 

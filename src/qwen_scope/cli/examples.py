@@ -59,7 +59,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     "label": ("qwen-scope label out/store --features 5/678",),
     "export": ("qwen-scope export out/store --to statistics -o out/statistics.csv",),
     "explore": ("qwen-scope explore", "qwen-scope explore --store out/store --port 7861"),
-    "steer": ('qwen-scope steer "[12:30] Anna: " --feature 5/678 --amount 0.3 --sample',),
+    "steer": ('qwen-scope steer "[12:30] Anna: " --feature 4/283 --amount 0.5',),
     "serve": (
         "qwen-scope serve lab --layers 0-5 --feature-layers 4 --read-layers 4 --dry-run -- --port 8000",
         "qwen-scope serve Qwen/Qwen3-1.7B-Base --sae Qwen/SAE-Res-Qwen3-1.7B-Base-W32K-L0_50 --feature-layers 14"
