@@ -30,7 +30,7 @@ from qwen_scope.analysis import Dataset, Labelled, fit_rule, logistic, text_base
 from qwen_scope.features import Endpoint, pool_texts
 from qwen_scope.lab import LANGUAGES, Document, Mixture, default_mixture, documents
 from qwen_scope.model import LoadedModel
-from qwen_scope.posttrain import SynthesisOptions, Target, listed_targets, serving_lab, synthesize
+from qwen_scope.posttrain import LabWriter, SynthesisOptions, Target, listed_targets, serving_writer, synthesize
 from qwen_scope.scope import extract
 from qwen_scope.stats import bootstrap
 from qwen_scope.text import Corpus
@@ -128,7 +128,8 @@ def cover(scope: Scope, targets: list[Target], strength: float, seed: int, sizes
     """One synthesis with its controls."""
     seeds = talks(100 + seed, sizes.seed_texts, web())
     more = talks(200 + seed, sizes.budget, web())
-    with tempfile.TemporaryDirectory() as folder, serving_lab(ERRORS, seed) as server:
+    writer = LabWriter(ERRORS, seed)
+    with tempfile.TemporaryDirectory() as folder, serving_writer(writer) as server:
         out = Path(folder) / "run"
         found = synthesize(
             scope,
@@ -146,7 +147,7 @@ def cover(scope: Scope, targets: list[Target], strength: float, seed: int, sizes
             for path in sorted((out / "untargeted").glob("*.jsonl"))
             for line in path.read_text(encoding="utf-8").splitlines()
         ]
-        written = dict(server.writer.written)
+        written = dict(writer.written)
 
     def rude(text: str) -> bool:
         """Whether the grammar wrote it rudely. Of an answer that is a chat, only what follows its thinking was read."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import re
 import tempfile
 import threading
 from collections import Counter
@@ -118,6 +119,8 @@ class FailingHandler(LabHandler):
             self.reply(200, b'{"choices": [{"message": {"content": null}}]}')
         elif way == "wrong language":
             self.reply(200, completion(body, "Completely different words in one plain language."))
+        elif way == "copied":
+            self.reply(200, completion(body, re.findall(r"^1\. (.*)$", body["messages"][-1]["content"], re.M)[0]))
         elif way == "refused":
             self.reply(400, b'{"error": {"message": "content policy"}}')
         elif way == "half a surrogate":

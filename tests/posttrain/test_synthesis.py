@@ -37,6 +37,7 @@ from qwen_scope.posttrain import (
     synthesize,
 )
 from qwen_scope.posttrain.journal import Attempt, Journal
+from qwen_scope.posttrain.writer import copied
 from qwen_scope.scope import extract
 from qwen_scope.stats import Interval
 
@@ -101,6 +102,21 @@ def test_what_is_kept_fires_and_says_where_it_comes_from(clean: Path) -> None:
     assert set(json.loads((clean / "run.json").read_text())) >= {"request", "versions", "budget"}
 
 
+def test_what_is_taken_from_the_question_is_a_copy() -> None:
+    excerpt = "The weather was<< fine>> 10 in the morning, ⏎ and nobody  was at home when the postman rang twice."
+    question = [{"role": "system", "content": "Write."}, {"role": "user", "content": f"Excerpts:\n1. {excerpt}"}]
+    bare = excerpt.replace("<<", "").replace(">> 10", "").replace("⏎ ", "")
+    for text in (excerpt, bare, bare.upper(), bare[10:50], f"{bare}!", "Write."):
+        assert copied(text, question), text
+    for text in (
+        bare.replace("nobody", "everybody"),
+        f"{bare} Then it began to snow.",
+        "Nobody was there.",
+        bare[::-1],
+    ):
+        assert not copied(text, question), text
+
+
 @pytest.mark.slow
 def test_failures_of_the_server_change_nothing(clean: Path, tmp_path: Path) -> None:
     ways = ("timeout", "429", "500", "cut-off JSON", "cut-off connection", "500", "429", "cut-off JSON")
@@ -112,7 +128,7 @@ def test_failures_of_the_server_change_nothing(clean: Path, tmp_path: Path) -> N
 
 
 def test_useless_answers_are_recorded_and_end_nothing(tmp_path: Path) -> None:
-    ways = ("empty", "no text", "wrong language", "refused", "half a surrogate", "wrong language")
+    ways = ("empty", "no text", "wrong language", "refused", "half a surrogate", "wrong language", "copied")
     with lab.failing(*ways) as server:
         found = run(server, tmp_path / "out")
     attempts = [row for path in sorted((tmp_path / "out" / "rounds").iterdir()) for row in rows(path)]
@@ -120,6 +136,7 @@ def test_useless_answers_are_recorded_and_end_nothing(tmp_path: Path) -> None:
     assert outcomes["empty"] == 2
     assert outcomes["failed"] == 2
     assert any("content policy" in row["problem"] for row in attempts)
+    assert [row["outcome"] for row in attempts if "<<" in row["text"]] == ["copied"]
     assert sum("Completely different" in row["text"] and row["outcome"] != "kept" for row in attempts) >= 1
     assert outcomes["kept"] == len(rows(tmp_path / "out" / "data.jsonl")) > 0
     assert found["coverage"] > 0

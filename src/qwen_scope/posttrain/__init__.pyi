@@ -14,6 +14,7 @@ from .data import WriterOptions as WriterOptions
 from .evaluate_model import evaluate_model as evaluate_model
 from .lab_writer import LabWriter as LabWriter
 from .lab_writer import serving_lab as serving_lab
+from .lab_writer import serving_writer as serving_writer
 from .loops import Answer as Answer
 from .loops import LoopShare as LoopShare
 from .loops import loop_share as loop_share

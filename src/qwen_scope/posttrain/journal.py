@@ -11,8 +11,9 @@ from typing import Any, final
 from qwen_scope.errors import FormatError, InputError, brief
 from qwen_scope.files import Fields, parse_object, read_lines, read_object, write_text
 
-KEPT, SILENT, FIRING, EMPTY, DUPLICATE, FAILED = "kept", "silent", "firing", "empty", "duplicate", "failed"
-OUTCOMES = (KEPT, SILENT, FIRING, EMPTY, DUPLICATE, FAILED)
+KEPT, SILENT, FIRING, EMPTY, COPIED = "kept", "silent", "firing", "empty", "copied"
+DUPLICATE, FAILED = "duplicate", "failed"
+OUTCOMES = (KEPT, SILENT, FIRING, EMPTY, COPIED, DUPLICATE, FAILED)
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,8 @@ class Attempt:
         layer, feature: of the target; -1 where there was none.
         attempt: the how-manieth for this target, from 1.
         outcome: `kept`; `silent`: the target does not fire; `firing`: it does and should not; `empty`: no text;
-            `duplicate`: of the seed corpus or of a kept text; `failed`: no answer came.
+            `copied`: nearly all of it stands in the question, such as an excerpt with its marks; `duplicate`: of the
+            seed corpus or of a kept text; `failed`: no answer came.
         text: the answer.
         activation: the target's largest activation in it.
         fires: layer, feature and largest activation of every target that fires in a kept text.

@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any, final
+from typing import Any, Protocol, final, runtime_checkable
 
 import numpy as np
 
@@ -174,16 +174,22 @@ def relevance(system: str, label: str) -> float:
     return round(len(wanted & has) / max(1, len(wanted)), 2)
 
 
+@runtime_checkable
+class Answering(Protocol):
+    """Whoever answers a conversation with a text."""
+
+    def answer(self, messages: Sequence[Mapping[str, str]]) -> str: ...
+
+
 class LabServer(ThreadingHTTPServer):
-    """The writer on a free port of the loopback."""
+    """A writer on a free port of the loopback; it may be asked by several threads at a time."""
 
     daemon_threads = True
     request_queue_size = 128
 
-    def __init__(self, writer: LabWriter) -> None:
+    def __init__(self, writer: Answering) -> None:
         super().__init__(("127.0.0.1", 0), LabHandler)
         self.writer = writer
-        _ = writer.library  # read before the first question, which would wait for it
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """A client that did not wait for its answer is no error of the server's."""
@@ -233,13 +239,9 @@ def completion(body: Mapping[str, Any], content: str) -> bytes:
 
 
 @contextmanager
-def serving_lab(error_rate: float = 0.1, seed: int = 0) -> Iterator[LabServer]:
-    """The writer, answering at `url` until the block ends.
-
-    Args:
-        error_rate, seed: as for `LabWriter`.
-    """
-    server = LabServer(LabWriter(error_rate, seed))
+def serving_writer(writer: Answering) -> Iterator[LabServer]:
+    """The writer, answering at `url` until the block ends."""
+    server = LabServer(writer)
     thread = threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True)
     thread.start()
     try:
@@ -248,3 +250,16 @@ def serving_lab(error_rate: float = 0.1, seed: int = 0) -> Iterator[LabServer]:
         server.shutdown()
         server.server_close()
         thread.join()
+
+
+@contextmanager
+def serving_lab(error_rate: float = 0.1, seed: int = 0) -> Iterator[LabServer]:
+    """The lab's writer, as `serving_writer` does.
+
+    Args:
+        error_rate, seed: as for `LabWriter`.
+    """
+    writer = LabWriter(error_rate, seed)
+    _ = writer.library  # read before the first question, which would wait for it
+    with serving_writer(writer) as server:
+        yield server

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections import Counter
 from collections.abc import Sequence, Set
 from dataclasses import dataclass, replace
@@ -17,10 +18,14 @@ from qwen_scope.features import Endpoint, pool_texts
 from qwen_scope.report import Progress
 from qwen_scope.scope import Scope
 
-from .journal import DUPLICATE, EMPTY, FAILED, FIRING, KEPT, SILENT, Attempt, Journal
+from .journal import COPIED, DUPLICATE, EMPTY, FAILED, FIRING, KEPT, SILENT, Attempt, Journal
 from .options import SynthesisOptions
 from .targets import Target
 from .writing import Answer, Messages, answers, avoid_prompt, imitate_prompt, write_prompt
+
+PIECE, TAKEN = 20, 0.9
+MARKS = re.compile(r"<<|>>(?: ?\d+)?|⏎")
+"""What excerpts have beside their text."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -212,13 +217,17 @@ class Writer:
             max_tokens=self.options.max_answer_tokens,
         )
         check_server(found, nothing_yet=not number)
-        done = self._judged(found, wanted, seen)
+        done = self._judged(found, prompts, wanted, seen)
         if len(done) == whole:
             journal.seal(number, done)
         return done
 
     def _judged(
-        self, found: Sequence[Answer], wanted: Sequence[tuple[tuple[int, int], int, str]], seen: set[str]
+        self,
+        found: Sequence[Answer],
+        prompts: Sequence[Messages],
+        wanted: Sequence[tuple[tuple[int, int], int, str]],
+        seen: set[str],
     ) -> list[Attempt]:
         """Answers up to the first that the budget cut off, each with its outcome."""
         cut = next((i for i, answer in enumerate(found) if answer is None), len(found))
@@ -233,6 +242,8 @@ class Writer:
                 out.append(replace(bare, outcome=FAILED, problem=str(answer)[:300]))
             elif i not in values:
                 out.append(bare)
+            elif not of and copied(texts[i], prompts[i]):  # a rewritten text is meant to be much like the one shown
+                out.append(replace(bare, outcome=COPIED))
             else:
                 out.append(self._kept(bare, values[i], new))
                 new |= {digest(texts[i])} if out[-1].outcome == KEPT else set()
@@ -255,6 +266,21 @@ class Writer:
     def _spent(self, made: Made) -> str:
         covered = made.curve[-1][1]
         return f"{covered} of {len(self.targets)} targets, {len(made.attempts)} answers, {len(made.kept)} kept"
+
+
+def copied(text: str, question: Messages) -> bool:
+    """Whether an answer is taken from its question: of its pieces of `PIECE` letters nearly all stand there.
+
+    Letter case, white space and the marks of excerpts don't count. Small models answer with an excerpt, marks and all;
+    the target fires in it, and it is nothing new.
+    """
+    own, shown = _bare(text), _bare("\n".join(message["content"] for message in question))
+    pieces = [own[i : i + PIECE] for i in range(max(1, len(own) - PIECE + 1))]
+    return sum(piece in shown for piece in pieces) >= TAKEN * len(pieces)
+
+
+def _bare(text: str) -> str:
+    return " ".join(MARKS.sub("", text.casefold()).split())
 
 
 def clean(answer: str) -> str:
