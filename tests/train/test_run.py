@@ -121,6 +121,13 @@ def test_evaluation_by_name_and_the_transfer_report(run: TrainRun, tmp_path: Pat
     json.dumps([figures.plain() for figures in found.transfer.values()])
 
 
+@pytest.mark.parametrize(("tokens", "measured"), [(128, 12), (40 * 128, 512), (655_359, 65_535), (10**9, 65_536)])
+def test_a_short_run_is_measured_on_a_tenth_of_its_tokens(run: TrainRun, tokens: int, measured: int) -> None:
+    asked = replace(run, eval_tokens=None, train=replace(run.train, tokens=tokens))
+    assert asked.measured_on == measured
+    assert replace(asked, eval_tokens=7).measured_on == 7
+
+
 @pytest.mark.parametrize(
     ("changes", "kind", "message"),
     [

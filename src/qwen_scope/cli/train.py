@@ -60,7 +60,12 @@ OPTIONS[TrainRun] = {
     "resume": Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint.")],
     "tensorboard": Annotated[bool, typer.Option("--tensorboard", help="Also write TensorBoard scalars.")],
     "wandb": Annotated[str | None, typer.Option("--wandb", help="Also log to this W&B project.")],
-    "eval_tokens": Annotated[int, typer.Option("--eval-tokens", help="Tokens to measure on; 0 for none.")],
+    "eval_tokens": Annotated[
+        int | None,
+        typer.Option(
+            "--eval-tokens", help="Tokens to measure on; 0 for none. Default: a tenth of --tokens, 65536 at most."
+        ),
+    ],
     "exports": Annotated[
         str | None,
         typer.Option("--exports", help="Further layouts: sae_lens,sparsify."),
@@ -103,8 +108,10 @@ def train(run: TrainRun, more: Mapping[str, Any], as_json: options.Json = False)
         output.print_json({"folder": str(result.folder), "layers": layers, "quality": quality, "began": began})
         return
     show_quality(f"Trained {len(result.saes)} SAEs", quality)
-    show_began(quality, began)
     out = output.console()
+    if run.eval_tokens is None and run.measured_on == run.train.tokens // 10:
+        out.print("Measured on few tokens, as the run was short; --eval-tokens names more.")
+    show_began(quality, began)
     out.print(f"Written to {result.folder}. Look at them:", soft_wrap=True)
     out.print(f"  qwen-scope features TEXT --model {run.model} --sae {result.folder}", soft_wrap=True)
 

@@ -20,12 +20,12 @@ from qwen_scope.text import Chat, Corpus, Counted, TokenRows
 from .evaluate import Quality, evaluate_saes
 from .fit import Fit, fit
 from .held_out import HeldOut, held_out_of, text_source
-from .options import EvalRun
+from .options import EVAL_TOKENS, EvalRun
 from .pair import measure_pair
 from .pair_rows import document_rows
 from .transfer import Transfer, transferred
 
-CONTEXT_LENGTH, BATCH_SIZE, TOKENS = 256, 16, 65536
+CONTEXT_LENGTH, BATCH_SIZE = 256, 16
 
 
 @dataclass(frozen=True, repr=False)
@@ -229,7 +229,7 @@ def texts_of(run: EvalRun, saes: Mapping[HookPoint, SAE]) -> tuple[Texts, int]:
         documents_of(run, saes, quiet=True)[0],
         run.context_length or (reading.context_length if reading else CONTEXT_LENGTH),
         run.batch_size or (reading.batch_size if reading else BATCH_SIZE),
-        run.tokens or (reading.tokens if reading else 0) or TOKENS,
+        run.tokens or (reading.tokens if reading else 0) or EVAL_TOKENS,
         run.corpus.chat or (reading.chat if reading else None),
     )
     return texts, corpus.hold_out

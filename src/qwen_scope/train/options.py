@@ -25,6 +25,9 @@ RUN_COUNTS = {"context_length": 2, "batch_size": 1, "budget": 1, "checkpoint_eve
 RUN_COUNTS |= {"eval_tokens": 0, "hold_out": 0}
 """What is counted in a run, and the least it may be."""
 
+EVAL_TOKENS = 65536
+"""What a long run is measured on where nobody says."""
+
 
 @dataclass(frozen=True)
 class TrainRun:
@@ -55,7 +58,9 @@ class TrainRun:
         resume: go on from the latest checkpoint in `out`.
         log_every: steps between two lines of metrics.
         tensorboard: also write TensorBoard scalars.   wandb: also log to this W&B project.
-        eval_tokens: measure on about this many tokens of held-out documents; 0 leaves the measurement out.
+        eval_tokens: measure on about this many tokens of held-out documents; 0 leaves the measurement out. None means
+            `EVAL_TOKENS`, or a tenth of the tokens of training where that is less: the model reads a token several
+            times to measure on it, and measuring a short run would take longer than the run.
         hold_out: every `hold_out`-th document is kept out of training, to measure on; 0 keeps none.
         exports: further layouts to write, such as `sae_lens` and `sparsify`.
 
@@ -87,7 +92,7 @@ class TrainRun:
     log_every: int = 10
     tensorboard: bool = False
     wandb: str | None = None
-    eval_tokens: int = 65536
+    eval_tokens: int | None = None
     hold_out: int = 100
     exports: tuple[str, ...] = ()
 
@@ -98,22 +103,28 @@ class TrainRun:
         if self.name in (*RESERVED, *self.exports):
             raise InputError(f"the run itself writes to {self.name!r} in its folder; name the group otherwise")
         for name, least in RUN_COUNTS.items():
-            check_count(name, getattr(self, name), least)
+            if (value := getattr(self, name)) is not None:
+                check_count(name, value, least)
         if self.store not in ("float32", "bfloat16"):
             raise InputError(f"residuals are held as float32 or bfloat16, not {self.store!r}")
         if self.layers is not None and (not self.layers or len(set(self.layers)) < len(self.layers)):
             raise InputError(f"name each layer once, and at least one; got {list(self.layers)}")
         if unknown := [name for name in self.exports if name not in LAYOUTS]:
             raise NotFoundError(f"no layout {unknown[0]!r}; there are {', '.join(LAYOUTS)}")
-        if self.eval_tokens and not self.hold_out:
+        if self.measured_on and not self.hold_out:
             raise InputError("measuring needs held-out documents; set hold_out, or eval_tokens to 0")
-        if self.against_scratch and not (self.start_from and self.eval_tokens):
+        if self.against_scratch and not (self.start_from and self.measured_on):
             raise InputError("against_scratch compares SAEs that start_from names, and needs eval_tokens to measure on")
 
     @property
     def config(self) -> TrainConfig:
         """How the SAEs are trained: with the defaults of continuing where they are continued."""
         return self.train.continuing() if self.start_from else self.train
+
+    @property
+    def measured_on(self) -> int:
+        """About how many held-out tokens the SAEs are measured on; 0 for none."""
+        return max(1, min(EVAL_TOKENS, self.train.tokens // 10)) if self.eval_tokens is None else self.eval_tokens
 
     @property
     def name(self) -> str:
@@ -143,7 +154,7 @@ class EvalRun:
         post: another checkpoint of the same model: whether the SAEs fit it, too; needs `loss`.
         remember: keep that verdict in the user's state folder, so that whatever opens the pair shows it.
         layers: None means all that the group has.
-        tokens: about how many to measure on; None means as many as the run measured on, or 65,536.
+        tokens: about how many to measure on; None means as many as the run measured on, or `EVAL_TOKENS`.
         corpus: how the documents are read; without `chat` as the run rendered them, or not at all.
         context_length: tokens per row; None means that of the run, or 256.
         batch_size: rows per forward pass; None means that of the run, or 16.

@@ -213,7 +213,7 @@ def held_out_by(run: TrainRun) -> HeldOut:
         every=run.hold_out,
         context_length=run.context_length,
         batch_size=run.batch_size,
-        tokens=run.eval_tokens,
+        tokens=run.measured_on,
         chat=run.corpus.chat,
         shuffle=0 if run.shuffle else None,
     )
@@ -319,9 +319,9 @@ def save(run: TrainRun, saes: Mapping[str, SAE], folder: Path, ranks: Ranks) -> 
 
 
 def held_out_rows(run: TrainRun, loaded: LoadedModel) -> list[torch.Tensor]:
-    """Rows of documents that training never sees, of about `eval_tokens` tokens."""
+    """Rows of documents that training never sees, of about `measured_on` tokens."""
     rows = rows_of(run, loaded, corpus_of(run, held_out=True))
-    return rows.take(run.eval_tokens)
+    return rows.take(run.measured_on)
 
 
 def measured(
@@ -332,7 +332,7 @@ def measured(
     progress: Progress | None,
 ) -> dict[str, Quality]:
     """The quality of this rank's SAEs on held-out documents."""
-    if not run.eval_tokens:
+    if not run.measured_on:
         return {}
     rows = held_out_rows(run, loaded)
     if not rows:
@@ -346,7 +346,9 @@ def measured(
 
 def facts_of(run: TrainRun, loaded: LoadedModel, counted: Counted) -> dict[str, Any]:
     """What a reader needs to repeat the run."""
-    facts = json.loads(json.dumps(asdict(replace(run, group=run.name, counted=None)), default=str))
+    facts = json.loads(
+        json.dumps(asdict(replace(run, group=run.name, counted=None, eval_tokens=run.measured_on)), default=str)
+    )
     facts["counted"] = counted.to_json()
     facts["train"] = run.config.resolved()
     if run.against_scratch:
