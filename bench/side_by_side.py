@@ -11,6 +11,7 @@ import sys
 import time
 import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from datetime import date
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -25,13 +26,6 @@ for peer in PEERS:
 import torch  # noqa: E402
 
 PAGE = ROOT / "docs" / "performance.md"
-HEAD = """# Performance
-
-Written by `make bench`; each section names its script and its machine. All rows of a table ran alternately in one
-process on the same tensors, after their answers had been compared. A ratio is the median over rounds of the row's time
-divided by ours, so load from other processes affects both; above 1 is slower than ours. Missed goals are marked;
-[log.md](log.md) lists what was tried.
-"""
 ORDER = ("encode.py", "encode_decode.py", "train_step.py", "extract.py", "extract_peers.py", "open.py")
 
 Way = Callable[[], Any]
@@ -90,8 +84,9 @@ def at_most(value: float, goal: float) -> str:
 
 
 def write(script: str, lines: list[str], out: Path = PAGE) -> None:
-    """Replace the section of one script on this kind of machine, and leave the others."""
-    text = out.read_text(encoding="utf-8") if out.exists() else ""
+    """Replace the section of one script on this kind of machine; the others and what stands above them stay."""
+    text = out.read_text(encoding="utf-8") if out.exists() else "# Performance\n\n"
+    head = text.partition("<!-- ")[0]
     sections = dict(re.findall(r"<!-- (.+?) -->\n(.*?)<!-- end -->\n", text, re.DOTALL))
     sections[f"{script} on {kind()}"] = "\n".join([f"## `bench/{script}` on {kind()}\n", machine(), *lines]) + "\n\n"
 
@@ -101,7 +96,7 @@ def write(script: str, lines: list[str], out: Path = PAGE) -> None:
 
     known = sorted(sections, key=place)
     body = "".join(f"<!-- {name} -->\n{sections[name]}<!-- end -->\n" for name in known)
-    out.write_text(f"{HEAD}\n{body}", encoding="utf-8")
+    out.write_text(head + body, encoding="utf-8")
 
 
 def kind() -> str:
@@ -117,7 +112,7 @@ def cpu_name() -> str:
 
 
 def machine() -> str:
-    """One line on what this ran on."""
+    """One line on what this ran on, and when."""
     caps: Any = torch.cpu.get_capabilities()
     known = " and ".join(name for name in ("avx512_bf16", "amx_bf16") if caps.get(name)) or "no bf16 instructions"
     gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
@@ -125,7 +120,7 @@ def machine() -> str:
     numba = "yes" if find_spec("numba") else "no"
     return (
         f"{cpu_name()}, {torch.get_num_threads()} threads, {known}{gpu}, torch {torch.__version__}, Python "
-        f"{platform.python_version()}, numba {numba}; load at the end {load}."
+        f"{platform.python_version()}, numba {numba}; load at the end {load}; {date.today()}."
     )
 
 
