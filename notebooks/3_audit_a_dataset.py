@@ -36,7 +36,7 @@ store
 
 # %%
 result = redundancy_of([Dataset.from_store(store, 4, "max", name="questions")], near=0.7)
-result.verdict
+result
 
 # %%
 items = result.items.to_pandas()

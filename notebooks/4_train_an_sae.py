@@ -24,7 +24,7 @@ run = TrainRun(
     eval_tokens=2048,
 )
 result = run_train(run)
-{str(point): quality.plain() for point, quality in result.quality.items()}
+result
 
 # %% [markdown]
 # The folder is in the official layout: it opens like any other.

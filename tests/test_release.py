@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import subprocess
 import tomllib
 from pathlib import Path
 
@@ -45,7 +46,7 @@ def test_only_the_publishing_job_may_ask_for_a_token() -> None:
 @pytest.mark.parametrize("path", DOCKERFILES, ids=lambda path: path.parent.name)
 def test_a_dockerfile_names_what_is_there(path: Path) -> None:
     text = path.read_text(encoding="utf-8").replace("\\\n", " ")
-    for extras in re.findall(r"(?:'\.|qwen-scope)\[([\w,]+)\]", text):
+    for extras in re.findall(r"(?:'\.|qwen-scope\}?)\[([\w,]+)\]", text):
         assert set(extras.split(",")) <= PROJECT["optional-dependencies"].keys()
     assert "constraints.txt" not in text or (ROOT / "constraints.txt").is_file()
     for line in text.splitlines():
@@ -60,6 +61,22 @@ def test_a_dockerfile_names_what_is_there(path: Path) -> None:
     assert words[0] == "FROM"
     assert "USER" in words, "it does not run as root"
     assert words[-1] in ("ENTRYPOINT", "CMD")
+
+
+def test_the_sdist_holds_what_the_repository_holds() -> None:
+    """All but what belongs to a place that builds it; the rest goes in by itself."""
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False).stdout
+    held = {line.split("/")[0] for line in listed.splitlines()} - {
+        ".ci",
+        ".gitignore",
+        "README.md",
+        "LICENSE",
+        "pyproject.toml",
+    }
+    data = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    included = set(data["tool"]["hatch"]["build"]["targets"]["sdist"]["include"])
+    assert sorted(held - included) == []
+    assert all((ROOT / name).exists() for name in included)
 
 
 def test_the_citation_is_of_this_version() -> None:

@@ -1,6 +1,6 @@
 """The notebooks as `.ipynb` files, without outputs: `python docs/site/notebooks.py -o out/notebooks` writes them.
 
-In Colab: File, Upload notebook. Each begins with a cell that installs the package where it runs in Colab.
+In Colab: File, Upload notebook. Each begins with a cell that installs the package where it is missing, as in Colab.
 """
 
 from __future__ import annotations
@@ -13,8 +13,11 @@ from typing import Any
 
 SOURCE = Path(__file__).parents[2] / "notebooks"
 INSTALL = """\
-# In Colab, and where the package is not installed: name the wheel, or the folder of a checkout.
-# %pip install -q qwen_scope-*.whl"""
+# Where the package is not installed, as in Colab, a wheel of it is looked for beside this notebook: upload one first.
+import importlib.util
+
+if importlib.util.find_spec("qwen_scope") is None:
+    %pip install -q qwen_scope-*.whl"""
 
 
 def notebook(text: str) -> dict[str, Any]:

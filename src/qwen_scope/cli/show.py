@@ -150,7 +150,7 @@ def listed_group(store: FeatureStore) -> str | None:
 
 def print_page(page: FeaturePage) -> None:
     """The page in the terminal."""
-    from qwen_scope.features import label_text, page_facts
+    from qwen_scope.features import label_text, nearness, page_facts
     from qwen_scope.report import visible
     from qwen_scope.scope import model_source
 
@@ -180,8 +180,9 @@ def print_page(page: FeaturePage) -> None:
     near = (("Of like direction", page.similar), ("On the same tokens", page.cofiring))
     for name, some in (*near, ("In other layers", page.elsewhere)):
         if some:
-            rows = [(one.layer, one.feature, one.cosine, one.jaccard) for one in some]
-            output.show(name, ("layer", "feature", "cosine", "Jaccard"), rows)
+            measures, values = nearness(some)
+            rows = [(one.layer, one.feature, *near) for one, near in zip(some, values, strict=True)]
+            output.show(name, ("layer", "feature", *measures), rows)
     for name, some in (("Strongest contexts", page.strongest), ("From weak to strong", page.spread)):
         if some:
             out.print(name, style="bold")

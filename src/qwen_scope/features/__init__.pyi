@@ -105,6 +105,7 @@ from .options import ValidateOptions as ValidateOptions
 from .page import FeaturePage as FeaturePage
 from .page import feature_html as feature_html
 from .page import label_text as label_text
+from .page import nearness as nearness
 from .page import page_facts as page_facts
 from .page import page_parts as page_parts
 from .pooled import Pooled as Pooled

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -176,8 +177,16 @@ def token_table(name: str, effects: tuple[TokenEffect, ...]) -> Markup:
 
 
 def neighbour_table(name: str, some: tuple[Neighbour, ...]) -> Markup:
-    rows = [(f"{one.layer}/{one.feature}", one.cosine, one.jaccard) for one in some]
-    return element("div", element("h2", name), html_table(("layer/feature", "cosine", "Jaccard"), rows))
+    measures, values = nearness(some)
+    rows = [(f"{one.layer}/{one.feature}", *near) for one, near in zip(some, values, strict=True)]
+    return element("div", element("h2", name), html_table(("layer/feature", *measures), rows))
+
+
+def nearness(some: Sequence[Neighbour]) -> tuple[list[str], list[tuple[float | None, ...]]]:
+    """What neighbours were measured by, and of each how near it is: no column that is empty throughout."""
+    measured = {"cosine": [one.cosine for one in some], "Jaccard": [one.jaccard for one in some]}
+    kept = {name: values for name, values in measured.items() if any(value is not None for value in values)}
+    return list(kept), list(zip(*kept.values(), strict=True))
 
 
 def context_line(context: Context, maximum: float) -> Markup:
