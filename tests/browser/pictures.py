@@ -26,7 +26,7 @@ from qwen_scope.text import Corpus
 
 OUT = Path(__file__).parents[2] / "docs" / "explorer"
 LANGUAGES = ("de", "fr", "ja", "en")
-WIDTH, TALLEST, DOCUMENTS, COLOURS = 1280, 1500, 60, 128
+WIDTH, TALLEST, DOCUMENTS, COLOURS = 1280, 1500, 60, 256
 
 
 def stores(scope: Scope, folder: Path) -> dict[str, Path]:
@@ -46,7 +46,9 @@ def take(page: Page, name: str, scheme: str) -> None:
     tall = min(TALLEST, page.evaluate("document.documentElement.scrollHeight"))
     shot = page.screenshot(full_page=True, clip={"x": 0, "y": 0, "width": WIDTH, "height": tall})
     image = Image.open(io.BytesIO(shot)).convert("RGB")
-    small = image.quantize(COLOURS, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
+    small = image.quantize(
+        COLOURS, method=Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE
+    )  # small areas keep theirs
     small.save(OUT / f"{name}-{scheme}.png", optimize=True)
 
 

@@ -43,3 +43,10 @@ def test_a_warm_page_has_measured_what_the_first_click_counts_in() -> None:
     blocks(own.scope.model)[0].register_forward_pre_hook(lambda *_: read.append(1))
     steering.measure(own, steering.interventions(own, [own.default_intervention()]))
     assert read == []
+
+
+def test_features_to_try_are_named_in_words_languages_first(state: AppState) -> None:
+    names = [one["name"] for one in state.known]
+    assert "German" in names[:8]
+    assert "rude Russian" in names[12:]
+    assert not any("/" in name for name in names)

@@ -19,6 +19,11 @@ PRESETS = {
 typical residuals. Of the features that fire most on a language alone, these are the ones that at this amount turn most
 texts into it, those of the first click among them; French, Japanese, Chinese, Korean and English have none."""
 
+LANGUAGES = {
+    "zh": "Chinese", "ja": "Japanese", "ko": "Korean", "ru": "Russian", "ar": "Arabic", "en": "English", "fr": "French",
+    "de": "German", "es": "Spanish",
+}  # fmt: skip
+
 USUAL = 0.3
 """An amount to begin with where none was measured, in typical residuals."""
 
@@ -26,12 +31,20 @@ PROMPT = "[12:30] Anna: "
 
 
 def known_features(scope: Scope) -> list[dict[str, Any]]:
-    """Features of the lab that detect a factor of its texts, best first; none of another model or SAE."""
+    """Features of the lab that detect a factor of its texts, with its `name`: languages and kinds of text before
+    registers, the best first; none of another model or SAE."""
     if scope.name != model_source("lab"):
         return []
     measured = json.loads((Path(model_source("lab")).parent / "metrics.json").read_text(encoding="utf-8"))
     ours = {layer for layer in scope.layers if of_the_lab(scope, layer)}
-    return sorted((one for one in measured["detectors"] if one["layer"] in ours), key=lambda one: -one["f1"])
+    found = [{**one, "name": in_words(one["factor"])} for one in measured["detectors"] if one["layer"] in ours]
+    return sorted(found, key=lambda one: ("/" in one["factor"], -one["f1"]))
+
+
+def in_words(factor: str) -> str:
+    """A factor of the lab's texts for people: `German`, `rude German`, `arithmetic`."""
+    code, _, register = factor.partition("/")
+    return f"{register} {LANGUAGES.get(code, code)}".strip()
 
 
 def of_the_lab(scope: Scope, layer: int) -> bool:

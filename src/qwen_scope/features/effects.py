@@ -21,6 +21,8 @@ from qwen_scope.text import token_text
 BLOCK = 4096
 # Features whose effects on the whole vocabulary are in memory at once.
 PROMOTED_BLOCK = 64
+# From how many times as many promoted tokens a name is made, and how a piece of a character shows.
+SPARE, PIECE = 3, "<0x"
 
 
 @dataclass(frozen=True)
@@ -73,14 +75,19 @@ def token_effects(
 
 
 def promoted_tokens(scope: Scope, layer: int, features: Sequence[int], n: int = 3) -> list[tuple[str, ...]]:
-    """The `n` tokens that each of several features promotes most directly, as texts; see `token_effects`."""
+    """The `n` tokens that each of several features promotes most directly, as texts; see `token_effects`.
+
+    They stand for a name, so pieces of characters, which say little, come behind tokens that are almost as strong.
+    """
     sae = scope.saes[scope.check_layers([layer])[0]]
     check_count("n", n)
     words = vocabulary(scope)
     found: list[tuple[str, ...]] = []
     for start in range(0, len(features), PROMOTED_BLOCK):
-        best = (normed(scope, sae, features[start : start + PROMOTED_BLOCK]) @ words.T).topk(n).indices
-        found += [tuple(token_text(scope.tokenizer, i) for i in row) for row in best.tolist()]
+        effect = normed(scope, sae, features[start : start + PROMOTED_BLOCK]) @ words.T
+        for row in effect.topk(min(SPARE * n, len(words))).indices.tolist():
+            texts = [token_text(scope.tokenizer, i) for i in row]
+            found.append(tuple(sorted(texts, key=lambda text: PIECE in text)[:n]))
     return found
 
 

@@ -61,7 +61,8 @@ def feature_page(
     if store is None and scope is None:
         raise InputError("a feature is shown from a store, from a model with its SAEs, or both")
     if scope is not None:
-        sae = scope.saes[scope.check_layers([layer])[0]]
+        layer = scope.check_layers([layer])[0]
+        sae = scope.saes[layer]
         if not 0 <= feature < sae.d_sae:
             raise NotFoundError(f"layer {layer} has features 0 to {sae.d_sae - 1}, not {feature}")
         if store is not None:

@@ -11,7 +11,7 @@ import numpy as np
 
 from qwen_scope.analysis import ANALYSES, Dataset, Evidence, Result, Rule, Table
 from qwen_scope.errors import InputError, NotFoundError, brief
-from qwen_scope.report import Markup, Progress, draw, element, join
+from qwen_scope.report import Markup, Progress, draw, element
 from qwen_scope.scope import TokenFeatures
 
 from ..access.limits import listed
@@ -167,8 +167,9 @@ def one_item(state: AppState, seen: TokenFeatures, layer: int) -> Dataset:
 
 
 def result_panel(title: str, found: Result, seconds: float, state: AppState) -> Markup:
-    """Notes, figures and tables of a result, without any path of this machine."""
+    """What a result comes to, its notes, figures and tables, without any path of this machine."""
     shown = [heading(title, f"{seconds:.1f} s")]
+    shown += [element("p", state.discreet(found.verdict))] if found.verdict else []
     shown += [element("p", state.discreet(note), class_="qs-remarkable") for note in found.notes]
     drawn = [
         element("figure", element("figcaption", figure.title), element("div", draw(figure), class_="qs-scroll"))
@@ -193,7 +194,7 @@ def table_of(table: Table, state: AppState) -> Markup:
     words = f"and {more:,} rows more: qwen-scope analyze shows all"
     body = element("table", element("thead", head), element("tbody", *rows), class_="qs-table qs-ranked")
     rest = element("p", words, class_="qs-note") if more > 0 else None
-    return join(heading(table.title), element("div", body, class_="qs-scroll"), rest)
+    return element("div", heading(table.title), element("div", body, class_="qs-scroll"), rest)
 
 
 def numeric(cell: Any) -> bool:

@@ -47,8 +47,8 @@ class FeatureTab:
             )
             self.store = gr.Dropdown(stores, value=stores[0], label="Store", min_width=160, scale=2)
             self.open = gr.Button("Open", variant="primary", min_width=120, scale=1, elem_id="feature-open")
-        self.known = state.known[:8]
-        names = [f"{one['factor']}: {one['layer']} / {one['feature']}" for one in self.known]
+        self.known = known_here(state)
+        names = [f"{one['name']}: {one['layer']} / {one['feature']}" for one in self.known]
         self.examples = panel(examples(names) if names else "", elem_id="feature-examples")
         self.notice = panel(elem_id="feature-notice")
         self.opened = gr.State(None)
@@ -204,6 +204,12 @@ class FeatureTab:
         self.state.write_note(whole_number(layer, "layer"), number, store, text, author)
         for update in self.show(layer, feature, store):
             yield {self.note: "", **update}
+
+
+def known_here(state: AppState) -> list[dict[str, Any]]:
+    """A few features to try: those that a store shows contexts of, where any does."""
+    stored = {layer for name in state.stores for layer in state.common_layers([name])}
+    return ([one for one in state.known if one["layer"] in stored] or state.known)[:8]
 
 
 def whole_switch(on: bool) -> Markup:
