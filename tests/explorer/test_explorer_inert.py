@@ -130,4 +130,4 @@ def test_hostile_names_in_analyses_and_rules_are_shown_inertly(state: AppState, 
     for name in ("overlap", "redundancy", "drift", "subset"):
         inert(result_panel(HOSTILE, analysed(own, list(own.stores), name, LAYER), 1.0, own))
     rule = type("Rule", (), {"name": HOSTILE})()
-    inert(trace_panel(own, rule, [HOSTILE], []))  # pyright: ignore[reportArgumentType]
+    inert(trace_panel(own, rule, HOSTILE, [HOSTILE], []))  # pyright: ignore[reportArgumentType]

@@ -156,8 +156,12 @@ function title(i) {
   return `${node.layer}/${node.feature}${last} at ${node.position} "${token(node.position)}"`;
 }
 
-// A feature's number with its label, where it has one.
-const named = i => graph.nodes[i].label ? `${title(i)} ${graph.nodes[i].label}` : title(i);
+// A feature's number with its label, or, where it has none, with the tokens that it promotes.
+const named = i => {
+  const {label, promotes} = graph.nodes[i];
+  const words = promotes.slice(0, 3).map(word => word.trim() || JSON.stringify(word)).join(" · ");
+  return [title(i), label || (words && `→ ${words}`)].filter(Boolean).join(" ");
+};
 
 // Where layers between were not taken apart, any of their blocks may have written it.
 function writtenBy(ladder) {
