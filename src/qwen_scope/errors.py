@@ -43,6 +43,17 @@ class MismatchError(QwenScopeError):
     """Two things that do not match, such as an SAE and a model of another width."""
 
 
+def plain(error: QwenScopeError) -> tuple[str, str]:
+    """Its kind and its sentence: an error passed on to another process as an object could lose its kind."""
+    return type(error).__name__, str(error)
+
+
+def loaded(kind: str, sentence: str) -> QwenScopeError:
+    """The error that `plain` told of; one of a kind that is not in this file is an `InputError`."""
+    known = globals().get(kind)
+    return (known if isinstance(known, type) and issubclass(known, QwenScopeError) else InputError)(sentence)
+
+
 class QwenScopeWarning(UserWarning):
     """Something a user should know while the work continues; the command line prints it as one line."""
 

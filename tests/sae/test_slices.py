@@ -56,7 +56,7 @@ for width, d_model, k, rows in ((64, 16, 6, (40,)), (64, 16, 40, (3, 5)), (4096,
     try:
         broken.encode(x)
     except InputError as error:
-        assert ("another process" in str(error)) == (group is not None and group[0] == 1), error
+        assert "not finite" in str(error), "of whichever process it is, all say it"
     else:
         raise AssertionError
 scope = load_scope(sys.argv[3] + "/model", sys.argv[3] + "/sae", device="cpu", sliced=group is not None)
@@ -100,5 +100,5 @@ def test_what_can_t_be_cut(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(InputError, match="can't be cut into slice 0 of 1000"):
         slice_sae(sae, 0, 1000)
     monkeypatch.delenv("RANK", raising=False)
-    with pytest.raises(InputError, match="a group of processes is started with: torchrun"):
+    with pytest.raises(InputError, match="a group needs processes that torchrun starts: torchrun"):
         join_group()

@@ -19,6 +19,8 @@ from typing import Any
 
 from qwen_scope.errors import InputError, QwenScopeError, QwenScopeWarning, absent, brief, printable, reason
 
+from .once import said_elsewhere
+
 # Exit codes. 2 is what a usage error gives; 70 is EX_SOFTWARE of sysexits.h, 128 and a signal's number is the shell's.
 REFUSED, GONE, BUG, INTERRUPTED = 2, 1, 70, 130
 
@@ -149,7 +151,8 @@ def explained(error: Exception) -> tuple[int, str]:
 
 def say(sentence: str) -> None:
     """One sentence on standard error."""
-    write(f"qwen-scope: {printable(sentence)}\n")
+    if not said_elsewhere(sentence):
+        write(f"qwen-scope: {printable(sentence)}\n")
 
 
 def write(text: str) -> None:

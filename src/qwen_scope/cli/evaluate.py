@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -12,6 +14,7 @@ from qwen_scope.train import EvalRun
 
 from . import commands, names, options, output, whose
 from .groups import OPTIONS, Read, grouped
+from .workers import is_first
 
 if TYPE_CHECKING:
     from qwen_scope.train import EvalResult
@@ -54,6 +57,11 @@ OPTIONS[EvalRun] = {
     ],
     "counted": Annotated[options.Count, Read(options.parse_count)],
     "loss": Annotated[bool, typer.Option("--loss/--no-loss", help="Measure what the predictions lose, too.")],
+    "parallel": Annotated[
+        str,
+        typer.Option("--parallel", help="Under torchrun: data, a share of the rows for each process."),
+        Read(partial(options.one_of, "--parallel", known=("alone", "data")), "alone"),
+    ],
     "seed": Annotated[int, typer.Option("--seed", help="Of the resampling of intervals.", **options.SEED)],
     "device": options.Device,
     "dtype": options.Dtype,
@@ -76,12 +84,15 @@ def evaluate(run: EvalRun, as_json: options.Json = False) -> None:
     from qwen_scope.train import run_eval
 
     options.quiet()
+    first = is_first(run.parallel, "eval")
     run = without_base(run)
     if run.model is not None:
         whose.refuse_other_saes(run.sae)
         whose.say_whose()
-    with output.progress() as report:
+    with output.progress() if first else nullcontext() as report:
         result = run_eval(seeded(run, run.seed), progress=report)
+    if not first:
+        return
     names.know(run.sae or str(result.sae))
     data = plain(result)
     if as_json:

@@ -231,9 +231,12 @@ def parse_share(text: str | None) -> tuple[int, int]:
     if text is None:
         return 1, 1
     match = re.fullmatch(r"\s*([0-9]{1,9})\s*/\s*([0-9]{1,9})\s*", text)
-    if not match or not 1 <= int(match[1]) <= int(match[2]):
-        raise InputError(f"{brief(text)} is no share; write its number and how many there are, from 1/16 to 16/16")
-    return int(match[1]), int(match[2])
+    number, of = (int(match[1]), int(match[2])) if match else (0, 0)
+    if not 1 <= number <= of:
+        many = of or 16
+        shares = f"from 1/{many} to {many}/{many}"
+        raise InputError(f"{brief(text)} is no share; write its number and how many there are, {shares}")
+    return number, of
 
 
 def check_chat(chat: str | None) -> ChatMode | None:

@@ -21,6 +21,7 @@ from qwen_scope.errors import InputError, printable
 
 from . import names, tables
 from .lines import lines
+from .once import said_elsewhere
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -94,6 +95,8 @@ def errors() -> Console:
 
 def say(message: str) -> None:
     """One line on standard error, above whatever is turning there."""
+    if said_elsewhere(message):
+        return
     errors().print(printable(message), markup=False, soft_wrap=True)
 
 

@@ -124,6 +124,7 @@ def show_group(
         (f"one SAE in {sae_dtype}", size(needs.sae)),
         ("working memory of one batch (estimate)", size(needs.working)),
         ("device, one SAE at a time", size(needs.one_at_a_time)),
+        ("device, layers in one pass (two SAEs at most)", size(needs.in_turn)),
         (f"device, all {needs.n_saes} SAEs", size(needs.all_at_once)),
         ("host beside a GPU, while an SAE is copied", size(needs.host)),
         *([] if graph is None else [(graph[0], size(graph[1]))]),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -16,6 +17,7 @@ from qwen_scope.train import TrainConfig, TrainRun
 from . import options, output, whose
 from .evaluate import Places, seeded, show_quality
 from .groups import OPTIONS, Read, generated, grouped
+from .workers import is_first
 
 OPTIONS[TrainConfig] = {
     "d_sae": Annotated[int, typer.Option("--d-sae", help="Features of each SAE.")],
@@ -96,11 +98,14 @@ def train(run: TrainRun, more: Mapping[str, Any], as_json: options.Json = False)
     from qwen_scope.train import architecture, run_train
 
     options.quiet()
+    first = is_first(run.parallel, "train")
     whose.say_whose()
     kind = architecture(str(run.train.architecture), **more)
     run = replace(run, train=replace(run.train, architecture=kind))
-    with output.progress() as report:
+    with output.progress() if first else nullcontext() as report:
         result = run_train(seeded(run, run.train.seed), progress=report)
+    if not first:
+        return
     quality = {str(name): found.plain() for name, found in result.quality.items()}
     began = {name: found.plain() for name, found in result.began.items()}
     if as_json:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING
@@ -13,6 +14,7 @@ from qwen_scope.scope import ScopeOptions
 if TYPE_CHECKING:
     from qwen_scope.cluster import RayRunner
     from qwen_scope.scope import Runner
+    from qwen_scope.train import Mode
 
 WORKERS = WorkerOptions()
 
@@ -24,6 +26,20 @@ def runner_of(spread: WorkerOptions, asked: ScopeOptions) -> RayRunner | None:
     from qwen_scope.cluster import RayRunner
 
     return RayRunner(asked, spread)
+
+
+def is_first(parallel: Mode, command: str) -> bool:
+    """Whether this process tells what was found: the first of those that `torchrun` started to share the work, which
+    this joins, or the only one.
+
+    Raises:
+        InputError: there are several, and nothing is to be shared; or none were started.
+    """
+    from qwen_scope.train import join
+
+    if parallel == "alone" and (world := os.environ.get("WORLD_SIZE", "1")) != "1":
+        raise InputError(f"torchrun has started {world} processes, which share the work with --parallel data")
+    return join(parallel, command=command).first
 
 
 @contextmanager

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from itertools import count
 from typing import Any
 
-from qwen_scope.errors import InputError, QwenScopeError
+from qwen_scope.errors import QwenScopeError
+from qwen_scope.sae import started_by_torchrun
 from qwen_scope.scope import Job, Scope
 from qwen_scope.text import Corpus
 
@@ -38,20 +38,14 @@ class Torchrun:
         rank, world: this process, and how many there are.
 
     Raises:
-        InputError: the process was not started by `torchrun`.
+        InputError: as `sae.started_by_torchrun`.
     """
 
     def __init__(self) -> None:
-        import torch
         from torch.distributed import PrefixStore, rendezvous  # pyright: ignore[reportPrivateImportUsage]
 
-        if "WORLD_SIZE" not in os.environ or "RANK" not in os.environ:
-            raise InputError(
-                "--on torchrun is for processes that it starts: torchrun --nproc-per-node N -m qwen_scope.cli extract"
-            )
-        if torch.cuda.is_available():
-            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-        store, self.rank, self.world = next(iter(rendezvous("env://", timeout=LONGEST)))
+        self.rank, self.world = started_by_torchrun("--on torchrun", "extract")
+        store = next(iter(rendezvous("env://", timeout=LONGEST)))[0]
         self.store = PrefixStore(f"qwen-scope-extract-{next(EXTRACTIONS)}", store)
         self.scope: Scope | None = None
         self._told, self._end = False, 0

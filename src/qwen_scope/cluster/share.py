@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from qwen_scope import errors
-from qwen_scope.errors import InputError, QwenScopeError
+from qwen_scope.errors import InputError, QwenScopeError, loaded, plain
 from qwen_scope.files import Remote
 from qwen_scope.sae import SAE
 from qwen_scope.scope import Job, ModelEngine, Scope
@@ -36,8 +35,8 @@ def opened(scope: Scope, job: Job) -> tuple[ModelEngine, dict[int, SAE], Any]:
 
 
 def refusal(error: QwenScopeError) -> dict[str, Any]:
-    """An error as a worker tells it: passed on as an object it could lose its kind."""
-    return {REFUSED: [type(error).__name__, str(error)]}
+    """An error as a worker tells it."""
+    return {REFUSED: plain(error)}
 
 
 def accepted(told: Mapping[str, Any]) -> dict[str, Any]:
@@ -47,6 +46,5 @@ def accepted(told: Mapping[str, Any]) -> dict[str, Any]:
         QwenScopeError: it has told a refusal.
     """
     if REFUSED in told:
-        kind, sentence = told[REFUSED]
-        raise getattr(errors, kind)(sentence)
+        raise loaded(*told[REFUSED])
     return dict(told)

@@ -13,6 +13,12 @@ from .feature_name import numbers_in as numbers_in
 from .feature_name import parse_feature as parse_feature
 from .feature_name import parse_features as parse_features
 from .formats import LAYOUTS as LAYOUTS
+from .group import all_reduce as all_reduce
+from .group import join_group as join_group
+from .group import leave_group as leave_group
+from .group import said_before as said_before
+from .group import started_by_torchrun as started_by_torchrun
+from .group import together as together
 from .jumprelu import JumpReLU as JumpReLU
 from .kinds import KINDS as KINDS
 from .load import layers_of as layers_of
@@ -21,8 +27,6 @@ from .push import push_saes as push_saes
 from .save import folder_name as folder_name
 from .save import save_sae as save_sae
 from .slices import SliceOfSAE as SliceOfSAE
-from .slices import join_group as join_group
-from .slices import leave_group as leave_group
 from .slices import slice_sae as slice_sae
 from .terms import tell_terms as tell_terms
 from .terms import terms_of as terms_of

@@ -2,52 +2,20 @@
 
 from __future__ import annotations
 
-import atexit
-import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, TypeVar, cast, final
+from typing import Any, cast, final
 
 import torch
 import torch.distributed as dist
 from jaxtyping import Float
 from torch import Tensor
 
-from qwen_scope.errors import InputError, MismatchError, QwenScopeError
+from qwen_scope.errors import InputError, MismatchError
 
 from .acts import FeatureActs
 from .base import SAE, check_features, check_residual
-
-T = TypeVar("T")
-
-
-def join_group(backend: str | None = None) -> tuple[int, int]:
-    """Join the processes that `torchrun` started, from the variables it sets; this one's number, and how many.
-
-    Args:
-        backend: None means nccl where there is a GPU, else gloo.
-
-    Raises:
-        InputError: the process was not started by `torchrun`.
-    """
-    if not dist.is_initialized():
-        if "WORLD_SIZE" not in os.environ or "RANK" not in os.environ:
-            raise InputError("a group of processes is started with: torchrun --nproc-per-node N -m qwen_scope.cli")
-        import torch.distributed.nn
-
-        if torch.cuda.is_available():
-            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-        dist.init_process_group(backend or ("nccl" if torch.cuda.is_available() else "gloo"))
-        # A process that ends with gloo's threads still running is aborted now and then, its work done. They end with
-        # the group, if nothing else holds it: default arguments of torch.distributed.nn do when it comes after.
-        atexit.register(leave_group)
-    return dist.get_rank(), dist.get_world_size()
-
-
-def leave_group() -> None:
-    """Leave the processes that `join_group` joined, if that has not been done."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
+from .group import all_reduce, together
 
 
 def slice_sae(sae: SAE, rank: int, world: int) -> SliceOfSAE:
@@ -98,8 +66,9 @@ class SliceOfSAE(SAE):
         return self.part.cached_bytes
 
     def encode(self, x: Float[Tensor, "*rows d_model"]) -> FeatureActs:
-        mine = agreed(lambda: self.part.encode(x))
-        slots = int(reduced(torch.tensor(mine.k, device=x.device), dist.ReduceOp.MAX))
+        with together():
+            mine = self.part.encode(x)
+        slots = int(all_reduce(torch.tensor(mine.k, device=x.device), dist.ReduceOp.MAX))
         pad = (0, slots - mine.k)
         values = torch.nn.functional.pad(mine.values.float(), pad)
         indices = torch.nn.functional.pad(torch.where(mine.values > 0, mine.indices + self.first, 0), pad)
@@ -116,11 +85,14 @@ class SliceOfSAE(SAE):
         check_residual(x, self.d_model)
         with torch.no_grad():
             if features is None:
-                return gathered(agreed(lambda: self.part.pre_acts(x)), self.width)
+                with together():
+                    found = self.part.pre_acts(x)
+                return gathered(found, self.width)
             wanted = check_features(features, self.width, self.device)
             here = (wanted >= self.first) & (wanted < self.first + self.part.d_sae)
-            found = agreed(lambda: self.part.pre_acts(x, torch.where(here, wanted - self.first, 0)))
-            return reduced(torch.where(here, found, 0.0))
+            with together():
+                found = self.part.pre_acts(x, torch.where(here, wanted - self.first, 0))
+            return all_reduce(torch.where(here, found, 0.0))
 
     def decode(self, acts: FeatureActs) -> Float[Tensor, "*rows d_model"]:
         if acts.width != self.width:
@@ -132,40 +104,15 @@ class SliceOfSAE(SAE):
         own = FeatureActs(indices, torch.where(here, acts.values, 0), self.part.d_sae)
         bare = replace(cast(Any, self.part), b_dec=torch.zeros_like(self.b_dec))
         with torch.no_grad():
-            return reduced(agreed(lambda: bare.decode(own))) + self.b_dec
+            with together():
+                found = bare.decode(own)
+            return all_reduce(found) + self.b_dec
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> SliceOfSAE:
         return SliceOfSAE(self.part.to(device, dtype), self.first, self.width, self.k)
 
     def by_feature(self) -> SliceOfSAE:
         return SliceOfSAE(self.part.by_feature(), self.first, self.width, self.k)
-
-
-def agreed(run: Callable[[], T]) -> T:
-    """What `run` gives, where no process of the group refuses: none is left waiting for one that does.
-
-    Raises:
-        QwenScopeError: this process's own refusal.   InputError: another's.
-    """
-    refused, found = None, None
-    try:
-        found = run()
-    except QwenScopeError as error:
-        refused = error
-    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-    others = reduced(torch.tensor(int(refused is not None), device=device), dist.ReduceOp.MAX)
-    if refused is not None:
-        raise refused
-    if others:
-        raise InputError("another process of the group has refused its slice of the SAE; its own error says why")
-    return cast(T, found)
-
-
-def reduced(tensor: Tensor, how: Any = dist.ReduceOp.SUM) -> Tensor:
-    """The sum over the group, or its largest value, as a new tensor."""
-    out = tensor.detach().clone()
-    dist.all_reduce(out, how)
-    return out
 
 
 def gathered(tensor: Tensor, width: int | None = None) -> Tensor:

@@ -32,6 +32,7 @@ class Plan:
         disk: the SAEs' files as released.
         working: residuals of one batch, the widest block at work, and the tiles of encode; an estimate.
         one_at_a_time: on the device with one SAE in memory at a time.
+        in_turn: on the device in one pass over many layers: an SAE at work and the next one on its way.
         all_at_once: on the device with every SAE in memory.
         host: on the host beside a GPU: one SAE's file while it is copied; 0 where the device is the host.
     """
@@ -42,6 +43,7 @@ class Plan:
     disk: int
     working: int
     one_at_a_time: int
+    in_turn: int
     all_at_once: int
     host: int
 
@@ -84,6 +86,7 @@ def plan(
         disk=n_saes * sae_bytes(d_sae, d_model, stored),
         working=working,
         one_at_a_time=model + each + working,
+        in_turn=model + min(2, n_saes) * each + working,
         all_at_once=model + n_saes * each + working,
         host=sae_bytes(d_sae, d_model, stored) if on_gpu else 0,
     )

@@ -37,6 +37,7 @@ from .pair import PairSums as PairSums
 from .pair import measure_pair as measure_pair
 from .pair_rows import DocumentRows as DocumentRows
 from .pair_rows import document_rows as document_rows
+from .parallel import Mode as Mode
 from .parallel import Ranks as Ranks
 from .parallel import join as join
 from .run import TrainResult as TrainResult

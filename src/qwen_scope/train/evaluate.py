@@ -28,6 +28,7 @@ from qwen_scope.sae import SAE, in_float64
 from qwen_scope.text import REASONS, Counted
 from qwen_scope.text import tally as tally_of
 
+from .parallel import ALONE, Ranks
 from .splice import SplicedLoss, spliced_losses
 
 DENSITY_EDGES = tuple(-6 + 0.25 * i for i in range(25))
@@ -85,6 +86,10 @@ class Moments:
     def add(self, x: Tensor) -> None:
         self.n, self.sum = self.n + len(x), self.sum + in_float64(x).sum(0).cpu()
 
+    def over(self, ranks: Ranks) -> None:
+        """Become those of all ranks."""
+        self.n, self.sum = ranks.totals({"n": self.n})["n"], ranks.over_rows(self.sum)
+
     @property
     def mean(self) -> Tensor:
         return self.sum / max(1, self.n)
@@ -138,6 +143,15 @@ class Tally:
         self.fired += torch.bincount(active, minlength=self.sae.d_sae)
         self.tokens += len(x)
 
+    def over(self, ranks: Ranks) -> None:
+        """Become those of all ranks."""
+        sums, counts = ("error", "total", "error_later", "total_later", "unexplained", "cosine"), ("tokens", "active")
+        found = ranks.over_rows(torch.tensor([getattr(self, name) for name in sums], dtype=torch.float64)).tolist()
+        whole = ranks.totals({name: getattr(self, name) for name in counts})
+        for name, value in {**dict(zip(sums, found, strict=True)), **whole}.items():
+            setattr(self, name, value)
+        self.fired = ranks.over_rows(self.fired)
+
     def result(self) -> Reconstruction:
         """The figures."""
         fvu = self.error / self.total
@@ -167,6 +181,7 @@ def evaluate_saes(
     loss: bool = True,
     counted: Counted = Counted(),  # noqa: B008 - frozen
     progress: Progress | None = None,
+    ranks: Ranks = ALONE,
 ) -> dict[HookPoint, Quality]:
     """Measure SAEs on a language model, all layers from the same tokens.
 
@@ -176,37 +191,47 @@ def evaluate_saes(
         counted: which tokens count; no SAE reads the others, and their residuals stay as they are. By default the first
             token of each row is left out alone; `measure_counted` of room `model` also finds special tokens and sinks.
         progress: called with the stage, its share done (0 to 1) and a short text.
+        ranks: with `data`, all of its processes call this with the same, each reads its batches, and all get the
+            figures of all batches: counts are those of one process, sums differ in their last digits.
 
     Raises:
         InputError: no SAE or no tokens.   MismatchError: an SAE of another width than the model.
         NotFoundError: a layer that the model does not have, or for which `counted` has no threshold.
     """
     report = progress or (lambda stage, share, text: None)
-    check_pairing(model, saes, rows)
     layers = {str(point): sae for point, sae in saes.items()}
     every, later = ({name: Moments(sae.d_model) for name, sae in layers.items()} for _ in range(2))
     found: dict[str, Mapping[str, int]] = {name: dict.fromkeys(REASONS, 0) for name in layers}
-    for number, ids in enumerate(rows, 1):
-        for point, h in capture(model, ids, list(saes)).items():
-            name, reasons = str(point), counted.reasons(ids, sinks=counted.sinks(h, point))
-            x, first = counting(h, reasons)
-            every[name].add(x)
-            later[name].add(x[~first])
-            found[name] = {reason: found[name][reason] + n for reason, n in tally_of(reasons).items()}
-        report("means", number / len(rows), f"{number} of {len(rows)}")
+    mine = ranks.batches_of(rows)
+    with ranks.together():
+        check_pairing(model, saes, rows)
+        for number, ids in enumerate(mine, 1):
+            for point, h in capture(model, ids, list(saes)).items():
+                name, reasons = str(point), counted.reasons(ids, sinks=counted.sinks(h, point))
+                x, first = counting(h, reasons)
+                every[name].add(x)
+                later[name].add(x[~first])
+                found[name] = {reason: found[name][reason] + n for reason, n in tally_of(reasons).items()}
+            report("means", number / len(mine), f"{number} of {len(mine)}")
+    for moments in (*every.values(), *later.values()):
+        moments.over(ranks)
+    found = {name: ranks.totals(counts) for name, counts in found.items()}
     if empty := [name for name, moments in every.items() if not moments.n]:
         raise InputError(f"every token at {empty[0]} is left out; there is nothing to measure")
     total = sum(ids.numel() for ids in rows)
     tallies = {name: Tally(sae, every[name].mean, later[name].mean, total) for name, sae in layers.items()}
-    for number, ids in enumerate(rows, 1):
-        for point, h in capture(model, ids, list(saes)).items():
-            tallies[str(point)].add(*counting(h, counted.reasons(ids, sinks=counted.sinks(h, point))))
-        report("reconstruction", number / len(rows), f"{number} of {len(rows)}")
+    with ranks.together():
+        for number, ids in enumerate(mine, 1):
+            for point, h in capture(model, ids, list(saes)).items():
+                tallies[str(point)].add(*counting(h, counted.reasons(ids, sinks=counted.sinks(h, point))))
+            report("reconstruction", number / len(mine), f"{number} of {len(mine)}")
+    for tally in tallies.values():
+        tally.over(ranks)
 
     def kept(point: HookPoint, ids: Tensor, h: Tensor) -> Tensor:
         return counted.keep(h, point, ids)
 
-    losses = spliced_losses(model, saes, rows, kept=kept, progress=report) if loss else {}
+    losses = spliced_losses(model, saes, rows, kept=kept, progress=report, ranks=ranks) if loss else {}
     return {
         point: Quality(replace(tallies[str(point)].result(), reasons=found[str(point)]), losses.get(point))
         for point in saes

@@ -6,7 +6,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -23,6 +23,7 @@ from .held_out import HeldOut, held_out_of, text_source
 from .options import EVAL_TOKENS, EvalRun
 from .pair import measure_pair
 from .pair_rows import document_rows
+from .parallel import ALONE, Ranks, counted_of_first, join
 from .transfer import Transfer, transferred
 
 CONTEXT_LENGTH, BATCH_SIZE = 256, 16
@@ -102,37 +103,44 @@ def run_eval(run: EvalRun, *, progress: Progress | None = None) -> EvalResult:
     """Measure a group of SAEs on a model, and whether they fit another checkpoint of it if one is named.
 
     Args:
-        progress: called with the stage, its share done (0 to 1) and a short text.
+        progress: called with the stage, its share done (0 to 1) and a short text, on the first rank.
 
     Raises:
         QwenScopeError: with one sentence, before the model runs where the cause can be known before.
     """
-    if run.model is None:
-        return _alone(run, progress)
-    source = resolve(run.model, run.sae)[1]
-    loaded = load_model(model_source(run.model), device=run.device, dtype=run.dtype)
-    saes = saes_of(run, source, loaded)
-    texts, held_out = texts_of(run, saes)
-    rows = texts.packed(loaded)
-    counted = run.counted or counted_of(saes.values())
-    if counted is None:
-        counted = measure_counted(loaded.model, loaded.tokenizer, rows, saes, sample=texts.corpus.name)
-    post = post_of(run, source, loaded, saes)
-    quality = evaluate_saes(loaded.model, saes, rows, loss=run.loss, counted=counted, progress=progress)
+    ranks = join(run.parallel, command="eval")
+    report = progress if ranks.first else None
+    with ranks.together():
+        source, loaded, post, saes = opened(run)
+        texts, held_out = texts_of(run, saes)
+        rows = texts.packed(cast(LoadedModel, loaded or post))
+        counted = Counted() if loaded is None else counting(run, loaded, saes, rows, texts.corpus.name)
+    quality: dict[HookPoint, Quality] = {}
+    if loaded is not None:
+        counted = counted_of_first(counted, ranks, loaded.model.device)
+        quality = evaluate_saes(loaded.model, saes, rows, loss=run.loss, counted=counted, progress=report, ranks=ranks)
     result = EvalResult(source, quality, {}, counted, held_out)
-    return result if post is None else with_post(run, result, loaded, post, saes, texts, rows, progress)
+    return result if post is None else with_post(run, result, loaded, post, saes, texts, rows, report, ranks)
 
 
-def _alone(run: EvalRun, progress: Progress | None) -> EvalResult:
-    """A group of SAEs on another checkpoint, without the model that they are for."""
-    assert run.sae is not None, "checked by EvalRun"
-    assert run.post is not None, "checked by EvalRun"
-    source = resolve(run.post, run.sae)[1]
-    post = load_model(model_source(run.post), device=run.device, dtype=run.dtype)
-    saes = saes_of(run, source, post, measured=True)
-    texts, held_out = texts_of(run, saes)
-    rows = texts.packed(post)
-    return with_post(run, EvalResult(source, {}, {}, Counted(), held_out), None, post, saes, texts, rows, progress)
+def opened(run: EvalRun) -> tuple[str, LoadedModel | None, LoadedModel | None, dict[HookPoint, SAE]]:
+    """Where the SAEs are, the model they are for and the other checkpoint, as far as they are named, and the SAEs."""
+    named = run.model or run.post
+    assert named is not None, "checked by EvalRun"
+    source = resolve(named, run.sae)[1]
+    first = load_model(model_source(named), device=run.device, dtype=run.dtype)
+    saes = saes_of(run, source, first, measured=run.model is None)
+    if run.model is None:
+        return source, None, first, saes
+    return source, first, post_of(run, source, first, saes), saes
+
+
+def counting(
+    run: EvalRun, loaded: LoadedModel, saes: Mapping[HookPoint, SAE], rows: list[torch.Tensor], sample: str
+) -> Counted:
+    """Which tokens count: as the run or the SAEs' files say, else as it is measured."""
+    known = run.counted or counted_of(saes.values())
+    return known or measure_counted(loaded.model, loaded.tokenizer, rows, saes, sample=sample)
 
 
 def with_post(
@@ -144,18 +152,21 @@ def with_post(
     texts: Texts,
     rows: list[torch.Tensor],
     progress: Progress | None,
+    ranks: Ranks = ALONE,
 ) -> EvalResult:
     """The result with how the SAEs do on another checkpoint, beside their own model where it is at hand.
 
     Sinks of the other checkpoint are told by thresholds measured on it, of the same text.
     """
-    counted_post = run.counted or measure_counted(
-        post.model, post.tokenizer, rows, saes, sample=f"{texts.again.name} on {post.name}"
-    )
+    with ranks.together():
+        counted_post = run.counted or measure_counted(
+            post.model, post.tokenizer, rows, saes, sample=f"{texts.again.name} on {post.name}"
+        )
+        read = document_rows(
+            texts.again, post.tokenizer, context_length=texts.context_length, tokens=texts.tokens, chat=texts.chat
+        )
+    counted_post = counted_of_first(counted_post, ranks, post.model.device)
     counted = counted_post if loaded is None else result.counted
-    read = document_rows(
-        texts.again, post.tokenizer, context_length=texts.context_length, tokens=texts.tokens, chat=texts.chat
-    )
     found = measure_pair(
         None if loaded is None else loaded.model,
         post.model,
@@ -165,10 +176,11 @@ def with_post(
         counted_post=counted_post,
         loss=run.loss,
         progress=progress,
+        ranks=ranks,
     )
     moved = {} if loaded is None else {point: transferred(one.by_document(), run.seed) for point, one in found.items()}
     fits = {point: fit(one, seed=run.seed) for point, one in found.items()} if run.loss else {}
-    kept = keep(run, fits, saes, post, texts.again.name) if run.remember else ()
+    kept = keep(run, fits, saes, post, texts.again.name) if run.remember and ranks.first else ()
     return replace(
         result, transfer=moved, counted=counted, fits=fits, counted_post=counted_post, remembered=tuple(kept)
     )

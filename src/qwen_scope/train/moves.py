@@ -10,6 +10,8 @@ from torch import Tensor
 from qwen_scope.sae import FeatureActs
 from qwen_scope.stats import benjamini_hochberg, ratio_test
 
+from .parallel import Ranks
+
 LEVEL, SHOWN, LEAST_DOCUMENTS = 0.05, 10, 5
 KINDS = ("rate", "amount")
 
@@ -85,6 +87,13 @@ class MoveSums:
         self.documents += np.bincount(feature, minlength=self.d_sae)
         self.n, self.n_squared = self.n + sizes.sum(), self.n_squared + float((sizes**2).sum())
         self.clusters += len(numbers)
+
+    def over(self, ranks: Ranks) -> None:
+        """Become those of all ranks."""
+        for name in ("base", "post", "squares", "with_sizes", "documents"):
+            setattr(self, name, ranks.sum_of(getattr(self, name)))
+        self.n, self.n_squared = ranks.sum_of(np.array([self.n, self.n_squared])).tolist()
+        self.clusters = ranks.totals({"clusters": self.clusters})["clusters"]
 
     def cells(self, acts: FeatureActs, place: Tensor) -> tuple[np.ndarray, np.ndarray]:
         """Of every firing the number of its document and feature together, and its activation."""

@@ -162,6 +162,7 @@ class EvalRun:
         counted: which tokens count. None means those that the SAEs' files say; where these say none, all but the first
             token of each row, special tokens, and sinks by thresholds measured on the first rows.
         dtype, device: of the language models.
+        parallel: `data` for the processes that `torchrun` started: each reads its share of the batches.
         seed: of the resampling of intervals.
 
     Raises:
@@ -183,9 +184,12 @@ class EvalRun:
     counted: Counted | None = None
     dtype: str = "auto"
     device: str | None = None
+    parallel: Mode = "alone"
     seed: int = 0
 
     def __post_init__(self) -> None:
+        if self.parallel not in ("alone", "data"):
+            raise InputError(f"measuring in parallel divides data, not {self.parallel!r}")
         if self.model is None and (self.post is None or self.sae is None):
             raise InputError("without model there have to be sae and post: which SAEs, and on which checkpoint")
         for name, least in {"tokens": 2, "context_length": 2, "batch_size": 1, "hold_out": 0, "seed": 0}.items():

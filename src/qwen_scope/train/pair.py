@@ -20,6 +20,7 @@ from qwen_scope.text import Counted
 from .evaluate import Moments, check_pairing
 from .moves import MoveSums
 from .pair_rows import DocumentRows, units
+from .parallel import ALONE, Ranks
 from .splice import LOGIT_BYTES
 
 SUMS = (
@@ -87,6 +88,7 @@ def measure_pair(
     counted_post: Counted,
     loss: bool = True,
     progress: Progress | None = None,
+    ranks: Ranks = ALONE,
 ) -> dict[HookPoint, PairSums]:
     """Sums of SAEs over the same tokens of two models, or of `post` alone.
 
@@ -96,20 +98,26 @@ def measure_pair(
         counted_post: the same of the other model; a token that is left out on either one counts on neither.
         loss: also the next-token losses of both, with zeros and reconstructions in the residuals' place, and on `post`
             with their mean.
+        ranks: as `evaluate_saes`.
 
     Raises:
         InputError: no SAE, no rows, or no token that counts on both.
         MismatchError: models of different widths or an SAE that does not fit them.
     """
-    check_pairing(post, saes, [one.ids for one in rows])
-    if base is not None and d_model(base) != d_model(post):
-        raise MismatchError(f"the models have {d_model(base)} and {d_model(post)} dimensions; SAEs move between equals")
+    with ranks.together():
+        check_pairing(post, saes, [one.ids for one in rows])
+        if base is not None and d_model(base) != d_model(post):
+            raise MismatchError(
+                f"the models have {d_model(base)} and {d_model(post)} dimensions; SAEs move between equals"
+            )
     models = {POST: post} if base is None else {BASE: base, POST: post}
-    work = Pair(models, saes, rows, {BASE: counted, POST: counted_post}, progress or (lambda stage, share, text: None))
+    report = progress or (lambda stage, share, text: None)
+    work = Pair(models, saes, rows, {BASE: counted, POST: counted_post}, report, ranks)
     work.find_means()
     work.compare()
     if loss:
         work.lose()
+    work.add_up()
     return {point: PairSums(work.units, work.columns[point], work.moves.get(point)) for point in saes}
 
 
@@ -123,13 +131,18 @@ class Pair:
         rows: Sequence[DocumentRows],
         counted: Mapping[str, Counted],
         report: Progress,
+        ranks: Ranks = ALONE,
     ) -> None:
-        self.models, self.saes, self.rows, self.counted, self.report = models, saes, rows, counted, report
-        self.of_token, self.units = units(rows)
+        self.models, self.saes, self.counted, self.report, self.ranks = models, saes, counted, report, ranks
+        of_token, self.units = units(rows)
+        # Units are those of all batches, the batches those of this rank.
+        self.rows, self.of_token = ranks.batches_of(rows), ranks.batches_of(of_token)
         # Per batch and layer, the tokens that count on every model.
         self.keep: list[dict[HookPoint, Tensor]] = []
-        self.means: dict[tuple[HookPoint, str], Moments] = {}
-        self.within: dict[tuple[HookPoint, str, int], Moments] = {}
+        both = [(point, which) for point in saes for which in models]
+        self.means = {one: Moments(saes[one[0]].d_model) for one in both}
+        phases = np.unique(self.units[:, 1]).tolist()
+        self.within = {(*one, phase): Moments(saes[one[0]].d_model) for one in both for phase in phases}
         self.columns: dict[HookPoint, dict[str, np.ndarray]] = {point: {} for point in saes}
         self.moves = {point: MoveSums(sae.d_sae) for point, sae in saes.items()} if BASE in models else {}
 
@@ -145,18 +158,21 @@ class Pair:
 
     def find_means(self) -> None:
         """Which tokens count, and the mean of their residuals, of all and of each phase."""
-        for _, one, found in self.residuals("means"):
-            keep = {point: self.kept(one, point, found) for point in self.saes}
-            self.keep.append(keep)
-            for which, by_point in found.items():
-                for point, h in by_point.items():
-                    here = keep[point]
-                    for phase in one.phases[here].unique().tolist():
-                        some = h[(here & (one.phases == phase)).to(h.device)]
-                        self.means.setdefault((point, which), Moments(h.shape[-1])).add(some)
-                        self.within.setdefault((point, which, phase), Moments(h.shape[-1])).add(some)
+        with self.ranks.together():
+            for _, one, found in self.residuals("means"):
+                keep = {point: self.kept(one, point, found) for point in self.saes}
+                self.keep.append(keep)
+                for which, by_point in found.items():
+                    for point, h in by_point.items():
+                        here = keep[point]
+                        for phase in one.phases[here].unique().tolist():
+                            some = h[(here & (one.phases == phase)).to(h.device)]
+                            self.means[point, which].add(some)
+                            self.within[point, which, phase].add(some)
+        for moments in (*self.means.values(), *self.within.values()):
+            moments.over(self.ranks)
         for point in self.saes:
-            if (point, POST) not in self.means:
+            if not self.means[point, POST].n:
                 where = "on one of the models" if BASE in self.models else "on the model"
                 raise InputError(f"every token at {point} is left out {where}; there is nothing to compare")
 
@@ -170,6 +186,10 @@ class Pair:
 
     def compare(self) -> None:
         """Errors, distances from the means, active features, and the moves of each feature."""
+        with self.ranks.together():
+            self._compare()
+
+    def _compare(self) -> None:
         for number, one, found in self.residuals("transfer"):
             for point, sae in self.saes.items():
                 keep = self.keep[number][point]
@@ -205,6 +225,10 @@ class Pair:
 
     def lose(self) -> None:
         """Next-token losses of every model, untouched and with each layer replaced."""
+        with self.ranks.together():
+            self._lose()
+
+    def _lose(self) -> None:
         for number, one in enumerate(self.rows):
             target = (one.mask[:, 1:] == 1) & (one.mask[:, :-1] == 1)
             unit = self.of_token[number][:, 1:][target]
@@ -227,6 +251,15 @@ class Pair:
             "zero": torch.zeros_like,
         }
         return put | ({"mean": lambda x: mean.to(x.device, torch.float32).expand(len(x), -1)} if which == POST else {})
+
+    def add_up(self) -> None:
+        """The sums of all ranks; one that had no batch has no columns yet."""
+        names = self.ranks.names_of(list(next(iter(self.columns.values()))))
+        nothing = np.zeros(len(self.units))
+        for point, found in self.columns.items():
+            self.columns[point] = {name: self.ranks.sum_of(found.get(name, nothing)) for name in names}
+        for moves in self.moves.values():
+            moves.over(self.ranks)
 
     def add(self, point: HookPoint, name: str, unit: Tensor, values: Tensor) -> None:
         """Values of tokens to their units."""

@@ -7,22 +7,29 @@ Three ways to run in parallel, each giving the weights of one process up to the 
 - `features`: every rank holds a slice of one wide dictionary; the choice of active features and the reconstruction
   are agreed on, gradients stay where they are.
 
+Measuring knows `data` alone: every rank reads its share of the batches, and sums are added up.
+
 The arithmetic asks `Ranks` for sums; in a single process each of them is the identity.
 """
 
 from __future__ import annotations
 
-import os
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+import math
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any, Literal, TypeVar
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from qwen_scope.errors import InputError
-from qwen_scope.sae import join_group
+from qwen_scope.sae import all_reduce, join_group, together
+from qwen_scope.text import Counted
+
+T = TypeVar("T")
 
 Mode = Literal["alone", "data", "layers", "features"]
 MODES: tuple[Mode, ...] = ("alone", "data", "layers", "features")
@@ -54,11 +61,36 @@ class Ranks:
 
     def over_rows(self, tensor: Tensor) -> Tensor:
         """The sum over the shares of the batch."""
-        return summed(tensor) if self.mode == "data" else tensor
+        return all_reduce(tensor) if self.mode == "data" else tensor
+
+    def sum_of(self, values: np.ndarray) -> np.ndarray:
+        """The same of an array, in its own type."""
+        return self.over_rows(torch.from_numpy(values)).numpy()
+
+    def totals(self, counts: Mapping[str, int]) -> dict[str, int]:
+        """The same of counts by name; all ranks have the same names."""
+        found = self.over_rows(torch.tensor(list(counts.values()), dtype=torch.int64))
+        return dict(zip(counts, found.tolist(), strict=True))
+
+    def batches_of(self, batches: Sequence[T]) -> Sequence[T]:
+        """Those that this rank measures, of all; whole ones, so that each is read as one process reads it."""
+        return batches[self.rank :: self.world] if self.mode == "data" else batches
+
+    def names_of(self, names: Sequence[str]) -> Sequence[str]:
+        """The longest list of any rank, on all of them."""
+        if self.mode != "data":
+            return names
+        told: list[Any] = [None] * self.world
+        dist.all_gather_object(told, names)
+        return max(told, key=len)
+
+    def together(self) -> AbstractContextManager[None]:
+        """A part of the work without sums: an error of one rank is raised by all."""
+        return together() if self.world > 1 else nullcontext()
 
     def over_features(self, tensor: Tensor) -> Tensor:
         """The sum over the slices of the dictionary."""
-        return summed(tensor) if self.mode == "features" else tensor
+        return all_reduce(tensor) if self.mode == "features" else tensor
 
     def over_both(self, tensor: Tensor) -> Tensor:
         """The sum over shares of the batch or slices of the dictionary, whichever is divided."""
@@ -66,10 +98,7 @@ class Ranks:
 
     def least(self, tensor: Tensor) -> Tensor:
         """The smallest value over shares of the batch or slices of the dictionary."""
-        out = tensor.detach().clone()
-        if self.mode in ("data", "features"):
-            dist.all_reduce(out, dist.ReduceOp.MIN)
-        return out
+        return all_reduce(tensor, dist.ReduceOp.MIN) if self.mode in ("data", "features") else tensor.detach().clone()
 
     def all_rows(self, tensor: Tensor) -> Tensor:
         """The rows of all shares of the batch, in the order of the ranks: `(n, ...)`, n may differ."""
@@ -133,29 +162,29 @@ class Ranks:
             dist.barrier()
 
 
-def join(mode: Mode, backend: str | None = None) -> Ranks:
-    """Join the processes that `torchrun` started, from the variables it sets.
+ALONE = Ranks()
+
+
+def join(mode: Mode, backend: str | None = None, command: str = "train") -> Ranks:
+    """Join the processes that `torchrun` started, from the variables it sets; none are asked for to be `alone`.
 
     Args:
         backend: None means nccl where there is a GPU, else gloo.
+        command: what is typed, of the message.
 
     Raises:
         InputError: the process was not started by `torchrun`, or the mode is unknown.
     """
-    if "WORLD_SIZE" not in os.environ or "RANK" not in os.environ:
-        raise InputError(
-            f"to train in parallel over {mode}, start it with: torchrun --nproc-per-node N -m qwen_scope.cli train"
-        )
-    ranks = Ranks(mode, int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
-    join_group(backend)
-    return ranks
+    return Ranks() if mode == "alone" else Ranks(mode, *join_group(backend, f"parallel over {mode}", command))
 
 
-def summed(tensor: Tensor) -> Tensor:
-    """The sum over all ranks, as a new tensor that carries no gradient."""
-    out = tensor.detach().clone()
-    dist.all_reduce(out)
-    return out
+def counted_of_first(counted: Counted, ranks: Ranks, device: torch.device | str) -> Counted:
+    """Which tokens count, with the thresholds of the first rank on every rank."""
+    limits = [math.nan if norm is None else norm for norm in counted.norms.values()]
+    place = device if ranks.world > 1 else None  # alone they stay off a device without float64
+    limits = ranks.of_first(torch.tensor(limits, dtype=torch.float64, device=place)).tolist()
+    norms = zip(counted.norms, limits, strict=True)
+    return replace(counted, norms={at: None if math.isnan(norm) else norm for at, norm in norms})
 
 
 def gathered(tensor: Tensor) -> Tensor:

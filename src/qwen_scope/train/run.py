@@ -14,7 +14,6 @@ out/
 from __future__ import annotations
 
 import json
-import math
 import platform
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext, suppress
@@ -61,7 +60,7 @@ from .held_out import KEY, HeldOut, digest, text_source
 from .loop import StepReport, train
 from .metrics import JsonlMetrics, TensorBoardMetrics, WandbMetrics
 from .options import RESERVED, RUN, SCRATCH_FOLDER, TrainRun, named
-from .parallel import Ranks, join
+from .parallel import Ranks, counted_of_first, join
 
 
 @dataclass(frozen=True, repr=False)
@@ -104,7 +103,7 @@ def run_train(
     texts = (run.data,) if isinstance(run.data, str) else run.data
     read = [one for one in (*texts, run.start_from, run.model) if one is not None and str(one) != "lab"]
     check_folder(run.out, (*RESERVED, run.name, *run.exports), *read)
-    ranks = Ranks() if run.parallel == "alone" else join(run.parallel)
+    ranks = join(run.parallel)
     # Of several processes of one run the first holds its folder.
     with lock_folder(run.out) if ranks.first else nullcontext():
         return _run(run, ranks, on_step, progress)
@@ -190,13 +189,7 @@ def counted_at_start(run: TrainRun, loaded: LoadedModel, ranks: Ranks) -> Counte
     if (first := next(rows, None)) is None:
         return Counted.of(loaded.tokenizer)  # nothing to train on, which is said where batches are asked for
     found = measure_counted(loaded.model, loaded.tokenizer, chain([first], rows), sample=corpus.name)
-    limits = [math.nan if norm is None else norm for norm in found.norms.values()]
-    place = loaded.model.device if ranks.world > 1 else None  # alone they stay off a device without float64
-    limits = ranks.of_first(torch.tensor(limits, dtype=torch.float64, device=place)).tolist()
-    return replace(
-        found,
-        norms={at: None if math.isnan(norm) else norm for at, norm in zip(found.norms, limits, strict=True)},
-    )
+    return counted_of_first(found, ranks, loaded.model.device)
 
 
 def carried(run: TrainRun, loaded: LoadedModel) -> dict[str, Any]:

@@ -13,6 +13,8 @@ from qwen_scope.model import HookPoint, changing, input_device, text_config
 from qwen_scope.report import Progress
 from qwen_scope.sae import SAE, in_float64
 
+from .parallel import ALONE, Ranks
+
 # Bytes of logits that are held at a time, twice.
 LOGIT_BYTES = 2**28
 
@@ -50,16 +52,34 @@ def spliced_losses(
     *,
     kept: Callable[[HookPoint, Tensor, Tensor], Tensor] | None = None,
     progress: Progress | None = None,
+    ranks: Ranks = ALONE,
 ) -> dict[HookPoint, SplicedLoss]:
     """Measure each layer on its own: all other layers run untouched.
 
     Args:
         rows: batches of full rows of token ids, `(rows, row)`, at least two tokens long.
         kept: from a layer, ids and residuals, where the residual is replaced; by default everywhere.
+        ranks: as `evaluate_saes`.
     """
     sums = {point: torch.zeros(5, dtype=torch.float64) for point in saes}
-    predicted = positions = 0
-    pieces = list(small_batches(model, rows))
+    pieces = list(small_batches(model, ranks.batches_of(rows)))
+    with ranks.together():
+        add_losses(sums, model, saes, pieces, kept, progress)
+    counts = ranks.totals({
+        "predicted": sum(ids[:, 1:].numel() for ids in pieces), "positions": sum(ids.numel() for ids in pieces)
+    })  # fmt: skip
+    return {point: result(ranks.over_rows(total), **counts) for point, total in sums.items()}
+
+
+def add_losses(
+    sums: Mapping[HookPoint, Tensor],
+    model: nn.Module,
+    saes: Mapping[HookPoint, SAE],
+    pieces: Sequence[Tensor],
+    kept: Callable[[HookPoint, Tensor, Tensor], Tensor] | None,
+    progress: Progress | None,
+) -> None:
+    """Add clean, spliced and zeroed loss and both divergences over some rows."""
     for number, ids in enumerate(pieces, 1):
         clean = log_probs(model, ids)
         for point, sae in saes.items():
@@ -73,12 +93,9 @@ def spliced_losses(
                 zeroed = log_probs(model, ids)
             diverged = [float(kl_div(one, clean, reduction="sum", log_target=True)) for one in (spliced, zeroed)]
             losses = [summed_loss(each, ids) for each in (clean, spliced, zeroed)]
-            sums[point] += torch.tensor([*losses, *diverged], dtype=torch.float64)
-        predicted += ids[:, 1:].numel()
-        positions += ids.numel()
+            sums[point].add_(torch.tensor([*losses, *diverged], dtype=torch.float64))
         if progress:
             progress("loss", number / len(pieces), f"{number} of {len(pieces)}")
-    return {point: result(total, predicted, positions) for point, total in sums.items()}
 
 
 def result(total: Tensor, predicted: int, positions: int) -> SplicedLoss:
