@@ -65,9 +65,9 @@ def waited(page: Page, tab: str, what: str, start: Callable[[], None], ready: Ca
     start()
     while not ready():
         words = page.locator(f"#{tab}-notice [role=status], #{tab}-graph [role=status], #{tab}-depth [role=status]")
-        now = words.first.text_content() if words.count() else ""
+        now = next(iter(words.all_text_contents()), "")  # at once: one that vanishes meanwhile is not waited for
         silent = 0.0 if now else silent + 0.1
-        stage = (now or "").split(" …")[0]
+        stage = now.split(" …")[0]
         if stage and stage not in told:
             told.append(stage)
         if time.monotonic() - started > PATIENCE / 1000:
