@@ -260,7 +260,8 @@ def rows(figures: Path) -> list[str]:
         " layers share to save disk and memory. Bringing is from the disk, page cache emptied; the next SAE is"
         " brought while one encodes. 8 bits are unpacked to bf16 on the way. Peak memory is what the sweep adds to the"
         " process, in memory that stands for a device's; the language model is not counted in it."
-        " Where the load is above the number of processors, seconds without `of processor` are of a machine at other work."
+        " Where the load is above the number of processors, seconds that are not of processor are those of a machine at"
+        " other work."
     )
     return [words, "", markdown(columns, cells)]
 
