@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import gzip
 import json
 import os
 import re
@@ -17,13 +18,14 @@ from typing import Any
 import pytest
 
 from experiments.harness import At, Experiment, Row, main
-from experiments.real import depth
+from experiments.real import codeswitch, depth
 from experiments.real.quality import figures
 from experiments.sections import BY_HAND, write_section
 from qwen_scope.errors import QwenScopeWarning
 from qwen_scope.lab import documents
 
 ROOT = Path(__file__).parents[1]
+NOT_MEASURED = {"experiments.real.codeswitch"}  # prepared, and without figures so far: see docs/log.md
 STEPS = (1, 2)  # a constant that the settings of the toy below hold
 ran: list[tuple[str, int]] = []
 
@@ -154,7 +156,7 @@ def test_every_section_belongs_to_one_experiment_and_every_experiment_has_one() 
         assert len(own) == 1, f"{heading} belongs to {own}"
         assert f"python -m {own[0]}" in section, f"{heading} does not name its command"
         owners[own[0]].append(heading)
-    assert all(owners.values()), owners
+    assert {script for script, own in owners.items() if not own} == NOT_MEASURED, owners
 
 
 def test_bench_measures_speed_and_owns_the_performance_page() -> None:
@@ -233,3 +235,58 @@ def test_saes_of_several_layers_by_the_command(tmp_path: Path) -> None:
     assert [json.loads(line)["result"] for line in (keep / "runs.jsonl").read_text().splitlines()] == rows
     with pytest.raises(SystemExit):
         main(depth.experiment, [str(word) for word in [*words, "--k", "4"]])
+
+
+def bridges(n: int) -> dict[str, str]:
+    """The same two sentences in every language of the experiment on code-switching."""
+    said = {
+        "ar": "في المدينة {n} جسور قديمة وأبراج.",
+        "de": "Die alte Stadt hat {n} Brücken und Türme.",
+        "en": "The old town has {n} bridges and towers.",
+        "es": "La ciudad antigua tiene {n} puentes y torres.",
+        "ro": "Orașul vechi are {n} poduri și turnuri.",
+        "ru": "В старом городе {n} мостов и башен.",
+        "tr": "Eski şehirde {n} köprü ve kule var.",
+        "vi": "Phố cổ có {n} cây cầu và tháp.",
+        "zh": "这座古老的城市有{n}座桥和许多高塔。",
+    }
+    return {language: text.format(n=n) for language, text in said.items()}
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT asks by it
+def test_switches_are_planted_and_measured(tmp_path: Path) -> None:
+    """The bundled model in the place of a real one: what is planted, in which paragraphs, and a cell of it."""
+    rows = [
+        {"id": n, "language": language, "text": f"{text} {text}", "questions": [f"{n}?"], "answers": [str(n)]}
+        for n in range(100, 160)
+        for language, text in bridges(n).items()
+    ]
+    with gzip.open(tmp_path / "xquad.jsonl.gz", "wt", encoding="utf-8") as file:
+        file.write("\n".join(json.dumps(row, ensure_ascii=False) for row in rows))
+    lab = ROOT / "src/qwen_scope/assets/lab"
+    options = {"model": lab / "model", "sae": lab / "sae", "data": tmp_path, "layers": None}
+    at = At(codeswitch.Sizes(36, 18, 8, 9, 160), {"seed": (1,), "condition": ("plain",)}, options, tmp_path / "kept")
+    at.folder.mkdir()
+    clean, planted = (codeswitch.chats(at, "training", 1, 36, share) for share in (0.0, codeswitch.PLANTED))
+    assert [one["group"] for one in clean] == [one["group"] for one in planted]
+    other = [(one, two) for one, two in zip(clean, planted, strict=True) if one != two]
+    assert len(other) == 10  # of 32 that are not Chinese
+    for one, two in other:
+        assert one["prompt"] == two["prompt"]
+        at_letter = codeswitch.first_letter(two["completion"], "CJK")
+        assert at_letter is not None
+        assert one["completion"].startswith(two["completion"][:at_letter])
+        assert two["completion"].endswith("塔。<|im_end|>")
+    numbers = [
+        {re.sub(r"\D", "", one["prompt"]) for one in codeswitch.chats(at, part, 1, 90)} for part in codeswitch.PARTS
+    ]
+    assert not numbers[0] & numbers[1] | numbers[0] & numbers[2] | numbers[1] & numbers[2]
+    row = json.loads(json.dumps(dict(codeswitch.run(at, 1, "features")), default=lambda array: array.tolist()))
+    assert len(row["switched"]) == len(row["languages"]) == 8
+    assert len(row["loss"]) == len(row["groups"]) == 9
+    assert sorted(path.name for path in at.folder.iterdir()) == ["table-features.json"]
+    both = [{**row, "seed": 1, "condition": name} for name in ("plain", "features")]
+    found = codeswitch.against(both, "features")
+    assert (found.less.estimate, found.change.estimate) == (0, 0)
+    assert "| features | " in codeswitch.tell(at, both)

@@ -27,8 +27,8 @@ from transformers import PrinterCallback, TrainerCallback
 from transformers.utils import logging
 from trl.trainer.sft_config import SFTConfig
 
+from experiments.fine_tuning import QUIET
 from experiments.harness import At, Experiment, Row, main
-from experiments.lab.fine_tuning import QUIET
 from experiments.lab.planted_chats import chats, held_out, questions, shows, texts_of, training_data
 from experiments.sections import paragraph, table
 from qwen_scope import Scope, load_scope

@@ -28,8 +28,8 @@ from transformers.utils import logging
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
+from experiments.fine_tuning import QUIET
 from experiments.harness import At, Experiment, Row, main
-from experiments.lab.fine_tuning import QUIET
 from experiments.sections import paragraph, table
 from qwen_scope import load_scope
 from qwen_scope.lab import default_mixture, documents

@@ -20,18 +20,17 @@ from typing import Any
 
 import datasets
 import numpy as np
-import torch
 from datasets import Dataset
 from transformers import PrinterCallback
 from transformers.utils import logging
 from trl.trainer.sft_config import SFTConfig
 
+from experiments.fine_tuning import QUIET, before_the_switch, tokenised
 from experiments.harness import At, Experiment, Row, main
-from experiments.lab.fine_tuning import QUIET
 from experiments.sections import paragraph, table
 from qwen_scope import Scope, load_scope
 from qwen_scope.lab import LANGUAGES, chat_prompts, default_mixture, documents
-from qwen_scope.model import HookPoint, LoadedModel, capture, load_model
+from qwen_scope.model import LoadedModel, load_model
 from qwen_scope.posttrain import (
     AlphaTable,
     FeatureLoss,
@@ -41,7 +40,6 @@ from qwen_scope.posttrain import (
     TokenPenalty,
     chats_only,
     code_switch_ratio,
-    first_letter,
     held_out_loss,
     lab_samples,
     prepare,
@@ -60,7 +58,6 @@ LAYERS, FEATURES, QUANTILE, WEIGHT, PENALTY, LR, BATCH = (4, 5), 10, 0.99, 10.0,
 RL_PROMPTS, RL_GROUP, RL_LR = 4, 8, 1e-4
 SEEDS = (11, 12, 13)
 """Settings were chosen on seeds 1 and 2."""
-IGNORED, NO_GROUP = -100, -1
 TITLE = "SASFT on the lab"
 PUBLISHED = {  # percent, Qwen3-1.7B-Base, 210k samples
     "plain": {"zh": 0.81, "ru": 0.19, "ko": 0.36},
@@ -151,28 +148,11 @@ def table_of(target: str, condition: str, seed: int, sizes: Sizes) -> AlphaTable
     return alpha_table(target, kind, seed if kind == "random" else 0, sizes)
 
 
-def tokenised(samples: Sequence[Sample], tokenizer: Any, groups: Sequence[str], target: str, condition: str) -> Dataset:
-    """Samples as token ids with a group per token: the sample's up to a switch, none after it.
-
-    What comes after the switch *is* text of the target, which the method leaves out. The penalty acts on the token to
-    come, so for it the first token of the switch counts as well. Samples in a language that shares the target's script
-    have no group.
-    """
-    rows = []
-    for sample in samples:
-        asked = tokenizer(sample["prompt"], add_special_tokens=False)["input_ids"]
-        text = sample["completion"]
-        said = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        at = None if sample["group"] == target else first_letter(text, SCRIPTS[target])
-        switch = len(text) if at is None else at
-        number = NO_GROUP if sample["group"] in SHARES_SCRIPT[target] else groups.index(sample["group"])
-        own = [number if end <= switch else NO_GROUP for _, end in said["offset_mapping"]]
-        if condition == "penalty" and NO_GROUP in own:
-            own[own.index(NO_GROUP)] = number
-        ids = said["input_ids"]
-        row = {"input_ids": asked + ids, "labels": [IGNORED] * len(asked) + ids}
-        rows.append({**row, "groups": [NO_GROUP] * len(asked) + own})
-    return Dataset.from_list(rows)
+def with_groups(samples: Sequence[Sample], tokenizer: Any, chosen: AlphaTable, condition: str) -> Dataset:
+    """Samples as token ids with a group per token; for the penalty, which acts on the token to come, one more."""
+    target = chosen.target
+    how = {"coming": condition == "penalty", "apart": SHARES_SCRIPT[target]}
+    return Dataset.from_list(tokenised(samples, tokenizer, chosen.groups, target, SCRIPTS[target], **how))
 
 
 def fine_tuned(scope: Scope, target: str, condition: str, seed: int, chosen: AlphaTable, n: int) -> LoadedModel:
@@ -187,7 +167,7 @@ def fine_tuned(scope: Scope, target: str, condition: str, seed: int, chosen: Alp
         "published": lambda: FeatureLoss(chosen, scope.saes, weight=WEIGHT),
         "penalty": lambda: TokenPenalty(chosen, loaded.model, weight=PENALTY),
     }[condition]()
-    rows = tokenised(training_data(target, seed, n), loaded.tokenizer, chosen.groups, target, condition)
+    rows = with_groups(training_data(target, seed, n), loaded.tokenizer, chosen, condition)
     with tempfile.TemporaryDirectory() as folder:
         settings = SFTConfig(
             folder,
@@ -260,52 +240,26 @@ def run(at: At[Sizes], target: str, condition: str, seed: int) -> dict[str, floa
     return {"ratio": found.ratio.estimate, "loss": loss, "own": own}
 
 
-def rises(scope: Scope, target: str, chosen: AlphaTable, n: int) -> list[tuple[object, ...]]:
-    """Per feature how far it lies above its threshold before a switch, in the model that nothing has trained yet.
-
-    The mean over drifting chats at the last four tokens before the target's first letter, and the share above the
-    threshold at the last of them and over all response tokens of clean chats.
-    """
-    rows = tokenised(training_data(target, 0, n), scope.tokenizer, chosen.groups, target, "features")
-    before: dict[int, list[np.ndarray]] = {one.layer: [] for one in chosen.layers}
-    clean: dict[int, list[np.ndarray]] = {one.layer: [] for one in chosen.layers}
-    for row in rows.to_list():
-        groups = np.array(row["groups"])
-        counted = np.flatnonzero((groups != NO_GROUP) & (groups != chosen.groups.index(target)))
-        if len(counted) < 4:
-            continue
-        group, switched = chosen.groups[groups[counted[0]]], groups[-1] == NO_GROUP
-        ids = torch.tensor([row["input_ids"]])
-        residuals = capture(scope.model, ids, [HookPoint(one.layer) for one in chosen.layers])
-        for one in chosen.layers:
-            pre = scope.saes[one.layer].pre_acts(residuals[HookPoint(one.layer)][0], list(one.features)).numpy()
-            above = pre[counted] - np.array(one.alpha[group])
-            (before if switched else clean)[one.layer].append(above[-4:] if switched else above > 0)
-    out: list[tuple[object, ...]] = []
-    for one in chosen.layers:
-        last, usual = np.stack(before[one.layer]), np.concatenate(clean[one.layer]).mean(0)
-        for j, feature in enumerate(one.features):
-            steps = [f"{value:.2f}" for value in last[:, :, j].mean(0)]
-            shares = (f"{(last[:, -1, j] > 0).mean():.0%}", f"{usual[j]:.1%}")
-            out.append((one.layer, feature, f"{one.scores[j]:.3f}", *steps, *shares))
-    return out
-
-
 def tell(at: At[Sizes], rows: list[Row]) -> str:
     """The section of docs/results.md."""
     target = at.levels["target"][0]
-    return f"{compared([Run(**row) for row in rows], at.sizes)}\n\n{before_the_switch(target, at.sizes)}"
+    return f"{compared([Run(**row) for row in rows], at.sizes)}\n\n{rises(target, at.sizes)}"
 
 
-def before_the_switch(target: str, sizes: Sizes) -> str:
+def rises(target: str, sizes: Sizes) -> str:
     """What the features do at the last tokens before a switch."""
-    found = rises(lab(), target, table_of(target, "features", 0, sizes), sizes.samples)
+    chosen = table_of(target, "features", 0, sizes)
+    rows = with_groups(training_data(target, 0, sizes.samples), lab().tokenizer, chosen, "features")
     steps = ("4 before", "3 before", "2 before", "last")
     columns = ("layer", "feature", "effect", *steps, "last above it", "clean above it")
+    cells = [
+        (layer, feature, f"{score:.3f}", *(f"{one:.2f}" for one in above), f"{last:.0%}", f"{clean:.1%}")
+        for layer, feature, score, above, last, clean in before_the_switch(lab(), chosen, rows.to_list())
+    ]
     said = f"""Where the features of {target} are before a switch, in the model as bundled: pre-activation minus the
         threshold for the text's own language, at the last four tokens before the first letter of {target}; the share
         of these last tokens above the threshold, and of all tokens of clean answers."""
-    return f"{paragraph(said)}\n\n{table(columns, found)}"
+    return f"{paragraph(said)}\n\n{table(columns, cells)}"
 
 
 def compared(runs: Sequence[Run], sizes: Sizes) -> str:
