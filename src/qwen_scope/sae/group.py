@@ -138,6 +138,7 @@ def said_before(sentence: str) -> bool:
     key = f"qwen-scope-said-{again}-{hashlib.sha256(sentence.encode()).hexdigest()}"
     try:
         place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        return dist.TCPStore(*place, is_master=False, timeout=ANSWER).add(key, 1) > 1
+        store = dist.TCPStore(*place, is_master=False, timeout=ANSWER)  # pyright: ignore[reportPrivateImportUsage]
+        return store.add(key, 1) > 1
     except (RuntimeError, ValueError):
         return False
