@@ -15,7 +15,7 @@ from qwen_scope.errors import InputError
     ("typed", "said"),
     [
         (["--on", "dask"], "workers run on ray or torchrun, not on 'dask'"),
-        (["--on", "torchrun"], "--on torchrun is for processes that it starts: torchrun --nproc-per-node N -m"),
+        (["--on", "torchrun"], "--on torchrun needs processes that torchrun starts: torchrun --nproc-per-node N -m"),
         (["--on", "ray", "--worker-cpus", "0"], "worker_cpus must be a finite number of at least 0.01; got 0.0"),
         (["--on", "ray", "--worker-gpus=-1"], "worker_gpus must be a finite number of at least 0; got -1.0"),
     ],
