@@ -43,6 +43,7 @@ from experiments.real.requests import PAIRS
 from experiments.real.talks import NEW, TURNS, conversations, ids_of, kl_by_turn, mean, said, spans, talked
 from experiments.sections import paragraph, table
 from qwen_scope import Intervention, Scope, load_scope
+from qwen_scope.features import share_for
 from qwen_scope.model import HookPoint, capture, n_layers
 from qwen_scope.stats import Interval, bootstrap, share
 from qwen_scope.steer import Generation, log_probabilities, next_token_kl, rows_of
@@ -192,17 +193,6 @@ def losses(scope: Scope, rows: Sequence[Scored], interventions: Sequence[Interve
     return -np.array([float(one.sum()) for one in log_probabilities(scope.model, rows, interventions, scope.saes)])
 
 
-def share_for(effect_of: Callable[[float], float], goal: float) -> float:
-    """The share whose effect comes closest to the goal, by bisection."""
-    low, high, best = 0.0, MOST, (abs(goal), 0.0)
-    for _ in range(STEPS):
-        middle = (low + high) / 2
-        effect = effect_of(middle)
-        best = min(best, (abs(effect - goal), middle))
-        low, high = (middle, high) if effect < goal else (low, middle)
-    return best[1]
-
-
 def run(at: At[Sizes], half: int) -> Mapping[str, Any]:
     """Find on the other half, measure on this one."""
     scope, pairs = scope_of(at), asked(at)
@@ -223,7 +213,7 @@ def run(at: At[Sizes], half: int) -> Mapping[str, Any]:
         best = max(reach, key=lambda place: reach[place])
         ways[name], most[name] = (best, some[best]), [effect_of(some[best], 1.0), reach]
     goal = min(max(max(reach.values()), one) for one, reach in most.values())
-    shares = {name: share_for(partial(effect_of, way), goal) for name, (_, way) in ways.items()}
+    shares = {name: share_for(partial(effect_of, way), goal, MOST, STEPS) for name, (_, way) in ways.items()}
     place = places(scope)[ways["features"][0]]
     doses = {name: [way(shares[name])] for name, (_, way) in ways.items()}
     doses["other features"] = [

@@ -115,7 +115,8 @@ def fit_rule(
     Raises:
         InputError: more features or layers than there are, a layer that is not among them, or several with weights.
     """
-    ranked = sorted(seeds.layers, key=lambda where: (-layer_differences(seeds)[where], where))
+    differences = layer_differences(seeds)
+    ranked = sorted(differences, key=lambda where: (-differences[where], where))
     check_count("the number of layers of a rule", several, 1, len(ranked))
     if layer is not None and layer not in seeds.layers:
         raise InputError(f"the seeds have no layer {layer}; they have {sorted(seeds.layers)}")
@@ -151,10 +152,10 @@ def weighted_rule(seeds: Labelled, layer: int, k: int, name: str) -> Rule:
     from sklearn.linear_model import LogisticRegression
 
     data, labels = seeds.layers[layer], seeds.labels
-    sides = (np.asarray(data.matrix(values=True)[side].mean(0)).ravel() for side in (labels, ~labels))
-    apart = np.abs(np.subtract(*sides))
+    most = data.matrix(values=True)
+    apart = np.abs(np.subtract(*(np.asarray(most[side].mean(0)).ravel() for side in (labels, ~labels))))
     top = np.lexsort((np.arange(len(apart)), -apart))[:k]
-    x = data.matrix(values=True)[:, top].toarray().astype(np.float64)
+    x = most[:, top].toarray().astype(np.float64)
     mean = x.mean(0)
     unit = np.sqrt(k) / max(float(np.sqrt(((x - mean) ** 2).sum(1).mean())), 1e-12)
     model = LogisticRegression(max_iter=2000).fit((x - mean) * unit, labels)

@@ -127,6 +127,7 @@ from .scores import f1_of_calls as f1_of_calls
 from .selectivity import Removal as Removal
 from .selectivity import Selectivity as Selectivity
 from .selectivity import selectivity as selectivity
+from .selectivity import share_for as share_for
 from .show import feature_page as feature_page
 from .sweep import Continuations as Continuations
 from .sweep import Dose as Dose

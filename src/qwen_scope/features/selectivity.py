@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -123,7 +124,10 @@ def selectivity(
     ways = {"its features": run.through_features, "the direction": run.along_directions}
     full = {name: run.effect(way(1.0)) for name, way in ways.items()}
     goal = min(float(values.mean()) for values in full.values())
-    shares = {name: 1.0 if float(full[name].mean()) == goal else run.share_for(way, goal) for name, way in ways.items()}
+    shares = {
+        name: 1.0 if float(full[name].mean()) == goal else share_for(partial(run.mean_effect, way), goal)
+        for name, way in ways.items()
+    }
     made = {name: run.measured(name, ways[name](shares[name]), shares[name], full[name]) for name in ways}
     (first, a), (second, b) = made.values()
 
@@ -141,6 +145,22 @@ def selectivity(
         "fall of the target" if target is not None else "rise of the loss on the concept's texts, nats per token",
         tuple(one.to_json() for one in run.through_features(shares["its features"])),
     )
+
+
+def share_for(effect_of: Callable[[float], float], goal: float, most: float = 1.0, steps: int = STEPS) -> float:
+    """The share, from 0 to `most`, at which an effect comes closest to a goal, by bisection.
+
+    Args:
+        effect_of: the effect of a share, which grows with it.
+    """
+    low, high = 0.0, most
+    best = (abs(goal), 0.0)  # nothing taken away has no effect
+    for _ in range(steps):
+        share = (low + high) / 2
+        found = effect_of(share)
+        best = min(best, (abs(found - goal), share))
+        low, high = (share, high) if found < goal else (low, share)
+    return best[1]
 
 
 class _Run:
@@ -207,16 +227,8 @@ class _Run:
             return self.plain_target - self.reached(interventions)
         return self.losses(self.positive, interventions) - self.plain_losses[id(self.positive)]
 
-    def share_for(self, way: Callable[[float], list[Intervention]], goal: float) -> float:
-        """The share at which the effect comes closest to the goal, by bisection."""
-        low, high = 0.0, 1.0
-        best = (abs(goal), 0.0)  # nothing taken away has no effect
-        for _ in range(STEPS):
-            share = (low + high) / 2
-            found = float(self.effect(way(share)).mean())
-            best = min(best, (abs(found - goal), share))
-            low, high = (share, high) if found < goal else (low, share)
-        return best[1]
+    def mean_effect(self, way: Callable[[float], list[Intervention]], share: float) -> float:
+        return float(self.effect(way(share)).mean())
 
     def measured(
         self, name: str, interventions: list[Intervention], share: float, full: np.ndarray

@@ -68,7 +68,12 @@ def fire(values: Float32[np.ndarray, "texts targets"], targets: Sequence[Target]
 
 def digest(text: str) -> str:
     """The same for texts that differ in letter case and white space alone."""
-    return hashlib.sha256(" ".join(text.casefold().split()).encode("utf-8", "replace")).hexdigest()[:32]
+    return hashlib.sha256(folded(text).encode("utf-8", "replace")).hexdigest()[:32]
+
+
+def folded(text: str) -> str:
+    """The text without differences in letter case and white space."""
+    return " ".join(text.casefold().split())
 
 
 @final
@@ -274,13 +279,10 @@ def copied(text: str, question: Messages) -> bool:
     Letter case, white space and the marks of excerpts don't count. Small models answer with an excerpt, marks and all;
     the target fires in it, and it is nothing new.
     """
-    own, shown = _bare(text), _bare("\n".join(message["content"] for message in question))
+    whole = "\n".join(message["content"] for message in question)
+    own, shown = (folded(MARKS.sub("", one)) for one in (text, whole))
     pieces = [own[i : i + PIECE] for i in range(max(1, len(own) - PIECE + 1))]
     return sum(piece in shown for piece in pieces) >= TAKEN * len(pieces)
-
-
-def _bare(text: str) -> str:
-    return " ".join(MARKS.sub("", text.casefold()).split())
 
 
 def clean(answer: str) -> str:

@@ -211,8 +211,9 @@ def verdict_of(rule: Rule, items: dict[int, Dataset]) -> str:
     """What a rule says of one text."""
     if rule.decide(items)[0]:
         return "positive"
-    said = "the weighted sum of its features" if rule.weighted else "no feature of the rule exceeds its threshold"
-    return f"negative: {said}" + (f" is {number(float(rule.scores(items)[0]))}, not above 0" if rule.weighted else "")
+    if rule.weighted:
+        return f"negative: the weighted sum of its features is {number(float(rule.scores(items)[0]))}, not above 0"
+    return "negative: no feature of the rule exceeds its threshold"
 
 
 def trace_panel(state: AppState, rule: Rule, verdict: str, tokens: list[str], evidence: list[Evidence]) -> Markup:
