@@ -7,6 +7,8 @@ import tempfile
 from pathlib import Path
 
 import torch
+from tokenizers import Tokenizer, processors
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.utils import logging
 
 from qwen_scope.foundry import make_model, make_tokenizer
@@ -52,3 +54,14 @@ def random_sae(layer: int = 0, d_model: int = D_MODEL, d_sae: int = D_SAE, k: in
         hook_point=f"layers.{layer}.resid_post",
         identity=Identity("SAE-Res-Tiny-W96-L0_6", layer, f"{layer:064x}"),
     )
+
+
+def with_bos(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerFast:
+    """The same tokenizer, which puts a BOS before every text, with a chat template that writes one too."""
+    core: Tokenizer = tokenizer.backend_tokenizer
+    fast = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(core.to_str()), bos_token="<bos>")
+    fast.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<bos> $A", special_tokens=[("<bos>", fast.bos_token_id)]
+    )
+    fast.chat_template = "{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}"
+    return fast

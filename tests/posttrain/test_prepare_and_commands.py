@@ -26,7 +26,7 @@ from qwen_scope.posttrain import (
     read_table,
     switches,
 )
-from qwen_scope.posttrain.samples import sample_of
+from qwen_scope.posttrain.samples import dataset_of, sample_of
 
 LABELLED = [
     ("calm", "The weather is fine today."),
@@ -139,6 +139,22 @@ def test_switches_end_with_the_first_letter_of_the_script(scope) -> None:
     )
     with pytest.raises(NotFoundError, match="no sample outside 'zh' switches to CJK"):
         switches(small.ROWS[:3], scope.tokenizer, "zh", "CJK")
+
+
+@pytest.mark.parametrize("asked", ["Wo ", [{"role": "user", "content": "Wo "}]])
+def test_switches_begin_as_training_reads_them(scope, asked) -> None:
+    """A BOS that the tokenizer adds is there once, whether or not a chat template writes one, too."""
+    tokenizer = tiny.with_bos(scope.tokenizer)
+    said = "ist 你" if isinstance(asked, str) else [{"role": "assistant", "content": "ist 你"}]
+    others = [{"text": "fine", "group": "de"}]
+    (ids,) = switches([{"prompt": asked, "completion": said, "group": "de"}, *others], tokenizer, "zh", "CJK")
+    bare = tokenizer("Wo ", add_special_tokens=False)["input_ids"]
+    assert ids[: len(bare) + 1] == [tokenizer.bos_token_id, *bare]
+
+
+def test_no_sample_is_said() -> None:
+    with pytest.raises(InputError, match="there is no sample"):
+        dataset_of([])
 
 
 def test_the_control_draws_other_features(scope) -> None:

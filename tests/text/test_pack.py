@@ -5,7 +5,7 @@ from __future__ import annotations
 from itertools import islice
 
 import pytest
-from test_tokenize import with_bos
+import tiny
 
 from qwen_scope.errors import FormatError, InputError
 from qwen_scope.text import Corpus, TokenRows, chunks, start_ids, tokenize
@@ -15,12 +15,12 @@ TEXTS = [f"document {i} " + "the " * (7 * i % 40) for i in range(30)]
 
 def test_what_stands_before_a_text(tokenizer) -> None:
     assert start_ids(tokenizer) == []
-    other = with_bos(tokenizer)
+    other = tiny.with_bos(tokenizer)
     assert start_ids(other) == [other.bos_token_id]
 
 
 def test_every_row_begins_with_bos_and_the_rest_is_the_documents(tokenizer) -> None:
-    other = with_bos(tokenizer)
+    other = tiny.with_bos(tokenizer)
     bos = other.bos_token_id
     rows = [row for batch in TokenRows(Corpus(TEXTS), other, context_length=16, batch_size=3) for row in batch.tolist()]
     assert all(row[0] == bos for row in rows)
@@ -36,7 +36,7 @@ def test_every_row_begins_with_bos_and_the_rest_is_the_documents(tokenizer) -> N
 
 @pytest.mark.parametrize("taken", [0, 1, 4])
 def test_going_on_gives_the_same_rows(tokenizer, taken: int) -> None:
-    other = with_bos(tokenizer)
+    other = tiny.with_bos(tokenizer)
     first = TokenRows(Corpus(TEXTS, repeat=True), other, context_length=16, batch_size=3)
     stream = iter(first)
     for _ in range(taken):
@@ -54,7 +54,7 @@ def test_a_place_of_an_earlier_version_and_rows_without_room_are_refused(tokeniz
         with pytest.raises(InputError, match="at least one row of one token"):
             TokenRows(Corpus(TEXTS), tokenizer, **options)
     with pytest.raises(InputError, match="at least one row of one token"):
-        TokenRows(Corpus(TEXTS), with_bos(tokenizer), context_length=1)
+        TokenRows(Corpus(TEXTS), tiny.with_bos(tokenizer), context_length=1)
 
 
 def test_packing_chunks_and_batches_give_the_same_ids(tokenizer) -> None:

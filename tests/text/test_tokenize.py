@@ -1,8 +1,8 @@
 import pytest
+import tiny
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tokenizers import normalizers, processors
-from transformers import PreTrainedTokenizerFast
+from tokenizers import normalizers
 
 from qwen_scope.errors import InputError
 from qwen_scope.text import tokenize
@@ -45,27 +45,15 @@ def test_the_strings_join_to_the_text(tokenizer, text):
     assert len(tokens.strings[0]) == tokens.input_ids.shape[1]
 
 
-def with_bos(tokenizer):
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer.backend_tokenizer.__class__.from_str(tokenizer.backend_tokenizer.to_str()),
-        bos_token="<bos>",
-    )
-    fast.backend_tokenizer.post_processor = processors.TemplateProcessing(
-        single="<bos> $A", special_tokens=[("<bos>", fast.bos_token_id)]
-    )
-    fast.chat_template = "{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}"
-    return fast
-
-
 def test_characters_the_tokenizer_drops_still_show(tokenizer):
-    other = with_bos(tokenizer)
+    other = tiny.with_bos(tokenizer)
     other.backend_tokenizer.normalizer = normalizers.Strip()
     assert strings(other, "  a b \n") == ["<bos>", "  a", " ", "b \n"]
 
 
 def test_bos_comes_from_the_tokenizer_alone(tokenizer):
     assert strings(tokenizer, "a") == ["a"]
-    other = with_bos(tokenizer)
+    other = tiny.with_bos(tokenizer)
     assert strings(other, "a") == ["<bos>", "a"]
     assert tokenize(other, ["a"], max_length=None).offsets[0][0] == (0, 0)
     # a chat template writes it, so it must not come twice
@@ -116,7 +104,7 @@ def test_bad_texts_are_refused(tokenizer, texts, options, says):
 
 
 def test_templates_that_cannot_are_refused(tokenizer):
-    other = with_bos(tokenizer)
+    other = tiny.with_bos(tokenizer)
     with pytest.raises(InputError, match="no thinking switch; pass chat='default'"):
         tokenize(other, ["a"], max_length=None, chat="thinking")
     other.chat_template = None

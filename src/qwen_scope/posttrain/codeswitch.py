@@ -103,7 +103,7 @@ def switches(samples: Sequence[Sample], tokenizer: PreTrainedTokenizerBase, targ
         asked, said = as_text(sample, tokenizer)
         at, ids = first_letter(said, name), None
         if at is not None:
-            read = tokenizer(asked, add_special_tokens=False)["input_ids"] if asked else []
+            read = tokenizer(asked)["input_ids"] if asked else []  # with its BOS, as it is read while training
             made = tokenizer(said, add_special_tokens=not asked, return_offsets_mapping=True)
             last = next(i for i, (start, end) in enumerate(made["offset_mapping"]) if start <= at < end)
             ids = [*read, *made["input_ids"][: last + 1]]

@@ -183,22 +183,24 @@ def responses(samples: Iterable[Sample]) -> list[tuple[str, str]]:
 
 
 def as_text(sample: Sample, tokenizer: Any) -> tuple[str, str]:
-    """What is read before the part that is learnt, as the model reads it, and that part; nothing is read of a text."""
+    """What is read before the part that is learnt, to be tokenised like any text, and that part; nothing is read of a
+    text."""
     if "text" in sample:
         return "", sample["text"]
     prompt, completion = sample["prompt"], sample["completion"]
     if isinstance(prompt, str):
         return prompt, completion
-    opened = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
-    return opened, completion[-1]["content"]
+    return prompt_text(tokenizer, prompt, "default"), completion[-1]["content"]
 
 
 def dataset_of(samples: list[Sample]) -> Dataset:
     """The samples as TRL's trainers take them.
 
     Raises:
-        InputError: plain texts and prompts with completions in one list.
+        InputError: no sample, or plain texts and prompts with completions in one list.
     """
+    if not samples:
+        raise InputError("there is no sample to learn from or to measure on")
     kinds = {tuple(sorted(sample)) for sample in samples}
     if len(kinds) != 1:
         raise InputError("training data is either all texts or all prompts with completions; this has both")
