@@ -192,7 +192,7 @@ def test_large_vocabularies_are_taken_in_pieces(
     from qwen_scope.train import splice
 
     whole = evaluate_saes(loaded.model, {POINT: some_sae("topk")}, rows)[POINT].loss
-    monkeypatch.setattr(splice, "LOGIT_BYTES", 8 * 20 * 24)
+    monkeypatch.setattr(splice, "LOGIT_BYTES", 4 * 20 * 24)
     pieces = evaluate_saes(loaded.model, {POINT: some_sae("topk")}, rows)[POINT].loss
     assert whole is not None
     assert pieces is not None

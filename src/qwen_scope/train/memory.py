@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 FLOAT = 4
 # Python with PyTorch, transformers and the rest, in memory before anything is loaded.
 PROCESS = 500 * 2**20
-# Logits of a piece in float64, as measured: log-probabilities of two models, and what they and their divergence need.
+# Logits of a piece in float32, as measured: log-probabilities and probabilities of the model, log-probabilities with
+# the reconstruction and with zeros, and what making the last takes.
 LOGITS = 7
 
 
@@ -101,14 +102,14 @@ def run_plan(
     per_token = n_layers * sizes.d_model * FLOAT
     stored = min(buffer, per_token * (config.tokens + 2 * config.batch))
     one = memory_plan(config, sizes.d_model, 1, buffer=0)
-    piece = min(rows, max(1, LOGIT_BYTES // (8 * vocabulary * row)))
+    piece = min(rows, max(1, LOGIT_BYTES // (4 * vocabulary * row)))
     return RunPlan(
         process=PROCESS if on_cpu else 0,
         model=model,
         layer=one.total,
         steps=memory_plan(config, sizes.d_model, n_layers, buffer=stored),
         capture=sizes.capture_bytes(rows, row, n_layers, dtype),
-        measuring=LOGITS * 8 * piece * row * vocabulary,
+        measuring=LOGITS * 4 * piece * row * vocabulary,
     )
 
 
