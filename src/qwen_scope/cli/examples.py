@@ -115,7 +115,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     "eval": ("qwen-scope eval lab --layers 4 --tokens 8192",),
     "score": (
         "qwen-scope score lab lab --layers 4 --dry-run -o out/score",
-        "qwen-scope score lab lab --layers 4 --tokens 8192 --train-tokens 50000 --batch 1024 -o out/score",
+        "qwen-scope score lab lab --layers 4 --tokens 4096 --train-tokens 50000 --batch 1024 -o out/score",
     ),
     "convert": ("qwen-scope convert lab --layers 4 --layout sae_lens -o out/sae_lens",),
 }
