@@ -26,8 +26,11 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
 if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
 sys.path.insert(0, str(Path(__file__).parent))  # for shapes, tiny, families
+# What is imported stays; looking through it every 700 new objects, while it still grows, finds nothing.
+COLLECTED = gc.get_threshold()
+gc.set_threshold(100_000, *COLLECTED[1:])
 
-from jaxtyping import install_import_hook
+import shapes  # noqa: E402
 
 # Not the lab: it has no tensors, and checking every call of its grammar would take most of the suite's time. Not the
 # explorer: Gradio asks whether a handler is a generator function, which a checked one no longer says.
@@ -51,10 +54,11 @@ ROOMS = (
 )
 # Not what counts the steps of a template: it is called for each, and most of the time of tests of chats was that.
 TEXT = [path.stem for path in (Path(__file__).parents[1] / "src/qwen_scope/text").glob("*.py") if path.stem != "steps"]
-install_import_hook([f"qwen_scope.{name}" for name in (*ROOMS, *(f"text.{module}" for module in TEXT))], "shapes.check")
+shapes.install([f"qwen_scope.{name}" for name in (*ROOMS, *(f"text.{module}" for module in TEXT))])
 
 
 def pytest_collection_finish() -> None:
     """What is imported by now stays: Trainer collects garbage in every run, and would walk all of it each time."""
     gc.collect()
     gc.freeze()
+    gc.set_threshold(*COLLECTED)
