@@ -75,6 +75,22 @@ def test_near_duplicates_equal_all_pairs(jaccard: float) -> None:
     assert (5, 3) in expected
 
 
+@pytest.mark.parametrize("jaccard", [0.3, 0.6, 0.8, 0.95])
+@pytest.mark.parametrize("seed", range(4))
+def test_no_changed_copy_is_missed(seed: int, jaccard: float) -> None:
+    """Copies with some features taken out and others put in lie on both sides of every bound of the filters."""
+    rng, a = np.random.default_rng(seed), made.random_sets(60, 40, seed, 0.35)
+    b = [one ^ set(rng.choice(40, rng.integers(0, 9), replace=False).tolist()) for one in a]
+    i, j, similar = near_duplicates(made.dataset(a, 40), made.dataset(b, 40, "b"), jaccard)
+    expected = {
+        (x, y): len(p & q) / len(p | q)
+        for x, p in enumerate(a)
+        for y, q in enumerate(b)
+        if p | q and len(p & q) >= jaccard * len(p | q) - 1e-9
+    }
+    assert dict(zip(zip(i.tolist(), j.tolist(), strict=True), similar.tolist(), strict=True)) == pytest.approx(expected)
+
+
 def test_the_analysis_finds_what_moved_and_what_leaks() -> None:
     a, b = made.random_sets(80, 30, 1, 0.2), made.random_sets(80, 30, 2, 0.2)
     b = [(s | {4}) - {9} for s in b]
