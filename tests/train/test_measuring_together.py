@@ -118,23 +118,55 @@ def test_two_processes_give_the_figures_of_one(given: dict[str, str], tmp_path: 
     assert one[0]["fits"]["layers.2.resid_post"]["moves"]["tested"]
 
 
+def started(words: list[str]) -> subprocess.CompletedProcess[str]:
+    """A command in two processes that share the data."""
+    many = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*many, "-m", "qwen_scope.cli", *words, "--parallel", "data"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, capture_output=True, text=True, timeout=280, env=environment)
+
+
+@pytest.mark.slow
+def test_a_run_measures_what_it_trained_together(
+    given: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two processes train, go on from what they trained, and measure both; one process finds the same figures."""
+    corpus = tmp_path / "c.txt"  # of a hundred documents one is held out
+    corpus.write_text("\n\n".join(f"{' '.join(tiny.TEXTS[:3])} {i}" for i in range(500)))
+    rows = ["--context-length", "24", "--batch-size", "2", "--device", "cpu"]
+    own = ["train", str(corpus), "--model", given["model"], *rows, "--tokens", "1280", "--batch", "64"]
+    own += ["--eval-tokens", "200", "--layers", "0,2", "--d-sae", "64", "--k", "4"]
+    new = ["-o", str(tmp_path / "a")]
+    for more in (new, ["--start-from", str(tmp_path / "a" / "SAE-Res-model-W64-L0_4"), "-o", str(tmp_path / "b")]):
+        done = started([*own, *more])
+        assert done.returncode == 0, done.stderr
+        out = Path(more[-1])
+        (group,) = out.glob("SAE-*")
+        asked = ["eval", str(corpus), "--model", given["model"], "--sae", str(group), *rows]
+        assert main([*asked, "--tokens", "200", "--json"]) == 0
+        alone = json.loads(capsys.readouterr().out)["quality"]
+        together = json.loads((out / "quality.json").read_text())
+        assert set(together) == {"layers.0.resid_post", "layers.2.resid_post"}
+        for name, one in together.items():
+            found = {figure: value for figure, value in one.items() if figure in alone[name]}
+            assert len(found) > 12
+            assert one["tokens"] > 100
+            check_same({figure: alone[name][figure] for figure in found}, found, name)
+    first = json.loads((tmp_path / "a" / "quality.json").read_text())["layers.0.resid_post"]
+    assert together["layers.0.resid_post"]["began"]["before"]["fvu"] == pytest.approx(first["fvu"], rel=1e-3)
+
+
 @pytest.mark.slow
 def test_torchrun_prints_once(given: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:
     def words(corpus: str) -> list[str]:
         size = ["--tokens", "1000", "--context-length", "24", "--batch-size", "2", "--device", "cpu", "--json"]
         return ["eval", corpus, "--model", given["model"], "--sae", given["sae"], *size]
 
-    def started(corpus: str) -> subprocess.CompletedProcess[str]:
-        many = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-        command = [*many, "-m", "qwen_scope.cli", *words(corpus), "--parallel", "data"]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        return subprocess.run(command, capture_output=True, text=True, timeout=280, env=environment)
-
-    done = started(given["data"])
+    done = started(words(given["data"]))
     assert done.returncode == 0, done.stderr
     assert main(words(given["data"])) == 0
     check_same(json.loads(capsys.readouterr().out), json.loads(done.stdout))
-    refused = started("nowhere.jsonl")
+    refused = started(words("nowhere.jsonl"))
     assert refused.returncode
     assert refused.stderr.count("there is no file, folder or dataset 'nowhere.jsonl'") == 1
     assert not refused.stdout

@@ -60,7 +60,7 @@ from .held_out import KEY, HeldOut, digest, text_source
 from .loop import StepReport, train
 from .metrics import JsonlMetrics, TensorBoardMetrics, WandbMetrics
 from .options import RESERVED, RUN, SCRATCH_FOLDER, TrainRun, named
-from .parallel import Ranks, counted_of_first, join
+from .parallel import ALONE, Ranks, counted_of_first, join
 
 
 @dataclass(frozen=True, repr=False)
@@ -149,9 +149,11 @@ def _run(
         save(run, saes, folder, ranks)
         if scratch:
             save_sae(list(scratch.values()), run.out / SCRATCH_FOLDER / run.name, layout="official")
-    here = ranks.first or not alone
-    quality = measured(run, loaded, saes, counted, progress) if here else {}
-    began = compared(run, loaded, saes, init, scratch, history, counted, progress) if here and init else {}
+    # Where every process has all SAEs they measure together, each its share; a slice of one dictionary measures nothing.
+    group = ranks if ranks.mode == "data" else ALONE
+    here, told = ranks.mode in ("layers", "data") or ranks.first, progress if ranks.first else None
+    quality = measured(run, loaded, saes, counted, told, group) if here else {}
+    began = compared(run, loaded, saes, init, scratch, history, counted, told, group) if here and init else {}
     plain = {name: quality[name].plain() if quality else {} for name in saes}
     note = {
         name: {**plain[name], "dropped": sae.meta["sinks_dropped"], "trained_on": sae.meta["tokens"]}
@@ -215,15 +217,16 @@ def held_out_by(run: TrainRun) -> HeldOut:
 def compared(
     run: TrainRun, loaded: LoadedModel, saes: Mapping[str, SAE], init: Mapping[str, SAE],
     scratch: Mapping[str, SAE], history: Mapping[str, list[dict[str, Any]]], counted: Counted,
-    progress: Progress | None,
+    progress: Progress | None, ranks: Ranks,
 ) -> dict[str, Began]:  # fmt: skip
     """What the SAEs of this rank began as, measured on the same tokens as they are, and beside those from scratch."""
-    before = measured(run, loaded, {name: init[name] for name in saes}, counted, progress)
-    beside = measured(run, loaded, scratch, counted, progress) if scratch else {}
+    before = measured(run, loaded, {name: init[name] for name in saes}, counted, progress, ranks)
+    beside = measured(run, loaded, scratch, counted, progress, ranks) if scratch else {}
     found = {}
     for name, sae in saes.items():
         cosines = cosines_of(sae, init[name])
-        write_cosines(run.out / run.name, name, cosines)
+        if ranks.first:
+            write_cosines(run.out / run.name, name, cosines)
         own = tuple(history[name])
         found[name] = Began(own, init[name].k, Moved.of(cosines), before.get(name), beside.get(name))
     return found
@@ -323,8 +326,9 @@ def measured(
     saes: Mapping[str, SAE],
     counted: Counted,
     progress: Progress | None,
+    ranks: Ranks,
 ) -> dict[str, Quality]:
-    """The quality of this rank's SAEs on held-out documents."""
+    """The quality of this rank's SAEs on held-out documents, which ranks that have the same SAEs share."""
     if not run.measured_on:
         return {}
     rows = held_out_rows(run, loaded)
@@ -333,7 +337,7 @@ def measured(
             f"the SAEs are saved, but the held-out documents of {named(run.data)} fill no row to measure on"
         )
     here = {HookPoint.parse(name): sae.to(loaded.model.device) for name, sae in saes.items()}
-    found = evaluate_saes(loaded.model, here, rows, counted=counted, progress=progress)
+    found = evaluate_saes(loaded.model, here, rows, counted=counted, progress=progress, ranks=ranks)
     return {str(point): figures for point, figures in found.items()}
 
 
