@@ -170,6 +170,9 @@ def test_torchrun_prints_once(given: dict[str, str], capsys: pytest.CaptureFixtu
     assert refused.returncode
     assert refused.stderr.count("there is no file, folder or dataset 'nowhere.jsonl'") == 1
     assert not refused.stdout
+    misspelt = started([*words(given["data"]), "--tokens", "many"])
+    assert misspelt.returncode
+    assert misspelt.stderr.count("Usage: ") == 1
 
 
 def test_what_can_t_be_shared_is_refused(

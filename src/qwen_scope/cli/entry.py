@@ -92,7 +92,8 @@ def run(argv: Sequence[str] | None) -> int:
     except usage as error:
         text = io.StringIO()
         error.show(text)
-        write(printable(text.getvalue(), keep="\n"))
+        if not said_elsewhere(text.getvalue()):
+            write(printable(text.getvalue(), keep="\n"))
         return error.exit_code
     except Abort as abort:
         if isinstance(abort.__context__, EOFError):  # typer takes a file that ends too early for an end of the dialogue
