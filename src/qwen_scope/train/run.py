@@ -149,7 +149,7 @@ def _run(
         save(run, saes, folder, ranks)
         if scratch:
             save_sae(list(scratch.values()), run.out / SCRATCH_FOLDER / run.name, layout="official")
-    # Where every process has all SAEs they measure together, each its share; a slice of one dictionary measures nothing.
+    # Where every process has all SAEs they measure together, each its share of the rows.
     group = ranks if ranks.mode == "data" else ALONE
     here, told = ranks.mode in ("layers", "data") or ranks.first, progress if ranks.first else None
     quality = measured(run, loaded, saes, counted, told, group) if here else {}
