@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import unicodedata
 from dataclasses import replace
 
 import numpy as np
@@ -155,6 +156,19 @@ def test_switches_begin_as_training_reads_them(scope, asked) -> None:
 def test_no_sample_is_said() -> None:
     with pytest.raises(InputError, match="there is no sample"):
         dataset_of([])
+
+
+def test_with_a_script_its_unused_tokens_belong_to_the_target(scope) -> None:
+    """A penalty on the tokens of a few texts alone leaves the rest of a script free."""
+    plain, whole = (set(prepare(scope, LABELLED, "loud", layers=[2], script=name).tokens) for name in (None, "CJK"))
+    used = {i for _, text in LABELLED for i in scope.tokenizer(text)["input_ids"]}
+    words = {i: scope.tokenizer.decode([i]) for i in range(len(scope.tokenizer))}
+    letters = {i for i, word in words.items() if any("CJK" in unicodedata.name(char, "") for char in word)}
+    assert letters - used, "the vocabulary has some that no text uses"
+    assert whole - plain == letters - used
+    assert plain <= whole
+    shared = [*LABELLED, ("calm", "天")]  # what another group writes is not the target's own
+    assert not set(scope.tokenizer("天")["input_ids"]) & set(prepare(scope, shared, "loud", script="CJK").tokens)
 
 
 def test_the_control_draws_other_features(scope) -> None:
@@ -347,7 +361,7 @@ def test_an_interrupted_run_goes_on(corpus, tmp_path, capsys) -> None:
             ],
             "goes with --monitor and --table",
         ),
-        (["prepare", "lab", "--target", "zh", "-o", "t.json", "--onsets", "lab"], "ranking by effect needs both"),
+        (["prepare", "lab", "--target", "zh", "-o", "t.json", "--onsets", "lab"], "ranking by effect needs --script"),
         (["prepare", "lab", "--target", "tlh", "-o", "t.json", "--sample", "30"], "no text belongs to the target"),
     ],
 )

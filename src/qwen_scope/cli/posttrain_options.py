@@ -52,7 +52,7 @@ OPTIONS[PrepareRun] = {
         typer.Option("--onsets", help="Rows to learn from, or 'lab': rank by what begins --script in their answers."),
     ],
     "script": Annotated[
-        str | None, typer.Option("--script", help="The target's script, for --onsets: CJK, HANGUL, CYRILLIC, ...")
+        str | None, typer.Option("--script", help="The target's script (CJK, ...), for --onsets and the penalty.")
     ],
     "quantile": Annotated[
         float | None,

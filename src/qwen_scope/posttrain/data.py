@@ -73,14 +73,15 @@ class PrepareRun:
         layers: None means the last two that have an SAE.
         features: how many of each layer.
         onsets: rows to learn from, or `lab`: features are ranked by their effect on what begins `script` in answers.
-        script: the target's script, such as `CJK`, `HANGUL` or `CYRILLIC`; with `onsets`, and only there.
+        script: the target's script, such as `CJK`, `HANGUL` or `CYRILLIC`: what `onsets` begin with, and a penalty on
+            tokens is then on all of the script's.
         quantile: alpha is this quantile of the pre-activations, not their mean.
         at_random: a seed that draws other features in place of the best: the control.
         group_column: the name of a row's group.
         reading: how rows are read; its `seed` draws them.
 
     Raises:
-        InputError: `onsets` without `script`, or `script` without `onsets`.
+        InputError: `onsets` without `script`.
     """
 
     source: str
@@ -95,8 +96,8 @@ class PrepareRun:
     reading: CorpusOptions = field(default_factory=CorpusOptions)
 
     def __post_init__(self) -> None:
-        if (self.onsets is None) != (self.script is None):
-            raise InputError("ranking by effect needs both: onsets= with rows, and script= with what begins in them")
+        if self.onsets is not None and self.script is None:
+            raise InputError("ranking by effect needs script= with what begins in the rows of onsets=")
 
 
 @dataclass(frozen=True)

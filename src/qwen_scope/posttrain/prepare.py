@@ -17,6 +17,7 @@ from qwen_scope.features import Pooled, attribute, group_scores, pool_texts
 from qwen_scope.model import capture
 from qwen_scope.report import Progress
 from qwen_scope.scope import Scope
+from qwen_scope.steer import script as written_in
 from qwen_scope.text import by_length
 
 from .codeswitch import switches
@@ -45,8 +46,8 @@ def prepare_table(scope: Scope, run: PrepareRun, *, progress: Progress | None = 
         rows = training_samples(run.onsets, how, "prompt", run.group_column)
         onsets = switches(rows, scope.tokenizer, run.target, run.script)
     return prepare(
-        scope, labelled, run.target, layers=run.layers, features=run.features, onsets=onsets, quantile=run.quantile,
-        at_random=run.at_random, progress=progress,
+        scope, labelled, run.target, layers=run.layers, features=run.features, onsets=onsets, script=run.script,
+        quantile=run.quantile, at_random=run.at_random, progress=progress,
     )  # fmt: skip
 
 
@@ -58,6 +59,7 @@ def prepare(
     layers: Sequence[int] | None = None,
     features: int = 2,
     onsets: Sequence[Sequence[int]] | None = None,
+    script: str | None = None,
     quantile: float | None = None,
     at_random: int | None = None,
     progress: Progress | None = None,
@@ -79,14 +81,16 @@ def prepare(
         features: how many of each layer.
         onsets: token ids of texts in which the target begins where it should not, up to and with its first token
             (`switches` finds them by a script); a feature's score is then its effect on that token (`attribute`).
+        script: the target's, such as `CJK`: the tokens of the table are then also those with a letter of it that no
+            text here uses. A few texts hold a hundredth of a vocabulary's, and a penalty leaves the others free.
         quantile: alpha is this quantile of the pre-activations on a group, instead of their mean.
         at_random: a seed that draws features instead, among those that fire at all in these texts and are not
             among the chosen: the control.
         progress: called with the stage, its share done (0 to 1) and a short text.
 
     Raises:
-        InputError: fewer than two groups, a group without a token that counts, too few features, or a quantile outside
-            0 to 1.
+        InputError: fewer than two groups, a group without a token that counts, too few features, a quantile outside
+            0 to 1, or an unknown script.
         NotFoundError: a target that no text has, or a layer without an SAE.
     """
     groups = checked(labelled, target, features, quantile)
@@ -126,7 +130,7 @@ def prepare(
         "alpha": "mean" if quantile is None else f"quantile {quantile:g}",
         "versions": versions(),
     }
-    return AlphaTable(target, tuple(tables), own_tokens(scope, texts, target), made)
+    return AlphaTable(target, tuple(tables), own_tokens(scope, texts, target, script), made)
 
 
 def checked(labelled: Sequence[tuple[str, str]], target: str, features: int, quantile: float | None) -> list[str]:
@@ -179,15 +183,22 @@ def pre_acts(
     return {layer: np.concatenate(found) for layer, found in parts.items()}
 
 
-def own_tokens(scope: Scope, texts: Mapping[str, Sequence[str]], target: str) -> tuple[int, ...]:
-    """The tokens that are used almost only in the target's texts, every group weighted alike."""
+def own_tokens(
+    scope: Scope, texts: Mapping[str, Sequence[str]], target: str, script: str | None = None
+) -> tuple[int, ...]:
+    """The tokens that are used almost only in the target's texts, every group weighted alike; and with its script those
+    with a letter of it that no text uses."""
     shares = {}
     for group, some in texts.items():
         tokens = scope.tokenize(some, truncate=True)
         used = tokens.input_ids[tokens.attention_mask.bool()].numpy()
         shares[group] = np.bincount(used, minlength=len(scope.tokenizer)) / len(used)
     total = np.sum(list(shares.values()), axis=0)
-    return tuple(np.flatnonzero((total > 0) & (shares[target] >= OWN_TOKEN * total)).tolist())
+    own = (total > 0) & (shares[target] >= OWN_TOKEN * total)
+    if script is not None:
+        words = scope.tokenizer.batch_decode([[token] for token in range(len(scope.tokenizer))])
+        own |= (total == 0) & (written_in(script)(words) > 0)
+    return tuple(np.flatnonzero(own).tolist())
 
 
 def versions() -> dict[str, Any]:
