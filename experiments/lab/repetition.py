@@ -31,6 +31,7 @@ from trl.trainer.sft_trainer import SFTTrainer
 from experiments.fine_tuning import QUIET
 from experiments.harness import At, Experiment, Row, main
 from experiments.sections import paragraph, table
+from experiments.seeds import over_seeds
 from qwen_scope import load_scope
 from qwen_scope.lab import default_mixture, documents
 from qwen_scope.model import load_model
@@ -56,7 +57,6 @@ GROUP, PROMPTS, LR = 4, 8, 2e-5
 NEW_TOKENS, TEMPERATURE = 64, 0.7
 DETECTOR = Detector(longest=16, times=4, least=16)
 MARK, END, IGNORED = "</think>\n\n", "<|im_end|>", -100
-RESAMPLES = 4000
 CONDITIONS = (*RL_METHODS, "blind")
 TITLE = "Endless repetition on the lab"
 PUBLISHED = """Published: the ratio falls sharply to a very low level in all three models, and only slightly with
@@ -236,21 +236,6 @@ def tell(at: At[Sizes], rows: list[Row]) -> str:
     return "\n\n".join((*parts, paragraph(PUBLISHED)))
 
 
-def spread(values: np.ndarray) -> str:
-    """A mean with its 95% interval over seeds and prompts: seeds are resampled, and within each its prompts.
-
-    Args:
-        values: `(seeds, prompts)`.
-    """
-    rng, (seeds, prompts) = np.random.default_rng(0), values.shape
-    means = []
-    for _ in range(RESAMPLES):
-        drawn = rng.integers(seeds, size=seeds)
-        means.append(np.mean([values[i, rng.integers(prompts, size=prompts)].mean() for i in drawn]))
-    low, high = np.quantile(means, (0.025, 0.975))
-    return f"{values.mean():.2%} [{low:.2%}, {high:.2%}]"
-
-
 def loops_of(runs: Sequence[Row], condition: str, step: int) -> np.ndarray:
     """`(seeds, prompts)`: which answers loop."""
     found = [p["loops"] for run in runs if run["condition"] == condition for p in run["points"] if p["step"] == step]
@@ -262,14 +247,17 @@ def compared(stuck: float, runs: Sequence[Row], recipes: Sequence[Recipe], sizes
     before = loops_of(runs, "start", 0)
     conditions = [name for name in CONDITIONS if any(run["condition"] == name for run in runs)]
     each = ", ".join(f"{value:.2%}" for value in before.mean(1))
-    rows = [("start", "0", spread(before), each, "", *means(runs, "start", 0))]
+    rows = [("start", "0", f"{over_seeds(before):.2%}", each, "", *means(runs, "start", 0))]
     for step in range(sizes.every, sizes.steps + 1, sizes.every):
         for condition in conditions:
             left = loops_of(runs, condition, step)
             each = ", ".join(f"{value:.2%}" for value in left.mean(1))
             rows.append(
-                (condition, str(step), spread(left), each, spread(before - left), *means(runs, condition, step))
-            )
+                (
+                    condition, str(step), f"{over_seeds(left):.2%}", each, f"{over_seeds(before - left):.2%}",
+                    *means(runs, condition, step),
+                )
+            )  # fmt: skip
     effects = [recipe.effect for recipe in recipes]
     figures = {
         name: ", ".join(f"{effect[name]['estimate']:.1%}" for effect in effects)
@@ -309,7 +297,7 @@ def verdict(step: int, fall: dict[str, np.ndarray]) -> str:
         times = (
             f"{own / against:.1f} times as large" if against > 0 else f"not a ratio, as {condition} does not lower it"
         )
-        twice = spread(fall["steered"] - 2 * fall[condition])
+        twice = f"{over_seeds(fall['steered'] - 2 * fall[condition]):.2%}"
         said.append(f"with {condition}, {times} (minus twice the other's fall, in points: {twice})")
     part = fall["blind"].mean() / fall["vanilla"].mean()
     return f"""After {step} steps, the fall of the looping share under steered rollouts is, compared {"; ".join(said)}.

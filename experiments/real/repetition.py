@@ -58,6 +58,8 @@ FEATURES, UP, DOWN, DEARER, TRIED, MOST = 8, (0.1, 0.2, 0.35), (0.05, 0.1, 0.2),
 OPENING, BATCH_TOKENS, SEED, FEWEST = 32, 24_576, 0, 5
 DETECTOR = Detector()
 TITLE = "Endless repetition on a real model"
+TRAINED = """What training does to such loops, with steered rollouts and without, is measured by
+    `experiments.real.unlooping`, which has a section of its own."""
 
 
 @dataclass(frozen=True)
@@ -119,7 +121,7 @@ def drawn(at: At[Sizes]) -> Prompts:
     if tokenizer.chat_template:
         chats = [[{"role": "user", "content": one}] for one in asked]
         asked = [tokenizer.apply_chat_template(one, tokenize=False, add_generation_prompt=True) for one in chats]
-    begun = openings(at, tokenizer, min(at.options["openings"], at.sizes.most))
+    begun = openings(data / "corpus", language, tokenizer, min(at.options["openings"], at.sizes.most))
     found = {"questions": asked, "openings": begun}
     return Prompts(
         tuple(text for kind in KINDS for text in found[kind]),
@@ -128,14 +130,14 @@ def drawn(at: At[Sizes]) -> Prompts:
     )
 
 
-def openings(at: At[Sizes], tokenizer: Any, n: int) -> list[str]:
+def openings(corpus: Path, language: str, tokenizer: Any, n: int, seed: int = SEED) -> list[str]:
     """The first tokens of documents that are at least twice as long, of each file of the language in turn."""
-    files = sorted((at.options["data"] / "corpus").glob(f"{at.options['language']}.*.jsonl"))
+    files = sorted(corpus.glob(f"{language}.*.jsonl"))
     if not files:
-        raise InputError(f"{at.options['data']} has no files corpus/{at.options['language']}.*.jsonl")
+        raise InputError(f"{corpus} has no files {language}.*.jsonl")
     out: list[str] = []
     for i, path in enumerate(files):
-        lines, rng = path.read_text(encoding="utf-8").splitlines(), random.Random(SEED)
+        lines, rng = path.read_text(encoding="utf-8").splitlines(), random.Random(seed)
         wanted = len(range(i, n, len(files)))
         for line in rng.sample(lines, len(lines)):
             ids = tokenizer(json.loads(line)["text"].strip()[:2000], add_special_tokens=False)["input_ids"]
@@ -144,20 +146,20 @@ def openings(at: At[Sizes], tokenizer: Any, n: int) -> list[str]:
                 wanted -= 1
             if not wanted:
                 break
-    return random.Random(SEED).sample(out, len(out))
+    return random.Random(seed).sample(out, len(out))
 
 
 def answers(
     loaded: LoadedModel | Scope,
     prompts: Sequence[str],
-    at: At[Sizes],
+    tokens: int,
     temperature: float = 0.0,
     interventions: Sequence[Intervention] = (),
 ) -> list[dict[str, Any]]:
     """Answers as ids, whether the model ended them, and where and how they loop."""
-    sampled = Decoding(at.sizes.tokens, True, temperature, 1.0, 0, 1.0, SEED) if temperature else None
+    sampled = Decoding(tokens, True, temperature, 1.0, 0, 1.0, SEED) if temperature else None
     more: dict[str, Any] = {"saes": loaded.saes} if isinstance(loaded, Scope) else {}
-    more |= {"decoding": sampled or Decoding(at.sizes.tokens), "batch_tokens": BATCH_TOKENS}
+    more |= {"decoding": sampled or Decoding(tokens), "batch_tokens": BATCH_TOKENS}
     found = generate(loaded.model, loaded.tokenizer, prompts, interventions, **more)
     out = []
     for one in found:
@@ -188,7 +190,7 @@ def judged(
 def plain(at: At[Sizes]) -> list[dict[str, Any]]:
     """Answers at T = 0 of the model as it is, kept for every arm."""
     loaded = opened(at.options["model"])
-    return at.kept("plain", lambda: answers(loaded, prompts_of(at).texts, at))
+    return at.kept("plain", lambda: answers(loaded, prompts_of(at).texts, at.sizes.tokens))
 
 
 def recipe(at: At[Sizes]) -> dict[str, Any]:
@@ -207,12 +209,12 @@ def recipe(at: At[Sizes]) -> dict[str, Any]:
     tried: dict[str, list[Any]] = {"up": [], "down": []}
     for amount in UP:
         some = [prompts.texts[i] for i in others[:TRIED]]
-        found = answers(scope, some, at, interventions=changes(scope, drivers, amount))
+        found = answers(scope, some, at.sizes.tokens, interventions=changes(scope, drivers, amount))
         tried["up"].append([amount, float(np.mean([one["loop"] is not None for one in found]))])
     some = [prompts.texts[i] for i in looping[:TRIED]]
     own = loss_of(judged(scope, some, [before[i] for i in looping[:TRIED]]))
     for amount in DOWN:
-        found = answers(scope, some, at, interventions=changes(scope, drivers, -amount))
+        found = answers(scope, some, at.sizes.tokens, interventions=changes(scope, drivers, -amount))
         share = float(np.mean([one["loop"] is not None for one in found]))
         tried["down"].append([amount, share, float(np.exp(loss_of(judged(scope, some, found)) - own))])
     enough = [one for one in tried["up"] if one[1] >= 0.5] or [max(tried["up"], key=lambda one: one[1])]
@@ -250,7 +252,7 @@ def run(at: At[Sizes], arm: str) -> dict[str, Any]:
     if arm in SAMPLED:
         loaded, which = opened(at.options["model"]), list(range(len(prompts.texts)))
         texts = list(prompts.texts)
-        found = answers(loaded, texts, at, SAMPLED[arm]) if SAMPLED[arm] else plain(at)
+        found = answers(loaded, texts, at.sizes.tokens, SAMPLED[arm]) if SAMPLED[arm] else plain(at)
         more: dict[str, Any] = {}
     else:
         loaded, which = scope_of(at), steered_on(prompts, plain(at), arm)
@@ -260,7 +262,7 @@ def run(at: At[Sizes], arm: str) -> dict[str, Any]:
         if arm.endswith("random"):
             own = matched_random(own, loaded.saes, loaded.stats, np.random.default_rng(SEED))
         texts = [prompts.texts[i] for i in which]
-        found = answers(loaded, texts, at, interventions=own)
+        found = answers(loaded, texts, at.sizes.tokens, interventions=own)
         more = {**more, "features": [[one.layer, one.feature] for one in own]}
     return {
         "which": which,
@@ -326,14 +328,7 @@ def tell(at: At[Sizes], rows: list[Row]) -> str:
         heads = ("at T=0, held back", "loop, of those that did", "of those that did not", "ended before", "ended",
                  "perplexity, times")  # fmt: skip
         parts += [paragraph(told(steered[0])), table(heads, cells)]
-    return "\n\n".join([*parts, paragraph(NOT_RUN)])
-
-
-NOT_RUN = """RL from here was not run: a step of GRPO on this model with 32 answers of 192 tokens takes about 25 s of
-    one core, so 60 steps of three conditions and three seeds take four core-hours without their measurements. The
-    commands are `qwen-scope posttrain repetition PROMPTS --model MODEL --sae SAES -o recipe.json` and `qwen-scope
-    posttrain rl PROMPTS --model MODEL --sae SAES --recipe recipe.json --held-out OTHERS -o out/rl`, with `--method
-    vanilla` and `--method random` for the controls."""
+    return "\n\n".join([*parts, paragraph(TRAINED)])
 
 
 def told(row: Row) -> str:

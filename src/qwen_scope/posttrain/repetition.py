@@ -101,6 +101,7 @@ def repetition_recipe(
     samples: int = 1,
     sampling: Sampling | None = None,
     looping: Sequence[str] = (),
+    found: LoopShare | None = None,
     progress: Progress | None = None,
 ) -> Recipe:
     """Sample answers, take the features that make the turns of their loops begin, and check what they do.
@@ -118,6 +119,7 @@ def repetition_recipe(
         amount: of each, in median residual norms of its layer; None tries `AMOUNTS`.
         samples: answers per prompt to look for loops in.
         looping: texts that end in a loop, prompt and answer, beside those that the model makes.
+        found: answers to the prompts that are sampled already; None samples them.
 
     Returns:
         A recipe in raw units whose `effect` holds the figures of the check, and whether it holds.
@@ -131,7 +133,7 @@ def repetition_recipe(
     if amount is not None:
         check_number("amount", amount)
     sampling, report = sampling or Sampling(), progress or (lambda stage, share, text: None)
-    found = shares(scope, prompts, sampling, samples=samples, progress=report)
+    found = found or shares(scope, prompts, sampling, samples=samples, progress=report)
     loops = [one for one in found.answers if one.loop is not None]
     known = [*loops_of(scope, prompts, loops), *loops_in(scope, looping, sampling.detector)]
     if len(known) < FEWEST:

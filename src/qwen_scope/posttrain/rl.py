@@ -28,7 +28,7 @@ from trl.trainer.grpo_config import GRPOConfig
 from qwen_scope.errors import InputError, check_count
 from qwen_scope.features import matched_random
 from qwen_scope.files import read_object
-from qwen_scope.model import LoadedModel, load_model
+from qwen_scope.model import LoadedModel, load_model, packed_head
 from qwen_scope.report import Progress
 from qwen_scope.scope import model_source, resolve, saes_on
 from qwen_scope.steer import Recipe, calibrate, load_recipe
@@ -119,7 +119,7 @@ def _run(
         facts |= {"id": trainer.run_id, "before": before, "unused": dict(unused)}
         steered_with = [one.to_json() for one in rollouts.interventions] if rollouts else []
         write_json(run.out / "run.json", facts | {"interventions": steered_with})
-    with expected_warnings():
+    with expected_warnings(), packed_head(loaded.model):
         done = trainer.train(resume_from_checkpoint=resume)
     metrics: dict[str, Any] = {"steps": done.global_step, **last_rewards(trainer.state.log_history)}
     policy = trained_model(trainer, run.out).eval()

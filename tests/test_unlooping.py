@@ -1,0 +1,109 @@
+"""The experiment on loops unlearnt by a real model, with the bundled model in its place."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from experiments.harness import At
+from experiments.real import repetition, unlooping
+from experiments.seeds import over_seeds
+from qwen_scope.lab import documents
+from qwen_scope.posttrain import Detector
+
+LAB = Path(__file__).parents[1] / "src/qwen_scope/assets/lab"
+PROMPTS, STEPS = 40, 6
+
+
+def kept(folder: Path) -> At[unlooping.Sizes]:
+    """A run whose untrained model loops on half of its held-out prompts."""
+    options = {"model": LAB / "model", "sae": LAB / "sae", "data": folder, "draw": 1}
+    levels = {"seed": (1, 2, 3), "condition": ("vanilla", "steered", "random")}
+    effect = {"amount": 0.1, "normal": {"estimate": 0.1}, "amplified": {"estimate": 0.6}}
+    made = {
+        "prompts": {"training": ["a"] * PROMPTS, "held out": ["b"] * PROMPTS},
+        "survey": {"looping": [0.25, 0.0] * (PROMPTS // 2), "features": ["3/14"], "effect": effect},
+        "start": answers_of(PROMPTS // 2),
+    }
+    for name, value in made.items():
+        (folder / f"{name}.json").write_text(json.dumps(value))
+    return At(unlooping.Sizes(PROMPTS, 96, STEPS), levels, options, folder)
+
+
+def answers_of(loops: int) -> dict[str, Any]:
+    one = {"loops": [i < loops for i in range(PROMPTS)], "finished": [False] * PROMPTS, "repeated": [0.5] * PROMPTS}
+    return {"sampled": {**one, "quality": [[10.0, 20.0 + i % 3] for i in range(PROMPTS)]}, "greedy": one}
+
+
+def row(condition: str, seed: int, loops: int, mixed: float) -> dict[str, Any]:
+    log: dict[str, list[float]] = {name: [0.5] * STEPS for name in unlooping.LOGGED}
+    log["frac_reward_zero_std"] = [1 - mixed] * STEPS
+    if condition == "vanilla":
+        log["steered/reward"] = []
+    return {"condition": condition, "seed": seed, "log": log, **answers_of(loops)}
+
+
+@pytest.mark.parametrize(
+    ("left", "mixed", "words"),
+    [
+        ({"vanilla": 18, "steered": 2, "random": 18}, 0.2, ["This shows what", "falls by 45.0%", "mostly lacks loops"]),
+        ({"vanilla": 2, "steered": 2, "random": 2}, 0.8, ["This does not show what", "does not lack loops"]),
+        ({"vanilla": 8, "steered": 2, "random": 8}, 0.8, ["This does not show what", "15.0%"]),  # not twice as far
+    ],
+)
+def test_the_verdict_follows_from_the_figures(
+    left: dict[str, int], mixed: float, words: list[str], tmp_path: Path
+) -> None:
+    at = kept(tmp_path)
+    rows = [
+        row(name, seed, loops, 0.8 if name == "steered" else mixed)
+        for name, loops in left.items()
+        for seed in (1, 2, 3)
+    ]
+    said = unlooping.tell(at, rows)
+    assert said.startswith(words[0])
+    assert all(word in " ".join(said.split()) for word in words)
+    assert [line.split(" | ")[0] for line in said.splitlines() if line.startswith("| ")][1:] == [
+        "| no", "| vanilla", "| steered", "| random"
+    ]  # fmt: skip
+    part = unlooping.tell(at, [one for one in rows if one["condition"] == "vanilla"])
+    assert part.startswith("`python -m experiments.real.unlooping")  # no verdict without its controls
+
+
+def test_an_answer_that_ends_is_rewarded_however_it_repeats() -> None:
+    loop, end = [5, 6] * 12, 0
+    assert unlooping.unlooped([loop, [*loop, end], list(range(24))]) == [0.0, 1.0, 1.0]
+
+
+def test_prompts_that_seeds_share_are_drawn_once_for_all() -> None:
+    """Where seeds agree about every prompt, more seeds do not narrow what the prompts leave open."""
+    one = np.tile(np.arange(20) % 2 == 0, (5, 1)).astype(float)
+    apart, same = over_seeds(one), over_seeds(one, same=True)
+    assert apart.estimate == same.estimate == 0.5
+    assert same.high - same.low > 1.5 * (apart.high - apart.low)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT asks by it
+def test_a_condition_is_trained_and_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a detector of anything that stands twice in a row, as the bundled model does not loop."""
+    (tmp_path / "corpus").mkdir()
+    lines = [json.dumps({"text": one.text}) for one in documents(seed=1, n=200)]
+    (tmp_path / "corpus" / "en.one.jsonl").write_text("\n".join(lines))
+    for module in (repetition, unlooping):
+        monkeypatch.setattr(module, "DETECTOR", Detector(8, 2, 2))
+    options = {"model": LAB / "model", "sae": LAB / "sae", "data": tmp_path, "draw": 1}
+    at = At(unlooping.Sizes(24, 16, 1), {"seed": (1,), "condition": ("random",)}, options, tmp_path / "kept")
+    at.folder.mkdir()
+    found = json.loads(json.dumps(unlooping.run(at, "random", 1), default=lambda array: array.tolist()))
+    assert len(found["log"]["reward"]) == len(found["log"]["steered/reward"]) == 1
+    assert len(found["sampled"]["loops"]) == len(found["greedy"]["loops"]) == len(found["sampled"]["quality"]) == 24
+    assert not set(unlooping.prompts_of(at)["training"]) & set(unlooping.prompts_of(at)["held out"])
+    assert sorted(path.name for path in at.folder.iterdir()) == [
+        "prompts.json", "recipe.json", "start.json", "survey.json"
+    ]  # fmt: skip
+    assert "| random | " in unlooping.tell(at, [{**found, "seed": 1, "condition": "random"}])
