@@ -17,12 +17,13 @@ def over_seeds(values: np.ndarray, *, same: bool = False) -> Interval:
         same: the seeds share their prompts, so a resample draws one set of them for all its seeds.
     """
     rng, (seeds, prompts) = np.random.default_rng(0), values.shape
-    means = []
-    for _ in range(RESAMPLES):
-        drawn = rng.integers(seeds, size=seeds)
-        if same:
-            means.append(values[drawn][:, rng.integers(prompts, size=prompts)].mean())
-        else:
+    if same:
+        drawn, some = rng.integers(seeds, size=(RESAMPLES, seeds)), rng.integers(prompts, size=(RESAMPLES, prompts))
+        means = values[drawn[:, :, None], some[:, None]].mean((1, 2))
+    else:
+        means = []
+        for _ in range(RESAMPLES):
+            drawn = rng.integers(seeds, size=seeds)
             means.append(np.mean([values[i, rng.integers(prompts, size=prompts)].mean() for i in drawn]))
     low, high = np.quantile(means, (0.025, 0.975))
     return Interval(float(values.mean()), float(low), float(high), values.size)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,17 @@ from experiments.real import repetition, unlooping
 from experiments.seeds import over_seeds
 from qwen_scope.lab import documents
 from qwen_scope.posttrain import Detector
+from qwen_scope.posttrain.sampling import Loop
 
 LAB = Path(__file__).parents[1] / "src/qwen_scope/assets/lab"
 PROMPTS, STEPS = 40, 6
+
+
+class Half(Detector):
+    """Calls what ends in an odd token a loop."""
+
+    def find(self, ids: Sequence[int]) -> Loop | None:
+        return Loop(len(ids) - 6, 2, 3.0) if len(ids) >= 8 and ids[-1] % 2 else None
 
 
 def kept(folder: Path) -> At[unlooping.Sizes]:
@@ -90,12 +99,12 @@ def test_prompts_that_seeds_share_are_drawn_once_for_all() -> None:
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT asks by it
 def test_a_condition_is_trained_and_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a detector of anything that stands twice in a row, as the bundled model does not loop."""
+    """The bundled model does not loop, so half of its long answers are called loops."""
     (tmp_path / "corpus").mkdir()
     lines = [json.dumps({"text": one.text}) for one in documents(seed=1, n=200)]
     (tmp_path / "corpus" / "en.one.jsonl").write_text("\n".join(lines))
     for module in (repetition, unlooping):
-        monkeypatch.setattr(module, "DETECTOR", Detector(8, 2, 2))
+        monkeypatch.setattr(module, "DETECTOR", Half())
     options = {"model": LAB / "model", "sae": LAB / "sae", "data": tmp_path, "draw": 1}
     at = At(unlooping.Sizes(24, 16, 1), {"seed": (1,), "condition": ("random",)}, options, tmp_path / "kept")
     at.folder.mkdir()

@@ -140,8 +140,8 @@ class Watch(TrainerCallback):
 
     def on_train_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         with evaluating(model):
-            policy = LoadedModel(model, opened(self.at.options["model"]).tokenizer, "the policy")
-            self.found = measured(policy, self.at)
+            tokenizer = opened(self.at.options["model"]).tokenizer
+            self.found = measured(LoadedModel(model.get_base_model(), tokenizer, "the policy"), self.at)
 
 
 def run(at: At[Sizes], condition: str, seed: int) -> dict[str, Any]:

@@ -99,5 +99,8 @@ def test_a_recipe_holds_its_own_figures(scope) -> None:
     assert len(effect["effects"]) == len(recipe.interventions) == 3
     assert effect["causal"] == (effect["raises"]["low"] > 0 and effect["lowers"]["low"] > 0)
     assert effect["raises"]["estimate"] == pytest.approx(effect["amplified"]["estimate"] - effect["normal"]["estimate"])
+    known = loop_share(scope.model, scope.tokenizer, PROMPTS, COLD, samples=2)
+    given = repetition_recipe(scope, PROMPTS, features=3, amount=0.3, sampling=COLD, found=known)
+    assert given.effect["answers"] == len(known.answers) == 2 * effect["answers"]
     with pytest.raises(InputError, match="5 texts that do are the least"):
         repetition_recipe(scope, PROMPTS[:2], sampling=replace(COLD, detector=Detector(1, 12, 24)))

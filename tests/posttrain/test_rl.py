@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from transformers import TrainerCallback
 
 from qwen_scope.cli import main
 from qwen_scope.errors import InputError, MismatchError, NotFoundError, QwenScopeError
@@ -209,6 +210,21 @@ def test_adapters_and_loop_shares(tmp_path, recipe) -> None:
     assert 0 <= found["loop_share_before"]["estimate"] <= 1
     assert set(found["loop_share_after"]) == {"estimate", "low", "high", "n", "level"}
     assert json.loads((tmp_path / "metrics.json").read_text()) == found
+
+
+def test_rollouts_in_half_precision_read_the_head_packed(tmp_path) -> None:
+    """Unpacked, the first token of a batch copies the head's weights once per answer."""
+    packed = []
+
+    class Look(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+            head = model.get_output_embeddings()
+            head.register_forward_pre_hook(lambda module, inputs: packed.append(inputs[0].is_contiguous()))
+
+    run = told(tmp_path, method="vanilla", dtype="bfloat16")
+    run_rl(run, ROWS, callbacks=[Look()])
+    assert len(packed) >= NEW
+    assert all(packed)
 
 
 def test_numbers_that_are_none_end_the_run(tmp_path, recipe) -> None:
