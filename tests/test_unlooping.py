@@ -29,14 +29,13 @@ class Half(Detector):
 
 
 def kept(folder: Path) -> At[unlooping.Sizes]:
-    """A run whose untrained model loops on half of its held-out prompts."""
+    """A run before its training."""
     options = {"model": LAB / "model", "sae": LAB / "sae", "data": folder, "draw": 1}
-    levels = {"seed": (1, 2, 3), "condition": ("vanilla", "steered", "random")}
+    levels = {"seed": (1, 2, 3), "condition": unlooping.CONDITIONS}
     effect = {"amount": 0.1, "normal": {"estimate": 0.1}, "amplified": {"estimate": 0.6}}
     made = {
         "prompts": {"training": ["a"] * PROMPTS, "held out": ["b"] * PROMPTS},
         "survey": {"looping": [0.25, 0.0] * (PROMPTS // 2), "features": ["3/14"], "effect": effect},
-        "start": answers_of(PROMPTS // 2),
     }
     for name, value in made.items():
         (folder / f"{name}.json").write_text(json.dumps(value))
@@ -59,7 +58,7 @@ def row(condition: str, seed: int, loops: int, mixed: float) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("left", "mixed", "words"),
     [
-        ({"vanilla": 18, "steered": 2, "random": 18}, 0.2, ["This shows what", "falls by 45.0%", "mostly lacks loops"]),
+        ({"vanilla": 18, "steered": 2, "random": 18}, 0.2, ["This shows what", "by 45.0%", "mostly lacks loops"]),
         ({"vanilla": 2, "steered": 2, "random": 2}, 0.8, ["This does not show what", "does not lack loops"]),
         ({"vanilla": 8, "steered": 2, "random": 8}, 0.8, ["This does not show what", "15.0%"]),  # not twice as far
     ],
@@ -68,16 +67,14 @@ def test_the_verdict_follows_from_the_figures(
     left: dict[str, int], mixed: float, words: list[str], tmp_path: Path
 ) -> None:
     at = kept(tmp_path)
-    rows = [
-        row(name, seed, loops, 0.8 if name == "steered" else mixed)
-        for name, loops in left.items()
-        for seed in (1, 2, 3)
-    ]
+    shares = {name: 0.8 if name == "steered" else mixed for name in left}
+    rows = [row(name, seed, loops, shares[name]) for name, loops in left.items() for seed in (1, 2, 3)]
+    rows += [{"condition": "start", "seed": seed, **answers_of(PROMPTS // 2)} for seed in (1, 2, 3)]
     said = unlooping.tell(at, rows)
     assert said.startswith(words[0])
     assert all(word in " ".join(said.split()) for word in words)
     assert [line.split(" | ")[0] for line in said.splitlines() if line.startswith("| ")][1:] == [
-        "| no", "| vanilla", "| steered", "| random"
+        "| start", "| vanilla", "| steered", "| random"
     ]  # fmt: skip
     part = unlooping.tell(at, [one for one in rows if one["condition"] == "vanilla"])
     assert part.startswith("`python -m experiments.real.unlooping")  # no verdict without its controls
@@ -113,6 +110,8 @@ def test_a_condition_is_trained_and_measured(tmp_path: Path, monkeypatch: pytest
     assert len(found["sampled"]["loops"]) == len(found["greedy"]["loops"]) == len(found["sampled"]["quality"]) == 24
     assert not set(unlooping.prompts_of(at)["training"]) & set(unlooping.prompts_of(at)["held out"])
     assert sorted(path.name for path in at.folder.iterdir()) == [
-        "prompts.json", "recipe.json", "start.json", "survey.json"
+        "prompts.json", "recipe.json", "survey.json"
     ]  # fmt: skip
-    assert "| random | " in unlooping.tell(at, [{**found, "seed": 1, "condition": "random"}])
+    start = unlooping.run(at, "start", 1)
+    rows = [{**found, "seed": 1, "condition": "random"}, {**start, "seed": 1, "condition": "start"}]
+    assert "| random | " in unlooping.tell(at, rows)

@@ -155,9 +155,10 @@ def answers(
     tokens: int,
     temperature: float = 0.0,
     interventions: Sequence[Intervention] = (),
+    seed: int = SEED,
 ) -> list[dict[str, Any]]:
     """Answers as ids, whether the model ended them, and where and how they loop."""
-    sampled = Decoding(tokens, True, temperature, 1.0, 0, 1.0, SEED) if temperature else None
+    sampled = Decoding(tokens, True, temperature, 1.0, 0, 1.0, seed) if temperature else None
     more: dict[str, Any] = {"saes": loaded.saes} if isinstance(loaded, Scope) else {}
     more |= {"decoding": sampled or Decoding(tokens), "batch_tokens": BATCH_TOKENS}
     found = generate(loaded.model, loaded.tokenizer, prompts, interventions, **more)

@@ -53,6 +53,7 @@ SAMPLES, TEMPERATURE = 4, 0.7
 GROUP, PROMPTS, MICRO, RANK, LR = 4, 4, 8, 8, 1e-3
 TIMES = 2.0  # how much farther than vanilla's the share has to fall to show what the report shows
 RATE = 50e9  # operations a second that the estimate supposes, of one core in bfloat16
+CONDITIONS = ("start", *RL_METHODS)
 MODES = {"sampled": TEMPERATURE, "greedy": 0.0}
 LOGGED = ("reward", "ordinary/reward", "steered/reward", "frac_reward_zero_std", "entropy")
 TITLE = "Endless repetition unlearnt by a real model"
@@ -64,7 +65,7 @@ class Sizes:
 
     openings: int = 64
     tokens: int = 96
-    steps: int = 12
+    steps: int = 8
 
 
 def unlooped(completion_ids: Sequence[Sequence[int]], **rest: Any) -> list[float]:
@@ -99,11 +100,14 @@ def survey(at: At[Sizes]) -> dict[str, Any]:
     return at.kept("survey", made)
 
 
-def measured(policy: LoadedModel, at: At[Sizes]) -> dict[str, dict[str, Any]]:
-    """Held-out answers sampled and greedy: which loop, which the model ended, and their repeated trigrams."""
+def measured(policy: LoadedModel, at: At[Sizes], seed: int) -> dict[str, dict[str, Any]]:
+    """Held-out answers sampled and greedy: which loop, which the model ended, and their repeated trigrams.
+
+    Those of one seed are sampled with the same draws, whatever the policy.
+    """
     out, prompts = {}, prompts_of(at)["held out"]
     for name, temperature in MODES.items():
-        found = answers(policy, prompts, at.sizes.tokens, temperature)
+        found = answers(policy, prompts, at.sizes.tokens, temperature, seed=seed)
         out[name] = {
             "loops": [one["loop"] is not None for one in found],
             "finished": [one["finished"] for one in found],
@@ -115,19 +119,14 @@ def measured(policy: LoadedModel, at: At[Sizes]) -> dict[str, dict[str, Any]]:
     return out
 
 
-def start(at: At[Sizes]) -> dict[str, dict[str, Any]]:
-    """The untrained model's held-out answers, kept for all."""
-    return at.kept("start", lambda: measured(opened(at.options["model"]), at))
-
-
 class Watch(TrainerCallback):
     """Keeps what is logged of every step, and measures the policy at the end, before its adapter is merged.
 
     On a CPU attention is written out, as in `opened`.
     """
 
-    def __init__(self, at: At[Sizes]) -> None:
-        self.at, self.log = at, {name: [] for name in LOGGED}
+    def __init__(self, at: At[Sizes], seed: int) -> None:
+        self.at, self.seed, self.log = at, seed, {name: [] for name in LOGGED}
         self.found: dict[str, Any] = {}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
@@ -141,18 +140,20 @@ class Watch(TrainerCallback):
     def on_train_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         with evaluating(model):
             tokenizer = opened(self.at.options["model"]).tokenizer
-            self.found = measured(LoadedModel(model.get_base_model(), tokenizer, "the policy"), self.at)
+            policy = LoadedModel(model.get_base_model(), tokenizer, "the policy")
+            self.found = measured(policy, self.at, self.seed)
 
 
 def run(at: At[Sizes], condition: str, seed: int) -> dict[str, Any]:
-    """Train one condition and measure it: what each step logged, and the held-out answers."""
+    """Train one condition and measure it: what each step logged, and the held-out answers. `start` is untrained."""
     torch.set_num_threads(1)
     logging.disable_progress_bar()
-    tell_cost(at.options["model"], at.sizes, len(at.levels["condition"]) * len(at.levels["seed"]))
+    tell_cost(at.options["model"], at.sizes, len(at.levels["seed"]))
+    if condition == "start":
+        return measured(opened(at.options["model"]), at, seed)
     looping = survey(at)["looping"]
-    start(at)
     rows = [{"prompt": text} for text, share in zip(prompts_of(at)["training"], looping, strict=True) if share]
-    watch = Watch(at)
+    watch = Watch(at, seed)
     with TemporaryDirectory(dir=at.folder) as out:
         training = RLRun(
             str(at.options["model"]),
@@ -178,15 +179,15 @@ def run(at: At[Sizes], condition: str, seed: int) -> dict[str, Any]:
 
 
 @cache
-def tell_cost(model: Path, sizes: Sizes, cells: int) -> None:
+def tell_cost(model: Path, sizes: Sizes, seeds: int) -> None:
     """What the run will take, on standard error, before the first cell."""
     weights = sum(one.numel() for one in opened(model).model.parameters())
     rows, length = GROUP * PROMPTS, OPENING + sizes.tokens
     operations = 2 * weights * (sizes.steps * rows * (sizes.tokens + 2 * length) + 3 * sizes.openings * length)
     minutes = operations / RATE / 60
     print(
-        f"about {minutes:.0f} minutes a training at {RATE / 1e9:.0f} GFLOP/s, {cells} trainings, and as much as two"
-        " for the features",
+        f"about {minutes:.1f} minutes a training at {RATE / 1e9:.0f} GFLOP/s, {len(RL_METHODS) * seeds} trainings, and"
+        " as much as one for the features",
         file=sys.stderr,
         flush=True,
     )
@@ -208,37 +209,30 @@ def across(values: np.ndarray) -> Interval:
 
 def tell(at: At[Sizes], rows: list[Row]) -> str:
     """The section of docs/results.md."""
-    before, known = start(at), survey(at)
-    conditions = [name for name in RL_METHODS if any(row["condition"] == name for row in rows)]
-    falls = {name: falls_of(before, rows, name) for name in conditions}
-    parts = [*(paragraph(text) for text in verdict(falls, rows)), paragraph(setup(at, known))]
-    columns = ("trained", *(f"looping, {mode}" for mode in MODES), "per seed, sampled", "fallen by, sampled",
-               "fallen by, greedy", "ended", "perplexity, times", "repeated trigrams")  # fmt: skip
-    table_rows = [line("no", before, [{"condition": "no", **before}], {})]
-    table_rows += [line(name, before, rows, falls[name]) for name in conditions]
-    return "\n\n".join([*parts, table(columns, table_rows), paragraph(learnt(rows, conditions))])
+    known = survey(at)
+    conditions = [name for name in CONDITIONS if any(row["condition"] == name for row in rows)]
+    falls = {
+        name: {mode: figure(rows, "start", "loops", mode) - figure(rows, name, "loops", mode) for mode in MODES}
+        for name in conditions
+        if "start" in conditions
+    }
+    figures = [f"{name}, {mode}" for name in ("looping", "per seed", "fallen by") for mode in MODES]
+    columns = ("trained", *figures, "ended", "perplexity, times", "repeated trigrams")
+    cells = [line(name, rows, falls.get(name, {})) for name in conditions]
+    parts = [*verdict(falls, rows), setup(at, known), learnt(rows, conditions)]
+    return "\n\n".join([*map(paragraph, parts[:-1]), table(columns, cells), paragraph(parts[-1])])
 
 
-def falls_of(before: Mapping[str, Any], rows: Sequence[Row], name: str) -> dict[str, np.ndarray]:
-    """`(seeds, prompts)` of each mode: loops before the training less loops after it."""
-    return {mode: np.array(before[mode]["loops"], float) - figure(rows, name, "loops", mode) for mode in MODES}
-
-
-def line(name: str, before: Mapping[str, Any], rows: Sequence[Row], fall: Mapping[str, np.ndarray]) -> list[str]:
+def line(name: str, rows: Sequence[Row], fall: Mapping[str, np.ndarray]) -> list[str]:
     """A row of the table: one condition."""
-    loops = figure(rows, name, "loops")
-    quality = [
-        {"quality": np.array(one["quality"], float)}
-        for one in (before["sampled"], *(row["sampled"] for row in rows if row["condition"] == name))
-    ]
-    after = {"quality": sum(one["quality"] for one in quality[1:])}
+    quality = [{"quality": figure(rows, one, "quality").sum(0)} for one in (name, "start")] if fall else []
     return [
         name,
         *(f"{across(figure(rows, name, 'loops', mode)):.1%}" for mode in MODES),
-        ", ".join(f"{value:.1%}" for value in loops.mean(1)),
-        *(f"{across(fall[mode]):+.1%}" if mode in fall else "" for mode in MODES),
+        *(", ".join(f"{x:.0%}" for x in figure(rows, name, "loops", mode).mean(1)) for mode in MODES),
+        *("" if name == "start" or not fall else f"{across(fall[mode]):+.1%}" for mode in MODES),
         f"{figure(rows, name, 'finished').mean():.1%}",
-        f"{dearer(after, quality[0]):.2f}" if fall else "",
+        "" if name == "start" or not fall else f"{dearer(*quality):.2f}",
         f"{figure(rows, name, 'repeated').mean():.1%}",
     ]
 
@@ -257,23 +251,30 @@ def setup(at: At[Sizes], known: Mapping[str, Any]) -> str:
         to give it one. Features: {", ".join(known["features"])}, each by {effect["amount"]:g} median residual norms,
         the first amount tried under which half of the answers loop, or else that with most; amplified on the rest of
         the half, looping goes from {effect["normal"]["estimate"]:.1%} to {effect["amplified"]["estimate"]:.1%}.
-        Measured on all {held} held-out prompts with the same draws before and after, one answer each; intervals over
-        seeds and prompts, of perplexity over prompts. Steps and learning rate were tried with another seed on other
-        documents."""
+        Measured on all {held} held-out prompts, one answer each, with the same draws for all conditions of a seed;
+        intervals over seeds and prompts, of perplexity over prompts. Steps and learning rate were tried with another
+        seed on other documents. The last three columns are of sampled answers."""
 
 
 def verdict(falls: Mapping[str, Mapping[str, np.ndarray]], rows: Sequence[Row]) -> list[str]:
     """Whether the report's finding holds here, and the reason as far as the log says it."""
-    if len(falls) < len(RL_METHODS):
+    if len(falls) < len(CONDITIONS):
         return []
-    own, ordinary, other = (falls[name]["sampled"] for name in ("steered", "vanilla", "random"))
-    gap, beyond = across(own - ordinary), across(own - other)
-    shown = gap.low > 0 and own.mean() >= TIMES * ordinary.mean()
-    words = f"""This {"shows" if shown else "does not show"} what the report shows, that steered rollouts lower looping
-        much more than ordinary ones: the share of held-out answers that loop falls by {across(own):.1%} with steered
-        rollouts and by {across(ordinary):.1%} with ordinary ones, {gap:+.1%} more (wanted: at least {TIMES:g} times as
-        far, and the interval above zero), and with steered ones {beyond:+.1%} more than with random features."""
-    mixed = {name: 1 - logged(rows, name, "frac_reward_zero_std").mean() for name in falls}
+    shown, figures = [], []
+    for mode in MODES:
+        own, ordinary, other = (falls[name][mode] for name in ("steered", "vanilla", "random"))
+        gap = across(own - ordinary)
+        if gap.low > 0 and own.mean() >= TIMES * ordinary.mean():
+            shown.append(mode)
+        figures.append(
+            f"of {mode} answers by {across(own):.1%} with steered rollouts and by {across(ordinary):.1%} with ordinary"
+            f" ones, {gap:+.1%} more, and {across(own - other):+.1%} more than with random features"
+        )
+    said = {2: "This shows", 1: f"Of {''.join(shown)} answers only, this shows", 0: "This does not show"}[len(shown)]
+    words = f"""{said} what the report shows, that steered rollouts lower looping much more than ordinary ones. The
+        share of held-out answers that loop falls {"; ".join(figures)} (wanted: at least {TIMES:g} times as far as with
+        ordinary ones, and the interval of the difference above zero)."""
+    mixed = {name: 1 - logged(rows, name, "frac_reward_zero_std").mean() for name in RL_METHODS}
     lacking = mixed["vanilla"] < 0.5 * mixed["steered"]
     why = f"""The mechanism that the report supposes is that a group without a loop has none to learn from. Of vanilla's
         groups {mixed["vanilla"]:.0%} hold both an answer that loops and one that does not, which is what gives a
@@ -286,7 +287,8 @@ def verdict(falls: Mapping[str, Mapping[str, np.ndarray]], rows: Sequence[Row]) 
 def learnt(rows: Sequence[Row], conditions: Sequence[str]) -> str:
     """What the rewards of both kinds of sample did while training."""
     said = []
-    for name in conditions:
+    trained = [name for name in conditions if name != "start"]
+    for name in trained:
         kinds = ["ordinary"] if name == "vanilla" else ["ordinary", "steered"]
         for kind in kinds:
             values = logged(rows, name, f"{kind}/reward")
@@ -295,7 +297,7 @@ def learnt(rows: Sequence[Row], conditions: Sequence[str]) -> str:
             said.append(f"{name}, {word} samples: {values[:, :third].mean():.2f} to {values[:, -third:].mean():.2f}")
     entropy = ", ".join(
         f"{name} {values[:, 0].mean():.2f} to {values[:, -1].mean():.2f}"
-        for name in conditions
+        for name in trained
         if (values := logged(rows, name, "entropy")).size
     )
     more = f" Entropy per token from the first step to the last, in nats: {entropy}." if entropy else ""
@@ -304,7 +306,7 @@ def learnt(rows: Sequence[Row], conditions: Sequence[str]) -> str:
 
 experiment = Experiment(
     title=TITLE,
-    varies={"seed": SEEDS, "condition": RL_METHODS},
+    varies={"seed": SEEDS, "condition": CONDITIONS},
     run=run,
     tell=tell,
     sizes=Sizes(),
