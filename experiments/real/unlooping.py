@@ -49,23 +49,24 @@ from qwen_scope.steer import load_recipe, repetition
 
 SEEDS, TRIED_ON = (21, 22, 23), 1
 """Settings were tried with that seed, on that draw of documents."""
-SAMPLES, TEMPERATURE = 4, 0.7
+SAMPLES = 4
 GROUP, PROMPTS, MICRO, RANK, LR = 4, 4, 8, 8, 1e-3
 TIMES = 2.0  # how much farther than vanilla's the share has to fall to show what the report shows
 RATE = 50e9  # operations a second that the estimate supposes, of one core in bfloat16
 CONDITIONS = ("start", *RL_METHODS)
-MODES = {"sampled": TEMPERATURE, "greedy": 0.0}
+MODES = ("sampled", "greedy")
 LOGGED = ("reward", "ordinary/reward", "steered/reward", "frac_reward_zero_std", "entropy")
 TITLE = "Endless repetition unlearnt by a real model"
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Openings of each half, new tokens of an answer, steps of training."""
+    """Openings of each half, new tokens of an answer, steps of training, and the temperature of samples."""
 
     openings: int = 64
     tokens: int = 96
-    steps: int = 8
+    steps: int = 6
+    temperature: float = 0.7
 
 
 def unlooped(completion_ids: Sequence[Sequence[int]], **rest: Any) -> list[float]:
@@ -90,7 +91,7 @@ def survey(at: At[Sizes]) -> dict[str, Any]:
 
     def made() -> dict[str, Any]:
         scope, prompts = opened(at.options["model"], at.options["sae"]), prompts_of(at)["training"]
-        sampling = Sampling(at.sizes.tokens, TEMPERATURE, 1.0, DETECTOR, at.options["draw"])
+        sampling = Sampling(at.sizes.tokens, at.sizes.temperature, 1.0, DETECTOR, at.options["draw"])
         found = loop_share(scope.model, scope.tokenizer, prompts, sampling, samples=SAMPLES)
         recipe = repetition_recipe(scope, prompts, features=FEATURES, sampling=sampling, found=found)
         recipe.save(at.folder / "recipe.json")
@@ -106,7 +107,8 @@ def measured(policy: LoadedModel, at: At[Sizes], seed: int) -> dict[str, dict[st
     Those of one seed are sampled with the same draws, whatever the policy.
     """
     out, prompts = {}, prompts_of(at)["held out"]
-    for name, temperature in MODES.items():
+    for name in MODES:
+        temperature = at.sizes.temperature if name == "sampled" else 0.0
         found = answers(policy, prompts, at.sizes.tokens, temperature, seed=seed)
         out[name] = {
             "loops": [one["loop"] is not None for one in found],
@@ -168,7 +170,7 @@ def run(at: At[Sizes], condition: str, seed: int) -> dict[str, Any]:
             steps=at.sizes.steps,
             lr=LR,
             max_new_tokens=at.sizes.tokens,
-            temperature=TEMPERATURE,
+            temperature=at.sizes.temperature,
             lora=RANK,
             dtype="bfloat16",
             seed=seed,
@@ -243,7 +245,7 @@ def setup(at: At[Sizes], known: Mapping[str, Any]) -> str:
     held, seeds = len(prompts_of(at)["held out"]), len(at.levels["seed"])
     return f"""`python -m experiments.real.unlooping --model FOLDER --sae FOLDER --data FOLDER --write`:
         {Path(at.options["model"]).name}; openings of {OPENING} English tokens, answers of at most {sizes.tokens}
-        tokens, T = {TEMPERATURE:g}. Of {len(looping)} prompts of the training half {int((looping > 0).sum())} have a
+        tokens, T = {sizes.temperature:g}. Of {len(looping)} prompts of the training half {int((looping > 0).sum())} have a
         loop among {SAMPLES} answers of the untrained model ({looping.mean():.1%} of all answers loop); they are trained
         on. GRPO, {seeds} seeds: {sizes.steps} steps of {PROMPTS} prompts times {GROUP} answers, LoRA of rank {RANK},
         lr {LR:g}, bfloat16. Reward: 1 for an answer that does not loop, else 0; it knows of loops, unlike the report's,
@@ -311,8 +313,8 @@ experiment = Experiment(
     run=run,
     tell=tell,
     sizes=Sizes(),
-    quick={"seed": (TRIED_ON,)},
-    quick_sizes=Sizes(openings=24, tokens=48, steps=1),
+    quick={"seed": (TRIED_ON,), "condition": ("start", "steered")},
+    quick_sizes=Sizes(openings=16, tokens=48, steps=1, temperature=0.3),  # colder, as few prompts have few loops
     options={
         "model": {"type": Path, "required": True, "help": "the folder of the model"},
         "sae": {"type": Path, "required": True, "help": "the folder of its SAEs"},
