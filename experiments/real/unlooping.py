@@ -245,8 +245,8 @@ def setup(at: At[Sizes], known: Mapping[str, Any]) -> str:
     held, seeds = len(prompts_of(at)["held out"]), len(at.levels["seed"])
     return f"""`python -m experiments.real.unlooping --model FOLDER --sae FOLDER --data FOLDER --write`:
         {Path(at.options["model"]).name}; openings of {OPENING} English tokens, answers of at most {sizes.tokens}
-        tokens, T = {sizes.temperature:g}. Of {len(looping)} prompts of the training half {int((looping > 0).sum())} have a
-        loop among {SAMPLES} answers of the untrained model ({looping.mean():.1%} of all answers loop); they are trained
+        tokens, T = {sizes.temperature:g}. Of {len(looping)} prompts of the training half {int((looping > 0).sum())} have
+        a loop among {SAMPLES} answers of the untrained model ({looping.mean():.1%} of all answers loop); they are trained
         on. GRPO, {seeds} seeds: {sizes.steps} steps of {PROMPTS} prompts times {GROUP} answers, LoRA of rank {RANK},
         lr {LR:g}, bfloat16. Reward: 1 for an answer that does not loop, else 0; it knows of loops, unlike the report's,
         where an answer that loops fails because it never ends. So a group without a loop teaches nothing here, and
