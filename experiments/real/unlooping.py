@@ -245,14 +245,14 @@ def setup(at: At[Sizes], known: Mapping[str, Any]) -> str:
     held, seeds = len(prompts_of(at)["held out"]), len(at.levels["seed"])
     return f"""`python -m experiments.real.unlooping --model FOLDER --sae FOLDER --data FOLDER --write`:
         {Path(at.options["model"]).name}; openings of {OPENING} English tokens, answers of at most {sizes.tokens}
-        tokens, T = {sizes.temperature:g}. Of {len(looping)} prompts of the training half {int((looping > 0).sum())} have
-        a loop among {SAMPLES} answers of the untrained model ({looping.mean():.1%} of all answers loop); they are trained
-        on. GRPO, {seeds} seeds: {sizes.steps} steps of {PROMPTS} prompts times {GROUP} answers, LoRA of rank {RANK},
-        lr {LR:g}, bfloat16. Reward: 1 for an answer that does not loop, else 0; it knows of loops, unlike the report's,
-        where an answer that loops fails because it never ends. So a group without a loop teaches nothing here, and
-        steering is to give it one. Features: {", ".join(known["features"])}, each by {effect["amount"]:g} median
-        residual norms, the first amount tried under which half of the answers loop, or else that with most; amplified
-        on the rest of the half, looping goes from {effect["normal"]["estimate"]:.1%} to
+        tokens, T = {sizes.temperature:g}. Of {len(looping)} prompts of the training half {int((looping > 0).sum())}
+        have a loop among {SAMPLES} answers of the untrained model ({looping.mean():.1%} of all answers loop); they are
+        trained on. GRPO, {seeds} seeds: {sizes.steps} steps of {PROMPTS} prompts times {GROUP} answers, LoRA of rank
+        {RANK}, lr {LR:g}, bfloat16. Reward: 1 for an answer that does not loop, else 0; it knows of loops, unlike the
+        report's, where an answer that loops fails because it never ends. So a group without a loop teaches nothing
+        here, and steering is to give it one. Features: {", ".join(known["features"])}, each by {effect["amount"]:g}
+        median residual norms, the first amount tried under which half of the answers loop, or else that with most;
+        amplified on the rest of the half, looping goes from {effect["normal"]["estimate"]:.1%} to
         {effect["amplified"]["estimate"]:.1%}.
         Measured on all {held} held-out prompts, one answer each, with the same draws for all conditions of a seed;
         intervals over seeds and prompts, of perplexity over prompts. Steps and learning rate were tried with another
