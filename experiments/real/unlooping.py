@@ -270,13 +270,13 @@ def verdict(falls: Mapping[str, Mapping[str, np.ndarray]], rows: Sequence[Row]) 
         if gap.low > 0 and own.mean() >= TIMES * ordinary.mean():
             shown.append(mode)
         figures.append(
-            f"of {mode} answers by {across(own):.1%} with steered rollouts and by {across(ordinary):.1%} with ordinary"
+            f"{mode} answers by {across(own):.1%} with steered rollouts and by {across(ordinary):.1%} with ordinary"
             f" ones, {gap:+.1%} more, and {across(own - other):+.1%} more than with random features"
         )
-    said = {2: "This shows", 1: f"Of {''.join(shown)} answers only, this shows", 0: "This does not show"}[len(shown)]
+    said = {2: "This shows", 1: f"In {''.join(shown)} answers alone, this shows", 0: "This does not show"}[len(shown)]
     words = f"""{said} what the report shows, that steered rollouts lower looping much more than ordinary ones. The
-        share of held-out answers that loop falls {"; ".join(figures)} (wanted: at least {TIMES:g} times as far as with
-        ordinary ones, and the interval of the difference above zero)."""
+        share of held-out answers that loop falls, in points: {"; ".join(figures)}. Wanted: at least {TIMES:g} times as
+        far as with ordinary ones, and the interval of the difference above zero."""
     mixed = {name: 1 - logged(rows, name, "frac_reward_zero_std").mean() for name in RL_METHODS}
     lacking = mixed["vanilla"] < 0.5 * mixed["steered"]
     why = f"""The mechanism that the report supposes is that a group without a loop has none to learn from. Of vanilla's
