@@ -32,7 +32,8 @@ def kept(folder: Path) -> At[unlooping.Sizes]:
     """A run before its training."""
     options = {"model": LAB / "model", "sae": LAB / "sae", "data": folder, "draw": 1}
     levels = {"seed": (1, 2, 3), "condition": unlooping.CONDITIONS}
-    effect = {"amount": 0.1, "normal": {"estimate": 0.1}, "amplified": {"estimate": 0.6}}
+    sides = ("normal", "amplified", "looping", "suppressed")
+    effect = {"amount": 0.1, "causal": True, **{name: {"estimate": 0.5, "n": 20} for name in sides}}
     made = {
         "prompts": {"training": ["a"] * PROMPTS, "held out": ["b"] * PROMPTS},
         "survey": {"looping": [0.25, 0.0] * (PROMPTS // 2), "features": ["3/14"], "effect": effect},

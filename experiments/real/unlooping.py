@@ -243,6 +243,7 @@ def setup(at: At[Sizes], known: Mapping[str, Any]) -> str:
     """Settings, and what was found before training."""
     looping, effect, sizes = np.array(known["looping"]), known["effect"], at.sizes
     held, seeds = len(prompts_of(at)["held out"]), len(at.levels["seed"])
+    share = {name: f"{effect[name]['estimate']:.1%}" for name in ("normal", "amplified", "looping", "suppressed")}
     return f"""`python -m experiments.real.unlooping --model FOLDER --sae FOLDER --data FOLDER --write`:
         {Path(at.options["model"]).name}; openings of {OPENING} English tokens, answers of at most {sizes.tokens}
         tokens, T = {sizes.temperature:g}. Of {len(looping)} prompts of the training half {int((looping > 0).sum())}
@@ -252,8 +253,10 @@ def setup(at: At[Sizes], known: Mapping[str, Any]) -> str:
         report's, where an answer that loops fails because it never ends. So a group without a loop teaches nothing
         here, and steering is to give it one. Features: {", ".join(known["features"])}, each by {effect["amount"]:g}
         median residual norms, the first amount tried under which half of the answers loop, or else that with most;
-        amplified on the rest of the half, looping goes from {effect["normal"]["estimate"]:.1%} to
-        {effect["amplified"]["estimate"]:.1%}.
+        amplified on the rest of the half, looping goes from {share["normal"]} to {share["amplified"]}; suppressed from
+        the second turn of a loop on, in {effect["looping"]["n"]:g} loops, from {share["looping"]} to
+        {share["suppressed"]}. By the intervals of both differences the causal check
+        {"holds" if effect["causal"] else "does not hold, and they are used all the same"}.
         Measured on all {held} held-out prompts, one answer each, with the same draws for all conditions of a seed;
         intervals over seeds and prompts, of perplexity over prompts. Steps and learning rate were tried with another
         seed on other documents. The last three columns are of sampled answers."""
@@ -296,8 +299,8 @@ def learnt(rows: Sequence[Row], conditions: Sequence[str]) -> str:
         for kind in kinds:
             values = logged(rows, name, f"{kind}/reward")
             third = max(1, values.shape[1] // 3)
-            word = "with random features" if (name, kind) == ("random", "steered") else kind
-            said.append(f"{name}, {word} samples: {values[:, :third].mean():.2f} to {values[:, -third:].mean():.2f}")
+            word = "samples under other features" if (name, kind) == ("random", "steered") else f"{kind} samples"
+            said.append(f"{name}, {word}: {values[:, :third].mean():.2f} to {values[:, -third:].mean():.2f}")
     entropy = ", ".join(
         f"{name} {values[:, 0].mean():.2f} to {values[:, -1].mean():.2f}"
         for name in trained
