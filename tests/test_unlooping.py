@@ -61,6 +61,7 @@ def row(condition: str, seed: int, loops: int, mixed: float) -> dict[str, Any]:
     [
         ({"vanilla": 18, "steered": 2, "random": 18}, 0.2, ["This shows what", "by 45.0%", "mostly lacks loops"]),
         ({"vanilla": 2, "steered": 2, "random": 2}, 0.8, ["This does not show what", "does not lack loops"]),
+        ({"vanilla": 40, "steered": 20, "random": 40}, 0.2, ["This does not show what", "by 0.0%"]),  # no fall at all
         ({"vanilla": 8, "steered": 2, "random": 8}, 0.8, ["This does not show what", "+15.0%"]),  # not twice as far
     ],
 )
