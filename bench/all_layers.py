@@ -30,11 +30,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
-from side_by_side import markdown, write
+from side_by_side import markdown, random_model, write
 
 import torch  # isort: skip
 from torch import Tensor, nn  # isort: skip
-from transformers import AutoModelForCausalLM  # isort: skip
 
 from qwen_scope import load_sae, load_scope, save_sae  # isort: skip
 from qwen_scope.lab import documents  # isort: skip
@@ -63,11 +62,7 @@ def bench_model(group: catalog.Group, vocabulary: int) -> nn.Module:
     config.vocab_size, config.num_hidden_layers = vocabulary, len(few)
     if getattr(config, "layer_types", None) is not None:
         config.layer_types = few
-    torch.set_default_dtype(torch.bfloat16)
-    try:
-        model: Any = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
-    finally:
-        torch.set_default_dtype(torch.float32)
+    model = random_model(config)
     one = dict(zip(few, model.model.layers, strict=True))
     shared = {id(tensor): tensor for block in one.values() for tensor in (*block.parameters(), *block.buffers())}
     model.model.layers = nn.ModuleList([copy.deepcopy(one[kind], dict(shared)) for kind in kinds])

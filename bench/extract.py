@@ -13,7 +13,7 @@ import argparse
 import tempfile
 from pathlib import Path
 
-from side_by_side import PAGE, Way, alternate, at_most, ratio, table, tensors, write
+from side_by_side import PAGE, Way, alternate, at_most, random_model, ratio, table, tensors, write
 
 import torch  # isort: skip
 from transformers import Qwen3Config, Qwen3ForCausalLM  # isort: skip
@@ -37,12 +37,7 @@ GOAL = 1.3
 
 
 def model_of(blocks: int, vocab: int) -> Qwen3ForCausalLM:
-    torch.manual_seed(0)
-    torch.set_default_dtype(torch.bfloat16)
-    try:
-        return Qwen3ForCausalLM(Qwen3Config(num_hidden_layers=blocks, vocab_size=vocab, **SHAPE)).eval()
-    finally:
-        torch.set_default_dtype(torch.float32)
+    return random_model(Qwen3Config(num_hidden_layers=blocks, vocab_size=vocab, **SHAPE))
 
 
 def bare(model: Qwen3ForCausalLM, rows: list[list[int]], layers: list[int], W_low: torch.Tensor) -> Way:

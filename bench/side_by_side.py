@@ -162,6 +162,18 @@ def tensors(d_model: int, d_sae: int, n: int, device: str = "cpu") -> tuple[torc
     return x, W, torch.randn(d_sae, generator=g, device=device) * 0.1
 
 
+def random_model(config: Any) -> Any:
+    """A language model of this shape with random weights in bf16, which no gradient reaches."""
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        return AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def bare_product(x: torch.Tensor, W: torch.Tensor) -> Way:
     """The floor: the bf16 product alone, in tiles of our size, each written over the one before."""
     low, W_low = x.bfloat16(), W.bfloat16()

@@ -15,7 +15,7 @@ import statistics
 from itertools import islice
 from pathlib import Path
 
-from side_by_side import PAGE, Way, alternate, table, write
+from side_by_side import PAGE, Way, alternate, random_model, table, write
 
 import torch  # isort: skip
 from transformers import Qwen3Config, Qwen3ForCausalLM  # isort: skip
@@ -34,12 +34,7 @@ SHARE = 0.9
 
 
 def model_of(blocks: int, vocab: int) -> Qwen3ForCausalLM:
-    torch.manual_seed(0)
-    torch.set_default_dtype(torch.bfloat16)
-    try:
-        return Qwen3ForCausalLM(Qwen3Config(num_hidden_layers=blocks, vocab_size=vocab, **SHAPE)).eval()
-    finally:
-        torch.set_default_dtype(torch.float32)
+    return random_model(Qwen3Config(num_hidden_layers=blocks, vocab_size=vocab, **SHAPE))
 
 
 def measure(tokens: int, rounds: int) -> list[str]:
