@@ -30,7 +30,7 @@ W_dec = torch.randn(d_sae, x.shape[1], generator=torch.manual_seed(0))
 W_dec = (W_dec / W_dec.norm(dim=1, keepdim=True)).requires_grad_()
 W_enc, b_enc = (W_dec.detach() / 2).requires_grad_(), torch.zeros(d_sae, requires_grad=True)  # real: a fitted factor
 b_dec = (x.mean(0) * scale).requires_grad_()  # the real one takes the geometric median
-optimiser, silent = torch.optim.Adam([W_enc, W_dec, b_enc, b_dec], lr=lr, eps=6.25e-10), torch.zeros(d_sae)
+optimiser, silent = torch.optim.Adam([W_enc, W_dec, b_enc, b_dec], lr, (0.5, 0.95), 6.25e-10), torch.zeros(d_sae)
 for step in range(steps):
     x = next_batch() * scale
     pre = ((x - b_dec) @ W_enc.T + b_enc).relu()
@@ -44,7 +44,7 @@ for step in range(steps):
         spare = (((x - b_dec.detach()) @ W_enc.T + b_enc).relu() * dead).topk(k_aux)
         e_hat = torch.zeros_like(pre).scatter(1, spare.indices, spare.values) @ W_dec
         aux = ((x - x_hat).detach() - e_hat).square().sum() / variance
-    optimiser.param_groups[0]["lr"] = lr * min(1, 5 * (steps - step) / steps)  # the last fifth falls to zero
+    optimiser.param_groups[0]["lr"] = lr * min(1, 2 * (steps - step) / steps)  # the last half falls to zero
     optimiser.zero_grad()
     (fvu + aux / 32).backward()
     W_dec.grad -= (W_dec.grad * W_dec.detach()).sum(1, keepdim=True) * W_dec.detach()

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-DECAY = 0.2  # our share of the run in which the learning rate falls
+DECAY = 0.5  # our share of the run in which the learning rate falls
 
 
 def main() -> None:

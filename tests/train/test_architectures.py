@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -211,6 +212,7 @@ def test_matryoshka_prefixes_reconstruct_better_than_topks() -> None:
         ({"lr": -1.0}, InputError, "lr must be a positive number"),
         ({"warmup": 10_000}, InputError, "does not fit a run of"),
         ({"decay": 1.5}, InputError, "share of the run"),
+        ({"betas": (0.9, 1.0)}, InputError, "betas are two numbers"),
         ({"aux_weight": -1.0}, InputError, "must not be negative"),
     ],
 )
@@ -279,6 +281,25 @@ def test_the_schedule() -> None:
     assert lrs[10:80] == pytest.approx([1.0] * 70)
     assert lrs[-1] == pytest.approx(1 / 21)
     assert lrs[81:] == sorted(set(lrs[81:]), reverse=True)
+
+
+def test_rare_features_fare_better_than_with_adams_own_rates() -> None:
+    """Residuals made of 96 directions, of which the n-th is in a share of 0.5 / n of the tokens."""
+    g = torch.Generator().manual_seed(0)
+    directions = torch.nn.functional.normalize(torch.randn(96, 24, generator=g), dim=1)
+    shape = (400 * 64 + 8192, 96)
+    present = torch.rand(shape, generator=g) < 0.5 / torch.arange(1, 97)
+    x, held = (present * (1 + torch.rand(shape, generator=g)) @ directions).split([400 * 64, 8192])
+
+    def made(**adam: Any) -> tuple[float, int]:
+        config = TrainConfig(d_sae=96, k=4, tokens=len(x), batch=64, **adam)
+        acts = (sae := train(config, ResidualTable({"layers.0": x}, batch=64))["layers.0"]).encode(held)
+        unexplained = (held - sae.decode(acts)).square().sum() / (held - held.mean(0)).square().sum()
+        return float(unexplained), 96 - len(acts.indices[acts.values > 0].unique())
+
+    (mine, dead), (other, more_dead) = made(), made(betas=(0.9, 0.999))
+    assert mine < 0.95 * other
+    assert dead < more_dead
 
 
 def test_the_default_learning_rate() -> None:

@@ -28,7 +28,7 @@ def test_a_step_is_the_dense_formula_with_torchs_adam() -> None:
     w = layer.weights
     W_enc, W_dec, b_enc, b_dec = (t.detach().clone().requires_grad_() for t in (w.W_enc, w.W_dec, w.b_enc, w.b_dec))
     parameters = [W_enc, W_dec, b_enc, b_dec]
-    adam = torch.optim.Adam(parameters, eps=config.eps)
+    adam = torch.optim.Adam(parameters, betas=(0.5, 0.95), eps=config.eps)
     silent, met_the_dead = torch.zeros(96), False
     for i, raw in enumerate(x):
         batch = raw * w.scale

@@ -290,6 +290,7 @@ def test_what_is_passed_over_stays_where_nothing_else_is_whole(tmp_path: Path) -
         {"d_sae": True}, {"d_sae": 64.0}, {"k": True}, {"tokens": 1e4}, {"batch": False}, {"seed": True},
         {"warmup": 1.5},
         {"lr": True}, {"decay": True}, {"aux_weight": float("nan")}, {"aux_weight": float("inf")}, {"clip": True},
+        {"betas": (0.9,)}, {"betas": (-0.1, 0.9)},
     ],
 )  # fmt: skip
 def test_a_number_of_a_config_that_can_not_be(wrong: dict) -> None:

@@ -200,6 +200,11 @@ def test_what_can_not_be_continued_is_said_before_the_model_runs(
     assert not (tmp_path / "refused" / "run.json").exists()
 
 
+def test_without_layers_it_continues_those_there_are(folder: Path, model_folder: Path, base: TrainResult) -> None:
+    run = told(folder, model_folder, "all", start_from=str(base.folder), layers=None, eval_tokens=0)
+    assert sorted(run_train(run).saes) == sorted(LAYERS)
+
+
 def test_a_comparison_needs_a_beginning(tmp_path: Path, model_folder: Path, capsys) -> None:
     with pytest.raises(InputError, match="against_scratch compares SAEs that start_from names"):
         told(tmp_path, model_folder, "x", against_scratch=True)

@@ -53,6 +53,10 @@ LastLayers = Annotated[
 TableLayers = Annotated[
     str | None, typer.Option("--layers", "--layer", help="Layers, such as 3 or 0,2-5. Default: the table's.")
 ]
+StartLayers = Annotated[
+    str | None,
+    typer.Option("--layers", "--layer", help="Layers, such as 3 or 0,2-5. Default: those of --start-from, or all."),
+]
 Layers = Annotated[str | None, typer.Option("--layers", "--layer", help="Layers, such as 3 or 0,2-5. Default: all.")]
 Device = Annotated[
     str | None, typer.Option("--device", help="cpu, cuda, cuda:1 or mps. Default: CUDA, else MPS, else the CPU.")

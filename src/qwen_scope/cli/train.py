@@ -25,7 +25,12 @@ OPTIONS[TrainConfig] = {
     "tokens": Annotated[int, typer.Option("--tokens", help="Training tokens per layer.")],
     "architecture": Annotated[str, typer.Option("--architecture", help="topk, batchtopk, matryoshka or jumprelu.")],
     "batch": Annotated[int, typer.Option("--batch", help="Tokens per step.")],
-    "lr": Annotated[float | None, typer.Option("--lr", help="Peak learning rate. Default: 2e-4 / sqrt(d_sae / 2^14).")],
+    "lr": Annotated[
+        float | None,
+        typer.Option("--lr", help="Peak learning rate. Default: 2e-4 / sqrt(d_sae / 2^14), more for a short run."),
+    ],
+    "decay": Annotated[float, typer.Option("--decay", help="Last share of the run, in which the rate falls to zero.")],
+    "betas": Annotated[str, typer.Option("--betas", help="Adam's two."), Read(options.numbers_tuple, "0.5,0.95")],
     "seed": Annotated[int, typer.Option("--seed", help="Of the start and the order.", **options.SEED)],
 }
 OPTIONS[TrainRun] = {
@@ -33,7 +38,7 @@ OPTIONS[TrainRun] = {
     "out": Annotated[Path, typer.Option("--out", "-o", help="The folder of the run.")],
     "train": TrainConfig,
     "model": options.Model,
-    "layers": Annotated[options.Layers, Read(options.layers_tuple)],
+    "layers": Annotated[options.StartLayers, Read(options.layers_tuple)],
     "start_from": Annotated[str | None, typer.Option("--start-from", help="SAEs to continue from.")],
     "against_scratch": Annotated[
         bool, typer.Option("--against-scratch", help="Also train SAEs from scratch on the same tokens, and compare.")

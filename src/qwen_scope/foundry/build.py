@@ -163,8 +163,9 @@ def make_saes(out: Path, config: LabConfig, progress: Progress) -> None:
     loaded = load_model(out / "model", device="cpu")
     texts = (d.text for d in documents(split="train", seed=config.seed + 1, n=config.n_documents))
     rows = pack(loaded.tokenizer, texts, config.pretrain.row)
-    # The default rate is meant for runs a hundred times as long.
-    plan = TrainConfig(d_sae=config.d_sae, k=config.k, tokens=config.sae_tokens, seed=config.seed, lr=3e-3, batch=2048)
+    # What made the bundled lab, from before the defaults were tuned on a real model.
+    adam = {"lr": 3e-3, "betas": (0.9, 0.999), "decay": 0.2}
+    plan = TrainConfig(config.d_sae, config.k, config.sae_tokens, seed=config.seed, batch=2048, **adam)
     layers = range(config.n_layers)
     measured = measure_counted(loaded.model, loaded.tokenizer, rows.split(16), sample="the lab's texts")
     saes = train(

@@ -38,7 +38,7 @@ class TrainRun:
         out: the folder of the run.
         train: the dictionary and how it is trained.
         model: `lab`, or folder or Hub id of the language model.
-        layers: layers to train on, counting from 0; None means all.
+        layers: layers to train on, counting from 0; None means those of `start_from`, or all.
         group: the name of the set and of its folder in `out`; None means one made of the model's name, the width and k.
         start_from: a group, folder or Hub id of SAEs to continue from, of this model or another checkpoint of it.
         against_scratch: train beside each SAE that is continued one from scratch on the same batches, and compare.

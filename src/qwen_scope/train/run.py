@@ -37,7 +37,7 @@ from qwen_scope.model import (
     weights_fingerprint,
 )
 from qwen_scope.report import HasFrames, Progress, Table
-from qwen_scope.sae import SAE, save_sae
+from qwen_scope.sae import SAE, layers_of, save_sae
 from qwen_scope.scope import model_source
 from qwen_scope.text import REASONS, Corpus, Counted, TokenRows
 
@@ -248,12 +248,13 @@ def finish_folder(run: TrainRun, folder: Path, facts: Mapping[str, Any]) -> None
 def hook_points(run: TrainRun, loaded: LoadedModel) -> list[HookPoint]:
     """The layers of the run, or NotFoundError for one that the model does not have."""
     count = n_layers(loaded.model)
-    if bad := [layer for layer in run.layers or () if not 0 <= layer < count]:
+    named_by = run.layers or (layers_of(run.start_from) if run.start_from else range(count))
+    if bad := [layer for layer in named_by if not 0 <= layer < count]:
         raise NotFoundError(f"layer {bad[0]} does not exist: {run.model} has layers 0 to {count - 1}")
     longest = context_length(loaded.model)
     if longest is not None and run.context_length > longest:
         raise InputError(f"rows of {run.context_length} tokens do not fit the model's context of {longest}")
-    return [HookPoint(layer) for layer in sorted(run.layers or range(count))]
+    return [HookPoint(layer) for layer in sorted(named_by)]
 
 
 def source_of(run: TrainRun, loaded: LoadedModel, names: list[str], ranks: Ranks, counted: Counted) -> ResidualBuffer:
