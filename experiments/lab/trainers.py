@@ -3,8 +3,8 @@
     python -m experiments.lab.trainers [--trainers qwen-scope,sae_lens] [--write]
 
 Each peer trains in an environment of its own (`.venv-<peer>`, made by `tests/peers/run.sh <peer>`), once with its own
-defaults and once with our learning rate, warm-up, decay, AuxK weight and dead window, as far as it has them. All are
-measured by the same few lines below, in float64, on held-out residuals.
+defaults and once with our learning rate, warm-up, decay, rates of Adam, AuxK weight and dead window, as far as it has
+them. All are measured by the same few lines below, in float64, on held-out residuals.
 """
 
 from __future__ import annotations
@@ -107,8 +107,8 @@ def tell(at: At[Sizes], rows: list[Row]) -> str:
     how = f"""`python -m experiments.lab.trainers --write`: every trainer on the same residuals of layer {LAYER} of
         the bundled lab, in the same order: {sizes.tokens:,} tokens, d_sae {sizes.d_sae:,}, k {sizes.k}, batch
         {sizes.batch:,}; measured in float64 on {sizes.held_out:,} held-out tokens. "Ours" gives a peer our learning
-        rate, warm-up, decay, AuxK weight and dead window, as far as it has them. One layer and one seed; the machine
-        ran other work, so the seconds are only indicative."""
+        rate, warm-up, decay, rates of Adam, AuxK weight and dead window, as far as it has them. One layer and one
+        seed; the machine ran other work, so the seconds are only indicative."""
     cells = [
         (*names, f"{row['fvu']:.4f}", f"{row['l0']:.1f}", f"{row['dead']:.2%}", f"{row['seconds']:.0f}")
         for row in rows

@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 DECAY = 0.5  # our share of the run in which the learning rate falls
+BETAS = (0.5, 0.95)  # our rates of Adam
 
 
 def main() -> None:
@@ -68,7 +69,8 @@ def with_sae_lens(x: torch.Tensor, args: argparse.Namespace) -> dict[str, torch.
         sae_options = {"aux_loss_coefficient": 1 / 32, "normalize_activations": "expected_average_only_in"}
         options = {
             "lr": args.lr, "lr_end": args.lr / 10, "lr_warm_up_steps": steps // 20,
-            "lr_decay_steps": int(DECAY * steps), "dead_feature_window": steps // 10, "n_batches_for_norm_estimate": 10,
+            "lr_decay_steps": int(DECAY * steps), "adam_beta1": BETAS[0], "adam_beta2": BETAS[1],
+            "dead_feature_window": steps // 10, "n_batches_for_norm_estimate": 10,
         }  # fmt: skip
     sae = TopKTrainingSAE(TopKTrainingSAEConfig(d_in=x.shape[1], d_sae=args.d_sae, k=args.k, **sae_options))
     trainer = SAETrainer(

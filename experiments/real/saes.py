@@ -5,8 +5,8 @@
 Residuals of one layer are read once (`experiments.real.residuals`; `--residuals` names a folder of them), without first
 and special tokens and sinks. On as many of them, in the same order, each of qwen-scope, sae_lens, sparsify and
 dictionary_learning trains an SAE of the same width and k, the peers in their own environments (`tests/peers/run.sh`),
-with our warm-up, decay, AuxK weight and dead window as far as they have them (`experiments.lab.trainers` compares those
-with their own defaults, which are behind).
+with our warm-up, decay, rates of Adam, AuxK weight and dead window as far as they have them (`experiments.lab.trainers`
+compares those with their own defaults, which are behind; of the peers sae_lens alone lets Adam's rates be chosen).
 
 Learning rates are tuned for each trainer: runs of `tune` tokens at `RATES`, and outwards by factors of three while the
 best is at an edge; the lowest FVU on the `judge` training tokens after those wins. A longer run takes that rate times

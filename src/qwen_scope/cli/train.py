@@ -30,7 +30,9 @@ OPTIONS[TrainConfig] = {
         typer.Option("--lr", help="Peak learning rate. Default: 2e-4 / sqrt(d_sae / 2^14), more for a short run."),
     ],
     "decay": Annotated[float, typer.Option("--decay", help="Last share of the run, in which the rate falls to zero.")],
-    "betas": Annotated[str, typer.Option("--betas", help="Adam's two."), Read(options.numbers_tuple, "0.5,0.95")],
+    "betas": Annotated[
+        str, typer.Option("--betas", help="Adam's beta 1 and beta 2."), Read(options.numbers_tuple, "0.5,0.95")
+    ],
     "seed": Annotated[int, typer.Option("--seed", help="Of the start and the order.", **options.SEED)],
 }
 OPTIONS[TrainRun] = {
