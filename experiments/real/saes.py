@@ -9,9 +9,8 @@ with our warm-up, decay, rates of Adam, AuxK weight and dead window as far as th
 compares those with their own defaults, which are behind; of the peers sae_lens alone lets Adam's rates be chosen).
 
 Learning rates are tuned for each trainer: runs of `tune` tokens at `RATES`, and outwards by factors of three while the
-best is at an edge; the lowest FVU on the `judge` training tokens after those wins. A longer run takes that rate times
-the change of our own default between the two lengths, whoever the trainer is. Beyond three million tokens ours is
-trained alone.
+best is at an edge; the lowest FVU on the `judge` training tokens after those wins. Runs of more than 1,200 steps take
+that rate times `sqrt(1200 / steps)`, whoever the trainer is. Beyond three million tokens ours is trained alone.
 
 Measured on held-out documents, of which no text is among the training documents: explained variance (`1 - FVU`, and its
 mean over tokens), how much of the next-token loss is recovered when the reconstruction takes the residual's place, and
@@ -21,6 +20,7 @@ as an SAE has active features.
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import subprocess
@@ -44,7 +44,6 @@ from qwen_scope.errors import InputError
 from qwen_scope.model import HookPoint
 from qwen_scope.sae import SAE, Identity, TopK, fingerprint, save_sae
 from qwen_scope.stats import share
-from qwen_scope.train import TrainConfig
 
 OURS, COMPONENTS = "qwen-scope", "components"
 TRAINERS = (OURS, *PEERS)
@@ -75,10 +74,6 @@ def residuals(at: At[Sizes], tokens: int, held_out: int) -> Residuals:
     found = Residuals(folder, str(at.options["model"]), str(documents), layers, sizes, at.sizes.passes)
     found.record()
     return found
-
-
-def config(at: At[Sizes], tokens: int) -> TrainConfig:
-    return TrainConfig(d_sae=at.options["features"], k=at.options["k"], tokens=tokens, batch=at.sizes.batch)
 
 
 def trained(at: At[Sizes], kept: Residuals, trainer: str, tokens: int, rate: float) -> dict[str, Any]:
@@ -144,8 +139,7 @@ def run(at: At[Sizes], trainer: str, budget: int) -> Mapping[str, Any]:
     sizes = at.sizes
     some = residuals(at, sizes.tune + sizes.judge, 0)
     rates = at.kept(f"rates-{trainer}", lambda: tuned(at, some, trainer))
-    scale = config(at, budget).peak_lr / config(at, sizes.tune).peak_lr
-    rate = scale * float(min(rates, key=rates.__getitem__))
+    rate = min(1.0, math.sqrt(1200 * sizes.batch / budget)) * float(min(rates, key=rates.__getitem__))
     made = trained(at, residuals(at, budget, 0), trainer, budget, rate)
     kept = residuals(at, budget, sizes.held_out)
     sae = sae_of(at, made["weights"])

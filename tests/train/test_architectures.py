@@ -306,9 +306,9 @@ def test_the_default_learning_rate() -> None:
     def peak(steps: int) -> float:
         return TrainConfig(d_sae=2**16, k=4, tokens=64 * steps, batch=64).peak_lr
 
-    assert peak(120_000) == peak(10**6) == pytest.approx(1e-4)
-    assert peak(30_000) == pytest.approx(2e-4)
-    assert peak(10) == pytest.approx(1e-3)
+    assert peak(50_000) == peak(10**6) == pytest.approx(1e-4)
+    assert peak(12_500) == pytest.approx(2e-4)
+    assert peak(500) == peak(10) == pytest.approx(1e-3)
 
 
 def test_a_very_short_run_calls_no_feature_dead() -> None:
