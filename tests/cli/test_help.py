@@ -74,7 +74,7 @@ def test_lines_break_between_words_alone(line: str, parts: int) -> None:
 SAID = {
     "features": ("--layers", "Default: the middle; all with --response or --json."),
     "compare": ("--layers", "Default: all"),
-    "train": ("--layers", "Default: all"),
+    "train": ("--layers", "Default: those of --start-from, or all."),
     "posttrain prepare": ("--layers", "Default: the last two"),
     "posttrain sft": ("--layers", "Default: the table's"),
     "posttrain repetition": ("--layers", "Default: all"),
