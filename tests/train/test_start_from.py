@@ -205,6 +205,15 @@ def test_without_layers_it_continues_those_there_are(folder: Path, model_folder:
     assert sorted(run_train(run).saes) == sorted(LAYERS)
 
 
+def test_what_is_missing_is_said_of_a_file_that_names_no_layer(
+    folder: Path, model_folder: Path, base: TrainResult
+) -> None:
+    alone = folder / "alone.sae.pt"
+    alone.write_bytes((base.folder / "layer0.sae.pt").read_bytes())
+    with pytest.raises(InputError, match="how many features are active per token"):
+        run_train(told(folder, model_folder, "nameless", start_from=str(alone), layers=None))
+
+
 def test_a_comparison_needs_a_beginning(tmp_path: Path, model_folder: Path, capsys) -> None:
     with pytest.raises(InputError, match="against_scratch compares SAEs that start_from names"):
         told(tmp_path, model_folder, "x", against_scratch=True)

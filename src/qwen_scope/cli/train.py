@@ -31,7 +31,9 @@ OPTIONS[TrainConfig] = {
     ],
     "decay": Annotated[float, typer.Option("--decay", help="Last share of the run, in which the rate falls to zero.")],
     "betas": Annotated[
-        str, typer.Option("--betas", help="Adam's beta 1 and beta 2."), Read(options.numbers_tuple, "0.5,0.95")
+        str,
+        typer.Option("--betas", help="Adam's beta 1 and beta 2."),
+        Read(options.numbers_tuple, ",".join(map(str, TrainConfig.betas))),
     ],
     "seed": Annotated[int, typer.Option("--seed", help="Of the start and the order.", **options.SEED)],
 }

@@ -25,8 +25,8 @@ FREEZABLE = ("W_enc", "W_dec", "b_enc", "b_dec")
 
 CONTINUING = 0.3  # docs/log.md, "Where training begins"
 
-# Steps from which the published learning rate is taken as it is. A shorter run explains more at a higher one, but
-# beyond what this gives no more, while more features die (docs/log.md, "The trainer").
+# Steps from which the published learning rate is taken as it is. A shorter run explains more at a higher one; rates
+# above what this gives explained no more and left more features dead (docs/log.md, "The trainer").
 LONG_RUN = 50_000
 
 

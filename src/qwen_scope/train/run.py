@@ -248,13 +248,13 @@ def finish_folder(run: TrainRun, folder: Path, facts: Mapping[str, Any]) -> None
 def hook_points(run: TrainRun, loaded: LoadedModel) -> list[HookPoint]:
     """The layers of the run, or NotFoundError for one that the model does not have."""
     count = n_layers(loaded.model)
-    named_by = run.layers or (layers_of(run.start_from) if run.start_from else range(count))
-    if bad := [layer for layer in named_by if not 0 <= layer < count]:
+    layers = run.layers or (run.start_from and layers_of(run.start_from)) or range(count)
+    if bad := [layer for layer in layers if not 0 <= layer < count]:
         raise NotFoundError(f"layer {bad[0]} does not exist: {run.model} has layers 0 to {count - 1}")
     longest = context_length(loaded.model)
     if longest is not None and run.context_length > longest:
         raise InputError(f"rows of {run.context_length} tokens do not fit the model's context of {longest}")
-    return [HookPoint(layer) for layer in sorted(named_by)]
+    return [HookPoint(layer) for layer in sorted(layers)]
 
 
 def source_of(run: TrainRun, loaded: LoadedModel, names: list[str], ranks: Ranks, counted: Counted) -> ResidualBuffer:
