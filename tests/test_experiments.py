@@ -18,11 +18,13 @@ from typing import Any
 import pytest
 
 from experiments.harness import At, Experiment, Row, main
-from experiments.real import codeswitch, depth
+from experiments.real import answers, codeswitch, depth
 from experiments.real.quality import figures
 from experiments.sections import BY_HAND, write_section
+from qwen_scope import load_scope
 from qwen_scope.errors import QwenScopeWarning
 from qwen_scope.lab import documents
+from qwen_scope.steer import GeneratedToken, Generation
 
 ROOT = Path(__file__).parents[1]
 STEPS = (1, 2)  # a constant that the settings of the toy below hold
@@ -205,6 +207,32 @@ def test_a_killed_experiment_resumes(tmp_path: Path) -> None:
     cells = [json.loads(line)["cell"]["language"] for line in path.read_text().splitlines()]
     assert cells == ["de", "zh"]
     assert [len(re.findall(rf"^\| {language}/rude \|", out, re.MULTILINE)) for language in cells] == [2, 2]
+
+
+def test_a_base_model_is_asked_by_examples_and_its_answer_ends_at_the_next_question(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    scope = load_scope("lab", device="cpu")
+    words = [answers.asked(scope, "Why?"), answers.asking(scope, "German")]
+    assert words == ["Why?", "Answer in German. "]
+    monkeypatch.setattr(scope.tokenizer, "chat_template", None)
+    assert answers.asked(scope, "Why?") == "Question: Why?\nAnswer:"
+    assert [len(worked) for worked in answers.WORKED.values()] == [len(answers.QUESTIONS)] * 4
+    before = answers.asking(scope, "German")
+    assert before.count("Question:") == before.count("\nAnswer: ") == 3
+    assert before.endswith("reifen.\n\n")
+
+    def ended(text: str) -> Generation:
+        ids = scope.tokenizer(text)["input_ids"]
+        tokens = tuple(GeneratedToken(i, str(scope.tokenizer.decode([i])), None) for i in ids)
+        return answers.first(scope, Generation("", text, tokens, False, ()))
+
+    cut = ended(" Honey is sweet.\n\nQuestion: Why?\nAnswer: It")
+    assert cut.text == " Honey is sweet."
+    assert str(scope.tokenizer.decode([one.token_id for one in cut.tokens])).startswith(" Honey is sweet.")
+    assert not any("stion" in one.text for one in cut.tokens)
+    assert ended(" A question") == Generation("", " A question", ended(" A question").tokens, False, ())
+    assert len(ended("\nQuestion: Why?").tokens) >= 1
 
 
 @pytest.mark.slow

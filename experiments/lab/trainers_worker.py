@@ -49,13 +49,19 @@ def batches(x: torch.Tensor, args: argparse.Namespace) -> Iterator[torch.Tensor]
         yield x[step * args.batch : (step + 1) * args.batch].float()
 
 
-def with_ours(x: torch.Tensor, args: argparse.Namespace) -> dict[str, torch.Tensor]:
+def with_ours(x: torch.Tensor, args: argparse.Namespace, architecture: str = "topk") -> dict[str, torch.Tensor]:
     from qwen_scope.train import Checkpoints, TrainConfig, train
 
-    config = TrainConfig(d_sae=args.d_sae, k=args.k, tokens=args.tokens, batch=args.batch, lr=args.lr)
+    config = TrainConfig(
+        d_sae=args.d_sae, k=args.k, tokens=args.tokens, batch=args.batch, lr=args.lr, architecture=architecture
+    )
     saved = Checkpoints(args.folder / "checkpoints", resume=True, keep=1) if args.residuals else None
     sae = train(config, ({"layers.0": part} for part in batches(x, args)), checkpoints=saved)["layers.0"]
-    return {name: getattr(sae, name) for name in ("W_enc", "W_dec", "b_enc", "b_dec")}
+    return {name: getattr(sae, name) for name in ("W_enc", "W_dec", "b_enc", "b_dec", *sae.own)}
+
+
+def with_batchtopk(x: torch.Tensor, args: argparse.Namespace) -> dict[str, torch.Tensor]:
+    return with_ours(x, args, "batchtopk")
 
 
 def with_sae_lens(x: torch.Tensor, args: argparse.Namespace) -> dict[str, torch.Tensor]:
@@ -165,6 +171,7 @@ def with_sparsify(x: torch.Tensor, args: argparse.Namespace) -> dict[str, torch.
 
 TRAINERS = {
     "qwen-scope": with_ours,
+    "qwen-scope-batchtopk": with_batchtopk,
     "sae_lens": with_sae_lens,
     "sparsify": with_sparsify,
     "dictionary_learning": with_dictionary_learning,

@@ -11,7 +11,7 @@ none does, among all, and then the language counts as not reached. All figures a
 
 - unsteered; the feature; the difference of mean residuals (the language less the other languages of the same
   paragraphs, as in the score, and less English alone, which the prompts are in) at the same layer with the same length
-  of change; asked to ("Answer in Spanish." before the prompt);
+  of change; asked to ("Answer in Spanish." before the prompt, or of a base model three questions answered in it);
 - random features, matched as `qwen-scope validate` matches: they fire about as often and change the stream as much;
   features that fire over twice as often in the language as in the others are of the language and never drawn.
 
@@ -38,7 +38,7 @@ import numpy as np
 import torch
 
 from experiments.harness import At, Experiment, Row, main
-from experiments.real.answers import Case, Made, answered
+from experiments.real.answers import Case, Made, answered, asking
 from experiments.sections import paragraph, table
 from qwen_scope import Intervention, Scope, load_scope
 from qwen_scope.features import language_features, matched_random, of_concept, perplexity_ratio, pool_store
@@ -148,8 +148,8 @@ def called(language: str) -> str:
     return LANGUAGES[language][1]
 
 
-def asking(language: str) -> str:
-    return f"Answer in {LANGUAGES[language][0]}. "
+def asked_for(scope: Scope, language: str) -> Case:
+    return asking(scope, LANGUAGES[language][0]), torch.zeros(scope.d_model)
 
 
 def as_long(scope: Scope, layer: int, vector: torch.Tensor, amount: float) -> torch.Tensor:
@@ -164,8 +164,7 @@ def column(scope: Scope, layer: int, feature: int) -> torch.Tensor:
 def chosen(at: At[Sizes], language: str, features: Mapping[str, Any]) -> tuple[list[dict[str, Any]], int | None]:
     """Every layer and amount on the prompts that choose, and which one it is."""
     scope, prompts, tried = scope_of(at), FIT[: at.sizes.fit], []
-    nothing = torch.zeros(scope.d_model)
-    (asked,) = answered(scope, prompts, [(asking(language), nothing)], scope.hook_point(scope.layers[0]), NEW)
+    (asked,) = answered(scope, prompts, [asked_for(scope, language)], scope.hook_point(scope.layers[0]), NEW)
     for layer in scope.layers:
         vector = column(scope, layer, features[f"{language} {layer}"]["feature"])
         cases = [("", as_long(scope, layer, vector, amount)) for amount in AMOUNTS]
@@ -196,7 +195,7 @@ def run(at: At[Sizes], language: str) -> Mapping[str, Any]:
     tried, best = chosen(at, language, features)
     layer = scope.layers[0] if best is None else tried[best]["layer"]
     mine = features[f"{language} {layer}"]
-    cases: dict[str, Case] = {"asked": (asking(language), nothing), "unsteered": ("", nothing)}
+    cases: dict[str, Case] = {"asked": asked_for(scope, language), "unsteered": ("", nothing)}
     drawn: list[int] = []
     if best is not None:
         amount = tried[best]["amount"]
@@ -237,8 +236,7 @@ def from_english(at: At[Sizes], row: Row) -> Mapping[str, Any]:
     with FeatureStore(stored(at)) as store:
         means = store.residuals(dose["layer"], "mean")
     vector = torch.tensor(means[groups == language].mean(0) - means[groups == "en"].mean(0))
-    cases: list[Case] = [(asking(language), torch.zeros(scope.d_model))]
-    cases.append(("", as_long(scope, dose["layer"], vector, dose["amount"])))
+    cases: list[Case] = [asked_for(scope, language), ("", as_long(scope, dose["layer"], vector, dose["amount"]))]
     asked, made = answered(scope, given(at), cases, scope.hook_point(dose["layer"]), NEW)
     return told(made, asked, language)
 
@@ -379,7 +377,9 @@ experiment = Experiment(
         "data": {"type": Path, "required": True, "help": "the folder with xquad.jsonl.gz"},
         "prompts": {"type": Path, "help": "a file of other prompts to report on, one a line"},
         "seed": {"type": int, "default": 0, "help": "of the paragraphs and the random features"},
+        "apart": {"metavar": "NAME", "help": "a section of its own, such as of another model"},
     },
+    variant=lambda at: at.options["apart"] or "",
 )
 
 if __name__ == "__main__":
