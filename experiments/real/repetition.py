@@ -247,7 +247,7 @@ def changes(scope: Scope, drivers: Sequence[Driver], amount: float) -> list[Inte
 
 
 def run(at: At[Sizes], arm: str) -> dict[str, Any]:
-    """The answers of one arm: whether each loops, was ended, and the quality of what comes before a loop."""
+    """The answers of one arm: whether each loops, was ended, and, of what is compared, the quality before a loop."""
     torch.set_num_threads(1)
     prompts = prompts_of(at)
     if arm in SAMPLED:
@@ -271,7 +271,7 @@ def run(at: At[Sizes], arm: str) -> dict[str, Any]:
         "loops": [one["loop"] is not None for one in found],
         "finished": [one["finished"] for one in found],
         "tokens": [len(one["ids"]) for one in found],
-        "quality": judged(loaded, texts, found),
+        "quality": judged(loaded, texts, found) if arm in STEERED or not SAMPLED[arm] else [],
         "example": next((loaded.tokenizer.decode(one["ids"])[-200:] for one in found if one["loop"]), ""),
         **more,
     }

@@ -12,7 +12,9 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 
+from qwen_scope import load_scope
 from qwen_scope.errors import FormatError, InputError, NotFoundError, QwenScopeWarning
 from qwen_scope.text import Corpus, Document, Unreadable
 
@@ -188,6 +190,25 @@ def test_datasets_from_disk_in_memory_and_streamed(tmp_path, monkeypatch) -> Non
     assert [d.row for d in hub] == list(range(1, 24))
     with pytest.raises(InputError, match="no known size"):
         Corpus("owner/name", sample=3)
+
+
+def test_stores_among_documents_are_no_documents(tmp_path) -> None:
+    """Their token texts would be read as documents of one token each."""
+    (tmp_path / "notes.txt").write_text("One.\n\nTwo.\n")
+    (tmp_path / "documents").mkdir()
+    table = pa.table({"text": ["Three."]})
+    pq.write_table(table, tmp_path / "documents" / "000000.parquet")  # of such a name, but in no store
+    load_scope("lab", device="cpu").extract(["Eins. Zwei."], tmp_path / "out" / "store").close()
+    assert len(list((tmp_path / "out").rglob("*.parquet"))) > 5
+    assert [d.text for d in Corpus(tmp_path)] == ["Three.", "One.", "Two."]
+    there = MemoryFileSystem()
+    there.put(f"{tmp_path}/", "/documents-and-a-store/", recursive=True)
+    assert [d.text for d in Corpus("memory://documents-and-a-store")] == ["Three.", "One.", "Two."]
+    for whole in (tmp_path / "out" / "store", "memory://documents-and-a-store/out/store"):
+        with pytest.raises(InputError, match="is a store of features; name the documents it was made of"):
+            Corpus(whole)
+    (tmp_path / "out" / "store" / "manifest.json").unlink()  # as while it is written
+    assert len(list(Corpus(tmp_path))) == 3
 
 
 def test_what_is_no_corpus(tmp_path) -> None:

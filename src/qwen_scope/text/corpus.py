@@ -33,11 +33,12 @@ class Corpus:
     A row that holds no document keeps its number and is passed over; how many were is said in a warning at the end.
 
     Args:
-        source: a file or a folder of files (`.txt`, `.jsonl`, `.ndjson`, `.csv`, `.tsv`, `.parquet`, also gzipped), a
-            folder written by `datasets`, a dataset of the Hub (`owner/name`, streamed), `lab` or some of its documents
-            (`lab:language=de,register!=rude`; without end, unless there is a `sample`), a `datasets` object, a frame of
-            pandas or polars, an Arrow table, a mapping of columns, or texts or mappings in a list or from a generator;
-            `Together` for several of those that have names.
+        source: a file or a folder of files (`.txt`, `.jsonl`, `.ndjson`, `.csv`, `.tsv`, `.parquet`, also gzipped;
+            stores of features in it are passed over), a folder written by `datasets`, a dataset of the Hub
+            (`owner/name`, streamed), `lab` or some of its documents (`lab:language=de,register!=rude`; without end,
+            unless there is a `sample`), a `datasets` object, a frame of pandas or polars, an Arrow table, a mapping of
+            columns, or texts or mappings in a list or from a generator; `Together` for several of those that have
+            names.
         column: the column that holds the text: a string or a list of messages.
         template: make the text of several columns instead, such as "{question}\\n{answer}" (`CorpusOptions`).
         unit: what one document of a `.txt` file is: a `paragraph` (up to a blank line), a `line`, or the `file`.
@@ -62,7 +63,7 @@ class Corpus:
 
     Raises:
         NotFoundError: there is no such file, dataset, split or package.   FormatError: a `.parquet` file is none.
-        InputError: a folder without a file of a known kind, an object without documents, a sample of a source
+        InputError: a folder without a file of a known kind, a store, an object without documents, a sample of a source
             whose size is not known, or a share that there is not.
     """
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -19,6 +20,8 @@ from .lab import is_lab, lab_source
 from .read import SUFFIXES, Raw, Source, file_source, is_readable, record_of, same
 
 OTHERS = (".json", ".gz", ".zst", ".md", ".arrow")  # of files that are not read, which are no names of datasets
+# Files that a store of features has, each in a folder of its table.
+_PARTS = {name: re.compile(rf"(.*/|){name}/[0-9]{{6,}}\.parquet") for name in ("activations", "documents")}
 BATCH = 256  # rows of a table that are turned into Python objects together
 
 
@@ -54,7 +57,7 @@ def find_sources(
 
     Raises:
         NotFoundError: there is no such file, dataset, split or package.
-        InputError: an object that holds no documents, or a folder without a file of a known kind.
+        InputError: an object that holds no documents, a folder without a file of a known kind, or a store.
         FormatError: a `.parquet` file is none.
     """
     if isinstance(source, Together):
@@ -85,9 +88,13 @@ def named(source: str, unit: str, split: str, subset: str | None) -> tuple[list[
             return [found], path.name
         below = [p for p in path.rglob("*") if isinstance(p, Remote) or p.is_file()]
         files = sorted(p for p in below if is_readable(p))  # pyright: ignore[reportArgumentType]  # all of one kind
-        if not files:
+        names = [p.relative_to(path).as_posix() for p in files]  # pyright: ignore[reportArgumentType]
+        if "" in (stores := stores_in(names)):
+            raise InputError(f"{path} is a store of features; name the documents it was made of")
+        found = [(p, name) for p, name in zip(files, names, strict=True) if not name.startswith(stores)]
+        if not found:
             raise InputError(f"{path} holds no file that ends with {', '.join(SUFFIXES)}")
-        return [file_source(p, p.relative_to(path).as_posix(), unit) for p in files], path.name  # pyright: ignore[reportArgumentType]
+        return [file_source(p, name, unit) for p, name in found], path.name
     file_like = is_readable(path) or path.suffix in OTHERS
     if (
         isinstance(path, Remote)
@@ -101,6 +108,13 @@ def named(source: str, unit: str, split: str, subset: str | None) -> tuple[list[
     with foreign(f"there is no file {source!r} here, and the Hub does not give it as a dataset", NotFoundError):
         stream = datasets.load_dataset(source, subset, split=split, streaming=True)
     return [Source(f"hub:{source}", None, partial(dataset_rows, stream), begin="stream")], source
+
+
+def stores_in(names: Sequence[str]) -> tuple[str, ...]:
+    """Where in a folder stores lie, as beginnings of the names of its files: a store holds token texts in Parquet, too,
+    which would read as documents of one token each."""
+    parts = {table: {m[1] for m in map(part.fullmatch, names) if m} for table, part in _PARTS.items()}
+    return tuple(sorted(set.intersection(*parts.values())))
 
 
 def object_source(source: Any, split: str, name: str | None) -> Source:
