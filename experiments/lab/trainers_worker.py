@@ -44,9 +44,10 @@ def main() -> None:
 
 
 def batches(x: torch.Tensor, args: argparse.Namespace) -> Iterator[torch.Tensor]:
-    """Whole batches in float32, in order: only one of them is in memory."""
-    for step in range(args.tokens // args.batch):
-        yield x[step * args.batch : (step + 1) * args.batch].float()
+    """Whole batches in float32, each from all over the tokens, so that none is of one text: one is in memory."""
+    steps = args.tokens // args.batch
+    for step in range(steps):
+        yield x[step::steps][: args.batch].float()
 
 
 def with_ours(x: torch.Tensor, args: argparse.Namespace, architecture: str = "topk") -> dict[str, torch.Tensor]:
@@ -151,7 +152,7 @@ def with_sparsify(x: torch.Tensor, args: argparse.Namespace) -> dict[str, torch.
 
     row = 64
     steps = args.tokens // args.batch
-    ids = torch.arange(steps * args.batch).view(-1, row)
+    ids = torch.arange(steps * args.batch).view(args.batch, steps).T.reshape(-1, row)  # the order of `batches`
     options = {}
     if args.setting == "ours":
         options = {

@@ -7,12 +7,12 @@ ends in 0 in decimal are held out, each text is taken once. `qwen-scope train` t
 others, shuffled across sources, all in one run, into `run` in the folder of finished cells; a run that was stopped goes
 on, a finished one is used as it is. Thresholds for sinks, learning rate and all else are the command's own choice.
 
-Measured on held-out documents, in their order, by the run's own rule of which tokens count: explained variance
-(`1 - FVU`, and its mean over tokens, where every token weighs the same), how much of the next-token loss is recovered
-when the reconstruction takes the residual's place, and features that fire on none of the tokens. The control for
-explained variance are as many principal components as an SAE has active features, fitted on the very tokens that are
-measured, so it is the best that one fixed set of so many directions can do; for the loss it is zeros, which count as
-nothing recovered. The learning curve is the explained variance of training batches before their step, from the run's
+Measured on held-out documents, mixed as those to train on, by the run's own rule of which tokens count: explained
+variance (`1 - FVU`, and its mean over tokens, where every token weighs the same), how much of the next-token loss is
+recovered when the reconstruction takes the residual's place, and features that fire on none of the tokens. The control
+for explained variance are as many principal components as an SAE has active features, fitted on the very tokens that
+are measured, so it is the best that one fixed set of so many directions can do; for the loss it is zeros, which count
+as nothing recovered. The learning curve is the explained variance of training batches before their step, from the run's
 metrics, as the mean over the logged steps of the last twentieth before each point.
 """
 
@@ -40,7 +40,7 @@ from qwen_scope.files import read_object, write_text
 from qwen_scope.model import HookPoint, LoadedModel, capture, counted_of, load_model
 from qwen_scope.sae import SAE, layers_of, load_sae
 from qwen_scope.stats import share
-from qwen_scope.text import Corpus, Counted, TokenRows, tally
+from qwen_scope.text import Corpus, Counted, TokenRows, longest_text, tally
 from qwen_scope.train.held_out import held_out_of
 from qwen_scope.train.metrics import read_metrics
 
@@ -173,7 +173,7 @@ def opened(at: At[Sizes]) -> LoadedModel:
 
 def tokens(at: At[Sizes], loaded: LoadedModel) -> TokenRows:
     """The held-out documents in rows."""
-    corpus = Corpus(str(divided(at) / HELD_OUT), shuffle=SHUFFLE, quiet=True)
+    corpus = Corpus(str(divided(at) / HELD_OUT), shuffle=SHUFFLE, longest=longest_text(CONTEXT), quiet=True)
     return TokenRows(corpus, loaded.tokenizer, context_length=CONTEXT, batch_size=AT_ONCE)
 
 

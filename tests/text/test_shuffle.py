@@ -12,11 +12,15 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from scipy.stats import kstest, spearmanr
 
+from qwen_scope import load_scope
 from qwen_scope.errors import FormatError, InputError
-from qwen_scope.text import Corpus, Document, Together
+from qwen_scope.text import Corpus, Document, Together, TokenRows
 from qwen_scope.text import corpus as corpus_file
+from qwen_scope.train import TrainConfig, TrainRun
+from qwen_scope.train.run import corpus_of
 
 
 def jsonl(path: Path, n: int, name: str = "a", blank: bool = False) -> Path:
@@ -213,3 +217,74 @@ def test_empty_files_and_an_empty_corpus(tmp_path: Path) -> None:
     jsonl(tmp_path / "b.jsonl", 5)
     assert sorted(texts(Corpus(tmp_path, shuffle=0))) == [f"a {i}" for i in range(5)]
     assert texts(Corpus(tmp_path / "a.jsonl", shuffle=0, repeat=True)) == []
+
+
+def long_and_short(folder: Path) -> Path:
+    """200 short documents around one that is as long as all of them, and a conversation."""
+    rows: list[object] = [f"short {i} " + "word " * 20 for i in range(200)]
+    rows.insert(70, "".join(f"line {i} of the long one\n" for i in range(1000)))
+    rows.insert(30, [{"role": "user", "content": "said " * 200}])
+    path = folder / "both.jsonl"
+    path.write_text("".join(json.dumps({"text": row, "n": i}) + "\n" for i, row in enumerate(rows)))
+    return path
+
+
+def test_long_texts_are_cut_behind_lines_and_mixed_with_the_others(tmp_path: Path) -> None:
+    path = long_and_short(tmp_path)
+    whole = next(one for one in Corpus(path) if one.row == 72)
+    corpus = Corpus(path, shuffle=0, longest=500)
+    found = list(corpus)
+    parts = [one for one in found if one.row == 72]
+    assert [one.part for one in sorted(parts, key=lambda one: one.part)] == list(range(len(parts)))
+    assert "".join(str(one.text) for one in sorted(parts, key=lambda one: one.part)) == whole.text
+    assert all(
+        250 < len(one.text) <= 500 and str(one.text).endswith("\n") for one in parts if one.part < len(parts) - 1
+    )
+    assert {one.meta["n"] for one in parts} == {71}
+    assert corpus.used == 202  # documents, not parts
+    others = [one for one in found if one.row != 72]
+    assert sorted(one.row for one in others) == [i for i in range(1, 203) if i != 72]
+    assert isinstance(next(one for one in others if one.row == 31).text, list)
+    at = [(i + 0.5) / len(found) for i, one in enumerate(found) if one.row == 72]
+    assert kstest(at, "uniform").pvalue > 0.01
+    uncut = texts(Corpus(path, shuffle=0))
+    assert uncut == texts(Corpus(path, shuffle=0, longest=10**6))  # in the same order where nothing is longer
+
+
+def test_texts_without_lines_or_spaces_are_cut_at_the_length() -> None:
+    cut = [str(one.text) for one in Corpus(["字" * 1001, "a " * 40], shuffle=0, longest=100)]
+    assert sorted(map(len, cut)) == [1, 80, *[100] * 10]
+    assert sorted(len(str(one.text)) for one in Corpus(["a " * 80], shuffle=0, longest=101)) == [60, 100]
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_reading_of_cut_texts_goes_on_from_anywhere_and_with_no_other_length(tmp_path: Path) -> None:
+    path = long_and_short(tmp_path)
+    whole = [(one.row, one.part) for one in Corpus(path, shuffle=1, longest=500)]
+    for taken in (0, 1, 60, 110, len(whole) - 1):
+        first = Corpus(path, shuffle=1, longest=500)
+        before = [(one.row, one.part) for one in islice(first, taken)]
+        kept = json.loads(json.dumps(first.cursor()))
+        again = Corpus(path, shuffle=1, longest=500)
+        again.seek(kept)
+        assert before + [(one.row, one.part) for one in again] == whole
+        assert again.used == 202
+    for other in (None, 600):
+        with pytest.raises(FormatError, match=f"were cut at 500 characters, here at {other}"):
+            Corpus(path, shuffle=1, longest=other).seek(kept)
+    del kept["longest"]  # as an earlier version kept it
+    with pytest.raises(FormatError, match="were cut at None characters, here at 500"):
+        Corpus(path, shuffle=1, longest=500).seek(kept)
+
+
+def test_no_batch_of_a_run_is_of_one_long_text_alone(tmp_path: Path) -> None:
+    """What `train` reads: no fifth of the rows is of a text alone that has half of the tokens."""
+    tokenizer = load_scope("lab", device="cpu").tokenizer
+    path = long_and_short(tmp_path)
+    config = TrainConfig(d_sae=64, k=4, tokens=4096)
+    run = TrainRun(str(path), tmp_path / "out", train=config, context_length=32, eval_tokens=0, hold_out=0)
+    rows = torch.cat(list(TokenRows(corpus_of(run), tokenizer, context_length=32, batch_size=1, chat="default")))
+    long = torch.tensor(["long" in str(tokenizer.decode(row)) for row in rows], dtype=torch.float)
+    assert 0.3 < long.mean() < 0.7
+    for part in long.split(-(-len(long) // 5)):
+        assert 0.05 < part.mean() < 0.95

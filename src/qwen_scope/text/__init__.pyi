@@ -19,6 +19,7 @@ from .options import UNITS as UNITS
 from .options import Chat as Chat
 from .options import CorpusOptions as CorpusOptions
 from .pack import TokenRows as TokenRows
+from .pack import longest_text as longest_text
 from .phases import PHASES as PHASES
 from .phases import Phase as Phase
 from .phases import Span as Span

@@ -14,7 +14,7 @@ from typing import Any, final
 
 from qwen_scope.errors import FormatError, InputError, check_count
 
-from .document import Document, Unreadable, document_of
+from .document import Document, Unreadable, document_of, parts_of
 from .lab import is_lab
 from .options import CorpusOptions, template_columns
 from .read import Raw
@@ -53,6 +53,8 @@ class Corpus:
         repeat: begin again at the end; a source that can be read only once then ends.
         shuffle: a seed: mix the sources in proportion to their rows, and the rows within each, as `text.shuffle` says.
             Which rows are kept or shared does not depend on it. None keeps the order, in which stores are written.
+        longest: with `shuffle`, cut texts of more characters than this into parts (`parts_of`), each with a place of
+            its own in the order, so that a long text is not read in one go; None cuts none.
         quiet: no warning of rows that can't be used: another reading of the same documents gives it.
 
     Attributes:
@@ -85,6 +87,7 @@ class Corpus:
         world: int = 1,
         repeat: bool = False,
         shuffle: int | None = None,
+        longest: int | None = None,
         quiet: bool = False,
     ) -> None:
         asked = asdict(CorpusOptions(column, unit, sample, seed, split, subset, template=template))
@@ -94,9 +97,11 @@ class Corpus:
             )
         if shuffle is not None:
             check_count("shuffle", shuffle, 0)
+        if longest is not None:
+            check_count("longest", longest, 1)
         if not 0 <= rank < world:
             raise InputError(f"there is no share {rank + 1}/{world}; they are 1/{world} to {world}/{world}")
-        self.column, self.rank, self.world, self.shuffle = column, rank, world, shuffle
+        self.column, self.rank, self.world, self.shuffle, self.longest = column, rank, world, shuffle, longest
         self.template = template
         self._wanted_columns = [column] if template is None else template_columns(template)
         self.hold_out, self.held_out = hold_out, held_out
@@ -178,7 +183,7 @@ class Corpus:
         """The place after the row taken last, and how many rows of the first pass were of use: plain data."""
         read = {"epoch": self.epoch, "used": self.used, "unused": dict(self.unused)}
         if self.shuffle is not None:
-            return {**read, **vars(self._blocks)}
+            return {**read, **vars(self._blocks), "longest": self.longest}
         place = {"source": self._at, "rows": self._rows, "offset": self._offset, "seen": self._seen}
         return {**read, **place, "before": self._before}
 
@@ -191,6 +196,11 @@ class Corpus:
         if ("served" in cursor) is (self.shuffle is None):
             kept, here = ("in order", "shuffled") if self.shuffle is not None else ("shuffled", "in order")
             raise FormatError(f"the place in {self.name} was kept while it was read {kept}, and here it is read {here}")
+        if cursor.get("longest") != (self.longest if self.shuffle is not None else None):
+            raise FormatError(
+                f"the place in {self.name} was kept while texts were cut at {cursor.get('longest')} characters, here at"
+                f" {self.longest}; finish what was begun with the version that began it"
+            )
         self.epoch = int(cursor.get("epoch", 0))
         self.used, self.unused = int(cursor.get("used", 0)), Counter(cursor.get("unused", {}))
         if self.shuffle is not None:
@@ -244,7 +254,7 @@ class Corpus:
         for found in self._in_order() if self.shuffle is None else self._in_blocks(self.shuffle):
             if self.epoch == 0:
                 if isinstance(found, Document):
-                    self.used += 1
+                    self.used += found.part == 0
                 else:
                     self.unused[found.reason] += 1
                     self._first = self._first or found
@@ -278,6 +288,12 @@ class Corpus:
                         break
             if not block:
                 return
+            if self.longest is not None:
+                block = [
+                    part
+                    for one in block
+                    for part in (parts_of(one, self.longest) if isinstance(one, Document) else [one])
+                ]
             random.Random(f"{seed} {self.epoch} {self._blocks.block}").shuffle(block)
             while self._blocks.served < len(block):
                 self._blocks.served += 1

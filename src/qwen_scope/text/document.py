@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from string import Formatter
 from typing import Any
@@ -23,12 +23,14 @@ class Document:
         text: a string, or a list of `{"role", "content"}` messages.
         meta: the other columns of its row, as plain JSON data.
         source, row: where it came from; rows count from 1.
+        part: which part of a text that was cut (`parts_of`), counted from 0.
     """
 
     text: str | list[dict[str, Any]]
     meta: dict[str, Any] = field(default_factory=dict)
     source: str = ""
     row: int = 0
+    part: int = 0
 
     @property
     def plain(self) -> str:
@@ -54,6 +56,22 @@ def document_of(value: Any, column: str, source: str, row: int, template: str | 
         return Unreadable(source, row, found.reason, found.detail.encode("utf-8", "replace").decode()[:500])
     rest = {str(k): plain(v) for k, v in value.items() if template or k != column} if isinstance(value, Mapping) else {}
     return Document(found, rest, source, row)
+
+
+def parts_of(document: Document, longest: int) -> list[Document]:
+    """A text in parts of at most so many characters, cut behind a line or else a space where the second half of a part
+    has one; a conversation whole."""
+    text, out, begin = document.text, [], 0
+    if not isinstance(text, str) or len(text) <= longest:
+        return [document]
+    while begin < len(text):
+        end = begin + longest
+        if end < len(text):
+            half = begin + longest // 2
+            end = text.rfind("\n", half, end) + 1 or text.rfind(" ", half, end) + 1 or end
+        out.append(replace(document, text=text[begin:end], part=len(out)))
+        begin = end
+    return out
 
 
 def text_of(value: Any, column: str) -> str | list[dict[str, Any]] | Problem:

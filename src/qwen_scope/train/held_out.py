@@ -19,6 +19,9 @@ KEY = "held_out"
 EARLIER = {"row": "context_length", "rows": "batch_size"}
 """Names of fields in SAEs of version 0.1."""
 
+LATER = ("shuffle", "longest")
+"""Fields that earlier SAEs lack."""
+
 
 @dataclass(frozen=True)
 class HeldOut:
@@ -31,6 +34,7 @@ class HeldOut:
         tokens: about how many were measured on; 0 for none.
         chat: how conversations were rendered.
         shuffle: the seed of the order in which they were read; None where they were read as they stand.
+        longest: the characters at which long ones were cut; None where they were not.
     """
 
     text: str
@@ -40,6 +44,7 @@ class HeldOut:
     tokens: int
     chat: Chat | None
     shuffle: int | None = None
+    longest: int | None = None
 
     def to_json(self) -> dict[str, Any]:
         """As values of JSON."""
@@ -73,11 +78,11 @@ def held_out_of(saes: Iterable[SAE]) -> HeldOut | None:
         what, record = f"{KEY!r} in the files of {sae.identity}", sae.meta[KEY]
         if isinstance(record, Mapping):
             record = {EARLIER.get(name, name): value for name, value in record.items()}
-        read = Fields(record, what, [name for name in HeldOut.__dataclass_fields__ if name != "shuffle"], ("shuffle",))
+        read = Fields(record, what, [name for name in HeldOut.__dataclass_fields__ if name not in LATER], LATER)
         chat = read.maybe(read.text, "chat")
         if chat is not None and chat not in CHATS:
             raise FormatError(f"'chat' of {what} is one of {', '.join(CHATS)}, not {chat!r}")
         size = read.count("context_length", 2), read.count("batch_size", 1)
-        order = read.maybe(read.count, "shuffle")
-        found.append(HeldOut(read.text("text"), read.count("every", 2), *size, read.count("tokens"), chat, order))
+        order = tuple(read.maybe(read.count, name) for name in LATER)
+        found.append(HeldOut(read.text("text"), read.count("every", 2), *size, read.count("tokens"), chat, *order))
     return found[0] if found and len(set(found)) == 1 else None

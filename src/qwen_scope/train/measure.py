@@ -250,11 +250,11 @@ def texts_of(run: EvalRun, saes: Mapping[HookPoint, SAE]) -> tuple[Texts, int]:
 def documents_of(run: EvalRun, saes: Mapping[HookPoint, SAE], *, quiet: bool = False) -> tuple[Corpus, HeldOut | None]:
     """The documents to measure on, and the record of the run that kept them out of training, if they are its own."""
 
-    def read(every: int, order: int | None = None) -> Corpus:
-        share = {"hold_out": every, "held_out": every > 0, "shuffle": order, "quiet": quiet}
+    def read(every: int, order: int | None = None, longest: int | None = None) -> Corpus:
+        share = {"hold_out": every, "held_out": every > 0, "shuffle": order, "longest": longest, "quiet": quiet}
         return Corpus.of(text_source(run.data), run.corpus, **share)
 
     known, whole = held_out_of(saes.values()), read(0)
     if known is None or not known.is_of(whole) or run.hold_out not in (None, known.every):
         return (read(run.hold_out) if run.hold_out else whole), None
-    return read(known.every, known.shuffle), known
+    return read(known.every, known.shuffle, known.longest), known

@@ -39,7 +39,7 @@ from qwen_scope.model import (
 from qwen_scope.report import HasFrames, Progress, Table
 from qwen_scope.sae import SAE, layers_of, save_sae
 from qwen_scope.scope import model_source
-from qwen_scope.text import REASONS, Corpus, Counted, TokenRows
+from qwen_scope.text import REASONS, Corpus, Counted, TokenRows, longest_text
 
 from .began import (
     Began,
@@ -211,6 +211,7 @@ def held_out_by(run: TrainRun) -> HeldOut:
         tokens=run.measured_on,
         chat=run.corpus.chat,
         shuffle=0 if run.shuffle else None,
+        longest=longest_text(run.context_length) if run.shuffle else None,
     )
 
 
@@ -273,7 +274,8 @@ def corpus_of(run: TrainRun, **share: Any) -> Corpus:
     """The documents of a run: a process' share of them, or those held out."""
     # Held-out documents are the same ones in every order of the others.
     order = None if not run.shuffle else 0 if share.get("held_out") else run.train.seed
-    return Corpus.of(text_source(run.data), run.corpus, hold_out=run.hold_out, shuffle=order, **share)
+    longest = None if order is None else longest_text(run.context_length)
+    return Corpus.of(text_source(run.data), run.corpus, hold_out=run.hold_out, shuffle=order, longest=longest, **share)
 
 
 def rows_of(run: TrainRun, loaded: LoadedModel, corpus: Corpus) -> TokenRows:
