@@ -49,7 +49,7 @@ from qwen_scope.store import FeatureStore
 
 LANGUAGES = {"es": ("Spanish", "Spanish"), "de": ("German", "German"), "ru": ("Russian", "Cyrillic"),
              "zh": ("Chinese", "Chinese")}  # its name, and what the detector calls it  # fmt: skip
-AMOUNTS = (0.3, 0.5, 0.8)  # lengths of the change, in median residuals of the layer
+AMOUNTS = "0.3,0.5,0.8"
 TOKENS, NEW = 48, 32
 BUDGET, REPEATED = 2.0, 0.1  # times the perplexity, and more repeated 3-grams, than when asked
 REACHED, MOST_RANDOM = 0.8, 0.05
@@ -167,8 +167,9 @@ def chosen(at: At[Sizes], language: str, features: Mapping[str, Any]) -> tuple[l
     (asked,) = answered(scope, prompts, [asked_for(scope, language)], scope.hook_point(scope.layers[0]), NEW)
     for layer in scope.layers:
         vector = column(scope, layer, features[f"{language} {layer}"]["feature"])
-        cases = [("", as_long(scope, layer, vector, amount)) for amount in AMOUNTS]
-        for amount, made in zip(AMOUNTS, answered(scope, prompts, cases, scope.hook_point(layer), NEW), strict=True):
+        amounts = amounts_of(at)
+        cases = [("", as_long(scope, layer, vector, amount)) for amount in amounts]
+        for amount, made in zip(amounts, answered(scope, prompts, cases, scope.hook_point(layer), NEW), strict=True):
             cost = perplexity_ratio(made.scored, asked.scored, paired=True).estimate
             fits = cost <= BUDGET and made.repeated.mean() <= asked.repeated.mean() + REPEATED
             tried.append(
@@ -260,6 +261,10 @@ def given(at: At[Sizes]) -> list[str]:
     return list(lines)[: at.sizes.test]
 
 
+def amounts_of(at: At[Sizes]) -> list[float]:
+    return [float(word) for word in at.options["amounts"].split(",")]
+
+
 def told(made: Made, asked: Made, language: str) -> dict[str, Any]:
     n = len(made.said)
     return {
@@ -323,10 +328,12 @@ def tell(at: At[Sizes], rows: list[Row]) -> str:
         against the other eleven languages, and in
         {listed([row for row in rows if reached(row, "direction from English")])} against English alone."""
     sizes = at.sizes
-    how = f"""`python -m experiments.real.languages --model FOLDER --sae FOLDER --data FOLDER --write`:
+    usual = {"amounts": AMOUNTS, "apart": None, "seed": 0, "prompts": None}
+    own = "".join(f" --{name} {at.options[name]}" for name, value in usual.items() if at.options[name] != value)
+    how = f"""`python -m experiments.real.languages --model FOLDER --sae FOLDER --data FOLDER{own} --write`:
         {Path(at.options["model"]).name} with {Path(at.options["sae"]).name}. Features by language score on
         {sizes.paragraphs} parallel paragraphs of XQuAD in its twelve languages, the first {TOKENS} tokens of each;
-        layer (of {", ".join(rows[0]["scores"])}) and amount (of {", ".join(map(str, AMOUNTS))} median residuals,
+        layer (of {", ".join(rows[0]["scores"])}) and amount (of {", ".join(map(str, amounts_of(at)))} median residuals,
         added to every token) chosen on {sizes.fit} prompts. Figures are of {len(given(at))} other prompts, {NEW}
         tokens, greedy, seed {at.options["seed"]}, with 95% intervals over prompts; of
         random features over all answers of {sizes.random} of them, drawn one by one, so that one may come
@@ -377,6 +384,7 @@ experiment = Experiment(
         "data": {"type": Path, "required": True, "help": "the folder with xquad.jsonl.gz"},
         "prompts": {"type": Path, "help": "a file of other prompts to report on, one a line"},
         "seed": {"type": int, "default": 0, "help": "of the paragraphs and the random features"},
+        "amounts": {"default": AMOUNTS, "help": f"lengths of the change in median residuals (default: {AMOUNTS})"},
         "apart": {"metavar": "NAME", "help": "a section of its own, such as of another model"},
     },
     variant=lambda at: at.options["apart"] or "",
