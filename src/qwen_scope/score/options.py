@@ -87,6 +87,6 @@ class ScoreRun:
             "sae", "data", "model", "tokens", "train_tokens", "context_length", "batch_size", "batch", "hold_out",
             "dtype", "seed", "rows", "columns",
         )  # fmt: skip
-        # Folders begun before documents were read shuffled have no order, and can't go on.
+        # Folders that were begun while documents were read in another order say so, or nothing, and can't go on.
         own = {name: getattr(self, name) for name in names}
-        return {**own, "corpus": dict(vars(self.corpus)), "order": "shuffled"}
+        return {**own, "corpus": dict(vars(self.corpus)), "order": "shuffled, long texts cut"}
