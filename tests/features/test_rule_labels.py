@@ -116,6 +116,7 @@ def test_languages_are_told_by_letters_and_common_words() -> None:
     )  # "la" and "de" tell nothing
     assert language_of("A estrutura da cidade é grande e não tem muitas casas") == "Portuguese"
     assert language_of("xyz qqq") == ""
+    assert language_of("abschch-büjöchbüjöjöjöhjöjöjöjöjöchutzbüjöjöjöjöjöjöjöjöjöjöjöjöjöjö") == ""  # as a model wrote
     assert language_of("12 + 7 = 19") == ""
 
 

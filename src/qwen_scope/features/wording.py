@@ -15,7 +15,7 @@ from functools import lru_cache
 LANGUAGE, AFTER, NEXT = " in {} text", "after ", "; makes likely "
 TYPICAL = "typical tokens: "
 UNCLEAR = f"unclear; {TYPICAL}"
-FEWEST_LETTERS, CLEARLY, APART = 8, 1.5, 0.5
+FEWEST_LETTERS, MOST_LETTERS, CLEARLY, APART = 8, 2, 1.5, 0.5
 
 # The commonest words: a word counts as one divided by the languages here that use it.
 WORDS = {
@@ -37,7 +37,7 @@ WORDS = {
     "Turkish": "bir ve bu için ne çok daha ile de da gibi ama var değil olan ben sen mi her en o olarak sonra kadar",
     "Vietnamese": "và là của không có được cho một này các với những người trong tôi đã khi từ ở đó năm ra vào",
 }
-# Letters that hardly any other of these languages has, each as much as half a word of its own.
+# Letters that hardly any other of these languages has, each half a word of its own, and `MOST_LETTERS` of a word at most.
 LETTERS = {
     "Spanish": "ñ¿¡",
     "German": "ßäöü",
@@ -155,8 +155,9 @@ def language_of(text: str) -> str:
         return ""
     words = re.findall(r"[^\W\d_]+", text.casefold())
     counts = {language: sum(1 / _USES[word] for word in words if word in known) for language, known in _WORDS.items()}
+    spelt = set(re.findall(r"[^\W\d_]+|[¿¡]", text.casefold()))  # each once: a string of umlauts is no German
     for language, letters in LETTERS.items():
-        counts[language] += sum(text.casefold().count(letter) for letter in letters) / 2
+        counts[language] += sum(min(MOST_LETTERS, sum(map(word.count, letters))) for word in spelt) / 2
     first, second = sorted(counts.values(), reverse=True)[:2]
     best = max(counts, key=lambda one: counts[one])
     return best if first >= CLEARLY and first - second >= APART else ""
