@@ -37,7 +37,7 @@ WORDS = {
     "Turkish": "bir ve bu için ne çok daha ile de da gibi ama var değil olan ben sen mi her en o olarak sonra kadar",
     "Vietnamese": "và là của không có được cho một này các với những người trong tôi đã khi từ ở đó năm ra vào",
 }
-# Letters that hardly any other of these languages has, each half a word of its own, and `MOST_LETTERS` of a word at most.
+# Letters that hardly any other of these languages has, each as much as half a word, at most `MOST_LETTERS` of a word.
 LETTERS = {
     "Spanish": "ñ¿¡",
     "German": "ßäöü",
