@@ -192,12 +192,14 @@ def test_text_is_of_every_source_from_the_first_rows_on(tmp_path: Path, monkeypa
         assert "south" in text
 
 
-def test_a_folder_that_was_measured_in_the_order_of_the_files_is_refused(texts: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("order", [None, "shuffled"])
+def test_a_folder_that_was_measured_in_another_order_is_refused(texts: Path, tmp_path: Path, order: str | None) -> None:
     run = asked(texts, tmp_path / "out")
     before = {name: value for name, value in run.to_json().items() if name != "order"}
+    before |= {} if order is None else {"order": order}
     run.out.mkdir()
     (run.out / "score.json").write_text(json.dumps(before))
-    with pytest.raises(MismatchError, match="holds a scoreboard with order None, not 'shuffled'; name another folder"):
+    with pytest.raises(MismatchError, match=f"with order {order!r}, not 'shuffled, long texts cut'; name another"):
         score(run)
 
 
