@@ -49,7 +49,7 @@ from qwen_scope.store import FeatureStore
 
 LANGUAGES = {"es": ("Spanish", "Spanish"), "de": ("German", "German"), "ru": ("Russian", "Cyrillic"),
              "zh": ("Chinese", "Chinese")}  # its name, and what the detector calls it  # fmt: skip
-AMOUNTS = "0.3,0.5,0.8"
+AMOUNTS = "0.3,0.5,0.8"  # lengths of the change, in median residuals of the layer
 TOKENS, NEW = 48, 32
 BUDGET, REPEATED = 2.0, 0.1  # times the perplexity, and more repeated 3-grams, than when asked
 REACHED, MOST_RANDOM = 0.8, 0.05
@@ -328,8 +328,10 @@ def tell(at: At[Sizes], rows: list[Row]) -> str:
         against the other eleven languages, and in
         {listed([row for row in rows if reached(row, "direction from English")])} against English alone."""
     sizes = at.sizes
-    usual = {"amounts": AMOUNTS, "apart": None, "seed": 0, "prompts": None}
-    own = "".join(f" --{name} {at.options[name]}" for name, value in usual.items() if at.options[name] != value)
+    known = {name: option for name, option in experiment.options.items() if "required" not in option}
+    own = "".join(
+        f" --{name} {at.options[name]}" for name, option in known.items() if at.options[name] != option.get("default")
+    )
     how = f"""`python -m experiments.real.languages --model FOLDER --sae FOLDER --data FOLDER{own} --write`:
         {Path(at.options["model"]).name} with {Path(at.options["sae"]).name}. Features by language score on
         {sizes.paragraphs} parallel paragraphs of XQuAD in its twelve languages, the first {TOKENS} tokens of each;

@@ -24,7 +24,6 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,9 +31,8 @@ import numpy as np
 import torch
 
 from experiments.harness import At, Experiment, Row, main
-from experiments.real.datasets import data_of, family
+from experiments.real.datasets import data_of, family, scope_of
 from experiments.sections import paragraph, table
-from qwen_scope import Scope, load_scope
 from qwen_scope.analysis import Dataset, dealt, expected_coverage
 from qwen_scope.scope import ExtractOptions
 from qwen_scope.stats import bootstrap, correlation
@@ -68,16 +66,11 @@ def texts_of(at: At[Sizes], name: str) -> list[str]:
     return [texts[i] for i in np.sort(some)]
 
 
-@cache
-def opened(model: Path, sae: Path) -> Scope:
-    return load_scope(str(model), str(sae), dtype="bfloat16")
-
-
 def stored(at: At[Sizes], name: str, texts: list[str], options: ExtractOptions, layers: list[int] | None) -> Path:
     """Texts as a store, made once."""
     folder = at.folder / "stores" / name
     if not (folder / "manifest.json").is_file():
-        scope = opened(at.options["model"], at.options["sae"])
+        scope = scope_of(at.options["model"], at.options["sae"])
         scope.extract([{"text": text} for text in texts], folder, options, layers=layers).close()
     return folder
 

@@ -166,7 +166,7 @@ def tell(at: At[Sizes], rows: list[Row]) -> str:
     """The section of docs/results.md."""
     sizes = at.sizes
     budgets = sorted({row["budget"] for row in rows})
-    most = max((row["budget"] for row in rows if row["trainer"] == OURS), default=budgets[-1])
+    most = max((row["budget"] for row in rows if row["trainer"] in OWN), default=budgets[-1])
     kept = residuals(at, max(*budgets, sizes.tune + sizes.judge), sizes.held_out)
     x = kept.of(TRAINING, at.options["layer"], sizes.tune)
     plain = at.kept(COMPONENTS, lambda: held_out(at, kept, components(x, at.options["k"])))
@@ -241,8 +241,8 @@ def where_it_misses(at: At[Sizes], kept: Residuals, row: Row) -> str:
 
 def verdict(at: At[Sizes], rows: list[Row], most: int) -> str:
     """Whether what was wanted holds, first."""
-    mine = next((row for row in rows if row["trainer"] == OURS and row["budget"] == most), None)
-    if mine is None:
+    long = [row for row in rows if row["budget"] == most and row["trainer"] in OWN]
+    if not long:
         return "Our trainer was left out, so this compares its peers alone."
     behind = [
         f"{row['trainer']} at {row['budget']:,} tokens"
@@ -253,7 +253,6 @@ def verdict(at: At[Sizes], rows: list[Row], most: int) -> str:
     against = f"ours is behind {', '.join(behind)}" if behind else "no peer explains more at equal tokens"
     said = [f"By the interval of the difference, {against}."]
     if most >= WANTED_FROM:
-        long = [row for row in rows if row["budget"] == most and row["trainer"] in OWN]
         said = [*(reached(row, at.options["features"], at.options["k"]) for row in long), *said]
     if missing := [peer for peer in PEERS if peer not in {row["trainer"] for row in rows}]:
         said.append(f"Here without {' and '.join(missing)}.")

@@ -155,7 +155,7 @@ def language_of(text: str) -> str:
         return ""
     words = re.findall(r"[^\W\d_]+", text.casefold())
     counts = {language: sum(1 / _USES[word] for word in words if word in known) for language, known in _WORDS.items()}
-    spelt = set(re.findall(r"[^\W\d_]+|[¿¡]", text.casefold()))  # each once: a string of umlauts is no German
+    spelt = {*words, *(mark for mark in "¿¡" if mark in text)}  # each once: a string of umlauts is no German
     for language, letters in LETTERS.items():
         counts[language] += sum(min(MOST_LETTERS, sum(map(word.count, letters))) for word in spelt) / 2
     first, second = sorted(counts.values(), reverse=True)[:2]

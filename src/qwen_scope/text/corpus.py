@@ -101,7 +101,8 @@ class Corpus:
             check_count("longest", longest, 1)
         if not 0 <= rank < world:
             raise InputError(f"there is no share {rank + 1}/{world}; they are 1/{world} to {world}/{world}")
-        self.column, self.rank, self.world, self.shuffle, self.longest = column, rank, world, shuffle, longest
+        self.column, self.rank, self.world = column, rank, world
+        self.shuffle, self.longest = shuffle, None if shuffle is None else longest
         self.template = template
         self._wanted_columns = [column] if template is None else template_columns(template)
         self.hold_out, self.held_out = hold_out, held_out
@@ -196,7 +197,7 @@ class Corpus:
         if ("served" in cursor) is (self.shuffle is None):
             kept, here = ("in order", "shuffled") if self.shuffle is not None else ("shuffled", "in order")
             raise FormatError(f"the place in {self.name} was kept while it was read {kept}, and here it is read {here}")
-        if cursor.get("longest") != (self.longest if self.shuffle is not None else None):
+        if cursor.get("longest") != self.longest:
             raise FormatError(
                 f"the place in {self.name} was kept while texts were cut at {cursor.get('longest')} characters, here at"
                 f" {self.longest}; finish what was begun with the version that began it"
@@ -289,11 +290,7 @@ class Corpus:
             if not block:
                 return
             if self.longest is not None:
-                block = [
-                    part
-                    for one in block
-                    for part in (parts_of(one, self.longest) if isinstance(one, Document) else [one])
-                ]
+                block = [part for one in block for part in parts_of(one, self.longest)]
             random.Random(f"{seed} {self.epoch} {self._blocks.block}").shuffle(block)
             while self._blocks.served < len(block):
                 self._blocks.served += 1

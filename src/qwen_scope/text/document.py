@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from string import Formatter
@@ -58,18 +58,18 @@ def document_of(value: Any, column: str, source: str, row: int, template: str | 
     return Document(found, rest, source, row)
 
 
-def parts_of(document: Document, longest: int) -> list[Document]:
+def parts_of(found: Document | Unreadable, longest: int) -> Sequence[Document | Unreadable]:
     """A text in parts of at most so many characters, cut behind a line or else a space where the second half of a part
-    has one; a conversation whole."""
-    text, out, begin = document.text, [], 0
-    if not isinstance(text, str) or len(text) <= longest:
-        return [document]
+    has one; a conversation, or a row without a document, whole."""
+    if not isinstance(found, Document) or not isinstance(found.text, str) or len(found.text) <= longest:
+        return [found]
+    text, begin, out = found.text, 0, list[Document]()
     while begin < len(text):
         end = begin + longest
         if end < len(text):
             half = begin + longest // 2
             end = text.rfind("\n", half, end) + 1 or text.rfind(" ", half, end) + 1 or end
-        out.append(replace(document, text=text[begin:end], part=len(out)))
+        out.append(replace(found, text=text[begin:end], part=len(out)))
         begin = end
     return out
 

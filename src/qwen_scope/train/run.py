@@ -203,15 +203,16 @@ def carried(run: TrainRun, loaded: LoadedModel) -> dict[str, Any]:
 
 def held_out_by(run: TrainRun) -> HeldOut:
     """The documents that a run keeps out of training, and how it measures on them."""
+    corpus = corpus_of(run, held_out=True)
     return HeldOut(
-        text=digest(corpus_of(run)),
+        text=digest(corpus),
         every=run.hold_out,
         context_length=run.context_length,
         batch_size=run.batch_size,
         tokens=run.measured_on,
         chat=run.corpus.chat,
-        shuffle=0 if run.shuffle else None,
-        longest=longest_text(run.context_length) if run.shuffle else None,
+        shuffle=corpus.shuffle,
+        longest=corpus.longest,
     )
 
 
@@ -274,7 +275,7 @@ def corpus_of(run: TrainRun, **share: Any) -> Corpus:
     """The documents of a run: a process' share of them, or those held out."""
     # Held-out documents are the same ones in every order of the others.
     order = None if not run.shuffle else 0 if share.get("held_out") else run.train.seed
-    longest = None if order is None else longest_text(run.context_length)
+    longest = longest_text(run.context_length)
     return Corpus.of(text_source(run.data), run.corpus, hold_out=run.hold_out, shuffle=order, longest=longest, **share)
 
 
