@@ -143,6 +143,14 @@ def test_what_is_not_finite_is_a_sink_where_there_is_a_threshold(bad: float) -> 
     assert not Counted(norms=by_layer({0: None})).sinks(h, 0).any()
 
 
+def test_thousands_of_special_ids_are_not_printed() -> None:
+    norms = {"layers.4.resid_post": 12.5, "layers.5.resid_post": None}
+    shown = repr(Counted(special=frozenset(range(6000)), norms=norms))
+    assert "first=1" in shown
+    assert "'layers.4.resid_post': 12.5, 'layers.5.resid_post': None" in shown
+    assert len(shown) < 300
+
+
 def test_a_layer_without_a_measurement_is_refused_unless_none_was_made() -> None:
     with pytest.raises(NotFoundError, match=r"no threshold for sinks was measured at layers\.9\.resid_post"):
         FULL.sinks(torch.ones(2, 3), 9)

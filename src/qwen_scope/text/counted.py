@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from itertools import pairwise
 from typing import Any
 
@@ -25,6 +26,9 @@ VERSION = 1
 _MOST_IDS = 2**31 - 1
 _MOST_SPECIAL = 2**16  # no vocabulary comes near; a run of ids in a file is short and its set is not
 _APART = 2.0  # thresholds measured on two samples of one model differ by less than this factor
+
+_SHORT = reprlib.Repr()  # some tokenizers have thousands of special ids
+_SHORT.maxdict, _SHORT.maxstring = 128, 200
 
 
 @dataclass(frozen=True)
@@ -69,6 +73,9 @@ class Counted:
             raise InputError(f"sample is a text, not {brief(self.sample)}")
         if self.phases is not None:
             _set(self, "phases", _phases(self.phases))
+
+    def __repr__(self) -> str:
+        return f"Counted({', '.join(f'{one.name}={_SHORT.repr(getattr(self, one.name))}' for one in fields(self))})"
 
     @classmethod
     def everything(cls) -> Counted:

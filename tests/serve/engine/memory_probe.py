@@ -19,7 +19,7 @@ import torch
 import qwen_scope
 from qwen_scope.serve import protocol
 from qwen_scope.serve.seam_worker import WorkerExtension
-from qwen_scope.serve.worker import state_of
+from qwen_scope.serve.worker import WorkerState, state_of
 
 OURS = [tracemalloc.Filter(True, f"{Path(qwen_scope.__file__).parent}/*", all_frames=True)]
 FRAMES = 4
@@ -59,6 +59,12 @@ def held() -> dict[str, Any]:
     return {"objects": dict(objects), "bytes": sum(by_place.values()), "by_place": by_place}
 
 
+def _state(worker: Any) -> WorkerState:
+    state = state_of(worker.model_runner.get_model())
+    assert state is not None
+    return state
+
+
 class Extension(WorkerExtension):
     """The same of the engine's process, in which the only worker runs."""
 
@@ -66,12 +72,12 @@ class Extension(WorkerExtension):
         start()
 
     def probe_held(self) -> dict[str, Any]:
+        # Runner V1 keeps its last step until the next one begins, or until word of a client who has left comes in.
+        _state(self).end()
         return held()
 
     def probe_leak(self) -> None:
-        state = state_of(self.model_runner.get_model())  # type: ignore[attr-defined]
-        assert state is not None
-        _LEAKED.extend(map(state.wanted, texts()))
+        _LEAKED.extend(map(_state(self).wanted, texts()))
 
 
 class Middleware:
