@@ -210,33 +210,42 @@ def tell(at: At[Sizes], rows: list[Row]) -> str:
     weights = f"Fingerprints of our SAEs, which are not kept here but made again by the command: {hashes}."
     parts = [paragraph(verdict(at, rows, most)), paragraph(how), table(columns, cells)]
     mine = [row for row in rows if row["trainer"] in OWN and row["budget"] == most]
-    parts += [paragraph(where_it_misses(at, kept, row)) for row in mine]
+    parts += where_it_misses(at, kept, mine) if mine else []
     if gaps:
         parts += [f"{OURS} less each of the others, at equal tokens and on the same text:"]
         parts += [table(("tokens", "less", "explained", "loss recovered"), gaps)]
     return "\n\n".join([*parts, "FVU by learning rate of the short runs:", table(("trainer", "rates"), rates), weights])
 
 
-def where_it_misses(at: At[Sizes], kept: Residuals, row: Row) -> str:
-    """What an SAE explains of its own training tokens, of others mixed like them, and of held-out text by quarters."""
-    layer, budget, n = at.options["layer"], row["budget"], at.sizes.judge
-    gap, spread = np.array(row["sums"]).T[:2]
-    quarters = [
-        f"{1 - a.sum() / b.sum():.3f}" for a, b in zip(np.array_split(gap, 4), np.array_split(spread, 4), strict=True)
-    ]
-    said = f"By quarters of the held-out text, {row['trainer']} from {budget:,} tokens explains {', '.join(quarters)}."
+def where_it_misses(at: At[Sizes], kept: Residuals, rows: list[Row]) -> list[str]:
+    """What SAEs explain of held-out text by quarters, of their own last training tokens, and of others like those."""
+    n, cells = at.sizes.judge, []
+    for row in rows:
+        gap, spread = np.array(row["sums"]).T[:2]
+        count = min(4, len(gap))
+        parts = zip(np.array_split(gap, count), np.array_split(spread, count), strict=True)
+        quarters = ", ".join(f"{1 - a.sum() / b.sum():.3f}" for a, b in parts)
+        own = [f"{one:.3f}" for one in of_its_own(at, kept, row)] or ["", ""]
+        cells.append([row["trainer"], f"{row['budget']:,}", quarters, *own])
+    how = f"""Explained of the held-out text by quarters, of the last {n:,} tokens that an SAE was trained on, and of as
+        many after them, mixed like them and never seen. What lies between the last two columns is what it learnt of its
+        own tokens alone; what then remains to the held-out figure is which documents were held out."""
+    columns = ("trainer", "tokens", "held-out quarters", "own tokens", "later tokens")
+    return [paragraph(how), table(columns, cells)]
+
+
+def of_its_own(at: At[Sizes], kept: Residuals, row: Row) -> list[float]:
+    """Explained of the last tokens it was trained on and of those after them; nothing where those were not read."""
+    budget, n = row["budget"], at.sizes.judge
     if kept.have(TRAINING) < budget + n:
-        return said
+        return []
 
     def both() -> list[float]:
         sae = sae_of(at, trained(at, kept, row["trainer"], budget, row["rate"])["weights"])
-        x = kept.of(TRAINING, layer, budget + n)
+        x = kept.of(TRAINING, at.options["layer"], budget + n)
         return [1 - fvu(errors(sae, part)) for part in (x[budget - n : budget], x[budget:])]
 
-    last, fresh = at.kept(f"own-{row['trainer']}-{budget}", both)
-    return f"""{said} Of the last {n:,} tokens that it was trained on it explains {last:.3f}, of as many after them,
-        mixed like them and never seen, {fresh:.3f}. The first of these differences is what it learnt of its own tokens
-        alone; the rest of the way to the held-out figure is which documents were held out."""
+    return at.kept(f"own-{row['trainer']}-{budget}", both)
 
 
 def verdict(at: At[Sizes], rows: list[Row], most: int) -> str:
@@ -244,16 +253,19 @@ def verdict(at: At[Sizes], rows: list[Row], most: int) -> str:
     long = [row for row in rows if row["budget"] == most and row["trainer"] in OWN]
     if not long:
         return "Our trainer was left out, so this compares its peers alone."
-    behind = [
-        f"{row['trainer']} at {row['budget']:,} tokens"
+    said = [reached(row, at.options["features"], at.options["k"]) for row in long] if most >= WANTED_FROM else []
+    pairs = [
+        (own, row)
         for row in rows
         for own in [one for one in rows if one["trainer"] == OURS and one["budget"] == row["budget"]]
-        if row["trainer"] in PEERS and ahead(own, row)["ev"].high < 0
+        if row["trainer"] in PEERS
     ]
-    against = f"ours is behind {', '.join(behind)}" if behind else "no peer explains more at equal tokens"
-    said = [f"By the interval of the difference, {against}."]
-    if most >= WANTED_FROM:
-        said = [*(reached(row, at.options["features"], at.options["k"]) for row in long), *said]
+    if pairs:
+        behind = [
+            f"{row['trainer']} at {row['budget']:,} tokens" for own, row in pairs if ahead(own, row)["ev"].high < 0
+        ]
+        against = f"ours is behind {', '.join(behind)}" if behind else "no peer explains more at equal tokens"
+        said.append(f"By the interval of the difference, {against}.")
     if missing := [peer for peer in PEERS if peer not in {row["trainer"] for row in rows}]:
         said.append(f"Here without {' and '.join(missing)}.")
     return " ".join(said)
