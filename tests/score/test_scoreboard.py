@@ -44,7 +44,7 @@ def board(texts: Path, tmp_path_factory: pytest.TempPathFactory) -> Scoreboard:
 
 
 def held_out(texts: Path) -> list[torch.Tensor]:
-    corpus = Corpus.of(str(texts), CorpusOptions(), hold_out=4, held_out=True, shuffle=0)
+    corpus = Corpus.of(str(texts), CorpusOptions(), hold_out=4, held_out=True, shuffle=0, longest=8 * 16)
     loaded = load_model(str(tiny.folder() / "model"), device="cpu")
     return list(TokenRows(corpus, loaded.tokenizer, context_length=16, batch_size=4))[:2]
 
@@ -192,14 +192,15 @@ def test_text_is_of_every_source_from_the_first_rows_on(tmp_path: Path, monkeypa
         assert "south" in text
 
 
-@pytest.mark.parametrize("order", [None, "shuffled"])
+@pytest.mark.parametrize("order", [None, "shuffled", "shuffled, texts cut at 1024 characters"])
 def test_a_folder_that_was_measured_in_another_order_is_refused(texts: Path, tmp_path: Path, order: str | None) -> None:
     run = asked(texts, tmp_path / "out")
     before = {name: value for name, value in run.to_json().items() if name != "order"}
     before |= {} if order is None else {"order": order}
     run.out.mkdir()
     (run.out / "score.json").write_text(json.dumps(before))
-    with pytest.raises(MismatchError, match=f"with order {order!r}, not 'shuffled, long texts cut'; name another"):
+    now = f"shuffled, texts cut at {8 * run.context_length} characters"
+    with pytest.raises(MismatchError, match=f"with order {order!r}, not {now!r}; name another"):
         score(run)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen_scope.errors import InputError, NotFoundError, check_count, nearest
-from qwen_scope.text import CorpusOptions
+from qwen_scope.text import CorpusOptions, longest_text
 
 LABELLED = ("probes", "tpp", "scr", "contrast")
 NAMES = (*LABELLED, "absorption", "steering")
@@ -89,4 +89,5 @@ class ScoreRun:
         )  # fmt: skip
         # Folders that were begun while documents were read in another order say so, or nothing, and can't go on.
         own = {name: getattr(self, name) for name in names}
-        return {**own, "corpus": dict(vars(self.corpus)), "order": "shuffled, long texts cut"}
+        order = f"shuffled, texts cut at {longest_text(self.context_length)} characters"
+        return {**own, "corpus": dict(vars(self.corpus)), "order": order}

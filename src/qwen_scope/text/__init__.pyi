@@ -18,8 +18,8 @@ from .options import CHATS as CHATS
 from .options import UNITS as UNITS
 from .options import Chat as Chat
 from .options import CorpusOptions as CorpusOptions
+from .options import longest_text as longest_text
 from .pack import TokenRows as TokenRows
-from .pack import longest_text as longest_text
 from .phases import PHASES as PHASES
 from .phases import Phase as Phase
 from .phases import Span as Span

@@ -11,6 +11,8 @@ from qwen_scope.errors import InputError, brief, check_count
 UNITS = ("paragraph", "line", "file")
 Chat = Literal["default", "thinking", "non_thinking"]
 CHATS: tuple[Chat, ...] = get_args(Chat)
+PART_ROWS = 2
+"""About how many rows of English are read of a long text before others have their turn."""
 
 
 @dataclass(frozen=True)
@@ -76,3 +78,9 @@ def template_columns(template: str) -> list[str]:
             " write one such as {question}\\n{answer}"
         )
     return names
+
+
+def longest_text(context_length: int) -> int:
+    """Characters above which a text is cut (`Corpus(longest=)`) for mixed rows of so many tokens: a book read in one go
+    would be all that hundreds of steps see."""
+    return 4 * PART_ROWS * context_length

@@ -22,14 +22,6 @@ from .tokenize import start_ids, token_ids
 # Documents are tokenised this many at a time.
 CHUNK = 64
 
-PART_ROWS = 16  # of English, about, that are read of a long text before others have their turn
-
-
-def longest_text(context_length: int) -> int:
-    """Characters above which a text is cut (`Corpus(longest=)`) for mixed rows of so many tokens: a book read in one go
-    would be all that hundreds of steps see."""
-    return 4 * PART_ROWS * context_length
-
 
 class TokenRows:
     """Documents packed into full rows of tokens: one after the other, the tokenizer's end-of-text token between them.
