@@ -249,9 +249,12 @@ def verdict(here: Mapping[str, list[Row]]) -> str:
             max(ways, key=lambda way: np.mean([row["0"].get(way, 0) for row in rows]))
             for ways in (RULES, WEIGHTED, BASELINES)
         )
-        rule, sums = (over_seeds([row["0"][way] for row in rows]) for way in (best, heavy))
-        gap, left = (over_seeds([row["0"][way] - row["0"][other] for row in rows]) for way in (best, heavy))
-        said.append(f"{language}: the best rule ({best}) {rule}, less {other} {gap}; {heavy} {sums}, less it {left}")
+        told = {
+            way: f"{over_seeds([row['0'][way] for row in rows])}, less {other}"
+            f" {over_seeds([row['0'][way] - row['0'][other] for row in rows])}"
+            for way in (best, heavy)
+        }
+        said.append(f"{language}: the best rule ({best}) {told[best]}; {heavy} {told[heavy]}")
     reached = all(max(np.mean([row["0"].get(way, 0) for row in rows]) for way in RULES) > 0.9 for rows in here.values())
     claim = "This shows" if reached else "This does not show"
     return f"""{claim} the report's F1 above 0.90 from rules of features in every language here. From all labelled

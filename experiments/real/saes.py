@@ -194,11 +194,8 @@ def tell(at: At[Sizes], rows: list[Row]) -> str:
     cells.append(["", COMPONENTS, "", *three, "", "", ""])
     columns = ("tokens", "trainer", "rate", "explained", "per token", "loss recovered", "never fired", "L0", "seconds")
     gaps = [
-        [f"{budget:,}", row["trainer"], *(f"{one:+.4f}" for one in ahead(mine, row).values())]
-        for budget in budgets
-        for mine in [row for row in rows if row["budget"] == budget and row["trainer"] == OURS]
-        for row in rows
-        if row["budget"] == budget and row["trainer"] != OURS
+        [f"{row['budget']:,}", row["trainer"], *(f"{one:+.4f}" for one in ahead(mine, row).values())]
+        for mine, row in sorted(against_ours(rows), key=lambda pair: pair[0]["budget"])
     ]
     rates = [
         [row["trainer"], ", ".join(f"{float(rate):.2g}: {value:.4f}" for rate, value in row["rates"].items())]
@@ -215,6 +212,12 @@ def tell(at: At[Sizes], rows: list[Row]) -> str:
         parts += [f"{OURS} less each of the others, at equal tokens and on the same text:"]
         parts += [table(("tokens", "less", "explained", "loss recovered"), gaps)]
     return "\n\n".join([*parts, "FVU by learning rate of the short runs:", table(("trainer", "rates"), rates), weights])
+
+
+def against_ours(rows: list[Row]) -> list[tuple[Row, Row]]:
+    """Ours and each other SAE, at equal tokens."""
+    mine = {row["budget"]: row for row in rows if row["trainer"] == OURS}
+    return [(mine[row["budget"]], row) for row in rows if row["trainer"] != OURS and row["budget"] in mine]
 
 
 def where_it_misses(at: At[Sizes], kept: Residuals, rows: list[Row]) -> list[str]:
@@ -254,15 +257,10 @@ def verdict(at: At[Sizes], rows: list[Row], most: int) -> str:
     if not long:
         return "Our trainer was left out, so this compares its peers alone."
     said = [reached(row, at.options["features"], at.options["k"]) for row in long] if most >= WANTED_FROM else []
-    pairs = [
-        (own, row)
-        for row in rows
-        for own in [one for one in rows if one["trainer"] == OURS and one["budget"] == row["budget"]]
-        if row["trainer"] in PEERS
-    ]
+    pairs = [(mine, row) for mine, row in against_ours(rows) if row["trainer"] in PEERS]
     if pairs:
         behind = [
-            f"{row['trainer']} at {row['budget']:,} tokens" for own, row in pairs if ahead(own, row)["ev"].high < 0
+            f"{row['trainer']} at {row['budget']:,} tokens" for mine, row in pairs if ahead(mine, row)["ev"].high < 0
         ]
         against = f"ours is behind {', '.join(behind)}" if behind else "no peer explains more at equal tokens"
         said.append(f"By the interval of the difference, {against}.")

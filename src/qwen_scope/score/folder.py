@@ -13,7 +13,7 @@ from qwen_scope.errors import InputError, MismatchError, NotFoundError
 from qwen_scope.files import read_lines, read_object
 from qwen_scope.model import LoadedModel
 from qwen_scope.sae import layers_of
-from qwen_scope.text import Corpus, TokenRows, longest_text
+from qwen_scope.text import Corpus, TokenRows
 
 from .controls import ARMS, TRAINED
 from .labelled import ColumnData, LabelledData, check_dataset
@@ -92,8 +92,7 @@ def labelled_data(run: ScoreRun) -> LabelledData | None:
 
 def documents(run: ScoreRun, shuffle: int = 0, **share: bool) -> Corpus:
     """Shuffled and cut, as SAEs are trained: a few thousand tokens in the order of the files would be one source's."""
-    longest = longest_text(run.context_length)
-    return Corpus.of(run.data, run.corpus, hold_out=run.hold_out, shuffle=shuffle, longest=longest, **share)
+    return Corpus.of(run.data, run.corpus, hold_out=run.hold_out, shuffle=shuffle, longest=run.longest, **share)
 
 
 def held_out(run: ScoreRun, loaded: LoadedModel) -> list[Tensor]:

@@ -81,6 +81,11 @@ class ScoreRun:
         if self.controls and self.train_tokens < self.batch:
             raise InputError(f"train_tokens={self.train_tokens} is less than one batch of {self.batch}; lower batch")
 
+    @property
+    def longest(self) -> int:
+        """Characters above which a text is cut, as in training."""
+        return longest_text(self.context_length)
+
     def to_json(self) -> dict[str, Any]:
         """What decides the figures, as plain values."""
         names = (
@@ -89,5 +94,5 @@ class ScoreRun:
         )  # fmt: skip
         # Folders that were begun while documents were read in another order say so, or nothing, and can't go on.
         own = {name: getattr(self, name) for name in names}
-        order = f"shuffled, texts cut at {longest_text(self.context_length)} characters"
+        order = f"shuffled, texts cut at {self.longest} characters"
         return {**own, "corpus": dict(vars(self.corpus)), "order": order}
